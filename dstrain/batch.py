@@ -1,0 +1,63 @@
+"""What flows through a model: padded sequences and the batch made of them. A batch is never a dict.
+
+Everything is right-padded. Shapes: B batch, S source, T target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The label of a position that is not scored: padding."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Right-padded token sequences.
+
+    tokens: (B, S) int64, padded with the tokenizer's pad id after `lengths`.
+    lengths: (B,) int64, real tokens of each row; 0 for a row of padding alone.
+    positions: (B, S) int64 or None; None means 0, 1, 2, ... from the left.
+    segments: (B, S) int64 or None; tokens see one another only within a segment (packing); None means one segment a row.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    positions: Tensor | None = None
+    segments: Tensor | None = None
+
+    def to(self, device: torch.device) -> Sequences:
+        """The same sequences on `device`."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank.
+
+    source: what the encoder reads, ending in EOS; None for decoder-only models.
+    target: what the decoder reads: EOS, then the target tokens without their final EOS.
+    labels: (B, T) int64, the target tokens ending in EOS; `IGNORE_INDEX` at padding.
+    num_targets: number of scored labels, known on the CPU. 0 for an empty micro-batch, which adds exactly zero.
+    example_ids: (B,) int64, row numbers of the data set.
+    """
+
+    source: Sequences | None
+    target: Sequences
+    labels: Tensor
+    num_targets: int
+    example_ids: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        return Batch(
+            source=None if self.source is None else self.source.to(device),
+            target=self.target.to(device),
+            labels=self.labels.to(device, non_blocking=True),
+            num_targets=self.num_targets,
+            example_ids=self.example_ids.to(device, non_blocking=True),
+        )

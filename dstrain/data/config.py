@@ -1,0 +1,105 @@
+"""Where text comes from, how it becomes ids, and how ids become steps."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from dstrain.strict import Config
+
+
+class ParallelText(Config):
+    """Two line-parallel files, plain or .gz. `${NAME}` in a path is read from the environment."""
+
+    kind: Literal["parallel"] = "parallel"
+    source: str
+    target: str
+
+
+class TsvText(Config):
+    """One tab-separated file, plain or .gz, without a header; columns count from 0."""
+
+    kind: Literal["tsv"] = "tsv"
+    path: str
+    source_column: NonNegativeInt = 0
+    target_column: NonNegativeInt = 1
+
+
+class JsonlText(Config):
+    """One JSON object a line, plain or .gz; the two fields hold strings."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    path: str
+    source_field: str = "source"
+    target_field: str = "target"
+
+
+class GrammarText(Config):
+    """English-German pairs made by dstrain's own grammar. `test` sentences hold combinations that `train` never shows."""
+
+    kind: Literal["grammar"] = "grammar"
+    split: Literal["train", "valid", "test"]
+    num_pairs: PositiveInt
+    seed: NonNegativeInt = 1
+
+
+TextSource = Annotated[ParallelText | TsvText | JsonlText | GrammarText, Field(discriminator="kind")]
+
+
+class TrainedSentencePiece(Config):
+    """Train SentencePiece on the training text. Ids 0-3 are <s> <pad> </s> <unk>, then `user_symbols`, then pieces."""
+
+    kind: Literal["sentencepiece"] = "sentencepiece"
+    model_type: Literal["bpe", "unigram"] = "bpe"
+    vocab_size: PositiveInt = 8000
+    sharing: Literal["joint", "separate"] = "joint"
+    character_coverage: float = Field(default=1.0, gt=0, le=1)
+    user_symbols: tuple[str, ...] = ()
+    max_training_lines: PositiveInt = 5_000_000
+
+
+class GivenSentencePiece(Config):
+    """Use existing SentencePiece models; without `target_model` one model serves both sides."""
+
+    kind: Literal["sentencepiece_files"] = "sentencepiece_files"
+    source_model: str
+    target_model: str | None = None
+
+
+TokenizerConfig = Annotated[TrainedSentencePiece | GivenSentencePiece, Field(discriminator="kind")]
+
+
+class FilterConfig(Config):
+    """Which training pairs are dropped, by tokens including EOS; each drop is counted and reported."""
+
+    max_source_length: PositiveInt = 1024
+    max_target_length: PositiveInt = 1024
+    max_ratio: float | None = Field(default=None, gt=1)
+
+
+class DataConfig(Config):
+    """The corpora of a recipe. Every split keeps its order; only `train` is filtered by length and ratio.
+
+    Evaluation splits keep every pair, empty ones included.
+    """
+
+    train: tuple[TextSource, ...] = Field(min_length=1)
+    valid: tuple[TextSource, ...] = Field(min_length=1)
+    test: dict[str, tuple[TextSource, ...]] = Field(default_factory=dict)
+    tokenizer: TokenizerConfig = Field(default_factory=TrainedSentencePiece)
+    filter: FilterConfig = Field(default_factory=FilterConfig)
+    pairs_per_shard: PositiveInt = 500_000
+
+
+class BatchingConfig(Config):
+    """How examples become steps.
+
+    tokens_per_step: target tokens of one optimizer step over all ranks, never exceeded unless one sentence alone does.
+    max_tokens: padded tokens of one micro-batch on one rank: rows x max(longest source, longest target).
+    shuffle_window: examples that are sorted by length together; the memory that planning costs.
+    """
+
+    tokens_per_step: PositiveInt
+    max_tokens: PositiveInt
+    shuffle_window: PositiveInt = 1_000_000

@@ -1,0 +1,99 @@
+"""Optimizer, schedule and precision: the part of the engine that decides the result.
+
+How fast and how big (ZeRO stage, offload, buckets) stands in a DeepSpeed JSON file that `EngineConfig.deepspeed` names.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from dstrain.strict import Config
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class AdamConfig(Config):
+    """Adam (`adam`: weight decay added to the gradient) or AdamW (`adamw`: decoupled).
+
+    decay: which parameters decay: `matrices` spares biases, norms and all one-dimensional ones; `all` spares none.
+    """
+
+    kind: Literal["adam", "adamw"] = "adamw"
+    learning_rate: PositiveFloat
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+    decay: Literal["matrices", "all"] = "matrices"
+
+
+OptimizerConfig = Annotated[AdamConfig, Field()]
+
+
+class _WarmUp(Config):
+    """warmup_steps: linear from `warmup_init` to the optimizer's learning rate."""
+
+    warmup_steps: NonNegativeInt = 0
+    warmup_init: NonNegativeFloat = 0.0
+
+
+class InverseSqrtSchedule(_WarmUp):
+    """After warm-up, learning_rate * sqrt(warmup_steps / step)."""
+
+    kind: Literal["inverse_sqrt"] = "inverse_sqrt"
+    warmup_steps: PositiveInt = 4000
+
+
+class ConstantSchedule(_WarmUp):
+    """After warm-up, the learning rate itself."""
+
+    kind: Literal["constant"] = "constant"
+
+
+class LinearSchedule(_WarmUp):
+    """After warm-up, straight down to `final` at `total_steps`."""
+
+    kind: Literal["linear"] = "linear"
+    total_steps: PositiveInt
+    final: NonNegativeFloat = 0.0
+
+
+class CosineSchedule(_WarmUp):
+    """After warm-up, half a cosine down to `final` at `total_steps`."""
+
+    kind: Literal["cosine"] = "cosine"
+    total_steps: PositiveInt
+    final: NonNegativeFloat = 0.0
+
+
+class PolynomialSchedule(_WarmUp):
+    """After warm-up, (remaining share)**power down to `final` at `total_steps`."""
+
+    kind: Literal["polynomial"] = "polynomial"
+    total_steps: PositiveInt
+    power: PositiveFloat = 1.0
+    final: NonNegativeFloat = 0.0
+
+
+class WsdSchedule(_WarmUp):
+    """Warm-up, stable, decay: the learning rate itself until `decay_steps` before `total_steps`, then straight to `final`."""
+
+    kind: Literal["wsd"] = "wsd"
+    total_steps: PositiveInt
+    decay_steps: PositiveInt
+    final: NonNegativeFloat = 0.0
+
+
+ScheduleConfig = Annotated[
+    InverseSqrtSchedule | ConstantSchedule | LinearSchedule | CosineSchedule | PolynomialSchedule | WsdSchedule,
+    Field(discriminator="kind"),
+]
+
+
+class EngineConfig(Config):
+    """deepspeed: name of a file in ds_configs/ (`zero1`) or a path. clip_norm: 0 = no clipping."""
+
+    deepspeed: str = "zero1"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    clip_norm: NonNegativeFloat = 0.0

@@ -1,0 +1,33 @@
+"""Errors that a user can cause and mend.
+
+Every message says what is wrong (field or file), which value was found, and what to do about it. The command line prints
+the message alone; anything that is not a `DstrainError` is a defect of dstrain and keeps its stack trace.
+"""
+
+
+class DstrainError(Exception):
+    """A mistake outside dstrain: the message names the field or file, the value and the remedy."""
+
+
+class RecipeError(DstrainError):
+    """A recipe, an override or a DeepSpeed JSON file is not valid."""
+
+
+class DataError(DstrainError):
+    """Text, a tokenizer or prepared data cannot be used."""
+
+
+class BundleError(DstrainError):
+    """A portable model directory is missing, incomplete or of another kind."""
+
+
+class CheckpointError(DstrainError):
+    """No checkpoint can be resumed, or it belongs to another run."""
+
+
+class ImportFormatError(DstrainError):
+    """A foreign checkpoint or data file cannot be read safely."""
+
+
+class TrainingError(DstrainError):
+    """Training had to stop: a non-finite step, a lost rank, a full disk."""

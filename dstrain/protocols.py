@@ -1,0 +1,156 @@
+"""What the floors above a model, an objective or an engine know about it.
+
+Rooms that may not import one another meet here: `generation/` and `objectives/` see a model through `TeacherForced` and
+`Generative`, `checkpoint/` sees an engine through `Shardable`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
+
+from torch import Tensor
+
+from dstrain.batch import Batch, Sequences
+
+R = TypeVar("R")
+
+
+class Memory(NamedTuple):
+    """What the decoder sees of the source. hidden: (B, S, D); lengths: (B,)."""
+
+    hidden: Tensor
+    lengths: Tensor
+
+
+class ModelOutput(NamedTuple):
+    """hidden: (B, T, D), what the projection reads; memory: the encoder's output, None for decoder-only models."""
+
+    hidden: Tensor
+    memory: Memory | None
+
+
+class LossOutput(NamedTuple):
+    """loss_sum: () sum over scored tokens, with gradient; num_targets: how many; sums: further () sums to report, detached."""
+
+    loss_sum: Tensor
+    num_targets: int
+    sums: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step, the same on every rank.
+
+    step: number of the step, from 1. loss: nats per target token of the whole step. sums: each reported sum divided by
+    num_targets. grad_norm: global L2 norm before clipping. learning_rate: the one this step used. skipped: the update was
+    not applied (fp16 overflow).
+    """
+
+    step: int
+    loss: float
+    num_targets: int
+    grad_norm: float
+    learning_rate: float
+    skipped: bool = False
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """One generated sequence.
+
+    tokens: target ids with the final EOS. score: sum of log-probabilities (nats), divided by length**length_penalty unless
+    unnormalized. token_scores: log-probability of each token, EOS included.
+    """
+
+    tokens: list[int]
+    score: float
+    token_scores: list[float]
+
+
+class TeacherForced(Protocol):
+    """A model as an objective sees it."""
+
+    def __call__(self, source: Sequences | None, target: Sequences) -> ModelOutput:
+        """All target positions at once."""
+        ...
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits. (..., D) -> (..., V)"""
+        ...
+
+    def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
+        """Call `reduce(features, weight)` where the vocabulary projection is `features @ weight.T`.
+
+        hidden: (N, D); features: (N, E); weight: (V, E). The call happens inside the projection's own forward, so that ZeRO-3
+        has gathered the weight; `reduce` returns a tensor or a tuple of tensors and never keeps the weight.
+        """
+        ...
+
+
+class DecodingState(Protocol):
+    """What a decoder remembers between steps for `sentences x rows_per_sentence` rows, sentence-major."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i continues what row `rows[i]` was; rows: (N,), each within its own sentence."""
+        ...
+
+    def keep(self, sentences: Tensor) -> None:
+        """Forget all sentences but these; sentences: (b,) ascending indices of the present ones."""
+        ...
+
+
+class Generative(Protocol):
+    """A model as generation sees it."""
+
+    def start(self, source: Sequences | None, *, num_sentences: int, rows_per_sentence: int, max_length: int) -> DecodingState:
+        """Encode the source once per sentence and make room for `max_length` decoder inputs."""
+        ...
+
+    def step(self, tokens: Tensor, state: DecodingState) -> Tensor:
+        """Feed the next inputs. tokens: (N, t), t = 1 but for a prefix -> logits after each, (N, t, V)."""
+        ...
+
+
+class Objective(Protocol):
+    """Turns hidden states and labels into a sum of losses."""
+
+    def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput: ...
+
+
+class Shardable(Protocol):
+    """An engine as the checkpoint manager sees it. Both calls are collective: every rank makes them."""
+
+    def save_shards(self, directory: Path) -> None:
+        """Write this rank's part of the training state under `directory` (same path on every rank)."""
+        ...
+
+    def load_shards(self, directory: Path) -> None:
+        """Read it back, bit for bit."""
+        ...
+
+
+class TextTokenizer(Protocol):
+    """Text to ids and back; ids never hold specials that the text did not ask for. EOS is not added here."""
+
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    unk_id: int
+
+    def encode(self, lines: Sequence[str]) -> list[list[int]]: ...
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]: ...
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The pieces that the ids stand for."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over everything that decides text -> ids."""
+        ...
