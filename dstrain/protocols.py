@@ -118,7 +118,9 @@ class Generative(Protocol):
 class Objective(Protocol):
     """Turns hidden states and labels into a sum of losses."""
 
-    def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput: ...
+    def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
+        """The sum of losses over the batch's scored labels, with gradient."""
+        ...
 
 
 class Shardable(Protocol):
@@ -142,9 +144,13 @@ class TextTokenizer(Protocol):
     eos_id: int
     unk_id: int
 
-    def encode(self, lines: Sequence[str]) -> list[list[int]]: ...
+    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+        """Ids of each line, without EOS."""
+        ...
 
-    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]: ...
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Text of each id sequence, special ids left out."""
+        ...
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The pieces that the ids stand for."""
