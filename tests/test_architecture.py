@@ -16,7 +16,7 @@ FLOORS = [
     {"objectives", "generation"},
     {"engine", "checkpoint"},
     {"training"},
-    {"recipe", "build"},
+    {"recipe", "recipe_errors", "recipe_file", "build"},
     {"cli", "api", "__main__"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,1 +1,78 @@
-"""placeholder"""
+"""The command line: finds the verb, imports it alone, and turns a user's mistake into one message."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import sys
+from collections.abc import Sequence
+
+from dstrain import __version__
+from dstrain.errors import DstrainError
+from dstrain.log import logger, setup_logging
+
+VERBS = {
+    "show": "check a recipe and print it resolved",
+    "prepare": "turn text into a tokenizer and Arrow shards",
+    "train": "train, or resume training, into a run directory",
+    "generate": "translate a file with a bundle",
+    "interactive": "translate line by line from a terminal or a pipe",
+    "evaluate": "score hypotheses: BLEU, chrF, TER with sacreBLEU signatures",
+    "validate": "loss, perplexity and BLEU of a bundle on prepared data",
+    "average": "average bundles into one",
+    "report": "draw the curves of a run as PNG and HTML",
+    "import": "turn a fairseq checkpoint into a bundle",
+}
+EPILOG = """a first run:
+  dstrain prepare translation/quickstart --output data/quickstart
+  dstrain train translation/quickstart --data data/quickstart --output runs/quickstart
+  dstrain interactive runs/quickstart/bundles/best
+
+on several GPUs or nodes the same recipe runs under a launcher:
+  deepspeed --num_gpus 8 --module dstrain train RECIPE --data DATA --output RUN
+`dstrain VERB --help` explains a verb."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code: 0 done, 1 a mistake that the message explains, 2 usage, 130 interrupted."""
+    words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not re.match(r"--local[-_]rank=", word)]
+    parser = argparse.ArgumentParser(
+        prog="dstrain",
+        description="Train, distil and run translation and other sequence models with DeepSpeed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"dstrain {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show stack traces and debug messages")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    for name, summary in VERBS.items():
+        subparser = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        if name == chosen:
+            module = importlib.import_module(f"dstrain.cli.{'import_' if name == 'import' else name}")
+            subparser.description = f"{module.__doc__}"
+            subparser.formatter_class = argparse.RawDescriptionHelpFormatter
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+            subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    args = parser.parse_args(words)
+    setup_logging(debug=args.debug)
+    return _guarded(args)
+
+
+def _guarded(args: argparse.Namespace) -> int:
+    try:
+        return int(args.run(args))
+    except DstrainError as error:
+        if args.debug:
+            raise
+        logger.error("%s", error)
+        return 1
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,0 +1,26 @@
+"""What several verbs share: recipe arguments and how they are read."""
+
+from __future__ import annotations
+
+import argparse
+
+from dstrain.recipe import Recipe
+from dstrain.recipe_file import load_recipe
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """RECIPE and --set."""
+    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe (translation/multi30k_tiny) or a YAML file")
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override one value, for example --set training.max_steps=100; may be repeated",
+    )
+
+
+def recipe_from(args: argparse.Namespace) -> Recipe:
+    """The checked recipe of the two arguments."""
+    return load_recipe(args.recipe, args.overrides)

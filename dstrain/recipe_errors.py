@@ -1,0 +1,94 @@
+"""What is wrong with a configuration, in words: dotted path, value, remedy; unknown keys with the nearest valid one."""
+
+from __future__ import annotations
+
+import difflib
+import typing
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
+    """One line per mistake, in the order of the tree."""
+    details = error.errors(include_url=False)
+    places = [detail["loc"] for detail in details]
+    # A list whose only item is wrong is reported by pydantic as too short as well.
+    return [
+        _explain_one(detail, model)
+        for detail in details
+        if not any(place[: len(detail["loc"])] == detail["loc"] and place != detail["loc"] for place in places)
+    ]
+
+
+def nearest(key: str, valid: Iterable[str]) -> str:
+    """The end of an unknown-key message: the nearest valid key where there is one, else all of them."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"valid keys: {', '.join(valid)}"
+
+
+def _explain_one(detail: Any, model: type[BaseModel]) -> str:
+    path, owner = _follow(detail["loc"], model)
+    where = ".".join(path)
+    message = detail["msg"].removeprefix("Value error, ")
+    match detail["type"]:
+        case "extra_forbidden":
+            return f"{where}: unknown key; {nearest(path[-1], owner.model_fields if owner else ())}"
+        case "missing":
+            return f"{where}: missing; give it a value"
+        case "value_error":
+            return f"{where}: {message}" if where else message
+        case "union_tag_not_found":
+            return f"{where}: missing `kind`; choose one of {detail['ctx'].get('expected_tags', _tags_at(owner, path))}"
+        case "union_tag_invalid":
+            tags, found = detail["ctx"]["expected_tags"], detail["ctx"]["tag"]
+            return f"{where}.kind: {found!r} is unknown; choose one of {tags}"
+    return f"{where}: {message[:1].lower()}{message[1:]}, not {detail['input']!r}"
+
+
+def _tags_at(owner: type[BaseModel] | None, path: Sequence[str]) -> str:
+    if owner is None or path[-1] not in owner.model_fields:
+        return "the documented kinds"
+    kinds = _members(owner.model_fields[path[-1]].annotation)
+    return ", ".join(repr(kind.model_fields["kind"].default) for kind in kinds if "kind" in kind.model_fields)
+
+
+def _follow(location: Sequence[str | int], model: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
+    """The path as a user writes it (union tags left out), and the model that owns its last key."""
+    path: list[str] = []
+    annotation: Any = model
+    owner: type[BaseModel] | None = model
+    for step in location:
+        candidates = _members(annotation)
+        tagged = [c for c in candidates if "kind" in c.model_fields and c.model_fields["kind"].default == step]
+        if tagged and len(candidates) > 1:
+            annotation = tagged[0]
+            continue
+        path.append(str(step))
+        owner = candidates[0] if len(candidates) == 1 else None
+        if owner is not None and step in owner.model_fields:
+            annotation = owner.model_fields[str(step)].annotation
+        else:
+            annotation = _element(annotation)
+    return path, owner
+
+
+def _members(annotation: Any) -> list[type[BaseModel]]:
+    """The models that an annotation admits directly (through Annotated, unions and None)."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    origin = typing.get_origin(annotation)
+    if origin in (tuple, list, dict):
+        return []
+    arguments = typing.get_args(annotation)
+    if origin is typing.Annotated:
+        arguments = arguments[:1]
+    return [member for argument in arguments for member in _members(argument)]
+
+
+def _element(annotation: Any) -> Any:
+    """What a tuple, list or dict holds."""
+    arguments = [argument for argument in typing.get_args(annotation) if argument is not Ellipsis]
+    return arguments[-1] if arguments else None

@@ -1,0 +1,157 @@
+"""Recipes on disk: found by name or path, one `extends` level, `--set` overrides, duplicate keys refused.
+
+A merge goes key by key; where the `kind` of a part changes, the part is replaced whole, because its other keys belonged to the
+other kind. Every mistake of a recipe is reported at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dstrain.errors import RecipeError
+from dstrain.recipe import RECIPE_VERSION, Recipe
+from dstrain.recipe_errors import explain
+
+SHIPPED = Path(__file__).parent / "recipes"
+Tree = dict[str, Any]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without silent surprises: a key given twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def recipe_names() -> list[str]:
+    """Names of the shipped recipes: `translation/multi30k_tiny`."""
+    return sorted(str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.glob("*/*.yaml"))
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, merge, override and check a recipe.
+
+    name_or_path: a shipped name or a YAML file. overrides: `a.b=value` with a YAML value; list items by number.
+    Raises RecipeError with every mistake found.
+    """
+    path = _find(name_or_path)
+    tree = _read(path)
+    if "extends" in tree:
+        base_path = _find(str(tree.pop("extends")), beside=path)
+        base = _read(base_path)
+        if "extends" in base:
+            raise RecipeError(f"{path}: extends {base_path}, which itself extends another recipe; only one level is read")
+        tree = merge(base, tree)
+    for override in overrides:
+        _override(tree, override)
+    return check_recipe(tree, str(path))
+
+
+def check_recipe(tree: Mapping[str, Any], origin: str) -> Recipe:
+    """The checked recipe of a tree of plain values; `origin` names it in errors."""
+    if tree.get("version", RECIPE_VERSION) != RECIPE_VERSION:
+        found = tree["version"]
+        raise RecipeError(f"{origin}: version: this dstrain reads recipes of version {RECIPE_VERSION}, not {found!r}")
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = explain(error, Recipe)
+        count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
+        raise RecipeError("\n  ".join([f"{origin}: {count}", *lines])) from None
+
+
+def recipe_tree(recipe: Recipe) -> Tree:
+    """The resolved recipe as plain values, every default written out."""
+    return recipe.model_dump(mode="json")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back."""
+    return yaml.safe_dump(recipe_tree(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
+    """`top` over `base`, key by key; a part of another kind replaces the old one whole."""
+    merged = dict(base)
+    for key, value in top.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
+            merged[key] = merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _find(name_or_path: str, beside: Path | None = None) -> Path:
+    candidates = [SHIPPED / f"{name_or_path}.yaml", Path(name_or_path)]
+    if beside is not None:
+        candidates.insert(0, beside.parent / name_or_path)
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    names = recipe_names()
+    close = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]}?" if close else f"shipped recipes: {', '.join(names)}"
+    raise RecipeError(f"recipe {name_or_path!r}: no shipped recipe and no file of that name; {hint}")
+
+
+def _read(path: Path) -> Tree:
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}")
+    return tree
+
+
+def _override(tree: Tree, override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {override}: write it as section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError:
+        raise RecipeError(f"--set {override}: {text!r} is not a YAML value; quote it") from None
+    place: Any = tree
+    for depth, key in enumerate(keys[:-1]):
+        place = _enter(place, key, override, ".".join(keys[: depth + 1]))
+    _assign(place, keys[-1], value, override)
+
+
+def _enter(place: Any, key: str, override: str, path: str) -> Any:
+    if isinstance(place, list):
+        return place[_index(place, key, override)]
+    if not isinstance(place.get(key), dict | list):
+        if place.get(key) is not None:
+            raise RecipeError(f"--set {override}: {path} is the value {place[key]!r}, which has no parts")
+        place[key] = {}
+    return place[key]
+
+
+def _assign(place: Any, key: str, value: Any, override: str) -> None:
+    if isinstance(place, list):
+        place[_index(place, key, override)] = value
+    else:
+        place[key] = value
+
+
+def _index(place: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(place):
+        raise RecipeError(f"--set {override}: {key!r} is no item of a list of {len(place)}; items count from 0")
+    return int(key)
