@@ -1,0 +1,179 @@
+"""Which process this is among how many, and the few collectives that are not DeepSpeed's.
+
+A process finds its place in the environment of its launcher: `deepspeed` and `torchrun` set RANK, WORLD_SIZE and
+MASTER_*; under `srun` the same names are filled in from SLURM_*; without any of them the process is alone and needs no port.
+With one process no collective communicates. Groups speak gloo on the CPU and NCCL on GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from dstrain.errors import TrainingError
+
+T = TypeVar("T")
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective may wait. Long, because other ranks wait while one of them writes a checkpoint."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: `rank` of `world_size`, `local_rank` of `local_world_size` on its node, and its device."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    def barrier(self) -> None:
+        """Wait until every rank has come here."""
+        self.all_reduce_sums([0.0])
+
+    def all_reduce_sums(self, values: Sequence[float]) -> list[float]:
+        """Each value summed over the ranks in float64; the same list on every rank."""
+        if self.world_size == 1:
+            return [float(value) for value in values]
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        result: list[float] = sums.tolist()
+        return result
+
+    def all_true(self, flag: bool) -> bool:
+        """Whether every rank says yes."""
+        return self.all_reduce_sums([float(not flag)]) == [0.0]
+
+    def broadcast_object(self, value: T, source: int = 0) -> T:
+        """Rank `source`'s value, on every rank. Pickled: between ranks of one run only."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=source, device=self.device)
+        return box[0]
+
+    def gather_objects(self, value: T) -> list[T] | None:
+        """Every rank's value in the order of ranks, on rank 0; None elsewhere. Pickled: between ranks of one run only."""
+        if self.world_size == 1:
+            return [value]
+        gathered: list[T] | None = [value] * self.world_size if self.rank == 0 else None
+        dist.gather_object(value, gathered, dst=0)
+        return gathered
+
+
+def initialize(device: DeviceChoice = "auto") -> World:
+    """Find this process's place, join the process group and choose device and thread count. Call once per process.
+
+    RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* are in the environment afterwards, where DeepSpeed looks for them.
+    Raises TrainingError where the environment is contradictory, a device is missing or the port is taken.
+    """
+    place = _from_launcher() or _from_slurm() or {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    world_size, local_world_size = _number(place, "WORLD_SIZE"), _number(place, "LOCAL_WORLD_SIZE")
+    chosen = _device(device, _number(place, "LOCAL_RANK"))
+    if chosen.type == "cuda":
+        place["LOCAL_RANK"] = str(chosen.index)
+    os.environ.update(place)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    world = World(_number(place, "RANK"), _number(place, "LOCAL_RANK"), world_size, local_world_size, chosen)
+    if not 0 <= world.rank < world_size:
+        raise TrainingError(f"RANK={world.rank} does not fit WORLD_SIZE={world_size}: the launcher's environment is incomplete")
+    if not dist.is_initialized():
+        _join(world)
+    return world
+
+
+def finalize() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _join(world: World) -> None:
+    backend = "nccl" if world.device.type == "cuda" else "gloo"
+    if world.world_size == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)  # type: ignore[attr-defined]
+        return
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if name not in os.environ:
+            raise TrainingError(f"WORLD_SIZE={world.world_size} but {name} is not set: start with deepspeed, torchrun or srun")
+    try:
+        dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=TIMEOUT)
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+        reason = "the port is in use; choose a free MASTER_PORT" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
+        raise TrainingError(f"rank {world.rank} cannot meet the other ranks at {address}: {reason}") from error
+
+
+def _number(place: dict[str, str], name: str) -> int:
+    if not place[name].isdecimal():
+        raise TrainingError(f"{name}={place[name]!r} in the environment is not a number")
+    return int(place[name])
+
+
+def _from_launcher() -> dict[str, str] | None:
+    """What torchrun or the deepspeed launcher have set."""
+    if "RANK" not in os.environ:
+        return None
+    rank, world_size = os.environ["RANK"], os.environ.get("WORLD_SIZE")
+    if world_size is None:
+        raise TrainingError(f"RANK={rank} is set but WORLD_SIZE is not: unset RANK, or start with deepspeed, torchrun or srun")
+    local_world_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))
+    local_rank = os.environ.get("LOCAL_RANK", rank)
+    return {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world_size}
+
+
+def _from_slurm() -> dict[str, str] | None:
+    """What srun has set for one task per rank; None outside a step of several tasks."""
+    step = os.environ
+    if "SLURM_STEP_ID" not in step or int(step.get("SLURM_STEP_NUM_TASKS", "1")) <= 1:
+        return None
+    node = int(step["SLURM_NODEID"])
+    return {
+        "RANK": step["SLURM_PROCID"],
+        "WORLD_SIZE": step["SLURM_STEP_NUM_TASKS"],
+        "LOCAL_RANK": step["SLURM_LOCALID"],
+        "LOCAL_WORLD_SIZE": str(tasks_per_node(step["SLURM_STEP_TASKS_PER_NODE"])[node]),
+        "MASTER_ADDR": step.get("MASTER_ADDR", first_host(step["SLURM_STEP_NODELIST"])),
+        "MASTER_PORT": step.get("MASTER_PORT", str(20000 + int(step["SLURM_JOB_ID"]) % 10000)),
+    }
+
+
+def tasks_per_node(text: str) -> list[int]:
+    """Slurm's `2(x3),1` -> [2, 2, 2, 1]."""
+    counts = []
+    for part in text.split(","):
+        count, _, repeat = part.rstrip(")").partition("(x")
+        counts += [int(count)] * int(repeat or "1")
+    return counts
+
+
+def first_host(node_list: str) -> str:
+    """The first host of Slurm's `gpu[03-05,9],login1` -> gpu03."""
+    match = re.match(r"([^,\[]+)(?:\[(\w+)[^\]]*\]([^,\[]*))?", node_list)
+    if match is None:
+        raise TrainingError(f"SLURM_STEP_NODELIST={node_list!r} names no host")
+    prefix, number, suffix = match.groups(default="")
+    return prefix + number + suffix
+
+
+def _device(choice: DeviceChoice, local_rank: int) -> torch.device:
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise TrainingError("device cuda was asked for, but torch sees no GPU; use --device cpu, or check the driver")
+    count = torch.cuda.device_count()
+    if local_rank >= count > 1:
+        raise TrainingError(f"LOCAL_RANK={local_rank} but this node has {count} GPUs: start at most {count} ranks a node")
+    index = local_rank if count > 1 else 0
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
