@@ -1,0 +1,148 @@
+"""Recipes: names, extends, overrides, and every mistake in words, at once."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dstrain.errors import RecipeError
+from dstrain.recipe_file import dump_recipe, load_recipe, merge, recipe_names
+from tests.paths import ROOT
+
+
+def errors_of(*overrides: str, recipe: str = "translation/quickstart") -> str:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(recipe, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_is_valid_and_survives_a_round_trip(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_recipe(recipe))
+    assert load_recipe(str(copy)) == recipe
+
+
+def test_overrides_change_values_at_any_depth() -> None:
+    recipe = load_recipe("translation/quickstart", ["training.max_steps=7", "data.train.0.num_pairs=9", "model.dropout=0"])
+    assert recipe.training.max_steps == 7
+    assert recipe.data.train[0].model_dump()["num_pairs"] == 9
+    assert recipe.model.dropout == 0
+
+
+def test_all_mistakes_are_reported_together_with_the_nearest_key() -> None:
+    message = errors_of("training.max_stpes=3", "model.encoder.depht=2", "optimizer.learning_rate=-1")
+    assert "3 mistakes" in message
+    assert "training.max_stpes: unknown key; did you mean max_steps?" in message
+    assert "model.encoder.depht: unknown key; did you mean depth?" in message
+    assert "optimizer.learning_rate: input should be greater than 0, not -1" in message
+
+
+def test_a_key_inside_a_tagged_part_is_named_without_the_tag() -> None:
+    assert "data.train.0.num_pear: unknown key; did you mean num_pairs?" in errors_of("data.train.0.num_pear=3")
+
+
+def test_an_unknown_kind_names_the_choices_once() -> None:
+    message = errors_of("data.train.0.kind=paralel")
+    assert "1 mistake\n" in message
+    assert "data.train.0.kind: 'paralel' is unknown; choose one of 'parallel'" in message
+
+
+def test_a_missing_value_is_named() -> None:
+    assert "schedule.total_steps: missing" in errors_of("schedule={kind: cosine}")
+
+
+def test_training_must_end() -> None:
+    assert "training: training never ends: give max_steps, max_epochs or max_hours" in errors_of("training.max_steps=null")
+
+
+def test_heads_must_divide_the_width() -> None:
+    assert "encoder.num_heads = 3 does not divide model_dim = 128" in errors_of("model.encoder.num_heads=3")
+
+
+def test_training_may_not_outlast_its_schedule() -> None:
+    assert "goes beyond schedule.total_steps = 5" in errors_of("schedule={kind: linear, total_steps: 5}")
+
+
+def test_another_version_is_refused() -> None:
+    assert "reads recipes of version 1, not 2" in errors_of("version=2")
+
+
+def test_an_unknown_name_gets_the_nearest_one() -> None:
+    assert "did you mean translation/quickstart?" in errors_of(recipe="translation/quickstrt")
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("training.max_steps", "write it as section.key=value"),
+        ("training.max_steps.deeper=1", "which has no parts"),
+        ("data.train.5.seed=1", "no item of a list of 1"),
+        ("data.train.x.seed=1", "'x' is no item of a list"),
+        ("training={a: [}", "is not a YAML value"),
+    ],
+)
+def test_a_bad_override_is_explained(override: str, complaint: str) -> None:
+    assert complaint in errors_of(override)
+
+
+def test_extends_goes_one_level_and_merges_key_by_key(tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: translation/quickstart\nmodel: {dropout: 0.25}\nschedule: {kind: constant}\n")
+    recipe = load_recipe(str(child))
+    base = load_recipe("translation/quickstart")
+    assert recipe.model.dropout == 0.25
+    assert recipe.model.encoder == base.model.encoder
+    assert recipe.schedule.model_dump() == {"kind": "constant", "warmup_steps": 0, "warmup_init": 0.0}
+    grandchild = tmp_path / "grandchild.yaml"
+    grandchild.write_text("extends: child.yaml\n")
+    assert "only one level is read" in errors_of(recipe=str(grandchild))
+
+
+def test_merge_replaces_a_part_of_another_kind() -> None:
+    base = {"part": {"kind": "a", "x": 1}, "other": {"y": 1, "z": 2}}
+    assert merge(base, {"part": {"kind": "b"}, "other": {"y": 3}}) == {"part": {"kind": "b"}, "other": {"y": 3, "z": 2}}
+    assert merge(base, {"part": {"x": 2}}) == {"part": {"kind": "a", "x": 2}, "other": {"y": 1, "z": 2}}
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- 1", "a recipe is a mapping of sections, not list"),
+        ("training: {seed: 1, seed: 2}", "the key 'seed' is given twice"),
+    ],
+)
+def test_a_broken_file_is_explained(text: str, complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    assert complaint in errors_of(recipe=str(path))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["show", "translation/multi30k_tiny"]])
+def test_help_and_show_answer_within_a_second(arguments: list[str]) -> None:
+    def seconds() -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "dstrain", *arguments], check=True, capture_output=True, cwd=ROOT)
+        return time.perf_counter() - start
+
+    assert min(seconds() for _ in range(3)) < 1.0
+
+
+def test_show_prints_yaml_and_a_mistake_ends_with_one_message() -> None:
+    def show(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "dstrain", "show", *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+
+    good = show("translation/quickstart", "--set", "training.seed=5")
+    assert good.returncode == 0
+    assert yaml.safe_load(good.stdout)["training"]["seed"] == 5
+    bad = show("translation/quickstart", "--set", "training.sede=5")
+    assert bad.returncode == 1
+    assert "did you mean seed?" in bad.stderr
+    assert "Traceback" not in bad.stderr
