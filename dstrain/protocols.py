@@ -123,6 +123,40 @@ class Objective(Protocol):
         ...
 
 
+class Ranks(Protocol):
+    """The processes of one run as the floors above `parallel/` see them. Every method is collective: all ranks call it."""
+
+    @property
+    def rank(self) -> int:
+        """This process, from 0."""
+        ...
+
+    @property
+    def world_size(self) -> int:
+        """How many processes there are."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        ...
+
+    def all_true(self, value: bool) -> bool:
+        """Whether it holds on every rank."""
+        ...
+
+    def all_reduce_sums(self, values: list[float]) -> list[float]:
+        """Each number summed over the ranks."""
+        ...
+
+    def broadcast_object(self, value: R) -> R:
+        """Rank 0's value, on every rank."""
+        ...
+
+    def gather_objects(self, value: R) -> list[R]:
+        """Every rank's value, in rank order, on every rank."""
+        ...
+
+
 class Shardable(Protocol):
     """An engine as the checkpoint manager sees it. Both calls are collective: every rank makes them."""
 
