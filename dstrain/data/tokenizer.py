@@ -1,0 +1,255 @@
+"""Text to ids and back: SentencePiece models and fairseq dictionaries, alone or as a pair for source and target.
+
+A tokenizer is its bytes: it can be written, read back and compared by fingerprint, and the directory made by `save_tokenizers` is
+the same in prepared data and in bundles. The special ids bos, pad and eos never come out of text, whatever the text spells.
+
+SentencePiece normalizes what it reads by the rules stored in the model. For models that dstrain trains these are `nmt_nfkc`:
+Unicode NFKC; runs of white space (line breaks, no-break and zero-width spaces among them) become one space, none at either end;
+control characters vanish. `decode(encode(text))` gives the normalized text back, characters that the model never saw as U+2047.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import sentencepiece
+import yaml
+
+from dstrain.data.files import write_file
+from dstrain.errors import DataError
+
+if TYPE_CHECKING:
+    from dstrain.protocols import TextTokenizer
+
+FORMAT_VERSION = 1
+TOKENIZER_FILE = "tokenizer.yaml"
+SPECIAL_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
+WORD_START = "\u2581"
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. Specials that it lacks get the ids after its last piece, in the order pad, eos, bos."""
+
+    def __init__(self, model: bytes, *, name: str = "SentencePiece model") -> None:
+        self._model = model
+        self._processor = _open_model(model, name)
+        self.vocab_size: int = self._processor.get_piece_size()
+        self.unk_id: int = self._processor.unk_id()
+        self.pad_id = self._own_or_appended(self._processor.pad_id())
+        self.eos_id = self._own_or_appended(self._processor.eos_id())
+        self.bos_id = self._own_or_appended(self._processor.bos_id())
+        self._hidden = {self.bos_id, self.pad_id, self.eos_id}
+        self._appended = {self.bos_id: "<s>", self.pad_id: "<pad>", self.eos_id: "</s>"}
+
+    @classmethod
+    def from_file(cls, path: Path) -> SentencePieceTokenizer:
+        """Read a `.model` file. Raises DataError where it is missing or no SentencePiece model."""
+        return cls(_read(path, "SentencePiece model"), name=str(path))
+
+    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+        """Ids of each line, without EOS. One thread: parallelism belongs to the caller's processes."""
+        ids: list[list[int]] = self._processor.encode(list(lines), out_type=int, num_threads=1)
+        return ids
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Normalized text of each id sequence."""
+        visible = [[int(i) for i in row if i not in self._hidden] for row in ids]
+        texts: list[str] = self._processor.decode(visible) if visible else []
+        return texts
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The pieces that the ids stand for."""
+        return [self._appended.get(int(i)) or self._processor.id_to_piece(int(i)) for i in ids]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the model file, under its kind."""
+        return hashlib.sha256(b"sentencepiece\0" + self._model).hexdigest()
+
+    def save(self, directory: Path, stem: str) -> dict[str, str]:
+        """Write `directory`/`stem`.model; returns this tokenizer's entry for tokenizer.yaml."""
+        write_file(directory / f"{stem}.model", self._model)
+        return {"kind": "sentencepiece", "model": f"{stem}.model"}
+
+    def _own_or_appended(self, special_id: int) -> int:
+        if special_id >= 0:
+            return special_id
+        self.vocab_size += 1
+        return self.vocab_size - 1
+
+
+class DictionaryTokenizer:
+    """A fairseq `dict.txt`: white-space separated symbols, behind an optional SentencePiece model.
+
+    Lines of the file are `symbol count`, line k (from 0) has id 4 + k, after <s> <pad> </s> <unk>. A symbol that stands there
+    twice is an error unless the later line ends in `#fairseq:overwrite`; then text maps to the later id. Padding words are kept.
+    """
+
+    bos_id, pad_id, eos_id, unk_id = range(4)
+
+    def __init__(self, dictionary: bytes, model: bytes | None = None, *, name: str = "dict.txt") -> None:
+        self._dictionary = dictionary
+        self._model = model
+        self._processor = None if model is None else _open_model(model, f"SentencePiece model before {name}")
+        self._symbols, self._ids = _parse_dictionary(dictionary, name)
+        self.vocab_size = len(self._symbols)
+
+    @classmethod
+    def from_files(cls, dictionary: Path, model: Path | None = None) -> DictionaryTokenizer:
+        """Read the files. Raises DataError where one is missing or malformed."""
+        pieces = None if model is None else _read(model, "SentencePiece model")
+        return cls(_read(dictionary, "dictionary"), pieces, name=str(dictionary))
+
+    def encode(self, lines: Sequence[str]) -> list[list[int]]:
+        """Ids of each line, without EOS; a symbol that the dictionary lacks is `unk_id`, so is the name of a special."""
+        if self._processor is None:
+            rows = [line.split() for line in lines]
+        else:
+            rows = self._processor.encode(list(lines), out_type=str, num_threads=1)
+        find, unknown = self._ids.get, self.unk_id
+        return [[find(symbol, unknown) for symbol in row] for row in rows]
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Symbols joined by spaces, or glued to words where a SentencePiece model stands in front."""
+        hidden = {self.bos_id, self.pad_id, self.eos_id}
+        rows = [self.tokens([i for i in row if i not in hidden]) for row in ids]
+        if self._processor is None:
+            return [" ".join(row) for row in rows]
+        return ["".join(row).replace(WORD_START, " ").strip() for row in rows]
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The symbols that the ids stand for."""
+        return [self._symbols[i] for i in ids]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the symbols in order, what they are looked up as, and the model in front; counts do not matter."""
+        table = repr((self._symbols, sorted(self._ids.items()))).encode()
+        return hashlib.sha256(b"dictionary\0" + hashlib.sha256(table).digest() + (self._model or b"")).hexdigest()
+
+    def save(self, directory: Path, stem: str) -> dict[str, str]:
+        """Write `directory`/`stem`.dict.txt and the model if any; returns this tokenizer's entry for tokenizer.yaml."""
+        write_file(directory / f"{stem}.dict.txt", self._dictionary)
+        entry = {"kind": "dictionary", "dictionary": f"{stem}.dict.txt"}
+        if self._model is not None:
+            write_file(directory / f"{stem}.model", self._model)
+            entry["model"] = f"{stem}.model"
+        return entry
+
+
+@dataclass(frozen=True)
+class TokenizerPair:
+    """How source and target are read; the same object twice where both share one vocabulary."""
+
+    source: TextTokenizer
+    target: TextTokenizer
+
+    @property
+    def shared(self) -> bool:
+        """Whether an id means the same on both sides."""
+        return self.source.fingerprint == self.target.fingerprint
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over both sides."""
+        return hashlib.sha256(f"{self.source.fingerprint} {self.target.fingerprint}".encode()).hexdigest()
+
+
+def save_tokenizers(pair: TokenizerPair, directory: Path) -> None:
+    """Write both tokenizers under `directory`; tokenizer.yaml comes last, so a directory that has it is whole."""
+    directory = Path(directory)
+    source = _save(pair.source, directory, "joint" if pair.shared else "source")
+    target = source if pair.shared else _save(pair.target, directory, "target")
+    content = {"format_version": FORMAT_VERSION, "fingerprint": pair.fingerprint, "source": source, "target": dict(target)}
+    write_file(directory / TOKENIZER_FILE, yaml.safe_dump(content, sort_keys=False).encode())
+
+
+def load_tokenizers(directory: Path) -> TokenizerPair:
+    """Read what `save_tokenizers` wrote.
+
+    Raises DataError where a file is missing, tokenizer.yaml is malformed or of another version, or the files are not those that
+    were saved (by fingerprint).
+    """
+    path = Path(directory) / TOKENIZER_FILE
+    try:
+        content = yaml.safe_load(_read(path, "tokenizer description"))
+        version = content["format_version"]
+        if version != FORMAT_VERSION:
+            raise DataError(
+                f"{path} has format_version {version!r}, this dstrain reads {FORMAT_VERSION}; save the tokenizer again"
+            )
+        source = _load(path.parent, content["source"])
+        target = source if content["target"] == content["source"] else _load(path.parent, content["target"])
+        pair = TokenizerPair(source, target)
+        expected = content["fingerprint"]
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is not a tokenizer description ({error!r}): it was altered; save the tokenizer again") from error
+    if pair.fingerprint != expected:
+        raise DataError(f"{path.parent}: the tokenizer files were altered after {TOKENIZER_FILE} was written; restore them")
+    return pair
+
+
+def _save(tokenizer: TextTokenizer, directory: Path, stem: str) -> dict[str, str]:
+    if isinstance(tokenizer, SentencePieceTokenizer | DictionaryTokenizer):
+        return tokenizer.save(directory, stem)
+    raise TypeError(f"{type(tokenizer).__name__} cannot be saved")
+
+
+def _load(directory: Path, entry: dict[str, str]) -> SentencePieceTokenizer | DictionaryTokenizer:
+    model = directory / entry["model"] if "model" in entry else None
+    match entry["kind"]:
+        case "sentencepiece":
+            return SentencePieceTokenizer.from_file(directory / entry["model"])
+        case "dictionary":
+            return DictionaryTokenizer.from_files(directory / entry["dictionary"], model)
+        case kind:
+            raise DataError(f"{directory / TOKENIZER_FILE}: kind {kind!r} is unknown; it is sentencepiece or dictionary")
+
+
+def _read(path: Path, what: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{what} {path}: {error.strerror}; check the path") from error
+
+
+def _open_model(model: bytes, name: str) -> Any:
+    processor = sentencepiece.SentencePieceProcessor()
+    try:
+        loaded = bool(model) and processor.load_from_serialized_proto(model)
+    except RuntimeError as error:
+        raise DataError(f"{name} is not a SentencePiece model; check the file") from error
+    if not loaded or processor.get_piece_size() == 0:
+        raise DataError(f"{name} is not a SentencePiece model; check the file")
+    return processor
+
+
+def _parse_dictionary(content: bytes, name: str) -> tuple[list[str], dict[str, int]]:
+    """The symbols by id, and the id that a symbol of text gets. The names of the specials are not text."""
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        lines_before = content.count(b"\n", 0, error.start)
+        raise DataError(f"{name}:{lines_before + 1}: invalid UTF-8; convert the dictionary to UTF-8") from error
+    symbols = list(SPECIAL_SYMBOLS)
+    ids: dict[str, int] = {}
+    taken = set(symbols)
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
+        symbol, _, count = line.rstrip().rpartition(" ")
+        overwrite = count == "#fairseq:overwrite"
+        if overwrite:
+            symbol, _, count = symbol.rpartition(" ")
+        if not symbol or not count.lstrip("-").isdecimal():
+            raise DataError(f"{name}:{number}: {line[:80]!r} is not `symbol count`; use a fairseq dictionary")
+        if symbol in taken and not overwrite:
+            raise DataError(
+                f"{name}:{number}: symbol {symbol!r} stands there twice; remove the line or end it with `#fairseq:overwrite`"
+            )
+        taken.add(symbol)
+        ids[symbol] = len(symbols)
+        symbols.append(symbol)
+    return symbols, ids
