@@ -1,0 +1,175 @@
+"""The encoder-decoder transformer: teacher-forced for training, step by step with a cache for generation.
+
+It only connects its parts; `models/factory.py` makes them from a configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dstrain.batch import Sequences
+from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
+from dstrain.nn.attention import AttentionContext
+from dstrain.nn.cache import KeyValueCache, is_identity
+from dstrain.nn.embedding import InputEmbedding, Projection
+from dstrain.nn.layers import DecoderLayer, EncoderLayer
+from dstrain.nn.stack import LayerStack
+from dstrain.ops.bias import causal_bias, padding_bias, segment_bias
+from dstrain.protocols import Memory, ModelOutput
+
+R = TypeVar("R")
+
+
+class EncoderDecoderState:
+    """What decoding remembers: the source's keys and values by depth, once a sentence; those of the target, once a row."""
+
+    def __init__(
+        self, *, source: list[tuple[Tensor, Tensor]], source_bias: Tensor | None, target: KeyValueCache, rows_per_sentence: int
+    ) -> None:
+        self.source = source  # by depth: keys, values (b, H, S, K)
+        self.source_bias = source_bias  # (b, 1, 1, S)
+        self.target = target
+        self.rows_per_sentence = rows_per_sentence
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i continues what row `rows[i]` was; rows: (N,), each within its own sentence."""
+        if not is_identity(rows):
+            self.target.select(rows)
+
+    def keep(self, sentences: Tensor) -> None:
+        """Forget all sentences but these; sentences: (b,) ascending indices of the present ones."""
+        first = sentences[:, None] * self.rows_per_sentence
+        self.target.select((first + torch.arange(self.rows_per_sentence, device=sentences.device)).flatten())
+        self.source = [(key.index_select(0, sentences), value.index_select(0, sentences)) for key, value in self.source]
+        if self.source_bias is not None:
+            self.source_bias = self.source_bias.index_select(0, sentences)
+
+
+class EncoderDecoder(nn.Module):
+    """Implements `protocols.TeacherForced` and `protocols.Generative`."""
+
+    def __init__(
+        self,
+        *,
+        config: EncoderDecoderConfig,
+        vocabulary: VocabularySizes,
+        source_embedding: InputEmbedding,
+        encoder: LayerStack[EncoderLayer],
+        target_embedding: InputEmbedding,
+        decoder: LayerStack[DecoderLayer],
+        projection: Projection,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary = vocabulary
+        self.source_embedding = source_embedding
+        self.encoder = encoder
+        self.target_embedding = target_embedding
+        self.decoder = decoder
+        self.projection = projection
+
+    def forward(self, source: Sequences | None, target: Sequences) -> ModelOutput:
+        """All target positions at once."""
+        source = required(source)
+        memory = self.encode(source)
+        memory_bias = padding_bias(source.lengths, source.tokens.shape[1], memory.hidden.dtype)
+        if source.segments is not None and target.segments is not None:
+            memory_bias = segment_bias(target.segments, source.segments, memory.hidden.dtype)
+        context = whole_context(target, memory.hidden.dtype, causal=True)
+
+        def run(_: int, layer: DecoderLayer, x: Tensor) -> Tensor:
+            key, value = layer.cross_attention.project_memory(memory.hidden)
+            passed: Tensor = layer(x, key, value, context=context, memory_bias=memory_bias)
+            return passed
+
+        hidden = self.decoder(self.target_embedding(target.tokens, context.positions), run)
+        return ModelOutput(hidden, memory)
+
+    def encode(self, source: Sequences) -> Memory:
+        """(B, S) -> the encoder's output, (B, S, D); positions after a row's length hold no meaning."""
+        x = self.source_embedding(source.tokens, 0 if source.positions is None else source.positions)
+        context = whole_context(source, x.dtype, causal=False)
+
+        def run(_: int, layer: EncoderLayer, x: Tensor) -> Tensor:
+            passed: Tensor = layer(x, context=context)
+            return passed
+
+        return Memory(self.encoder(x, run), source.lengths)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits. (..., D) -> (..., V)"""
+        return self.reduce_projection(hidden, F.linear)
+
+    def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
+        """`reduce(features, weight)` inside the projection's forward; see `protocols.TeacherForced`."""
+        result: R = self.projection(hidden, reduce)
+        return result
+
+    @torch.no_grad()
+    def start(
+        self, source: Sequences | None, *, num_sentences: int, rows_per_sentence: int, max_length: int
+    ) -> EncoderDecoderState:
+        """Encode the source once per sentence and make room for `max_length` decoder inputs."""
+        source = required(source)
+        hidden = self.encode(source).hidden
+        head_dim = self.config.model_dim // self.config.decoder.num_heads
+        return EncoderDecoderState(
+            source=[layer.cross_attention.project_memory(hidden) for layer in self.decoder.passes()],
+            source_bias=padding_bias(source.lengths, source.tokens.shape[1], hidden.dtype),
+            target=KeyValueCache(
+                depth=self.config.decoder.depth,
+                num_rows=num_sentences * rows_per_sentence,
+                num_heads=self.config.decoder.num_heads,
+                max_length=max_length,
+                head_dim=head_dim,
+                like=hidden,
+            ),
+            rows_per_sentence=rows_per_sentence,
+        )
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: EncoderDecoderState) -> Tensor:
+        """Feed the next inputs. tokens: (N, t) -> logits after each, (N, t, V)"""
+        past, width = state.target.length, tokens.shape[1]
+        x = self.target_embedding(tokens, past)
+        bias = causal_bias(width, past + width, x.dtype, x.device) if width > 1 else None
+        context = AttentionContext(positions=past, bias=bias)
+
+        def run(depth: int, layer: DecoderLayer, x: Tensor) -> Tensor:
+            key, value = state.source[depth]
+            cache = state.target.at(depth)
+            passed: Tensor = layer(x, key, value, context=context, memory_bias=state.source_bias, cache=cache)
+            return passed
+
+        hidden = self.decoder(x, run)
+        state.target.advance(width)
+        return self.project(hidden)
+
+
+def required(source: Sequences | None) -> Sequences:
+    """The source, which an encoder-decoder cannot do without."""
+    if source is None:
+        raise ValueError("an encoder-decoder model needs a source")
+    return source
+
+
+def whole_context(sequences: Sequences, dtype: torch.dtype, *, causal: bool) -> AttentionContext:
+    """Who sees whom in whole sequences.
+
+    A causal stack needs no padding bias: padding comes after all real tokens, so none of them sees it.
+    """
+    positions = 0 if sequences.positions is None else sequences.positions
+    width = sequences.tokens.shape[1]
+    if sequences.segments is not None:
+        bias = segment_bias(sequences.segments, sequences.segments, dtype)
+        if causal:
+            bias = torch.minimum(bias, causal_bias(width, width, dtype, bias.device))
+        return AttentionContext(positions=positions, bias=bias)
+    if causal:
+        return AttentionContext(positions=positions, causal=True)
+    return AttentionContext(positions=positions, bias=padding_bias(sequences.lengths, width, dtype))

@@ -1,0 +1,72 @@
+"""Initial weights: a table from portable names to distributions.
+
+A tensor's values depend on the seed and its name alone, so they are the same for fused and separate projections, on any number
+of ranks, and for a layer whatever stands around it. The distributions are those of fairseq's transformer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from dstrain.models.portable import to_portable
+from dstrain.seeding import derive_seed
+
+Fill = Callable[[Tensor, int, torch.Generator], None]
+"""Fill a tensor in place; the second argument is the input size of the linear map that the tensor belongs to."""
+
+
+def _ones(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
+    tensor.fill_(1.0)
+
+
+def _zeros(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
+    tensor.zero_()
+
+
+def _attention_input(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
+    """Xavier with gain 1/sqrt(2), as if q, k and v were one matrix."""
+    nn.init.xavier_uniform_(tensor, gain=1 / math.sqrt(2), generator=generator)
+
+
+def _attention_output(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
+    nn.init.xavier_uniform_(tensor, generator=generator)
+
+
+def _linear(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
+    """Torch's default for weights and biases of linear maps."""
+    bound = 1 / math.sqrt(fan_in)
+    tensor.uniform_(-bound, bound, generator=generator)
+
+
+def _table(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
+    tensor.normal_(0.0, tensor.shape[1] ** -0.5, generator=generator)
+
+
+TABLE: tuple[tuple[str, Fill], ...] = (
+    (r"norm\.weight", _ones),
+    (r"norm\.bias", _zeros),
+    (r"_attention\.[qkv]_proj\.weight", _attention_input),
+    (r"_attention\.out_proj\.weight", _attention_output),
+    (r"_attention\.out_proj\.bias", _zeros),
+    (r"_proj\.(weight|bias)", _linear),
+    (r"(tokens|positions|projection)\.weight", _table),
+)
+"""The first pattern that the end of a name matches decides."""
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, pad_id: int) -> None:
+    """Fill all weights of `model`; the embedding of padding starts at zero."""
+    weights = to_portable(model)
+    for name, tensor in weights.items():
+        fill = next(fill for pattern, fill in TABLE if re.search(rf"{pattern}$", name))
+        generator = torch.Generator(tensor.device).manual_seed(derive_seed(seed, f"initialize {name}"))
+        fan_in = weights[re.sub("bias$", "weight", name)].shape[-1]
+        fill(tensor, fan_in, generator)
+        if name.endswith("tokens.weight"):
+            tensor[pad_id] = 0.0

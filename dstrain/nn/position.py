@@ -1,0 +1,85 @@
+"""Positions added to the embedding. A position is an offset (row i of the batch's columns is offset + i) or (B, T) numbers.
+
+Positions count 0, 1, 2, ... from the first token of a sequence or segment, so they never reach the width of the batch.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dstrain.errors import DataError
+
+Positions = int | Tensor
+
+
+def sinusoids(num_rows: int, dim: int) -> Tensor:
+    """Rows of sines (first half) and cosines (second half) of row * 10000**(-i / (dim/2 - 1)). -> (num_rows, dim)
+
+    tensor2tensor's form, which fairseq's checkpoints were trained with; an odd `dim` gets a column of zeros.
+    """
+    half = dim // 2
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000) / max(half - 1, 1)))
+    angles = torch.arange(num_rows, dtype=torch.float32)[:, None] * frequencies  # (rows, dim / 2)
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+class SinusoidalPositions(nn.Module):
+    """Fixed vectors for any length. Row r of the table belongs to position r - 2, as in fairseq, whose count starts at 2.
+
+    The table is computed once per power of two, in float32, and is no part of the model's state.
+    """
+
+    FIRST_ROW = 2
+
+    def __init__(self, model_dim: int) -> None:
+        super().__init__()
+        self.model_dim = model_dim
+        self._table = torch.empty(0, model_dim)
+
+    def forward(self, positions: Positions, width: int, like: Tensor) -> Tensor:
+        """-> (T, D) for an offset, (B, T, D) for numbers; on the device and in the dtype of `like`."""
+        offset = positions if isinstance(positions, int) else 0
+        table = self._rows(self.FIRST_ROW + offset + width, like.device)
+        if isinstance(positions, int):
+            return table[self.FIRST_ROW + offset : self.FIRST_ROW + offset + width].to(like.dtype)
+        return F.embedding(positions + self.FIRST_ROW, table).to(like.dtype)
+
+    def _rows(self, needed: int, device: torch.device) -> Tensor:
+        if self._table.shape[0] < needed or self._table.device != device:
+            with torch.inference_mode(False):
+                self._table = sinusoids(max(256, 1 << (needed - 1).bit_length()), self.model_dim).to(device)
+        return self._table
+
+
+class LearnedPositions(nn.Module):
+    """A trained vector for each of `max_length` positions."""
+
+    def __init__(self, max_length: int, model_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(max_length, model_dim))
+
+    def forward(self, positions: Positions, width: int, like: Tensor) -> Tensor:
+        """-> (T, D) for an offset, (B, T, D) for numbers. DataError beyond the last trained position."""
+        if not isinstance(positions, int):
+            return F.embedding(positions, self.weight)
+        if positions + width > self.weight.shape[0]:
+            raise DataError(
+                f"a sequence of {positions + width} tokens is longer than the {self.weight.shape[0]} learned positions of the "
+                "model; shorten the text, or train with a larger max_source_length / max_target_length"
+            )
+        return self.weight[positions : positions + width]
+
+
+class NoPositions(nn.Module):
+    """Nothing is added: a zero that broadcasts."""
+
+    def forward(self, positions: Positions, width: int, like: Tensor) -> Tensor:
+        """-> ()"""
+        return like.new_zeros(())
+
+
+PositionPart = SinusoidalPositions | LearnedPositions | NoPositions

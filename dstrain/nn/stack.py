@@ -1,0 +1,42 @@
+"""A stack: layer passes in a schedule, then a final norm.
+
+The schedule names, for each depth, which of the unique layers runs there, so that a layer may run at several depths while its
+weights exist once. LayerDrop skips whole passes in training. A skipped pass is computed and then set aside: every parameter
+keeps a gradient and every rank runs the same modules, which sharded training needs; nothing is saved in time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+L = TypeVar("L", bound=nn.Module)
+
+
+class LayerStack(nn.Module, Generic[L]):
+    """layers: the unique ones. schedule: index of the layer at each depth. final_norm: `nn.Identity` for none."""
+
+    def __init__(self, *, layers: Sequence[L], schedule: Sequence[int], layer_drop: float, final_norm: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.schedule = tuple(schedule)
+        self.layer_drop = layer_drop
+        self.final_norm = final_norm
+
+    def forward(self, x: Tensor, run: Callable[[int, L, Tensor], Tensor]) -> Tensor:
+        """Pass x through `run(depth, layer, x)` at each depth. (B, T, D) -> (B, T, D)"""
+        for depth, index in enumerate(self.schedule):
+            passed = run(depth, cast("L", self.layers[index]), x)
+            if self.training and self.layer_drop > 0:
+                dropped = torch.rand((), device=x.device) < self.layer_drop
+                passed = torch.where(dropped, x, passed)
+            x = passed
+        result: Tensor = self.final_norm(x)
+        return result
+
+    def passes(self) -> list[L]:
+        """The layer at each depth."""
+        return [cast("L", self.layers[index]) for index in self.schedule]
