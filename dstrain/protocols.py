@@ -124,7 +124,7 @@ class Objective(Protocol):
 
 
 class Ranks(Protocol):
-    """The processes of one run as the floors above `parallel/` see them. Every method is collective: all ranks call it."""
+    """The processes of one run (`parallel.topology.World`). Every method is collective: all ranks call it."""
 
     @property
     def rank(self) -> int:
@@ -140,20 +140,20 @@ class Ranks(Protocol):
         """Wait for all."""
         ...
 
-    def all_true(self, value: bool) -> bool:
+    def all_true(self, flag: bool, /) -> bool:
         """Whether it holds on every rank."""
         ...
 
-    def all_reduce_sums(self, values: list[float]) -> list[float]:
+    def all_reduce_sums(self, values: Sequence[float], /) -> list[float]:
         """Each number summed over the ranks."""
         ...
 
-    def broadcast_object(self, value: R) -> R:
+    def broadcast_object(self, value: R, /) -> R:
         """Rank 0's value, on every rank."""
         ...
 
-    def gather_objects(self, value: R) -> list[R]:
-        """Every rank's value, in rank order, on every rank."""
+    def gather_objects(self, value: R, /) -> list[R] | None:
+        """Every rank's value in the order of ranks, on rank 0; None elsewhere."""
         ...
 
 

@@ -6,25 +6,24 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from dstrain.engine.config import EmaConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 from dstrain.strict import Config
 
 
-class EmaConfig(Config):
-    """An exponential moving average of the weights, updated after each step from `start_step` on; bundles hold it."""
-
-    decay: float = Field(gt=0, lt=1)
-    start_step: NonNegativeInt = 0
-
-
 class TrainingConfig(Config):
-    """seed decides order, initial weights and dropout. Training ends at the first limit reached; at least one is given."""
+    """seed decides order, initial weights and dropout. Training ends at the first limit reached; at least one is given.
+
+    max_hours: over all resumes of a run. hang_seconds: a rank without progress for so long prints where it hangs, and ends
+    after as long again; 0 = never.
+    """
 
     seed: NonNegativeInt = 1
     max_steps: PositiveInt | None = None
     max_epochs: PositiveInt | None = None
     max_hours: PositiveFloat | None = None
     ema: EmaConfig | None = None
+    hang_seconds: NonNegativeInt = 600
 
     @model_validator(mode="after")
     def _ends(self) -> TrainingConfig:

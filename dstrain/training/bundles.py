@@ -1,0 +1,89 @@
+"""RUN/bundles: the weights of a run as portable bundles: `best`, `last` and the newest `step_...` ones.
+
+One gathering of the weights serves all names that are due at a step; further names are hard links to the first one's files, so
+they cost no space. A folder appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dstrain.checkpoint.files import replace_directory, restore_directories, together
+from dstrain.errors import TrainingError
+from dstrain.protocols import Ranks
+
+STEP_NAME = re.compile(r"step_\d{8,}")
+SaveBundle = Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], None]
+"""Writes a bundle into a directory that does not exist yet: (directory, portable weights, notes)."""
+
+
+class BundleStore:
+    """Writes and prunes the bundles of a run; every public method is collective.
+
+    gather: portable weights on rank 0, None elsewhere (collective). save: what makes a bundle of them. keep: how many of the
+    newest step bundles stay; `best` and `last` always do.
+    """
+
+    def __init__(
+        self, directory: Path, ranks: Ranks, *, gather: Callable[[], Mapping[str, Tensor] | None], save: SaveBundle, keep: int
+    ) -> None:
+        self.directory = directory
+        self.ranks = ranks
+        self.keep = keep
+        self._gather = gather
+        self._save = save
+
+    def recover(self) -> None:
+        """Mend what an earlier process left half done."""
+        together(self.ranks, TrainingError, f"clearing {self.directory}", self._recover)
+
+    def write(self, names: Sequence[str], notes: Mapping[str, Any]) -> None:
+        """Write the present weights under each of `names`. Raises TrainingError on every rank where rank 0 fails."""
+        weights = self._gather()
+        together(
+            self.ranks,
+            TrainingError,
+            f"writing the bundle {self.directory / names[0]}",
+            lambda: self._write(names, weights, notes),
+        )
+
+    def _write(self, names: Sequence[str], weights: Mapping[str, Tensor] | None, notes: Mapping[str, Any]) -> None:
+        if weights is None or self.ranks.rank != 0:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        first, *others = names
+        aside = self.directory / f".{first}.tmp"
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            self._save(aside, weights, notes)
+            replace_directory(aside, self.directory / first)
+            for name in others:
+                aside = self.directory / f".{name}.tmp"
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.copytree(self.directory / first, aside, copy_function=os.link)
+                replace_directory(aside, self.directory / name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        for path in step_bundles(self.directory)[: -self.keep]:
+            shutil.rmtree(path)
+
+    def _recover(self) -> None:
+        if self.ranks.rank == 0 and self.directory.is_dir():
+            for path in self.directory.glob(".*.tmp"):
+                shutil.rmtree(path)
+            restore_directories(self.directory)
+
+
+def step_bundles(directory: Path) -> list[Path]:
+    """The bundles named after their step, oldest first."""
+    return sorted(
+        (path for path in directory.glob("step_*") if STEP_NAME.fullmatch(path.name) and path.is_dir()),
+        key=lambda path: int(path.name.removeprefix("step_")),
+    )

@@ -1,0 +1,106 @@
+"""RUN/events.jsonl: one JSON object a line, the source of truth for every number that training reports.
+
+Every event has `time` (seconds since 1970), `kind` and `step`. Progress bar, TensorBoard, wandb and `dstrain report` see the
+same objects.
+
+| kind | further fields |
+|---|---|
+| start | run_id, world_size, recipe |
+| train | epoch, steps, loss, nll, perplexity, learning_rate, grad_norm, num_targets, tokens_per_second, seconds, cpu_seconds, |
+| | skipped, eta_seconds |
+| valid | epoch, seconds, one number per score, best_score, best_step |
+| bundle | names |
+| checkpoint | path, seconds |
+| resume | path, world_size |
+| nonfinite | epoch, index, examples (rows of the data set), loss, grad_norm |
+| end | reason, exit_code, elapsed_seconds, best_score, best_step |
+
+`train`: loss and nll are nats per target token over `steps` steps, tokens_per_second counts target tokens of all ranks, and
+seconds those spent in steps; learning_rate and grad_norm are those of the last step. A number that is not finite is null.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dstrain.errors import TrainingError
+from dstrain.log import logger
+
+Event = Mapping[str, Any]
+
+
+class EventFile:
+    """Appends events; each line is handed to the system at once, and to the disk by `sync`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+
+    def append(self, event: Event) -> None:
+        """One more line. Raises TrainingError where the disk is full."""
+        line = json.dumps({key: _finite(value) for key, value in event.items()}, allow_nan=False)
+        try:
+            self._file.write(line.encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(f"cannot write {self.path}: {error}; make room, then start again to resume") from error
+
+    def sync(self) -> int:
+        """Force all lines to the disk; returns the length of the file in bytes."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def cut(self, length: int) -> None:
+        """Forget everything after `length` bytes: events of steps that the resumed run will repeat."""
+        present = self.path.stat().st_size
+        if present < length:
+            logger.warning("%s has %d bytes where %d were written; some events are lost", self.path, present, length)
+            if not self._ends_a_line(present):
+                self._file.write(b"\n")
+                self._file.flush()
+            return
+        os.truncate(self.path, length)
+        self._file.seek(0, os.SEEK_END)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _ends_a_line(self, length: int) -> bool:
+        return length == 0 or self.path.read_bytes().endswith(b"\n")
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All events of a file. A broken last line, the trace of a crash, is left out with a warning.
+
+    Raises TrainingError where the file is missing or broken elsewhere.
+    """
+    if not path.is_file():
+        raise TrainingError(f"{path} is missing: give the directory that `dstrain train --output` wrote")
+    lines = path.read_bytes().split(b"\n")
+    events = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            event = json.loads(line)
+            if not isinstance(event, dict) or "kind" not in event:
+                raise ValueError("not an event")
+            events.append(event)
+        except ValueError as error:
+            if any(rest.strip() for rest in lines[number:]):
+                raise TrainingError(f"{path}:{number} is not an event ({error}); remove that line") from error
+            logger.warning("%s:%d: leaving out the broken last line", path, number)
+    return events
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

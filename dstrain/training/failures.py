@@ -1,0 +1,37 @@
+"""Turns what breaks underneath a running job into one sentence that says what happened and what is safe."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+from dstrain.errors import TrainingError
+
+LOST_RANK_SIGNS = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "broken pipe",
+    "timed out waiting",
+    "connection refused",
+    "remote process exited",
+    "nccl communicator was aborted",
+    "heartbeat",
+)
+"""What gloo, NCCL and the rendezvous store say when another process has gone."""
+
+
+def explained(error: BaseException, latest: Path | None) -> TrainingError | None:
+    """The error in a user's words where another rank was lost or the disk is full; None where it is neither.
+
+    latest: the last complete checkpoint.
+    """
+    safe = f"the last checkpoint is {latest}" if latest else "no checkpoint had been written yet"
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        where = f" at {error.filename}" if error.filename else ""
+        return TrainingError(f"the disk is full{where}; {safe}; make room, then start again to resume")
+    text = str(error).lower()
+    if isinstance(error, RuntimeError) and any(sign in text for sign in LOST_RANK_SIGNS):
+        return TrainingError(
+            f"another rank ended unexpectedly (its own message, if any, says why); {safe}; start again to resume"
+        )
+    return None

@@ -1,0 +1,199 @@
+"""RUN: one training run in one directory, locked while it trains, and never continued under another recipe.
+
+```
+RUN/recipe.yaml   the recipe the run was begun with, resolved
+RUN/run.json      format, run_id
+RUN/events.jsonl  what happened (events.py)
+RUN/checkpoints/  for resuming          RUN/bundles/   models: best, last, step_...
+RUN/.lock         held by rank 0 while it trains
+```
+A recipe may be continued with other values of the keys in `MAY_CHANGE`: they decide when training ends, how often it reports and
+what it keeps, or how a step's work is cut up, but not what the run computes. Every other difference is refused and shown.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from dstrain.checkpoint.files import together, write_durably
+from dstrain.errors import CheckpointError, TrainingError
+from dstrain.log import logger
+from dstrain.protocols import Ranks
+
+FORMAT = 1
+MAY_CHANGE = (
+    "description",
+    "batching.max_tokens",
+    "training.max_steps",
+    "training.max_epochs",
+    "training.max_hours",
+    "training.hang_seconds",
+    "validation.patience",
+    "checkpoint.keep_checkpoints",
+    "checkpoint.keep_bundles",
+    "reporting.",
+    "generation.",
+)
+"""Keys, or beginnings of keys, that a resumed run may set anew."""
+
+
+@dataclass
+class Run:
+    """An open run. run_id: the same over all resumes. Closing it lets go of the lock."""
+
+    directory: Path
+    run_id: str
+    _lock: IO[str] | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoint manager writes."""
+        return self.directory / "checkpoints"
+
+    @property
+    def bundles(self) -> Path:
+        """Where the bundle store writes."""
+        return self.directory / "bundles"
+
+    def close(self) -> None:
+        """Let go of the lock; another training may then open the run."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+
+def open_run(directory: Path, recipe: Mapping[str, Any], ranks: Ranks) -> Run:
+    """Make RUN, or open the one that is there to resume it. Collective; rank 0 holds the lock.
+
+    recipe: the resolved recipe as plain YAML values. Raises TrainingError where another training holds the run or the directory
+    is something else, CheckpointError where the recipe differs or the run has lost its checkpoints.
+    """
+    run = Run(directory, "")
+
+    def on_first_rank() -> None:
+        if ranks.rank == 0:
+            run._lock, run.run_id = _open(directory, recipe)
+
+    together(ranks, TrainingError, f"opening {directory}", on_first_rank)
+    run.run_id = ranks.broadcast_object(run.run_id)
+    return run
+
+
+def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Lines `a.b: old -> new` for every key that differs and may not change on a resume."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if key.startswith(MAY_CHANGE) or before.get(key) == after.get(key):
+            continue
+        was, now = (json.dumps(side[key]) if key in side else "(absent)" for side in (before, after))
+        lines.append(f"  {key}: {was} -> {now}")
+    return lines
+
+
+def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and plain values of a tree; an empty list or mapping is a value."""
+    if isinstance(tree, Mapping) and tree:
+        for key, value in tree.items():
+            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(tree, list | tuple) and tree:
+        for number, value in enumerate(tree):
+            yield from _flat(value, f"{prefix}[{number}]")
+    else:
+        yield prefix, list(tree) if isinstance(tree, tuple) else tree
+
+
+def _open(directory: Path, recipe: Mapping[str, Any]) -> tuple[IO[str], str]:
+    recipe_file = directory / "recipe.yaml"
+    if directory.exists() and not directory.is_dir():
+        raise TrainingError(f"--output {directory} is a file; name a directory")
+    strangers = sorted(path.name for path in directory.iterdir() if path.name != ".lock") if directory.is_dir() else []
+    if strangers and not recipe_file.is_file() and strangers != ["run.json"]:
+        raise TrainingError(
+            f"--output {directory} is no run (it has no recipe.yaml) and not empty (it holds {', '.join(strangers[:3])}): "
+            "name a new directory, or that of an earlier run"
+        )
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = _lock(directory / ".lock")
+    if recipe_file.is_file():
+        _check_recipe(recipe_file, recipe)
+        _check_checkpoints(directory)
+        return lock, _run_id(directory / "run.json")
+    run_id = uuid.uuid4().hex[:16]
+    write_durably(directory / "run.json", json.dumps({"format": FORMAT, "run_id": run_id}).encode())
+    write_durably(recipe_file, yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True).encode())
+    return lock, run_id
+
+
+def _lock(path: Path) -> IO[str]:
+    """POSIX record locks: they vanish with the process, and work on network file systems."""
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "unknown process"
+        file.close()
+        raise TrainingError(
+            f"another training is running in {path.parent} ({holder}): wait for it or stop it, or choose another --output"
+        ) from error
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any]) -> None:
+    try:
+        old = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{recipe_file} is damaged: {error}; restore it, or choose another --output") from error
+    differences = recipe_differences(old if isinstance(old, dict) else {}, _plain(recipe))
+    if differences:
+        raise CheckpointError(
+            f"{recipe_file.parent} was begun with another recipe; it is not resumed with this one:\n"
+            + "\n".join(differences)
+            + "\nundo these changes to resume, or choose another --output to train afresh"
+        )
+
+
+def _check_checkpoints(directory: Path) -> None:
+    """A run that once wrote a checkpoint and now has none is an accident, not a fresh start."""
+    events = directory / "events.jsonl"
+    if not events.is_file() or any((directory / "checkpoints").glob("step_*")):
+        return
+    with events.open("rb") as file:
+        if any(b'"kind": "checkpoint"' in line or b'"kind": "resume"' in line for line in file):
+            raise CheckpointError(
+                f"{events} says that checkpoints were written, but {directory / 'checkpoints'} holds none: "
+                "restore them, or choose another --output to train from the beginning"
+            )
+    logger.warning("%s was begun but never reached a checkpoint: starting from the beginning", directory)
+
+
+def _run_id(path: Path) -> str:
+    try:
+        content = json.loads(path.read_bytes())
+        run_id, found = str(content["run_id"]), content["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is missing or damaged: restore it, or choose another --output") from error
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has format {found}; this dstrain reads {FORMAT}")
+    return run_id
+
+
+def _plain(tree: Any) -> Any:
+    """The same tree in lists and dicts, as YAML gives it back."""
+    if isinstance(tree, Mapping):
+        return {str(key): _plain(value) for key, value in tree.items()}
+    return [_plain(value) for value in tree] if isinstance(tree, list | tuple) else tree

@@ -1,0 +1,109 @@
+"""What the trainer itself must remember between two steps; JSON in the manifest of each checkpoint, bit for bit.
+
+The engine's own state (weights, moments, schedule, averages) lies beside it in the engine's files. Random numbers need no
+state: they follow from (seed, step, rank).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+from dstrain.errors import CheckpointError
+from dstrain.protocols import StepReport
+
+
+@dataclass(frozen=True)
+class Window:
+    """Sums over the steps since the last training event, so that an event does not depend on where a run was cut.
+
+    loss_sum, nll_sum, num_targets: over steps that were applied. seconds, cpu_seconds: of steps alone, without validation
+    and saving; cpu_seconds are those of this process.
+    """
+
+    steps: int = 0
+    skipped: int = 0
+    num_targets: int = 0
+    loss_sum: float = 0.0
+    nll_sum: float = 0.0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    def after(self, report: StepReport, seconds: float, cpu_seconds: float) -> Window:
+        """With one more step."""
+        counted = 0 if report.skipped else report.num_targets
+        return Window(
+            steps=self.steps + 1,
+            skipped=self.skipped + report.skipped,
+            num_targets=self.num_targets + counted,
+            loss_sum=self.loss_sum + (report.loss * counted if counted else 0.0),
+            nll_sum=self.nll_sum + (report.sums.get("nll", report.loss) * counted if counted else 0.0),
+            seconds=self.seconds + seconds,
+            cpu_seconds=self.cpu_seconds + cpu_seconds,
+        )
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Where training stands after `step` steps.
+
+    epoch, step_in_epoch: the position of the next step; epochs count from 1, and at the end of one this is (next epoch, 0).
+    settled_step: the last step after which everything that was due (validation, bundles) had been done; behind `step` only
+    in a checkpoint written in haste on a signal. elapsed_seconds: over all resumes. events_bytes: length of the event file.
+    """
+
+    step: int = 0
+    epoch: int = 1
+    step_in_epoch: int = 0
+    num_targets: int = 0
+    consecutive_skipped: int = 0
+    elapsed_seconds: float = 0.0
+    settled_step: int = -1
+    best_score: float | None = None
+    best_step: int | None = None
+    validations_without_improvement: int = 0
+    events_bytes: int = 0
+    window: Window = field(default_factory=Window)
+
+    @property
+    def at_epoch_end(self) -> bool:
+        """Whether the last step closed an epoch."""
+        return self.step > 0 and self.step_in_epoch == 0
+
+    def after_step(
+        self, report: StepReport, *, epoch: int, index: int, last_of_epoch: bool, seconds: float, cpu_seconds: float
+    ) -> TrainingState:
+        """One step further; epoch and index are the place of the step just done."""
+        return replace(
+            self,
+            step=self.step + 1,
+            epoch=epoch + 1 if last_of_epoch else epoch,
+            step_in_epoch=0 if last_of_epoch else index + 1,
+            num_targets=self.num_targets + report.num_targets,
+            consecutive_skipped=self.consecutive_skipped + 1 if report.skipped else 0,
+            window=self.window.after(report, seconds, cpu_seconds),
+        )
+
+    def after_validation(self, score: float, *, higher_is_better: bool) -> TrainingState:
+        """With the counter of patience moved; only a strictly better score is an improvement."""
+        best = self.best_score
+        if best is None or (score > best if higher_is_better else score < best):
+            return replace(self, best_score=score, best_step=self.step, validations_without_improvement=0)
+        return replace(self, validations_without_improvement=self.validations_without_improvement + 1)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+def load_state(content: Mapping[str, Any]) -> TrainingState:
+    """The state that `to_json` gave. Raises CheckpointError where fields are missing or unknown."""
+    expected, found = {entry.name for entry in fields(TrainingState)}, set(content)
+    windows = {entry.name for entry in fields(Window)}
+    if found != expected or set(content["window"]) != windows:
+        raise CheckpointError(
+            f"the training state of this checkpoint has the fields {sorted(found)}, but this dstrain expects {sorted(expected)}: "
+            "resume with the version that wrote it, or start again from a bundle"
+        )
+    return TrainingState(**{**content, "window": Window(**content["window"])})

@@ -1,0 +1,295 @@
+"""The training loop: take a step, then do what is due between two steps.
+
+Between steps, in this order: agree over all ranks on signals and time, report, validate, write bundles, write the checkpoint.
+So a checkpoint means that everything due at its step is done, and a resumed run repeats nothing. Only a checkpoint that a
+signal asked for comes before what is due; `TrainingState.settled_step` remembers that, and the resumed run does it first. The
+agreement costs one all-reduce of three numbers a step.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from dstrain.batch import Batch
+from dstrain.checkpoint.manager import CheckpointManager
+from dstrain.data.plan import PlannedStep
+from dstrain.errors import TrainingError
+from dstrain.log import logger
+from dstrain.protocols import Ranks, Shardable, StepReport
+from dstrain.training.bundles import BundleStore
+from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
+from dstrain.training.failures import explained
+from dstrain.training.limits import limit_reached, remaining_seconds
+from dstrain.training.preemption import Request, StopSignals
+from dstrain.training.reporting import Reporter
+from dstrain.training.state import TrainingState, Window, load_state
+from dstrain.training.watchdog import Watchdog
+
+MAX_CONSECUTIVE_SKIPPED = 100
+"""After so many skipped updates in a row the loss scale will not recover any more."""
+
+StepSource = Callable[[int, int], Iterator[tuple[PlannedStep, Sequence[Batch]]]]
+"""(epoch, index) -> all steps from there on, over epoch ends without end, each with this rank's micro-batches."""
+Validate = Callable[[Callable[[], bool]], Mapping[str, float] | None]
+"""Scores of the present weights, the same on every rank; None where the given function, collective, said to stop early."""
+
+
+class Engine(Shardable, Protocol):
+    """An engine as the trainer sees it."""
+
+    def train_step(self, batches: Sequence[Batch], num_targets: int) -> StepReport:
+        """One optimizer step; num_targets counts those of all ranks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why training ends here, and what the process returns."""
+
+    reason: str
+    exit_code: int
+
+
+class Trainer:
+    """Runs one training to its end, or to a signal. All ranks hold one and call `run`.
+
+    header: fields of the `start` event (recipe, run_id, ...).
+    """
+
+    def __init__(
+        self,
+        *,
+        training: TrainingConfig,
+        validation: ValidationConfig,
+        checkpoint: CheckpointConfig,
+        reporting: ReportingConfig,
+        ranks: Ranks,
+        engine: Engine,
+        steps: StepSource,
+        validate: Validate,
+        checkpoints: CheckpointManager,
+        bundles: BundleStore,
+        reporter: Reporter,
+        signals: StopSignals,
+        watchdog: Watchdog,
+        header: Mapping[str, Any],
+    ) -> None:
+        self.training = training
+        self.validation = validation
+        self.checkpoint = checkpoint
+        self.reporting = reporting
+        self.ranks = ranks
+        self.engine = engine
+        self.steps = steps
+        self.validate = validate
+        self.checkpoints = checkpoints
+        self.bundles = bundles
+        self.reporter = reporter
+        self.signals = signals
+        self.watchdog = watchdog
+        self.header = header
+        self._origin = time.monotonic()
+        self._saved_step = -1
+
+    def run(self) -> int:
+        """Resume or begin, and train. Returns 0 at a limit, 85 or 130 after a signal (see `preemption`).
+
+        Raises TrainingError or CheckpointError; the last complete checkpoint then stays as it is.
+        """
+        with self.signals, self.watchdog:
+            try:
+                return self._run()
+            except (OSError, RuntimeError) as error:
+                reason = explained(error, self.checkpoints.latest)
+                if reason is None:
+                    raise
+                raise reason from error
+            finally:
+                self.reporter.close()
+
+    def _run(self) -> int:
+        state, stop = self._settle(self._resume())
+        if stop is None:
+            mark = _Clock()
+            for planned, batches in self.steps(state.epoch, state.step_in_epoch):
+                self.watchdog.beat(f"training step {state.step + 1}")
+                report = self.engine.train_step(batches, planned.num_targets)
+                state = self._record(state, planned, report, mark)
+                state, stop = self._settle(state)
+                if stop is not None:
+                    break
+                mark = _Clock()
+        assert stop is not None, "the steps ended before a limit was reached"
+        self._emit_end(state, stop)
+        return stop.exit_code
+
+    def _resume(self) -> TrainingState:
+        """The state to go on from; the event file then holds what had happened until then, once."""
+        self.watchdog.beat("loading the latest checkpoint")
+        found = self.checkpoints.load_latest(self.engine)
+        self.bundles.recover()
+        if found is None:
+            self.reporter.cut(0)
+            self.reporter.emit("start", 0, world_size=self.ranks.world_size, **self.header)
+            return TrainingState()
+        state = load_state(found.state)
+        self._origin = time.monotonic() - state.elapsed_seconds
+        self._saved_step = state.step
+        self.reporter.cut(state.events_bytes)
+        self.reporter.emit("resume", state.step, path=str(found.directory), world_size=self.ranks.world_size)
+        if self.ranks.rank == 0:
+            logger.info("resuming after step %d from %s", state.step, found.directory)
+        return state
+
+    def _record(self, state: TrainingState, planned: PlannedStep, report: StepReport, mark: _Clock) -> TrainingState:
+        """The state after one step; emits a training event where one is due."""
+        state = state.after_step(
+            report,
+            epoch=planned.epoch,
+            index=planned.index,
+            last_of_epoch=planned.last_of_epoch,
+            seconds=mark.seconds(),
+            cpu_seconds=mark.cpu_seconds(),
+        )
+        if not math.isfinite(report.loss) and not report.skipped:
+            self._end_non_finite(state, planned, report)
+        if state.consecutive_skipped >= MAX_CONSECUTIVE_SKIPPED:
+            raise TrainingError(
+                f"{MAX_CONSECUTIVE_SKIPPED} updates in a row were skipped until step {state.step} (gradient norm "
+                f"{report.grad_norm}): lower optimizer.learning_rate, set engine.clip_norm, or use engine.precision: bf16"
+            )
+        if state.step % self.reporting.log_every == 0:
+            self.reporter.emit(
+                "train", state.step, **_train_fields(state, planned, report, remaining_seconds(self.training, state))
+            )
+            state = replace(state, window=Window())
+        return state
+
+    def _settle(self, state: TrainingState) -> tuple[TrainingState, Stop | None]:
+        """Do what is due between two steps. Returns the state after it, and why training stops here, if it does."""
+        state, request = self._agree(state)
+        limit = limit_reached(self.training, self.validation, state)
+        pending = state.settled_step < state.step
+        if pending and request is None and (limit is not None or self._validation_is_due(state)):
+            state, request = self._run_validation(state)
+            limit = limit_reached(self.training, self.validation, state)
+        if request is None:
+            self._write_bundles(state, pending=pending, last=limit is not None)
+        if request is None or not (limit or self._validation_is_due(state) or _is_due(self.checkpoint, state)):
+            state = replace(state, settled_step=state.step)
+        if request or limit or _is_due(self.checkpoint, state):
+            self._save(state)
+        if request is not None:
+            return state, Stop(f"{request.name.lower()} by a signal", request.value)
+        return state, Stop(limit, 0) if limit else None
+
+    def _agree(self, state: TrainingState) -> tuple[TrainingState, Request | None]:
+        """Signals of all ranks and the clock of rank 0, so that every rank decides alike."""
+        elapsed = time.monotonic() - self._origin if self.ranks.rank == 0 else 0.0
+        *flags, elapsed = self.ranks.all_reduce_sums([*self.signals.flags(), elapsed])
+        return replace(state, elapsed_seconds=elapsed), self.signals.agreed(flags)
+
+    def _validation_is_due(self, state: TrainingState) -> bool:
+        if state.step == 0:
+            return self.validation.run_sanity_validation
+        return _is_due(self.validation, state)
+
+    def _run_validation(self, state: TrainingState) -> tuple[TrainingState, Request | None]:
+        """Validate and move the best score; a signal meanwhile leaves the state as it was.
+
+        The sanity validation before the first step is reported but is no candidate for the best.
+        """
+        self.watchdog.beat(f"validation after step {state.step}")
+        begin = time.perf_counter()
+        scores = self.validate(lambda: self._agree(state)[1] is not None)
+        if scores is None:
+            return state, self._agree(state)[1]
+        if state.step > 0:
+            state = state.after_validation(scores[self.validation.metric], higher_is_better=self.validation.metric != "loss")
+        epoch = state.epoch - 1 if state.at_epoch_end else state.epoch
+        seconds = time.perf_counter() - begin
+        best = {"best_score": state.best_score, "best_step": state.best_step}
+        self.reporter.emit("valid", state.step, epoch=epoch, seconds=seconds, **scores, **best)
+        return state, None
+
+    def _write_bundles(self, state: TrainingState, *, pending: bool, last: bool) -> None:
+        names = []
+        if pending and state.step > 0:
+            names += [f"step_{state.step:08d}"] if _is_due(self.checkpoint, state) or last else []
+            names += ["best"] if state.best_step == state.step else []
+        names += ["last"] if last else []
+        if names:
+            self.watchdog.beat(f"writing bundles after step {state.step}")
+            self.bundles.write(names, {"step": state.step, "num_targets": state.num_targets, "best_score": state.best_score})
+            self.reporter.emit("bundle", state.step, names=names)
+
+    def _save(self, state: TrainingState) -> None:
+        if self._saved_step == state.step:
+            return
+        self.watchdog.beat(f"saving the checkpoint of step {state.step}")
+        begin = time.perf_counter()
+        state = replace(state, events_bytes=self.reporter.sync())
+        path = self.checkpoints.save(state.step, self.engine, state.to_json())
+        self._saved_step = state.step
+        self.reporter.emit("checkpoint", state.step, path=str(path), seconds=time.perf_counter() - begin)
+
+    def _end_non_finite(self, state: TrainingState, planned: PlannedStep, report: StepReport) -> None:
+        place = {"epoch": planned.epoch, "index": planned.index, "examples": planned.examples.tolist()}
+        self.reporter.emit("nonfinite", state.step, **place, loss=report.loss, grad_norm=report.grad_norm)
+        raise TrainingError(
+            f"the loss of step {state.step} is {report.loss} (epoch {planned.epoch}, step {planned.index} of it; the event "
+            "`nonfinite` lists its examples): lower optimizer.learning_rate or set engine.clip_norm, then start again to resume "
+            f"from {self.checkpoints.latest or 'the beginning'}"
+        )
+
+    def _emit_end(self, state: TrainingState, stop: Stop) -> None:
+        best = {"best_score": state.best_score, "best_step": state.best_step}
+        self.reporter.emit(
+            "end", state.step, reason=stop.reason, exit_code=stop.exit_code, elapsed_seconds=state.elapsed_seconds, **best
+        )
+        if self.ranks.rank == 0:
+            logger.info("training ends after step %d: %s", state.step, stop.reason)
+
+
+class _Clock:
+    """Wall time and this process's CPU time since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._wall
+
+    def cpu_seconds(self) -> float:
+        return time.process_time() - self._cpu
+
+
+def _is_due(config: ValidationConfig | CheckpointConfig, state: TrainingState) -> bool:
+    """Whether something that happens every so many steps or epochs happens after the state's last step."""
+    if config.unit == "steps":
+        return state.step > 0 and state.step % config.every == 0
+    return state.at_epoch_end and (state.epoch - 1) % config.every == 0
+
+
+def _train_fields(state: TrainingState, planned: PlannedStep, report: StepReport, eta_seconds: float | None) -> dict[str, Any]:
+    window = state.window
+    loss, nll = (total / window.num_targets if window.num_targets else math.nan for total in (window.loss_sum, window.nll_sum))
+    return {
+        "epoch": planned.epoch,
+        "steps": window.steps,
+        "loss": loss,
+        "nll": nll,
+        "perplexity": math.exp(min(nll, 700.0)),
+        "learning_rate": report.learning_rate,
+        "grad_norm": report.grad_norm,
+        "num_targets": window.num_targets,
+        "tokens_per_second": window.num_targets / window.seconds,
+        "seconds": window.seconds,
+        "cpu_seconds": window.cpu_seconds,
+        "skipped": window.skipped,
+        "eta_seconds": eta_seconds,
+    }
