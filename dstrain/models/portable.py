@@ -81,7 +81,14 @@ def to_portable(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_portable(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` into `model`. BundleError names every missing, unexpected or mis-shaped tensor; then nothing is copied."""
+    """Copy `weights` into `model`; BundleError as `check_portable`, then nothing is copied."""
+    check_portable(model, weights)
+    for name, tensor in to_portable(model).items():
+        tensor.copy_(weights[name])
+
+
+def check_portable(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """BundleError naming every missing, unexpected or mis-shaped tensor of `weights`. `model` may be on the meta device."""
     wanted = to_portable(model)
     shapes = [
         f"{name} is {tuple(weights[name].shape)}, the model needs {tuple(wanted[name].shape)}"
@@ -94,11 +101,7 @@ def load_portable(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         *_listed("of another shape", shapes),
     ]
     if problems:
-        raise BundleError(
-            f"the weights do not fit the model: {'; '.join(problems)}; take weights of the same model configuration"
-        )
-    for name, tensor in wanted.items():
-        tensor.copy_(weights[name])
+        raise BundleError(f"the weights do not fit the model: {'; '.join(problems)}; take weights of this configuration")
 
 
 def _listed(problem: str, names: Iterable[str]) -> list[str]:
