@@ -97,3 +97,10 @@ class EngineConfig(Config):
     deepspeed: str = "zero1"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip_norm: NonNegativeFloat = 0.0
+
+
+class EmaConfig(Config):
+    """An exponential moving average of the weights, updated after each step from `start_step` on; bundles hold it."""
+
+    decay: float = Field(gt=0, lt=1)
+    start_step: NonNegativeInt = 0

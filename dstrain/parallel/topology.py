@@ -49,9 +49,9 @@ class World:
         result: list[float] = sums.tolist()
         return result
 
-    def all_true(self, flag: bool) -> bool:
-        """Whether every rank says yes."""
-        return self.all_reduce_sums([float(not flag)]) == [0.0]
+    def all_true(self, value: bool) -> bool:
+        """Whether it holds on every rank."""
+        return self.all_reduce_sums([float(not value)]) == [0.0]
 
     def broadcast_object(self, value: T, source: int = 0) -> T:
         """Rank `source`'s value, on every rank. Pickled: between ranks of one run only."""
@@ -61,12 +61,12 @@ class World:
         dist.broadcast_object_list(box, src=source, device=self.device)
         return box[0]
 
-    def gather_objects(self, value: T) -> list[T] | None:
-        """Every rank's value in the order of ranks, on rank 0; None elsewhere. Pickled: between ranks of one run only."""
+    def gather_objects(self, value: T) -> list[T]:
+        """Every rank's value in the order of ranks, on every rank. Pickled: between ranks of one run only."""
         if self.world_size == 1:
             return [value]
-        gathered: list[T] | None = [value] * self.world_size if self.rank == 0 else None
-        dist.gather_object(value, gathered, dst=0)
+        gathered = [value] * self.world_size
+        dist.all_gather_object(gathered, value)
         return gathered
 
 

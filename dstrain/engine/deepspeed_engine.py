@@ -1,0 +1,254 @@
+"""The training engine: micro-batches in, one optimizer step out, whatever the ZeRO stage and the number of ranks.
+
+Losses arrive as sums. Each is multiplied by world_size / (target tokens of the whole step) before its backward pass, and
+DeepSpeed averages over the ranks: that is the one division. Gradient norm and clipping are global under every stage. A loss
+or gradient that is not finite stops training on all ranks alike, before any weight has changed; under fp16 the step is
+skipped and the loss scale halved instead.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from dstrain.batch import Batch
+from dstrain.engine.config import EmaConfig, EngineConfig, OptimizerConfig, ScheduleConfig
+from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.engine.ema import MovingAverage
+from dstrain.engine.launch import load_deepspeed
+from dstrain.engine.masters import Masters
+from dstrain.engine.optimizer import build_optimizer
+from dstrain.engine.replica import empty_copy, filled_copy
+from dstrain.engine.schedule import learning_rate
+from dstrain.errors import CheckpointError, TrainingError
+from dstrain.models.portable import portable_layout, split
+from dstrain.parallel.topology import World
+from dstrain.protocols import Generative, LossOutput, StepReport
+from dstrain.seeding import seed_everything
+
+TAG = "deepspeed"
+"""Folder of DeepSpeed's own files inside a checkpoint."""
+
+
+class TrainEngine:
+    """Owns the model, the optimizer and the moving average; implements `protocols.Shardable`.
+
+    module: `TrainModule`, called with a `Batch`, built identically on every rank. step: completed optimizer steps.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        optimizer: OptimizerConfig,
+        schedule: ScheduleConfig,
+        engine: EngineConfig,
+        ema: EmaConfig | None,
+        seed: int,
+        world: World,
+    ) -> None:
+        config = resolve_ds_config(engine, world_size=world.world_size)
+        self.world = world
+        self.module = module
+        self.step = 0
+        self.stage: int = config["zero_optimization"]["stage"]
+        self._peak, self._schedule, self._precision, self._seed = optimizer.learning_rate, schedule, engine.precision, seed
+        self._model = cast("nn.Module", module.model)
+        self._layout = portable_layout(self._model)
+        self._shape = empty_copy(self._model) if self.stage == 3 else None
+        self._deepspeed = load_deepspeed(world, talkative=_profiles(config))
+        module.to(world.device)
+        self._engine: Any = self._deepspeed.initialize(
+            model=module, optimizer=build_optimizer(module, optimizer), config=config, dist_init_required=False
+        )[0]
+        self._masters = Masters(self._deepspeed, self._engine, self.stage)
+        self._average = None if ema is None else MovingAverage(self._masters.tensors, ema)
+
+    @property
+    def rank(self) -> int:
+        """This process, from 0."""
+        return self.world.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes train."""
+        return self.world.world_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where batches go."""
+        return self.world.device
+
+    def train_step(self, batches: Sequence[Batch], num_targets: int) -> StepReport:
+        """One optimizer step. Collective.
+
+        batches: this rank's micro-batches, the same number on every rank. num_targets: target tokens of all batches of all
+        ranks. Raises TrainingError, on every rank, where the loss or a gradient is not finite.
+        """
+        rate = learning_rate(self._schedule, self._peak, self.step)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = rate
+        seed_everything(self._seed, "dropout", self.step, self.rank)
+        self.module.train()
+        means = self._accumulate(batches, num_targets)
+        loss = means.pop("loss")
+        if self._precision != "fp16" and not math.isfinite(loss):
+            raise TrainingError(f"step {self.step + 1}: the loss is {loss}; {_REMEDY}")
+        norm = self._update()
+        report = StepReport(
+            step=self.step + 1,
+            loss=loss,
+            num_targets=num_targets,
+            grad_norm=norm,
+            learning_rate=rate,
+            skipped=not math.isfinite(norm),
+            sums=means,
+        )
+        if not report.skipped:
+            self.step += 1
+            if self._average is not None:
+                self._average.update(self.step)
+        return report
+
+    def _accumulate(self, batches: Sequence[Batch], num_targets: int) -> dict[str, float]:
+        """Gradients of all micro-batches; the loss and the reported sums per target token of the whole step."""
+        scale = self.world_size / num_targets
+        totals, names = torch.zeros((), dtype=torch.float64, device=self.device), ["loss"]
+        for index, batch in enumerate(batches):
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
+            output: LossOutput = self._engine(batch.to(self.device))
+            self._engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
+            names = ["loss", *output.sums]
+            totals = totals + torch.stack([output.loss_sum.detach(), *output.sums.values()]).double()
+        sums = self.world.all_reduce_sums(totals.tolist())
+        return {name: value / num_targets for name, value in zip(names, sums, strict=True)}
+
+    def _update(self) -> float:
+        """Clip and update; returns the gradient norm before clipping, infinite if fp16 scaling made the step skip."""
+        norm = math.inf
+        if self.stage == 0:
+            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+        if self.stage == 0 and not math.isfinite(norm):
+            raise TrainingError(f"step {self.step + 1}: the gradient norm is {norm}; {_REMEDY}")
+        try:
+            self._engine.step()
+        except Exception as error:
+            if "loss scale already at minimum" in str(error):
+                raise TrainingError(f"step {self.step + 1}: the fp16 loss scale has reached its minimum; {_REMEDY}") from error
+            raise
+        if not self._engine.was_step_applied():
+            if self._precision != "fp16":
+                raise TrainingError(f"step {self.step + 1}: a gradient is not finite; {_REMEDY}")
+            return math.inf
+        return norm if self.stage == 0 else float(self._engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> LossOutput:
+        """The loss of one batch in evaluation mode. Collective under ZeRO-3: every rank calls it equally often."""
+        self.module.eval()
+        output: LossOutput = self._engine(batch.to(self.device))
+        self.module.train()
+        return output
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model computes with the moving average inside the context. Collective on both ends."""
+        average = self._required_average()
+        average.exchange()
+        self._masters.publish()
+        try:
+            yield
+        finally:
+            average.exchange()
+            self._masters.publish()
+
+    def gather_weights(self, *, averaged: bool) -> dict[str, Tensor] | None:
+        """The fp32 weights by portable name on rank 0's CPU, None elsewhere; the moving average if `averaged`. Collective."""
+        if averaged:
+            self._required_average().exchange()
+        gathered = {}
+        for name, parameter in self._model.named_parameters():
+            full = self._masters.full(parameter)
+            if self.rank == 0:
+                gathered[name] = full.to("cpu", copy=True)
+        if averaged:
+            self._required_average().exchange()
+        return split(self._layout, gathered) if self.rank == 0 else None
+
+    @contextmanager
+    def generation_model(self, averaged: bool) -> Iterator[Generative]:
+        """The whole model in evaluation mode, for any number of calls on each rank. Collective on both ends."""
+        with self.averaged_weights() if averaged else nullcontext():
+            if self._shape is not None:
+                whole = {name: self._masters.computed(parameter) for name, parameter in self._model.named_parameters()}
+                yield cast("Generative", filled_copy(self._shape, whole))
+            else:
+                self.module.eval()
+                try:
+                    yield cast("Generative", self._model)
+                finally:
+                    self.module.train()
+
+    def save_shards(self, directory: Path) -> None:
+        """Write this rank's part of everything that a bit-exact resume needs. Raises CheckpointError. Collective."""
+        try:
+            self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
+            if self._average is not None:
+                torch.save(self._average.tensors, directory / f"average_{self.rank:05d}.pt")
+            if self.rank == 0:
+                (directory / "engine.json").write_text(json.dumps(self._identity() | {"step": self.step}))
+        except (OSError, RuntimeError) as error:
+            raise CheckpointError(f"rank {self.rank} could not write the training state to {directory}: {error}") from error
+
+    def load_shards(self, directory: Path) -> None:
+        """Read it back, bit for bit. Raises CheckpointError where another setting has written it. Collective."""
+        saved = json.loads((directory / "engine.json").read_text())
+        step = saved.pop("step")
+        running = self._identity()
+        different = [name for name in running if saved.get(name) != running[name]]
+        if different:
+            found, now = ({name: facts.get(name) for name in different} for facts in (saved, running))
+            raise CheckpointError(f"{directory} was saved with {_listed(found)}, but this run has {_listed(now)}; {_SAME}")
+        loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_lr_scheduler_states=False)
+        if loaded is None:
+            raise CheckpointError(f"{directory / TAG} holds no checkpoint of DeepSpeed; delete {directory}")
+        if self._average is not None:
+            self._average.load(torch.load(directory / f"average_{self.rank:05d}.pt", weights_only=True))
+        self.step = step
+
+    def _identity(self) -> dict[str, object]:
+        """What must be equal for a checkpoint to fit. Stages 1 and 2 partition alike."""
+        partition = {0: "none", 1: "optimizer", 2: "optimizer", 3: "parameters"}[self.stage]
+        average = None if self._average is None else "kept"
+        return {
+            "world_size": self.world_size,
+            "partitioned": partition,
+            "precision": self._precision,
+            "moving_average": average,
+        }
+
+    def _required_average(self) -> MovingAverage:
+        if self._average is None:
+            raise ValueError("there is no moving average; give TrainEngine an EmaConfig")
+        return self._average
+
+
+_REMEDY = "lower the learning rate, warm up longer, or set engine.clip_norm"
+_SAME = "resume it with the same number of ranks and the same kind of engine"
+
+
+def _listed(facts: dict[str, object]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in facts.items())
+
+
+def _profiles(config: dict[str, Any]) -> bool:
+    sections = (config.get("comms_logger", {}), config.get("flops_profiler", {}))
+    return any(section.get("enabled", False) for section in sections) or config.get("wall_clock_breakdown", False)

@@ -1,0 +1,167 @@
+"""DeepSpeed's JSON: found by name, checked to the last key, and filled one way from the recipe.
+
+Torch-free, so that a login node can check it. See ds_schema.py for what a file may hold.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from dstrain.engine.config import EngineConfig
+from dstrain.engine.ds_schema import BELONGS_ELSEWHERE, DeepSpeedFile
+from dstrain.errors import RecipeError
+
+PACKAGE = Path(__file__).parent.parent
+DIRECTORIES = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")
+"""Where shipped files lie: inside an installed package, or beside it in a checkout."""
+
+
+def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any]:
+    """The dictionary that `deepspeed.initialize` gets for `engine.deepspeed`, without any "auto".
+
+    Raises RecipeError with every mistake of the file: file, dotted path, value, remedy.
+    """
+    path = find_ds_config(engine.deepspeed)
+    content = _read(path)
+    mistakes = _mistakes(content) or _disagreements(DeepSpeedFile.model_validate(content), engine)
+    if mistakes:
+        raise RecipeError("\n".join(f"{path}: {mistake}" for mistake in mistakes))
+    resolved = DeepSpeedFile.model_validate(content).model_dump(mode="json", exclude_unset=True)
+    resolved |= {
+        "train_batch_size": world_size,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": engine.clip_norm,
+        "bf16": {**resolved.get("bf16", {}), "enabled": engine.precision == "bf16"},
+        "fp16": {**resolved.get("fp16", {}), "enabled": engine.precision == "fp16"},
+        "zero_force_ds_cpu_optimizer": False,
+        "timers": {"throughput": {"enabled": False}},
+    }
+    return resolved
+
+
+def find_ds_config(name_or_path: str) -> Path:
+    """The file of a shipped name (`zero1`) or a path. Raises RecipeError with the nearest name."""
+    if "/" in name_or_path or name_or_path.endswith(".json"):
+        path = Path(name_or_path)
+        if not path.is_file():
+            raise RecipeError(
+                f"engine.deepspeed: no file {path}; give a path to a DeepSpeed JSON file, or one of {', '.join(_names())}"
+            )
+        return path
+    for directory in DIRECTORIES:
+        if (directory / f"{name_or_path}.json").is_file():
+            return directory / f"{name_or_path}.json"
+    raise RecipeError(f"engine.deepspeed: no DeepSpeed configuration {name_or_path!r}; {_nearest(name_or_path, _names())}")
+
+
+def _names() -> list[str]:
+    return sorted({path.stem for directory in DIRECTORIES for path in directory.glob("*.json")})
+
+
+def _nearest(key: str, valid: Iterable[str]) -> str:
+    valid = sorted(valid)
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(valid)}"
+
+
+def _read(path: Path) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if twice:
+            raise RecipeError(f"{path}: {twice[0]} stands twice in one section; keep one")
+        return dict(pairs)
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise RecipeError(f"{path}: not a readable JSON file: {error}") from error
+
+
+def _mistakes(content: Any) -> list[str]:
+    """What the schema refuses, one line each."""
+    if not isinstance(content, dict):
+        return ["the file holds no JSON object; see ds_configs/zero1.json"]
+    try:
+        DeepSpeedFile.model_validate(content)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        shown = {
+            tuple(place for place in detail["loc"] if place in _path_of(content, detail["loc"])): detail for detail in details
+        }
+        return [_explain(path, detail) for path, detail in shown.items()]
+    return []
+
+
+def _path_of(content: Any, location: tuple[int | str, ...]) -> list[int | str]:
+    """The part of pydantic's location that stands in the file, without the names of union members."""
+    path: list[int | str] = []
+    for place in location:
+        if isinstance(content, dict) and (place in content or place == location[-1]):
+            path.append(place)
+            content = content.get(place)
+    return path
+
+
+def _explain(path: tuple[int | str, ...], detail: Any) -> str:
+    where = ".".join(map(str, path))
+    key = str(path[-1]) if path else ""
+    match detail["type"]:
+        case "extra_forbidden" if where in BELONGS_ELSEWHERE:
+            return f"{where}: not taken from this file; {BELONGS_ELSEWHERE[where]}"
+        case "extra_forbidden":
+            return f"{where}: unknown key; {_nearest(key, _section(path[:-1]).model_fields)}"
+        case "missing":
+            return f"{where}: missing; give it a value"
+    message = detail["msg"]
+    return f"{where}: {message[:1].lower()}{message[1:]}, not {detail['input']!r}"
+
+
+def _section(path: tuple[int | str, ...]) -> type[BaseModel]:
+    """The model of the section at `path`."""
+    model: type[BaseModel] = DeepSpeedFile
+    for place in path:
+        annotation = model.model_fields[str(place)].annotation
+        members = getattr(annotation, "__args__", (annotation,))
+        model = next(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
+    return model
+
+
+def _disagreements(file: DeepSpeedFile, engine: EngineConfig) -> list[str]:
+    """Literals that contradict the recipe, and combinations that cannot train right."""
+    zero, precision = file.zero_optimization, engine.precision
+    found = [
+        f'{name} = {getattr(file, name)}: micro-batches are made of tokens; write "auto" and set batching.max_tokens'
+        for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        if getattr(file, name) not in ("auto", 1)
+    ]
+    if file.gradient_clipping not in ("auto", engine.clip_norm):
+        clip = file.gradient_clipping
+        found.append(f'gradient_clipping = {clip}, but the recipe has engine.clip_norm = {engine.clip_norm}; write "auto"')
+    for name, section in (("bf16", file.bf16), ("fp16", file.fp16)):
+        if section.enabled not in ("auto", precision == name):
+            value = str(section.enabled).lower()
+            found.append(f'{name}.enabled = {value}, but the recipe has engine.precision = {precision}; write "auto"')
+    if zero.stage == 0 and precision != "fp32":
+        found.append(
+            f"zero_optimization.stage = 0 cannot train in {precision}: DeepSpeed's unpartitioned 16-bit optimizer counts a "
+            "step too many, which bends the loss curve; use zero1, which needs less memory too"
+        )
+    if zero.stage == 0 and zero.offload_optimizer is not None:
+        found.append("zero_optimization.offload_optimizer: stage 0 offloads nothing; use stage 1, 2 or 3")
+    if zero.stage != 3 and zero.offload_param is not None:
+        found.append(f"zero_optimization.offload_param: parameters are offloaded by stage 3 alone, not {zero.stage}")
+    accumulation = file.data_types.grad_accum_dtype if file.data_types else precision
+    if accumulation not in ("fp32", precision) or (accumulation != precision and zero.stage == 1):
+        found.append(
+            f"data_types.grad_accum_dtype = {accumulation} does not work with engine.precision = {precision} under stage "
+            f"{zero.stage}; leave it out, or use fp32 with stage 2 or 3"
+        )
+    return found

@@ -1,0 +1,44 @@
+"""An exponential moving average of the weights, kept where the fp32 masters are.
+
+Each rank averages only the partition that it owns, so the average costs 4 bytes a parameter divided by the ranks and no
+communication. It is exchanged with the masters for as long as someone looks at it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dstrain.engine.config import EmaConfig
+
+
+class MovingAverage:
+    """average <- decay * average + (1 - decay) * weights after each step; a plain copy of them until `start_step`."""
+
+    def __init__(self, masters: Sequence[Tensor], config: EmaConfig) -> None:
+        self.config = config
+        self.tensors = [master.detach().clone() for master in masters]
+        self._masters = masters
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the weights as they are after `step` completed steps."""
+        weight = 1.0 if step <= self.config.start_step else 1.0 - self.config.decay
+        for average, master in zip(self.tensors, self._masters, strict=True):
+            average.lerp_(master.detach(), weight)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Put the average where the masters are and the masters where the average is; twice is nothing."""
+        for average, master in zip(self.tensors, self._masters, strict=True):
+            keep = master.detach().clone()
+            master.copy_(average)
+            average.copy_(keep)
+
+    @torch.no_grad()
+    def load(self, tensors: Sequence[Tensor]) -> None:
+        """Continue from a saved average."""
+        for average, saved in zip(self.tensors, tensors, strict=True):
+            average.copy_(saved)

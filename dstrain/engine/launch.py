@@ -1,0 +1,29 @@
+"""The one door to DeepSpeed: imported on first use, quiet, and never compiling anything on the CPU.
+
+On the CPU DeepSpeed would build a C++ shared-memory collective inside `init_distributed`; marking the op as incompatible
+beforehand leaves the collectives to gloo. The import costs about three seconds, which only training pays.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from types import ModuleType
+
+from dstrain.parallel.topology import World
+
+
+def load_deepspeed(world: World, *, talkative: bool = False) -> ModuleType:
+    """DeepSpeed, joined to the process group that `world` stands for. talkative: let it print what its profilers measure."""
+    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.INFO if talkative else logging.ERROR)
+    if world.device.type == "cpu":
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+    module: ModuleType = deepspeed
+    return module

@@ -1,0 +1,43 @@
+"""Start the ranks of a scenario as plain processes and bring their results back as data."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.paths import ROOT
+
+
+def run_ranks(scenario: str, world_size: int, directory: Path, *, timeout: float = 240, **arguments: Any) -> list[Any]:
+    """What `tests.parallel.scenarios.<scenario>` returns on each rank, in rank order; arguments and results are JSON."""
+    directory.mkdir(parents=True, exist_ok=True)
+    results = [directory / f"{scenario}_{world_size}_{rank}.json" for rank in range(world_size)]
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    if world_size > 1:
+        shared |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank, result in enumerate(results):
+        result.unlink(missing_ok=True)
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
+        command = [sys.executable, "-m", "tests.parallel.worker", scenario, str(result), json.dumps(arguments)]
+        with result.with_suffix(".log").open("w") as log:
+            processes.append(subprocess.Popen(command, cwd=ROOT, env=shared | place, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    logs = "\n".join(result.with_suffix(".log").read_text()[-3000:] for result in results)
+    assert codes == [0] * world_size, f"{scenario} on {world_size} ranks ended with {codes}:\n{logs}"
+    return [json.loads(result.read_text()) for result in results]
+
+
+def free_port() -> int:
+    """A port that nobody listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
