@@ -1,0 +1,212 @@
+"""The chunked projection and loss against its full twin, torch's own cross-entropy, finite differences and its memory promise."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dstrain.batch import IGNORE_INDEX
+from dstrain.ops.linear_cross_entropy import linear_cross_entropy, reference_linear_cross_entropy, scored_rows
+
+
+def case(num_rows: int, width: int, num_types: int, ignored: float = 0.3, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(num_rows + num_types)
+    features = torch.randn(num_rows, width, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(num_types, width, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(num_types, (num_rows,), generator=generator)
+    labels[torch.rand(num_rows, generator=generator) < ignored] = IGNORE_INDEX
+    return features, weight, labels
+
+
+def outcome(function, features: Tensor, weight: Tensor, labels: Tensor, scale: float = 1.0, **options) -> list[Tensor]:
+    loss_sum, nll_sum = function(features, weight, labels, **options)
+    return [loss_sum.detach(), nll_sum, *torch.autograd.grad(scale * loss_sum, (features, weight))]
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.9])
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 123, 4096])
+@pytest.mark.parametrize("shape", [(123, 16, 77), (5, 3, 2), (1, 1, 5), (64, 32, 1031)])
+def test_equals_the_reference(shape, chunk_tokens, label_smoothing) -> None:
+    inputs = case(*shape)
+    options = {"label_smoothing": label_smoothing, "chunk_tokens": chunk_tokens}
+    expected = outcome(reference_linear_cross_entropy, *inputs, scale=0.37, **options)
+    torch.testing.assert_close(outcome(linear_cross_entropy, *inputs, scale=0.37, **options), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_equals_the_reference_to_the_last_digits_in_double() -> None:
+    inputs = case(123, 16, 77, dtype=torch.float64)
+    options = {"label_smoothing": 0.1, "chunk_tokens": 50}
+    expected = outcome(reference_linear_cross_entropy, *inputs, **options)
+    torch.testing.assert_close(outcome(linear_cross_entropy, *inputs, **options), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("function", [linear_cross_entropy, reference_linear_cross_entropy])
+def test_equals_torch(function) -> None:
+    """torch smooths over V types instead of V - 1: its label_smoothing is ours times V / (V - 1)."""
+    features, weight, labels = case(123, 16, 77, dtype=torch.float64)
+    ours = outcome(function, features, weight, labels, label_smoothing=0.1, chunk_tokens=50)
+    logits = features @ weight.T
+    loss_sum = F.cross_entropy(logits, labels, label_smoothing=0.1 * 77 / 76, ignore_index=IGNORE_INDEX, reduction="sum")
+    nll_sum = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    expected = [loss_sum.detach(), nll_sum.detach(), *torch.autograd.grad(loss_sum, (features, weight))]
+    torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("num_rows", [0, 7])
+def test_gradients_equal_finite_differences(num_rows, label_smoothing) -> None:
+    features, weight, labels = case(num_rows, 4, 9, dtype=torch.float64)
+    options = {"label_smoothing": label_smoothing, "chunk_tokens": 3}
+    assert torch.autograd.gradcheck(lambda f, w: linear_cross_entropy(f, w, labels, **options)[0], (features, weight))
+
+
+@pytest.mark.parametrize("num_rows", [0, 11])
+def test_no_scored_row_gives_exactly_zero(num_rows) -> None:
+    features, weight, _ = case(num_rows, 4, 9)
+    labels = torch.full((num_rows,), IGNORE_INDEX)
+    for value in outcome(linear_cross_entropy, features, weight, labels, label_smoothing=0.1, chunk_tokens=4):
+        assert torch.equal(value, torch.zeros_like(value))
+
+
+def test_ignored_rows_may_hold_anything() -> None:
+    features, weight, labels = case(20, 4, 9)
+    poisoned = features.detach().clone()
+    poisoned[labels == IGNORE_INDEX] = torch.nan
+    options = {"label_smoothing": 0.1, "chunk_tokens": 6}
+    expected = outcome(linear_cross_entropy, features, weight, labels, **options)
+    torch.testing.assert_close(outcome(linear_cross_entropy, poisoned.requires_grad_(), weight, labels, **options), expected)
+
+
+def test_a_label_far_below_the_others_has_a_finite_loss() -> None:
+    features, weight = torch.tensor([[200.0]], requires_grad=True), torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True)
+    loss_sum, nll_sum = linear_cross_entropy(features, weight, torch.tensor([1]), label_smoothing=0.0, chunk_tokens=1)
+    assert loss_sum.item() == nll_sum.item() == 400.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_have_a_full_precision_loss(dtype) -> None:
+    """The twin reads the same rounded inputs in float64; what is left are the roundings of three products."""
+    features, weight, labels = case(123, 16, 77)
+    features = features.detach().to(dtype).requires_grad_()
+    weight = (weight.detach() / 8).to(dtype).requires_grad_()  # logits below 3, so rounded by little more than one step
+    options = {"label_smoothing": 0.1, "chunk_tokens": 50}
+    ours = outcome(linear_cross_entropy, features, weight, labels, **options)
+    wide = [tensor.detach().double().requires_grad_() for tensor in (features, weight)]
+    expected = outcome(reference_linear_cross_entropy, *wide, labels, **options)
+    step = torch.finfo(dtype).eps
+    assert [value.dtype for value in ours] == [torch.float32, torch.float32, dtype, dtype]
+    for value, target in zip(ours, expected, strict=True):
+        torch.testing.assert_close(value.double(), target, rtol=step, atol=step * target.abs().max().item())
+
+
+def test_many_small_gradients_add_up_in_half_precision() -> None:
+    """4,096 rows of one direction: a sum kept in bfloat16 would stop growing at 256 times its terms."""
+    features = torch.ones(4096, 1, dtype=torch.bfloat16)
+    weight = torch.zeros(4, 1, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.zeros(4096, dtype=torch.int64)
+    linear_cross_entropy(features, weight, labels, label_smoothing=0.0, chunk_tokens=1)[0].backward()
+    assert weight.grad.flatten().tolist() == [-3072.0, 1024.0, 1024.0, 1024.0]
+
+
+def test_autocast_computes_in_its_dtype_and_returns_the_gradients_in_the_inputs_dtype() -> None:
+    features, weight, labels = case(23, 16, 77)
+    options = {"label_smoothing": 0.1, "chunk_tokens": 10}
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = outcome(linear_cross_entropy, features, weight, labels, **options)
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in (features, weight)]
+    expected = outcome(linear_cross_entropy, *halves, labels, **options)
+    assert [value.dtype for value in ours] == [torch.float32] * 4
+    torch.testing.assert_close(ours, [value.float() for value in expected], rtol=0, atol=0)
+
+
+class ProductCounter(TorchDispatchMode):
+    """Counts matrix products by the shape of their result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm_}:
+            self.shapes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize(
+    ("features_learn", "weight_learns", "grad_mode", "per_chunk"),
+    [
+        (True, True, True, [(10, 77), (10, 16), (77, 16)]),
+        (True, False, True, [(10, 77), (10, 16)]),
+        (False, True, True, [(10, 77), (77, 16)]),
+        (False, False, True, [(10, 77)]),
+        (True, True, False, [(10, 77)]),
+    ],
+)
+def test_only_wanted_gradients_are_computed(features_learn, weight_learns, grad_mode, per_chunk) -> None:
+    features, weight, labels = case(20, 16, 77)
+    options = {"label_smoothing": 0.1, "chunk_tokens": 10}
+    expected = outcome(linear_cross_entropy, features, weight, labels, **options)
+    features.requires_grad_(features_learn)
+    weight.requires_grad_(weight_learns)
+    with torch.set_grad_enabled(grad_mode), ProductCounter() as counter:
+        loss_sum, nll_sum = linear_cross_entropy(features, weight, labels, **options)
+    assert counter.shapes == per_chunk * 2
+    assert torch.equal(loss_sum, expected[0])
+    assert torch.equal(nll_sum, expected[1])
+    assert not nll_sum.requires_grad
+    assert loss_sum.requires_grad == (grad_mode and (features_learn or weight_learns))
+    if loss_sum.requires_grad:
+        loss_sum.backward()
+        assert features.grad is None or torch.equal(features.grad, expected[2])
+        assert weight.grad is None or torch.equal(weight.grad, expected[3])
+        assert (features.grad is None, weight.grad is None) == (not features_learn, not weight_learns)
+
+
+def test_the_weight_may_be_gone_before_backward() -> None:
+    """Sharded training frees it after the projection's forward."""
+    features, weight, labels = case(20, 16, 77)
+    options = {"label_smoothing": 0.1, "chunk_tokens": 10}
+    expected = outcome(linear_cross_entropy, features, weight, labels, **options)[2]
+    gathered = weight.detach().clone().requires_grad_()
+    loss_sum, _ = linear_cross_entropy(features, gathered, labels, **options)
+    gathered.untyped_storage().resize_(0)
+    assert torch.equal(torch.autograd.grad(loss_sum, features)[0], expected)
+
+
+def test_scored_rows() -> None:
+    labels = torch.tensor([3, IGNORE_INDEX, 0, IGNORE_INDEX, 7])
+    assert scored_rows(labels, 3).tolist() == [0, 2, 4]
+    assert scored_rows(labels.fill_(IGNORE_INDEX), 0).tolist() == []
+
+
+PEAK = """
+import torch
+from dstrain.ops.linear_cross_entropy import linear_cross_entropy
+
+def peak_kib():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+features = torch.randn(4096, 32, requires_grad=True)
+weight = torch.randn(65536, 32, requires_grad=True)
+labels = torch.randint(65536, (4096,))
+(features[:64] @ weight[:64].T).sum().backward()
+before = peak_kib()
+linear_cross_entropy(features, weight, labels, label_smoothing=0.1, chunk_tokens=256)[0].backward()
+assert weight.grad.abs().sum() > 0
+print(peak_kib() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the resident memory is read from Linux's /proc")
+def test_logits_never_exist_in_full() -> None:
+    """4,096 tokens x 65,536 types are 1 GiB in fp32; 256 tokens at a time, a sixteenth, beside the gradients (8 MiB each)."""
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    peak_mib = int(run.stdout) / 1024
+    assert 64 < peak_mib < 160
