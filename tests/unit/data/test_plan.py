@@ -1,0 +1,321 @@
+import io
+import json
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Sequence
+from itertools import chain, pairwise
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dstrain.data.config import BatchingConfig
+from dstrain.data.plan import IntArray, PlannedStep, StepPlan, evaluation_batches, micro_batches
+from dstrain.errors import DataError
+from dstrain.recipe_file import load_recipe
+from tests.paths import DATA, ROOT, needs_data
+
+Pairs = list[tuple[int, int]]
+LENGTH = st.one_of(st.integers(1, 6), st.integers(1, 60), st.just(1))
+PAIRS = st.lists(st.tuples(LENGTH, LENGTH), min_size=1, max_size=200)
+
+
+def sides(pairs: Pairs) -> tuple[IntArray, IntArray]:
+    return np.array([source for source, _ in pairs]), np.array([target for _, target in pairs])
+
+
+def plan_of(
+    pairs: Pairs, *, tokens_per_step: int = 40, max_tokens: int = 60, shuffle_window: int = 50, seed: int = 1
+) -> StepPlan:
+    config = BatchingConfig(tokens_per_step=tokens_per_step, max_tokens=max_tokens, shuffle_window=shuffle_window)
+    return StepPlan(*sides(pairs), config, seed)
+
+
+def listed(steps: Sequence[PlannedStep]) -> list[tuple[int, int, list[int], int, bool]]:
+    return [(s.epoch, s.index, s.examples.tolist(), s.num_targets, s.last_of_epoch) for s in steps]
+
+
+def cost(group: IntArray, plan: StepPlan) -> int:
+    """Padded tokens as `max_tokens` counts them."""
+    return len(group) * int(max(plan.source_lengths[group].max(), plan.target_lengths[group].max())) if len(group) else 0
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> StepPlan:
+    return plan_of(
+        draw(PAIRS),
+        tokens_per_step=draw(st.integers(1, 200)),
+        max_tokens=draw(st.integers(60, 300)),
+        shuffle_window=draw(st.integers(1, 250)),
+        seed=draw(st.integers(0, 1000)),
+    )
+
+
+def fewest_pieces(lengths: Sequence[int], capacity: int) -> int:
+    """Filling from the left is the known optimum for pieces of neighbors."""
+    pieces, room = 0, 0
+    for length in lengths:
+        if length > room:
+            pieces, room = pieces + 1, max(capacity, length)
+        room -= length
+    return pieces
+
+
+@settings(max_examples=200, deadline=None)
+@given(plan=plans(), epoch=st.integers(0, 3))
+def test_every_example_is_in_an_epoch_once(plan: StepPlan, epoch: int) -> None:
+    steps = list(plan.epoch(epoch))
+    rows = np.concatenate([step.examples for step in steps])
+    assert rows.dtype == np.int64
+    assert sorted(rows) == list(range(len(plan.target_lengths)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(plan=plans())
+def test_a_step_knows_its_targets_and_holds_no_more_than_allowed(plan: StepPlan) -> None:
+    steps = list(plan.epoch(0))
+    for step in steps:
+        assert step.num_targets == plan.target_lengths[step.examples].sum()
+        assert step.num_targets <= plan.config.tokens_per_step or len(step.examples) == 1
+    assert [step.index for step in steps] == list(range(len(steps)))
+    assert [step.last_of_epoch for step in steps] == [False] * (len(steps) - 1) + [True]
+
+
+@settings(max_examples=100, deadline=None)
+@given(plan=plans(), data=st.data())
+def test_starting_later_gives_the_rest(plan: StepPlan, data: st.DataObject) -> None:
+    whole = listed(list(plan.epoch(2)))
+    start = data.draw(st.integers(0, len(whole)))
+    assert listed(list(plan.epoch(2, start))) == whole[start:]
+    with pytest.raises(DataError, match=rf"epoch 2 has {len(whole)} steps, not {len(whole) + 1}: "):
+        list(plan.epoch(2, len(whole) + 1))
+
+
+@settings(max_examples=100, deadline=None)
+@given(pairs=PAIRS, max_tokens=st.integers(60, 10_000))
+def test_micro_batch_size_does_not_move_the_steps(pairs: Pairs, max_tokens: int) -> None:
+    """Nor does the number of ranks, which a plan never learns."""
+    assert listed(list(plan_of(pairs, max_tokens=max_tokens).epoch(1))) == listed(list(plan_of(pairs).epoch(1)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(pairs=PAIRS, tokens_per_step=st.integers(1, 300))
+def test_one_window_is_cut_into_the_fewest_steps(pairs: Pairs, tokens_per_step: int) -> None:
+    steps = list(plan_of(pairs, tokens_per_step=tokens_per_step, shuffle_window=1000).epoch(0))
+    assert len(steps) == fewest_pieces(sorted(target for _, target in pairs), tokens_per_step)
+
+
+def test_steps_are_equally_full() -> None:
+    """No remainder: 211 sentences of 20 into steps of at most 300 make 15 steps of 280 or 300, not 14 of 300 and one of 20."""
+    steps = list(plan_of([(20, 20)] * 211, tokens_per_step=300, shuffle_window=1000).epoch(0))
+    assert len(steps) == 15
+    assert {step.num_targets for step in steps} == {280, 300}
+
+
+def test_windows_are_of_equal_size() -> None:
+    """1,001 examples in windows of at most 1,000 are two halves, not 1,000 and a last step of one sentence."""
+    steps = list(plan_of([(20, 20)] * 1001, tokens_per_step=300, shuffle_window=1000).epoch(0))
+    assert min(step.num_targets for step in steps) > 250
+
+
+def test_a_window_smaller_than_a_step_still_fills_steps() -> None:
+    steps = list(plan_of([(10, 10)] * 500, tokens_per_step=100, shuffle_window=1).epoch(0))
+    assert {step.num_targets for step in steps} == {100}
+
+
+def test_steps_hold_similar_lengths_and_come_in_random_order() -> None:
+    random = np.random.default_rng(0)
+    pairs = [(int(a), int(b)) for a, b in random.integers(1, 50, (5000, 2))]
+    plan = plan_of(pairs, tokens_per_step=1000, shuffle_window=5000)
+    means = []
+    for step in plan.epoch(0):
+        targets = plan.target_lengths[step.examples]
+        assert targets.max() - targets.min() <= 4
+        means.append(targets.mean())
+    place = np.arange(len(means))
+    assert abs(np.corrcoef(place, means)[0, 1]) < 4 / np.sqrt(len(means))
+
+
+def test_long_sentences_do_not_wait_for_the_end() -> None:
+    """Each tenth of an epoch has its share of the longest sentences."""
+    random = np.random.default_rng(0)
+    pairs = [(10, int(length)) for length in random.geometric(0.1, 20_000).clip(1, 60)]
+    plan = plan_of(pairs, tokens_per_step=500, shuffle_window=1000)
+    order = np.concatenate([step.examples for epoch in range(5) for step in plan.epoch(epoch)])
+    longest = plan.target_lengths[order] >= 35
+    shares = longest.reshape(5, 10, -1).sum(axis=(0, 2))  # (10,)
+    assert np.all(np.abs(shares - shares.mean()) < 5 * np.sqrt(shares.mean()))
+
+
+def test_equal_lengths_are_put_together_differently_in_each_epoch_and_seed() -> None:
+    pairs = [(10, 10)] * 100
+    orders = [
+        np.concatenate([step.examples for step in plan_of(pairs, seed=seed).epoch(epoch)]).tolist()
+        for seed, epoch in ((1, 0), (1, 1), (2, 0))
+    ]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+
+
+def test_the_plan_is_fixed_for_ever() -> None:
+    """Another plan from the same seed would break every saved position."""
+    plan = plan_of([(3, 1 + row % 5) for row in range(12)], tokens_per_step=10, shuffle_window=6, seed=5)
+    assert [(step.examples.tolist(), step.num_targets) for step in plan.epoch(3)] == [
+        ([3, 9], 9),
+        ([0, 5, 1, 8], 8),
+        ([10, 11, 6, 2], 8),
+        ([7, 4], 8),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32, np.int64])
+def test_the_type_of_the_lengths_does_not_matter(dtype: type[np.integer]) -> None:
+    random = np.random.default_rng(0)
+    source, target = random.integers(1, 100, (2, 500))
+    config = BatchingConfig(tokens_per_step=300, max_tokens=100, shuffle_window=100)
+    expected = listed(list(StepPlan(source, target, config, 1).epoch(0)))
+    assert listed(list(StepPlan(source.astype(dtype), target.astype(dtype), config, 1).epoch(0))) == expected
+
+
+def test_lengths_beyond_16_bits() -> None:
+    plan = plan_of([(100_000, 5), (3, 70_000), (3, 3), (66_000, 4_464)], max_tokens=100_000, tokens_per_step=10)
+    steps = list(plan.epoch(0))
+    assert sorted(step.num_targets for step in steps) == [8, 4_464, 70_000]
+
+
+def test_nothing_to_train_on() -> None:
+    with pytest.raises(DataError, match="the training split holds no example"):
+        StepPlan(np.zeros(0, np.int32), np.zeros(0, np.int32), BatchingConfig(tokens_per_step=1, max_tokens=1), 1)
+
+
+@pytest.mark.parametrize(("pair", "side"), [((61, 2), "source"), ((2, 61), "target")])
+def test_a_sentence_that_fits_nowhere_is_named(pair: tuple[int, int], side: str) -> None:
+    message = (
+        f"training example 2 has 61 {side} tokens, over batching.max_tokens 60; raise that, "
+        f"or lower data.filter.max_{side}_length and prepare again"
+    )
+    with pytest.raises(DataError, match=f"^{message}$"):
+        plan_of([(60, 60), (1, 1), pair])
+
+
+@settings(max_examples=200, deadline=None)
+@given(plan=plans(), world_size=st.integers(1, 9))
+def test_micro_batches_share_a_step_among_ranks(plan: StepPlan, world_size: int) -> None:
+    max_tokens = plan.config.max_tokens
+    for step in plan.epoch(0):
+        groups = micro_batches(step.examples, plan.source_lengths, plan.target_lengths, max_tokens, world_size)
+        assert sorted(np.concatenate(groups)) == sorted(step.examples)
+        assert len(groups) % world_size == 0
+        assert all(cost(group, plan) <= max_tokens for group in groups)
+        assert all(len(group) for group in groups) or len(step.examples) < len(groups)
+        few = micro_batches(step.examples, plan.source_lengths, plan.target_lengths, max_tokens, 1)
+        assert len(groups) - world_size < len(few) <= len(groups)
+
+
+def best_worst_cost(widths: Sequence[int], pieces: int) -> int:
+    """Over all ways to cut ascending widths into at most `pieces` groups, the smallest cost of the costliest: dynamic program."""
+    best = [0] + [10**9] * len(widths)
+    for _ in range(pieces):
+        best = [0] + [
+            min(max(best[start], (end - start) * widths[end - 1]) for start in range(end)) for end in range(1, len(widths) + 1)
+        ]
+    return best[-1]
+
+
+@settings(max_examples=200, deadline=None)
+@given(pairs=st.lists(st.tuples(LENGTH, LENGTH), min_size=1, max_size=25), world_size=st.integers(1, 5))
+def test_micro_batches_are_few_and_balanced(pairs: Pairs, world_size: int) -> None:
+    max_tokens = 70
+    source, target = sides(pairs)
+    groups = micro_batches(np.arange(len(pairs)), source, target, max_tokens, world_size)
+    widths = sorted(max(pair) for pair in pairs)
+    fewest = next(n for n in range(world_size, 1000, world_size) if best_worst_cost(widths, n) <= max_tokens)
+    assert len(groups) == fewest
+    worst = max(len(group) * max(source[group].max(), target[group].max()) for group in groups if len(group))
+    assert worst == best_worst_cost(widths, fewest)
+
+
+@settings(max_examples=200, deadline=None)
+@given(pairs=st.lists(st.tuples(LENGTH, LENGTH), max_size=100), max_tokens=st.integers(1, 100))
+def test_evaluation_sees_every_example_once(pairs: Pairs, max_tokens: int) -> None:
+    source, target = sides(pairs)
+    batches = evaluation_batches(source.astype(np.int64), target.astype(np.int64), max_tokens)
+    assert sorted(row for batch in batches for row in batch.tolist()) == list(range(len(pairs)))
+    widths = [np.maximum(source, target)[batch] for batch in batches]
+    assert all(
+        len(batch) and (len(batch) * width.max() <= max_tokens or len(batch) == 1)
+        for batch, width in zip(batches, widths, strict=True)
+    )
+    assert all(before.max() <= after.min() for before, after in pairwise(widths))
+
+
+def test_the_predecessors_lost_sentences_are_all_here() -> None:
+    """Cases that lose data elsewhere: 20 sentences of 50 tokens at 300, a set of 5, a set of 21."""
+    for size, length, max_tokens in ((20, 50, 300), (5, 10, 130), (21, 10, 130), (37, 12, 300), (403, 9, 130)):
+        lengths = np.full(size, length)
+        assert sum(map(len, evaluation_batches(lengths, lengths, max_tokens))) == size
+        plan = plan_of([(length, length)] * size, tokens_per_step=max_tokens, max_tokens=max_tokens)
+        assert sum(len(step.examples) for step in plan.epoch(0)) == size
+
+
+@needs_data
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_padding_of_real_text(multi30k_lengths: tuple[IntArray, IntArray], world_size: int) -> None:
+    """Both sides of Multi30k, cut into 8,000 joint pieces, with the recipe's batching: under 10 % of padding."""
+    source, target = multi30k_lengths
+    config = load_recipe("translation/multi30k_tiny").batching
+    real = padded = 0
+    for step in StepPlan(source, target, config, seed=1).epoch(0):
+        for group in micro_batches(step.examples, source, target, config.max_tokens, world_size):
+            real += int(source[group].sum() + target[group].sum())
+            padded += len(group) * int(source[group].max() + target[group].max())
+    assert real == source.sum() + target.sum()
+    assert padded < 1.10 * real
+
+
+@pytest.fixture(scope="module")
+def multi30k_lengths() -> tuple[IntArray, IntArray]:
+    sides = [(DATA / "multi30k" / f"train.{language}").read_text().splitlines() for language in ("en", "de")]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=chain(*sides), model_writer=model, vocab_size=8000, model_type="bpe", minloglevel=2
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    source, target = (np.array([len(ids) + 1 for ids in processor.encode(lines)]) for lines in sides)
+    return source, target
+
+
+def peak_of_planning(size: int) -> int:
+    """Bytes that planning one epoch adds to the lengths."""
+    lengths = np.random.default_rng(0).integers(1, 60, size).astype(np.int32)
+    config = BatchingConfig(tokens_per_step=3465, max_tokens=4096, shuffle_window=50_000)
+    tracemalloc.start()
+    assert sum(len(step.examples) for step in StepPlan(lengths, lengths, config, seed=1).epoch(0)) == size
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_is_that_of_a_window() -> None:
+    assert peak_of_planning(2_000_000) < 1.1 * peak_of_planning(200_000)
+
+
+def test_the_bench_plans_a_million_examples_in_seconds() -> None:
+    figures = bench(1_000_000)
+    assert figures["examples"] == 1_000_000
+    assert figures["seconds"] < 6
+    assert figures["fullness_percent"] > 99
+
+
+@pytest.mark.slow
+def test_planning_100_million_examples_takes_under_a_minute_and_2_gib() -> None:
+    figures = bench(100_000_000)
+    assert figures["seconds"] < 60
+    assert figures["peak_mib"] < 2048
+
+
+def bench(size: int) -> dict[str, float]:
+    command = [sys.executable, ROOT / "tools" / "bench_plan.py", "--examples", str(size), "--json"]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=280).stdout)

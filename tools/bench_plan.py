@@ -1,0 +1,91 @@
+"""How long planning an epoch takes, how much memory, and how much padding is left.
+
+python tools/bench_plan.py                     # 100 million synthetic lengths
+python tools/bench_plan.py --data DATA         # the training split of a prepared directory
+"""
+
+import argparse
+import json
+import resource
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from dstrain.data.config import BatchingConfig
+from dstrain.data.dataset import open_dataset
+from dstrain.data.plan import Lengths, StepPlan, micro_batches
+
+
+def synthetic_lengths(size: int) -> tuple[Lengths, Lengths]:
+    """Like sentences: gamma-distributed around 13 tokens, the two sides correlated, at most 250; int32."""
+    random = np.random.default_rng(0)
+    source, target = np.empty(size, np.int32), np.empty(size, np.int32)
+    for start in range(0, size, 1_000_000):
+        part = slice(start, min(start + 1_000_000, size))
+        base = random.gamma(4.0, 3.3, part.stop - start)
+        source[part] = (base * random.normal(1.0, 0.15, len(base))).clip(1, 250)
+        target[part] = base.clip(1, 250)
+    return source, target
+
+
+def padding(plan: StepPlan, world_size: int, num_steps: int) -> dict[str, float]:
+    """Padded tokens of both sides over real ones, less one; and what the slowest rank costs over the mean."""
+    source, target, max_tokens = plan.source_lengths, plan.target_lengths, plan.config.max_tokens
+    real = padded = groups_made = slowest = mean = 0.0
+    steps = list(islice(plan.epoch(1), num_steps))
+    for step in steps:
+        groups = micro_batches(step.examples, source, target, max_tokens, world_size)
+        filled = [group for group in groups if len(group)]
+        costs = [len(group) * max(source[group].max(), target[group].max()) for group in filled]
+        real += source[step.examples].sum() + step.num_targets
+        padded += sum(len(group) * (int(source[group].max()) + int(target[group].max())) for group in filled)
+        groups_made += len(groups)
+        slowest, mean = slowest + max(costs), mean + sum(costs) / len(groups)
+    return {
+        "padding_percent": round(100 * float(padded / real - 1), 2),
+        "micro_batches_per_step": round(groups_made / len(steps), 2),
+        "slowest_over_mean": round(float(slowest / mean), 3),
+    }
+
+
+def main() -> None:
+    """Plan one epoch, then look at the padding of another's first thousand steps."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, default=100_000_000, help="synthetic examples (default: %(default)s)")
+    parser.add_argument("--data", type=Path, help="a prepared directory to read the lengths from instead")
+    parser.add_argument("--tokens-per-step", type=int, default=3465)
+    parser.add_argument("--max-tokens", type=int, default=4096)
+    parser.add_argument("--window", type=int, default=1_000_000)
+    parser.add_argument("--json", action="store_true", help="figures as one JSON object")
+    args = parser.parse_args()
+    if args.data is None:
+        source, target = synthetic_lengths(args.examples)
+    else:
+        dataset = open_dataset(args.data, "train")
+        source, target = dataset.source_lengths, dataset.target_lengths
+    config = BatchingConfig(tokens_per_step=args.tokens_per_step, max_tokens=args.max_tokens, shuffle_window=args.window)
+    began = time.perf_counter()
+    plan = StepPlan(source, target, config, seed=1)
+    steps = targets = 0
+    for step in plan.epoch(0):
+        steps, targets = steps + 1, targets + step.num_targets
+    figures = {
+        "examples": len(source),
+        "steps": steps,
+        "fullness_percent": round(100 * targets / steps / config.tokens_per_step, 2),
+        "seconds": round(time.perf_counter() - began, 2),
+        "lengths_mib": (source.nbytes + target.nbytes) >> 20,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
+    }
+    figures |= {f"{world_size}_ranks": padding(plan, world_size, 1000) for world_size in (1, 2, 8)}
+    if args.json:
+        json.dump(figures, sys.stdout)
+    else:
+        print("\n".join(f"{name:20} {value}" for name, value in figures.items()))
+
+
+if __name__ == "__main__":
+    main()
