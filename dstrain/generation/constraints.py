@@ -1,0 +1,103 @@
+"""What a hypothesis may say next, written into a step's logits as -inf.
+
+In order: never padding; the penalty of <unk>; no EOS before the minimal length; no n-gram twice; and, above all of these, what is
+forced: a given prefix, and EOS at the maximal length. A forced token keeps its own log-probability. EOS is never held back by
+n-gram blocking, so that a hypothesis can always end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dstrain.generation.config import BeamSearchConfig, SamplingConfig
+from dstrain.protocols import TextTokenizer
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The target ids that generation treats specially."""
+
+    pad: int
+    eos: int
+    unk: int
+
+    @classmethod
+    def of(cls, tokenizer: TextTokenizer) -> SpecialIds:
+        """Those of the target tokenizer."""
+        return cls(pad=tokenizer.pad_id, eos=tokenizer.eos_id, unk=tokenizer.unk_id)
+
+
+class Constraints:
+    """The rules of one batch, sentence by sentence.
+
+    max_lengths: tokens before EOS of each sentence. prefix: (B, P) forced first tokens, padded with the pad id, which forces
+    nothing; None for none.
+    """
+
+    def __init__(
+        self,
+        config: BeamSearchConfig | SamplingConfig,
+        ids: SpecialIds,
+        *,
+        max_lengths: Sequence[int],
+        prefix: Tensor | None,
+        device: torch.device,
+    ) -> None:
+        self._config = config
+        self._ids = ids
+        self._ends = set(max_lengths)
+        self._max_lengths = torch.tensor(max_lengths, device=device)  # (b,)
+        self._prefix = torch.empty(len(max_lengths), 0, dtype=torch.long) if prefix is None else prefix
+        self._prefix = self._prefix.to(device)
+
+    def apply(self, logits: Tensor, history: Tensor) -> None:
+        """Change logits (N, V) of the next token in place. history: (N, t), the start token and all tokens since."""
+        step = history.shape[1] - 1
+        logits[:, self._ids.pad] = -torch.inf
+        if self._config.unk_penalty != 0:
+            logits[:, self._ids.unk] -= self._config.unk_penalty
+        forced = self._forced(step)
+        rows_per_sentence = len(logits) // len(self._max_lengths)
+        if forced is not None:
+            forced = forced.repeat_interleave(rows_per_sentence)
+            rows = (forced != self._ids.pad).nonzero()[:, 0]
+            tokens = forced[rows]
+            allowed = logits[rows, tokens]
+        if step < self._config.min_length:
+            logits[:, self._ids.eos] = -torch.inf
+        if self._config.no_repeat_ngram:
+            forbid_repetition(logits, history[:, 1:], self._config.no_repeat_ngram)
+        if forced is not None:
+            logits[rows] = -torch.inf
+            logits[rows, tokens] = allowed
+
+    def at_end(self, step: int) -> Tensor:
+        """Which sentences have reached their maximal length. (b,)"""
+        return self._max_lengths <= step
+
+    def keep(self, sentences: Tensor) -> None:
+        """Forget all sentences but these."""
+        self._max_lengths = self._max_lengths[sentences]
+        self._prefix = self._prefix[sentences]
+
+    def _forced(self, step: int) -> Tensor | None:
+        """The token that each sentence must take, pad where it is free; None where all are free. (b,)"""
+        in_prefix = step < self._prefix.shape[1]
+        if not in_prefix and step not in self._ends:
+            return None
+        free = torch.full_like(self._max_lengths, self._ids.pad)
+        return torch.where(self.at_end(step), self._ids.eos, self._prefix[:, step] if in_prefix else free)
+
+
+def forbid_repetition(logits: Tensor, tokens: Tensor, size: int) -> None:
+    """Set to -inf, in place, every token that would complete an n-gram of `size` which `tokens` (N, t) already holds."""
+    if tokens.shape[1] < size:
+        return
+    ngrams = tokens.unfold(1, size, 1)  # (N, t - size + 1, size)
+    context = tokens[:, tokens.shape[1] - size + 1 :]  # (N, size - 1)
+    rows, places = (ngrams[:, :, :-1] == context[:, None]).all(2).nonzero(as_tuple=True)
+    logits[rows, ngrams[rows, places, -1]] = -torch.inf
