@@ -152,8 +152,8 @@ class Ranks(Protocol):
         """Rank 0's value, on every rank."""
         ...
 
-    def gather_objects(self, value: R, /) -> list[R] | None:
-        """Every rank's value in the order of ranks, on rank 0; None elsewhere."""
+    def gather_objects(self, value: R, /) -> list[R]:
+        """Every rank's value in the order of ranks, on every rank."""
         ...
 
 

@@ -91,7 +91,5 @@ def together(ranks: Ranks, kind: type[DstrainError], doing: str, action: Callabl
         problem.__cause__ = error
     if ranks.all_true(problem is None):
         return result
-    gathered = ranks.gather_objects(str(problem) if problem else None)
-    first = next((text for text in gathered if text), None) if gathered else None
-    text = ranks.broadcast_object(first)
+    text = next(filter(None, ranks.gather_objects(str(problem) if problem else None)))
     raise problem if problem is not None and str(problem) == text else kind(text)

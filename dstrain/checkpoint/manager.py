@@ -83,7 +83,7 @@ class CheckpointManager:
             entries = together(self.ranks, CheckpointError, doing, lambda: self._seal(aside))
             gathered = self.ranks.gather_objects(entries)
             manifest = {"format": FORMAT, "step": step, "world_size": self.ranks.world_size, "state": dict(state)}
-            publish = lambda: _publish(aside, final, manifest, gathered or [])  # noqa: E731
+            publish = lambda: _publish(aside, final, manifest, gathered)  # noqa: E731
             together(self.ranks, CheckpointError, doing, lambda: self._first(publish))
         except CheckpointError as error:
             if self.ranks.rank == 0:
@@ -166,8 +166,7 @@ class CheckpointManager:
             problem = str(error)
         if self.ranks.all_true(problem is None):
             return None
-        gathered = self.ranks.gather_objects(problem)
-        return self.ranks.broadcast_object(next(filter(None, gathered), "unknown") if gathered else "unknown")
+        return next(filter(None, self.ranks.gather_objects(problem)))
 
     def _prune(self) -> None:
         """Keep the one just written and the newest before it; later ones are what a damaged or abandoned run left."""

@@ -5,14 +5,14 @@ same objects.
 
 | kind | further fields |
 |---|---|
-| start | run_id, world_size, recipe |
+| start | world_size, run_id, recipe |
 | train | epoch, steps, loss, nll, perplexity, learning_rate, grad_norm, num_targets, tokens_per_second, seconds, cpu_seconds, |
 | | skipped, eta_seconds |
 | valid | epoch, seconds, one number per score, best_score, best_step |
 | bundle | names |
 | checkpoint | path, seconds |
 | resume | path, world_size |
-| nonfinite | epoch, index, examples (rows of the data set), loss, grad_norm |
+| failure | message, epoch, index, examples: place and data set rows of the step that failed |
 | end | reason, exit_code, elapsed_seconds, best_score, best_step |
 
 `train`: loss and nll are nats per target token over `steps` steps, tokens_per_second counts target tokens of all ranks, and

@@ -195,7 +195,7 @@ class WandbSink:
     def write(self, event: Event) -> None:
         """Write the event's scalars; the start event brings the recipe."""
         if event["kind"] == "start":
-            self._run.config.update(dict(event["recipe"]), allow_val_change=True)
+            self._run.config.update(dict(event.get("recipe", {})), allow_val_change=True)
         values = scalars(event)
         if values:
             self._run.log({**values, "step": event["step"]})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -32,8 +33,21 @@ from dstrain.training.watchdog import Watchdog
 MAX_CONSECUTIVE_SKIPPED = 100
 """After so many skipped updates in a row the loss scale will not recover any more."""
 
-StepSource = Callable[[int, int], Iterator[tuple[PlannedStep, Sequence[Batch]]]]
-"""(epoch, index) -> all steps from there on, over epoch ends without end, each with this rank's micro-batches."""
+
+class Steps(Protocol):
+    """All steps from some place on, over epoch ends without end, each with this rank's micro-batches."""
+
+    def __iter__(self) -> Iterator[tuple[PlannedStep, Sequence[Batch]]]:
+        """The steps in order."""
+        ...
+
+    def close(self) -> None:
+        """No more are wanted."""
+        ...
+
+
+StepSource = Callable[[int, int], Steps]
+"""(epoch, step in the epoch) -> the steps from there on; epochs count from 1."""
 Validate = Callable[[Callable[[], bool]], Mapping[str, float] | None]
 """Scores of the present weights, the same on every rank; None where the given function, collective, said to stop early."""
 
@@ -57,7 +71,7 @@ class Stop:
 class Trainer:
     """Runs one training to its end, or to a signal. All ranks hold one and call `run`.
 
-    header: fields of the `start` event (recipe, run_id, ...).
+    header: fields of the `start` event: run_id, recipe (a plain mapping), version.
     """
 
     def __init__(
@@ -114,18 +128,37 @@ class Trainer:
     def _run(self) -> int:
         state, stop = self._settle(self._resume())
         if stop is None:
-            mark = _Clock()
-            for planned, batches in self.steps(state.epoch, state.step_in_epoch):
-                self.watchdog.beat(f"training step {state.step + 1}")
-                report = self.engine.train_step(batches, planned.num_targets)
-                state = self._record(state, planned, report, mark)
-                state, stop = self._settle(state)
-                if stop is not None:
-                    break
-                mark = _Clock()
-        assert stop is not None, "the steps ended before a limit was reached"
+            with closing(self.steps(state.epoch, state.step_in_epoch)) as steps:
+                state, stop = self._loop(state, steps)
         self._emit_end(state, stop)
         return stop.exit_code
+
+    def _loop(self, state: TrainingState, steps: Steps) -> tuple[TrainingState, Stop]:
+        clock = _Clock()
+        for planned, batches in steps:
+            self.watchdog.beat(f"training step {state.step + 1}")
+            report = self._step(state, planned, batches)
+            state, stop = self._settle(self._record(state, planned, report, clock))
+            if stop is not None:
+                return state, stop
+            clock = _Clock()
+        raise AssertionError("a source of steps never ends")
+
+    def _step(self, state: TrainingState, planned: PlannedStep, batches: Sequence[Batch]) -> StepReport:
+        """One optimizer step; a step that is not finite is reported with its place before it ends training."""
+        try:
+            report = self.engine.train_step(batches, planned.num_targets)
+            if not math.isfinite(report.loss) and not report.skipped:
+                raise TrainingError(f"the loss is {report.loss}; lower optimizer.learning_rate or set engine.clip_norm")
+        except TrainingError as error:
+            place = {"epoch": planned.epoch, "index": planned.index, "examples": planned.examples.tolist()}
+            self.reporter.emit("failure", state.step, message=str(error), **place)
+            latest = self.checkpoints.latest or "none; start again to begin anew"
+            raise TrainingError(
+                f"step {state.step + 1} failed (epoch {planned.epoch}, step {planned.index} of it; the last line of events.jsonl "
+                f"lists its examples): {error}. The last checkpoint is {latest}"
+            ) from error
+        return report
 
     def _resume(self) -> TrainingState:
         """The state to go on from; the event file then holds what had happened until then, once."""
@@ -145,18 +178,16 @@ class Trainer:
             logger.info("resuming after step %d from %s", state.step, found.directory)
         return state
 
-    def _record(self, state: TrainingState, planned: PlannedStep, report: StepReport, mark: _Clock) -> TrainingState:
+    def _record(self, state: TrainingState, planned: PlannedStep, report: StepReport, clock: _Clock) -> TrainingState:
         """The state after one step; emits a training event where one is due."""
         state = state.after_step(
             report,
             epoch=planned.epoch,
             index=planned.index,
             last_of_epoch=planned.last_of_epoch,
-            seconds=mark.seconds(),
-            cpu_seconds=mark.cpu_seconds(),
+            seconds=clock.seconds(),
+            cpu_seconds=clock.cpu_seconds(),
         )
-        if not math.isfinite(report.loss) and not report.skipped:
-            self._end_non_finite(state, planned, report)
         if state.consecutive_skipped >= MAX_CONSECUTIVE_SKIPPED:
             raise TrainingError(
                 f"{MAX_CONSECUTIVE_SKIPPED} updates in a row were skipped until step {state.step} (gradient norm "
@@ -236,15 +267,6 @@ class Trainer:
         path = self.checkpoints.save(state.step, self.engine, state.to_json())
         self._saved_step = state.step
         self.reporter.emit("checkpoint", state.step, path=str(path), seconds=time.perf_counter() - begin)
-
-    def _end_non_finite(self, state: TrainingState, planned: PlannedStep, report: StepReport) -> None:
-        place = {"epoch": planned.epoch, "index": planned.index, "examples": planned.examples.tolist()}
-        self.reporter.emit("nonfinite", state.step, **place, loss=report.loss, grad_norm=report.grad_norm)
-        raise TrainingError(
-            f"the loss of step {state.step} is {report.loss} (epoch {planned.epoch}, step {planned.index} of it; the event "
-            "`nonfinite` lists its examples): lower optimizer.learning_rate or set engine.clip_norm, then start again to resume "
-            f"from {self.checkpoints.latest or 'the beginning'}"
-        )
 
     def _emit_end(self, state: TrainingState, stop: Stop) -> None:
         best = {"best_score": state.best_score, "best_step": state.best_step}

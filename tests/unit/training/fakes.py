@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class FakeEngine:
         self.weight, self.steps = content["weight"], content["steps"]
 
 
-def steps_from(epoch: int, index: int) -> Iterator[tuple[PlannedStep, list[Batch]]]:
+def steps_from(epoch: int, index: int) -> Generator[tuple[PlannedStep, list[Batch]], None, None]:
     """Every epoch in an order of its own; num_targets tells the place."""
     while True:
         for number in range(index, STEPS_PER_EPOCH):
