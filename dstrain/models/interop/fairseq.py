@@ -1,0 +1,198 @@
+"""Checkpoints of fairseq's encoder-decoder transformer, and its dictionaries -> our configuration, weights and tokenizers.
+
+Left padding, batch order and all else that is not the model stays behind. Half-precision weights become float32. A matrix that
+fairseq stores under several names must be the same under all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from dstrain.data.tokenizer import DictionaryTokenizer, TokenizerPair
+from dstrain.errors import BundleError, ImportFormatError
+from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
+from dstrain.models.factory import build_model
+from dstrain.models.interop.fairseq_config import convert_config
+from dstrain.models.interop.safe_pickle import load_pickled
+from dstrain.models.portable import check_portable
+
+PAD_ID, EOS_ID = 1, 2
+POSITION_ROWS = 2
+"""Rows of a learned position table before that of the first token."""
+
+LAYER_PARTS = {
+    "self_attn": "self_attention",
+    "self_attn_layer_norm": "self_attention_norm",
+    "encoder_attn": "cross_attention",
+    "encoder_attn_layer_norm": "cross_attention_norm",
+    "fc1": "feed_forward.up_proj",
+    "fc2": "feed_forward.down_proj",
+    "final_layer_norm": "feed_forward_norm",
+}
+SIDE_PARTS = {
+    "encoder.embed_tokens": "source_embedding.tokens",
+    "encoder.embed_positions": "source_embedding.positions",
+    "encoder.layernorm_embedding": "source_embedding.norm",
+    "encoder.layer_norm": "encoder.final_norm",
+    "decoder.embed_tokens": "target_embedding.tokens",
+    "decoder.embed_positions": "target_embedding.positions",
+    "decoder.layernorm_embedding": "target_embedding.norm",
+    "decoder.layer_norm": "decoder.final_norm",
+    "decoder.output_projection": "projection",
+}
+TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
+FUSED_BLOCKS = {"in_proj": "qkv", "qkv_proj": "qkv", "kv_proj": "kv"}
+OLD_NORMS = {
+    "encoder": ("self_attn_layer_norm", "final_layer_norm"),
+    "decoder": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+}
+
+
+@dataclass(frozen=True)
+class FairseqCheckpoint:
+    """model: its settings (`cfg["model"]`, or `args` in old files). task: data directory, languages. weights: by its names."""
+
+    model: dict[str, Any]
+    task: dict[str, Any]
+    weights: dict[str, Tensor]
+
+    @property
+    def data_directory(self) -> str:
+        """The first of the data directories that it was trained from."""
+        data = self.task.get("data") or "."
+        return str(data[0] if isinstance(data, list) else data).partition(":")[0]
+
+
+def read_fairseq_checkpoint(path: Path) -> FairseqCheckpoint:
+    """Read a checkpoint file safely. ImportFormatError: see `load_pickled`; also if it is no fairseq checkpoint."""
+    content = load_pickled(path)
+    weights = content.get("model") if isinstance(content, dict) else None
+    groups = (content.get("cfg") or content.get("args")) if isinstance(content, dict) else None
+    if not isinstance(weights, dict) or groups is None:
+        raise ImportFormatError(
+            f"{path} is no fairseq checkpoint: it lacks `model` and `cfg` or `args`; name a checkpoint*.pt file"
+        )
+    settings = _mapping(groups)
+    model = _mapping(settings["model"]) if isinstance(settings.get("model"), dict | Namespace) else settings
+    task = _mapping(settings["task"]) if isinstance(settings.get("task"), dict | Namespace) else settings
+    if not any(name.startswith("encoder.") for name in weights):
+        raise ImportFormatError(
+            f"{path} holds no encoder (arch {model.get('arch')}); only encoder-decoder models can be imported"
+        )
+    return FairseqCheckpoint(model, task, dict(weights))
+
+
+def convert(checkpoint: FairseqCheckpoint) -> tuple[EncoderDecoderConfig, VocabularySizes, dict[str, Tensor]]:
+    """Configuration, vocabulary sizes and portable weights.
+
+    ImportFormatError names settings that dstrain cannot represent, tied matrices that differ, and names that do not fit.
+    """
+    keeps_final_norm = {side: _version(checkpoint.weights, side) >= oldest for side, oldest in (("encoder", 2), ("decoder", 3))}
+    try:
+        config = convert_config(checkpoint.model, keeps_final_norm=keeps_final_norm)
+    except ValidationError as error:
+        raise ImportFormatError(f"the checkpoint's settings make no model: {error.errors()[0]['msg']}") from error
+    weights = _modern_names(checkpoint.weights)
+    for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
+        if stack.final_norm == "no":
+            weights = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{side}.layer_norm.")}
+    _untie(weights, config.embedding.tie)
+    portable = {_portable_name(name): tensor.float() for name, tensor in weights.items()}
+    for name in ("source_embedding.positions.weight", "target_embedding.positions.weight"):
+        if name in portable:
+            portable[name] = portable[name][POSITION_ROWS:]
+    source = portable["source_embedding.tokens.weight"].shape[0]
+    target = source if config.embedding.tie == "all" else portable["target_embedding.tokens.weight"].shape[0]
+    vocabulary = VocabularySizes(source=source, target=target, pad_id=PAD_ID, eos_id=EOS_ID)
+    with torch.device("meta"):
+        model = build_model(config, vocabulary, seed=None)
+    try:
+        check_portable(model, portable)
+    except BundleError as error:
+        raise ImportFormatError(f"the checkpoint is not the transformer that its settings describe: {error}") from error
+    return config, vocabulary, portable
+
+
+def read_dictionaries(
+    directory: Path, checkpoint: FairseqCheckpoint, vocabulary: VocabularySizes, sentencepiece: tuple[Path, Path] | None
+) -> TokenizerPair:
+    """The tokenizers of both sides, from dict.SOURCE.txt and dict.TARGET.txt (or dict.txt for both) in `directory`.
+
+    sentencepiece: models that make the dictionaries' symbols from text; None where text is already split by spaces.
+    ImportFormatError if a dictionary is missing or of another size than the model's vocabulary.
+    """
+    sides = []
+    for number, (side, size) in enumerate((("source", vocabulary.source), ("target", vocabulary.target))):
+        path = directory / f"dict.{checkpoint.task.get(f'{side}_lang')}.txt"
+        path = path if path.exists() else directory / "dict.txt"
+        if not path.exists():
+            raise ImportFormatError(
+                f"{directory} has no dict.{checkpoint.task.get(f'{side}_lang')}.txt and no dict.txt; give the directory of the "
+                "model's dictionaries with --dictionary"
+            )
+        tokenizer = DictionaryTokenizer.from_files(path, sentencepiece[number] if sentencepiece else None)
+        if tokenizer.vocab_size != size:
+            raise ImportFormatError(
+                f"{path} has {tokenizer.vocab_size} entries with the four specials, the model's {side} vocabulary {size}; give "
+                "the dictionaries that the model was trained with"
+            )
+        sides.append(tokenizer)
+    return TokenizerPair(sides[0], sides[1])
+
+
+def _mapping(settings: Any) -> dict[str, Any]:
+    return vars(settings) if isinstance(settings, Namespace) else dict(settings)
+
+
+def _version(weights: Mapping[str, Tensor], side: str) -> float:
+    version = weights.get(f"{side}.version")
+    return 1.0 if version is None else float(version.flatten()[0])
+
+
+def _modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Today's fairseq names: old ones renamed, fused projections split, bookkeeping left out."""
+    modern: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if name.endswith((".version", "._float_tensor", "embed_positions.weights")):
+            continue
+        name = "decoder.output_projection.weight" if name == "decoder.embed_out" else name
+        old_norm = re.fullmatch(r"((encoder|decoder)\.layers\.\d+)\.layer_norms\.(\d)\.(weight|bias)", name)
+        if old_norm:
+            name = f"{old_norm[1]}.{OLD_NORMS[old_norm[2]][int(old_norm[3])]}.{old_norm[4]}"
+        fused = re.fullmatch(r"(.*)\.(in_proj|qkv_proj|kv_proj)[._](weight|bias)", name)
+        if fused:
+            blocks = FUSED_BLOCKS[fused[2]]
+            for block, rows in zip(blocks, tensor.chunk(len(blocks)), strict=True):
+                modern[f"{fused[1]}.{block}_proj.{fused[3]}"] = rows
+        else:
+            modern[name] = tensor
+    return modern
+
+
+def _untie(weights: dict[str, Tensor], tie: str) -> None:
+    """Drop the further names of tied tables, after a look that they hold the same."""
+    tied = {"all": TABLES, "decoder": TABLES[1:], "none": TABLES[2:]}[tie]
+    if tied[0] not in weights:
+        raise ImportFormatError(f"the checkpoint lacks {tied[0]}; it is incomplete or of another kind of model")
+    for name in tied[1:]:
+        other = weights.pop(name, None)
+        if other is not None and not torch.equal(other, weights[tied[0]]):
+            raise ImportFormatError(f"{tied[0]} and {name} differ, but the checkpoint's settings say that they are one matrix")
+
+
+def _portable_name(name: str) -> str:
+    """`decoder.layers.3.encoder_attn.k_proj.weight` -> `decoder.layers.3.cross_attention.k_proj.weight`; others as they are."""
+    layer = re.fullmatch(r"((?:encoder|decoder)\.layers\.\d+)\.(\w+)\.(.+)", name)
+    if layer and layer[2] in LAYER_PARTS:
+        return f"{layer[1]}.{LAYER_PARTS[layer[2]]}.{layer[3]}"
+    part, _, kind = name.rpartition(".")
+    return f"{SIDE_PARTS.get(part, part)}.{kind}"
