@@ -1,7 +1,8 @@
 """Work done ahead in a background thread, a bounded number of items at a time.
 
 Choice: a thread, not processes: what it does is numpy and memory-mapped reading, which let other threads run, and an error
-arrives as the object it was. Cost: up to `depth` + 1 finished items in memory.
+arrives as the object it was. A thread stuck in a dead file system does not hold up the end of the process. Cost: up to
+`depth` + 1 finished items in memory.
 """
 
 from __future__ import annotations
@@ -57,10 +58,10 @@ class Prefetcher(Generic[T]):
         self.close()
 
     def close(self) -> None:
-        """Stop after the item under way and wait for it; may be called again."""
+        """Stop after the item under way, and wait a second for it at most; may be called again."""
         self._closed.set()
         self._room.release()
-        self._thread.join()
+        self._thread.join(timeout=1.0)
 
     def _produce(self) -> None:
         end = _End()
