@@ -21,6 +21,7 @@ VERBS = {
     "interactive": "translate line by line from a terminal or a pipe",
     "evaluate": "score hypotheses: BLEU, chrF, TER with sacreBLEU signatures",
     "validate": "loss, perplexity and BLEU of a bundle on prepared data",
+    "text": "write the raw text of an evaluation split",
     "average": "average bundles into one",
     "report": "draw the curves of a run as PNG and HTML",
     "import": "turn a fairseq checkpoint into a bundle",

@@ -1,0 +1,195 @@
+"""From a recipe to a running training: the one module that knows every room.
+
+Cheap checks come first: recipe, DeepSpeed file, data directory and run directory are looked at before the model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dstrain import __version__
+from dstrain.batch import Batch
+from dstrain.checkpoint.bundle import save_bundle
+from dstrain.checkpoint.manager import CheckpointManager
+from dstrain.data.dataset import Dataset, open_dataset
+from dstrain.data.loader import TrainLoader, evaluation_loader
+from dstrain.data.plan import StepPlan
+from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
+from dstrain.engine.deepspeed_engine import TrainEngine
+from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.generation.config import GenerationConfig
+from dstrain.generation.constraints import SpecialIds
+from dstrain.generation.generator import Generator
+from dstrain.metrics.corpus import corpus_scores
+from dstrain.models.config import ModelConfig, VocabularySizes
+from dstrain.models.factory import build_model
+from dstrain.objectives.factory import build_objective
+from dstrain.objectives.train_module import TrainModule
+from dstrain.ops.allocator import keep_freed_memory
+from dstrain.parallel.topology import DeviceChoice, World, finalize, initialize
+from dstrain.protocols import Generative
+from dstrain.recipe import Recipe
+from dstrain.recipe_file import recipe_tree
+from dstrain.training.bundles import BundleStore
+from dstrain.training.preemption import StopSignals
+from dstrain.training.reporting import build_reporter
+from dstrain.training.run_directory import Run, open_run
+from dstrain.training.trainer import Trainer
+from dstrain.training.validator import Translation, Validator
+from dstrain.training.watchdog import Watchdog
+
+
+def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice) -> int:
+    """Train `recipe` on prepared `data` into the run directory `output`, or resume what is there.
+
+    Returns the exit code of the verb. Raises DstrainError where something does not fit together.
+    """
+    world = initialize(device)
+    try:
+        if world.device.type == "cpu":
+            keep_freed_memory()
+        resolve_ds_config(recipe.engine, world_size=world.world_size)
+        corpora = Corpora(data)
+        plan = StepPlan(corpora.train.source_lengths, corpora.train.target_lengths, recipe.batching, recipe.training.seed)
+        run = open_run(output, recipe_tree(recipe), world)
+        try:
+            return build_trainer(recipe, corpora, plan, run, world).run()
+        finally:
+            run.close()
+    finally:
+        finalize()
+
+
+class Corpora:
+    """What training reads of a DATA directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.train: Dataset = open_dataset(directory, "train")
+        self.valid: Dataset = open_dataset(directory, "valid")
+        self.tokenizers: TokenizerPair = load_tokenizers(directory / "tokenizer")
+
+    @property
+    def vocabulary(self) -> VocabularySizes:
+        """Sizes and special ids for the model."""
+        source, target = self.tokenizers.source, self.tokenizers.target
+        return VocabularySizes(source=source.vocab_size, target=target.vocab_size, pad_id=target.pad_id, eos_id=target.eos_id)
+
+
+def build_trainer(recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, world: World) -> Trainer:
+    """All parts of a training, put together."""
+    vocabulary = corpora.vocabulary
+    engine = TrainEngine(
+        TrainModule(build_model(recipe.model, vocabulary, seed=recipe.training.seed), build_objective(recipe.objective)),
+        optimizer=recipe.optimizer,
+        schedule=recipe.schedule,
+        engine=recipe.engine,
+        ema=recipe.training.ema,
+        seed=recipe.training.seed,
+        world=world,
+    )
+    averaged = recipe.training.ema is not None
+
+    watchdog = Watchdog(recipe.training.hang_seconds, rank=world.rank)
+
+    def steps(epoch: int, index: int) -> TrainLoader:
+        return TrainLoader(
+            corpora.train,
+            plan,
+            pad_id=vocabulary.pad_id,
+            eos_id=vocabulary.eos_id,
+            rank=world.rank,
+            world_size=world.world_size,
+            start=(epoch, index),
+        )
+
+    def valid_batches() -> Iterator[Batch]:
+        return evaluation_loader(
+            corpora.valid,
+            recipe.batching.max_tokens,
+            pad_id=vocabulary.pad_id,
+            eos_id=vocabulary.eos_id,
+            rank=world.rank,
+            world_size=world.world_size,
+        )
+
+    def write_bundle(directory: Path, weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        save_bundle(
+            directory,
+            model_config=recipe.model,
+            vocabulary=vocabulary,
+            weights=weights,
+            tokenizers=corpora.tokenizers,
+            recipe=recipe_tree(recipe),
+            notes=notes,
+        )
+
+    return Trainer(
+        training=recipe.training,
+        validation=recipe.validation,
+        checkpoint=recipe.checkpoint,
+        reporting=recipe.reporting,
+        ranks=world,
+        engine=engine,
+        steps=steps,
+        validate=Validator(
+            engine,
+            world,
+            batches=valid_batches,
+            averaged=averaged,
+            translation=build_translation(
+                recipe.validation.generation, recipe.model, corpora.valid, corpora.tokenizers, world.device
+            ),
+            beat=watchdog.beat,
+        ),
+        checkpoints=CheckpointManager(run.checkpoints, world, keep=recipe.checkpoint.keep_checkpoints),
+        bundles=BundleStore(
+            run.bundles,
+            world,
+            gather=lambda: engine.gather_weights(averaged=averaged),
+            save=write_bundle,
+            keep=recipe.checkpoint.keep_bundles,
+        ),
+        reporter=build_reporter(
+            run.directory, recipe.reporting, rank=world.rank, total_steps=recipe.training.max_steps, run_id=run.run_id
+        ),
+        signals=StopSignals(),
+        watchdog=watchdog,
+        header={"dstrain": __version__, "run_id": run.run_id},
+    )
+
+
+def build_translation(
+    config: GenerationConfig | None, model: ModelConfig, dataset: Dataset, tokenizers: TokenizerPair, device: torch.device
+) -> Translation | None:
+    """How a split with raw text is translated and scored; None without generation. Longer sources are cut, with a warning."""
+    if config is None:
+        return None
+
+    def translate(generative: Generative, rows: Sequence[int]) -> list[str]:
+        generator = Generator(
+            generative,
+            config,
+            SpecialIds.of(tokenizers.target),
+            max_source_length=model.max_source_length,
+            max_target_length=model.max_target_length,
+            device=device,
+            truncate_source=True,
+        )
+        found = generator.translate_ids([dataset[row].source.tolist() for row in rows])
+        return tokenizers.target.decode([hypotheses[0].tokens for hypotheses in found])
+
+    def score(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+        return {each.name: each.value for each in corpus_scores(hypotheses, references, metrics=("bleu", "chrf"))}
+
+    return Translation(
+        order=[int(row) for row in np.argsort(dataset.source_lengths, kind="stable")],
+        translate=translate,
+        references=[dataset.target_text(row) for row in range(len(dataset))],
+        score=score,
+    )

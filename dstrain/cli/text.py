@@ -1,0 +1,28 @@
+"""dstrain text: the raw text of an evaluation split, as it was read by prepare: DIRECTORY/source.txt and target.txt."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+HELP = "write the raw text of an evaluation split"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("data", metavar="DATA", type=Path, help="prepared data directory")
+    parser.add_argument("--split", default="test", help="valid, or the name of a test split (default: test)")
+    parser.add_argument("--output", metavar="DIRECTORY", type=Path, required=True, help="where source.txt and target.txt go")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write both sides, one line a pair."""
+    from dstrain.data.dataset import open_dataset
+
+    dataset = open_dataset(args.data, args.split)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, line_of in (("source.txt", dataset.source_text), ("target.txt", dataset.target_text)):
+        with (args.output / name).open("w", encoding="utf-8", newline="\n") as out:
+            out.writelines(line_of(row) + "\n" for row in range(len(dataset)))
+    print(f"{len(dataset)} pairs of {args.data}/{args.split} -> {args.output}/source.txt, target.txt")
+    return 0
