@@ -92,7 +92,7 @@ class CheckpointManager:
             raise CheckpointError(f"{error}; {kept}; make room or mend the disk, then start again to resume") from error
         self.latest = final
         self._damaged.discard(final.name)
-        together(self.ranks, CheckpointError, f"removing old checkpoints in {self.directory}", lambda: self._first(self._prune))
+        self._first(self._prune)
         return final
 
     def load_latest(self, engine: Shardable) -> Checkpoint | None:
@@ -174,7 +174,10 @@ class CheckpointManager:
         paths = sorted(self._complete(), key=lambda path: _step_of(path.name))
         sound = [p for p in paths if p.name not in self._damaged and _step_of(p.name) <= _step_of(self.latest.name)]
         for path in set(paths) - set(sound[-self.keep :]):
-            shutil.rmtree(path)
+            try:
+                shutil.rmtree(path)
+            except OSError as error:
+                logger.warning("cannot remove the old checkpoint %s: %s", path, error)
         self._damaged.clear()
 
 
