@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
 
 from dstrain.strict import Config
 
@@ -48,7 +49,10 @@ TextSource = Annotated[ParallelText | TsvText | JsonlText | GrammarText, Field(d
 
 
 class TrainedSentencePiece(Config):
-    """Train SentencePiece on the training text. Ids 0-3 are <s> <pad> </s> <unk>, then `user_symbols`, then pieces."""
+    """Train SentencePiece on the training text. Ids 0-3 are <s> <pad> </s> <unk>, then `user_symbols`, then pieces.
+
+    max_training_lines: lines that one model learns from, both sides together where it is joint; spread evenly over the corpora.
+    """
 
     kind: Literal["sentencepiece"] = "sentencepiece"
     model_type: Literal["bpe", "unigram"] = "bpe"
@@ -67,7 +71,14 @@ class GivenSentencePiece(Config):
     target_model: str | None = None
 
 
-TokenizerConfig = Annotated[TrainedSentencePiece | GivenSentencePiece, Field(discriminator="kind")]
+class GivenTokenizer(Config):
+    """Use the `tokenizer/` directory of a bundle or of prepared data, fairseq dictionaries included."""
+
+    kind: Literal["tokenizer_directory"] = "tokenizer_directory"
+    path: str
+
+
+TokenizerConfig = Annotated[TrainedSentencePiece | GivenSentencePiece | GivenTokenizer, Field(discriminator="kind")]
 
 
 class FilterConfig(Config):
@@ -81,7 +92,7 @@ class FilterConfig(Config):
 class DataConfig(Config):
     """The corpora of a recipe. Every split keeps its order; only `train` is filtered by length and ratio.
 
-    Evaluation splits keep every pair, empty ones included.
+    Evaluation splits keep every pair, empty ones included. pairs_per_shard: pairs of the corpora, dropped ones included.
     """
 
     train: tuple[TextSource, ...] = Field(min_length=1)
@@ -90,6 +101,18 @@ class DataConfig(Config):
     tokenizer: TokenizerConfig = Field(default_factory=TrainedSentencePiece)
     filter: FilterConfig = Field(default_factory=FilterConfig)
     pairs_per_shard: PositiveInt = 500_000
+
+    @field_validator("test")
+    @classmethod
+    def _names_are_directories(cls, test: dict[str, tuple[TextSource, ...]]) -> dict[str, tuple[TextSource, ...]]:
+        for name, sources in test.items():
+            if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name) or name in {"train", "valid", "tokenizer"}:
+                raise ValueError(
+                    f"{name!r} cannot name a test set: use letters, digits, '_', '.', '-', but not train, valid or tokenizer"
+                )
+            if not sources:
+                raise ValueError(f"test set {name!r} names no text")
+        return test
 
 
 class BatchingConfig(Config):

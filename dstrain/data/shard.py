@@ -18,27 +18,12 @@ import pyarrow as pa
 
 from dstrain.data.files import HashingWriter
 from dstrain.data.manifest import ShardRecord
+from dstrain.data.rows import Rows
 from dstrain.errors import DataError
 
 MAX_BATCH_ROWS = 65_536
 MAX_BATCH_TOKENS = 1 << 24
 SIDES = ("source", "target")
-
-
-class Rows(NamedTuple):
-    """Encoded pairs: ids of all sentences in a row, `lengths` int32 of each (EOS included), and texts of evaluation splits."""
-
-    source: npt.NDArray[Any]
-    source_lengths: npt.NDArray[np.int32]
-    target: npt.NDArray[Any]
-    target_lengths: npt.NDArray[np.int32]
-    source_text: Sequence[str] | None = None
-    target_text: Sequence[str] | None = None
-
-
-def id_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The smallest type that shards use for ids below `vocab_size`."""
-    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
 
 
 def shard_schema(source_dtype: np.dtype[Any], target_dtype: np.dtype[Any], *, with_text: bool) -> Any:

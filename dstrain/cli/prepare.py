@@ -1,0 +1,41 @@
+"""Turn the text that a recipe names into a tokenizer and Arrow shards.
+
+Reads the corpora of the recipe's data section, trains or takes its tokenizer, and writes DATA: shards, tokenizer/ and manifest.json.
+The same command again continues an interrupted run, and does nothing where DATA is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from dstrain.cli.common import add_recipe_arguments, recipe_from
+
+HELP = "turn text into a tokenizer and Arrow shards"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RECIPE, --output, --workers, --overwrite."""
+    add_recipe_arguments(parser)
+    parser.add_argument("--output", metavar="DATA", type=Path, required=True, help="directory to write")
+    parser.add_argument("--workers", metavar="N", type=_positive, help="processes that encode (default: all cores)")
+    parser.add_argument("--overwrite", action="store_true", help="replace DATA where another recipe or other text made it")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare, and print what was done."""
+    from dstrain.data.prepare import prepare
+
+    recipe = recipe_from(args)
+    workers = args.workers or len(os.sched_getaffinity(0))
+    report = prepare(recipe.data, args.output, workers=workers, overwrite=args.overwrite)
+    print("\n".join(report.lines()))
+    return 0
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not a number of processes; use 1 or more")
+    return value

@@ -1,0 +1,84 @@
+"""What a preparation did, for people and for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstrain.data.manifest import Manifest, SplitRecord
+from dstrain.data.tokenizer import TokenizerPair
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One split. pairs_encoded and seconds are this run's: fewer pairs than the split's where an earlier run left shards."""
+
+    name: str
+    pairs_read: int
+    pairs_kept: int
+    source_tokens: int
+    target_tokens: int
+    dropped: dict[str, int]
+    pairs_encoded: int
+    seconds: float
+
+    @property
+    def pairs_per_second(self) -> float:
+        """Of this run."""
+        return self.pairs_encoded / self.seconds if self.seconds > 0 else 0.0
+
+    def line(self) -> str:
+        """One line of text."""
+        words = f"{self.name}: {self.pairs_kept:,} pairs, {self.source_tokens:,} + {self.target_tokens:,} tokens"
+        lost = {reason: count for reason, count in self.dropped.items() if count}
+        if self.name == "train":
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in lost.items()) or "none"
+            words += f"; dropped {sum(lost.values()):,} of {self.pairs_read:,}: {reasons}"
+        if self.pairs_encoded:
+            words += f"; {self.seconds:.1f} s, {self.pairs_per_second:,.0f} pairs/s"
+        return words
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """The whole directory. finished_before: there was nothing left to do."""
+
+    output: Path
+    splits: dict[str, SplitReport]
+    source_types: int
+    target_types: int
+    shared: bool
+    finished_before: bool
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        types = f"{self.source_types:,} shared" if self.shared else f"{self.source_types:,} source + {self.target_types:,} target"
+        head = f"{self.output} was finished before; nothing to do" if self.finished_before else f"{self.output} is ready"
+        return [head, f"tokenizer: {types} types", *(split.line() for split in self.splits.values())]
+
+
+def build_report(
+    output: Path, manifest: Manifest, tokenizers: TokenizerPair, work: dict[str, tuple[int, float]], *, finished_before: bool
+) -> PrepareReport:
+    """work: pairs encoded and seconds of this run, by split."""
+    return PrepareReport(
+        output=output,
+        splits={name: _split_report(name, record, *work.get(name, (0, 0.0))) for name, record in manifest.splits.items()},
+        source_types=tokenizers.source.vocab_size,
+        target_types=tokenizers.target.vocab_size,
+        shared=tokenizers.shared,
+        finished_before=finished_before,
+    )
+
+
+def _split_report(name: str, record: SplitRecord, pairs_encoded: int, seconds: float) -> SplitReport:
+    return SplitReport(
+        name=name,
+        pairs_read=record.pairs_read,
+        pairs_kept=record.rows,
+        source_tokens=record.source_tokens,
+        target_tokens=record.target_tokens,
+        dropped=record.dropped,
+        pairs_encoded=pairs_encoded,
+        seconds=seconds,
+    )

@@ -1,0 +1,164 @@
+"""Text files as blocks of raw lines: found, checked whole once, then read in order.
+
+A line ends at "\\n" and nowhere else; a "\\r" before it is stripped, a byte order mark at the start of a file too. Files ending
+in .gz are decompressed while reading. Blocks are cut by lines and by bytes, so that memory does not grow with the corpus, and
+they hold bytes, so that decoding happens where they are encoded. `scan_file` costs one pass before the first sentence is encoded
+(about 0.5 GB/s); it finds every fault of encoding and length at once instead of hours later.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import re
+import zlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, NamedTuple
+
+from dstrain.data.files import sha256_of
+from dstrain.errors import DataError
+
+MAX_BLOCK_LINES = 4096
+MAX_BLOCK_BYTES = 1 << 20
+SCAN_BYTES = 1 << 22
+BYTE_ORDER_MARK = "\ufeff"
+VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+class FileScan(NamedTuple):
+    """What one pass over a file found. lines: an unfinished last line counts; sha256: of the bytes on the disk."""
+
+    lines: int
+    sha256: str
+
+
+class TextBlock(NamedTuple):
+    """Consecutive lines of one corpus. first: number of the first, from 0; columns: the same lines of each of its files."""
+
+    first: int
+    num_lines: int
+    columns: tuple[bytes, ...]
+
+
+def expand_path(path: str) -> Path:
+    """Replace every `${NAME}` by the environment's value. Raises DataError naming a variable that is not set."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match[1]
+        if name not in os.environ:
+            raise DataError(f"{path}: the environment variable {name} is not set; set it, or write the path out in the recipe")
+        return os.environ[name]
+
+    return Path(VARIABLE.sub(value, path)).expanduser()
+
+
+@contextmanager
+def open_lines(path: Path) -> Iterator[BinaryIO]:
+    """Open a plain or .gz file for reading by lines; whatever goes wrong with it inside becomes a DataError naming it."""
+    try:
+        with path.open("rb") as file:
+            yield io.BufferedReader(gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
+    except EOFError as error:
+        raise DataError(f"{path}: the gzip file is truncated; fetch or compress it again") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; check the path") from error
+
+
+def scan_file(path: Path) -> FileScan:
+    """Count lines, hash the file, and check that it is whole, valid UTF-8 and free of NUL.
+
+    Raises DataError naming the file, and the line where there is one.
+    """
+    lines, last = 0, b"\n"
+    with open_lines(path) as stream:
+        while chunk := stream.read(SCAN_BYTES) + stream.readline():
+            _check_text(path, chunk, lines)
+            lines += chunk.count(b"\n")
+            last = chunk[-1:]
+        return FileScan(lines + (last != b"\n"), sha256_of(path))
+
+
+def _check_text(path: Path, chunk: bytes, lines_before: int) -> None:
+    """Raise DataError where whole lines hold a NUL or are not UTF-8."""
+    where = chunk.find(b"\0")
+    if where >= 0:
+        raise DataError(
+            f"{path}:{lines_before + chunk.count(bytes([10]), 0, where) + 1}: a NUL character; remove it from the text"
+        )
+    if chunk.isascii():
+        return
+    try:
+        chunk.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = lines_before + chunk.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: invalid UTF-8 (byte 0x{chunk[error.start]:02x}); convert the file to UTF-8") from error
+
+
+class BlockReader:
+    """Line-parallel files, open at line `start`."""
+
+    def __init__(self, paths: Sequence[Path], start: int = 0) -> None:
+        self._paths = paths
+        self._next = start
+        self._stack = ExitStack()
+        self._streams = [self._stack.enter_context(open_lines(path)) for path in paths]
+        for stream in self._streams:
+            deque(islice(stream, start), maxlen=0)
+
+    def read(self, max_lines: int) -> TextBlock:
+        """The next lines, at most `max_lines`; fewer where they are long. Raises DataError where a file ends before."""
+        first, lines = self._paths[0], _take(self._streams[0], min(max_lines, MAX_BLOCK_LINES))
+        columns = [lines, *(list(islice(stream, len(lines))) for stream in self._streams[1:])]
+        for path, column in zip(self._paths, columns, strict=True):
+            if not lines or len(column) < len(lines):
+                raise DataError(
+                    f"{path} has become shorter since preparation began (read with {first}); run again with --overwrite"
+                )
+        block = TextBlock(self._next, len(lines), tuple(b"".join(column) for column in columns))
+        self._next += len(lines)
+        return block
+
+    def __enter__(self) -> BlockReader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._stack.__exit__(kind, error, trace)
+
+
+def _take(stream: BinaryIO, max_lines: int) -> list[bytes]:
+    lines, size = [], 0
+    for line in islice(stream, max_lines):
+        lines.append(line)
+        size += len(line)
+        if size >= MAX_BLOCK_BYTES:
+            break
+    return lines
+
+
+def decode_lines(block: TextBlock, column: int) -> list[str]:
+    """The lines of one column, without their ends. `scan_file` has checked the bytes, so a fault here is a change since then."""
+    try:
+        text = block.columns[column].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"invalid UTF-8 after line {block.first}: the text has changed since preparation began") from error
+    if block.first == 0:
+        text = text.removeprefix(BYTE_ORDER_MARK)
+    lines = text.removesuffix("\n").split("\n")
+    return [line.removesuffix("\r") for line in lines] if "\r" in text else lines
+
+
+def read_lines(path: Path) -> list[str]:
+    """All lines of a file that fits into memory, checked by `scan_file`, without their ends."""
+    if not scan_file(path).lines:
+        return []
+    with open_lines(path) as stream:
+        content = stream.read()
+    return decode_lines(TextBlock(0, 0, (content,)), 0)
