@@ -8,7 +8,6 @@ skipped and the loss scale halved instead.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -27,14 +26,16 @@ from dstrain.engine.masters import Masters
 from dstrain.engine.optimizer import build_optimizer
 from dstrain.engine.replica import empty_copy, filled_copy
 from dstrain.engine.schedule import learning_rate
+from dstrain.engine.shard_file import read_shard, write_shard
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.portable import portable_layout, split
+from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
 from dstrain.protocols import Generative, LossOutput, StepReport
 from dstrain.seeding import seed_everything
 
-TAG = "deepspeed"
-"""Folder of DeepSpeed's own files inside a checkpoint."""
+SETTING = "setting.pt"
+"""File of a checkpoint that says how its shards are cut."""
 
 
 class TrainEngine:
@@ -45,7 +46,7 @@ class TrainEngine:
 
     def __init__(
         self,
-        module: nn.Module,
+        module: TrainModule,
         *,
         optimizer: OptimizerConfig,
         schedule: ScheduleConfig,
@@ -63,6 +64,7 @@ class TrainEngine:
         self._model = cast("nn.Module", module.model)
         self._layout = portable_layout(self._model)
         self._shape = empty_copy(self._model) if self.stage == 3 else None
+        self._comms_logger: bool = config.get("comms_logger", {}).get("enabled", False)
         self._deepspeed = load_deepspeed(world, talkative=_profiles(config))
         module.to(world.device)
         self._engine: Any = self._deepspeed.initialize(
@@ -197,43 +199,64 @@ class TrainEngine:
                 finally:
                     self.module.train()
 
+    def close(self) -> None:
+        """Print what DeepSpeed's communication log has counted, if the JSON asks for it, and let the engine go."""
+        if self._comms_logger:
+            self._deepspeed.comm.log_summary()
+        self._engine.destroy()
+
     def save_shards(self, directory: Path) -> None:
-        """Write this rank's part of everything that a bit-exact resume needs. Raises CheckpointError. Collective."""
-        try:
-            self._engine.save_checkpoint(str(directory), tag=TAG, save_latest=False)
-            if self._average is not None:
-                torch.save(self._average.tensors, directory / f"average_{self.rank:05d}.pt")
-            if self.rank == 0:
-                (directory / "engine.json").write_text(json.dumps(self._identity() | {"step": self.step}))
-        except (OSError, RuntimeError) as error:
-            raise CheckpointError(f"rank {self.rank} could not write the training state to {directory}: {error}") from error
+        """Write this rank's part of everything that a bit-exact resume needs; no rank waits for another.
+
+        Raises CheckpointError where the disk refuses.
+        """
+        if self.stage > 0 or self.rank == 0:
+            average = [] if self._average is None else self._average.tensors
+            write_shard(self._shard(directory), {"step": self.step, "average": average, **self._masters.state()})
+        if self.rank == 0:
+            write_shard(directory / SETTING, self._setting())
 
     def load_shards(self, directory: Path) -> None:
-        """Read it back, bit for bit. Raises CheckpointError where another setting has written it. Collective."""
-        saved = json.loads((directory / "engine.json").read_text())
-        step = saved.pop("step")
-        running = self._identity()
-        different = [name for name in running if saved.get(name) != running[name]]
-        if different:
-            found, now = ({name: facts.get(name) for name in different} for facts in (saved, running))
-            raise CheckpointError(f"{directory} was saved with {_listed(found)}, but this run has {_listed(now)}; {_SAME}")
-        loaded, _ = self._engine.load_checkpoint(str(directory), tag=TAG, load_lr_scheduler_states=False)
-        if loaded is None:
-            raise CheckpointError(f"{directory / TAG} holds no checkpoint of DeepSpeed; delete {directory}")
-        if self._average is not None:
-            self._average.load(torch.load(directory / f"average_{self.rank:05d}.pt", weights_only=True))
-        self.step = step
+        """Read it back, bit for bit. Collective.
 
-    def _identity(self) -> dict[str, object]:
-        """What must be equal for a checkpoint to fit. Stages 1 and 2 partition alike."""
-        partition = {0: "none", 1: "optimizer", 2: "optimizer", 3: "parameters"}[self.stage]
-        average = None if self._average is None else "kept"
+        Raises CheckpointError, on every rank, where a file is damaged or another setting has written it.
+        """
+        problem, shard = "", {}
+        try:
+            self._compare(directory, read_shard(directory / SETTING))
+            shard = read_shard(self._shard(directory))
+        except CheckpointError as error:
+            problem = str(error)
+        problems = [found for found in self.world.gather_objects(problem) if found]
+        if problems:
+            raise CheckpointError(problems[0])
+        self._masters.load_state(shard)
+        if self._average is not None:
+            self._average.load(shard["average"])
+        self.step = shard["step"]
+
+    def _shard(self, directory: Path) -> Path:
+        """Without partitions all ranks are equal, so one file serves them."""
+        return directory / f"shard_{self.rank if self.stage > 0 else 0:05d}.pt"
+
+    def _setting(self) -> dict[str, object]:
+        """What must be equal for shards to fit. Stages 1 and 2 partition alike."""
         return {
             "world_size": self.world_size,
-            "partitioned": partition,
+            "partitions": {0: "none", 1: "optimizer", 2: "optimizer", 3: "parameters"}[self.stage],
             "precision": self._precision,
-            "moving_average": average,
+            "moving_average": self._average is not None,
         }
+
+    def _compare(self, directory: Path, saved: dict[str, object]) -> None:
+        running = self._setting()
+        different = [name for name in running if saved.get(name) != running[name]]
+        if different:
+            then, now = (", ".join(f"{name} = {facts.get(name)}" for name in different) for facts in (saved, running))
+            raise CheckpointError(
+                f"{directory} was saved with {then}, but this run has {now}; resume with what it was saved with, or start a new "
+                "run from its last bundle"
+            )
 
     def _required_average(self) -> MovingAverage:
         if self._average is None:
@@ -242,11 +265,6 @@ class TrainEngine:
 
 
 _REMEDY = "lower the learning rate, warm up longer, or set engine.clip_norm"
-_SAME = "resume it with the same number of ranks and the same kind of engine"
-
-
-def _listed(facts: dict[str, object]) -> str:
-    return ", ".join(f"{name} = {value}" for name, value in facts.items())
 
 
 def _profiles(config: dict[str, Any]) -> bool:
