@@ -1,0 +1,56 @@
+"""dstrain evaluate: BLEU, chrF and TER as sacreBLEU computes them, with signatures, and how much the text repeats itself."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+HELP = "score hypotheses: BLEU, chrF, TER with sacreBLEU signatures"
+TITLES = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "repetition": "repetition"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("--hypothesis", metavar="FILE", type=Path, required=True, help="detokenized output, one line a sentence")
+    parser.add_argument(
+        "--reference",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        action="append",
+        help="line-parallel; repeat it for several references",
+    )
+    parser.add_argument("--lowercase", action="store_true", help="let BLEU and chrF ignore case, as TER always does")
+    parser.add_argument("--tokenize", metavar="NAME", default="13a", help="BLEU's: 13a, intl, zh, char, none, ... (default: 13a)")
+    parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line for each score: its name, value and signature."""
+    from dstrain.data.text import read_lines
+    from dstrain.errors import DataError
+    from dstrain.metrics.corpus import corpus_scores
+
+    hypotheses = read_lines(args.hypothesis)
+    references = [read_lines(path) for path in args.reference]
+    for path, lines in zip(args.reference, references, strict=True):
+        if len(lines) != len(hypotheses):
+            raise DataError(
+                f"{args.hypothesis} has {len(hypotheses)} lines, {path} has {len(lines)}; give files that are line-parallel"
+            )
+    scores = corpus_scores(
+        hypotheses,
+        *references,
+        metrics=("bleu", "chrf", "ter", "repetition"),
+        lowercase=args.lowercase,
+        tokenize=args.tokenize,
+    )
+    if args.format == "json":
+        print(json.dumps([asdict(score) for score in scores], indent=2))
+        return 0
+    for score in scores:
+        detail = f"  ({score.detail})" if score.detail else ""
+        print(f"{TITLES[score.name]:10} {score.value:6.2f}  {score.signature}{detail}")
+    return 0

@@ -1,0 +1,89 @@
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from dstrain.cli.main import main
+from dstrain.metrics.corpus import corpus_scores
+
+HYPOTHESES = ["ein Hund läuft über die Straße .", "", "zwei zwei Männer sitzen auf einer Bank ."]
+REFERENCES = ["ein Hund rennt über die Straße .", "nichts", "zwei Männer sitzen auf einer Bank ."]
+SECOND = ["ein Hund läuft auf der Straße .", "nichts", "Zwei Herren sitzen auf einer Bank ."]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    (tmp_path / "hyp.de").write_text("\n".join(HYPOTHESES) + "\n", encoding="utf-8")
+    (tmp_path / "test.de").write_text("\n".join(REFERENCES) + "\n", encoding="utf-8")
+    (tmp_path / "second.de.gz").write_bytes(gzip.compress("\n".join(SECOND).encode()))
+    return tmp_path
+
+
+def evaluate(files: Path, *arguments: str, reference: str = "test.de") -> int:
+    return main(["evaluate", "--hypothesis", f"{files / 'hyp.de'}", "--reference", f"{files / reference}", *arguments])
+
+
+def test_text_has_a_line_per_score_with_its_signature(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(files) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["BLEU", "chrF2", "TER", "repetition"]
+    for line, score in zip(lines, corpus_scores(HYPOTHESES, REFERENCES), strict=False):
+        assert line.split()[1:3] == [f"{score.value:.2f}", score.signature]
+    assert lines[3].split()[1] == f"{100 * 1 / 15:.2f}"
+
+
+def test_json_has_full_precision(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--reference", f"{files / 'second.de.gz'}", "--lowercase", "--tokenize", "intl", "--format", "json"]
+    assert evaluate(files, *options) == 0
+    printed = json.loads(capsys.readouterr().out)
+    expected = corpus_scores(HYPOTHESES, REFERENCES, SECOND, lowercase=True, tokenize="intl")
+    assert [(each["name"], each["value"], each["signature"]) for each in printed[:3]] == [
+        (score.name, score.value, score.signature) for score in expected
+    ]
+    assert printed[3]["name"] == "repetition"
+
+
+def fails_with(message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_a_missing_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(files, reference="absent.de") == 1
+    fails_with(f"{files / 'absent.de'}: No such file or directory; check the path", capsys)
+
+
+def test_unequal_numbers_of_lines(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "short.de").write_text("eins\nzwei")
+    assert evaluate(files, reference="short.de") == 1
+    fails_with(f"{files / 'hyp.de'} has 3 lines, {files / 'short.de'} has 2; give files that are line-parallel", capsys)
+
+
+def test_invalid_utf8_names_file_and_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "latin1.de").write_bytes("eins\nzwei\nStraße\n".encode("latin-1"))
+    assert evaluate(files, reference="latin1.de") == 1
+    fails_with(f"{files / 'latin1.de'}:3: invalid UTF-8 (byte 0xdf)", capsys)
+
+
+def test_empty_files(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (files / "hyp.de").write_bytes(b"")
+    (files / "test.de").write_bytes(b"")
+    assert evaluate(files) == 1
+    fails_with("there is nothing to score: the hypotheses hold no line", capsys)
+
+
+def test_an_unknown_tokenization(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(files, "--tokenize", "13b") == 1
+    fails_with("unknown BLEU tokenization '13b'; did you mean '13a'?", capsys)
+
+
+def test_unicode_line_separators_do_not_split_a_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("hyp.de", "test.de"):
+        (files / name).write_text(
+            "ein\u2028Hund läuft über die Straße\nein\x0cHund läuft über die\x85Straße\r\n", encoding="utf-8", newline=""
+        )
+    assert evaluate(files) == 0
+    assert capsys.readouterr().out.split()[1] == "100.00"
