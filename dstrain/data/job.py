@@ -25,6 +25,7 @@ from dstrain.data.files import write_file
 from dstrain.data.manifest import FORMAT_VERSION, MANIFEST_FILE, TOKENIZER_DIRECTORY
 from dstrain.data.pool import WorkerPool
 from dstrain.data.text import FileScan, scan_file
+from dstrain.data.tokenizer import TOKENIZER_FILE
 from dstrain.data.tokenizer_training import given_tokenizers
 from dstrain.errors import DataError
 from dstrain.strict import Config
@@ -154,14 +155,22 @@ def _size(source: TextSource, job: Job) -> int:
 
 
 def settle(output: Path, job: Job, known: Job | None, *, overwrite: bool) -> None:
-    """Make `output` belong to `job`, or raise DataError where it belongs to another and is not to be overwritten."""
+    """Make `output` belong to `job`, or raise DataError where it holds another job's work that is not to be overwritten."""
     if known is not None and (overwrite or known.fingerprint != job.fingerprint):
-        if not overwrite:
+        if not overwrite and _holds_work(output, known):
             raise DataError(
                 f"{output} belongs to another preparation ({_difference(known, job)}); choose another --output, or --overwrite"
             )
         _remove(output, known)
     write_file(output / JOB_FILE, (job.model_dump_json(indent=2) + "\n").encode())
+
+
+def _holds_work(output: Path, job: Job) -> bool:
+    """Whether a tokenizer or a shard was finished; a job that failed before leaves nothing worth keeping."""
+    splits = splits_of(DataConfig.model_validate(job.data))
+    return (output / TOKENIZER_DIRECTORY / TOKENIZER_FILE).exists() or any(
+        any((output / name).glob("*.arrow")) for name in splits
+    )
 
 
 def _remove(output: Path, job: Job) -> None:
