@@ -5,12 +5,10 @@ Cheap checks come first: recipe, DeepSpeed file, data directory and run director
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from dstrain import __version__
@@ -23,17 +21,12 @@ from dstrain.data.plan import StepPlan
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.engine.deepspeed_engine import TrainEngine
 from dstrain.engine.ds_config import resolve_ds_config
-from dstrain.generation.config import GenerationConfig
-from dstrain.generation.constraints import SpecialIds
-from dstrain.generation.generator import Generator
-from dstrain.metrics.corpus import corpus_scores
-from dstrain.models.config import ModelConfig, VocabularySizes
+from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.factory import build_objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import keep_freed_memory
 from dstrain.parallel.topology import DeviceChoice, World, finalize, initialize
-from dstrain.protocols import Generative
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
 from dstrain.training.bundles import BundleStore
@@ -41,7 +34,8 @@ from dstrain.training.preemption import StopSignals
 from dstrain.training.reporting import build_reporter
 from dstrain.training.run_directory import Run, open_run
 from dstrain.training.trainer import Trainer
-from dstrain.training.validator import Translation, Validator
+from dstrain.training.translation import build_translation
+from dstrain.training.validator import Validator, check_split
 from dstrain.training.watchdog import Watchdog
 
 
@@ -56,6 +50,7 @@ def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice) -> 
             keep_freed_memory()
         resolve_ds_config(recipe.engine, world_size=world.world_size)
         corpora = Corpora(data)
+        check_split("valid", corpora.valid.source_lengths, corpora.valid.target_lengths, recipe.model)
         plan = StepPlan(corpora.train.source_lengths, corpora.train.target_lengths, recipe.batching, recipe.training.seed)
         run = open_run(output, recipe_tree(recipe), world)
         try:
@@ -161,35 +156,4 @@ def build_trainer(recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, wo
         signals=StopSignals(),
         watchdog=watchdog,
         header={"dstrain": __version__, "run_id": run.run_id},
-    )
-
-
-def build_translation(
-    config: GenerationConfig | None, model: ModelConfig, dataset: Dataset, tokenizers: TokenizerPair, device: torch.device
-) -> Translation | None:
-    """How a split with raw text is translated and scored; None without generation. Longer sources are cut, with a warning."""
-    if config is None:
-        return None
-
-    def translate(generative: Generative, rows: Sequence[int]) -> list[str]:
-        generator = Generator(
-            generative,
-            config,
-            SpecialIds.of(tokenizers.target),
-            max_source_length=model.max_source_length,
-            max_target_length=model.max_target_length,
-            device=device,
-            truncate_source=True,
-        )
-        found = generator.translate_ids([dataset[row].source.tolist() for row in rows])
-        return tokenizers.target.decode([hypotheses[0].tokens for hypotheses in found])
-
-    def score(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        return {each.name: each.value for each in corpus_scores(hypotheses, references, metrics=("bleu", "chrf"))}
-
-    return Translation(
-        order=[int(row) for row in np.argsort(dataset.source_lengths, kind="stable")],
-        translate=translate,
-        references=[dataset.target_text(row) for row in range(len(dataset))],
-        score=score,
     )

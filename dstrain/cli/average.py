@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dstrain.cli.common import positive_number
 from dstrain.errors import BundleError
 
 HELP = "average bundles into one"
@@ -17,7 +18,9 @@ HELP = "average bundles into one"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("inputs", metavar="RUN|BUNDLE", type=Path, nargs="+", help="one run directory, or several bundles")
-    parser.add_argument("--last", metavar="N", type=int, help="how many of the run's newest step_... bundles (default: all)")
+    parser.add_argument(
+        "--last", metavar="N", type=positive_number, help="how many of the run's newest step_... bundles (default: all)"
+    )
     parser.add_argument("--output", metavar="BUNDLE", type=Path, required=True, help="where the averaged bundle goes")
 
 
@@ -44,8 +47,6 @@ def _newest(directory: Path, count: int | None) -> list[Path]:
     if not (directory / "bundles").is_dir():
         raise BundleError(f"{directory} is neither a run (it has no bundles/) nor a bundle (it has no model.yaml)")
     present = step_bundles(directory / "bundles")
-    if count is not None and count < 1:
-        raise BundleError(f"--last {count}: give a number from 1 on")
     if not present or len(present) < (count or 1):
         raise BundleError(
             f"{directory}/bundles holds {len(present)} step_... bundles, not {count or 1}: lower --last, "

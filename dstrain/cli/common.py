@@ -24,3 +24,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def recipe_from(args: argparse.Namespace) -> Recipe:
     """The checked recipe of the two arguments."""
     return load_recipe(args.recipe, args.overrides)
+
+
+def positive_number(text: str) -> int:
+    """A whole number from 1 on, for `type=` of an argument."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)

@@ -10,14 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from torch import nn
 
 from dstrain.batch import Batch
+from dstrain.data.plan import Lengths
 from dstrain.errors import DataError
+from dstrain.models.config import ModelConfig
+from dstrain.objectives.train_module import TrainModule
 from dstrain.protocols import Generative, LossOutput, Ranks
 
-CHUNK = 256
+CHUNK = 512
 """Sentences per rank that are translated between two looks at the signals."""
 BATCHES_BETWEEN_LOOKS = 8
 
@@ -38,18 +44,59 @@ class Evaluates(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Translation:
-    """How a split is translated and scored.
+class Translates(Protocol):
+    """A split as the validator translates it (`translation.Translation`)."""
 
-    order: rows of the split, those of similar length together. translate: texts for some rows. references: the raw target
-    text of every row. score: (hypotheses, references) -> scores by name.
-    """
+    def __len__(self) -> int:
+        """Rows of the split."""
+        ...
 
-    order: Sequence[int]
-    translate: Callable[[Generative, Sequence[int]], list[str]]
-    references: Sequence[str]
-    score: Callable[[Sequence[str], Sequence[str]], Mapping[str, float]]
+    def translate(self, model: Generative, rows: range) -> list[str]:
+        """A text for each row."""
+        ...
+
+    def score(self, hypotheses: Sequence[str]) -> Mapping[str, float]:
+        """Scores by name of the texts of all rows."""
+        ...
+
+
+class WholeModel:
+    """A model that is whole on this one process, in the engine's place: what `dstrain validate` scores."""
+
+    def __init__(self, module: TrainModule, model: nn.Module, device: torch.device) -> None:
+        self._module = module.to(device).eval()
+        self._model = cast("Generative", model)
+        self._device = device
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> LossOutput:
+        """The loss of one batch."""
+        output: LossOutput = self._module(batch.to(self._device))
+        return output
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """A bundle already holds the averaged weights."""
+        return nullcontext()
+
+    def generation_model(self, averaged: bool) -> AbstractContextManager[Generative]:
+        """The model itself."""
+        return nullcontext(self._model)
+
+
+def check_split(name: str, source_lengths: Lengths, target_lengths: Lengths, model: ModelConfig) -> None:
+    """Raise DataError, before anything is trained, where an evaluation split is empty or a line exceeds the model's limits."""
+    if not len(target_lengths):
+        raise DataError(f"the split {name!r} is empty; give it at least one sentence pair in the recipe's data section")
+    for side, lengths, limit in (
+        ("source", source_lengths, model.max_source_length),
+        ("target", target_lengths, model.max_target_length),
+    ):
+        row = int(np.argmax(lengths))
+        if lengths[row] > limit:
+            raise DataError(
+                f"line {row + 1} of the split {name!r} has {lengths[row]:,} {side} tokens, more than model.max_{side}_length = "
+                f"{limit}: shorten or remove the line and prepare again, or raise the limit"
+            )
 
 
 class Validator:
@@ -66,7 +113,7 @@ class Validator:
         *,
         batches: Callable[[], Iterable[Batch]],
         averaged: bool = False,
-        translation: Translation | None = None,
+        translation: Translates | None = None,
         beat: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.engine = engine
@@ -106,20 +153,21 @@ class Validator:
         means = {name: value / total for name, value in zip(sums, rest, strict=True)}
         return {"loss": loss_sum / total, **means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": total}
 
-    def _translate(self, task: Translation, interrupted: Callable[[], bool]) -> Mapping[str, float] | None:
-        world_size, rank = self.ranks.world_size, self.ranks.rank
-        texts: dict[int, str] = {}
+    def _translate(self, task: Translates, interrupted: Callable[[], bool]) -> Mapping[str, float] | None:
+        texts: list[tuple[int, list[str]]] = []
+        chunk = min(CHUNK, math.ceil(len(task) / self.ranks.world_size))
         with self.engine.generation_model(averaged=False) as model:
-            for start in range(0, len(task.order), CHUNK * world_size):
+            for start in range(0, len(task), chunk * self.ranks.world_size):
                 if interrupted():
                     return None
                 self._beat(f"translating the valid split from sentence {start}")
-                rows = task.order[start : start + CHUNK * world_size][rank::world_size]
+                first = start + chunk * self.ranks.rank
+                rows = range(first, min(first + chunk, len(task)))
                 if rows:
-                    texts.update(zip(rows, task.translate(model, rows), strict=True))
+                    texts.append((first, task.translate(model, rows)))
         gathered = self.ranks.gather_objects(texts)
         scores: Mapping[str, float] = {}
-        if rank == 0:
-            merged = {row: text for share in gathered for row, text in share.items()}
-            scores = task.score([merged[row] for row in range(len(task.references))], task.references)
+        if self.ranks.rank == 0:
+            ordered = sorted(piece for share in gathered for piece in share)
+            scores = task.score([text for _, piece in ordered for text in piece])
         return self.ranks.broadcast_object(scores)

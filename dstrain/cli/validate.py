@@ -1,0 +1,79 @@
+"""dstrain validate: loss, perplexity, BLEU and chrF of a bundle on a split of prepared data.
+
+Prints one JSON object. The loss is that of the bundle's recipe, in nats per target token; perplexity never includes label
+smoothing. Text is generated as the recipe says, unless told otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dstrain.cli.common import positive_number
+
+if TYPE_CHECKING:
+    from dstrain.parallel.topology import World
+
+HELP = "loss, perplexity and BLEU of a bundle on prepared data"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="model directory, for example RUN/bundles/best")
+    parser.add_argument("--data", metavar="DATA", type=Path, required=True, help="directory that `dstrain prepare` wrote")
+    parser.add_argument("--split", default="valid", help="default: valid")
+    parser.add_argument("--generate", action=argparse.BooleanOptionalAction, default=True, help="translate, too (default)")
+    parser.add_argument("--beam-size", metavar="N", type=positive_number, help="default: as in the bundle's recipe")
+    parser.add_argument(
+        "--max-tokens", metavar="N", type=positive_number, default=4096, help="padded tokens of a batch (default: 4096)"
+    )
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score on as many processes as were started; rank 0 prints."""
+    from dstrain.parallel.topology import finalize, initialize
+
+    world = initialize(args.device)
+    try:
+        scores = _score(args, world)
+    finally:
+        finalize()
+    if world.rank == 0:
+        print(json.dumps({"bundle": str(args.bundle), "data": str(args.data), "split": args.split, **scores}, indent=1))
+    return 0
+
+
+def _score(args: argparse.Namespace, world: World) -> dict[str, float]:
+    from dstrain.checkpoint.bundle import load_bundle
+    from dstrain.objectives.factory import build_objective
+    from dstrain.training.bundle_validation import validate_bundle
+
+    bundle = load_bundle(args.bundle, device=world.device)
+    objective, generation = _settings(bundle.recipe or {}, args.beam_size)
+    return validate_bundle(
+        bundle,
+        args.data,
+        args.split,
+        world,
+        objective=build_objective(objective),
+        generation=generation if args.generate else None,
+        max_tokens=args.max_tokens,
+    )
+
+
+def _settings(recipe: dict[str, Any], beam_size: int | None) -> tuple[Any, Any]:
+    """Objective and generation of the bundle's recipe; plain cross-entropy and beam search where it has none."""
+    from dstrain.generation.config import BeamSearchConfig
+    from dstrain.objectives.config import CrossEntropyConfig
+    from dstrain.recipe_file import check_recipe
+
+    checked = check_recipe(recipe, "the bundle's recipe") if recipe else None
+    objective = checked.objective if checked else CrossEntropyConfig(label_smoothing=0.0)
+    generation = checked.generation if checked else BeamSearchConfig()
+    if beam_size is not None:
+        shared = generation.model_dump(include=set(BeamSearchConfig.model_fields) - {"kind", "beam_size"})
+        generation = BeamSearchConfig.model_validate({**shared, "beam_size": beam_size})
+    return objective, generation

@@ -1,0 +1,56 @@
+"""Scores of a finished bundle on any split: the validator's figures without an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dstrain.checkpoint.bundle import Bundle
+from dstrain.data.dataset import open_dataset
+from dstrain.data.loader import evaluation_loader
+from dstrain.data.manifest import load_manifest
+from dstrain.errors import BundleError
+from dstrain.generation.config import GenerationConfig
+from dstrain.objectives.train_module import TrainModule
+from dstrain.parallel.topology import World
+from dstrain.protocols import Objective
+from dstrain.training.translation import build_translation
+from dstrain.training.validator import Validator, WholeModel, check_split
+
+
+def validate_bundle(
+    bundle: Bundle,
+    data: Path,
+    split: str,
+    world: World,
+    *,
+    objective: Objective,
+    generation: GenerationConfig | None,
+    max_tokens: int,
+) -> dict[str, float]:
+    """The scores of `Validator` for a bundle whose model is on `world.device`; every rank scores its share.
+
+    generation: how to translate; None = losses alone.
+    Raises DataError where the data was prepared with another tokenizer, BundleError where the bundle has none to compare.
+    """
+    if bundle.tokenizers is None:
+        raise BundleError(f"{bundle.directory} has no tokenizer, so it cannot be told whether the ids of {data} are its own")
+    load_manifest(data).require_tokenizer(bundle.tokenizers.fingerprint, str(bundle.directory))
+    dataset = open_dataset(data, split)
+    check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
+    translation = build_translation(generation, bundle.model_config, dataset, bundle.tokenizers, world.device)
+    validator = Validator(
+        WholeModel(TrainModule(bundle.model, objective), bundle.model, world.device),
+        world,
+        batches=lambda: evaluation_loader(
+            dataset,
+            max_tokens,
+            pad_id=bundle.vocabulary.pad_id,
+            eos_id=bundle.vocabulary.eos_id,
+            rank=world.rank,
+            world_size=world.world_size,
+        ),
+        translation=translation,
+    )
+    scores = validator()
+    assert scores is not None, "nothing interrupts this validation"
+    return scores

@@ -1,0 +1,58 @@
+"""A split as something to translate: source ids in, texts out, scored against the raw text of its targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dstrain.data.dataset import Dataset
+from dstrain.data.tokenizer import TokenizerPair
+from dstrain.generation.config import GenerationConfig
+from dstrain.generation.constraints import SpecialIds
+from dstrain.generation.generator import Generator
+from dstrain.metrics.corpus import corpus_scores
+from dstrain.models.config import ModelConfig
+from dstrain.protocols import Generative
+
+
+@dataclass(frozen=True)
+class Translation:
+    """How one evaluation split is translated and scored."""
+
+    config: GenerationConfig
+    model_config: ModelConfig
+    dataset: Dataset
+    tokenizers: TokenizerPair
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def translate(self, model: Generative, rows: range) -> list[str]:
+        """The best hypothesis of each row; what sampling draws for a row depends on its number alone."""
+        generator = Generator(
+            model,
+            self.config,
+            SpecialIds.of(self.tokenizers.target),
+            max_source_length=self.model_config.max_source_length,
+            max_target_length=self.model_config.max_target_length,
+            device=self.device,
+        )
+        sources = [self.dataset[row].source.tolist() for row in rows]
+        found = generator.translate_ids(sources, first_line=rows.start + 1)
+        return self.tokenizers.target.decode([hypotheses[0].tokens for hypotheses in found])
+
+    def score(self, hypotheses: Sequence[str]) -> Mapping[str, float]:
+        """BLEU, chrF and the rate of repetition of the whole split, in percent."""
+        references = [self.dataset.target_text(row) for row in range(len(self.dataset))]
+        scores = corpus_scores(hypotheses, references, metrics=("bleu", "chrf", "repetition"))
+        return {score.name: score.value for score in scores}
+
+
+def build_translation(
+    config: GenerationConfig | None, model_config: ModelConfig, dataset: Dataset, tokenizers: TokenizerPair, device: torch.device
+) -> Translation | None:
+    """None where the recipe generates nothing at validation."""
+    return None if config is None else Translation(config, model_config, dataset, tokenizers, device)
