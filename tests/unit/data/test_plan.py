@@ -305,14 +305,14 @@ def test_memory_is_that_of_a_window() -> None:
 def test_the_bench_plans_a_million_examples_in_seconds() -> None:
     figures = bench(1_000_000)
     assert figures["examples"] == 1_000_000
-    assert figures["seconds"] < 6
+    assert figures["cpu_seconds"] < 6
     assert figures["fullness_percent"] > 99
 
 
 @pytest.mark.slow
 def test_planning_100_million_examples_takes_under_a_minute_and_2_gib() -> None:
     figures = bench(100_000_000)
-    assert figures["seconds"] < 60
+    assert figures["cpu_seconds"] < 60
     assert figures["peak_mib"] < 2048
 
 
