@@ -4,8 +4,9 @@ A tokenizer is its bytes: it can be written, read back and compared by fingerpri
 the same in prepared data and in bundles. The special ids bos, pad and eos never come out of text, whatever the text spells.
 
 SentencePiece normalizes what it reads by the rules stored in the model. For models that dstrain trains these are `nmt_nfkc`:
-Unicode NFKC; runs of white space (line breaks, no-break and zero-width spaces among them) become one space, none at either end;
-control characters vanish. `decode(encode(text))` gives the normalized text back, characters that the model never saw as U+2047.
+Unicode NFKC character by character, so that combining marks may keep their order; control characters vanish; white space,
+zero-width spaces and non-joiners, marks of direction, U+2581 and U+FFFD are spaces, runs of them one, none at either end.
+`decode(encode(text))` gives the normalized text back, with U+2047 for what the model never saw.
 """
 
 from __future__ import annotations
