@@ -32,7 +32,7 @@ def data_config(folder: Path, number: int = 300, **changes: Any) -> DataConfig:
     content: dict[str, Any] = {
         "train": [parallel(folder, "train", sentences(number), sentences(number, suffix="en"))],
         "valid": [parallel(folder, "valid", sentences(5), sentences(5, suffix="en"))],
-        "tokenizer": {"vocab_size": 60},
+        "tokenizer": {"kind": "sentencepiece", "vocab_size": 60},
     }
     return DataConfig.model_validate({**content, **changes})
 
