@@ -95,7 +95,10 @@ class DecodingState(Protocol):
     """What a decoder remembers between steps for `sentences x rows_per_sentence` rows, sentence-major."""
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i continues what row `rows[i]` was; rows: (N,), each within its own sentence."""
+        """Row i continues what row `rows[i]` was; rows: (n,), sentence-major, each within its own sentence, equally many of each.
+
+        Their number may change: after the first step one row of a sentence becomes as many as there are beams.
+        """
         ...
 
     def keep(self, sentences: Tensor) -> None:
@@ -111,7 +114,7 @@ class Generative(Protocol):
         ...
 
     def step(self, tokens: Tensor, state: DecodingState) -> Tensor:
-        """Feed the next inputs. tokens: (N, t), t = 1 but for a prefix -> logits after each, (N, t, V)."""
+        """Feed the next inputs. tokens: (N, t), t = 1 but for a prefix -> logits after each, (N, t, V), free to be overwritten."""
         ...
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Sequences
-from dstrain.generation.candidates import best_continuations, log_normalizer
+from dstrain.generation.candidates import best_continuations, to_log_probs
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import Constraints, SpecialIds
 from dstrain.generation.finished import FinishedHypotheses
@@ -42,11 +42,11 @@ class Pruning(Protocol):
     """How continuations are chosen: all against all, or by groups."""
 
     def start(self, num_sentences: int, device: torch.device) -> Tensor:
-        """Totals before the first token: 0 where a hypothesis may start, -inf elsewhere. (b, K)"""
+        """Totals before the first token: 0 for a hypothesis that starts, -inf for others. (b, R), R <= K"""
         ...
 
-    def candidates(self, logits: Tensor, normalizer: Tensor, totals: Tensor) -> Candidates:
-        """The continuations worth keeping."""
+    def candidates(self, log_probs: Tensor, totals: Tensor) -> Candidates:
+        """The continuations worth keeping. log_probs: (b * R, V); totals: (b, R)"""
         ...
 
     def survivors(self, candidates: Candidates, ended: Tensor) -> Candidates:
@@ -65,14 +65,12 @@ class PlainPruning:
         self.beam_size = beam_size
 
     def start(self, num_sentences: int, device: torch.device) -> Tensor:
-        """All hypotheses are equal, so only the first one starts."""
-        totals = torch.full((num_sentences, self.beam_size), -torch.inf, device=device)
-        totals[:, 0] = 0
-        return totals
+        """One hypothesis, the empty one."""
+        return torch.zeros(num_sentences, 1, device=device)
 
-    def candidates(self, logits: Tensor, normalizer: Tensor, totals: Tensor) -> Candidates:
+    def candidates(self, log_probs: Tensor, totals: Tensor) -> Candidates:
         """Best first."""
-        return Candidates(*best_continuations(logits, normalizer, totals, 2 * self.beam_size))
+        return Candidates(*best_continuations(log_probs, totals, 2 * self.beam_size))
 
     def survivors(self, candidates: Candidates, ended: Tensor) -> Candidates:
         """The first K that did not end."""
@@ -103,19 +101,16 @@ class DiversePruning:
         self._agreements = torch.zeros(num_sentences, self.groups, self.groups, device=device)
         return totals
 
-    def candidates(self, logits: Tensor, normalizer: Tensor, totals: Tensor) -> Candidates:
+    def candidates(self, log_probs: Tensor, totals: Tensor) -> Candidates:
         """As many for each group as it has unfinished hypotheses; column i belongs to group i mod G."""
-        by_hypothesis = logits.view(*totals.shape, -1)  # (b, K, V)
-        normalizer = normalizer.view_as(totals)
-        rank = torch.arange(self.group_size, device=logits.device)
+        by_hypothesis = log_probs.view(*totals.shape, -1)  # (b, K, V)
+        rank = torch.arange(self.group_size, device=log_probs.device)
         chosen: list[Candidates] = []
         for group in range(self.groups):
             own = slice(group, None, self.groups)
-            penalties = self._penalties(chosen, logits.shape[1])  # (b, V)
-            group_logits = (by_hypothesis[:, own] - penalties[:, None]).flatten(0, 1)
-            found, tokens, parents = best_continuations(
-                group_logits, normalizer[:, own].flatten(), totals[:, own], self.group_size
-            )
+            penalties = self._penalties(chosen, log_probs.shape[1])  # (b, V)
+            reduced = (by_hypothesis[:, own] - penalties[:, None]).flatten(0, 1)
+            found, tokens, parents = best_continuations(reduced, totals[:, own], self.group_size)
             found = found.masked_fill(rank >= self._alive[:, group, None], -torch.inf)
             chosen.append(Candidates(found, tokens, parents * self.groups + group))
         stacked = [torch.stack(parts, 2) for parts in zip(*chosen, strict=True)]  # 3 times (b, K / G, G)
@@ -154,22 +149,21 @@ class _Beams:
         self.finished = finished
         self.eos_id = eos_id
         self.sentences = torch.arange(num_sentences, device=device)
-        self.totals = pruning.start(num_sentences, device)  # (b, K)
-        self.history = self.totals[:, :, None][:, :, :0]  # (b, K, t) totals after each token
-        self.tokens = torch.full((*self.totals.shape, 1), eos_id, device=device)  # (b, K, 1 + t), the start token first
+        self.totals = pruning.start(num_sentences, device)  # (b, R), R = K after the first step
+        self.history = self.totals[:, :, None][:, :, :0]  # (b, R, t) totals after each token
+        self.tokens = torch.full((*self.totals.shape, 1), eos_id, device=device)  # (b, R, 1 + t), the start token first
 
     def inputs(self) -> Tensor:
-        """What the model reads next. (b * K, 1)"""
+        """What the model reads next. (b * R, 1)"""
         return self.tokens[:, :, -1:].flatten(0, 1)
 
-    def advance(self, logits: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Continue by one token. logits: (b * K, V), changed in place.
+    def advance(self, log_probs: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Continue by one token. log_probs: (b * R, V), changed in place.
 
         Returns which sentences stay (None: all) and, for the rows of those, which row each continues.
         """
-        normalizer = log_normalizer(logits)
-        self.constraints.apply(logits, self.tokens.flatten(0, 1))
-        candidates = self.pruning.candidates(logits, normalizer, self.totals)
+        self.constraints.apply(log_probs, self.tokens.flatten(0, 1))
+        candidates = self.pruning.candidates(log_probs, self.totals)
         ended = (candidates.tokens == self.eos_id) & (candidates.totals > -torch.inf)
         self._finish(candidates, ended)
         chosen = self.pruning.survivors(candidates, ended)
@@ -184,7 +178,7 @@ class _Beams:
 
     def _finish(self, candidates: Candidates, ended: Tensor) -> None:
         """Put away the hypotheses that end among the first K candidates."""
-        beam_size = self.totals.shape[1]
+        beam_size = self.finished.capacity
         if not bool(ended.any()):
             return
         first = Candidates(*(x[:, :beam_size] for x in candidates))
@@ -193,17 +187,18 @@ class _Beams:
         self.finished.add(self.sentences, ended[:, :beam_size], tokens, totals)
 
     def _keep(self, sentences: Tensor) -> None:
-        self.sentences, self.tokens, self.history = self.sentences[sentences], self.tokens[sentences], self.history[sentences]
+        self.sentences = self.sentences[sentences]
+        self.totals, self.tokens, self.history = self.totals[sentences], self.tokens[sentences], self.history[sentences]
         self.constraints.keep(sentences)
         self.pruning.keep(sentences)
 
     def _extend(self, chosen: Candidates) -> Tensor:
         """Replace the hypotheses by the chosen continuations; returns the row that each row continues. (b * K,)"""
+        first_row = torch.arange(len(self.totals), device=self.totals.device)[:, None] * self.totals.shape[1]
         self.tokens = torch.cat([_pick(self.tokens, chosen.parents), chosen.tokens[:, :, None]], 2)
         self.history = torch.cat([_pick(self.history, chosen.parents), chosen.totals[:, :, None]], 2)
         self.totals = chosen.totals
-        first_row = torch.arange(len(chosen.parents), device=chosen.parents.device) * chosen.parents.shape[1]
-        return (first_row[:, None] + chosen.parents).flatten()
+        return (first_row + chosen.parents).flatten()
 
 
 def _pick(x: Tensor, parents: Tensor) -> Tensor:
@@ -234,13 +229,11 @@ def beam_search(
     finished = FinishedHypotheses(len(max_lengths), config.beam_size, max(max_lengths) + 1, anchor.device)
     beams = _Beams(_pruning(config), constraints, finished, ids.eos)
     state = model.start(
-        source, num_sentences=len(max_lengths), rows_per_sentence=config.beam_size, max_length=max(max_lengths) + 1
+        source, num_sentences=len(max_lengths), rows_per_sentence=beams.totals.shape[1], max_length=max(max_lengths) + 1
     )
     while True:
-        logits = model.step(beams.inputs(), state)[:, -1].float()
-        if config.temperature != 1:
-            logits = logits / config.temperature
-        staying, rows = beams.advance(logits)
+        logits = model.step(beams.inputs(), state)[:, -1]
+        staying, rows = beams.advance(to_log_probs(logits, config.temperature))
         if not len(beams.sentences):
             return finished.best(config)
         if staying is not None:

@@ -1,25 +1,28 @@
-"""The best continuations of each row, found without forming all log-probabilities.
+"""The best continuations of each hypothesis, found without sorting the vocabulary.
 
-Only the k best tokens of a row can matter, and they are the same for logits and log-probabilities. So the normalizer is
-computed alone, the k best logits are picked, and log-probabilities are formed for those. The pick looks at the maximum of each
-block of 64 columns first: the k best values stand in the k best blocks. Beside `log_softmax` and `topk` over the vocabulary
-this costs two thirds of the time on a CPU.
+The k best values of a row stand in its k best blocks of 64 columns, so the maximum of each block is looked at first. On a CPU
+this takes half the time of `topk` over the whole row.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 BLOCK = 64
 
 
-def log_normalizer(logits: Tensor) -> Tensor:
-    """log sum exp of each row, through the softmax kernel, which is faster than `logsumexp`. (N, V) -> (N,)
+def to_log_probs(logits: Tensor, temperature: float) -> Tensor:
+    """(N, V) -> log_softmax(logits / temperature) in float32; float32 logits are overwritten.
 
-    The greatest probability is at least 1 / V, so its logarithm is exact enough. NaN where a row holds NaN.
+    Fresh memory for a matrix of this size costs the CPU more than the computation does. The kernel reads a row's sum before it
+    writes the row, so it may write where it reads.
     """
-    return logits.amax(1) - logits.softmax(1).amax(1).log()
+    logits = logits.float()
+    if temperature != 1:
+        logits /= temperature
+    return torch.log_softmax(logits, 1, out=logits)
 
 
 def top_values(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -40,20 +43,20 @@ def top_values(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, columns.gather(1, places)
 
 
-def best_continuations(logits: Tensor, normalizer: Tensor, totals: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The k best extensions of a sentence's hypotheses by one token.
+def best_continuations(log_probs: Tensor, totals: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best extensions of each sentence's hypotheses by one token.
 
-    logits: (b * K, V), -inf where a token is forbidden; normalizer: (b * K,); totals: (b, K) summed log-probabilities so far,
-    -inf for a dead hypothesis. Returns new totals, tokens and parents (the column of `totals` that is extended), each (b, k),
-    best first. A row whose logits hold NaN is dead.
+    log_probs: (b * K, V), -inf where a token is forbidden; totals: (b, K) summed log-probabilities so far, -inf for a dead
+    hypothesis. Returns new totals, tokens and parents (the column of `totals` that is extended), each (b, k), best first. A
+    hypothesis whose log-probabilities are NaN is dead.
     """
-    values, tokens = top_values(logits, k)
-    scores = values - normalizer[:, None] + totals.flatten()[:, None]
-    scores = torch.where(scores.isnan(), -torch.inf, scores).view(len(totals), -1)  # (b, K * k)
+    num_sentences = len(totals)
+    values, tokens = top_values(log_probs, k)
     width = values.shape[1]
-    missing = k - scores.shape[1]
-    if missing > 0:  # a vocabulary smaller than k
-        scores = torch.nn.functional.pad(scores, (0, missing), value=-torch.inf)
-        tokens = torch.nn.functional.pad(tokens.view(len(totals), -1), (0, missing))
-    best, places = scores.topk(k, dim=1)
-    return best, tokens.view(len(totals), -1).gather(1, places), (places // width).clamp_max(totals.shape[1] - 1)
+    extended = (values + totals.flatten()[:, None]).view(num_sentences, -1)  # (b, K * width)
+    extended = torch.where(extended.isnan(), -torch.inf, extended)
+    tokens = tokens.view(num_sentences, -1)
+    missing = max(0, k - extended.shape[1])  # where the vocabulary is smaller than k
+    best, places = F.pad(extended, (0, missing), value=-torch.inf).topk(k, dim=1)
+    places = places.clamp_max(extended.shape[1] - 1)
+    return best, tokens.gather(1, places), places // width

@@ -1,4 +1,4 @@
-"""What a hypothesis may say next, written into a step's logits as -inf.
+"""What a hypothesis may say next, written into a step's log-probabilities as -inf.
 
 In order: never padding; the penalty of <unk>; no EOS before the minimal length; no n-gram twice; and, above all of these, what is
 forced: a given prefix, and EOS at the maximal length. A forced token keeps its own log-probability. EOS is never held back by
@@ -54,26 +54,26 @@ class Constraints:
         self._prefix = torch.empty(len(max_lengths), 0, dtype=torch.long) if prefix is None else prefix
         self._prefix = self._prefix.to(device)
 
-    def apply(self, logits: Tensor, history: Tensor) -> None:
-        """Change logits (N, V) of the next token in place. history: (N, t), the start token and all tokens since."""
+    def apply(self, log_probs: Tensor, history: Tensor) -> None:
+        """Change log_probs (N, V) of the next token in place. history: (N, t), the start token and all tokens since."""
         step = history.shape[1] - 1
-        logits[:, self._ids.pad] = -torch.inf
+        log_probs[:, self._ids.pad] = -torch.inf
         if self._config.unk_penalty != 0:
-            logits[:, self._ids.unk] -= self._config.unk_penalty
+            log_probs[:, self._ids.unk] -= self._config.unk_penalty
         forced = self._forced(step)
-        rows_per_sentence = len(logits) // len(self._max_lengths)
+        rows_per_sentence = len(log_probs) // len(self._max_lengths)
         if forced is not None:
             forced = forced.repeat_interleave(rows_per_sentence)
             rows = (forced != self._ids.pad).nonzero()[:, 0]
             tokens = forced[rows]
-            allowed = logits[rows, tokens]
+            allowed = log_probs[rows, tokens]
         if step < self._config.min_length:
-            logits[:, self._ids.eos] = -torch.inf
+            log_probs[:, self._ids.eos] = -torch.inf
         if self._config.no_repeat_ngram:
-            forbid_repetition(logits, history[:, 1:], self._config.no_repeat_ngram)
+            forbid_repetition(log_probs, history[:, 1:], self._config.no_repeat_ngram)
         if forced is not None:
-            logits[rows] = -torch.inf
-            logits[rows, tokens] = allowed
+            log_probs[rows] = -torch.inf
+            log_probs[rows, tokens] = allowed
 
     def at_end(self, step: int) -> Tensor:
         """Which sentences have reached their maximal length. (b,)"""
@@ -93,11 +93,11 @@ class Constraints:
         return torch.where(self.at_end(step), self._ids.eos, self._prefix[:, step] if in_prefix else free)
 
 
-def forbid_repetition(logits: Tensor, tokens: Tensor, size: int) -> None:
+def forbid_repetition(log_probs: Tensor, tokens: Tensor, size: int) -> None:
     """Set to -inf, in place, every token that would complete an n-gram of `size` which `tokens` (N, t) already holds."""
     if tokens.shape[1] < size:
         return
     ngrams = tokens.unfold(1, size, 1)  # (N, t - size + 1, size)
     context = tokens[:, tokens.shape[1] - size + 1 :]  # (N, size - 1)
     rows, places = (ngrams[:, :, :-1] == context[:, None]).all(2).nonzero(as_tuple=True)
-    logits[rows, ngrams[rows, places, -1]] = -torch.inf
+    log_probs[rows, ngrams[rows, places, -1]] = -torch.inf

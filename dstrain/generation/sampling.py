@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Sequences
+from dstrain.generation.candidates import to_log_probs
 from dstrain.generation.config import SamplingConfig
 from dstrain.generation.constraints import Constraints, SpecialIds
 from dstrain.generation.finished import FinishedHypotheses
@@ -46,7 +47,7 @@ def draw(probs: Tensor, uniform: Tensor) -> Tensor:
 
 
 def uniform_numbers(seed: int, sentences: Sequence[int], num_samples: int, max_lengths: Sequence[int]) -> Tensor:
-    """One number per sentence, sample and step: (B, n, max(max_lengths) + 1) float64 in [0, 1), from the seed and the sentence."""
+    """One number per sentence, sample and step, from the seed and the sentence. (B, n, max(max_lengths) + 1) float64 in [0, 1)"""
     numbers = torch.zeros(len(sentences), num_samples, max(max_lengths) + 1, dtype=torch.float64)
     for row, (sentence, max_length) in enumerate(zip(sentences, max_lengths, strict=True)):
         generator = torch.Generator().manual_seed(derive_seed(seed, "sampling", sentence))
@@ -83,8 +84,7 @@ def sample(
     running = torch.ones(len(max_lengths), num_samples, dtype=torch.bool, device=device)
     state = model.start(source, num_sentences=len(max_lengths), rows_per_sentence=num_samples, max_length=max(max_lengths) + 1)
     while True:
-        logits = model.step(tokens[:, :, -1:].flatten(0, 1), state)[:, -1].float()
-        log_probs = (logits / config.temperature).log_softmax(1)
+        log_probs = to_log_probs(model.step(tokens[:, :, -1:].flatten(0, 1), state)[:, -1], config.temperature)
         allowed = log_probs.clone()
         constraints.apply(allowed, tokens.flatten(0, 1))
         probs, names = truncated(allowed, top_k=config.top_k, top_p=config.top_p)

@@ -20,7 +20,7 @@ from dstrain.nn.embedding import InputEmbedding, Projection
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.bias import causal_bias, padding_bias, segment_bias
-from dstrain.protocols import Memory, ModelOutput
+from dstrain.protocols import DecodingState, Memory, ModelOutput
 
 R = TypeVar("R")
 
@@ -37,9 +37,10 @@ class EncoderDecoderState:
         self.rows_per_sentence = rows_per_sentence
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i continues what row `rows[i]` was; rows: (N,), each within its own sentence."""
+        """Row i continues what row `rows[i]` was; rows: (n,), each within its own sentence, equally many of each."""
         if not is_identity(rows):
             self.target.select(rows)
+        self.rows_per_sentence = len(rows) // len(self.source[0][0])
 
     def keep(self, sentences: Tensor) -> None:
         """Forget all sentences but these; sentences: (b,) ascending indices of the present ones."""
@@ -133,8 +134,9 @@ class EncoderDecoder(nn.Module):
         )
 
     @torch.no_grad()
-    def step(self, tokens: Tensor, state: EncoderDecoderState) -> Tensor:
-        """Feed the next inputs. tokens: (N, t) -> logits after each, (N, t, V)"""
+    def step(self, tokens: Tensor, state: DecodingState) -> Tensor:
+        """Feed the next inputs. tokens: (N, t) -> logits after each, (N, t, V). state: made by `start`."""
+        assert isinstance(state, EncoderDecoderState)
         past, width = state.target.length, tokens.shape[1]
         x = self.target_embedding(tokens, past)
         bias = causal_bias(width, past + width, x.dtype, x.device) if width > 1 else None

@@ -14,16 +14,17 @@ DIM = 8
 
 
 class ToyState:
-    def __init__(self, hidden: Tensor, rows_per_sentence: int) -> None:
-        self.hidden = hidden  # (N, D)
-        self.rows_per_sentence = rows_per_sentence
+    def __init__(self, hidden: Tensor) -> None:
+        self.hidden = hidden  # (b, rows per sentence, D)
 
     def reorder(self, rows: Tensor) -> None:
-        assert torch.equal(rows // self.rows_per_sentence, torch.arange(len(rows)) // self.rows_per_sentence)
-        self.hidden = self.hidden[rows]
+        rows = rows.view(len(self.hidden), -1)
+        num_rows = self.hidden.shape[1]
+        assert torch.equal(rows // num_rows, torch.arange(len(rows))[:, None].expand_as(rows)), "a row left its sentence"
+        self.hidden = torch.stack([hidden[row % num_rows] for hidden, row in zip(self.hidden, rows, strict=True)])
 
     def keep(self, sentences: Tensor) -> None:
-        self.hidden = self.hidden.unflatten(0, (-1, self.rows_per_sentence))[sentences].flatten(0, 1)
+        self.hidden = self.hidden[sentences]
 
 
 class ToyModel:
@@ -57,14 +58,14 @@ class ToyModel:
 
     def start(self, source: Sequences | None, *, num_sentences: int, rows_per_sentence: int, max_length: int) -> ToyState:
         hidden = torch.zeros(num_sentences, DIM) if source is None else self.encode(source)
-        return ToyState(hidden.repeat_interleave(rows_per_sentence, 0), rows_per_sentence)
+        return ToyState(hidden[:, None].expand(-1, rows_per_sentence, -1))
 
     def step(self, tokens: Tensor, state: ToyState) -> Tensor:
         self.steps.append(len(tokens))
         logits = []
         for position in range(tokens.shape[1]):
-            state.hidden = self.next_hidden(state.hidden, tokens[:, position])
-            logits.append(self.project(state.hidden))
+            state.hidden = self.next_hidden(state.hidden, tokens[:, position].view(state.hidden.shape[:2]))
+            logits.append(self.project(state.hidden).flatten(0, 1))
         return torch.stack(logits, 1)
 
 

@@ -1,0 +1,196 @@
+"""dstrain from Python: a bundle as an object that generates and scores text.
+
+    from dstrain.api import load
+    model = load("RUN/bundles/best")
+    for hypotheses in model.generate(["a man rides a bike .", "two dogs run ."], beam_size=5):
+        print(hypotheses[0].score, hypotheses[0].text)
+
+The verbs use these same objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import ValidationError
+
+from dstrain.batch import Sequences
+from dstrain.checkpoint.bundle import Bundle, load_bundle
+from dstrain.data.tokenizer import TokenizerPair
+from dstrain.errors import BundleError, DataError, DstrainError, RecipeError
+from dstrain.generation.config import BeamSearchConfig, SamplingConfig
+from dstrain.generation.constraints import SpecialIds
+from dstrain.generation.generator import Generator, TextHypothesis, fitting, ignore_progress
+from dstrain.generation.padding import batches_by_length, pad
+from dstrain.generation.scoring import score_targets, teacher_forced_logits
+from dstrain.recipe_errors import explain
+
+MethodConfig = BeamSearchConfig | SamplingConfig
+MAX_TOKENS = 8192
+"""Padded tokens of one batch of `score` and `logits`."""
+
+
+def load(bundle: str | Path, device: str = "cpu") -> Model:
+    """Read a bundle directory. device: cpu, cuda, cuda:1, or auto for a GPU where there is one.
+
+    BundleError: the bundle is missing, incomplete or altered. DstrainError: no such device.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise DstrainError(f"device {device}: no GPU is visible here; use cpu or auto")
+    return Model(load_bundle(Path(bundle), device=device), device)
+
+
+class Model:
+    """A bundle ready for use, in evaluation mode."""
+
+    def __init__(self, bundle: Bundle, device: str) -> None:
+        self.bundle = bundle
+        self.device = device
+
+    @property
+    def tokenizer(self) -> TokenizerPair:
+        """Tokenizers of source and target. BundleError where the bundle was made without them."""
+        if self.bundle.tokenizers is None:
+            raise BundleError(f"{self.bundle.directory} has no tokenizer, so it reads no text; use `logits`, or import with one")
+        return self.bundle.tokenizers
+
+    def generate(
+        self,
+        sentences: Sequence[str],
+        *,
+        kind: Literal["beam", "sampling"] | None = None,
+        beam_size: int | None = None,
+        num_best: int | None = None,
+        length_penalty: float | None = None,
+        min_length: int | None = None,
+        max_length_ratio: float | None = None,
+        max_length_offset: int | None = None,
+        no_repeat_ngram: int | None = None,
+        unk_penalty: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+        truncate_source: bool = False,
+    ) -> list[list[TextHypothesis]]:
+        """For each sentence its `num_best` hypotheses, best first; an empty sentence has an empty one.
+
+        Options are those of `generation.config`; what is left out follows the bundle's recipe. RecipeError: an option that this
+        method does not have, or of no valid value. DataError: a sentence longer than the model reads, without truncate_source.
+        """
+        options = {
+            "kind": kind,
+            "beam_size": beam_size,
+            "num_best": num_best,
+            "length_penalty": length_penalty,
+            "min_length": min_length,
+            "max_length_ratio": max_length_ratio,
+            "max_length_offset": max_length_offset,
+            "no_repeat_ngram": no_repeat_ngram,
+            "unk_penalty": unk_penalty,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "seed": seed,
+            "max_tokens": max_tokens,
+        }
+        return self.translate(sentences, self.generation_config(options), truncate_source=truncate_source)
+
+    def translate(
+        self,
+        sentences: Sequence[str],
+        config: MethodConfig,
+        *,
+        truncate_source: bool = False,
+        first_line: int = 1,
+        progress: Callable[[int], None] = ignore_progress,
+    ) -> list[list[TextHypothesis]]:
+        """As `generate`, by a whole configuration. first_line, progress: as in `generation.generator`."""
+        tokenizer = self.tokenizer
+        generator = Generator(
+            self.bundle.model,
+            config,
+            SpecialIds.of(tokenizer.target),
+            max_source_length=self.bundle.model_config.max_source_length,
+            max_target_length=self.bundle.model_config.max_target_length,
+            device=self.device,
+            truncate_source=truncate_source,
+        )
+        return generator.translate(sentences, tokenizer.source, tokenizer.target, first_line=first_line, progress=progress)
+
+    def generation_config(self, options: Mapping[str, Any]) -> MethodConfig:
+        """The recipe's `generation` section, overridden by the options that are not None. RecipeError explains what is wrong."""
+        given = {name: value for name, value in options.items() if value is not None}
+        section = dict((self.bundle.recipe or {}).get("generation", {}))
+        kind = given.get("kind", "beam" if "beam_size" in given else section.get("kind", "beam"))
+        method = SamplingConfig if kind == "sampling" else BeamSearchConfig
+        if section.get("kind", "beam") != kind:
+            section = {name: value for name, value in section.items() if name in method.model_fields}
+        try:
+            return method.model_validate({**section, **given, "kind": kind})
+        except ValidationError as error:
+            raise RecipeError("generation options: " + "; ".join(explain(error, method))) from error
+
+    def score(
+        self, sources: Sequence[str], targets: Sequence[str], *, length_penalty: float | None = None, truncate: bool = False
+    ) -> list[TextHypothesis]:
+        """Each target as a hypothesis of its source, scored as a search would score it.
+
+        DataError: unequal numbers of lines, or one longer than the model reads, without truncate.
+        """
+        same_number(sources, targets)
+        config = self.generation_config({"length_penalty": length_penalty})
+        tokenizer, limits = self.tokenizer, self.bundle.model_config
+        encoded = [[*row, tokenizer.source.eos_id] for row in tokenizer.source.encode(sources)]
+        wanted = [[*row, tokenizer.target.eos_id] for row in tokenizer.target.encode(targets)]
+        source_ids = fitting(encoded, limits.max_source_length, truncate=truncate)
+        target_ids = fitting(wanted, limits.max_target_length, truncate=truncate, what="target")
+        ids = SpecialIds.of(tokenizer.target)
+        scored: dict[int, TextHypothesis] = {}
+        for rows in batches_by_length(longer_of(source_ids, target_ids), range(len(targets)), MAX_TOKENS):
+            source = self._sequences([source_ids[row] for row in rows])
+            batch = [target_ids[row] for row in rows]
+            found = score_targets(self.bundle.model, source, batch, config=config, ids=ids, device=self.device)
+            for row, hypothesis in zip(rows, found, strict=True):
+                scored[row] = TextHypothesis(hypothesis.tokens, hypothesis.score, hypothesis.token_scores, targets[row])
+        return [scored[row] for row in range(len(targets))]
+
+    def logits(
+        self, source_ids: Sequence[Sequence[int]] | None, target_input_ids: Sequence[Sequence[int]]
+    ) -> list[npt.NDArray[np.float32]]:
+        """Teacher-forced logits after each decoder input, one (T, V) float32 array a row, without padding.
+
+        source_ids: ids ending in EOS, None for a decoder-only model. target_input_ids: EOS, then target tokens.
+        """
+        if source_ids is not None:
+            same_number(source_ids, target_input_ids)
+        found: dict[int, npt.NDArray[np.float32]] = {}
+        lengths = longer_of(source_ids or target_input_ids, target_input_ids)
+        for rows in batches_by_length(lengths, range(len(target_input_ids)), MAX_TOKENS):
+            source = None if source_ids is None else self._sequences([source_ids[row] for row in rows])
+            inputs = self._sequences([target_input_ids[row] for row in rows])
+            for row, values in zip(rows, teacher_forced_logits(self.bundle.model, source, inputs), strict=True):
+                found[row] = values.cpu().numpy()
+        return [found[row] for row in range(len(target_input_ids))]
+
+    def _sequences(self, rows: Sequence[Sequence[int]]) -> Sequences:
+        return Sequences(*pad(rows, self.bundle.vocabulary.pad_id)).to(torch.device(self.device))
+
+
+def same_number(sources: Sequence[object], targets: Sequence[object]) -> None:
+    """DataError unless there is one target for each source."""
+    if len(sources) != len(targets):
+        raise DataError(f"{len(sources)} sources but {len(targets)} targets; give one target for each source")
+
+
+def longer_of(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[int]:
+    """The length of the longer side of each pair."""
+    return [max(len(source), len(target)) for source, target in zip(sources, targets, strict=True)]

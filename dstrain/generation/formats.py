@@ -1,0 +1,94 @@
+"""How answers are written: plain text, JSON lines, or fairseq's S-/T-/H-/D-/P- lines.
+
+Numbers are natural logarithms, but for fairseq's, which are in base 2. A line break inside a hypothesis becomes a space, so that
+one answer in plain text is one line.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dstrain.errors import RecipeError
+from dstrain.generation.generator import TextHypothesis
+from dstrain.protocols import TextTokenizer
+
+Format = Literal["text", "jsonl", "fairseq"]
+FORMATS: tuple[Format, ...] = ("text", "jsonl", "fairseq")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The hypotheses of one input line. line: from 1. reference: what a human wrote, if known."""
+
+    line: int
+    source: str
+    hypotheses: Sequence[TextHypothesis]
+    reference: str | None = None
+
+
+def formatter(name: Format, target: TextTokenizer, *, num_best: int) -> Callable[[Answer], str]:
+    """Turns an answer into its lines, each ending in a line break. RecipeError where plain text would need several lines."""
+    if name == "text" and num_best > 1:
+        raise RecipeError(f"format text has one line per input, but num_best = {num_best}; choose --format jsonl or fairseq")
+    return {
+        "text": as_text,
+        "jsonl": lambda answer: as_json(answer, target),
+        "fairseq": lambda answer: as_fairseq(answer, target),
+    }[name]
+
+
+def as_text(answer: Answer) -> str:
+    """The best hypothesis."""
+    return one_line(answer.hypotheses[0].text) + "\n"
+
+
+def as_json(answer: Answer, target: TextTokenizer) -> str:
+    """One object: line, source, reference where there is one, hypotheses with text, score, tokens and token_scores, best first.
+
+    A score that is not finite is null.
+    """
+    content: dict[str, object] = {"line": answer.line, "source": answer.source}
+    if answer.reference is not None:
+        content["reference"] = answer.reference
+    content["hypotheses"] = [
+        {
+            "text": hypothesis.text,
+            "score": finite(hypothesis.score),
+            "tokens": target.tokens(hypothesis.tokens),
+            "token_scores": [finite(score) for score in hypothesis.token_scores],
+        }
+        for hypothesis in answer.hypotheses
+    ]
+    return json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_fairseq(answer: Answer, target: TextTokenizer) -> str:
+    """S- source, T- reference, and per hypothesis H- score and tokens, D- score and text, P- scores of the tokens and EOS.
+
+    Lines are numbered from 0, in base 2, as fairseq does.
+    """
+    number = answer.line - 1
+    lines = [f"S-{number}\t{answer.source}"]
+    if answer.reference is not None:
+        lines.append(f"T-{number}\t{answer.reference}")
+    for hypothesis in answer.hypotheses:
+        score = hypothesis.score / math.log(2)
+        pieces = " ".join(target.tokens(hypothesis.tokens[:-1]))
+        token_scores = " ".join(f"{value / math.log(2):.4f}" for value in hypothesis.token_scores)
+        lines += [f"H-{number}\t{score}\t{pieces}", f"D-{number}\t{score}\t{one_line(hypothesis.text)}"]
+        lines.append(f"P-{number}\t{token_scores}")
+    return "\n".join(lines) + "\n"
+
+
+def one_line(text: str) -> str:
+    """The text with line breaks as spaces."""
+    return text.replace("\n", " ").replace("\r", " ")
+
+
+def finite(value: float) -> float | None:
+    """The value, None for one that JSON cannot hold."""
+    return value if math.isfinite(value) else None

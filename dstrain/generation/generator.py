@@ -1,0 +1,136 @@
+"""Texts or ids in, hypotheses out, in the order of the input: every line gives a line.
+
+Sentences of similar length share a batch of at most `max_tokens` = hypotheses x source length, so that padding costs little; the
+longest come first, so that a lack of memory shows at once. A sentence's length limit follows from its own length, never from its
+batch. Empty lines, and those without a token, are answered by an empty hypothesis without asking the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dstrain.batch import Sequences
+from dstrain.errors import DataError
+from dstrain.generation.beam_search import beam_search
+from dstrain.generation.config import BeamSearchConfig, SamplingConfig
+from dstrain.generation.constraints import SpecialIds
+from dstrain.generation.padding import batches_by_length, pad
+from dstrain.generation.sampling import sample
+from dstrain.log import logger
+from dstrain.protocols import Generative, Hypothesis, TextTokenizer
+
+
+@dataclass(frozen=True)
+class TextHypothesis(Hypothesis):
+    """A hypothesis with its text."""
+
+    text: str
+
+
+def ignore_progress(finished: int) -> None:
+    """A progress report that nobody reads."""
+
+
+@dataclass(frozen=True)
+class Generator:
+    """Generates from one model in evaluation mode.
+
+    max_source_length, max_target_length: the model's limits, EOS or start token included. truncate_source: cut longer sources
+    instead of refusing them; each call says how many.
+    """
+
+    model: Generative
+    config: BeamSearchConfig | SamplingConfig
+    ids: SpecialIds
+    max_source_length: int
+    max_target_length: int
+    device: torch.device | str = "cpu"
+    truncate_source: bool = False
+
+    def translate_ids(
+        self,
+        sources: Sequence[Sequence[int]],
+        *,
+        prefixes: Sequence[Sequence[int]] | None = None,
+        first_line: int = 1,
+        progress: Callable[[int], None] = ignore_progress,
+    ) -> list[list[Hypothesis]]:
+        """The `num_best` hypotheses of each source, best first; at least one each.
+
+        sources: ids ending in EOS. prefixes: first target tokens, forced. first_line: number of the first source, for messages
+        and for the draws of sampling. progress: told how many sentences each batch has finished. DataError names the line of a
+        source that is longer than the model allows.
+        """
+        sources = fitting(sources, self.max_source_length, truncate=self.truncate_source, first_line=first_line)
+        found: list[list[Hypothesis]] = [[Hypothesis([self.ids.eos], 0.0, [0.0])] for _ in sources]
+        asked = [row for row, source in enumerate(sources) if len(source) > 1]
+        progress(len(sources) - len(asked))
+        hypotheses = self.config.beam_size if isinstance(self.config, BeamSearchConfig) else self.config.num_best
+        failed = 0
+        for rows in batches_by_length([len(source) * hypotheses for source in sources], asked, self.config.max_tokens):
+            prefix = None if prefixes is None else [prefixes[row] for row in rows]
+            answers = self._generate([sources[row] for row in rows], [first_line + row for row in rows], prefix)
+            for row, answer in zip(rows, answers, strict=True):
+                failed += not answer
+                found[row] = answer or [Hypothesis([self.ids.eos], -torch.inf, [-torch.inf])]
+            progress(len(rows))
+        if failed:
+            logger.warning(
+                "%d of %d sentences have no hypothesis of finite score and stay empty: the model's output is not a number, or "
+                "the constraints (no_repeat_ngram, min_length) allow nothing",
+                failed,
+                len(sources),
+            )
+        return found
+
+    def translate(
+        self,
+        lines: Sequence[str],
+        source: TextTokenizer,
+        target: TextTokenizer,
+        *,
+        first_line: int = 1,
+        progress: Callable[[int], None] = ignore_progress,
+    ) -> list[list[TextHypothesis]]:
+        """Texts in and out, as `translate_ids`."""
+        ids = [[*row, source.eos_id] for row in source.encode(lines)]
+        found = self.translate_ids(ids, first_line=first_line, progress=progress)
+        texts = iter(target.decode([hypothesis.tokens for hypotheses in found for hypothesis in hypotheses]))
+        return [[TextHypothesis(h.tokens, h.score, h.token_scores, next(texts)) for h in hypotheses] for hypotheses in found]
+
+    def _generate(
+        self, sources: Sequence[Sequence[int]], lines: Sequence[int], prefixes: Sequence[Sequence[int]] | None
+    ) -> list[list[Hypothesis]]:
+        """One batch. lines: the number of each source."""
+        device = torch.device(self.device)
+        batch = Sequences(*pad(sources, self.ids.pad)).to(device)
+        prefix = None if prefixes is None else pad(prefixes, self.ids.pad)[0].to(device)
+        limits = [self._max_length(len(source)) for source in sources]
+        match self.config:
+            case BeamSearchConfig() as config:
+                return beam_search(self.model, batch, config=config, ids=self.ids, max_lengths=limits, prefix=prefix)
+            case SamplingConfig() as config:
+                return sample(self.model, batch, config=config, ids=self.ids, max_lengths=limits, sentences=lines, prefix=prefix)
+
+    def _max_length(self, source_length: int) -> int:
+        """The most tokens before EOS; the model reads the start token in front of them."""
+        wanted = int(self.config.max_length_ratio * source_length) + self.config.max_length_offset
+        return min(wanted, self.max_target_length - 1)
+
+
+def fitting(
+    sources: Sequence[Sequence[int]], limit: int, *, truncate: bool, first_line: int = 1, what: str = "source"
+) -> list[Sequence[int]]:
+    """The rows, none longer than `limit`: longer ones are cut before their EOS with `truncate`, and a DataError without."""
+    long = [row for row, source in enumerate(sources) if len(source) > limit]
+    if long and not truncate:
+        raise DataError(
+            f"{what} line {first_line + long[0]} has {len(sources[long[0]])} tokens (EOS counted), the model reads at most "
+            f"{limit}; split the line, or cut long lines with --truncate (truncate_source=True)"
+        )
+    if long:
+        logger.warning("%d of %d %s lines cut to the model's %d tokens", len(long), len(sources), what, limit)
+    return [source if len(source) <= limit else [*source[: limit - 1], source[-1]] for source in sources]
