@@ -50,7 +50,8 @@ def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice) -> 
             keep_freed_memory()
         resolve_ds_config(recipe.engine, world_size=world.world_size)
         corpora = Corpora(data)
-        check_split("valid", corpora.valid.source_lengths, corpora.valid.target_lengths, recipe.model)
+        for split, dataset in (("train", corpora.train), ("valid", corpora.valid)):
+            check_split(split, dataset.source_lengths, dataset.target_lengths, recipe.model)
         plan = StepPlan(corpora.train.source_lengths, corpora.train.target_lengths, recipe.batching, recipe.training.seed)
         run = open_run(output, recipe_tree(recipe), world)
         try:

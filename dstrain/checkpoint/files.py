@@ -91,5 +91,6 @@ def together(ranks: Ranks, kind: type[DstrainError], doing: str, action: Callabl
         problem.__cause__ = error
     if ranks.all_true(problem is None):
         return result
-    text = next(filter(None, ranks.gather_objects(str(problem) if problem else None)))
-    raise problem if problem is not None and str(problem) == text else kind(text)
+    reports = ranks.gather_objects((type(problem), str(problem)) if problem is not None else None)
+    first, text = next(filter(None, reports))
+    raise problem if problem is not None and str(problem) == text else first(text)

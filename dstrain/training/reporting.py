@@ -202,4 +202,4 @@ class WandbSink:
 
     def close(self) -> None:
         """Finish the run."""
-        self._run.finish(quiet=True)
+        self._run.finish()

@@ -7,7 +7,7 @@ RUN/events.jsonl  what happened (events.py)
 RUN/checkpoints/  for resuming          RUN/bundles/   models: best, last, step_...
 RUN/.lock         held by rank 0 while it trains
 ```
-A recipe may be continued with other values of the keys in `MAY_CHANGE`: they decide when training ends, how often it reports and
+A recipe may be continued with other values of the keys in `MAY_CHANGE`: these decide when training ends, how often it reports and
 what it keeps, or how a step's work is cut up, but not what the run computes. Every other difference is refused and shown.
 """
 
@@ -31,7 +31,7 @@ from dstrain.log import logger
 from dstrain.protocols import Ranks
 
 FORMAT = 1
-MAY_CHANGE = (
+MAY_CHANGE = {
     "description",
     "batching.max_tokens",
     "training.max_steps",
@@ -41,10 +41,10 @@ MAY_CHANGE = (
     "validation.patience",
     "checkpoint.keep_checkpoints",
     "checkpoint.keep_bundles",
-    "reporting.",
-    "generation.",
-)
-"""Keys, or beginnings of keys, that a resumed run may set anew."""
+}
+SECTIONS_MAY_CHANGE = ("reporting.", "generation.")
+OWN_FILES = {".lock", "run.json", "run.json.tmp", "recipe.yaml.tmp"}
+"""What a run that was killed while it was made may have left."""
 
 
 @dataclass
@@ -94,11 +94,14 @@ def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     before, after = dict(_flat(old)), dict(_flat(new))
     lines = []
     for key in sorted(before.keys() | after.keys()):
-        if key.startswith(MAY_CHANGE) or before.get(key) == after.get(key):
+        if key in MAY_CHANGE or key.startswith(SECTIONS_MAY_CHANGE) or before.get(key, _ABSENT) == after.get(key, _ABSENT):
             continue
         was, now = (json.dumps(side[key]) if key in side else "(absent)" for side in (before, after))
         lines.append(f"  {key}: {was} -> {now}")
     return lines
+
+
+_ABSENT = object()
 
 
 def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -117,8 +120,8 @@ def _open(directory: Path, recipe: Mapping[str, Any]) -> tuple[IO[str], str]:
     recipe_file = directory / "recipe.yaml"
     if directory.exists() and not directory.is_dir():
         raise TrainingError(f"--output {directory} is a file; name a directory")
-    strangers = sorted(path.name for path in directory.iterdir() if path.name != ".lock") if directory.is_dir() else []
-    if strangers and not recipe_file.is_file() and strangers != ["run.json"]:
+    strangers = sorted({path.name for path in directory.iterdir()} - OWN_FILES) if directory.is_dir() else []
+    if strangers and not recipe_file.is_file():
         raise TrainingError(
             f"--output {directory} is no run (it has no recipe.yaml) and not empty (it holds {', '.join(strangers[:3])}): "
             "name a new directory, or that of an earlier run"

@@ -84,7 +84,7 @@ class WholeModel:
 
 
 def check_split(name: str, source_lengths: Lengths, target_lengths: Lengths, model: ModelConfig) -> None:
-    """Raise DataError, before anything is trained, where an evaluation split is empty or a line exceeds the model's limits."""
+    """Raise DataError, before anything is trained, where a split is empty or a sentence exceeds the model's limits."""
     if not len(target_lengths):
         raise DataError(f"the split {name!r} is empty; give it at least one sentence pair in the recipe's data section")
     for side, lengths, limit in (
@@ -94,8 +94,8 @@ def check_split(name: str, source_lengths: Lengths, target_lengths: Lengths, mod
         row = int(np.argmax(lengths))
         if lengths[row] > limit:
             raise DataError(
-                f"line {row + 1} of the split {name!r} has {lengths[row]:,} {side} tokens, more than model.max_{side}_length = "
-                f"{limit}: shorten or remove the line and prepare again, or raise the limit"
+                f"pair {row + 1} of the split {name!r} has {lengths[row]:,} {side} tokens, more than model.max_{side}_length = "
+                f"{limit}: raise that limit, or leave such pairs out and prepare again (data.filter does it for train)"
             )
 
 

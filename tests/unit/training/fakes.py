@@ -78,7 +78,6 @@ class Setup:
         self.checkpoint = CheckpointConfig(unit="steps", every=5)
         self.log_every = 1
         self.engine = FakeEngine()
-        self.signals = StopSignals()
         self.validated: list[int] = []
         self.scores: Callable[[int, float], float] = lambda step, weight: weight
 
@@ -105,7 +104,7 @@ class Setup:
                 self.directory / "bundles", ALONE, gather=weights, save=save_bundle, keep=self.checkpoint.keep_bundles
             ),
             reporter=Reporter(EventFile(self.directory / "events.jsonl")),
-            signals=self.signals,
+            signals=StopSignals(),
             watchdog=Watchdog(0),
             header={"run_id": "test"},
         )

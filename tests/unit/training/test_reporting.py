@@ -1,0 +1,210 @@
+"""Events reach the file whole, and all readers from there see the same numbers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstrain.errors import TrainingError
+from dstrain.log import logger
+from dstrain.training.config import ReportingConfig, WandbConfig
+from dstrain.training.events import EventFile, read_events
+from dstrain.training.reporting import LogLines, ProgressBar, Reporter, TensorBoardSink, build_reporter, describe, scalars
+
+TRAIN = {
+    "kind": "train", "step": 50, "time": 1.0, "epoch": 2, "steps": 50, "loss": 3.25, "nll": 3.0, "perplexity": 20.08,
+    "learning_rate": 1.5e-3, "grad_norm": 0.75, "num_targets": 1000, "tokens_per_second": 2950.4, "seconds": 0.3,
+    "cpu_seconds": 0.3, "skipped": 0, "eta_seconds": 3725.0,
+}  # fmt: skip
+VALID = {"kind": "valid", "step": 50, "time": 1.0, "epoch": 2, "seconds": 4.0, "loss": 3.0, "perplexity": 12.0, "bleu": 21.5}
+
+
+def test_events_are_lines_with_time_kind_and_step(tmp_path: Path) -> None:
+    reporter = Reporter(EventFile(tmp_path / "run" / "events.jsonl"))
+    reporter.emit("train", 1, loss=0.1 + 0.2, worst=float("nan"), norm=float("inf"))
+    assert len((tmp_path / "run" / "events.jsonl").read_text().splitlines()) == 1, "an event must not wait in a buffer"
+    reporter.emit("end", 2)
+    first, second = read_events(tmp_path / "run" / "events.jsonl")
+    assert (first["kind"], first["step"], first["loss"], first["worst"], first["norm"]) == ("train", 1, 0.1 + 0.2, None, None)
+    assert first["time"] <= second["time"]
+
+
+def test_cutting_forgets_what_came_later_and_appending_goes_on_there(tmp_path: Path) -> None:
+    file = EventFile(tmp_path / "events.jsonl")
+    file.append({"kind": "train", "step": 1})
+    length = file.sync()
+    file.append({"kind": "train", "step": 2})
+    file.close()
+    again = EventFile(tmp_path / "events.jsonl")
+    again.cut(length)
+    again.append({"kind": "train", "step": 2, "second": True})
+    assert read_events(tmp_path / "events.jsonl") == [{"kind": "train", "step": 1}, {"kind": "train", "step": 2, "second": True}]
+
+
+def test_a_file_shorter_than_promised_is_named_and_goes_on_in_a_new_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    (tmp_path / "events.jsonl").write_text('{"kind": "train", "step": 1}')
+    file = EventFile(tmp_path / "events.jsonl")
+    file.cut(1000)
+    file.append({"kind": "train", "step": 9})
+    assert [event["step"] for event in read_events(tmp_path / "events.jsonl")] == [1, 9]
+    assert "has 28 bytes where 1000 were written" in caplog.text
+
+
+def test_a_broken_last_line_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    path = tmp_path / "events.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
+    assert len(read_events(path)) == 1
+    assert "events.jsonl:2: leaving out the broken last line" in caplog.text
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "\x00\x00", '{"step": 1}'])
+def test_a_broken_line_elsewhere_is_an_error_with_its_number(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "events.jsonl"
+    path.write_text(f'{{"kind": "train", "step": 1}}\n{line}\n{{"kind": "end", "step": 2}}\n')
+    with pytest.raises(TrainingError, match=r"events.jsonl:2 is not an event"):
+        read_events(path)
+
+
+def test_a_full_disk_is_explained(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    with pytest.raises(TrainingError, match=r"cannot write .*events.jsonl.*No space left on device.*make room"):
+        EventFile(tmp_path / "events.jsonl").append({"kind": "train", "step": 1})
+
+
+def test_a_line_says_what_a_reader_wants() -> None:
+    expected = "epoch 2 | loss 3.250 | ppl 20.08 | lr 1.50e-03 | norm 0.75 | 2,950 tokens/s | ETA 1:02:05"
+    assert describe(TRAIN) == expected
+    assert describe({**TRAIN, "eta_seconds": None, "skipped": 3, "loss": None}) == (
+        "epoch 2 | loss not finite | ppl 20.08 | lr 1.50e-03 | norm 0.75 | 2,950 tokens/s | 3 skipped"
+    )
+    assert describe(VALID) == "epoch 2 | loss 3 | perplexity 12 | bleu 21.5 | 4.0 s"
+
+
+def test_scalars_are_the_numbers_of_training_and_validation() -> None:
+    assert scalars(VALID) == {
+        "valid/epoch": 2, "valid/seconds": 4.0, "valid/loss": 3.0, "valid/perplexity": 12.0, "valid/bleu": 21.5,
+    }  # fmt: skip
+    assert "train/eta_seconds" not in scalars({**TRAIN, "eta_seconds": None})
+    assert scalars({"kind": "start", "step": 0, "time": 1.0, "world_size": 2}) == {}
+
+
+def test_without_a_terminal_there_are_plain_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logger, "propagate", True)
+    caplog.set_level(logging.INFO, logger="dstrain")
+    lines = LogLines(1600)
+    for event in (TRAIN, VALID, {"kind": "checkpoint", "step": 50, "path": "x"}):
+        lines.write(event)
+    assert [record.getMessage().split(" | ")[0] for record in caplog.records] == ["train step 50/1,600", "valid step 50/1,600"]
+
+
+def test_the_progress_bar_stands_at_the_step_and_keeps_validations_above(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar(100)
+    bar.write({"kind": "resume", "step": 40, "time": 0.0})
+    bar.write(TRAIN)
+    bar.write(VALID)
+    bar.close()
+    err = capsys.readouterr().err
+    assert "50/100" in err
+    assert "2,950 tokens/s" in err
+    assert "valid step 50 | epoch 2 | loss 3" in err
+
+
+def test_only_rank_0_reports(tmp_path: Path) -> None:
+    silent = build_reporter(tmp_path, ReportingConfig(tensorboard=True), rank=1, total_steps=None, run_id="x")
+    silent.emit("train", 1, loss=1.0)
+    assert silent.sync() == 0
+    silent.cut(0)
+    silent.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def read_tensorboard(directory: Path, name: str) -> list[tuple[int, float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(directory))
+    accumulator.Reload()
+    return [(point.step, point.value) for point in accumulator.Scalars(name)]
+
+
+def test_tensorboard_has_the_same_numbers_and_a_resume_hides_the_abandoned_ones(tmp_path: Path) -> None:
+    first = TensorBoardSink(tmp_path)
+    for step in (10, 20, 30):
+        first.write({**TRAIN, "step": step, "loss": float(step)})
+    first.close()
+    second = TensorBoardSink(tmp_path)
+    second.write({"kind": "resume", "step": 20, "time": 2.0})
+    second.write({**TRAIN, "step": 30, "loss": 300.0})
+    second.write({**VALID, "step": 30})
+    second.close()
+    assert read_tensorboard(tmp_path, "train/loss") == [(10, 10.0), (20, 20.0), (30, 300.0)]
+    assert read_tensorboard(tmp_path, "valid/bleu") == [(30, 21.5)]
+
+
+def test_wandb_gets_recipe_and_numbers_against_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+
+    class Run:
+        config = type("Config", (), {"update": lambda self, values, allow_val_change: calls.append(("config", values))})()
+
+        def define_metric(self, *names: str, **settings: str) -> None:
+            calls.append(("metric", names))
+
+        def log(self, values: dict[str, float]) -> None:
+            calls.append(("log", values))
+
+        def finish(self) -> None:
+            calls.append(("finish", None))
+
+    def init(**settings: Any) -> Run:
+        calls.append(("init", settings))
+        return Run()
+
+    class Wandb:
+        errors = type("errors", (), {"Error": RuntimeError})
+
+    Wandb.init = staticmethod(init)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", Wandb)
+    config = ReportingConfig(wandb=WandbConfig(project="p", mode="offline"))
+    reporter = build_reporter(tmp_path, config, rank=0, total_steps=None, run_id="abc")
+    reporter.emit("start", 0, recipe={"version": 1})
+    reporter.emit("valid", 5, epoch=1, seconds=1.0, loss=2.0)
+    reporter.close()
+    assert calls[0] == (
+        "init",
+        {"project": "p", "name": None, "mode": "offline", "dir": str(tmp_path), "id": "abc", "resume": "allow"},
+    )
+    assert ("config", {"version": 1}) in calls
+    assert ("log", {"valid/epoch": 1, "valid/seconds": 1.0, "valid/loss": 2.0, "step": 5}) in calls
+    assert calls[-1] == ("finish", None)
+
+
+def test_wandb_missing_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(TrainingError, match=r"reporting.wandb is set but the package wandb is not installed: pip install wandb"):
+        build_reporter(tmp_path, ReportingConfig(wandb=WandbConfig(project="p")), rank=0, total_steps=None, run_id="x")
+
+
+def test_wandb_offline_works_without_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = ReportingConfig(wandb=WandbConfig(project="p", mode="offline"))
+    reporter = build_reporter(tmp_path, config, rank=0, total_steps=None, run_id="abc")
+    reporter.emit("start", 0, recipe={"version": 1})
+    reporter.emit("valid", 5, epoch=1, seconds=1.0, loss=2.0)
+    reporter.close()
+    files = list((tmp_path / "wandb").glob("offline-run-*-abc/run-abc.wandb"))
+    assert len(files) == 1
+    assert files[0].stat().st_size > 0
+    assert json.loads((tmp_path / "events.jsonl").read_text().splitlines()[1])["loss"] == 2.0

@@ -1,0 +1,165 @@
+"""A run directory is made once, locked while it trains, resumed under the same recipe only, and never mistaken."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dstrain.errors import CheckpointError, TrainingError
+from dstrain.training.run_directory import open_run, recipe_differences
+from tests.paths import ROOT
+from tests.unit.checkpoint.ranks import on_ranks
+from tests.unit.training.fakes import ALONE
+
+RECIPE: dict[str, Any] = {
+    "version": 1,
+    "batching": {"tokens_per_step": 4096, "max_tokens": 4096},
+    "model": {"kind": "encoder_decoder", "encoder": {"depth": 4}},
+    "optimizer": {"learning_rate": 0.005, "betas": (0.9, 0.98)},
+    "data": {"train": [{"kind": "tsv", "path": "a.tsv"}], "test": {}},
+    "training": {"seed": 1, "max_steps": 100},
+    "validation": {"patience": None},
+    "reporting": {"log_every": 50},
+}
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads(json.dumps(RECIPE))
+    *sections, key = path.split(".")
+    place = tree
+    for section in sections:
+        place = place[section]
+    place[key] = value
+    return tree
+
+
+def test_a_new_run_holds_the_recipe_and_an_id_that_stays(tmp_path: Path) -> None:
+    run = open_run(tmp_path / "deep" / "run", RECIPE, ALONE)
+    run.close()
+    assert yaml.safe_load((tmp_path / "deep" / "run" / "recipe.yaml").read_text())["optimizer"]["betas"] == [0.9, 0.98]
+    assert (run.checkpoints, run.bundles) == (run.directory / "checkpoints", run.directory / "bundles")
+    again = open_run(tmp_path / "deep" / "run", RECIPE, ALONE)
+    again.close()
+    assert again.run_id == run.run_id
+    assert len(run.run_id) == 16
+
+
+def test_another_recipe_is_refused_and_the_difference_shown(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    other = changed("model.encoder.depth", 6)
+    other["optimizer"]["betas"] = [0.9, 0.999]
+    del other["batching"]["tokens_per_step"]
+    other["data"]["train"].append({"kind": "tsv", "path": "b.tsv"})
+    with pytest.raises(CheckpointError) as caught:
+        open_run(tmp_path / "run", other, ALONE)
+    assert str(caught.value) == "\n".join(
+        [
+            f"{tmp_path}/run was begun with another recipe; it is not resumed with this one:",
+            "  batching.tokens_per_step: 4096 -> (absent)",
+            '  data.train[1].kind: (absent) -> "tsv"',
+            '  data.train[1].path: (absent) -> "b.tsv"',
+            "  model.encoder.depth: 4 -> 6",
+            "  optimizer.betas[1]: 0.98 -> 0.999",
+            "undo these changes to resume, or choose another --output to train afresh",
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [("training.max_steps", 200), ("validation.patience", 3), ("reporting.log_every", 1), ("batching.max_tokens", 2048)],
+)
+def test_what_does_not_change_the_result_may_change(tmp_path: Path, path: str, value: Any) -> None:
+    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    open_run(tmp_path / "run", changed(path, value), ALONE).close()
+    assert recipe_differences(RECIPE, changed(path, value)) == []
+
+
+@pytest.mark.parametrize(("path", "value"), [("training.seed", 2), ("training.max_stepsize", 2), ("version", 2)])
+def test_everything_else_counts(path: str, value: Any) -> None:
+    assert len(recipe_differences(RECIPE, changed(path, value))) == 1
+
+
+def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(TrainingError, match=r"is no run \(it has no recipe.yaml\) and not empty \(it holds thesis.tex\)"):
+        open_run(tmp_path, RECIPE, ALONE)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    with pytest.raises(TrainingError, match="is a file; name a directory"):
+        open_run(tmp_path / "thesis.tex", RECIPE, ALONE)
+
+
+def test_an_empty_directory_is_welcome(tmp_path: Path) -> None:
+    open_run(tmp_path, RECIPE, ALONE).close()
+    assert (tmp_path / "recipe.yaml").is_file()
+
+
+def test_a_run_that_lost_its_checkpoints_is_not_begun_again_silently(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    (tmp_path / "run" / "events.jsonl").write_text('{"time": 1.0, "kind": "checkpoint", "step": 10}\n')
+    with pytest.raises(CheckpointError, match=r"events.jsonl says that checkpoints were written, but .*checkpoints holds none"):
+        open_run(tmp_path / "run", RECIPE, ALONE)
+    (tmp_path / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
+    open_run(tmp_path / "run", RECIPE, ALONE).close()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    (tmp_path / "run" / "events.jsonl").write_text('{"time": 1.0, "kind": "train", "step": 10}\n')
+    open_run(tmp_path / "run", RECIPE, ALONE).close()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("recipe.yaml", "a: [1"), ("run.json", "{"), ("run.json", '{"format": 9, "run_id": "x"}')]
+)
+def test_damaged_files_are_named(tmp_path: Path, name: str, content: str) -> None:
+    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    (tmp_path / "run" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=name):
+        open_run(tmp_path / "run", RECIPE, ALONE)
+
+
+def test_a_kill_while_it_is_made_does_not_spoil_the_directory(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    (tmp_path / "run" / "recipe.yaml").rename(tmp_path / "run" / "recipe.yaml.tmp")
+    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    assert (tmp_path / "run" / "recipe.yaml").is_file()
+
+
+def test_two_trainings_never_share_a_run(tmp_path: Path) -> None:
+    script = f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from pathlib import Path
+from tests.unit.training.test_run_directory import RECIPE, ALONE, open_run
+run = open_run(Path({str(tmp_path / "run")!r}), RECIPE, ALONE)
+print("open", flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "open\n"
+        with pytest.raises(
+            TrainingError, match=rf"another training is running in .*run \(process {holder.pid} on .*\): wait for it"
+        ):
+            open_run(tmp_path / "run", RECIPE, ALONE)
+        holder.kill()
+    open_run(tmp_path / "run", RECIPE, ALONE).close()
+
+
+def test_all_ranks_learn_the_id_and_the_refusal(tmp_path: Path) -> None:
+    ids = on_ranks(3, lambda ranks: open_run(tmp_path / "run", RECIPE, ranks).run_id)
+    assert len(set(ids)) == 1
+    refusals = on_ranks(3, lambda ranks: open_run(tmp_path / "run", changed("training.seed", 2), ranks))
+    assert all(isinstance(refusal, CheckpointError) for refusal in refusals)
+    assert len({str(refusal) for refusal in refusals}) == 1
+
+
+def test_a_directory_that_cannot_be_made_is_named() -> None:
+    with pytest.raises(TrainingError, match=r"opening /proc/nowhere/run failed: .*No such file or directory"):
+        open_run(Path("/proc/nowhere/run"), RECIPE, ALONE)
