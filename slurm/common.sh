@@ -37,7 +37,7 @@ threads_per_rank() {
 enter_environment() {
   local venv=${DSTRAIN_VENV:-$DSTRAIN_HOME/.venv}
   if [ -z "${DSTRAIN_CONTAINER:-}" ]; then
-    [ -x "$venv/bin/deepspeed" ] || die "no deepspeed in $venv: run tools/test.sh once, or set DSTRAIN_VENV or DSTRAIN_CONTAINER"
+    [ -x "$venv/bin/deepspeed" ] || die "no deepspeed in $venv: install dstrain there, or set DSTRAIN_VENV or DSTRAIN_CONTAINER"
     export PATH=$venv/bin:$PATH
   fi
   [ "${SLURM_GPUS_ON_NODE:-0}" -gt 0 ] || export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from tests.paths import ROOT
+
 T = TypeVar("T")
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "ip")
@@ -86,9 +88,9 @@ class Cluster:
     environment: dict[str, str]
 
     def run(self, *words: str | Path, **variables: str) -> str:
-        """The standard output of a Slurm command; ClusterError where it fails."""
-        environment = self.environment | variables
-        done = subprocess.run(words, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        """The standard output of a Slurm command called in the checkout; ClusterError where it fails."""
+        settings = {"env": self.environment | variables, "cwd": ROOT, "stdin": subprocess.DEVNULL, "timeout": 60}
+        done = subprocess.run(words, capture_output=True, text=True, **settings)
         if done.returncode != 0:
             raise ClusterError(f"{' '.join(map(str, words))}: {done.stderr}")
         return done.stdout
@@ -133,7 +135,7 @@ def _install() -> str | None:
     """Install PACKAGES without starting their system daemons; returns the error, if any."""
     policy = Path("/usr/sbin/policy-rc.d")
     environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES]
+    install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", "-o", "DPkg::Lock::Timeout=120", *PACKAGES]
     with ExitStack() as undo:
         if not policy.exists():
             policy.write_text("#!/bin/sh\nexit 101\n")

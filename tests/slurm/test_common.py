@@ -65,7 +65,7 @@ def test_values_from_the_job(tmp_path: Path, code: str, variables: dict[str, str
 
 def test_a_missing_environment_is_named(tmp_path: Path) -> None:
     done = bash("enter_environment; echo not reached", tmp_path)
-    assert f"no deepspeed in {tmp_path}/.venv: run tools/test.sh once, or set DSTRAIN_VENV" in done.stderr
+    assert f"no deepspeed in {tmp_path}/.venv: install dstrain there, or set DSTRAIN_VENV" in done.stderr
     assert (done.returncode, done.stdout) == (2, "")
 
 

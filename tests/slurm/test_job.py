@@ -54,7 +54,7 @@ def venv(tmp_path: Path) -> Path:
 def submit(cluster: Cluster, venv: Path, recipe: str, *options: str, **variables: str) -> tuple[int, Path]:
     """A job on two nodes -> its id and its run directory."""
     run = venv.parent / "run"
-    variables = {"DSTRAIN_VENV": str(venv), "DSTRAIN_HOME": str(ROOT)} | variables
+    variables = {"DSTRAIN_VENV": str(venv)} | variables
     words = ("--nodes=2", f"--chdir={venv.parent}", "--output=job.log", *options, TEMPLATE)
     return cluster.submit(*words, recipe, "data", run, "--set", "a.b=c d", **variables), run
 
@@ -120,14 +120,14 @@ def test_a_canceled_job_stops_its_ranks_gently_and_stays_canceled(cluster: Clust
 
 
 def test_mistakes_are_named_before_anything_starts(cluster: Cluster, venv: Path, tmp_path: Path) -> None:
-    common = {"DSTRAIN_HOME": str(ROOT), "DSTRAIN_VENV": str(tmp_path / "nowhere")}
+    nowhere = str(tmp_path / "nowhere")
     output = (f"--chdir={tmp_path}", "--output=%j.log")
-    usage = cluster.submit(*output, TEMPLATE, "recipe", "data", **common)
-    venv_missing = cluster.submit(*output, TEMPLATE, "recipe", "data", "run", **common)
+    usage = cluster.submit(*output, TEMPLATE, "recipe", "data", DSTRAIN_VENV=nowhere)
+    venv_missing = cluster.submit(*output, TEMPLATE, "recipe", "data", "run", DSTRAIN_VENV=nowhere)
     home_missing = cluster.submit(*output, TEMPLATE, "recipe", "data", "run", DSTRAIN_HOME=str(tmp_path))
     messages = {
         usage: "usage: sbatch --nodes N slurm/train.sbatch RECIPE DATA RUN",
-        venv_missing: f"no deepspeed in {tmp_path}/nowhere: ",
+        venv_missing: f"no deepspeed in {nowhere}: ",
         home_missing: "submit from the checkout, or export DSTRAIN_HOME",
     }
     for job, message in messages.items():
