@@ -23,11 +23,10 @@ UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class Block(NamedTuple):
-    """Consecutive pairs of one split, still raw. corpus: which of the split's corpora; shard: the shard they belong to."""
+    """Consecutive pairs of one split, still raw. corpus: which of the split's corpora they belong to."""
 
     split: str
     corpus: int
-    shard: int
     text: TextBlock
 
 
@@ -72,9 +71,9 @@ def read_blocks(split: str, sources: Sequence[TextSource], sizes: Sequence[int],
         begin = end - size
         with _open(source, start - begin) as reader:
             while start < end:
-                shard = start // per_shard
-                text = reader.read(min(end, (shard + 1) * per_shard) - start)
-                yield Block(split, corpus, shard, text)
+                shard_end = (start // per_shard + 1) * per_shard
+                text = reader.read(min(end, shard_end) - start)
+                yield Block(split, corpus, text)
                 start += text.num_lines
 
 

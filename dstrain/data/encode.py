@@ -27,7 +27,6 @@ Mask = npt.NDArray[np.bool_]
 class EncodedBlock(NamedTuple):
     """The pairs of a block that are kept, and how many were dropped by reason."""
 
-    shard: int
     pairs_read: int
     dropped: dict[str, int]
     rows: Rows
@@ -60,7 +59,7 @@ class Encoder:
         rows = Rows(*_flatten(source, self._tokenizers.source), *_flatten(target, self._tokenizers.target))
         if block.split != "train":
             rows = rows._replace(source_text=source_text, target_text=target_text)
-        return EncodedBlock(block.shard, block.text.num_lines, dropped, rows)
+        return EncodedBlock(block.text.num_lines, dropped, rows)
 
 
 def drop_reasons(source: npt.NDArray[np.int32], target: npt.NDArray[np.int32], limits: FilterConfig) -> dict[str, Mask]:

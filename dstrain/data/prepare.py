@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +165,10 @@ class _Preparation:
         blocks = read_blocks(split, splits_of(self._config)[split], self._sizes[split], done, per_shard)
         dtypes = [id_dtype(side.vocab_size) for side in (tokenizers.source, tokenizers.target)]
         schema = shard_schema(dtypes[0], dtypes[1], with_text=split != "train")
-        for number, encoded in groupby(encode(blocks), key=lambda block: block.shard):
-            finished.append(self._write_shard(f"{split}/{number:05d}.arrow", schema, encoded, bar))
+        encoded = iter(encode(blocks))
+        for number in range(len(finished), -(-total // per_shard)):
+            pairs = min(per_shard, total - number * per_shard)
+            finished.append(self._write_shard(f"{split}/{number:05d}.arrow", schema, encoded, pairs, bar))
         self._work[split] = (total - done, time.perf_counter() - start_time)
         return self._record(split, finished)
 
@@ -186,11 +187,13 @@ class _Preparation:
             logger.info("%s: %d of %d shards were finished before", split, len(finished), number_of_shards)
         return finished
 
-    def _write_shard(self, file: str, schema: Any, blocks: Iterable[EncodedBlock], bar: Any) -> FinishedShard:
+    def _write_shard(self, file: str, schema: Any, blocks: Iterator[EncodedBlock], pairs: int, bar: Any) -> FinishedShard:
+        """Write the next `pairs` pairs of the corpus as one shard, and its note."""
         pairs_read, dropped = 0, Counter[str]()
         with atomic_writer(self._output / file) as sink:
             writer = ShardWriter(sink, schema)
-            for block in blocks:
+            while pairs_read < pairs:
+                block = next(blocks)
                 writer.add(block.rows)
                 pairs_read += block.pairs_read
                 dropped.update(block.dropped)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +67,7 @@ class SentencePieceTokenizer:
         """The pieces that the ids stand for."""
         return [self._appended.get(int(i)) or self._processor.id_to_piece(int(i)) for i in ids]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the model file, under its kind."""
         return hashlib.sha256(b"sentencepiece\0" + self._model).hexdigest()
@@ -126,7 +127,7 @@ class DictionaryTokenizer:
         """The symbols that the ids stand for."""
         return [self._symbols[i] for i in ids]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the symbols in order, what they are looked up as, and the model in front; counts do not matter."""
         table = repr((self._symbols, sorted(self._ids.items()))).encode()

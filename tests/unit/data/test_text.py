@@ -73,11 +73,11 @@ def test_blocks_do_not_cross_corpora_or_shards(tmp_path: Path) -> None:
         for path in (write_lines(tmp_path / f"{n}", ["x"] * n) for n in (5, 0, 4))
     ]
     blocks = list(read_blocks("train", sources, [5, 0, 4], 1, 3))
-    assert [(block.corpus, block.shard, block.text.first, block.text.num_lines) for block in blocks] == [
-        (0, 0, 1, 2),
-        (0, 1, 3, 2),
-        (2, 1, 0, 1),
-        (2, 2, 1, 3),
+    assert [(block.corpus, block.text.first, block.text.num_lines) for block in blocks] == [
+        (0, 1, 2),
+        (0, 3, 2),
+        (2, 0, 1),
+        (2, 1, 3),
     ]
 
 
