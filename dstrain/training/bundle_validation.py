@@ -8,7 +8,7 @@ from dstrain.checkpoint.bundle import Bundle
 from dstrain.data.dataset import open_dataset
 from dstrain.data.loader import evaluation_loader
 from dstrain.data.manifest import load_manifest
-from dstrain.errors import BundleError
+from dstrain.errors import BundleError, DataError
 from dstrain.generation.config import GenerationConfig
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
@@ -35,6 +35,8 @@ def validate_bundle(
     if bundle.tokenizers is None:
         raise BundleError(f"{bundle.directory} has no tokenizer, so it cannot be told whether the ids of {data} are its own")
     load_manifest(data).require_tokenizer(bundle.tokenizers.fingerprint, str(bundle.directory))
+    if split == "train" and generation is not None:
+        raise DataError("the split 'train' keeps no raw text to score translations against: add --no-generate")
     dataset = open_dataset(data, split)
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
     translation = build_translation(generation, bundle.model_config, dataset, bundle.tokenizers, world.device)

@@ -67,7 +67,7 @@ class BundleStore:
             for name in others:
                 aside = self.directory / f".{name}.tmp"
                 shutil.rmtree(aside, ignore_errors=True)
-                shutil.copytree(self.directory / first, aside, copy_function=os.link)
+                shutil.copytree(self.directory / first, aside, copy_function=_link)
                 replace_directory(aside, self.directory / name)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -79,6 +79,14 @@ class BundleStore:
             for path in self.directory.glob(".*.tmp"):
                 shutil.rmtree(path)
             restore_directories(self.directory)
+
+
+def _link(source: str, target: str) -> None:
+    """A hard link, or a copy on file systems that have none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def step_bundles(directory: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dstrain.checkpoint.files import write_durably
 from dstrain.errors import TrainingError
@@ -65,6 +66,7 @@ def draw(events: Events, title: str) -> bytes:
                 )
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
             axes.legend(fontsize=8)

@@ -7,7 +7,7 @@ same objects.
 |---|---|
 | start | world_size, run_id, recipe |
 | train | epoch, steps, loss, nll, perplexity, learning_rate, grad_norm, num_targets, tokens_per_second, seconds, cpu_seconds, |
-| | skipped, eta_seconds |
+| | padding, skipped, eta_seconds |
 | valid | epoch, seconds, one number per score, best_score, best_step |
 | bundle | names |
 | checkpoint | path, seconds |
@@ -16,7 +16,8 @@ same objects.
 | end | reason, exit_code, elapsed_seconds, best_score, best_step |
 
 `train`: loss and nll are nats per target token over `steps` steps, tokens_per_second counts target tokens of all ranks, and
-seconds those spent in steps; learning_rate and grad_norm are those of the last step. A number that is not finite is null.
+seconds those spent in steps; padding is the share of rank 0's label positions; learning_rate and grad_norm are those of the
+last step. A number that is not finite is null.
 """
 
 from __future__ import annotations

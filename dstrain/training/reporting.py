@@ -149,7 +149,7 @@ def scalars(event: Event) -> dict[str, float]:
 
 
 class TensorBoardSink:
-    """Scalars under RUN/tensorboard; after a resume, later steps of the abandoned part are hidden."""
+    """Scalars under RUN/tensorboard. The first event, a start or a resume, hides the later steps of an abandoned part."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -160,8 +160,7 @@ class TensorBoardSink:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            purge = event["step"] + 1 if event["kind"] == "resume" else None
-            self._writer = SummaryWriter(str(self._directory), purge_step=purge)
+            self._writer = SummaryWriter(str(self._directory), purge_step=event["step"] + 1)
         for name, value in scalars(event).items():
             self._writer.add_scalar(name, value, event["step"], walltime=event["time"])
 

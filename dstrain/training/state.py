@@ -6,10 +6,12 @@ state: they follow from (seed, step, rank).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from dstrain.batch import Batch
+from dstrain.data.plan import PlannedStep
 from dstrain.errors import CheckpointError
 from dstrain.protocols import StepReport
 
@@ -18,8 +20,9 @@ from dstrain.protocols import StepReport
 class Window:
     """Sums over the steps since the last training event, so that an event does not depend on where a run was cut.
 
-    loss_sum, nll_sum, num_targets: over steps that were applied. seconds, cpu_seconds: of steps alone, without validation
-    and saving; cpu_seconds are those of this process.
+    loss_sum, nll_sum, num_targets: over steps that were applied. positions, filled: label positions of this rank's
+    micro-batches, and how many of them are no padding. seconds, cpu_seconds: of steps alone, without validation and saving;
+    cpu_seconds are those of this process.
     """
 
     steps: int = 0
@@ -27,11 +30,13 @@ class Window:
     num_targets: int = 0
     loss_sum: float = 0.0
     nll_sum: float = 0.0
+    positions: int = 0
+    filled: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
 
-    def after(self, report: StepReport, seconds: float, cpu_seconds: float) -> Window:
-        """With one more step."""
+    def after(self, report: StepReport, batches: Sequence[Batch], seconds: float, cpu_seconds: float) -> Window:
+        """With one more step and this rank's micro-batches of it."""
         counted = 0 if report.skipped else report.num_targets
         return Window(
             steps=self.steps + 1,
@@ -39,6 +44,8 @@ class Window:
             num_targets=self.num_targets + counted,
             loss_sum=self.loss_sum + (report.loss * counted if counted else 0.0),
             nll_sum=self.nll_sum + (report.sums.get("nll", report.loss) * counted if counted else 0.0),
+            positions=self.positions + sum(batch.labels.numel() for batch in batches),
+            filled=self.filled + sum(batch.num_targets for batch in batches),
             seconds=self.seconds + seconds,
             cpu_seconds=self.cpu_seconds + cpu_seconds,
         )
@@ -71,18 +78,16 @@ class TrainingState:
         """Whether the last step closed an epoch."""
         return self.step > 0 and self.step_in_epoch == 0
 
-    def after_step(
-        self, report: StepReport, *, epoch: int, index: int, last_of_epoch: bool, seconds: float, cpu_seconds: float
-    ) -> TrainingState:
-        """One step further; epoch and index are the place of the step just done."""
+    def after_step(self, planned: PlannedStep, report: StepReport, window: Window) -> TrainingState:
+        """One step further."""
         return replace(
             self,
             step=self.step + 1,
-            epoch=epoch + 1 if last_of_epoch else epoch,
-            step_in_epoch=0 if last_of_epoch else index + 1,
+            epoch=planned.epoch + 1 if planned.last_of_epoch else planned.epoch,
+            step_in_epoch=0 if planned.last_of_epoch else planned.index + 1,
             num_targets=self.num_targets + report.num_targets,
             consecutive_skipped=self.consecutive_skipped + 1 if report.skipped else 0,
-            window=self.window.after(report, seconds, cpu_seconds),
+            window=window,
         )
 
     def after_validation(self, score: float, *, higher_is_better: bool) -> TrainingState:

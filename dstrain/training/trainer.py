@@ -138,7 +138,7 @@ class Trainer:
         for planned, batches in steps:
             self.watchdog.beat(f"training step {state.step + 1}")
             report = self._step(state, planned, batches)
-            state, stop = self._settle(self._record(state, planned, report, clock))
+            state, stop = self._settle(self._record(state, planned, batches, report, clock))
             if stop is not None:
                 return state, stop
             clock = _Clock()
@@ -178,25 +178,19 @@ class Trainer:
             logger.info("resuming after step %d from %s", state.step, found.directory)
         return state
 
-    def _record(self, state: TrainingState, planned: PlannedStep, report: StepReport, clock: _Clock) -> TrainingState:
+    def _record(
+        self, state: TrainingState, planned: PlannedStep, batches: Sequence[Batch], report: StepReport, clock: _Clock
+    ) -> TrainingState:
         """The state after one step; emits a training event where one is due."""
-        state = state.after_step(
-            report,
-            epoch=planned.epoch,
-            index=planned.index,
-            last_of_epoch=planned.last_of_epoch,
-            seconds=clock.seconds(),
-            cpu_seconds=clock.cpu_seconds(),
-        )
+        state = state.after_step(planned, report, state.window.after(report, batches, *clock.seconds()))
         if state.consecutive_skipped >= MAX_CONSECUTIVE_SKIPPED:
             raise TrainingError(
                 f"{MAX_CONSECUTIVE_SKIPPED} updates in a row were skipped until step {state.step} (gradient norm "
                 f"{report.grad_norm}): lower optimizer.learning_rate, set engine.clip_norm, or use engine.precision: bf16"
             )
         if state.step % self.reporting.log_every == 0:
-            self.reporter.emit(
-                "train", state.step, **_train_fields(state, planned, report, remaining_seconds(self.training, state))
-            )
+            eta = remaining_seconds(self.training, state)
+            self.reporter.emit("train", state.step, **_train_fields(state, planned, report, eta))
             state = replace(state, window=Window())
         return state
 
@@ -278,16 +272,14 @@ class Trainer:
 
 
 class _Clock:
-    """Wall time and this process's CPU time since it was made."""
+    """Measures from when it was made."""
 
     def __init__(self) -> None:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
-    def seconds(self) -> float:
-        return time.perf_counter() - self._wall
-
-    def cpu_seconds(self) -> float:
-        return time.process_time() - self._cpu
+    def seconds(self) -> tuple[float, float]:
+        """Wall time, and CPU time of all threads of this process."""
+        return time.perf_counter() - self._wall, time.process_time() - self._cpu
 
 
 def _is_due(config: ValidationConfig | CheckpointConfig, state: TrainingState) -> bool:
@@ -312,6 +304,7 @@ def _train_fields(state: TrainingState, planned: PlannedStep, report: StepReport
         "tokens_per_second": window.num_targets / window.seconds,
         "seconds": window.seconds,
         "cpu_seconds": window.cpu_seconds,
+        "padding": 1 - window.filled / window.positions if window.positions else None,
         "skipped": window.skipped,
         "eta_seconds": eta_seconds,
     }

@@ -19,12 +19,13 @@ from dstrain.protocols import Generative
 
 @dataclass(frozen=True)
 class Translation:
-    """How one evaluation split is translated and scored."""
+    """How one evaluation split is translated and scored. references: the raw text of its targets, in the order of the rows."""
 
     config: GenerationConfig
     model_config: ModelConfig
     dataset: Dataset
     tokenizers: TokenizerPair
+    references: Sequence[str]
     device: torch.device
 
     def __len__(self) -> int:
@@ -46,13 +47,15 @@ class Translation:
 
     def score(self, hypotheses: Sequence[str]) -> Mapping[str, float]:
         """BLEU, chrF and the rate of repetition of the whole split, in percent."""
-        references = [self.dataset.target_text(row) for row in range(len(self.dataset))]
-        scores = corpus_scores(hypotheses, references, metrics=("bleu", "chrf", "repetition"))
+        scores = corpus_scores(hypotheses, self.references, metrics=("bleu", "chrf", "repetition"))
         return {score.name: score.value for score in scores}
 
 
 def build_translation(
     config: GenerationConfig | None, model_config: ModelConfig, dataset: Dataset, tokenizers: TokenizerPair, device: torch.device
 ) -> Translation | None:
-    """None where the recipe generates nothing at validation."""
-    return None if config is None else Translation(config, model_config, dataset, tokenizers, device)
+    """None where nothing is to be generated. Raises DataError where the split keeps no raw text to compare with."""
+    if config is None:
+        return None
+    references = [dataset.target_text(row) for row in range(len(dataset))]
+    return Translation(config, model_config, dataset, tokenizers, references, device)

@@ -151,7 +151,7 @@ class Validator:
         if total == 0:
             raise DataError("the valid split holds no target token; give data.valid at least one sentence pair")
         means = {name: value / total for name, value in zip(sums, rest, strict=True)}
-        return {"loss": loss_sum / total, **means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": total}
+        return {"loss": loss_sum / total, **means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": int(total)}
 
     def _translate(self, task: Translates, interrupted: Callable[[], bool]) -> Mapping[str, float] | None:
         texts: list[tuple[int, list[str]]] = []

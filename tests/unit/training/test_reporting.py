@@ -139,6 +139,7 @@ def read_tensorboard(directory: Path, name: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_has_the_same_numbers_and_a_resume_hides_the_abandoned_ones(tmp_path: Path) -> None:
     first = TensorBoardSink(tmp_path)
+    first.write({"kind": "start", "step": 0, "time": 1.0})
     for step in (10, 20, 30):
         first.write({**TRAIN, "step": step, "loss": float(step)})
     first.close()

@@ -1,0 +1,62 @@
+"""The training state survives JSON bit for bit, and limits are read from it alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from dstrain.errors import CheckpointError
+from dstrain.training.config import TrainingConfig, ValidationConfig
+from dstrain.training.limits import limit_reached, remaining_seconds
+from dstrain.training.state import TrainingState, Window, load_state
+
+VALIDATION = ValidationConfig(patience=4)
+
+
+def test_json_and_back_is_the_same_state() -> None:
+    window = Window(steps=3, skipped=1, num_targets=99, loss_sum=0.1 + 0.2, nll_sum=1 / 3, seconds=1e-9)
+    state = TrainingState(step=7, epoch=2, elapsed_seconds=1e17 / 3, best_score=2 / 3, best_step=5, window=window)
+    assert load_state(json.loads(json.dumps(state.to_json()))) == state
+
+
+@pytest.mark.parametrize("change", [{"unknown": 1}, {"step": None}, {"window": {"steps": 1}}])
+def test_a_state_of_another_version_is_refused(change: dict[str, object]) -> None:
+    content = {**TrainingState().to_json(), **change}
+    if content["step"] is None:
+        del content["step"]
+    with pytest.raises(CheckpointError, match="resume with the version that wrote it, or start again from a bundle"):
+        load_state(content)
+
+
+def test_the_first_limit_reached_ends_training() -> None:
+    config = TrainingConfig(max_steps=10, max_epochs=2, max_hours=0.5)
+    assert limit_reached(config, VALIDATION, TrainingState(step=9, epoch=2, step_in_epoch=3, elapsed_seconds=1799)) is None
+    assert limit_reached(config, VALIDATION, TrainingState(step=10, epoch=2)) == "max_steps = 10"
+    assert limit_reached(config, VALIDATION, TrainingState(step=9, epoch=3)) == "max_epochs = 2"
+    assert limit_reached(config, VALIDATION, TrainingState(step=9, elapsed_seconds=1800)) == "max_hours = 0.5"
+    worse = TrainingState(step=9, validations_without_improvement=4, best_step=5)
+    assert limit_reached(config, VALIDATION, worse) == "patience = 4: loss has not improved since step 5"
+    assert limit_reached(config, ValidationConfig(), worse) is None
+
+
+def test_the_time_left_follows_the_nearest_limit() -> None:
+    state = TrainingState(step=100, epoch=2, step_in_epoch=20, elapsed_seconds=1000.0)
+    assert remaining_seconds(TrainingConfig(max_steps=150), state) == pytest.approx(500.0)
+    assert remaining_seconds(TrainingConfig(max_epochs=3), state) == pytest.approx((3 * 80 - 100) * 10.0)
+    assert remaining_seconds(TrainingConfig(max_hours=1.0), state) == pytest.approx(2600.0)
+    assert remaining_seconds(TrainingConfig(max_hours=1.0, max_steps=150), state) == pytest.approx(500.0)
+    assert remaining_seconds(TrainingConfig(max_epochs=3), replace(state, epoch=1, step_in_epoch=100)) is None
+    assert remaining_seconds(TrainingConfig(max_steps=150), TrainingState()) is None
+    assert remaining_seconds(TrainingConfig(max_steps=50), state) == 0.0
+
+
+def test_only_strictly_better_scores_improve() -> None:
+    state = TrainingState(step=5).after_validation(2.0, higher_is_better=False)
+    assert (state.best_score, state.best_step, state.validations_without_improvement) == (2.0, 5, 0)
+    same = replace(state, step=6).after_validation(2.0, higher_is_better=False)
+    assert (same.best_step, same.validations_without_improvement) == (5, 1)
+    better = replace(same, step=7).after_validation(1.9, higher_is_better=False)
+    assert (better.best_score, better.best_step, better.validations_without_improvement) == (1.9, 7, 0)
+    assert replace(state, step=8).after_validation(2.1, higher_is_better=True).best_step == 8
