@@ -17,10 +17,12 @@ from dstrain.checkpoint.bundle import save_bundle
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.data.dataset import Dataset, open_dataset
 from dstrain.data.loader import TrainLoader, evaluation_loader
+from dstrain.data.manifest import load_manifest
 from dstrain.data.plan import StepPlan
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.engine.deepspeed_engine import TrainEngine
 from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.errors import DataError
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.factory import build_objective
@@ -32,7 +34,7 @@ from dstrain.recipe_file import recipe_tree
 from dstrain.training.bundles import BundleStore
 from dstrain.training.preemption import StopSignals
 from dstrain.training.reporting import build_reporter
-from dstrain.training.run_directory import Run, open_run
+from dstrain.training.run_directory import Run, open_run, recipe_differences
 from dstrain.training.trainer import Trainer
 from dstrain.training.translation import build_translation
 from dstrain.training.validator import Validator, check_split
@@ -49,11 +51,11 @@ def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice) -> 
         if world.device.type == "cpu":
             keep_freed_memory()
         resolve_ds_config(recipe.engine, world_size=world.world_size)
-        corpora = Corpora(data)
+        corpora = Corpora(data, recipe)
         for split, dataset in (("train", corpora.train), ("valid", corpora.valid)):
             check_split(split, dataset.source_lengths, dataset.target_lengths, recipe.model)
         plan = StepPlan(corpora.train.source_lengths, corpora.train.target_lengths, recipe.batching, recipe.training.seed)
-        run = open_run(output, recipe_tree(recipe), world)
+        run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job)
         try:
             return build_trainer(recipe, corpora, plan, run, world).run()
         finally:
@@ -63,9 +65,17 @@ def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice) -> 
 
 
 class Corpora:
-    """What training reads of a DATA directory."""
+    """What training reads of a DATA directory; DataError where it was prepared from another data section than the recipe's."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, recipe: Recipe) -> None:
+        self.manifest = load_manifest(directory)
+        differences = recipe_differences({"data": self.manifest.data}, {"data": recipe_tree(recipe)["data"]})
+        if differences:
+            raise DataError(
+                f"{directory} was prepared from another data section than this recipe's:\n"
+                + "\n".join(differences)
+                + "\nundo these changes, or prepare the data again into another directory"
+            )
         self.train: Dataset = open_dataset(directory, "train")
         self.valid: Dataset = open_dataset(directory, "valid")
         self.tokenizers: TokenizerPair = load_tokenizers(directory / "tokenizer")

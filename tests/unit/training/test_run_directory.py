@@ -40,24 +40,24 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 
 def test_a_new_run_holds_the_recipe_and_an_id_that_stays(tmp_path: Path) -> None:
-    run = open_run(tmp_path / "deep" / "run", RECIPE, ALONE)
+    run = open_run(tmp_path / "deep" / "run", RECIPE, ALONE, data="d1")
     run.close()
     assert yaml.safe_load((tmp_path / "deep" / "run" / "recipe.yaml").read_text())["optimizer"]["betas"] == [0.9, 0.98]
     assert (run.checkpoints, run.bundles) == (run.directory / "checkpoints", run.directory / "bundles")
-    again = open_run(tmp_path / "deep" / "run", RECIPE, ALONE)
+    again = open_run(tmp_path / "deep" / "run", RECIPE, ALONE, data="d1")
     again.close()
     assert again.run_id == run.run_id
     assert len(run.run_id) == 16
 
 
 def test_another_recipe_is_refused_and_the_difference_shown(tmp_path: Path) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
     other = changed("model.encoder.depth", 6)
     other["optimizer"]["betas"] = [0.9, 0.999]
     del other["batching"]["tokens_per_step"]
     other["data"]["train"].append({"kind": "tsv", "path": "b.tsv"})
     with pytest.raises(CheckpointError) as caught:
-        open_run(tmp_path / "run", other, ALONE)
+        open_run(tmp_path / "run", other, ALONE, data="d1")
     assert str(caught.value) == "\n".join(
         [
             f"{tmp_path}/run was begun with another recipe; it is not resumed with this one:",
@@ -76,8 +76,8 @@ def test_another_recipe_is_refused_and_the_difference_shown(tmp_path: Path) -> N
     [("training.max_steps", 200), ("validation.patience", 3), ("reporting.log_every", 1), ("batching.max_tokens", 2048)],
 )
 def test_what_does_not_change_the_result_may_change(tmp_path: Path, path: str, value: Any) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE).close()
-    open_run(tmp_path / "run", changed(path, value), ALONE).close()
+    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+    open_run(tmp_path / "run", changed(path, value), ALONE, data="d1").close()
     assert recipe_differences(RECIPE, changed(path, value)) == []
 
 
@@ -89,46 +89,46 @@ def test_everything_else_counts(path: str, value: Any) -> None:
 def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(TrainingError, match=r"is no run \(it has no recipe.yaml\) and not empty \(it holds thesis.tex\)"):
-        open_run(tmp_path, RECIPE, ALONE)
+        open_run(tmp_path, RECIPE, ALONE, data="d1")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(TrainingError, match="is a file; name a directory"):
-        open_run(tmp_path / "thesis.tex", RECIPE, ALONE)
+        open_run(tmp_path / "thesis.tex", RECIPE, ALONE, data="d1")
 
 
 def test_an_empty_directory_is_welcome(tmp_path: Path) -> None:
-    open_run(tmp_path, RECIPE, ALONE).close()
+    open_run(tmp_path, RECIPE, ALONE, data="d1").close()
     assert (tmp_path / "recipe.yaml").is_file()
 
 
 def test_a_run_that_lost_its_checkpoints_is_not_begun_again_silently(tmp_path: Path) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
     (tmp_path / "run" / "events.jsonl").write_text('{"time": 1.0, "kind": "checkpoint", "step": 10}\n')
     with pytest.raises(CheckpointError, match=r"events.jsonl says that checkpoints were written, but .*checkpoints holds none"):
-        open_run(tmp_path / "run", RECIPE, ALONE)
+        open_run(tmp_path / "run", RECIPE, ALONE, data="d1")
     (tmp_path / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
-    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
     (tmp_path / "run" / "events.jsonl").write_text('{"time": 1.0, "kind": "train", "step": 10}\n')
-    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
 
 
 @pytest.mark.parametrize(
     ("name", "content"), [("recipe.yaml", "a: [1"), ("run.json", "{"), ("run.json", '{"format": 9, "run_id": "x"}')]
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: str) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
     (tmp_path / "run" / name).write_text(content)
     with pytest.raises(CheckpointError, match=name):
-        open_run(tmp_path / "run", RECIPE, ALONE)
+        open_run(tmp_path / "run", RECIPE, ALONE, data="d1")
 
 
 def test_a_kill_while_it_is_made_does_not_spoil_the_directory(tmp_path: Path) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
     (tmp_path / "run" / "recipe.yaml").rename(tmp_path / "run" / "recipe.yaml.tmp")
-    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
     assert (tmp_path / "run" / "recipe.yaml").is_file()
 
 
@@ -137,7 +137,7 @@ def test_two_trainings_never_share_a_run(tmp_path: Path) -> None:
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
 from tests.unit.training.test_run_directory import RECIPE, ALONE, open_run
-run = open_run(Path({str(tmp_path / "run")!r}), RECIPE, ALONE)
+run = open_run(Path({str(tmp_path / "run")!r}), RECIPE, ALONE, data="d1")
 print("open", flush=True)
 sys.stdin.read()
 """
@@ -147,9 +147,9 @@ sys.stdin.read()
         with pytest.raises(
             TrainingError, match=rf"another training is running in .*run \(process {holder.pid} on .*\): wait for it"
         ):
-            open_run(tmp_path / "run", RECIPE, ALONE)
+            open_run(tmp_path / "run", RECIPE, ALONE, data="d1")
         holder.kill()
-    open_run(tmp_path / "run", RECIPE, ALONE).close()
+    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
 
 
 def test_all_ranks_learn_the_id_and_the_refusal(tmp_path: Path) -> None:
@@ -162,4 +162,11 @@ def test_all_ranks_learn_the_id_and_the_refusal(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_named() -> None:
     with pytest.raises(TrainingError, match=r"opening /proc/nowhere/run failed: .*No such file or directory"):
-        open_run(Path("/proc/nowhere/run"), RECIPE, ALONE)
+        open_run(Path("/proc/nowhere/run"), RECIPE, ALONE, data="d1")
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+    with pytest.raises(CheckpointError, match=r"was begun on other data \(d1, this is d2\).*name the --data it was begun on"):
+        open_run(tmp_path / "run", RECIPE, ALONE, data="d2")
+    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
