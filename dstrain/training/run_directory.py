@@ -195,7 +195,7 @@ def _run_id(path: Path, data: str) -> str:
         raise CheckpointError(f"{path} has format {found}; this dstrain reads {FORMAT}")
     if old_data != data:
         raise CheckpointError(
-            f"{path.parent} was begun on other data ({old_data[:12]}, this is {data[:12]}): its place in an epoch means nothing here; "
+            f"{path.parent} was begun on other data ({old_data[:12]}, this is {data[:12]}): "
             "name the --data it was begun on, or choose another --output"
         )
     return run_id

@@ -153,9 +153,9 @@ sys.stdin.read()
 
 
 def test_all_ranks_learn_the_id_and_the_refusal(tmp_path: Path) -> None:
-    ids = on_ranks(3, lambda ranks: open_run(tmp_path / "run", RECIPE, ranks).run_id)
+    ids = on_ranks(3, lambda ranks: open_run(tmp_path / "run", RECIPE, ranks, data="d1").run_id)
     assert len(set(ids)) == 1
-    refusals = on_ranks(3, lambda ranks: open_run(tmp_path / "run", changed("training.seed", 2), ranks))
+    refusals = on_ranks(3, lambda ranks: open_run(tmp_path / "run", changed("training.seed", 2), ranks, data="d1"))
     assert all(isinstance(refusal, CheckpointError) for refusal in refusals)
     assert len({str(refusal) for refusal in refusals}) == 1
 
