@@ -67,6 +67,8 @@ class Model:
         *,
         kind: Literal["beam", "sampling"] | None = None,
         beam_size: int | None = None,
+        groups: int | None = None,
+        diversity: float | None = None,
         num_best: int | None = None,
         length_penalty: float | None = None,
         min_length: int | None = None,
@@ -89,6 +91,8 @@ class Model:
         options = {
             "kind": kind,
             "beam_size": beam_size,
+            "groups": groups,
+            "diversity": diversity,
             "num_best": num_best,
             "length_penalty": length_penalty,
             "min_length": min_length,
@@ -111,7 +115,7 @@ class Model:
         *,
         truncate_source: bool = False,
         first_line: int = 1,
-        progress: Callable[[int], None] = ignore_progress,
+        progress: Callable[[int], object] = ignore_progress,
     ) -> list[list[TextHypothesis]]:
         """As `generate`, by a whole configuration. first_line, progress: as in `generation.generator`."""
         tokenizer = self.tokenizer

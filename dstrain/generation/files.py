@@ -22,6 +22,7 @@ from dstrain.log import logger
 
 CHUNK_LINES = 4096
 STANDARD = "-"
+STANDARD_INPUT = "standard input"
 Translate = Callable[[Sequence[str], int], list[list[TextHypothesis]]]
 
 
@@ -46,9 +47,7 @@ def translate_file(
             for chunk in read_chunks(source, chunk_lines):
                 wanted = [None] * len(chunk) if references is None else next(references, [])
                 if len(wanted) != len(chunk):
-                    raise DataError(
-                        f"{reference} ends after line {lines + len(wanted)}, {source} goes on; give one line for each"
-                    )
+                    raise DataError(f"{reference} ends after line {lines + len(wanted)}, {source} goes on; give a line for each")
                 found = translate(chunk, lines + 1)
                 for number, (line, hypotheses, known) in enumerate(zip(chunk, found, wanted, strict=True), lines + 1):
                     out.write(render(Answer(number, line, hypotheses, known)))
@@ -56,7 +55,7 @@ def translate_file(
                 out.flush()
                 lines += len(chunk)
             if references is not None and next(references, None):
-                raise DataError(f"{reference} goes on after line {lines}, {source} ends; give one line for each")
+                raise DataError(f"{reference} goes on after line {lines}, {source} ends; give a line for each")
         except BaseException:
             if output != STANDARD:
                 logger.error("stopped; the answers to the first %d lines are kept in %s", lines, partial_path(output))
@@ -66,7 +65,7 @@ def translate_file(
 
 def read_chunks(path: str, chunk_lines: int) -> Iterator[list[str]]:
     """The lines of a file, or of standard input for `-`, some at a time, without their ends."""
-    name = "standard input" if path == STANDARD else path
+    name = STANDARD_INPUT if path == STANDARD else path
     with open_input(path) as stream:
         first = 1
         while raw := list(islice(stream, chunk_lines)):

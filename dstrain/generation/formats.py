@@ -34,11 +34,13 @@ def formatter(name: Format, target: TextTokenizer, *, num_best: int) -> Callable
     """Turns an answer into its lines, each ending in a line break. RecipeError where plain text would need several lines."""
     if name == "text" and num_best > 1:
         raise RecipeError(f"format text has one line per input, but num_best = {num_best}; choose --format jsonl or fairseq")
-    return {
-        "text": as_text,
-        "jsonl": lambda answer: as_json(answer, target),
-        "fairseq": lambda answer: as_fairseq(answer, target),
-    }[name]
+    match name:
+        case "text":
+            return as_text
+        case "jsonl":
+            return lambda answer: as_json(answer, target)
+        case "fairseq":
+            return lambda answer: as_fairseq(answer, target)
 
 
 def as_text(answer: Answer) -> str:

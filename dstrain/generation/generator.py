@@ -56,7 +56,7 @@ class Generator:
         *,
         prefixes: Sequence[Sequence[int]] | None = None,
         first_line: int = 1,
-        progress: Callable[[int], None] = ignore_progress,
+        progress: Callable[[int], object] = ignore_progress,
     ) -> list[list[Hypothesis]]:
         """The `num_best` hypotheses of each source, best first; at least one each.
 
@@ -93,7 +93,7 @@ class Generator:
         target: TextTokenizer,
         *,
         first_line: int = 1,
-        progress: Callable[[int], None] = ignore_progress,
+        progress: Callable[[int], object] = ignore_progress,
     ) -> list[list[TextHypothesis]]:
         """Texts in and out, as `translate_ids`."""
         ids = [[*row, source.eos_id] for row in source.encode(lines)]

@@ -1,0 +1,53 @@
+"""dstrain generate: translate a file, line by line in the order of the input; every line gives a line, empty ones too.
+
+    dstrain generate RUN/bundles/best --input test.en --output hyp.de --beam-size 5
+    zcat news.en.gz | dstrain generate BUNDLE --num-best 5 --format jsonl > news.jsonl
+    dstrain generate BUNDLE --input test.en --sampling --top-p 0.9 --seed 7 --output draws.de
+
+Formats: text is one line for each input line; jsonl one object with all hypotheses, pieces and scores (natural logarithms);
+fairseq the S- T- H- D- P- lines, numbered from 0, scores in base 2. Answers wait in OUTPUT.partial until all are there;
+after Ctrl-C those that are finished stay in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from dstrain.cli.generation_options import add_generation_arguments, load_translator
+from dstrain.log import logger
+
+HELP = "translate a file with a bundle"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_generation_arguments(parser)
+    parser.add_argument("--input", metavar="FILE", default="-", help="text or .gz, one sentence a line (default: standard input)")
+    parser.add_argument("--output", metavar="FILE", default="-", help="default: standard output")
+    parser.add_argument("--reference", metavar="FILE", help="human translations to write beside the answers (jsonl, fairseq)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Translate chunk by chunk; say at the end how much and how fast."""
+    from tqdm import tqdm
+
+    from dstrain.generation.files import count_lines, translate_file
+
+    model, config, render = load_translator(args)
+    start = time.monotonic()
+    with tqdm(total=count_lines(args.input), unit=" lines", disable=None) as bar:
+        lines, tokens = translate_file(
+            lambda chunk, first: model.translate(
+                chunk, config, truncate_source=args.truncate, first_line=first, progress=bar.update
+            ),
+            args.input,
+            args.output,
+            render,
+            reference=args.reference,
+        )
+    seconds = max(time.monotonic() - start, 1e-9)
+    logger.info(
+        "%d lines, %d tokens in %.1f s: %.1f lines/s, %.0f tokens/s", lines, tokens, seconds, lines / seconds, tokens / seconds
+    )
+    return 0

@@ -1,0 +1,59 @@
+"""dstrain interactive: answer each line as it comes, from a terminal or a pipe.
+
+    dstrain interactive RUN/bundles/best
+    echo "a man rides a bike ." | dstrain interactive RUN/bundles/best --beam-size 10
+
+An empty line gives an empty line. Ctrl-D or Ctrl-C ends. On a terminal a line that cannot be translated (too long, invalid
+UTF-8) gets a message and the next one is read; in a pipe it ends the command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from dstrain.cli.generation_options import add_generation_arguments, load_translator
+from dstrain.errors import DataError
+from dstrain.log import logger
+
+HELP = "translate line by line from a terminal or a pipe"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_generation_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, answer, flush, until the input ends."""
+    from dstrain.generation.files import STANDARD_INPUT, decode_line
+    from dstrain.generation.formats import Answer
+
+    at_terminal = sys.stdin.isatty()
+    try:
+        model, config, render = load_translator(args)
+        number = 0
+        while raw := _read_line(at_terminal):
+            number += 1
+            try:
+                line = decode_line(raw, STANDARD_INPUT, number)
+                (hypotheses,) = model.translate([line], config, truncate_source=args.truncate, first_line=number)
+            except DataError as error:
+                if not at_terminal:
+                    raise
+                logger.error("%s", error)
+                continue
+            sys.stdout.write(render(Answer(number, line, hypotheses)))
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        pass
+    if at_terminal:
+        print(file=sys.stderr)
+    return 0
+
+
+def _read_line(at_terminal: bool) -> bytes:
+    """The next line with its end; nothing at the end of the input. The prompt goes to stderr, so output can be redirected."""
+    if at_terminal:
+        print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.buffer.readline()
