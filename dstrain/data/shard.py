@@ -1,7 +1,7 @@
 """One Arrow IPC file of encoded pairs, written once and read through the page cache.
 
 Columns `source` and `target` are lists of ids, each with its final EOS: uint16 where the vocabulary fits, else int32.
-Evaluation splits also carry `source_text` and `target_text`. A record batch holds at most 65,536 rows, so list offsets are
+Evaluation splits also carry `source_text` and `target_text`. A record batch holds at most 16,384 rows, so list offsets are
 int32 and the writer's memory is bounded. Reading maps the file: ids and lengths are views into it, nothing is copied.
 """
 
@@ -21,8 +21,8 @@ from dstrain.data.manifest import ShardRecord
 from dstrain.data.rows import Rows
 from dstrain.errors import DataError
 
-MAX_BATCH_ROWS = 65_536
-MAX_BATCH_TOKENS = 1 << 24
+MAX_BATCH_ROWS = 16_384
+MAX_BATCH_TOKENS = 1 << 22
 SIDES = ("source", "target")
 
 

@@ -380,16 +380,15 @@ class InProcess:
         pass
 
 
-@pytest.mark.parametrize(("finished", "place"), [(0, 40), (1, 64), (2, 0), (3, 0)])
+@pytest.mark.parametrize("stop", [(0, 40), (1, 64), (2, 0), (3, 0)])
 def test_an_interrupted_run_goes_on_at_the_first_missing_shard(
     corpus: tuple[DataConfig, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    finished: int,
-    place: int,
+    stop: tuple[int, int],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    config, one = corpus
+    (config, one), (finished, place) = corpus, stop
     data = tmp_path / "data"
     encode = prepare_module.make_encoder
 
