@@ -40,9 +40,9 @@ def run(args: argparse.Namespace) -> int:
     if models and len(models) > 2:
         raise ImportFormatError(f"--sentencepiece takes one model or two (source, target), found {len(models)}")
     checkpoint = read_fairseq_checkpoint(args.checkpoint)
-    config, vocabulary, weights = convert(checkpoint)
     directory = args.dictionary or Path(checkpoint.data_directory)
-    tokenizers = read_dictionaries(directory, checkpoint, vocabulary, (models[0], models[-1]) if models else None)
+    tokenizers = read_dictionaries(directory, checkpoint, (models[0], models[-1]) if models else None)
+    config, vocabulary, weights = convert(checkpoint, tokenizers)
     save_bundle(
         args.output,
         model_config=config,

@@ -31,6 +31,11 @@ class KeyValueCache:
         self.length = 0
         self._buffer = like.new_empty(depth, 2, num_rows, num_heads, max_length, head_dim)
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that it remembers now."""
+        return self._buffer.shape[2]
+
     def at(self, depth: int) -> LayerCache:
         """What the layer pass number `depth` sees; all passes of a step see the same `length`."""
         return LayerCache(self._buffer[depth], self.length)
@@ -42,7 +47,7 @@ class KeyValueCache:
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was; fewer rows than before shrink the cache. rows: (n,)"""
         used = self._buffer[:, :, :, :, : self.length]
-        if len(rows) == self._buffer.shape[2]:
+        if len(rows) == self.num_rows:
             used.copy_(used.index_select(2, rows))
         else:
             selected = self._buffer.new_empty(*self._buffer.shape[:2], len(rows), *self._buffer.shape[3:])

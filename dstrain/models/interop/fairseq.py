@@ -91,10 +91,14 @@ def read_fairseq_checkpoint(path: Path) -> FairseqCheckpoint:
     return FairseqCheckpoint(model, task, dict(weights))
 
 
-def convert(checkpoint: FairseqCheckpoint) -> tuple[EncoderDecoderConfig, VocabularySizes, dict[str, Tensor]]:
+def convert(
+    checkpoint: FairseqCheckpoint, tokenizers: TokenizerPair | None = None
+) -> tuple[EncoderDecoderConfig, VocabularySizes, dict[str, Tensor]]:
     """Configuration, vocabulary sizes and portable weights.
 
-    ImportFormatError names settings that dstrain cannot represent, tied matrices that differ, and names that do not fit.
+    tokenizers: those that the model is to be used with, whose sizes must be the model's; BART's row for `<mask>`, which its
+    dictionaries do not have, is cut off. ImportFormatError names settings that dstrain cannot represent, tied matrices that
+    differ, names and sizes that do not fit.
     """
     keeps_final_norm = {side: _version(checkpoint.weights, side) >= oldest for side, oldest in (("encoder", 2), ("decoder", 3))}
     try:
@@ -102,6 +106,8 @@ def convert(checkpoint: FairseqCheckpoint) -> tuple[EncoderDecoderConfig, Vocabu
     except ValidationError as error:
         raise ImportFormatError(f"the checkpoint's settings make no model: {error.errors()[0]['msg']}") from error
     weights = _modern_names(checkpoint.weights)
+    if tokenizers is not None:
+        _fit_vocabularies(weights, tokenizers, is_bart="bart" in str(checkpoint.model.get("arch")))
     for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
         if stack.final_norm == "no":
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{side}.layer_norm.")}
@@ -123,30 +129,37 @@ def convert(checkpoint: FairseqCheckpoint) -> tuple[EncoderDecoderConfig, Vocabu
 
 
 def read_dictionaries(
-    directory: Path, checkpoint: FairseqCheckpoint, vocabulary: VocabularySizes, sentencepiece: tuple[Path, Path] | None
+    directory: Path, checkpoint: FairseqCheckpoint, sentencepiece: tuple[Path, Path] | None = None
 ) -> TokenizerPair:
     """The tokenizers of both sides, from dict.SOURCE.txt and dict.TARGET.txt (or dict.txt for both) in `directory`.
 
-    sentencepiece: models that make the dictionaries' symbols from text; None where text is already split by spaces.
-    ImportFormatError if a dictionary is missing or of another size than the model's vocabulary.
+    sentencepiece: models that make the dictionaries' symbols from source and target text; None where text is already split by
+    spaces. ImportFormatError if a dictionary is missing, DataError if one is malformed.
     """
     sides = []
-    for number, (side, size) in enumerate((("source", vocabulary.source), ("target", vocabulary.target))):
-        path = directory / f"dict.{checkpoint.task.get(f'{side}_lang')}.txt"
-        path = path if path.exists() else directory / "dict.txt"
-        if not path.exists():
+    for number, side in enumerate(("source", "target")):
+        name = f"dict.{checkpoint.task.get(f'{side}_lang')}.txt"
+        path = next((path for path in (directory / name, directory / "dict.txt") if path.exists()), None)
+        if path is None:
             raise ImportFormatError(
-                f"{directory} has no dict.{checkpoint.task.get(f'{side}_lang')}.txt and no dict.txt; give the directory of the "
-                "model's dictionaries with --dictionary"
+                f"{directory} has no {name} and no dict.txt; give the directory of the model's dictionaries with --dictionary"
             )
-        tokenizer = DictionaryTokenizer.from_files(path, sentencepiece[number] if sentencepiece else None)
-        if tokenizer.vocab_size != size:
-            raise ImportFormatError(
-                f"{path} has {tokenizer.vocab_size} entries with the four specials, the model's {side} vocabulary {size}; give "
-                "the dictionaries that the model was trained with"
-            )
-        sides.append(tokenizer)
+        sides.append(DictionaryTokenizer.from_files(path, sentencepiece[number] if sentencepiece else None))
     return TokenizerPair(sides[0], sides[1])
+
+
+def _fit_vocabularies(weights: dict[str, Tensor], tokenizers: TokenizerPair, *, is_bart: bool) -> None:
+    """Check that each table has a row per dictionary entry, after cutting BART's further row."""
+    sizes = (tokenizers.source.vocab_size, tokenizers.target.vocab_size, tokenizers.target.vocab_size)
+    for name, size in zip(TABLES, sizes, strict=True):
+        table = weights.get(name)
+        if table is not None and is_bart and len(table) == size + 1:
+            weights[name] = table[:size]
+        elif table is not None and len(table) != size:
+            raise ImportFormatError(
+                f"the checkpoint's {name} has {len(table)} rows, but the dictionary has {size} entries with the four specials; "
+                "give the dictionaries that the model was trained with"
+            )
 
 
 def _mapping(settings: Any) -> dict[str, Any]:

@@ -130,14 +130,14 @@ def convert_config(given: Mapping[str, Any], *, keeps_final_norm: Mapping[str, b
     """
     for option in UNSUPPORTED:
         if not option.inert(given.get(option.name)):
-            raise refusal(option.name, given[option.name], f"dstrain has no {option.needs} for imported models")
+            raise refusal(option.name, given[option.name], f"it needs {option.needs}")
     settings = Settings(given)
     for name in ("decoder_embed_dim", "decoder_input_dim", "decoder_output_dim"):
         _require_equal(settings, name, "encoder_embed_dim")
     for name in ("normalize_before", "learned_pos"):
         _require_equal(settings, f"decoder_{name}", f"encoder_{name}")
     if settings["activation_fn"] not in ACTIVATION_NAMES:
-        raise refusal("activation_fn", settings["activation_fn"], f"dstrain knows {', '.join(ACTIVATION_NAMES)}")
+        raise refusal("activation_fn", settings["activation_fn"], f"known are {', '.join(ACTIVATION_NAMES)}")
     pre = settings["encoder_normalize_before"]
     return EncoderDecoderConfig(
         model_dim=settings["encoder_embed_dim"],
@@ -163,12 +163,12 @@ def convert_config(given: Mapping[str, Any], *, keeps_final_norm: Mapping[str, b
 
 def refusal(name: str, value: object, reason: str) -> ImportFormatError:
     """The error for a setting that cannot be represented."""
-    return ImportFormatError(f"the checkpoint has {name} = {value!r}: {reason}; it cannot be imported")
+    return ImportFormatError(f"the checkpoint has {name} = {value!r}, which dstrain cannot import: {reason}")
 
 
 def _require_equal(settings: Settings, name: str, other: str) -> None:
     if settings[name] != settings[other]:
-        raise refusal(name, settings[name], f"dstrain needs it equal to {other} = {settings[other]!r}")
+        raise refusal(name, settings[name], f"it differs from {other} = {settings[other]!r}")
 
 
 def _stack(settings: Settings, side: str, final_norm: Literal["auto", "no"]) -> StackConfig:

@@ -53,16 +53,18 @@ def load_pickled(path: Path) -> Any:
     ImportFormatError: no such file, truncated or no torch file, or a pickled class that is not allowed, named.
     """
     try:
-        with torch.serialization.safe_globals(ALLOWED):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ImportFormatError(_refusal(path, str(error))) from error
-    except (RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ImportFormatError(
-            f"{path} is truncated or no torch checkpoint ({_first_line(str(error)) or 'it ends too early'}); copy the file again"
-        ) from error
+        file = path.open("rb")
     except OSError as error:
         raise ImportFormatError(f"{path} cannot be read: {error.strerror}; check the path") from error
+    with file, torch.serialization.safe_globals(ALLOWED):
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ImportFormatError(_refusal(path, str(error))) from error
+        except (OSError, RuntimeError, EOFError, LookupError, ValueError) as error:
+            raise ImportFormatError(
+                f"{path} is truncated or no torch checkpoint ({error!r:.100}); copy the file again"
+            ) from error
 
 
 def _refusal(path: Path, message: str) -> str:
@@ -73,7 +75,3 @@ def _refusal(path: Path, message: str) -> str:
         f"{path} holds a pickled {found[1] or found[2]}, which could run code when read and is refused; save the checkpoint "
         "again as a plain dict of tensors and settings"
     )
-
-
-def _first_line(text: str) -> str:
-    return text.strip().partition("\n")[0].partition(". ")[0]

@@ -1,0 +1,90 @@
+"""Step-by-step decoding equals the teacher-forced model: padding, company, beams, prefixes, reordering, finished sentences."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dstrain.batch import Sequences
+from dstrain.models.config import EncoderDecoderConfig
+from dstrain.models.encoder_decoder import EncoderDecoder
+from tests.unit.models.build import name_of, sequences, small_model, variants
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+SOURCE = sequences(9, 1, 5, 6, seed=8)
+
+
+def full(model: EncoderDecoder, source: Sequences, tokens: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model.project(model(source, Sequences(tokens, torch.full((len(tokens),), tokens.shape[1]))).hidden)
+
+
+def of_rows(source: Sequences, sentences: Tensor) -> Sequences:
+    return Sequences(source.tokens[sentences], source.lengths[sentences])
+
+
+@pytest.mark.parametrize("config", variants(), ids=name_of)
+def test_beams_with_reordering_and_finished_sentences(config: EncoderDecoderConfig) -> None:
+    """A made-up search: at every step rows continue other rows of their sentence, and now and then a sentence leaves."""
+    generator = torch.Generator().manual_seed(4)
+    model, beams = small_model(config), 3
+    sentences = torch.arange(4)
+    history = torch.full((4 * beams, 1), 2)
+    state = model.start(SOURCE, num_sentences=4, rows_per_sentence=beams, max_length=12)
+    for step in range(12):
+        logits = model.step(history[:, -1:], state)
+        expected = full(model, of_rows(SOURCE, sentences.repeat_interleave(beams)), history)
+        torch.testing.assert_close(logits[:, 0], expected[:, -1], **CLOSE)
+        within = torch.randint(0, beams, (len(sentences), beams), generator=generator)
+        rows = (torch.arange(len(sentences))[:, None] * beams + within).flatten()
+        state.reorder(rows)
+        history = torch.cat([history[rows], torch.randint(4, 41, (len(rows), 1), generator=generator)], dim=1)
+        if step in {3, 7}:
+            staying = torch.tensor([0, 2, 3] if step == 3 else [1, 2])
+            state.keep(staying)
+            sentences = sentences[staying]
+            history = history.view(-1, beams, history.shape[1])[staying].flatten(0, 1)
+
+
+@pytest.mark.parametrize("chunks", [[6], [1, 5], [3, 1, 2], [2, 4]])
+def test_several_positions_in_one_step(chunks: list[int]) -> None:
+    model = small_model()
+    tokens = torch.cat([torch.full((4, 1), 2), sequences(5, 5, 5, 5, seed=9).tokens], dim=1)
+    state = model.start(SOURCE, num_sentences=4, rows_per_sentence=1, max_length=6)
+    logits = torch.cat([model.step(part, state) for part in tokens.split(chunks, dim=1)], dim=1)
+    torch.testing.assert_close(logits, full(model, SOURCE, tokens), **CLOSE)
+
+
+def test_sources_without_padding() -> None:
+    model = small_model()
+    source, tokens = sequences(5, 5), sequences(4, 4, seed=3).tokens
+    state = model.start(source, num_sentences=2, rows_per_sentence=1, max_length=4)
+    state.keep(torch.tensor([1]))
+    steps = [model.step(tokens[1:, t : t + 1], state) for t in range(4)]
+    torch.testing.assert_close(torch.cat(steps, dim=1), full(model, source, tokens)[1:], **CLOSE)
+
+
+def test_the_source_is_kept_once_a_sentence() -> None:
+    """Five beams cost no copies of the source's keys and values."""
+    model = small_model()
+    state = model.start(SOURCE, num_sentences=4, rows_per_sentence=5, max_length=4)
+    assert [tuple(key.shape) for key, _ in state.source] == [(4, 4, 9, 6)] * 2
+    state.keep(torch.tensor([0, 3]))
+    assert [tuple(value.shape) for _, value in state.source] == [(2, 4, 9, 6)] * 2
+    assert state.target.num_rows == 10
+
+
+def test_identity_reordering_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small_model()
+    state = model.start(SOURCE, num_sentences=4, rows_per_sentence=1, max_length=4)
+    moved = []
+    monkeypatch.setattr(state.target, "select", moved.append)
+    state.reorder(torch.arange(4))
+    assert moved == []
+    state.reorder(torch.tensor([0, 1, 3, 3]))
+    assert len(moved) == 1
+
+
+def test_no_graph_is_kept() -> None:
+    model = small_model()
+    state = model.start(SOURCE, num_sentences=4, rows_per_sentence=1, max_length=2)
+    assert not model.step(torch.full((4, 1), 2), state).requires_grad

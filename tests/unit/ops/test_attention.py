@@ -1,0 +1,62 @@
+"""Attention against its written-out form."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dstrain.ops.attention import attention, attention_reference
+from dstrain.ops.bias import causal_bias, padding_bias
+
+SHAPES = [(2, 4, 4, 5, 5, 8), (3, 6, 2, 1, 7, 16), (1, 4, 1, 9, 9, 4), (2, 2, 2, 123, 5, 3)]
+"""B, H, key heads, T, S, K"""
+
+
+def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, key_heads, queries, keys, dim = shape
+    generator = torch.Generator().manual_seed(1)
+    sizes = ((heads, queries), (key_heads, keys), (key_heads, keys))
+    query, key, value = (
+        torch.randn(batch, length, count, dim, generator=generator).transpose(1, 2).requires_grad_() for count, length in sizes
+    )
+    return query, key, value
+
+
+CASES = [
+    (shape, masking)
+    for shape in SHAPES
+    for masking in ("none", "padding", "causal bias", "causal flag")
+    if masking in {"none", "padding"} or shape[3] == shape[4] or (masking == "causal bias" and shape[3] < shape[4])
+]
+
+
+@pytest.mark.parametrize(("shape", "masking"), CASES)
+def test_values_and_gradients(shape: tuple[int, ...], masking: str) -> None:
+    batch, _, _, queries, keys, _ = shape
+    bias = None
+    if masking == "padding":
+        bias = padding_bias(torch.tensor([keys, max(keys // 2, 1), 1][:batch]), keys, torch.float32)
+    if masking == "causal bias":
+        bias = causal_bias(queries, keys, torch.float32, torch.device("cpu"))
+    causal = masking == "causal flag"
+    results = []
+    for function in (attention, attention_reference):
+        parts = inputs(shape)
+        mixed = function(*parts, bias=bias, causal=causal)
+        mixed.square().sum().backward()
+        results.append([mixed, *(part.grad for part in parts)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_that_sees_nothing_is_finite_in_values_and_gradients() -> None:
+    query, key, value = inputs((2, 2, 2, 3, 3, 4))
+    mixed = attention(query, key, value, bias=padding_bias(torch.tensor([0, 3]), 3, torch.float32))
+    mixed.sum().backward()
+    assert all(torch.isfinite(tensor).all() for tensor in (mixed, query.grad, key.grad, value.grad))
+
+
+def test_dropout_keeps_the_mean() -> None:
+    torch.manual_seed(1)
+    query, key = torch.zeros(1, 1, 400, 4), torch.zeros(1, 1, 100, 4)
+    mixed = attention(query, key, torch.ones(1, 1, 100, 4), dropout=0.3)
+    assert mixed.mean().item() == pytest.approx(1.0, abs=0.01)
+    assert mixed.std().item() > 0.01
