@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +59,28 @@ class Job(Config):
 
 @contextmanager
 def claim(output: Path) -> Iterator[None]:
-    """Make the directory and hold it alone. Raises DataError where it cannot be made or another process holds it."""
+    """Make the directory and hold it alone, where the file system knows locks.
+
+    Raises DataError where it cannot be made or another process holds it.
+    """
     try:
         output.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(output, os.O_RDONLY)
     except OSError as error:
         raise DataError(f"--output {output}: {error.strerror}; choose a directory that can be written") from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with suppress(OSError):
+            _lock(descriptor, output)
         yield
-    except BlockingIOError as error:
-        raise DataError(f"another process is preparing {output}; wait for it or choose another --output") from error
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int, output: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(f"another process is preparing {output}; wait for it or choose another --output") from error
 
 
 def read_job(output: Path) -> Job | None:

@@ -132,10 +132,10 @@ def write_lengths(shards: Sequence[Path], rows: int, writer: HashingWriter) -> N
     """Write the lengths of all rows as a (2, rows) int32 `.npy` file, source first, from the shards' offsets alone."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int32)), "fortran_order": False, "shape": (2, rows)}
     np.lib.format.write_array_header_1_0(writer, header)
-    for side in SIDES:
+    for side in range(len(SIDES)):
         for path in shards:
             for batch in read_shard(path):
-                view: ListView = getattr(batch, side)
+                view: ListView = batch[side]
                 writer.write(np.diff(view.offsets).tobytes())
 
 

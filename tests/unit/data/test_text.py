@@ -137,6 +137,15 @@ def test_a_missing_file_and_a_directory_are_named(tmp_path: Path) -> None:
         scan_file(tmp_path)
 
 
+def test_an_unreadable_file_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"/secret\.en: Permission denied; check the path"):
+        scan_file(tmp_path / "secret.en")
+
+
 def test_variables_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSTRAIN_DATA", "/corpora")
     monkeypatch.delenv("NO_SUCH", raising=False)
