@@ -11,7 +11,6 @@ costs a pass over the file.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -79,7 +78,7 @@ def save_bundle(
     """
     with torch.device("meta"):
         check_portable(build_model(model_config, vocabulary, seed=None), weights)
-    fresh = directory.with_name(f".{directory.name}.new-{os.getpid()}")
+    fresh = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     try:
         fresh.mkdir(parents=True)
