@@ -3,7 +3,8 @@
 # change its behavior stand in README.md. Nothing here knows what is trained: a template gives the words for `deepspeed`.
 #
 # One srun task per node starts `deepspeed --no_ssh`, which starts the ranks. srun signals every process of a step, so the
-# launchers ignore USR1 and leave it to the ranks, which finish their step, save and exit with REQUEUE_CODE.
+# launchers ignore USR1 and leave it to the ranks, which finish their step, save and exit with REQUEUE_CODE. They ignore TERM too: it
+# would end `deepspeed`, hence the task, hence at once the ranks; its child, which starts the ranks, still passes TERM on to them.
 
 set -euo pipefail
 
