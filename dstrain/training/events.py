@@ -16,8 +16,8 @@ same objects.
 | end | reason, exit_code, elapsed_seconds, best_score, best_step |
 
 `train`: loss and nll are nats per target token over `steps` steps, tokens_per_second counts target tokens of all ranks, and
-seconds those spent in steps; padding is the share of rank 0's label positions; learning_rate and grad_norm are those of the
-last step. A number that is not finite is null.
+seconds those spent in steps; cpu_seconds and padding (a share of label positions) are rank 0's own; learning_rate and grad_norm
+are those of the last step. A number that is not finite is null.
 """
 
 from __future__ import annotations

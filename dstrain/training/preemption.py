@@ -11,6 +11,7 @@ the flags up over the ranks after every step.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Sequence
 from enum import Enum
@@ -19,6 +20,7 @@ from typing import Any
 
 REQUEUE_CODE = 85
 INTERRUPT_CODE = 130
+HINT = b"\ninterrupted: finishing this step and saving a checkpoint; Ctrl-C again ends at once\n"
 
 
 class Request(Enum):
@@ -52,6 +54,7 @@ class StopSignals:
             raise KeyboardInterrupt
         else:
             self.interrupted = True
+            os.write(2, HINT)
 
     def flags(self) -> list[float]:
         """This rank's flags, to be summed over the ranks and given to `agreed`."""

@@ -6,6 +6,7 @@ state: they follow from (seed, step, rank).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -91,9 +92,9 @@ class TrainingState:
         )
 
     def after_validation(self, score: float, *, higher_is_better: bool) -> TrainingState:
-        """With the counter of patience moved; only a strictly better score is an improvement."""
+        """With the counter of patience moved; only a strictly better, finite score is an improvement."""
         best = self.best_score
-        if best is None or (score > best if higher_is_better else score < best):
+        if math.isfinite(score) and (best is None or (score > best if higher_is_better else score < best)):
             return replace(self, best_score=score, best_step=self.step, validations_without_improvement=0)
         return replace(self, validations_without_improvement=self.validations_without_improvement + 1)
 

@@ -60,3 +60,10 @@ def test_only_strictly_better_scores_improve() -> None:
     better = replace(same, step=7).after_validation(1.9, higher_is_better=False)
     assert (better.best_score, better.best_step, better.validations_without_improvement) == (1.9, 7, 0)
     assert replace(state, step=8).after_validation(2.1, higher_is_better=True).best_step == 8
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_not_finite_is_never_best(score: float) -> None:
+    state = TrainingState(step=5).after_validation(score, higher_is_better=False)
+    assert (state.best_score, state.best_step, state.validations_without_improvement) == (None, None, 1)
+    assert state.after_validation(1.0, higher_is_better=False).best_score == 1.0

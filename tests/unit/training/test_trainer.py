@@ -164,7 +164,7 @@ def test_a_crash_after_a_resumed_validation_does_not_report_it_twice(tmp_path: P
     assert what_happened(stopped) == what_happened(whole)
 
 
-def test_a_second_ctrl_c_ends_at_once_and_handlers_are_put_back(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_ends_at_once_and_handlers_are_put_back(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGINT)
     setup = Setup(tmp_path)
 
@@ -177,6 +177,7 @@ def test_a_second_ctrl_c_ends_at_once_and_handlers_are_put_back(tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         setup.run()
     assert signal.getsignal(signal.SIGINT) is before
+    assert capfd.readouterr().err.count("finishing this step and saving a checkpoint; Ctrl-C again ends at once") == 1
     assert [event["step"] for event in setup.events("checkpoint")] == [5]
 
 
