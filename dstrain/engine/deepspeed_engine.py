@@ -129,7 +129,7 @@ class TrainEngine:
             self._engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
             names = ["loss", *output.sums]
             totals = totals + torch.stack([output.loss_sum.detach(), *output.sums.values()]).double()
-        sums = self.world.all_reduce_sums(totals.tolist())
+        sums = self.world.all_reduce(totals).tolist()
         return {name: value / num_targets for name, value in zip(names, sums, strict=True)}
 
     def _update(self) -> float:

@@ -92,43 +92,42 @@ def _mistakes(content: Any) -> list[str]:
     try:
         DeepSpeedFile.model_validate(content)
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        shown = {
-            tuple(place for place in detail["loc"] if place in _path_of(content, detail["loc"])): detail for detail in details
-        }
-        return [_explain(path, detail) for path, detail in shown.items()]
+        grouped: dict[tuple[str, ...], list[Any]] = {}
+        for detail in error.errors(include_url=False):
+            grouped.setdefault(_path_of(content, detail["loc"]), []).append(detail)
+        return [_explain(path, details) for path, details in grouped.items()]
     return []
 
 
-def _path_of(content: Any, location: tuple[int | str, ...]) -> list[int | str]:
-    """The part of pydantic's location that stands in the file, without the names of union members."""
-    path: list[int | str] = []
+def _path_of(content: Any, location: tuple[int | str, ...]) -> tuple[str, ...]:
+    """The part of pydantic's location that stands, or is missed, in the file; not the names of a union's members."""
+    path: list[str] = []
     for place in location:
-        if isinstance(content, dict) and (place in content or place == location[-1]):
-            path.append(place)
+        if isinstance(content, dict):
+            path.append(str(place))
             content = content.get(place)
-    return path
+    return tuple(path)
 
 
-def _explain(path: tuple[int | str, ...], detail: Any) -> str:
-    where = ".".join(map(str, path))
-    key = str(path[-1]) if path else ""
-    match detail["type"]:
+def _explain(path: tuple[str, ...], details: list[Any]) -> str:
+    """One line for what is wrong at `path`; several details are the members of a union."""
+    where = ".".join(path)
+    match details[0]["type"]:
         case "extra_forbidden" if where in BELONGS_ELSEWHERE:
             return f"{where}: not taken from this file; {BELONGS_ELSEWHERE[where]}"
         case "extra_forbidden":
-            return f"{where}: unknown key; {_nearest(key, _section(path[:-1]).model_fields)}"
+            return f"{where}: unknown key; {_nearest(path[-1], _section(path[:-1]).model_fields)}"
         case "missing":
             return f"{where}: missing; give it a value"
-    message = detail["msg"]
-    return f"{where}: {message[:1].lower()}{message[1:]}, not {detail['input']!r}"
+    messages = " or ".join(detail["msg"].removeprefix("Input should be ") for detail in details)
+    return f"{where}: should be {messages}, not {details[0]['input']!r}"
 
 
-def _section(path: tuple[int | str, ...]) -> type[BaseModel]:
+def _section(path: tuple[str, ...]) -> type[BaseModel]:
     """The model of the section at `path`."""
     model: type[BaseModel] = DeepSpeedFile
     for place in path:
-        annotation = model.model_fields[str(place)].annotation
+        annotation = model.model_fields[place].annotation
         members = getattr(annotation, "__args__", (annotation,))
         model = next(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
     return model

@@ -16,6 +16,7 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dstrain.errors import TrainingError
 
@@ -44,10 +45,14 @@ class World:
         """Each value summed over the ranks in float64; the same list on every rank."""
         if self.world_size == 1:
             return [float(value) for value in values]
-        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(sums)
-        result: list[float] = sums.tolist()
-        return result
+        sums: list[float] = self.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
+        return sums
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over the ranks, in place, without waiting for a GPU."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
 
     def all_true(self, value: bool) -> bool:
         """Whether it holds on every rank."""

@@ -4,45 +4,230 @@ A scenario does many things in one process group, because each start of DeepSpee
 """
 
 import hashlib
+import math
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from dstrain.batch import Batch
+from dstrain.engine.deepspeed_engine import SETTING, TrainEngine
+from dstrain.engine.shard_file import read_shard, write_shard
+from dstrain.errors import CheckpointError, TrainingError
+from dstrain.models.encoder_decoder import EncoderDecoder
+from dstrain.models.portable import load_portable, to_portable
+from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
-from tests.parallel.setting import build_engine, build_module, share
+from dstrain.protocols import LossOutput
+from tests.parallel.setting import EOS, build_engine, build_module, collate, num_targets, padded, sentences, share
+
+Report = dict[str, Any]
 
 
-def curves(world: World, *, runs: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def curves(world: World, *, runs: list[dict[str, Any]]) -> list[list[Report]]:
     """The reports of each run; a run is its options, with `steps` and `parts`."""
     return [curve(world, **run) for run in runs]
 
 
-def curve(world: World, *, steps: int, parts: int, **options: Any) -> list[dict[str, Any]]:
+def curve(world: World, *, steps: int, parts: int, **options: Any) -> list[Report]:
     """The reports of one run from the first step on."""
     engine = build_engine(world, build_module(), **options)
-    return [asdict(engine.train_step(*share(step, world, parts))) for step in range(steps)]
+    reports = [asdict(engine.train_step(*share(step, world, parts))) for step in range(steps)]
+    engine.close()
+    return reports
 
 
-def resumed(world: World, *, shards: str, deepspeed: str, reader: str | None = None) -> dict[str, Any]:
+def resumed(world: World, *, shards: str, deepspeed: str, reader: str | None = None, precision: str = "fp32") -> Report:
     """Six steps at once, and three steps saved and continued by another engine; dropout and averaging are on."""
-    options = {"ema": {"decay": 0.7}, "optimizer": {"kind": "adamw", "weight_decay": 0.1}}
-    straight = build_engine(world, build_module(dropout=0.3), deepspeed=deepspeed, **options)
-    writer = build_engine(world, build_module(dropout=0.3), deepspeed=deepspeed, **options)
-    reader_engine = build_engine(world, build_module(dropout=0.3), deepspeed=reader or deepspeed, **options)
+    options = {"ema": {"decay": 0.7}, "optimizer": {"kind": "adamw", "weight_decay": 0.1}, "precision": precision}
+    engines = [build_engine(world, build_module(dropout=0.3), deepspeed=name, **options) for name in (deepspeed, deepspeed)]
+    straight, writer = engines
     expected = [asdict(straight.train_step(*share(step, world, 4))) for step in range(6)]
-    before = [asdict(writer.train_step(*share(step, world, 4))) for step in range(3)]
+    found = [asdict(writer.train_step(*share(step, world, 4))) for step in range(3)]
     writer.save_shards(Path(shards))
     world.barrier()
-    reader_engine.load_shards(Path(shards))
-    after = [asdict(reader_engine.train_step(*share(step, world, 4))) for step in range(3, 6)]
+    continued = build_engine(world, build_module(dropout=0.3), deepspeed=reader or deepspeed, **options)
+    continued.load_shards(Path(shards))
+    found += [asdict(continued.train_step(*share(step, world, 4))) for step in range(3, 6)]
     return {
         "expected": expected,
-        "found": before + after,
+        "found": found,
         "expected_weights": [digest(straight.gather_weights(averaged=averaged)) for averaged in (False, True)],
-        "found_weights": [digest(reader_engine.gather_weights(averaged=averaged)) for averaged in (False, True)],
+        "found_weights": [digest(continued.gather_weights(averaged=averaged)) for averaged in (False, True)],
     }
+
+
+def refused(world: World, *, shards: str) -> dict[str, str]:
+    """What engines of other settings say about the shards of ZeRO-1; nothing where they take them."""
+    directory = Path(shards)
+    writer = build_engine(world, build_module(), deepspeed="zero1")
+    writer.save_shards(directory)
+    world.barrier()
+
+    def answer(**options: Any) -> str:
+        return error_of(partial(build_engine(world, build_module(), **options).load_shards, directory))
+
+    said = {
+        "itself": answer(deepspeed="zero1"),
+        "stage 2": answer(deepspeed="zero2"),
+        "stage 3": answer(deepspeed="zero3"),
+        "bf16": answer(deepspeed="zero1", precision="bf16"),
+        "average": answer(deepspeed="zero1", ema={"decay": 0.9}),
+    }
+    shard = directory / "shard_00001.pt"
+    if world.rank == 1:
+        shard.write_bytes(shard.read_bytes()[:1000])
+    said["damaged"] = error_of(partial(writer.load_shards, directory))
+    if world.rank == 0:
+        write_shard(directory / SETTING, {**read_shard(directory / SETTING), "world_size": 4})
+    world.barrier()
+    return {**said, "ranks": error_of(partial(writer.load_shards, directory))}
+
+
+def error_of(action: Callable[[], object]) -> str:
+    """The message of the error that the action raises."""
+    try:
+        action()
+    except (CheckpointError, TrainingError) as error:
+        return str(error)
+    return ""
+
+
+def views(world: World, *, deepspeed: str) -> Report:
+    """The weights as others see them, against a plain loop and a plain model."""
+    engine = build_engine(world, build_module(dropout=0.3), deepspeed=deepspeed, ema={"decay": 0.8, "start_step": 2})
+    average: dict[str, Tensor] = {}
+    for step in range(5):
+        engine.train_step(*share(step, world, 2))
+        now = whole(world, engine, averaged=False)
+        keep = 0.8 if step + 1 > 2 else 0.0
+        average = {name: keep * average.get(name, value) + (1 - keep) * value for name, value in now.items()}
+    kept = whole(world, engine, averaged=True)
+    batch = collate(sentences(99))
+    result = {
+        "average_error": max(float((kept[name] - average[name]).abs().max()) for name in average),
+        "moved": max(float((kept[name] - now[name]).abs().max()) for name in now),
+        "names": sorted(now) == sorted(to_portable(build_module().model)),
+        "loss": float(engine.evaluate(batch).loss_sum),
+        "plain_loss": plain_loss(now, batch),
+        "plain_average_loss": plain_loss(kept, batch),
+        "generation_error": generation_error(world, engine, now, averaged=False),
+        "average_generation_error": generation_error(world, engine, kept, averaged=True),
+        "training": engine.module.training,
+    }
+    with engine.averaged_weights():
+        result["average_loss"] = float(engine.evaluate(batch).loss_sum)
+    result["loss_afterwards"] = float(engine.evaluate(batch).loss_sum)
+    result["unchanged"] = digest(now) == digest(whole(world, engine, averaged=False))
+    return result
+
+
+def whole(world: World, engine: TrainEngine, *, averaged: bool) -> dict[str, Tensor]:
+    """The engine's weights on every rank."""
+    weights = world.broadcast_object(engine.gather_weights(averaged=averaged))
+    assert weights is not None
+    return weights
+
+
+def plain_loss(weights: dict[str, Tensor], batch: Batch) -> float:
+    """The loss sum of a plain model with these weights."""
+    module = build_module().eval()
+    load_portable(module.model, weights)
+    with torch.no_grad():
+        return float(module(batch).loss_sum)
+
+
+def generation_error(world: World, engine: TrainEngine, weights: dict[str, Tensor], *, averaged: bool) -> float:
+    """Largest difference of logits to a plain model; every rank takes another number of decoder steps."""
+    plain = build_module().eval().model
+    load_portable(plain, weights)
+    with engine.generation_model(averaged=averaged) as model:
+        found, expected = (decode(candidate, steps=1 + 2 * world.rank) for candidate in (model, plain))
+    return float((found - expected).abs().max())
+
+
+@torch.no_grad()
+def decode(model: EncoderDecoder, *, steps: int) -> Tensor:
+    """Logits of feeding EOS and then always the same token."""
+    source = padded([source for source, _ in sentences(5)[:3]], 1)
+    state = model.start(source, num_sentences=3, rows_per_sentence=1, max_length=8)
+    inputs = [EOS] + [7] * (steps - 1)
+    return torch.cat([model.step(torch.full((3, 1), token), state) for token in inputs], dim=1)
+
+
+class Poison(torch.autograd.Function):
+    """The identity, with a gradient that is not a number."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * math.nan
+
+
+class Faulty(TrainModule):
+    """A module whose loss or gradient becomes not a number when it is told so."""
+
+    fault = ""
+
+    def forward(self, batch: Batch) -> LossOutput:
+        output = super().forward(batch)
+        if self.fault == "gradient":
+            return output._replace(loss_sum=Poison.apply(output.loss_sum))
+        return output._replace(loss_sum=output.loss_sum * math.nan) if self.fault == "loss" else output
+
+
+def guarded(world: World, *, deepspeed: str, precision: str, fault: str) -> Report:
+    """One good step, then one with a fault on the last rank alone."""
+    plain = build_module()
+    module = Faulty(plain.model, plain.objective)
+    engine = build_engine(world, module, deepspeed=deepspeed, precision=precision)
+    engine.train_step(*share(0, world, 4))
+    before = digest(engine.gather_weights(averaged=False))
+    module.fault = fault if world.rank == world.world_size - 1 else ""
+    error = error_of(partial(engine.train_step, *share(1, world, 4)))
+    return {"error": error, "step": engine.step, "unchanged": before == digest(engine.gather_weights(averaged=False))}
+
+
+def empty_micro_batches(world: World, *, deepspeed: str) -> Report:
+    """Two steps with and without micro-batches that hold nothing."""
+    lean, padded_out = (build_engine(world, build_module(), deepspeed=deepspeed) for _ in range(2))
+    reports: dict[str, list[Report]] = {"without": [], "with": []}
+    for step in range(2):
+        batches, targets = share(step, world, 4)
+        reports["without"].append(asdict(lean.train_step(batches, targets)))
+        reports["with"].append(asdict(padded_out.train_step([batches[0], collate([]), *batches[1:], collate([])], targets)))
+    same = digest(lean.gather_weights(averaged=False)) == digest(padded_out.gather_weights(averaged=False))
+    return {**reports, "same_weights": same}
+
+
+def against_torch(world: World, *, deepspeed: str) -> Report:
+    """Eight steps of decoupled weight decay with clipping, by the engine and by a bare loop of torch's AdamW."""
+    optimizer = {"kind": "adamw", "weight_decay": 0.5, "learning_rate": 0.01, "eps": 1e-4}
+    engine = build_engine(world, build_module(), deepspeed=deepspeed, clip_norm=0.7, optimizer=optimizer)
+    module = build_module()
+    matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1]
+    vectors = [parameter for parameter in module.parameters() if parameter.ndim == 1]
+    groups = [{"params": matrices, "weight_decay": 0.5}, {"params": vectors, "weight_decay": 0.0}]
+    plain = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-4)
+    norms: list[list[float]] = []
+    for step in range(8):
+        pairs = sentences(step)
+        for group in plain.param_groups:
+            group["lr"] = 0.01 * min(step / 4, 1)
+        (module(collate(pairs)).loss_sum / num_targets(pairs)).backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), 0.7))
+        plain.step()
+        plain.zero_grad()
+        norms.append([engine.train_step(*share(step, world, 4)).grad_norm, norm])
+    found, expected = whole(world, engine, averaged=False), to_portable(module.model)
+    return {"norms": norms, "error": max(float((found[name] - expected[name]).abs().max()) for name in expected)}
 
 
 def digest(weights: dict[str, Tensor] | None) -> str | None:
@@ -50,3 +235,8 @@ def digest(weights: dict[str, Tensor] | None) -> str | None:
     if weights is None:
         return None
     return hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
+
+
+def several(world: World, *, scenarios: dict[str, list[Any]]) -> dict[str, Any]:
+    """Many scenarios in one process group: key -> name and arguments of each."""
+    return {key: globals()[name](world, **arguments) for key, (name, arguments) in scenarios.items()}

@@ -22,7 +22,7 @@ SENTENCES = 12
 
 def build_module(dropout: float = 0.0) -> TrainModule:
     """The same weights on every call."""
-    stack = StackConfig(depth=2, num_heads=2, ffn_dim=48)
+    stack = StackConfig(depth=1, num_heads=2, ffn_dim=48)
     config = EncoderDecoderConfig(
         model_dim=24, encoder=stack, decoder=stack, norm_order="pre", dropout=dropout, embedding=PlainEmbedding(tie="all")
     )

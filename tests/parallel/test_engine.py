@@ -1,0 +1,56 @@
+"""One engine under each ZeRO stage: weights as others see them, faults, empty micro-batches, torch's own loop."""
+
+from typing import Any
+
+import pytest
+
+
+def test_gathered_weights_are_those_that_train(ranks: list[dict[str, Any]]) -> None:
+    for views in (rank["views"] for rank in ranks):
+        assert views["names"]
+        assert views["plain_loss"] == pytest.approx(views["loss"], rel=1e-6)
+        assert views["training"]
+
+
+def test_average_equals_a_plain_loop(ranks: list[dict[str, Any]]) -> None:
+    for views in (rank["views"] for rank in ranks):
+        assert views["average_error"] < 1e-6
+        assert views["moved"] > 1e-3
+        assert views["average_loss"] == pytest.approx(views["plain_average_loss"], rel=1e-6)
+        assert views["average_loss"] != pytest.approx(views["loss"], rel=1e-3)
+
+
+def test_looking_at_the_average_changes_nothing(ranks: list[dict[str, Any]]) -> None:
+    for views in (rank["views"] for rank in ranks):
+        assert views["loss_afterwards"] == views["loss"]
+        assert views["unchanged"]
+
+
+def test_generation_sees_whole_weights_for_any_number_of_steps(ranks: list[dict[str, Any]]) -> None:
+    for views in (rank["views"] for rank in ranks):
+        assert views["generation_error"] < 1e-5
+        assert views["average_generation_error"] < 1e-5
+
+
+def test_empty_micro_batches_add_exactly_nothing(ranks: list[dict[str, Any]]) -> None:
+    for empty in (rank["empty"] for rank in ranks):
+        assert empty["with"] == empty["without"]
+        assert empty["same_weights"]
+
+
+def test_clipping_and_decay_groups_equal_torch(ranks: list[dict[str, Any]]) -> None:
+    for torch_loop in (rank["torch"] for rank in ranks):
+        found, expected = zip(*torch_loop["norms"], strict=True)
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert min(expected[1:]) < 0.7 < max(expected), "the clip must matter, and not always"
+        assert torch_loop["error"] < 1e-5
+
+
+@pytest.mark.parametrize("fault", ["loss", "gradient"])
+def test_a_fault_on_one_rank_stops_all_before_any_update(ranks: list[dict[str, Any]], fault: str) -> None:
+    for guard in (rank[fault] for rank in ranks):
+        assert guard["error"].startswith("step 2: ")
+        assert ("the loss is nan" if fault == "loss" else "gradient") in guard["error"]
+        assert "lower the learning rate" in guard["error"]
+        assert guard["step"] == 1
+        assert guard["unchanged"]

@@ -1,0 +1,38 @@
+"""Save after three steps, continue in another engine: the same reports and the same weights, bit for bit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel.launch import run_ranks
+
+
+def test_resume_is_bit_exact(ranks: list[dict[str, Any]]) -> None:
+    for resumed in (rank["resumed"] for rank in ranks):
+        assert resumed["found"] == resumed["expected"]
+        assert resumed["found_weights"] == resumed["expected_weights"]
+    weights, average = ranks[0]["resumed"]["found_weights"]
+    assert weights != average
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("writer", "reader"), [("zero1", "zero2"), ("zero2", "zero1")])
+def test_stages_1_and_2_read_each_other(writer: str, reader: str, tmp_path: Path) -> None:
+    for rank in run_ranks("resumed", 2, tmp_path, shards=str(tmp_path), deepspeed=writer, reader=reader):
+        for found, expected in zip(rank["found"], rank["expected"], strict=True):
+            assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+            assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+def test_what_does_not_fit_is_refused_on_every_rank_in_words(tmp_path: Path) -> None:
+    for said in run_ranks("refused", 2, tmp_path, shards=str(tmp_path)):
+        start = f"{tmp_path} was saved with "
+        assert said["stage 3"].startswith(f"{start}partitions = optimizer, but this run has partitions = parameters; resume with")
+        assert said["bf16"].startswith(
+            f"{start}precision = fp32, but this run has precision = bf16; resume with what it was saved"
+        )
+        assert said["average"].startswith(f"{start}moving_average = False, but this run has moving_average = True; ")
+        assert said["ranks"].startswith(f"{start}world_size = 4, but this run has world_size = 2; ")
+        assert said["damaged"].startswith(f"{tmp_path / 'shard_00001.pt'} cannot be read: ")
+        assert said["stage 2"] == said["itself"] == ""

@@ -1,0 +1,197 @@
+"""DeepSpeed's JSON: what is shipped works, what is wrong is named with its place and remedy."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dstrain.engine.config import EngineConfig
+from dstrain.engine.ds_config import DIRECTORIES, resolve_ds_config
+from dstrain.errors import RecipeError
+from tests.paths import ROOT
+
+SHIPPED = ["zero0", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+ZERO1: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+
+
+def write(directory: Path, content: Any) -> str:
+    path = directory / "file.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def message(directory: Path, content: Any, **engine: Any) -> str:
+    """What is said about the file, without its path."""
+    path = write(directory, content)
+    with pytest.raises(RecipeError) as error:
+        resolve_ds_config(EngineConfig(deepspeed=path, **engine), world_size=2)
+    lines = str(error.value).splitlines()
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    return "\n".join(line.removeprefix(f"{path}: ") for line in lines)
+
+
+def auto_values(content: Any) -> list[Any]:
+    if isinstance(content, dict):
+        return [found for value in content.values() for found in auto_values(value)]
+    return [content] if content == "auto" else []
+
+
+def test_these_files_are_shipped() -> None:
+    assert sorted(path.stem for directory in DIRECTORIES for path in directory.glob("*.json")) == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_shipped_files_resolve_without_auto(name: str, precision: Any) -> None:
+    if name == "zero0" and precision != "fp32":
+        pytest.skip("stage 0 trains in fp32 alone")
+    engine = EngineConfig(deepspeed=name, precision=precision, clip_norm=0.5)
+    resolved = resolve_ds_config(engine, world_size=3)
+    assert auto_values(resolved) == []
+    assert resolved["zero_optimization"]["stage"] == int(name[4])
+    assert resolved["gradient_clipping"] == 0.5
+    assert (resolved["bf16"]["enabled"], resolved["fp16"]["enabled"]) == (precision == "bf16", precision == "fp16")
+    assert (resolved["train_batch_size"], resolved["train_micro_batch_size_per_gpu"]) == (3, 1)
+    assert ("offload_optimizer" in resolved["zero_optimization"]) == name.endswith("offload")
+
+
+def test_clipping_is_explicit_even_where_the_file_is_silent(tmp_path: Path) -> None:
+    resolved = resolve_ds_config(EngineConfig(deepspeed=write(tmp_path, ZERO1)), world_size=1)
+    assert resolved["gradient_clipping"] == 0.0
+
+
+def test_values_of_the_file_arrive(tmp_path: Path) -> None:
+    content = {
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000, "stage3_param_persistence_threshold": 0},
+        "fp16": {"loss_scale_window": 50},
+        "gradient_clipping": 1.5,
+        "flops_profiler": {"enabled": True},
+    }
+    engine = EngineConfig(deepspeed=write(tmp_path, content), precision="fp16", clip_norm=1.5)
+    resolved = resolve_ds_config(engine, world_size=1)
+    assert resolved["zero_optimization"] == content["zero_optimization"]
+    assert resolved["fp16"] == {"enabled": True, "loss_scale_window": 50}
+    assert resolved["flops_profiler"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({**ZERO1, "gradient_cliping": 1.0}, "gradient_cliping: unknown key; did you mean gradient_clipping?"),
+        (
+            {"zero_optimization": {"stage": 1, "reduce_bucket_sise": 5}},
+            "zero_optimization.reduce_bucket_sise: unknown key; did you mean reduce_bucket_size?",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memry": True}}},
+            "zero_optimization.offload_optimizer.pin_memry: unknown key; did you mean pin_memory?",
+        ),
+        ({**ZERO1, "fp16": {"loss_scale_windw": 5}}, "fp16.loss_scale_windw: unknown key; did you mean loss_scale_window?"),
+        ({**ZERO1, "flops_profiler": {"xyz": 1}}, "flops_profiler.xyz: unknown key; valid: detailed, enabled, module_depth"),
+        (
+            {**ZERO1, "data_types": {"grad_accum_dtype": "fp32", "grad_accum_type": "fp32"}},
+            "data_types.grad_accum_type: unknown key; did you mean grad_accum_dtype?",
+        ),
+        ({**ZERO1, "optimizer": {"type": "AdamW"}}, "optimizer: not taken from this file; set the recipe's optimizer section"),
+        ({**ZERO1, "scheduler": {}}, "scheduler: not taken from this file; set the recipe's schedule section"),
+        ({**ZERO1, "checkpoint": {}}, "checkpoint: not taken from this file; set the recipe's checkpoint section"),
+        ({**ZERO1, "torch_autocast": {}}, "torch_autocast: not taken from this file; set engine.precision in the recipe"),
+        ({**ZERO1, "train_batch_size": 32}, "train_batch_size: not taken from this file; set batching.tokens_per_step in the"),
+        ({**ZERO1, "aio": {}}, "aio: not taken from this file; offloading to NVMe is not supported; offload to cpu"),
+        ({**ZERO1, "activation_checkpointing": {}}, "activation_checkpointing: not taken from this file; "),
+        ({"zero_optimization": {}}, "zero_optimization.stage: missing; give it a value"),
+        ({}, "zero_optimization: missing; give it a value"),
+        ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: should be 0, 1, 2 or 3, not 4"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "zero_optimization.offload_param.device: should be 'cpu' or 'none', not 'nvme'",
+        ),
+        ({"zero_optimization": {"stage": "auto"}}, "zero_optimization.stage: should be 0, 1, 2 or 3, not 'auto'"),
+        ([1], "the file holds no JSON object; see ds_configs/zero1.json"),
+    ],
+)
+def test_what_the_schema_refuses(content: Any, expected: str, tmp_path: Path) -> None:
+    found = message(tmp_path, content)
+    assert found.startswith(expected)
+    assert len(found.splitlines()) == 1
+
+
+def test_a_wrong_value_of_an_auto_key_is_one_message(tmp_path: Path) -> None:
+    found = message(tmp_path, {**ZERO1, "gradient_clipping": "always"})
+    assert found == "gradient_clipping: should be a valid number, unable to parse string as a number or 'auto', not 'always'"
+
+
+def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
+    found = message(tmp_path, {"zero_optimization": {"stage": 1, "a": 1}, "b": 2, "optimizer": {}})
+    assert [line.split(":")[0] for line in found.splitlines()] == ["zero_optimization.a", "b", "optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("content", "engine", "expected"),
+    [
+        ({**ZERO1, "gradient_clipping": 1.0}, {}, "gradient_clipping = 1.0, but the recipe has engine.clip_norm = 0.0; write"),
+        ({**ZERO1, "bf16": {"enabled": True}}, {}, "bf16.enabled = true, but the recipe has engine.precision = fp32; write"),
+        (
+            {**ZERO1, "fp16": {"enabled": False}},
+            {"precision": "fp16"},
+            "fp16.enabled = false, but the recipe has engine.precision = fp16; write",
+        ),
+        ({**ZERO1, "gradient_accumulation_steps": 4}, {}, "gradient_accumulation_steps = 4: micro-batches are made of tokens;"),
+        ({**ZERO1, "train_micro_batch_size_per_gpu": 8}, {}, "train_micro_batch_size_per_gpu = 8: micro-batches are made of"),
+        (
+            {"zero_optimization": {"stage": 0}},
+            {"precision": "bf16"},
+            "zero_optimization.stage = 0 cannot train in bf16: DeepSpeed's unpartitioned 16-bit optimizer counts a step too "
+            "many, which bends the loss curve; use zero1, which needs less memory too",
+        ),
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            {},
+            "zero_optimization.offload_optimizer: stage 0 offloads nothing; use stage 1, 2 or 3",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            {},
+            "zero_optimization.offload_param: parameters are offloaded by stage 3 alone, not 2",
+        ),
+        (
+            {**ZERO1, "data_types": {"grad_accum_dtype": "fp32"}},
+            {"precision": "bf16"},
+            "data_types.grad_accum_dtype = fp32 does not work with engine.precision = bf16 under stage 1; leave it out",
+        ),
+    ],
+)
+def test_what_contradicts_the_recipe(content: Any, engine: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    assert message(tmp_path, content, **engine).startswith(expected)
+
+
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    text = '{"zero_optimization": {"stage": 1, "stage": 2}}'
+    assert message(tmp_path, text) == "stage stands twice in one section; keep one"
+
+
+def test_a_file_that_is_no_json(tmp_path: Path) -> None:
+    assert message(tmp_path, '{"zero_optimization": ').startswith("not a readable JSON file: Expecting value: line 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("zero", "engine.deepspeed: no DeepSpeed configuration 'zero'; did you mean zero"),
+        ("mine", "engine.deepspeed: no DeepSpeed configuration 'mine'; valid: zero0, zero1, "),
+        ("mine.json", "engine.deepspeed: no file mine.json; give a path to a DeepSpeed JSON file, or one of zero0, "),
+    ],
+)
+def test_a_name_that_is_not_there(name: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        resolve_ds_config(EngineConfig(deepspeed=name), world_size=1)
+    assert str(error.value).startswith(expected)
+
+
+def test_checking_loads_no_torch() -> None:
+    code = "import dstrain.engine.ds_config, sys; print([m for m in ('torch', 'deepspeed', 'numpy') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == "[]"
