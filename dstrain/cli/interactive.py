@@ -26,10 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, answer, flush, until the input ends."""
-    from dstrain.generation.files import STANDARD_INPUT, decode_line
+    from dstrain.generation.files import STANDARD_INPUT, decode_line, standard_output
     from dstrain.generation.formats import Answer
 
     at_terminal = sys.stdin.isatty()
+    out = standard_output()
     try:
         model, config, render = load_translator(args)
         number = 0
@@ -43,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
                     raise
                 logger.error("%s", error)
                 continue
-            sys.stdout.write(render(Answer(number, line, hypotheses)))
-            sys.stdout.flush()
+            out.write(render(Answer(number, line, hypotheses)))
+            out.flush()
     except KeyboardInterrupt:
         pass
     if at_terminal:

@@ -7,11 +7,12 @@ in OUTPUT.partial. Input ends a line at "\\n" and nowhere else; "\\r" before it 
 from __future__ import annotations
 
 import gzip
+import io
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
@@ -41,26 +42,36 @@ def translate_file(
     file with as many lines. DataError: a missing file, invalid UTF-8, a NUL, or a reference of another length.
     """
     lines = tokens = 0
-    references = None if reference is None else read_chunks(reference, chunk_lines)
     with open_output(output) as out:
         try:
-            for chunk in read_chunks(source, chunk_lines):
-                wanted = [None] * len(chunk) if references is None else next(references, [])
-                if len(wanted) != len(chunk):
-                    raise DataError(f"{reference} ends after line {lines + len(wanted)}, {source} goes on; give a line for each")
+            for chunk, references in paired_chunks(source, reference, chunk_lines):
                 found = translate(chunk, lines + 1)
-                for number, (line, hypotheses, known) in enumerate(zip(chunk, found, wanted, strict=True), lines + 1):
+                for number, (line, hypotheses, known) in enumerate(zip(chunk, found, references, strict=True), lines + 1):
                     out.write(render(Answer(number, line, hypotheses, known)))
                     tokens += sum(len(hypothesis.tokens) for hypothesis in hypotheses)
                 out.flush()
                 lines += len(chunk)
-            if references is not None and next(references, None):
-                raise DataError(f"{reference} goes on after line {lines}, {source} ends; give a line for each")
         except BaseException:
-            if output != STANDARD:
+            if lines and output != STANDARD:
                 logger.error("stopped; the answers to the first %d lines are kept in %s", lines, partial_path(output))
             raise
     return lines, tokens
+
+
+def paired_chunks(source: str, reference: str | None, chunk_lines: int) -> Iterator[tuple[list[str], list[str] | list[None]]]:
+    """The lines of `source`, some at a time, with the same lines of `reference`, None without one."""
+    if reference is None:
+        yield from ((chunk, [None] * len(chunk)) for chunk in read_chunks(source, chunk_lines))
+        return
+    done = 0
+    nothing: list[str] = []
+    for chunk, known in zip_longest(read_chunks(source, chunk_lines), read_chunks(reference, chunk_lines), fillvalue=nothing):
+        if len(chunk) != len(known):
+            short, long = (source, reference) if len(chunk) < len(known) else (reference, source)
+            end = done + min(len(chunk), len(known))
+            raise DataError(f"{short} ends after line {end}, {long} goes on; give one reference for each line")
+        yield chunk, known
+        done += len(chunk)
 
 
 def read_chunks(path: str, chunk_lines: int) -> Iterator[list[str]]:
@@ -105,7 +116,7 @@ def open_input(path: str) -> Iterator[BinaryIO]:
 def open_output(path: str) -> Iterator[TextIO]:
     """Standard output for `-`; else a file that is renamed to `path` when the block ends well. DataError where that fails."""
     if path == STANDARD:
-        yield sys.stdout
+        yield standard_output()
         sys.stdout.flush()
         return
     partial = partial_path(path)
@@ -116,6 +127,16 @@ def open_output(path: str) -> Iterator[TextIO]:
         partial.replace(path)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --output") from error
+    finally:
+        if partial.is_file() and partial.stat().st_size == 0:
+            partial.unlink()
+
+
+def standard_output() -> TextIO:
+    """Standard output in UTF-8, whatever the locale."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="\n")
+    return sys.stdout
 
 
 def partial_path(path: str) -> Path:

@@ -227,7 +227,7 @@ def test_a_sentence_of_nan_has_no_hypothesis_and_does_not_touch_the_others() -> 
     model = ToyModel(25, seed=7)
     sources = random_sources(3, 24)
     alone = search(model, sources[::2], BeamSearchConfig(beam_size=3), [6, 6])
-    model.embedding[24] = math.nan
+    model.source_embedding[24] = math.nan
     found = search(model, [sources[0], [24, EOS], sources[2]], BeamSearchConfig(beam_size=3), [6, 6, 6])
     assert found[1] == []
     assert_same(found[0], alone[0])

@@ -33,13 +33,14 @@ class ToyModel:
     def __init__(self, vocab_size: int, *, seed: int = 0, sharpness: float = 2.0) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.embedding = torch.randn(vocab_size, DIM, generator=generator)
+        self.source_embedding = self.embedding.clone()
         self.recurrent = torch.randn(DIM, DIM, generator=generator) * 0.7
         self.output = torch.randn(vocab_size, DIM, generator=generator) * sharpness
         self.steps: list[int] = []
 
     def encode(self, source: Sequences) -> Tensor:
         real = torch.arange(source.tokens.shape[1]) < source.lengths[:, None]
-        return (self.embedding[source.tokens] * real[:, :, None]).sum(1).tanh()
+        return (self.source_embedding[source.tokens] * real[:, :, None]).sum(1).tanh()
 
     def next_hidden(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         return (hidden @ self.recurrent + self.embedding[tokens]).tanh()

@@ -1,0 +1,190 @@
+"""The verbs generate and interactive, through the command line."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dstrain.api import load
+from dstrain.cli.main import main
+from tests.paths import ROOT
+from tests.unit.generation.small_bundle import SENTENCES, make_bundle
+
+TEXT = "\n".join(SENTENCES) + "\n"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("verbs") / "bundle")
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "in.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def feed(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+def generate(bundle: Path, *words: str | Path) -> int:
+    return main(["generate", str(bundle), *map(str, words)])
+
+
+def test_generate_writes_what_the_python_door_finds(
+    bundle: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.txt"
+    assert generate(bundle, "--input", source, "--output", output, "--beam-size", "3", "--length-penalty", "0.2") == 0
+    expected = load(bundle).generate(SENTENCES, beam_size=3, length_penalty=0.2)
+    assert output.read_text().splitlines() == [hypotheses[0].text for hypotheses in expected]
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"{len(SENTENCES)} lines, " in captured.err
+    assert "lines/s" in captured.err
+
+
+def test_generate_reads_and_writes_the_standard_streams(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, TEXT.encode())
+    assert generate(bundle, "--format", "jsonl", "--num-best", "3", "--no-repeat-ngram", "1", "--max-length-ratio", "0.5") == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = load(bundle).generate(SENTENCES, num_best=3, no_repeat_ngram=1, max_length_ratio=0.5)
+    assert [answer["line"] for answer in answers] == list(range(1, len(SENTENCES) + 1))
+    assert [[h["text"] for h in answer["hypotheses"]] for answer in answers] == [[h.text for h in hs] for hs in expected]
+    assert [answer["source"] for answer in answers] == SENTENCES
+
+
+def test_generate_samples(bundle: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = []
+    for seed in ("5", "5", "6"):
+        assert generate(bundle, "--input", source, "--sampling", "--top-k", "9", "--top-p", "0.95", "--seed", seed) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert len(outputs[0].splitlines()) == len(SENTENCES)
+
+
+def test_generate_in_fairseq_lines_with_references(bundle: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(bundle, "--input", source, "--reference", source, "--format", "fairseq", "--threads", "1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("-")[0] for line in lines] == list("STHDP") * len(SENTENCES)
+    assert [line for line in lines if line.startswith("T-3")] == [f"T-3\t{SENTENCES[3]}"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--num-best", "2"], "format text has one line per input, but num_best = 2"),
+        (["--beam-size", "0"], "generation options: beam_size: input should be greater than 0, not 0"),
+        (["--top-k", "3"], "generation options: top_k: unknown key"),
+        (["--input", "nowhere.en"], "nowhere.en: No such file or directory"),
+        (["--reference", "nowhere.de"], "nowhere.de: No such file or directory"),
+        (["--device", "cuda:9"], "device cuda:9: no GPU is visible here"),
+    ],
+)
+def test_generate_explains_mistakes(
+    bundle: Path, source: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(bundle, "--input", source, *words) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+
+
+def test_a_long_line_is_refused_by_number_and_cut_on_request(
+    bundle: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.txt"
+    source.write_text(TEXT + "one " * 30 + "\n")
+    assert generate(bundle, "--input", source, "--output", output) == 1
+    assert f"source line {len(SENTENCES) + 1} has 31 tokens" in capsys.readouterr().err
+    assert not output.exists()
+    assert generate(bundle, "--input", source, "--output", output, "--truncate") == 0
+    assert "1 of 8 source lines cut to the model's 16 tokens" in capsys.readouterr().err
+    assert len(output.read_text().splitlines()) == len(SENTENCES) + 1
+
+
+def test_generate_without_a_tokenizer_says_so(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(make_bundle(tmp_path / "bare", with_tokenizers=False), "--input", source) == 1
+    assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_interactive_answers_every_line_of_a_pipe(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, TEXT.encode().removesuffix(b"\n"))
+    assert main(["interactive", str(bundle), "--beam-size", "2"]) == 0
+    captured = capsys.readouterr()
+    expected = load(bundle).generate(SENTENCES, beam_size=2)
+    assert captured.out.splitlines() == [hypotheses[0].text for hypotheses in expected]
+    assert ">" not in captured.err
+
+
+def test_interactive_stops_at_a_fault_in_a_pipe(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    feed(monkeypatch, b"one\n\xff\ntwo\n")
+    assert main(["interactive", str(bundle)]) == 1
+    captured = capsys.readouterr()
+    assert len(captured.out.splitlines()) == 1
+    assert "standard input:2: invalid UTF-8" in captured.err
+
+
+def test_output_is_utf8_in_any_locale(bundle: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dstrain", "generate", str(bundle), "--device", "cpu", "--format", "fairseq"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, input="fünf\n".encode(), capture_output=True, cwd=ROOT, env=environment, check=True)
+    assert result.stdout.decode().splitlines()[0] == "S-0\tfünf"
+
+
+def start_interactive(bundle: Path, stdin: int) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "dstrain", "interactive", str(bundle), "--device", "cpu", "--threads", "1"]
+    return subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+
+
+def read_line(process: subprocess.Popen[bytes], timeout: float = 60) -> str:
+    assert process.stdout is not None
+    ready, _, _ = select.select([process.stdout], [], [], timeout)
+    assert ready, "no answer while the input is still open"
+    return process.stdout.readline().decode()
+
+
+def test_interactive_answers_at_once_in_a_pipe(bundle: Path) -> None:
+    process = start_interactive(bundle, subprocess.PIPE)
+    assert process.stdin is not None
+    expected = load(bundle).generate(["one two", "three"])
+    for line, hypotheses in zip([b"one two\n", b"\n", b"three\n"], [expected[0], None, expected[1]], strict=True):
+        process.stdin.write(line)
+        process.stdin.flush()
+        assert read_line(process) == ("" if hypotheses is None else hypotheses[0].text) + "\n"
+    _, message = process.communicate(timeout=30)
+    assert (process.returncode, message) == (0, b"")
+
+
+def test_interactive_on_a_terminal_prompts_survives_a_fault_and_leaves_quietly(bundle: Path) -> None:
+    terminal, stdin = pty.openpty()
+    process = start_interactive(bundle, stdin)
+    os.write(terminal, b"one two\n")
+    assert read_line(process) == load(bundle).generate(["one two"])[0][0].text + "\n"
+    os.write(terminal, b"one " * 30 + b"\n")
+    os.write(terminal, b"three\n")
+    assert read_line(process) == load(bundle).generate(["three"])[0][0].text + "\n"
+    os.write(terminal, b"\x04")  # Ctrl-D
+    _, message = process.communicate(timeout=30)
+    os.close(terminal)
+    os.close(stdin)
+    assert process.returncode == 0
+    assert message.count(b"> ") == 4
+    assert b"source line 2 has 31 tokens" in message
+    assert b"Traceback" not in message

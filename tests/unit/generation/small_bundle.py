@@ -1,0 +1,44 @@
+"""A bundle of a random tiny model that reads and writes words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dstrain.checkpoint.bundle import save_bundle
+from dstrain.data.tokenizer import DictionaryTokenizer, TokenizerPair
+from dstrain.models.config import EncoderDecoderConfig, StackConfig, VocabularySizes
+from dstrain.models.factory import build_model
+from dstrain.models.portable import to_portable
+
+WORDS = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn", "elf", "zwölf"]
+NAMES = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"]
+SENTENCES = ["one two three", "", "four", "ten nine eight seven six five four three two one", "   ", "five five", "unheard words"]
+
+
+def dictionary(words: list[str]) -> DictionaryTokenizer:
+    return DictionaryTokenizer("".join(f"{word} 1\n" for word in words).encode())
+
+
+def make_bundle(
+    directory: Path, *, recipe: Mapping[str, Any] | None = None, with_tokenizers: bool = True, max_length: int = 16
+) -> Path:
+    """Source words are English numbers, target words German ones."""
+    pair = TokenizerPair(dictionary(NAMES), dictionary(WORDS))
+    vocabulary = VocabularySizes(source=pair.source.vocab_size, target=pair.target.vocab_size)
+    stack = StackConfig(depth=2, num_heads=2, ffn_dim=32)
+    config = EncoderDecoderConfig(
+        model_dim=16, encoder=stack, decoder=stack, norm_order="pre", max_source_length=max_length, max_target_length=max_length
+    )
+    weights = to_portable(build_model(config, vocabulary, seed=3))
+    weights = {name: weight * 4 if "projection" in name else weight for name, weight in weights.items()}
+    save_bundle(
+        directory,
+        model_config=config,
+        vocabulary=vocabulary,
+        weights=weights,
+        tokenizers=pair if with_tokenizers else None,
+        recipe=recipe,
+    )
+    return directory

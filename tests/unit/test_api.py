@@ -1,0 +1,164 @@
+"""The Python door: generate, score, logits, and what it says when something does not fit."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dstrain.api import Model, load
+from dstrain.batch import Sequences
+from dstrain.errors import BundleError, DataError, DstrainError, RecipeError
+from dstrain.generation.config import BeamSearchConfig, SamplingConfig
+from dstrain.generation.padding import pad
+from tests.unit.generation.small_bundle import SENTENCES, WORDS, make_bundle
+
+RECIPE = {"generation": {"kind": "beam", "beam_size": 3, "length_penalty": 0.4, "max_length_offset": 2, "num_best": 2}}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp("api") / "bundle", recipe=RECIPE)
+
+
+@pytest.fixture(scope="module")
+def model(directory: Path) -> Model:
+    return load(directory)
+
+
+def test_every_sentence_has_hypotheses_with_text_tokens_and_scores(model: Model) -> None:
+    found = model.generate(SENTENCES, beam_size=5, num_best=4)
+    assert len(found) == len(SENTENCES)
+    for sentence, hypotheses in zip(SENTENCES, found, strict=True):
+        assert len(hypotheses) == (4 if sentence.strip() else 1)
+        for hypothesis in hypotheses:
+            assert hypothesis.tokens[-1] == model.tokenizer.target.eos_id
+            assert len(hypothesis.tokens) == len(hypothesis.token_scores)
+            assert hypothesis.text == " ".join(model.tokenizer.target.tokens(hypothesis.tokens[:-1]))
+        assert [h.score for h in hypotheses] == sorted((h.score for h in hypotheses), reverse=True)
+    assert found[1][0].text == found[4][0].text == ""
+    assert found[1][0].score == 0.0
+    assert found[0][0].text
+
+
+def test_a_sentence_means_the_same_alone_and_in_company(model: Model) -> None:
+    together = model.generate(SENTENCES, max_tokens=30)
+    for sentence, hypotheses in zip(SENTENCES, together, strict=True):
+        (alone,) = model.generate([sentence])
+        assert [h.text for h in alone] == [h.text for h in hypotheses]
+        assert [h.score for h in alone] == pytest.approx([h.score for h in hypotheses], rel=1e-5)
+
+
+def test_forced_scores_equal_search_scores(model: Model) -> None:
+    """The search goes step by step with a cache, the forced score is one pass over whole sequences."""
+    sentences = [sentence for sentence in SENTENCES if sentence.strip()]
+    for hypotheses in zip(*model.generate(sentences, beam_size=4, num_best=3), strict=True):
+        scored = model.score(sentences, [h.text for h in hypotheses])
+        for searched, forced in zip(hypotheses, scored, strict=True):
+            if all(token > 3 for token in searched.tokens[:-1]):
+                assert forced.tokens == searched.tokens
+                assert forced.score == pytest.approx(searched.score, rel=1e-5)
+                assert forced.token_scores == pytest.approx(searched.token_scores, rel=1e-4, abs=1e-5)
+
+
+def test_scores_follow_the_length_penalty(model: Model) -> None:
+    (normalized,) = model.score(["one two"], ["eins zwei drei"], length_penalty=1.0)
+    (total,) = model.score(["one two"], ["eins zwei drei"], length_penalty=0.0)
+    assert normalized.score == pytest.approx(total.score / 4, rel=1e-6)
+    assert total.score == pytest.approx(sum(total.token_scores), rel=1e-6)
+
+
+def test_logits_are_those_of_the_model_without_padding(model: Model) -> None:
+    sources = [[5, 6, 7, 2], [8, 2], [9, 10, 11, 12, 13, 14, 2]]
+    inputs = [[2, 4], [2, 5, 6, 7, 8], [2]]
+    found = model.logits(sources, inputs)
+    for source, row, logits in zip(sources, inputs, found, strict=True):
+        assert logits.dtype == np.float32
+        assert logits.shape == (len(row), len(WORDS) + 4)
+        with torch.no_grad():
+            output = model.bundle.model(Sequences(*pad([source], 1)), Sequences(*pad([row], 1)))
+            expected = model.bundle.model.project(output.hidden)[0].numpy()
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_recipe_in_the_bundle_gives_the_defaults(model: Model) -> None:
+    config = model.generation_config({})
+    assert isinstance(config, BeamSearchConfig)
+    assert (config.beam_size, config.length_penalty, config.num_best) == (3, 0.4, 2)
+    assert model.generation_config({"beam_size": 7, "seed": None}).num_best == 2
+    assert len(model.generate(["one"])[0]) == 2
+
+
+def test_sampling_keeps_what_both_methods_share(model: Model) -> None:
+    config = model.generation_config({"kind": "sampling", "top_k": 4})
+    assert isinstance(config, SamplingConfig)
+    assert (config.top_k, config.length_penalty, config.num_best) == (4, 0.4, 2)
+    one, same, other = (model.generate(["one two three"], kind="sampling", num_best=4, seed=seed) for seed in (1, 1, 2))
+    assert one == same
+    assert one != other
+
+
+def test_without_a_recipe_the_configuration_has_its_own_defaults(tmp_path: Path) -> None:
+    model = load(make_bundle(tmp_path / "bundle"))
+    assert model.generation_config({}) == BeamSearchConfig()
+
+
+def test_every_option_of_both_methods_can_be_given(model: Model) -> None:
+    fields = (BeamSearchConfig.model_fields.keys() | SamplingConfig.model_fields.keys()) - {"score"}
+    assert fields <= set(inspect.signature(model.generate).parameters)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beam_size": 0}, "beam_size: input should be greater than 0, not 0"),
+        ({"num_best": 9, "beam_size": 4}, "num_best = 9 exceeds beam_size = 4; raise beam_size"),
+        ({"top_k": 5}, "top_k: unknown key"),
+        ({"kind": "sampling", "beam_size": 5}, "beam_size: unknown key"),
+        ({"kind": "sampling", "top_p": 1.5}, "top_p: input should be less than or equal to 1, not 1.5"),
+    ],
+)
+def test_a_wrong_option_is_explained(model: Model, options: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match="generation options: ") as caught:
+        model.generate(["one"], **options)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+def test_a_long_sentence_is_refused_or_cut(model: Model) -> None:
+    long = " ".join(["one"] * 40)
+    with pytest.raises(DataError, match=r"source line 2 has 41 tokens .* reads at most 16"):
+        model.generate(["two", long])
+    cut = model.generate([long], truncate_source=True)
+    assert cut[0][0].text == model.generate([" ".join(["one"] * 15)])[0][0].text
+    with pytest.raises(DataError, match=r"target line 1 has 41 tokens"):
+        model.score(["one"], [long])
+
+
+def test_unequal_numbers_of_lines_are_refused(model: Model) -> None:
+    with pytest.raises(DataError, match="2 sources but 1 targets; give one target for each source"):
+        model.score(["one", "two"], ["eins"])
+    with pytest.raises(DataError, match="1 sources but 2 targets"):
+        model.logits([[5, 2]], [[2], [2]])
+
+
+def test_a_bundle_without_tokenizer_still_gives_logits(tmp_path: Path) -> None:
+    model = load(make_bundle(tmp_path / "bundle", with_tokenizers=False))
+    assert model.logits([[5, 2]], [[2, 4]])[0].shape == (2, 16)
+    with pytest.raises(BundleError, match="has no tokenizer, so it reads no text"):
+        model.generate(["one"])
+
+
+def test_a_device_that_is_not_there_is_named(directory: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    with pytest.raises(DstrainError, match="device cuda: no GPU is visible here; use cpu or auto"):
+        load(directory, device="cuda")
+    assert load(directory, device="auto").device == "cpu"
+
+
+def test_nothing_that_is_no_bundle_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="is not a bundle"):
+        load(tmp_path)
