@@ -75,7 +75,7 @@ def restore_directories(parent: Path) -> None:
 
 
 def together(ranks: Ranks, kind: type[DstrainError], doing: str, action: Callable[[], R]) -> R:
-    """Run `action`, which is not collective at its end, on every rank; where one fails, all raise the same error.
+    """Run `action` on every rank; where it fails on one, all raise the same error.
 
     Without this a rank with a full disk would leave while the others wait for it for ever. Raises the failing rank's own
     DstrainError, or `kind` with a sentence that begins with `doing`.

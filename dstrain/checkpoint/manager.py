@@ -20,16 +20,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dstrain.checkpoint.files import sha256, sync, together, write_durably
 from dstrain.errors import CheckpointError
 from dstrain.log import logger
 from dstrain.protocols import Ranks, Shardable
 
+R = TypeVar("R")
 FORMAT = 1
 MANIFEST = "manifest.json"
 POINTER = "latest"
@@ -78,13 +80,12 @@ class CheckpointManager:
         aside = final.with_name(final.name + ".tmp")
         doing = f"saving {final}"
         try:
-            together(self.ranks, CheckpointError, doing, lambda: self._first(lambda: _make_empty(aside)))
-            together(self.ranks, CheckpointError, doing, lambda: engine.save_shards(aside))
-            entries = together(self.ranks, CheckpointError, doing, lambda: self._seal(aside))
+            self._on_first_rank(doing, partial(_make_empty, aside))
+            self._on_all_ranks(doing, partial(engine.save_shards, aside))
+            entries = self._on_all_ranks(doing, partial(_seal, aside, self.ranks))
             gathered = self.ranks.gather_objects(entries)
             manifest = {"format": FORMAT, "step": step, "world_size": self.ranks.world_size, "state": dict(state)}
-            publish = lambda: _publish(aside, final, manifest, gathered)  # noqa: E731
-            together(self.ranks, CheckpointError, doing, lambda: self._first(publish))
+            self._on_first_rank(doing, partial(_publish, aside, final, manifest, gathered))
         except CheckpointError as error:
             if self.ranks.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -92,7 +93,7 @@ class CheckpointManager:
             raise CheckpointError(f"{error}; {kept}; make room or mend the disk, then start again to resume") from error
         self.latest = final
         self._damaged.discard(final.name)
-        self._first(self._prune)
+        self._on_first_rank(f"removing old checkpoints in {self.directory}", self._prune)
         return final
 
     def load_latest(self, engine: Shardable) -> Checkpoint | None:
@@ -100,7 +101,7 @@ class CheckpointManager:
 
         Raises CheckpointError where checkpoints exist but none is usable: training never starts afresh in their place.
         """
-        together(self.ranks, CheckpointError, f"clearing {self.directory}", lambda: self._first(self._remove_leftovers))
+        self._on_first_rank(f"clearing {self.directory}", self._remove_leftovers)
         candidates, pointer_problem = self.ranks.broadcast_object(self._candidates() if self.ranks.rank == 0 else ([], None))
         if pointer_problem:
             self._warn(pointer_problem)
@@ -109,7 +110,7 @@ class CheckpointManager:
             problem = self._first_problem(directory)
             if problem is None:
                 manifest = _read_manifest(directory)
-                together(self.ranks, CheckpointError, f"loading {directory}", lambda where=directory: engine.load_shards(where))  # type: ignore[misc]
+                self._on_all_ranks(f"loading {directory}", partial(engine.load_shards, directory))
                 self.latest = directory
                 return Checkpoint(directory, manifest["step"], manifest["world_size"], manifest["state"])
             self._warn(f"skipping checkpoint {directory}: {problem}")
@@ -121,21 +122,15 @@ class CheckpointManager:
             )
         return None
 
-    def _first(self, action: Any) -> None:
-        """Only rank 0 acts; the caller's `together` is what the others wait in."""
-        if self.ranks.rank == 0:
-            action()
+    def _on_all_ranks(self, doing: str, action: Callable[[], R]) -> R:
+        return together(self.ranks, CheckpointError, doing, action)
+
+    def _on_first_rank(self, doing: str, action: Callable[[], object]) -> None:
+        together(self.ranks, CheckpointError, doing, action if self.ranks.rank == 0 else lambda: None)
 
     def _warn(self, text: str) -> None:
         if self.ranks.rank == 0:
             logger.warning("%s", text)
-
-    def _seal(self, aside: Path) -> list[FileEntry]:
-        """Force this rank's share of all files to the disk and hash it; shares are by name, so that the work is even."""
-        share = _files(aside)[self.ranks.rank :: self.ranks.world_size]
-        for name in share:
-            sync(aside / name)
-        return [FileEntry(name, (aside / name).stat().st_size, sha256(aside / name)) for name in share]
 
     def _candidates(self) -> tuple[list[str], str | None]:
         """Names to try, best first, and what is wrong with the pointer, if anything."""
@@ -192,6 +187,14 @@ def _make_empty(directory: Path) -> None:
 
 def _files(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
+
+
+def _seal(directory: Path, ranks: Ranks) -> list[FileEntry]:
+    """Force this rank's share of all files to the disk and hash it; shares are by name, so that the work is even."""
+    share = _files(directory)[ranks.rank :: ranks.world_size]
+    for name in share:
+        sync(directory / name)
+    return [FileEntry(name, (directory / name).stat().st_size, sha256(directory / name)) for name in share]
 
 
 def _publish(aside: Path, final: Path, manifest: dict[str, Any], entries: list[list[FileEntry]]) -> None:

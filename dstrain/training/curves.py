@@ -52,7 +52,7 @@ def write_report(run: Path, output: Path) -> tuple[Path, Path]:
 
 def draw(events: Events, title: str) -> bytes:
     """A PNG with one panel per quantity that the run has reported."""
-    panels = [(name, curves) for name, curves in PANELS if any(series(events, *curve)[0] for curve in curves)]
+    panels = _panels(events)
     rows = -(-len(panels) // 2)
     figure = Figure(figsize=(12, 3.2 * rows), layout="constrained")
     figure.suptitle(title)
@@ -75,6 +75,10 @@ def draw(events: Events, title: str) -> bytes:
     return memory.getvalue()
 
 
+def _panels(events: Events) -> list[tuple[str, Sequence[tuple[str, str]]]]:
+    return [(name, curves) for name, curves in PANELS if any(series(events, *curve)[0] for curve in curves)]
+
+
 def series(events: Events, kind: str, field: str) -> tuple[list[int], list[float]]:
     """Steps and values of one curve; events without the field, or where it was not finite, are left out."""
     points = [(event["step"], event[field]) for event in events if event["kind"] == kind and event.get(field) is not None]
@@ -94,6 +98,9 @@ def summary(events: Events) -> dict[str, str]:
             "target tokens": f"{targets:,}",
             "target tokens per second": f"{targets / seconds:,.0f}" if seconds else "",
         }
+    _, norms = series(events, "train", "grad_norm")
+    if norms:
+        facts["gradient norm"] = f"last {norms[-1]:.3g}, largest {max(norms):.3g}"
     for name, best in (("loss", min), ("perplexity", min), ("bleu", max), ("chrf", max)):
         steps, values = series(validated, "valid", name)
         if values:
@@ -110,6 +117,7 @@ def render_page(name: str, events: Events, recipe: Any, picture: bytes) -> str:
     rows = "\n".join(
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in summary(events).items()
     )
+    titles = "; ".join(name for name, _ in _panels(events))
     tree = html.escape(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)) if recipe else "(no recipe.yaml)"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>
@@ -122,7 +130,7 @@ th {{ font-weight: 600 }} img {{ max-width: 100% }} pre {{ background: #f6f6f6; 
 <table>
 {rows}
 </table>
-<p><img alt="curves" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>
+<p><img alt="curves over the steps: {titles}" src="data:image/png;base64,{base64.b64encode(picture).decode()}"></p>
 <h2>Recipe</h2>
 <pre>{tree}</pre>
 </body></html>

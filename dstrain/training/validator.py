@@ -137,21 +137,20 @@ class Validator:
             return None if generated is None else {**scores, **generated}
 
     def _losses(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
-        num_targets, loss_sum, sums = 0, 0.0, {"nll": 0.0}
+        num_targets, totals, names = 0, torch.zeros(1), [""]
         for number, batch in enumerate(self._batches()):
             if number % BATCHES_BETWEEN_LOOKS == 0 and interrupted():
                 return None
             self._beat(f"validation batch {number}")
             output = self.engine.evaluate(batch)
             num_targets += output.num_targets
-            loss_sum += float(output.loss_sum)
-            for name, value in output.sums.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        total, loss_sum, *rest = self.ranks.all_reduce_sums([num_targets, loss_sum, *sums.values()])
+            names = list(output.sums)
+            totals = totals.to(output.loss_sum.device) + torch.stack([output.loss_sum, *output.sums.values()]).double()
+        total, *sums = self.ranks.all_reduce_sums([num_targets, *totals.tolist()])
         if total == 0:
-            raise DataError("the valid split holds no target token; give data.valid at least one sentence pair")
-        means = {name: value / total for name, value in zip(sums, rest, strict=True)}
-        return {"loss": loss_sum / total, **means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": int(total)}
+            raise DataError("the split holds no target token; give it at least one sentence pair and prepare the data again")
+        means = {name: value / total for name, value in zip(["loss", *names], sums, strict=True)}
+        return {**means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": int(total)}
 
     def _translate(self, task: Translates, interrupted: Callable[[], bool]) -> Mapping[str, float] | None:
         texts: list[tuple[int, list[str]]] = []

@@ -44,6 +44,8 @@ def test_a_real_run_is_drawn(tmp_path: Path) -> None:
     text = page.read_text()
     assert "description: &lt;b&gt;ä &amp; ö&lt;/b&gt;" in text
     assert "max_steps = 20" in text
+    alt = 'alt="curves over the steps: loss, nats per target token; learning rate; gradient norm; target tokens per second"'
+    assert alt in text
 
 
 def test_the_page_is_self_contained(tmp_path: Path) -> None:
@@ -58,6 +60,7 @@ def test_the_table_tells_progress_best_scores_and_end() -> None:
         "last step": "3 (epoch 1)",
         "target tokens": "300",
         "target tokens per second": "50",
+        "gradient norm": "last 1, largest 1",
         "best validation loss": "3 at step 2, last 3.5",
         "best validation perplexity": "8 at step 2, last 11.31",
         "best validation bleu": "25 at step 3, last 25",

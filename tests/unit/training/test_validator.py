@@ -138,7 +138,7 @@ def test_an_interruption_ends_it_on_all_ranks_at_the_same_place(monkeypatch: pyt
 
 def test_a_split_without_targets_is_refused() -> None:
     empty = collate([], np.array([], dtype=np.int64), pad_id=1, eos_id=2)
-    with pytest.raises(DataError, match="holds no target token"):
+    with pytest.raises(DataError, match="the split holds no target token; give it at least one"):
         Validator(Engine(), ALONE, batches=lambda: [empty])()
 
 
