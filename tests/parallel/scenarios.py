@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from dstrain.batch import Batch
+from dstrain.engine.config import ScheduleConfig
 from dstrain.engine.deepspeed_engine import SETTING, TrainEngine
 from dstrain.engine.shard_file import read_shard, write_shard
 from dstrain.errors import CheckpointError, TrainingError
@@ -24,6 +26,7 @@ from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
 from dstrain.protocols import LossOutput
 from tests.parallel.setting import EOS, build_engine, build_module, collate, num_targets, padded, sentences, share
+from tests.parallel.trace import repeat
 
 Report = dict[str, Any]
 
@@ -240,3 +243,12 @@ def digest(weights: dict[str, Tensor] | None) -> str | None:
 def several(world: World, *, scenarios: dict[str, list[Any]]) -> dict[str, Any]:
     """Many scenarios in one process group: key -> name and arguments of each."""
     return {key: globals()[name](world, **arguments) for key, (name, arguments) in scenarios.items()}
+
+
+def traces(world: World, *, golden: str, runs: dict[str, dict[str, Any]], deepspeed: str) -> dict[str, Any]:
+    """The predecessor's recorded runs, repeated; a run is its schedule and what else differs."""
+    found = {}
+    for name, run in runs.items():
+        schedule = TypeAdapter(ScheduleConfig).validate_python(run["schedule"])
+        found[name] = repeat(world, Path(golden), deepspeed=deepspeed, **{**run, "schedule": schedule})
+    return found

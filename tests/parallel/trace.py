@@ -1,0 +1,84 @@
+"""Repeat the predecessor's recorded training runs with dstrain's engine."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dstrain.batch import IGNORE_INDEX, Batch, Sequences
+from dstrain.engine.config import AdamConfig, EngineConfig, ScheduleConfig
+from dstrain.engine.deepspeed_engine import TrainEngine
+from dstrain.models.factory import build_model
+from dstrain.models.interop.fairseq import convert, read_fairseq_checkpoint
+from dstrain.models.portable import load_portable
+from dstrain.objectives.config import CrossEntropyConfig
+from dstrain.objectives.cross_entropy import CrossEntropy
+from dstrain.objectives.train_module import TrainModule
+from dstrain.parallel.topology import World
+from tests.parallel.setting import collate
+
+PAD = 1
+
+
+def recorded_batches(golden: Path) -> list[Batch]:
+    """The three batches of the recorded runs, right-padded."""
+    with np.load(golden / "ref" / "kd" / "io.npz") as file:
+        arrays = {name: torch.from_numpy(file[name]) for name in file.files}
+    return [
+        recorded_batch({key: arrays[f"b{number}.{key}"] for key in ("src_tokens", "prev_output_tokens", "target")})
+        for number in range(3)
+    ]
+
+
+def recorded_batch(arrays: dict[str, Tensor]) -> Batch:
+    """fairseq pads the source on the left."""
+    rows = [row[row != PAD] for row in arrays["src_tokens"]]
+    source = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+    scored = arrays["target"] != PAD
+    return Batch(
+        source=Sequences(source, (source != PAD).sum(1)),
+        target=Sequences(arrays["prev_output_tokens"], scored.sum(1)),
+        labels=arrays["target"].masked_fill(~scored, IGNORE_INDEX),
+        num_targets=int(scored.sum()),
+        example_ids=torch.arange(len(source)),
+    )
+
+
+def repeat(
+    world: World,
+    golden: Path,
+    *,
+    deepspeed: str,
+    optimizer: dict[str, Any],
+    schedule: ScheduleConfig,
+    clip_norm: float = 0.0,
+    accumulate: int = 1,
+) -> dict[str, Any]:
+    """Twelve updates from the recorded start: their reports, and the weights at the end.
+
+    The micro-batches of an update go to the ranks in turn; ranks without one get an empty one.
+    """
+    config, vocabulary, weights = convert(read_fairseq_checkpoint(golden / "ref" / "a_base" / "checkpoint.pt"))
+    model = build_model(config.model_copy(update={"dropout": 0.0}), vocabulary, seed=None)
+    load_portable(model, weights)
+    engine = TrainEngine(
+        TrainModule(model, CrossEntropy(CrossEntropyConfig(label_smoothing=0.1))),
+        optimizer=AdamConfig(betas=(0.9, 0.98), decay="all", kind="adamw", **optimizer),
+        schedule=schedule,
+        engine=EngineConfig(deepspeed=deepspeed, clip_norm=clip_norm),
+        ema=None,
+        seed=1,
+        world=world,
+    )
+    batches, steps = recorded_batches(golden), []
+    for update in range(12):
+        micro = [batches[(update * accumulate + index) % 3] for index in range(accumulate)]
+        mine = micro[world.rank :: world.world_size]
+        empty = -(-len(micro) // world.world_size) - len(mine)
+        report = engine.train_step([*mine, *[collate([])] * empty], sum(batch.num_targets for batch in micro))
+        steps.append(asdict(report))
+    final = engine.gather_weights(averaged=False)
+    return {"steps": steps, "weights": {name: tensor.tolist() for name, tensor in (final or {}).items()}}
