@@ -188,7 +188,7 @@ class _Preparation:
         return finished
 
     def _write_shard(self, file: str, schema: Any, blocks: Iterator[EncodedBlock], pairs: int, bar: Any) -> FinishedShard:
-        """Write the next `pairs` pairs of the corpus as one shard, and its note."""
+        """Write the next `pairs` pairs of the corpus as one shard. Its note comes first: a shard that is there has one."""
         pairs_read, dropped = 0, Counter[str]()
         with atomic_writer(self._output / file) as sink:
             writer = ShardWriter(sink, schema)
@@ -198,9 +198,8 @@ class _Preparation:
                 pairs_read += block.pairs_read
                 dropped.update(block.dropped)
                 bar.update(block.pairs_read)
-            record = writer.finish(file)
-        shard = FinishedShard(record=record, pairs_read=pairs_read, dropped=dict(dropped))
-        write_file(_note_path(self._output / file), shard.model_dump_json().encode())
+            shard = FinishedShard(record=writer.finish(file), pairs_read=pairs_read, dropped=dict(dropped))
+            write_file(_note_path(self._output / file), shard.model_dump_json().encode())
         return shard
 
     def _record(self, split: str, finished: list[FinishedShard]) -> SplitRecord:

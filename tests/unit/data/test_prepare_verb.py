@@ -69,6 +69,13 @@ def running(pid: int) -> bool:
         return False
 
 
+def wait_for_end(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while any(map(running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
     """A recipe of 32,000 pairs in 16 shards, and what it makes."""
@@ -93,7 +100,7 @@ def test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on(
     assert code == 130
     assert f"interrupted; finished shards stay in {data}: run the same command again to go on" in text
     assert "Traceback" not in text
-    assert not any(map(running, workers_before))
+    wait_for_end(workers_before)
     kept = {path: path.stat().st_mtime_ns for path in data.glob("train/*.arrow")}
     assert 3 <= len(kept) < SHARDS
     assert not list(data.rglob("*.tmp"))
@@ -123,10 +130,7 @@ def test_a_killed_run_leaves_no_workers_and_goes_on(job: tuple[Path, dict[str, b
     assert len(workers) >= 2
     process.kill()
     process.communicate(timeout=60)
-    deadline = time.monotonic() + 30
-    while any(map(running, workers)):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_end(workers)
     assert finish(start(path, data, 2))[0] == 0
     assert tree(data) == whole
 
