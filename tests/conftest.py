@@ -1,9 +1,23 @@
 """Settings that every test shares: one thread, the CPU accelerator, no compile, no network."""
 
+import logging
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(autouse=True)
+def same_logger_for_every_test() -> Iterator[None]:
+    """The command line points dstrain's logger at stderr; afterwards it is as it was."""
+    logger = logging.getLogger("dstrain")
+    before = list(logger.handlers), logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
