@@ -1,6 +1,8 @@
 """Keys and values of past positions, by depth: a layer used at several depths has one entry for each.
 
-One buffer, allocated once, holds all depths, so that reordering beams is a single copy of its used part.
+Positions stand outermost in memory, so that the used part of a buffer is contiguous: appending writes one block, and choosing
+rows (beams that continue others) is one copy of the used part into a spare buffer, which then changes places with the old one.
+Memory: room for all depths plus one.
 """
 
 from __future__ import annotations
@@ -13,15 +15,16 @@ class LayerCache:
     """The view of a `KeyValueCache` that one layer pass gets."""
 
     def __init__(self, buffer: Tensor, start: int) -> None:
-        self._buffer = buffer  # (2, N, H, max, K)
+        self._buffer = buffer  # (max, 2, N, H, K)
         self._start = start
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Remember the next t positions. (N, H, t, K) each -> all so far, (N, H, start + t, K) each."""
         stop = self._start + keys.shape[2]
-        self._buffer[0, :, :, self._start : stop] = keys
-        self._buffer[1, :, :, self._start : stop] = values
-        return self._buffer[0, :, :, :stop], self._buffer[1, :, :, :stop]
+        self._buffer[self._start : stop, 0] = keys.permute(2, 0, 1, 3)
+        self._buffer[self._start : stop, 1] = values.permute(2, 0, 1, 3)
+        known = self._buffer[:stop].permute(1, 2, 3, 0, 4)  # (2, N, H, start + t, K)
+        return known[0], known[1]
 
 
 class KeyValueCache:
@@ -29,16 +32,13 @@ class KeyValueCache:
 
     def __init__(self, *, depth: int, num_rows: int, num_heads: int, max_length: int, head_dim: int, like: Tensor) -> None:
         self.length = 0
-        self._buffer = like.new_empty(depth, 2, num_rows, num_heads, max_length, head_dim)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that it remembers now."""
-        return self._buffer.shape[2]
+        self.num_rows = num_rows
+        self._buffers = [like.new_empty(max_length, 2, num_rows, num_heads, head_dim) for _ in range(depth)]
+        self._spare = torch.empty_like(self._buffers[0])
 
     def at(self, depth: int) -> LayerCache:
         """What the layer pass number `depth` sees; all passes of a step see the same `length`."""
-        return LayerCache(self._buffer[depth], self.length)
+        return LayerCache(self._buffers[depth], self.length)
 
     def advance(self, num_positions: int) -> None:
         """All passes have appended `num_positions`."""
@@ -46,13 +46,15 @@ class KeyValueCache:
 
     def select(self, rows: Tensor) -> None:
         """Row i becomes what row `rows[i]` was; fewer rows than before shrink the cache. rows: (n,)"""
-        used = self._buffer[:, :, :, :, : self.length]
-        if len(rows) == self.num_rows:
-            used.copy_(used.index_select(2, rows))
-        else:
-            selected = self._buffer.new_empty(*self._buffer.shape[:2], len(rows), *self._buffer.shape[3:])
-            selected[:, :, :, :, : self.length] = used.index_select(2, rows)
-            self._buffer = selected
+        if len(rows) != self.num_rows:
+            self.num_rows = len(rows)
+            max_length, _, _, num_heads, head_dim = self._spare.shape
+            self._spare = self._spare.new_empty(max_length, 2, self.num_rows, num_heads, head_dim)
+        for depth, buffer in enumerate(self._buffers):
+            chosen = self._spare
+            torch.index_select(buffer[: self.length], 2, rows, out=chosen[: self.length])
+            self._buffers[depth] = chosen
+            self._spare = buffer if buffer.shape == chosen.shape else torch.empty_like(chosen)
 
 
 def is_identity(rows: Tensor) -> bool:

@@ -7,8 +7,15 @@ from torch import Tensor
 from dstrain.ops.attention import attention, attention_reference
 from dstrain.ops.bias import causal_bias, padding_bias
 
-SHAPES = [(2, 4, 4, 5, 5, 8), (3, 6, 2, 1, 7, 16), (1, 4, 1, 9, 9, 4), (2, 2, 2, 123, 5, 3)]
-"""B, H, key heads, T, S, K"""
+SHAPES = [
+    (2, 4, 4, 5, 5, 8),
+    (3, 6, 2, 1, 7, 16),
+    (1, 4, 1, 9, 9, 4),
+    (2, 2, 2, 123, 5, 3),
+    (2, 3, 3, 21, 21, 5),
+    (3, 2, 2, 2, 20, 8),
+]
+"""B, H, key heads, T, S, K; on both sides of the limit for batched products."""
 
 
 def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -47,11 +54,20 @@ def test_values_and_gradients(shape: tuple[int, ...], masking: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-def test_a_row_that_sees_nothing_is_finite_in_values_and_gradients() -> None:
-    query, key, value = inputs((2, 2, 2, 3, 3, 4))
-    mixed = attention(query, key, value, bias=padding_bias(torch.tensor([0, 3]), 3, torch.float32))
+@pytest.mark.parametrize("length", [3, 30])
+def test_a_row_that_sees_nothing_is_finite_in_values_and_gradients(length: int) -> None:
+    query, key, value = inputs((2, 2, 2, length, length, 4))
+    mixed = attention(query, key, value, bias=padding_bias(torch.tensor([0, 3]), length, torch.float32))
     mixed.sum().backward()
     assert all(torch.isfinite(tensor).all() for tensor in (mixed, query.grad, key.grad, value.grad))
+
+
+def test_training_and_evaluation_agree() -> None:
+    """They may take different ways."""
+    query, key, value = inputs((2, 4, 4, 7, 7, 8))
+    with torch.no_grad():
+        expected = attention(query, key, value, causal=True)
+    torch.testing.assert_close(attention(query, key, value, causal=True), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_keeps_the_mean() -> None:
