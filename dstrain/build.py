@@ -99,8 +99,6 @@ def build_trainer(recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, wo
         seed=recipe.training.seed,
         world=world,
     )
-    averaged = recipe.training.ema is not None
-
     watchdog = Watchdog(recipe.training.hang_seconds, rank=world.rank)
 
     def steps(epoch: int, index: int) -> TrainLoader:
@@ -114,7 +112,30 @@ def build_trainer(recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, wo
             start=(epoch, index),
         )
 
-    def valid_batches() -> Iterator[Batch]:
+    return Trainer(
+        training=recipe.training,
+        validation=recipe.validation,
+        checkpoint=recipe.checkpoint,
+        reporting=recipe.reporting,
+        ranks=world,
+        engine=engine,
+        steps=steps,
+        validate=_build_validator(recipe, corpora, engine, watchdog),
+        checkpoints=CheckpointManager(run.checkpoints, world, keep=recipe.checkpoint.keep_checkpoints),
+        bundles=_build_bundles(recipe, corpora, engine, run.bundles),
+        reporter=build_reporter(
+            run.directory, recipe.reporting, rank=world.rank, total_steps=recipe.training.max_steps, run_id=run.run_id
+        ),
+        signals=StopSignals(),
+        watchdog=watchdog,
+        header={"dstrain": __version__, "run_id": run.run_id, "recipe": recipe_tree(recipe)},
+    )
+
+
+def _build_validator(recipe: Recipe, corpora: Corpora, engine: TrainEngine, watchdog: Watchdog) -> Validator:
+    vocabulary, world = corpora.vocabulary, engine.world
+
+    def batches() -> Iterator[Batch]:
         return evaluation_loader(
             corpora.valid,
             recipe.batching.max_tokens,
@@ -124,47 +145,34 @@ def build_trainer(recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, wo
             world_size=world.world_size,
         )
 
-    def write_bundle(directory: Path, weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+    generation = recipe.validation.generation
+    return Validator(
+        engine,
+        world,
+        batches=batches,
+        averaged=recipe.training.ema is not None,
+        translation=build_translation(generation, recipe.model, corpora.valid, corpora.tokenizers, world.device),
+        beat=watchdog.beat,
+    )
+
+
+def _build_bundles(recipe: Recipe, corpora: Corpora, engine: TrainEngine, directory: Path) -> BundleStore:
+    def save(bundle: Path, weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         save_bundle(
-            directory,
+            bundle,
             model_config=recipe.model,
-            vocabulary=vocabulary,
+            vocabulary=corpora.vocabulary,
             weights=weights,
             tokenizers=corpora.tokenizers,
             recipe=recipe_tree(recipe),
             notes=notes,
         )
 
-    return Trainer(
-        training=recipe.training,
-        validation=recipe.validation,
-        checkpoint=recipe.checkpoint,
-        reporting=recipe.reporting,
-        ranks=world,
-        engine=engine,
-        steps=steps,
-        validate=Validator(
-            engine,
-            world,
-            batches=valid_batches,
-            averaged=averaged,
-            translation=build_translation(
-                recipe.validation.generation, recipe.model, corpora.valid, corpora.tokenizers, world.device
-            ),
-            beat=watchdog.beat,
-        ),
-        checkpoints=CheckpointManager(run.checkpoints, world, keep=recipe.checkpoint.keep_checkpoints),
-        bundles=BundleStore(
-            run.bundles,
-            world,
-            gather=lambda: engine.gather_weights(averaged=averaged),
-            save=write_bundle,
-            keep=recipe.checkpoint.keep_bundles,
-        ),
-        reporter=build_reporter(
-            run.directory, recipe.reporting, rank=world.rank, total_steps=recipe.training.max_steps, run_id=run.run_id
-        ),
-        signals=StopSignals(),
-        watchdog=watchdog,
-        header={"dstrain": __version__, "run_id": run.run_id},
+    averaged = recipe.training.ema is not None
+    return BundleStore(
+        directory,
+        engine.world,
+        gather=lambda: engine.gather_weights(averaged=averaged),
+        save=save,
+        keep=recipe.checkpoint.keep_bundles,
     )
