@@ -11,7 +11,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from dstrain.ops.matmul import linear
 
 
 class Linear(nn.Linear):
@@ -19,6 +20,10 @@ class Linear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., I) -> (..., O)"""
+        return linear(x, self.weight, self.bias)
 
 
 class FusedLinear(nn.Module):
@@ -33,7 +38,7 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., I) -> one (..., O) per block, views of one tensor."""
-        return torch.split(F.linear(x, self.weight, self.bias), self.sizes, dim=-1)
+        return torch.split(linear(x, self.weight, self.bias), self.sizes, dim=-1)
 
 
 class SeparateLinear(nn.Module):

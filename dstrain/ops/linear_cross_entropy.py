@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX
+from dstrain.ops.matmul import add_matmul, matmul
 
 
 def linear_cross_entropy(
@@ -149,14 +150,14 @@ def _walk(
 def _product(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
     """`left @ right` into `out`, which may be of a wider dtype."""
     if out.dtype == left.dtype:
-        return torch.mm(left, right, out=out)
+        return matmul(left, right, out=out)
     return out.copy_(torch.mm(left, right))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """`total += left @ right`, where `total` may be of a wider dtype."""
     if total.dtype == left.dtype:
-        total.addmm_(left, right)
+        add_matmul(total, left, right)
     else:
         total.add_(torch.mm(left, right))
 
