@@ -11,9 +11,9 @@ say() { printf '\n== %s\n' "$*"; }
 
 # ensure_environment "" | "[test]": installs dstrain with these extras, once per state of setup.py and the constraints.
 ensure_environment() {
-  local extras=$1 stamp
-  stamp=$VENV/.installed-$(cat "$ROOT/setup.py" "$ROOT/tools/constraints.txt" | cksum | cut -d' ' -f1)-${extras//[^a-z]/}
-  if [ -f "$stamp" ]; then
+  local extras=$1 state
+  state=$(cat "$ROOT/setup.py" "$ROOT/tools/constraints.txt" | cksum | cut -d' ' -f1)
+  if [ -f "$VENV/.installed-$state$extras" ] || [ -f "$VENV/.installed-$state[test]" ]; then
     say "environment: $VENV (up to date)"
   else
     say "environment: installing dstrain$extras into $VENV (a few minutes the first time)"
@@ -21,7 +21,7 @@ ensure_environment() {
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check \
       --constraint "$ROOT/tools/constraints.txt" --editable "$ROOT$extras"
-    touch "$stamp"
+    touch "$VENV/.installed-$state$extras"
   fi
   export PATH=$VENV/bin:$PATH
   if ! "$VENV/bin/python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then

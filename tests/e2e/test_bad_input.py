@@ -49,7 +49,7 @@ def corpus(directory: Path, source: bytes, target: bytes) -> Path:
         pytest.param(b"a b c\n" * 9, b"a b c\n" * 8, ("train.en", "9", "8"), id="unequal-sides"),
         pytest.param(b"a b c\nbad \xff byte\n", b"a\nb\n", ("train.en:2", "UTF-8"), id="invalid-utf8"),
         pytest.param(b"a b c\na\0b\n", b"a\nb\n", ("train.en:2", "NUL"), id="nul"),
-        pytest.param(b"\n\n\n", b"\n\n\n", ("empty",), id="everything-empty"),
+        pytest.param(b"\n\n\n", b"\n\n\n", ("no words", "data.train"), id="everything-empty"),
     ],
 )
 def test_prepare_names_file_and_line(source: bytes, target: bytes, fragments: tuple[str, ...], tmp_path: Path) -> None:
