@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dstrain.batch import Sequences
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
@@ -20,6 +19,7 @@ from dstrain.nn.embedding import InputEmbedding, Projection
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.bias import causal_bias, padding_bias, segment_bias
+from dstrain.ops.matmul import linear
 from dstrain.protocols import DecodingState, Memory, ModelOutput
 
 R = TypeVar("R")
@@ -104,7 +104,7 @@ class EncoderDecoder(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits. (..., D) -> (..., V)"""
-        return self.reduce_projection(hidden, F.linear)
+        return self.reduce_projection(hidden, linear)
 
     def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
         """`reduce(features, weight)` inside the projection's forward; see `protocols.TeacherForced`."""

@@ -52,10 +52,10 @@ def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.addmm_(left, right)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias, recorded by autograd. x: (..., I), weight: (O, I), bias: (O,) -> (..., O)"""
     shortest = min(x.shape[:-1].numel(), *weight.shape)
-    if not _suits_numpy(shortest, x, weight, bias) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+    if not _suits_numpy(shortest, x, weight) or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     result: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
     return result
@@ -65,11 +65,13 @@ class _Linear(torch.autograd.Function):
     """`F.linear` with all its products through `matmul`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])  # (N, I)
         ctx.save_for_backward(rows, weight)
         result = matmul(rows, weight.t(), out=x.new_empty(len(rows), len(weight)))
-        return result.add_(bias).view(*x.shape[:-1], len(weight))
+        if bias is not None:
+            result.add_(bias)
+        return result.view(*x.shape[:-1], len(weight))
 
     @staticmethod
     @once_differentiable

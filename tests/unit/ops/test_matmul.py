@@ -91,6 +91,13 @@ def test_linear_equals_torch(products, shape, learning) -> None:
     torch.testing.assert_close(ours, gradients(F.linear, *inputs), rtol=1e-5, atol=1e-4)
 
 
+def test_linear_without_a_bias(products) -> None:
+    inputs = [random(2, SIDE, SIDE + 1).requires_grad_(), random(SIDE + 3, SIDE + 1).requires_grad_()]
+    ours = gradients(subject.linear, *inputs)
+    assert len(products) == 3
+    torch.testing.assert_close(ours, gradients(F.linear, *inputs), rtol=1e-5, atol=1e-4)
+
+
 def test_linear_of_views_and_with_a_repeated_gradient(products) -> None:
     """The input is a slice of a wider tensor, the gradient of a sum is one number seen everywhere."""
     wide = random(4, SIDE, 3 * SIDE).requires_grad_()
