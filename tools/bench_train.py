@@ -1,0 +1,113 @@
+"""Training speed of dstrain beside a bare PyTorch loop: target tokens per CPU-second and the ratio, in one run.
+
+bare    tools/bare_loop.py: `nn.Transformer` on random tokens, nothing around it; the denominator
+model   tools/model_loop.py: dstrain's model and objective on the same random tokens, in a plain loop
+cli     `dstrain train translation/multi30k_tiny` on the real corpus with data pipeline, engine (ZeRO-1, one process), logging
+        and all; its CPU time (user + system, all threads) is read from the system whenever a line appears in RUN/events.jsonl,
+        and the steps up to the first line (start-up, warm-up) are left out, as is what comes after the last step
+
+One thread each, fp32. The loops take turns in processes of their own; ratios are taken within a round, and the median counts.
+
+    DSTRAIN_DATA=... python tools/bench_train.py [--rounds 5] [--loops bare model cli] [--data DATA] [--set a.b=c ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+
+TOOLS = Path(__file__).parent
+RECIPE = "translation/multi30k_tiny"
+LOOPS = ("bare", "model", "cli")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+
+def random_loop(script: str, steps: int) -> float:
+    """Target tokens per CPU-second of one of the scripts beside this one."""
+    command = [sys.executable, str(TOOLS / script), "--steps", str(steps)]
+    result = subprocess.run(command, env=ENVIRONMENT, check=True, stdout=subprocess.PIPE, text=True)
+    figures = json.loads(result.stdout.splitlines()[-1])
+    return float(figures["target_tokens"] / figures["cpu_seconds"])
+
+
+def train_verb(steps: int, data: Path, overrides: list[str]) -> float:
+    """Target tokens per CPU-second of `dstrain train`, after ten steps of warm-up."""
+    quiet = ["validation.unit=steps", "validation.every=1000000", "validation.generation=null", "checkpoint.unit=steps"]
+    quiet += ["checkpoint.every=1000000", "reporting.log_every=10", f"training.max_steps={10 + steps}", *overrides]
+    with tempfile.TemporaryDirectory() as directory:
+        run = Path(directory) / "run"
+        command = [sys.executable, "-m", "dstrain", "train", RECIPE, "--data", str(data), "--output", str(run), "--device", "cpu"]
+        command += [word for override in quiet for word in ("--set", override)]
+        with (Path(directory) / "log").open("w+") as log, subprocess.Popen(command, env=ENVIRONMENT, stderr=log) as process:
+            marks = follow(process, run / "events.jsonl")
+            log.seek(0)
+            if process.returncode != 0 or len(marks) < 2:
+                raise SystemExit(f"{' '.join(command)} failed:\n{log.read()}")
+    (first_tokens, first_seconds), (last_tokens, last_seconds) = marks[0], marks[-1]
+    return (last_tokens - first_tokens) / (last_seconds - first_seconds)
+
+
+def follow(process: subprocess.Popen[bytes], events: Path) -> list[tuple[int, float]]:
+    """(target tokens so far, CPU-seconds so far) at each training event of a running process, until it ends."""
+    marks: list[tuple[int, float]] = []
+    watched, tokens, seen = psutil.Process(process.pid), 0, 0
+    while process.poll() is None:
+        time.sleep(0.02)
+        lines = events.read_text().split("\n")[:-1] if events.exists() else []
+        new, seen = [event for event in map(json.loads, lines[seen:]) if event["kind"] == "train"], len(lines)
+        if new and watched.is_running() and watched.status() != psutil.STATUS_ZOMBIE:
+            used = watched.cpu_times()
+            tokens += sum(event["num_targets"] for event in new)
+            marks.append((tokens, used.user + used.system + used.children_user + used.children_system))
+    return marks
+
+
+def prepared(directory: Path) -> Path:
+    """Multi30k from $DSTRAIN_DATA, prepared into a directory."""
+    command = [sys.executable, "-m", "dstrain", "prepare", RECIPE, "--output", str(directory)]
+    subprocess.run(command, env=ENVIRONMENT, check=True, stdout=sys.stderr)
+    return directory
+
+
+def measure(loop: str, steps: int, data: Path, overrides: list[str]) -> float:
+    """Target tokens per CPU-second of one loop."""
+    if loop == "cli":
+        return train_verb(max(steps, 10) // 10 * 10, data, overrides)
+    return random_loop(f"{loop}_loop.py", steps)
+
+
+def main() -> None:
+    """Run the rounds and print one line each, then the medians."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20, help="measured steps of a loop in a round")
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=list(LOOPS))
+    parser.add_argument("--data", type=Path, help="an already prepared DATA directory; default: prepare one from $DSTRAIN_DATA")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="for `dstrain train`")
+    args = parser.parse_args()
+
+    with tempfile.TemporaryDirectory() as directory:
+        data = args.data or (prepared(Path(directory) / "data") if "cli" in args.loops else Path(directory))
+        rounds = []
+        for number in range(1, args.rounds + 1):
+            rounds.append({loop: measure(loop, args.steps, data, args.overrides) for loop in args.loops})
+            print(f"round {number}: " + ", ".join(f"{loop} {speed:,.0f}" for loop, speed in rounds[-1].items()), flush=True)
+    for loop in args.loops:
+        line = f"{loop:6s}{statistics.median(speeds[loop] for speeds in rounds):7,.0f} target tokens per CPU-second"
+        if "bare" in args.loops and loop != "bare":
+            ratios = [speeds[loop] / speeds["bare"] for speeds in rounds]
+            line += f", {statistics.median(ratios):.2f} x bare (from {min(ratios):.2f} to {max(ratios):.2f})"
+        print(line)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""dstrain's model and objective in a plain loop: what of the training time is theirs, and a place to profile them.
+
+The model and the objective of a recipe on random full-length pairs, `torch.optim.Adam(fused=True)`, one thread, fp32; no
+engine, no data, no logging. Prints one line of JSON like `bare_loop.py`; `--profile` prints the most costly operations instead.
+
+    python tools/model_loop.py [--recipe translation/multi30k_tiny] [--steps 12] [--warmup 2] [--profile] [--set a.b=c ...]
+"""
+
+import argparse
+import json
+
+import torch
+from bare_loop import LENGTH, NUM_PAIRS, NUM_TYPES, cpu_seconds
+
+from dstrain.batch import Batch, Sequences
+from dstrain.models.config import VocabularySizes
+from dstrain.models.factory import build_model
+from dstrain.objectives.factory import build_objective
+from dstrain.objectives.train_module import TrainModule
+from dstrain.recipe_file import load_recipe
+
+
+def random_batch() -> Batch:
+    """Pairs of equal length, as in the bare loop. Tensors are (B, S) and (B, T)."""
+    lengths = torch.full((NUM_PAIRS,), LENGTH)
+    target = torch.randint(4, NUM_TYPES, (NUM_PAIRS, LENGTH + 1))
+    return Batch(
+        source=Sequences(torch.randint(4, NUM_TYPES, (NUM_PAIRS, LENGTH)), lengths),
+        target=Sequences(target[:, :-1].contiguous(), lengths),
+        labels=target[:, 1:].contiguous(),
+        num_targets=NUM_PAIRS * LENGTH,
+        example_ids=torch.arange(NUM_PAIRS),
+    )
+
+
+def main() -> None:
+    """Train on random tokens and print what it cost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--recipe", default="translation/multi30k_tiny")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=2)
+    parser.add_argument("--profile", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    model = build_model(recipe.model, VocabularySizes(source=NUM_TYPES, target=NUM_TYPES), seed=1)
+    module = TrainModule(model, build_objective(recipe.objective)).train()
+    optimizer = torch.optim.Adam(module.parameters(), 5e-4, betas=(0.9, 0.98), fused=True)
+
+    def step() -> None:
+        output = module(random_batch())
+        (output.loss_sum / output.num_targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(args.warmup):
+        step()
+    if args.profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            step()
+        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=30, max_name_column_width=50))
+        return
+    start = cpu_seconds()
+    for _ in range(args.steps):
+        step()
+    seconds = cpu_seconds() - start
+    print(json.dumps({"target_tokens": args.steps * NUM_PAIRS * LENGTH, "cpu_seconds": round(seconds, 3)}))
+
+
+if __name__ == "__main__":
+    main()
