@@ -21,7 +21,7 @@ from dstrain.batch import Batch
 from dstrain.engine.config import EmaConfig, EngineConfig, OptimizerConfig, ScheduleConfig
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.ema import MovingAverage
-from dstrain.engine.launch import load_deepspeed
+from dstrain.engine.launch import load_deepspeed, require_precision
 from dstrain.engine.masters import Masters
 from dstrain.engine.optimizer import build_optimizer
 from dstrain.engine.replica import empty_copy, filled_copy
@@ -66,6 +66,7 @@ class TrainEngine:
         self._shape = empty_copy(self._model) if self.stage == 3 else None
         self._comms_logger: bool = config.get("comms_logger", {}).get("enabled", False)
         self._deepspeed = load_deepspeed(world, talkative=_profiles(config))
+        require_precision(self._deepspeed, engine.precision, world)
         module.to(world.device)
         self._engine: Any = self._deepspeed.initialize(
             model=module, optimizer=build_optimizer(module, optimizer), config=config, dist_init_required=False

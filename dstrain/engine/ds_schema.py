@@ -2,7 +2,8 @@
 
 DeepSpeed itself drops unknown keys of most sections silently and fills "auto" with its own defaults, so nothing reaches it
 that has not passed here. What decides the result (optimizer, schedule, batch sizes, clipping, precision) belongs to the
-recipe: such keys are refused with the place where they are set, or may be "auto".
+recipe: such keys are refused with the place where they are set, or may be "auto". The defaults shown are DeepSpeed's; only what
+a file says is passed on.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ class ZeroSection(Config):
     reduce_bucket_size: PositiveInt = 500_000_000
     use_multi_rank_bucket_allreduce: bool = True
     allgather_bucket_size: PositiveInt = 500_000_000
-    overlap_comm: bool = False
+    overlap_comm: bool | None = None
     offload_optimizer: OffloadSection | None = None
     offload_param: OffloadSection | None = None
     sub_group_size: PositiveInt = 1_000_000_000

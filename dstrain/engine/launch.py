@@ -11,7 +11,17 @@ import os
 import warnings
 from types import ModuleType
 
+from dstrain.errors import TrainingError
 from dstrain.parallel.topology import World
+
+
+def require_precision(deepspeed: ModuleType, precision: str, world: World) -> None:
+    """Raises TrainingError where the device cannot compute in `precision`."""
+    accelerator = deepspeed.accelerator.get_accelerator()
+    supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
+    if not supported[precision]:
+        others = ", ".join(name for name, able in supported.items() if able)
+        raise TrainingError(f"engine.precision = {precision} is not supported by this {world.device.type}; use {others}")
 
 
 def load_deepspeed(world: World, *, talkative: bool = False) -> ModuleType:

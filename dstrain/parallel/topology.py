@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, TypeVar
@@ -22,6 +22,9 @@ from dstrain.errors import TrainingError
 
 T = TypeVar("T")
 DeviceChoice = Literal["auto", "cpu", "cuda"]
+
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+"""Environment variables that say which process this is."""
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective may wait. Long, because other ranks wait while one of them writes a checkpoint."""
@@ -81,17 +84,17 @@ def initialize(device: DeviceChoice = "auto") -> World:
     RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* are in the environment afterwards, where DeepSpeed looks for them.
     Raises TrainingError where the environment is contradictory, a device is missing or the port is taken.
     """
-    place = _from_launcher() or _from_slurm() or {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    world_size, local_world_size = _number(place, "WORLD_SIZE"), _number(place, "LOCAL_WORLD_SIZE")
-    chosen = _device(device, _number(place, "LOCAL_RANK"))
+    place = find_place(os.environ)
+    rank, world_size, local_rank, local_world_size = (_number(place, name) for name in PLACE)
+    if rank >= world_size:
+        raise TrainingError(f"RANK={rank} does not fit WORLD_SIZE={world_size}; start with deepspeed, torchrun or srun")
+    chosen = _device(device, local_rank)
     if chosen.type == "cuda":
-        place["LOCAL_RANK"] = str(chosen.index)
-    os.environ.update(place)
+        local_rank = chosen.index
+    os.environ.update({**place, "LOCAL_RANK": str(local_rank)})
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-    world = World(_number(place, "RANK"), _number(place, "LOCAL_RANK"), world_size, local_world_size, chosen)
-    if not 0 <= world.rank < world_size:
-        raise TrainingError(f"RANK={world.rank} does not fit WORLD_SIZE={world_size}: the launcher's environment is incomplete")
+    world = World(rank, local_rank, world_size, local_world_size, chosen)
     if not dist.is_initialized():
         _join(world)
     return world
@@ -119,38 +122,40 @@ def _join(world: World) -> None:
         raise TrainingError(f"rank {world.rank} cannot meet the other ranks at {address}: {reason}") from error
 
 
-def _number(place: dict[str, str], name: str) -> int:
-    if not place[name].isdecimal():
-        raise TrainingError(f"{name}={place[name]!r} in the environment is not a number")
-    return int(place[name])
+def find_place(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of PLACE, and MASTER_* where srun leaves them to us. Raises TrainingError where they contradict."""
+    if "RANK" in environment:
+        return _from_launcher(environment)
+    if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return _from_slurm(environment)
+    return dict(zip(PLACE, ("0", "1", "0", "1"), strict=True))
 
 
-def _from_launcher() -> dict[str, str] | None:
-    """What torchrun or the deepspeed launcher have set."""
-    if "RANK" not in os.environ:
-        return None
-    rank, world_size = os.environ["RANK"], os.environ.get("WORLD_SIZE")
+def _from_launcher(environment: Mapping[str, str]) -> dict[str, str]:
+    """What torchrun or the deepspeed launcher has set."""
+    rank, world_size = environment["RANK"], environment.get("WORLD_SIZE")
     if world_size is None:
-        raise TrainingError(f"RANK={rank} is set but WORLD_SIZE is not: unset RANK, or start with deepspeed, torchrun or srun")
-    local_world_size = os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", world_size))
-    local_rank = os.environ.get("LOCAL_RANK", rank)
-    return {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world_size}
+        raise TrainingError(f"RANK={rank} is set but WORLD_SIZE is not; unset RANK, or start with deepspeed, torchrun or srun")
+    local_world_size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", world_size))
+    return dict(zip(PLACE, (rank, world_size, environment.get("LOCAL_RANK", rank), local_world_size), strict=True))
 
 
-def _from_slurm() -> dict[str, str] | None:
-    """What srun has set for one task per rank; None outside a step of several tasks."""
-    step = os.environ
-    if "SLURM_STEP_ID" not in step or int(step.get("SLURM_STEP_NUM_TASKS", "1")) <= 1:
-        return None
-    node = int(step["SLURM_NODEID"])
+def _from_slurm(step: Mapping[str, str]) -> dict[str, str]:
+    """What srun has set for one task per rank."""
+    here = tasks_per_node(step["SLURM_STEP_TASKS_PER_NODE"])[int(step["SLURM_NODEID"])]
+    port = 20000 + (8 * int(step["SLURM_JOB_ID"]) + int(step["SLURM_STEP_ID"])) % 20000
+    values = (step["SLURM_PROCID"], step["SLURM_STEP_NUM_TASKS"], step["SLURM_LOCALID"], str(here))
     return {
-        "RANK": step["SLURM_PROCID"],
-        "WORLD_SIZE": step["SLURM_STEP_NUM_TASKS"],
-        "LOCAL_RANK": step["SLURM_LOCALID"],
-        "LOCAL_WORLD_SIZE": str(tasks_per_node(step["SLURM_STEP_TASKS_PER_NODE"])[node]),
+        **dict(zip(PLACE, values, strict=True)),
         "MASTER_ADDR": step.get("MASTER_ADDR", first_host(step["SLURM_STEP_NODELIST"])),
-        "MASTER_PORT": step.get("MASTER_PORT", str(20000 + int(step["SLURM_JOB_ID"]) % 10000)),
+        "MASTER_PORT": step.get("MASTER_PORT", str(port)),
     }
+
+
+def _number(place: Mapping[str, str], name: str) -> int:
+    if not place[name].isdecimal():
+        raise TrainingError(f"{name}={place[name]!r} in the environment is not a number; start with deepspeed, torchrun or srun")
+    return int(place[name])
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dstrain.batch import Batch
 from dstrain.engine.config import ScheduleConfig
 from dstrain.engine.deepspeed_engine import SETTING, TrainEngine
+from dstrain.engine.launch import load_deepspeed
 from dstrain.engine.shard_file import read_shard, write_shard
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.encoder_decoder import EncoderDecoder
@@ -29,6 +30,20 @@ from tests.parallel.setting import EOS, build_engine, build_module, collate, num
 from tests.parallel.trace import repeat
 
 Report = dict[str, Any]
+
+
+def collectives(world: World) -> dict[str, Any]:
+    """What every collective returns."""
+    last = world.world_size - 1
+    world.barrier()
+    return {
+        "place": [world.rank, world.world_size],
+        "sums": world.all_reduce_sums([world.rank, 2.0**40 + 0.5]),
+        "broadcast": world.broadcast_object({"from": world.rank}),
+        "broadcast_last": world.broadcast_object({"from": world.rank}, source=last),
+        "gathered": world.gather_objects({"rank": world.rank}),
+        "all": [world.all_true(value) for value in (True, False, world.rank == 0)],
+    }
 
 
 def curves(world: World, *, runs: list[dict[str, Any]]) -> list[list[Report]]:
@@ -62,6 +77,23 @@ def resumed(world: World, *, shards: str, deepspeed: str, reader: str | None = N
         "expected_weights": [digest(straight.gather_weights(averaged=averaged)) for averaged in (False, True)],
         "found_weights": [digest(continued.gather_weights(averaged=averaged)) for averaged in (False, True)],
     }
+
+
+def fp16_refusal(world: World) -> str:
+    """What is said where the processor cannot compute in fp16."""
+    pretend_fp16(world, False)
+    return error_of(partial(build_engine, world, build_module(), precision="fp16"))
+
+
+def fp16_curve(world: World, **run: Any) -> list[Report]:
+    """A curve in fp16 on any processor: torch computes it anyway, DeepSpeed asks for fast instructions first."""
+    pretend_fp16(world, True)
+    return curve(world, precision="fp16", **run)
+
+
+def pretend_fp16(world: World, able: bool) -> None:
+    """Let DeepSpeed believe that the processor can or cannot compute in fp16."""
+    load_deepspeed(world).accelerator.get_accelerator().is_fp16_supported = lambda: able
 
 
 def refused(world: World, *, shards: str) -> dict[str, str]:

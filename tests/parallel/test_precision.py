@@ -1,10 +1,14 @@
 """Sixteen bits: curves near fp32, faults, overflows, and a resume that is still exact."""
 
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.parallel.launch import run_ranks
+from tests.paths import ROOT
 
 others = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2", "zero3")]
 
@@ -28,3 +32,29 @@ def test_bf16_follows_fp32_stops_at_faults_and_resumes(name: str, tmp_path: Path
             assert guard["unchanged"]
         assert rank["resumed"]["found"] == rank["resumed"]["expected"]
         assert rank["resumed"]["found_weights"] == rank["resumed"]["expected_weights"]
+
+
+@pytest.mark.parametrize("name", ["zero1", *others])
+def test_fp16_skips_overflows_and_goes_on(name: str, tmp_path: Path) -> None:
+    """A loss scale of 2**24 overflows until it has been halved often enough; skipped steps change nothing and do not count."""
+    content = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    content["fp16"] |= {"initial_scale_power": 24, "hysteresis": 1}
+    path = tmp_path / "scaled.json"
+    path.write_text(json.dumps(content))
+    run: dict[str, Any] = {"steps": 20, "parts": 2, "deepspeed": str(path)}
+    scenarios = {
+        "refusal": ["fp16_refusal", {}],
+        "curve": ["fp16_curve", run],
+        "resumed": ["resumed", {"deepspeed": str(path), "precision": "fp16", "shards": str(tmp_path)}],
+    }
+    (rank,) = run_ranks("several", 1, tmp_path, scenarios=scenarios)
+    assert rank["refusal"] == "engine.precision = fp16 is not supported by this cpu; use fp32, bf16"
+    skipped = [report["skipped"] for report in rank["curve"]]
+    count = sum(skipped)
+    assert 2 < count < 12
+    assert skipped[:2] == [True, True]
+    assert [report["step"] for report in rank["curve"] if not report["skipped"]] == list(range(1, 21 - count))
+    assert {report["step"] for report in rank["curve"][:2]} == {1}
+    assert all(math.isinf(report["grad_norm"]) == report["skipped"] for report in rank["curve"])
+    assert rank["curve"][-1]["loss"] < 0.95 * rank["curve"][0]["loss"]
+    assert rank["resumed"]["found"] == rank["resumed"]["expected"]

@@ -1,0 +1,120 @@
+"""Where a process finds its place: launchers, Slurm, alone, and contradictions in words."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from dstrain.errors import TrainingError
+from dstrain.parallel.topology import find_place, first_host, tasks_per_node
+from tests.paths import ROOT
+
+SLURM = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "2",
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_STEP_TASKS_PER_NODE": "4,2",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+}
+
+
+def place(rank: str, world_size: str, local_rank: str, local_world_size: str) -> dict[str, str]:
+    return {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world_size}
+
+
+def test_alone() -> None:
+    assert find_place({}) == place("0", "1", "0", "1")
+
+
+def test_torchrun() -> None:
+    environment = place("3", "4", "1", "2")
+    assert find_place({**environment, "MASTER_ADDR": "a", "SLURM_STEP_NUM_TASKS": "2"}) == environment
+
+
+def test_the_deepspeed_launcher() -> None:
+    environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1"}
+    assert find_place(environment) == place("3", "4", "1", "2")
+
+
+def test_srun_with_a_task_per_rank() -> None:
+    port = str(20000 + (8 * 4711 + 2) % 20000)
+    assert find_place(SLURM) == {**place("5", "6", "1", "2"), "MASTER_ADDR": "gpu07", "MASTER_PORT": port}
+    chosen = find_place({**SLURM, "MASTER_ADDR": "host", "MASTER_PORT": "5"})
+    assert (chosen["MASTER_ADDR"], chosen["MASTER_PORT"]) == ("host", "5")
+
+
+def test_a_batch_script_and_a_step_of_one_task_are_alone() -> None:
+    assert find_place({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == place("0", "1", "0", "1")
+    assert find_place({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == place("0", "1", "0", "1")
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"), [("4", [4]), ("2(x3)", [2, 2, 2]), ("4(x2),1", [4, 4, 1]), ("1,2(x2),3", [1, 2, 2, 3])]
+)
+def test_tasks_per_node(text: str, counts: list[int]) -> None:
+    assert tasks_per_node(text) == counts
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [
+        ("login1", "login1"),
+        ("a,b", "a"),
+        ("gpu[03-05,9],login", "gpu03"),
+        ("n[1,4]-ib.site", "n1-ib.site"),
+        ("rack-2-[10-12]", "rack-2-10"),
+    ],
+)
+def test_first_host(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+def test_a_rank_without_a_world() -> None:
+    with pytest.raises(TrainingError, match="RANK=1 is set but WORLD_SIZE is not; unset RANK, or start with deepspeed"):
+        find_place({"RANK": "1"})
+
+
+def failure(code: str, **environment: str) -> str:
+    """The message of the TrainingError that `initialize` ends with in a process of its own."""
+    program = f"""
+from dstrain.errors import TrainingError
+from dstrain.parallel.topology import initialize
+try:
+    initialize({code})
+except TrainingError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def test_a_port_in_use() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        found = failure("'cpu'", RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    meeting = f"rank 0 cannot meet the other ranks at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
+    assert found == f"{meeting}: the port is in use; choose a free MASTER_PORT"
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "WORLD_SIZE=2 but MASTER_ADDR is not set: start with deepspeed, torchrun or srun"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK=2 does not fit WORLD_SIZE=2; start with deepspeed, torchrun or srun"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK='x' in the environment is not a number; start with deepspeed, torchrun or srun"),
+    ],
+)
+def test_contradictions(environment: dict[str, str], expected: str) -> None:
+    assert failure("'cpu'", **environment) == expected
+
+
+def test_a_gpu_that_is_not_there() -> None:
+    expected = "device cuda was asked for, but torch sees no GPU; use --device cpu, or check the driver"
+    assert failure("'cuda'", CUDA_VISIBLE_DEVICES="") == expected
