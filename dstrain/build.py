@@ -21,7 +21,6 @@ from dstrain.data.manifest import load_manifest
 from dstrain.data.plan import StepPlan
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.engine.deepspeed_engine import TrainEngine
-from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.errors import DataError
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
@@ -50,7 +49,6 @@ def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice) -> 
     try:
         if world.device.type == "cpu":
             keep_freed_memory()
-        resolve_ds_config(recipe.engine, world_size=world.world_size)
         corpora = Corpora(data, recipe)
         for split, dataset in (("train", corpora.train), ("valid", corpora.valid)):
             check_split(split, dataset.source_lengths, dataset.target_lengths, recipe.model)

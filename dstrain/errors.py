@@ -4,6 +4,9 @@ Every message says what is wrong (field or file), which value was found, and wha
 the message alone; anything that is not a `DstrainError` is a defect of dstrain and keeps its stack trace.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class DstrainError(Exception):
     """A mistake outside dstrain: the message names the field or file, the value and the remedy."""
@@ -31,3 +34,10 @@ class ImportFormatError(DstrainError):
 
 class TrainingError(DstrainError):
     """Training had to stop: a non-finite step, a lost rank, a full disk."""
+
+
+def nearest(key: str, valid: Iterable[str]) -> str:
+    """The end of an unknown-key message: the nearest valid key where there is one, else all of them."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(valid)}"

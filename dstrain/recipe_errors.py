@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+
+from dstrain.errors import nearest
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
@@ -20,13 +21,6 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
         for detail in details
         if not any(place[: len(detail["loc"])] == detail["loc"] and place != detail["loc"] for place in places)
     ]
-
-
-def nearest(key: str, valid: Iterable[str]) -> str:
-    """The end of an unknown-key message: the nearest valid key where there is one, else all of them."""
-    valid = sorted(valid)
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"valid keys: {', '.join(valid)}"
 
 
 def _explain_one(detail: Any, model: type[BaseModel]) -> str:

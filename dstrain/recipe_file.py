@@ -6,7 +6,6 @@ other kind. Every mistake of a recipe is reported at once.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dstrain.errors import RecipeError
+from dstrain.errors import RecipeError, nearest
 from dstrain.recipe import RECIPE_VERSION, Recipe
 from dstrain.recipe_errors import explain
 
@@ -101,9 +100,7 @@ def _find(name_or_path: str, beside: Path | None = None) -> Path:
     for candidate in candidates:
         if candidate.is_file():
             return candidate
-    names = recipe_names()
-    close = difflib.get_close_matches(name_or_path, names, n=1, cutoff=0.4)
-    hint = f"did you mean {close[0]}?" if close else f"shipped recipes: {', '.join(names)}"
+    hint = nearest(name_or_path, recipe_names())
     raise RecipeError(f"recipe {name_or_path!r}: no shipped recipe and no file of that name; {hint}")
 
 

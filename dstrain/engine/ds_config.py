@@ -5,9 +5,7 @@ Torch-free, so that a login node can check it. See ds_schema.py for what a file 
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from dstrain.engine.config import EngineConfig
 from dstrain.engine.ds_schema import BELONGS_ELSEWHERE, DeepSpeedFile
-from dstrain.errors import RecipeError
+from dstrain.errors import RecipeError, nearest
 
 PACKAGE = Path(__file__).parent.parent
 DIRECTORIES = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")
@@ -58,17 +56,11 @@ def find_ds_config(name_or_path: str) -> Path:
     for directory in DIRECTORIES:
         if (directory / f"{name_or_path}.json").is_file():
             return directory / f"{name_or_path}.json"
-    raise RecipeError(f"engine.deepspeed: no DeepSpeed configuration {name_or_path!r}; {_nearest(name_or_path, _names())}")
+    raise RecipeError(f"engine.deepspeed: no DeepSpeed configuration {name_or_path!r}; {nearest(name_or_path, _names())}")
 
 
 def _names() -> list[str]:
     return sorted({path.stem for directory in DIRECTORIES for path in directory.glob("*.json")})
-
-
-def _nearest(key: str, valid: Iterable[str]) -> str:
-    valid = sorted(valid)
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
-    return f"did you mean {close[0]}?" if close else f"valid: {', '.join(valid)}"
 
 
 def _read(path: Path) -> Any:
@@ -116,7 +108,7 @@ def _explain(path: tuple[str, ...], details: list[Any]) -> str:
         case "extra_forbidden" if where in BELONGS_ELSEWHERE:
             return f"{where}: not taken from this file; {BELONGS_ELSEWHERE[where]}"
         case "extra_forbidden":
-            return f"{where}: unknown key; {_nearest(path[-1], _section(path[:-1]).model_fields)}"
+            return f"{where}: unknown key; {nearest(path[-1], _section(path[:-1]).model_fields)}"
         case "missing":
             return f"{where}: missing; give it a value"
     messages = " or ".join(detail["msg"].removeprefix("Input should be ") for detail in details)
