@@ -12,8 +12,6 @@ from pathlib import Path
 from dstrain.cli.common import positive_number
 from dstrain.errors import BundleError
 
-HELP = "average bundles into one"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

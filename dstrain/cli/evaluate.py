@@ -7,7 +7,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-HELP = "score hypotheses: BLEU, chrF, TER with sacreBLEU signatures"
 TITLES = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "repetition": "repetition"}
 
 

@@ -17,8 +17,6 @@ import time
 from dstrain.cli.generation_options import add_generation_arguments, load_translator
 from dstrain.log import logger
 
-HELP = "translate a file with a bundle"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

@@ -16,8 +16,6 @@ from dstrain.cli.generation_options import add_generation_arguments, load_transl
 from dstrain.errors import DataError
 from dstrain.log import logger
 
-HELP = "translate line by line from a terminal or a pipe"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

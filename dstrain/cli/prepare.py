@@ -12,8 +12,6 @@ from pathlib import Path
 
 from dstrain.cli.common import add_recipe_arguments, recipe_from
 
-HELP = "turn text into a tokenizer and Arrow shards"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RECIPE, --output, --workers, --overwrite."""

@@ -8,8 +8,6 @@ import sys
 from dstrain.cli.common import add_recipe_arguments, recipe_from
 from dstrain.recipe_file import dump_recipe
 
-HELP = "check a recipe and print it resolved"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

@@ -17,8 +17,6 @@ from pathlib import Path
 
 from dstrain.cli.common import add_recipe_arguments, recipe_from
 
-HELP = "train, or resume training, into a run directory"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""

@@ -16,8 +16,6 @@ from dstrain.cli.common import positive_number
 if TYPE_CHECKING:
     from dstrain.parallel.topology import World
 
-HELP = "loss, perplexity and BLEU of a bundle on prepared data"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
