@@ -68,10 +68,13 @@ class TrainEngine:
         self._deepspeed = load_deepspeed(world, talkative=_profiles(config))
         require_precision(self._deepspeed, engine.precision, world)
         module.to(world.device)
+        rounded = engine.precision != "fp32"
+        originals = {parameter: parameter.data for parameter in module.parameters() if parameter.requires_grad and rounded}
         self._engine: Any = self._deepspeed.initialize(
             model=module, optimizer=build_optimizer(module, optimizer), config=config, dist_init_required=False
         )[0]
         self._masters = Masters(self._deepspeed, self._engine, self.stage)
+        self._masters.adopt(originals)
         self._average = None if ema is None else MovingAverage(self._masters.tensors, ema)
 
     @property

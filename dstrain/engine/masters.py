@@ -8,6 +8,7 @@ bookkeeping; no other file touches them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +36,11 @@ class Masters:
         if self._stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
         return list(optimizer.single_partition_of_fp32_groups)
+
+    def adopt(self, originals: Mapping[nn.Parameter, Tensor]) -> None:
+        """Start from whole fp32 weights, where DeepSpeed has made masters of their 16-bit roundings."""
+        for parameter, weight in originals.items():
+            self._deepspeed.utils.safe_set_full_fp32_param(parameter, weight)
 
     @torch.no_grad()
     def publish(self) -> None:

@@ -15,7 +15,7 @@ def run_ranks(scenario: str, world_size: int, directory: Path, *, timeout: float
     """What `tests.parallel.scenarios.<scenario>` returns on each rank, in rank order; arguments and results are JSON."""
     directory.mkdir(parents=True, exist_ok=True)
     results = [directory / f"{scenario}_{world_size}_{rank}.json" for rank in range(world_size)]
-    shared = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    shared = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": str(directory / "compiled")}
     if world_size > 1:
         shared |= {"WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []

@@ -91,6 +91,16 @@ def fp16_curve(world: World, **run: Any) -> list[Report]:
     return curve(world, precision="fp16", **run)
 
 
+def masters_at_start(world: World, *, deepspeed: str) -> bool:
+    """Whether a bf16 engine starts from the very weights of the model, on rank 0."""
+    module = build_module()
+    expected = digest(to_portable(module.model))
+    return digest(build_engine(world, module, deepspeed=deepspeed, precision="bf16").gather_weights(averaged=False)) in (
+        expected,
+        None,
+    )
+
+
 def pretend_fp16(world: World, able: bool) -> None:
     """Let DeepSpeed believe that the processor can or cannot compute in fp16."""
     load_deepspeed(world).accelerator.get_accelerator().is_fp16_supported = lambda: able

@@ -46,6 +46,8 @@ def test_two_ranks_equal_one(curves: list[list[dict[str, Any]]], tmp_path: Path)
     for rank in run_ranks("curves", 2, tmp_path, runs=ONE_RANK):
         for found in rank:
             assert_same_curve(found, curves[0])
+    assert not (tmp_path / "compiled").exists(), "nothing is compiled on the CPU"
+    assert [log.read_text() for log in tmp_path.glob("*.log")] == ["", ""], "DeepSpeed keeps quiet"
 
 
 def test_four_ranks_equal_one(curves: list[list[dict[str, Any]]], tmp_path: Path) -> None:

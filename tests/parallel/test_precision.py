@@ -21,9 +21,11 @@ def test_bf16_follows_fp32_stops_at_faults_and_resumes(name: str, tmp_path: Path
         "loss": ["guarded", {"deepspeed": name, "precision": "bf16", "fault": "loss"}],
         "gradient": ["guarded", {"deepspeed": name, "precision": "bf16", "fault": "gradient"}],
         "resumed": ["resumed", {"deepspeed": name, "precision": "bf16", "shards": str(tmp_path)}],
+        "start": ["masters_at_start", {"deepspeed": name}],
     }
     for rank in run_ranks("several", 2, tmp_path, scenarios=scenarios):
         full, half = ([report["loss"] for report in curve] for curve in rank["curves"])
+        assert rank["start"], "the fp32 masters must be the weights themselves, not their bf16 roundings"
         assert half == pytest.approx(full, rel=0.02)
         assert half[-1] < 0.95 * half[0]
         assert half != full

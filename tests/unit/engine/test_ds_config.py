@@ -58,6 +58,17 @@ def test_shipped_files_resolve_without_auto(name: str, precision: Any) -> None:
     assert ("offload_optimizer" in resolved["zero_optimization"]) == name.endswith("offload")
 
 
+def test_the_additions_that_the_readme_shows_are_accepted(tmp_path: Path) -> None:
+    text = (ROOT / "ds_configs" / "README.md").read_text().split("```json\n")[1].split("```")[0]
+    resolved = resolve_ds_config(EngineConfig(deepspeed=write(tmp_path, f"{{{text}}}"), precision="bf16"), world_size=1)
+    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+def test_the_readme_tells_about_every_file() -> None:
+    table = (ROOT / "ds_configs" / "README.md").read_text()
+    assert all(f"| `{name}` |" in table for name in SHIPPED)
+
+
 def test_clipping_is_explicit_even_where_the_file_is_silent(tmp_path: Path) -> None:
     resolved = resolve_ds_config(EngineConfig(deepspeed=write(tmp_path, ZERO1)), world_size=1)
     assert resolved["gradient_clipping"] == 0.0
