@@ -74,8 +74,11 @@ def save_bundle(
     """Write a bundle, or replace one, atomically.
 
     weights: by portable name. notes: whatever a reader should know, such as step and score; plain YAML values. BundleError if
-    the weights do not fit the configuration or the disk is full; a bundle that was there before then stays.
+    the weights do not fit the configuration, the disk is full (a bundle that was there before then stays), or `directory` holds
+    anything but a bundle.
     """
+    directory = directory.resolve()
+    _refuse_to_replace_others(directory)
     with torch.device("meta"):
         check_portable(build_model(model_config, vocabulary, seed=None), weights)
     fresh = directory.with_name(f".{directory.name}.new")
@@ -147,6 +150,13 @@ def read_description(directory: Path) -> BundleDescription:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
         raise BundleError(f"{path} does not describe a model: {problems}; restore the file from a copy") from error
+
+
+def _refuse_to_replace_others(directory: Path) -> None:
+    if directory.is_dir() and ((directory / MODEL).is_file() or not any(directory.iterdir())):
+        return
+    if directory.exists():
+        raise BundleError(f"{directory} exists and is not a bundle, so it is not replaced; choose another place")
 
 
 def _whole(directory: Path) -> Path:

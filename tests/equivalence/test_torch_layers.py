@@ -58,6 +58,7 @@ def torch_model(ours: EncoderDecoder, norm_order: str, activation: str) -> nn.Tr
     return theirs
 
 
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor")
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("norm_order", ["pre", "post"])
 def test_hidden_states_and_gradients(norm_order: Literal["pre", "post"], activation: Literal["relu", "gelu"]) -> None:

@@ -99,6 +99,19 @@ def test_weights_that_do_not_fit_are_never_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
 
 
+def test_only_bundles_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    (tmp_path / "file").write_text("more of it")
+    for name in ("thesis", "file"):
+        with pytest.raises(BundleError, match=f"{name} exists and is not a bundle, so it is not replaced; choose another place"):
+            save(tmp_path / name, small_model())
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    save(tmp_path / "empty", small_model())
+    assert load_bundle(tmp_path / "empty").notes == {"step": 1}
+
+
 def test_a_failed_save_leaves_the_old_bundle_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     save(tmp_path / "bundle", model, step=1)
