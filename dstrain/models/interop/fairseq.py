@@ -194,8 +194,9 @@ def _modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _untie(weights: dict[str, Tensor], tie: str) -> None:
     """Drop the further names of tied tables, after a look that they hold the same."""
     tied = {"all": TABLES, "decoder": TABLES[1:], "none": TABLES[2:]}[tie]
-    if tied[0] not in weights:
-        raise ImportFormatError(f"the checkpoint lacks {tied[0]}; it is incomplete or of another kind of model")
+    lacking = [name for name in TABLES if name not in weights and name not in tied[1:]]
+    if lacking:
+        raise ImportFormatError(f"the checkpoint lacks {', '.join(lacking)}; it is incomplete or of another kind of model")
     for name in tied[1:]:
         other = weights.pop(name, None)
         if other is not None and not torch.equal(other, weights[tied[0]]):

@@ -212,8 +212,14 @@ def test_names_that_do_not_fit_are_listed() -> None:
         ImportFormatError, match=r"missing: encoder.layers.0.feed_forward.up_proj.bias; unexpected: classification_h"
     ):
         convert(checkpoint(weights))
-    with pytest.raises(ImportFormatError, match=r"lacks decoder\.output_projection\.weight"):
-        convert(checkpoint({name: tensor for name, tensor in small_weights().items() if "output" not in name}))
+
+
+@pytest.mark.parametrize("name", ["encoder.embed_tokens", "decoder.embed_tokens", "decoder.output_projection"])
+def test_missing_tables_are_named(name: str) -> None:
+    weights = small_weights()
+    del weights[f"{name}.weight"]
+    with pytest.raises(ImportFormatError, match=rf"the checkpoint lacks {name}\.weight; it is incomplete"):
+        convert(checkpoint(weights))
 
 
 def test_both_places_of_the_settings_are_read(tmp_path: Path) -> None:
