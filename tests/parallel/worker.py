@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from dstrain.parallel.topology import finalize, initialize
+from dstrain.parallel.topology import finalize, initialize, leave
 from tests.parallel import scenarios
 
 
@@ -14,6 +14,7 @@ def main() -> None:
     value = getattr(scenarios, name)(world, **json.loads(arguments))
     Path(result).write_text(json.dumps(value))
     finalize()
+    leave(0)
 
 
 if __name__ == "__main__":
