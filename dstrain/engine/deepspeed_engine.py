@@ -166,15 +166,18 @@ class TrainEngine:
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
-        """The model computes with the moving average inside the context. Collective on both ends."""
+        """The model computes with the moving average inside the context. Collective on both ends.
+
+        An error inside puts the masters back, but ends without the collective: the other ranks may be elsewhere.
+        """
         average = self._required_average()
         average.exchange()
-        self._masters.publish()
         try:
+            self._masters.publish()
             yield
         finally:
             average.exchange()
-            self._masters.publish()
+        self._masters.publish()
 
     def gather_weights(self, *, averaged: bool) -> dict[str, Tensor] | None:
         """The fp32 weights by portable name on rank 0's CPU, None elsewhere; the moving average if `averaged`. Collective."""

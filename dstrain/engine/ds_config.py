@@ -36,7 +36,7 @@ def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": engine.clip_norm,
-        "bf16": {**resolved.get("bf16", {}), "enabled": engine.precision == "bf16"},
+        "bf16": {**resolved.get("bf16", {}), "enabled": engine.precision == "bf16", "check_grad_overflow": True},
         "fp16": {**resolved.get("fp16", {}), "enabled": engine.precision == "fp16"},
         "zero_force_ds_cpu_optimizer": False,
         "timers": {"throughput": {"enabled": False}},
