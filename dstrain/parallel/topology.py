@@ -95,7 +95,7 @@ def initialize(device: DeviceChoice = "auto") -> World:
         local_rank = chosen.index
     os.environ.update({**place, "LOCAL_RANK": str(local_rank)})
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+        torch.set_num_threads(max(1, _cores() // local_world_size))
     world = World(rank, local_rank, world_size, local_world_size, chosen)
     if not dist.is_initialized():
         _join(world)
@@ -188,6 +188,11 @@ def first_host(node_list: str) -> str:
         raise TrainingError(f"SLURM_STEP_NODELIST={node_list!r} names no host")
     prefix, number, suffix = match.groups(default="")
     return prefix + number + suffix
+
+
+def _cores() -> int:
+    """Cores that this process may use; macOS cannot say, so there it is all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _device(choice: DeviceChoice, local_rank: int) -> torch.device:

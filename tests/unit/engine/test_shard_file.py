@@ -71,7 +71,7 @@ class Trap:
 
 def test_objects_are_not_unpickled(tmp_path: Path) -> None:
     torch.save({"masters": Trap()}, tmp_path / "torch.pt")
-    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"masters": Trap()}))
+    (tmp_path / "pickle.pt").write_bytes(pickle.dumps({"masters": Trap()}, protocol=2))
     for name in ("torch.pt", "pickle.pt"):
         with pytest.raises(CheckpointError, match="cannot be read"):
             read_shard(tmp_path / name)

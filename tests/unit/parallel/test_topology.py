@@ -118,3 +118,11 @@ def test_contradictions(environment: dict[str, str], expected: str) -> None:
 def test_a_gpu_that_is_not_there() -> None:
     expected = "device cuda was asked for, but torch sees no GPU; use --device cpu, or check the driver"
     assert failure("'cuda'", CUDA_VISIBLE_DEVICES="") == expected
+
+
+@pytest.mark.parametrize(("environment", "threads"), [({"LOCAL_WORLD_SIZE": "10000"}, "1"), ({"OMP_NUM_THREADS": "3"}, "3")])
+def test_ranks_of_a_node_share_its_cores(environment: dict[str, str], threads: str) -> None:
+    program = "import torch; from dstrain.parallel.topology import initialize; initialize('cpu'); print(torch.get_num_threads())"
+    place = {"RANK": "0", "WORLD_SIZE": "1", **environment}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=place, timeout=60)
+    assert run.stdout.strip() == threads, run.stderr
