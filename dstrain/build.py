@@ -55,7 +55,10 @@ def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice) -> 
         plan = StepPlan(corpora.train.source_lengths, corpora.train.target_lengths, recipe.batching, recipe.training.seed)
         run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job)
         try:
-            return build_trainer(recipe, corpora, plan, run, world).run()
+            engine = build_engine(recipe, corpora.vocabulary, world)
+            code = build_trainer(recipe, corpora, plan, run, engine).run()
+            engine.close()
+            return code
         finally:
             run.close()
     finally:
@@ -85,10 +88,9 @@ class Corpora:
         return VocabularySizes(source=source.vocab_size, target=target.vocab_size, pad_id=target.pad_id, eos_id=target.eos_id)
 
 
-def build_trainer(recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, world: World) -> Trainer:
-    """All parts of a training, put together."""
-    vocabulary = corpora.vocabulary
-    engine = TrainEngine(
+def build_engine(recipe: Recipe, vocabulary: VocabularySizes, world: World) -> TrainEngine:
+    """Model and objective under the engine, with initial weights from the seed."""
+    return TrainEngine(
         TrainModule(build_model(recipe.model, vocabulary, seed=recipe.training.seed), build_objective(recipe.objective)),
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,
@@ -97,6 +99,11 @@ def build_trainer(recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, wo
         seed=recipe.training.seed,
         world=world,
     )
+
+
+def build_trainer(recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, engine: TrainEngine) -> Trainer:
+    """All parts of a training, put together."""
+    vocabulary, world = corpora.vocabulary, engine.world
     watchdog = Watchdog(recipe.training.hang_seconds, rank=world.rank)
 
     def steps(epoch: int, index: int) -> TrainLoader:

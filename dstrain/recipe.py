@@ -6,12 +6,13 @@ words by recipe_errors.py. Torch-free: a recipe can be checked on a login node.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from dstrain.data.config import BatchingConfig, DataConfig
-from dstrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
+from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece
+from dstrain.engine.config import EngineConfig, FallingSchedule, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 from dstrain.models.config import ModelConfig
 from dstrain.objectives.config import CrossEntropyConfig, ObjectiveConfig
@@ -40,12 +41,30 @@ class Recipe(Config):
     generation: GenerationConfig = Field(default_factory=BeamSearchConfig)
 
     @model_validator(mode="after")
-    def _schedule_covers_training(self) -> Recipe:
-        total = getattr(self.schedule, "total_steps", None)
-        limit = self.training.max_steps
-        if total is not None and limit is not None and limit > total:
-            raise ValueError(
-                f"training.max_steps = {limit} goes beyond schedule.total_steps = {total}, where the learning rate has ended; "
-                "raise total_steps"
-            )
+    def _parts_fit(self) -> Recipe:
+        problems = [*self._schedule_problems(), *self._length_problems(), *self._vocabulary_problems()]
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
+
+    def _schedule_problems(self) -> Iterator[str]:
+        limit = self.training.max_steps
+        if isinstance(self.schedule, FallingSchedule) and limit is not None and limit > self.schedule.total_steps:
+            yield (
+                f"training.max_steps = {limit} goes beyond schedule.total_steps = {self.schedule.total_steps}, where the "
+                "learning rate has ended; raise total_steps"
+            )
+
+    def _length_problems(self) -> Iterator[str]:
+        for name in ("max_source_length", "max_target_length"):
+            kept, read = self.data.filter.model_dump()[name], self.model.model_dump()[name]
+            if kept > read:
+                yield f"data.filter.{name} = {kept} keeps sentences that the model does not read (model.{name} = {read})"
+
+    def _vocabulary_problems(self) -> Iterator[str]:
+        tokenizer = self.data.tokenizer
+        if isinstance(tokenizer, TrainedSentencePiece) and tokenizer.sharing == "separate" and self.model.embedding.tie == "all":
+            yield (
+                "model.embedding.tie = all needs one vocabulary for both sides, but data.tokenizer.sharing = separate; "
+                "choose sharing: joint or tie: decoder"
+            )

@@ -13,7 +13,10 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from dstrain.engine.config import EngineConfig
+from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.errors import RecipeError, nearest
+from dstrain.models.presets import PRESETS
 from dstrain.recipe import RECIPE_VERSION, Recipe
 from dstrain.recipe_errors import explain
 
@@ -53,22 +56,29 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         if "extends" in base:
             raise RecipeError(f"{path}: extends {base_path}, which itself extends another recipe; only one level is read")
         tree = merge(base, tree)
+    mistakes = []
     for override in overrides:
-        _override(tree, override)
-    return check_recipe(tree, str(path))
+        try:
+            _override(tree, override)
+        except RecipeError as error:
+            mistakes.append(str(error))
+    return check_recipe(_with_preset(tree), str(path), mistakes + _deepspeed_mistakes(tree))
 
 
-def check_recipe(tree: Mapping[str, Any], origin: str) -> Recipe:
-    """The checked recipe of a tree of plain values; `origin` names it in errors."""
+def check_recipe(tree: Mapping[str, Any], origin: str, mistakes: Sequence[str] = ()) -> Recipe:
+    """The checked recipe of a tree of plain values. origin: its name in errors. mistakes: found before, reported too."""
     if tree.get("version", RECIPE_VERSION) != RECIPE_VERSION:
         found = tree["version"]
         raise RecipeError(f"{origin}: version: this dstrain reads recipes of version {RECIPE_VERSION}, not {found!r}")
+    lines = list(mistakes)
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        lines = explain(error, Recipe)
+        lines += explain(error, Recipe)
+    if lines:
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-        raise RecipeError("\n  ".join([f"{origin}: {count}", *lines])) from None
+        raise RecipeError("\n  ".join([f"{origin}: {count}", *lines]))
+    return recipe
 
 
 def recipe_tree(recipe: Recipe) -> Tree:
@@ -82,15 +92,44 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
-    """`top` over `base`, key by key; a part of another kind replaces the old one whole."""
+    """`top` over `base`, key by key; a part of another kind or of a preset replaces the old one whole."""
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and _same_part(old, value):
             merged[key] = merge(old, value)
         else:
             merged[key] = value
     return merged
+
+
+def _same_part(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
+    return "preset" not in new and new.get("kind", old.get("kind")) == old.get("kind")
+
+
+def _with_preset(tree: Tree) -> Tree:
+    """The tree with `model.preset` replaced by the preset's keys, over which the other keys of `model` go."""
+    model = tree.get("model")
+    if not isinstance(model, dict) or "preset" not in model:
+        return tree
+    name = str(model["preset"])
+    if name not in PRESETS:
+        raise RecipeError(f"model.preset: no preset {name!r}; {nearest(name, PRESETS)}")
+    own = {key: value for key, value in model.items() if key != "preset"}
+    return {**tree, "model": merge(PRESETS[name].model_dump(mode="json"), own)}
+
+
+def _deepspeed_mistakes(tree: Tree) -> list[str]:
+    """What is wrong with the DeepSpeed file that the recipe names, as far as the recipe's engine section is readable."""
+    try:
+        engine = EngineConfig.model_validate(tree.get("engine", {}))
+    except ValidationError:
+        return []
+    try:
+        resolve_ds_config(engine, world_size=1)
+    except RecipeError as error:
+        return [str(error)]
+    return []
 
 
 def _find(name_or_path: str, beside: Path | None = None) -> Path:
@@ -144,6 +183,9 @@ def _enter(place: Any, key: str, override: str, path: str) -> Any:
 def _assign(place: Any, key: str, value: Any, override: str) -> None:
     if isinstance(place, list):
         place[_index(place, key, override)] = value
+    elif key == "preset":
+        place.clear()  # a preset brings all keys of its part
+        place[key] = value
     else:
         place[key] = value
 

@@ -8,6 +8,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Config(BaseModel):
-    """A frozen configuration that refuses unknown keys and values of another type than declared."""
+    """A frozen configuration that refuses unknown keys and values that do not convert to the declared type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)

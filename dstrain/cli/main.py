@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import re
 import sys
 from collections.abc import Sequence
 
 from dstrain import __version__
-from dstrain.errors import DstrainError
-from dstrain.log import logger, setup_logging
+from dstrain.cli.guard import guarded
+from dstrain.log import setup_logging
 
 VERBS = {
     "show": "check a recipe and print it resolved",
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not re.match(r"--local[-_]rank=", word)]
     parser = argparse.ArgumentParser(
         prog="dstrain",
-        description="Train, distil and run translation and other sequence models with DeepSpeed.",
+        description="Train and run translation and other sequence models with DeepSpeed.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -60,20 +59,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     setup_logging(debug=args.debug)
-    return _guarded(args)
-
-
-def _guarded(args: argparse.Namespace) -> int:
-    try:
-        return int(args.run(args))
-    except DstrainError as error:
-        if args.debug:
-            raise
-        logger.error("%s", error)
-        return 1
-    except KeyboardInterrupt:
-        logger.error("interrupted")
-        return 130
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    return guarded(args)

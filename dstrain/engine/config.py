@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from dstrain.strict import Config
 
@@ -51,38 +51,51 @@ class ConstantSchedule(_WarmUp):
     kind: Literal["constant"] = "constant"
 
 
-class LinearSchedule(_WarmUp):
+class FallingSchedule(_WarmUp):
+    """What schedules with an end share: after warm-up down to `final` at `total_steps`."""
+
+    total_steps: PositiveInt
+    final: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _falls(self) -> FallingSchedule:
+        if self.warmup_steps >= self.total_steps:
+            raise ValueError(f"warmup_steps = {self.warmup_steps} reaches total_steps = {self.total_steps}; raise total_steps")
+        return self
+
+
+class LinearSchedule(FallingSchedule):
     """After warm-up, straight down to `final` at `total_steps`."""
 
     kind: Literal["linear"] = "linear"
-    total_steps: PositiveInt
-    final: NonNegativeFloat = 0.0
 
 
-class CosineSchedule(_WarmUp):
+class CosineSchedule(FallingSchedule):
     """After warm-up, half a cosine down to `final` at `total_steps`."""
 
     kind: Literal["cosine"] = "cosine"
-    total_steps: PositiveInt
-    final: NonNegativeFloat = 0.0
 
 
-class PolynomialSchedule(_WarmUp):
+class PolynomialSchedule(FallingSchedule):
     """After warm-up, (remaining share)**power down to `final` at `total_steps`."""
 
     kind: Literal["polynomial"] = "polynomial"
-    total_steps: PositiveInt
     power: PositiveFloat = 1.0
-    final: NonNegativeFloat = 0.0
 
 
-class WsdSchedule(_WarmUp):
+class WsdSchedule(FallingSchedule):
     """Warm-up, stable, decay: the learning rate itself until `decay_steps` before `total_steps`, then straight to `final`."""
 
     kind: Literal["wsd"] = "wsd"
-    total_steps: PositiveInt
     decay_steps: PositiveInt
-    final: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _decays_after_warmup(self) -> WsdSchedule:
+        if self.warmup_steps + self.decay_steps > self.total_steps:
+            raise ValueError(
+                f"warmup_steps = {self.warmup_steps} and decay_steps = {self.decay_steps} exceed total_steps = {self.total_steps}"
+            )
+        return self
 
 
 ScheduleConfig = Annotated[

@@ -36,7 +36,7 @@ class ValidationConfig(Config):
     """When and how the `valid` split is scored.
 
     every: how many steps or epochs. metric: what chooses the best bundle; `bleu` and `chrf` need `generation`. patience: stop
-    after so many validations without improvement. sanity: one full validation before the first step.
+    after so many validations without improvement. run_sanity_validation: one full validation before the first step.
     """
 
     unit: Literal["steps", "epochs"] = "epochs"

@@ -129,9 +129,8 @@ def _open(directory: Path, recipe: Mapping[str, Any], data: str) -> tuple[IO[str
         )
     directory.mkdir(parents=True, exist_ok=True)
     lock = _lock(directory / ".lock")
-    if recipe_file.is_file():
+    if recipe_file.is_file() and _has_begun(directory):
         _check_recipe(recipe_file, recipe)
-        _check_checkpoints(directory)
         return lock, _run_id(directory / "run.json", data)
     run_id = uuid.uuid4().hex[:16]
     write_durably(directory / "run.json", json.dumps({"format": FORMAT, "run_id": run_id, "data": data}).encode())
@@ -171,11 +170,16 @@ def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any]) -> None:
         )
 
 
-def _check_checkpoints(directory: Path) -> None:
-    """A run that once wrote a checkpoint and now has none is an accident, not a fresh start."""
+def _has_begun(directory: Path) -> bool:
+    """Whether there is something to resume. Without it any recipe may begin here, as nothing is lost.
+
+    A run that once wrote a checkpoint and now has none is an accident, not a fresh start.
+    """
     events = directory / "events.jsonl"
-    if not events.is_file() or any((directory / "checkpoints").glob("step_*")):
-        return
+    if any((directory / "checkpoints").glob("step_*")):
+        return True
+    if not events.is_file():
+        return False
     with events.open("rb") as file:
         if any(b'"kind": "checkpoint"' in line or b'"kind": "resume"' in line for line in file):
             raise CheckpointError(
@@ -183,6 +187,7 @@ def _check_checkpoints(directory: Path) -> None:
                 "restore them, or choose another --output to train from the beginning"
             )
     logger.warning("%s was begun but never reached a checkpoint: starting from the beginning", directory)
+    return False
 
 
 def _run_id(path: Path, data: str) -> str:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dstrain.errors import RecipeError
+from dstrain.models.presets import PRESETS
 from dstrain.recipe_file import dump_recipe, load_recipe, merge, recipe_names
 from tests.paths import ROOT
 
@@ -66,6 +67,39 @@ def test_heads_must_divide_the_width() -> None:
 
 def test_training_may_not_outlast_its_schedule() -> None:
     assert "goes beyond schedule.total_steps = 5" in errors_of("schedule={kind: linear, total_steps: 5}")
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("schedule={kind: cosine, total_steps: 600, warmup_steps: 600}", "warmup_steps = 600 reaches total_steps = 600"),
+        ("schedule={kind: wsd, total_steps: 600, warmup_steps: 1, decay_steps: 600}", "exceed total_steps = 600"),
+        ("data.tokenizer.sharing=separate", "tie = all needs one vocabulary for both sides"),
+        ("model.max_source_length=100", "data.filter.max_source_length = 1024 keeps sentences that the model does not read"),
+    ],
+)
+def test_sections_that_do_not_fit_together_are_refused(override: str, complaint: str) -> None:
+    assert complaint in errors_of(override)
+
+
+def test_the_deepspeed_file_and_bad_overrides_are_reported_with_the_rest() -> None:
+    message = errors_of("training.max_stpes=3", "engine.deepspeed=zreo1", "training.max_steps")
+    assert "3 mistakes" in message
+    assert "no DeepSpeed configuration 'zreo1'; did you mean zero1?" in message
+    assert "write it as section.key=value" in message
+
+
+def test_a_preset_brings_a_whole_model_and_other_keys_go_over_it() -> None:
+    recipe = load_recipe("translation/quickstart", ["model.preset=it2_dist", "model.dropout=0.2"])
+    assert recipe.model == PRESETS["it2_dist"].model_copy(update={"dropout": 0.2})
+    assert "no preset 'it3'; did you mean it2?" in errors_of("model={preset: it3}")
+
+
+def test_a_preset_in_a_file_replaces_the_model_that_it_extends(tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: translation/quickstart\nmodel: {preset: base, embedding: {tie: all}}\n")
+    model = load_recipe(str(child)).model
+    assert (model.model_dim, model.norm_order, model.embedding.tie) == (512, "post", "all")
 
 
 def test_another_version_is_refused() -> None:

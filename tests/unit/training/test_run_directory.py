@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dstrain.errors import CheckpointError, TrainingError
-from dstrain.training.run_directory import open_run, recipe_differences
+from dstrain.training.run_directory import Run, open_run, recipe_differences
 from tests.paths import ROOT
 from tests.unit.checkpoint.ranks import on_ranks
 from tests.unit.training.fakes import ALONE
@@ -39,9 +39,16 @@ def changed(path: str, value: Any) -> dict[str, Any]:
     return tree
 
 
-def test_a_new_run_holds_the_recipe_and_an_id_that_stays(tmp_path: Path) -> None:
-    run = open_run(tmp_path / "deep" / "run", RECIPE, ALONE, data="d1")
+def begin(directory: Path) -> Run:
+    """A run with something to resume."""
+    run = open_run(directory, RECIPE, ALONE, data="d1")
+    (directory / "checkpoints" / "step_00000001").mkdir(parents=True)
     run.close()
+    return run
+
+
+def test_a_new_run_holds_the_recipe_and_an_id_that_stays(tmp_path: Path) -> None:
+    run = begin(tmp_path / "deep" / "run")
     assert yaml.safe_load((tmp_path / "deep" / "run" / "recipe.yaml").read_text())["optimizer"]["betas"] == [0.9, 0.98]
     assert (run.checkpoints, run.bundles) == (run.directory / "checkpoints", run.directory / "bundles")
     again = open_run(tmp_path / "deep" / "run", RECIPE, ALONE, data="d1")
@@ -51,7 +58,7 @@ def test_a_new_run_holds_the_recipe_and_an_id_that_stays(tmp_path: Path) -> None
 
 
 def test_another_recipe_is_refused_and_the_difference_shown(tmp_path: Path) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+    begin(tmp_path / "run")
     other = changed("model.encoder.depth", 6)
     other["optimizer"]["betas"] = [0.9, 0.999]
     del other["batching"]["tokens_per_step"]
@@ -112,14 +119,15 @@ def test_a_run_that_lost_its_checkpoints_is_not_begun_again_silently(tmp_path: P
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
     open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
     (tmp_path / "run" / "events.jsonl").write_text('{"time": 1.0, "kind": "train", "step": 10}\n')
-    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+    open_run(tmp_path / "run", changed("training.seed", 2), ALONE, data="d1").close()
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["training"]["seed"] == 2
 
 
 @pytest.mark.parametrize(
     ("name", "content"), [("recipe.yaml", "a: [1"), ("run.json", "{"), ("run.json", '{"format": 9, "run_id": "x"}')]
 )
 def test_damaged_files_are_named(tmp_path: Path, name: str, content: str) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+    begin(tmp_path / "run")
     (tmp_path / "run" / name).write_text(content)
     with pytest.raises(CheckpointError, match=name):
         open_run(tmp_path / "run", RECIPE, ALONE, data="d1")
@@ -155,6 +163,7 @@ sys.stdin.read()
 def test_all_ranks_learn_the_id_and_the_refusal(tmp_path: Path) -> None:
     ids = on_ranks(3, lambda ranks: open_run(tmp_path / "run", RECIPE, ranks, data="d1").run_id)
     assert len(set(ids)) == 1
+    (tmp_path / "run" / "checkpoints" / "step_00000001").mkdir(parents=True)
     refusals = on_ranks(3, lambda ranks: open_run(tmp_path / "run", changed("training.seed", 2), ranks, data="d1"))
     assert all(isinstance(refusal, CheckpointError) for refusal in refusals)
     assert len({str(refusal) for refusal in refusals}) == 1
@@ -166,7 +175,7 @@ def test_a_directory_that_cannot_be_made_is_named() -> None:
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+    begin(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"was begun on other data \(d1, this is d2\).*name the --data it was begun on"):
         open_run(tmp_path / "run", RECIPE, ALONE, data="d2")
     open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()

@@ -1,0 +1,34 @@
+"""From what went wrong to one message and an exit code."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from dstrain.errors import DstrainError, RecipeError
+from dstrain.log import logger
+
+
+def guarded(args: argparse.Namespace) -> int:
+    """Run the chosen verb. --debug shows stack traces; a defect of dstrain always does."""
+    try:
+        return int(args.run(args))
+    except KeyboardInterrupt:
+        logger.error("interrupted")
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (DstrainError, OSError) as error:
+        if args.debug:
+            raise
+        if not (isinstance(error, RecipeError) and os.environ.get("RANK", "0") != "0"):  # every rank finds the same in a recipe
+            logger.error("%s", error if isinstance(error, DstrainError) else _described(error))
+        return 1
+
+
+def _described(error: OSError) -> str:
+    """What the operating system refused, where, and what to look at."""
+    place = f"{error.filename}: " if error.filename else ""
+    return f"{place}{error.strerror or error}; check that the path exists, may be used and has room"
