@@ -9,7 +9,7 @@ setup(
     long_description=open("README.md", encoding="utf-8").read(),  # noqa: SIM115, PTH123
     long_description_content_type="text/markdown",
     license="MIT",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["dstrain", "dstrain.*"]), "dstrain.ds_configs"],
     package_dir={"dstrain.ds_configs": "ds_configs"},
     package_data={"dstrain": ["recipes/*/*.yaml", "py.typed"], "dstrain.ds_configs": ["*.json"]},
@@ -42,5 +42,5 @@ setup(
             "types-setuptools",
         ]
     },
-    entry_points={"console_scripts": ["dstrain = dstrain.cli.main:main"]},
+    entry_points={"console_scripts": ["dstrain = dstrain.__main__:script"]},
 )

@@ -46,23 +46,21 @@ def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice) -> 
     Returns the exit code of the verb. Raises DstrainError where something does not fit together.
     """
     world = initialize(device)
+    if world.device.type == "cpu":
+        keep_freed_memory()
+    corpora = Corpora(data, recipe)
+    for split, dataset in (("train", corpora.train), ("valid", corpora.valid)):
+        check_split(split, dataset.source_lengths, dataset.target_lengths, recipe.model)
+    plan = StepPlan(corpora.train.source_lengths, corpora.train.target_lengths, recipe.batching, recipe.training.seed)
+    run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job)
     try:
-        if world.device.type == "cpu":
-            keep_freed_memory()
-        corpora = Corpora(data, recipe)
-        for split, dataset in (("train", corpora.train), ("valid", corpora.valid)):
-            check_split(split, dataset.source_lengths, dataset.target_lengths, recipe.model)
-        plan = StepPlan(corpora.train.source_lengths, corpora.train.target_lengths, recipe.batching, recipe.training.seed)
-        run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job)
-        try:
-            engine = build_engine(recipe, corpora.vocabulary, world)
-            code = build_trainer(recipe, corpora, plan, run, engine).run()
-            engine.close()
-            return code
-        finally:
-            run.close()
+        engine = build_engine(recipe, corpora.vocabulary, world)
+        code = build_trainer(recipe, corpora, plan, run, engine).run()
     finally:
-        finalize()
+        run.close()
+    engine.close()
+    finalize()  # in order only after a success: after a failure the other ranks may be inside a collective
+    return code
 
 
 class Corpora:

@@ -13,8 +13,9 @@ show() { printf '\n$ %s\n' "$*"; "$@"; }
 say "1. prepare: 20,000 generated sentence pairs -> SentencePiece model and Arrow shards"
 show dstrain prepare $RECIPE --output data
 
-say "2. train: two processes, ZeRO-1 (about four minutes on two CPU cores)"
-show deepspeed --num_gpus 2 --master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')" \
+processes=$(python -c 'import torch; print(min(2, torch.cuda.device_count()) or 2)')
+say "2. train: $processes processes, ZeRO-1"
+show deepspeed --num_gpus "$processes" --master_port "$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')" \
   --module dstrain train $RECIPE --data data --output run
 
 say "3. translate the held-out test sentences and score them"

@@ -199,6 +199,8 @@ def _seal(directory: Path, ranks: Ranks) -> list[FileEntry]:
 
 def _publish(aside: Path, final: Path, manifest: dict[str, Any], entries: list[list[FileEntry]]) -> None:
     files = sorted((vars(entry) for share in entries for entry in share), key=lambda entry: str(entry["name"]))
+    if [entry["name"] for entry in files] != _files(aside):
+        raise OSError(f"the ranks see different files in {aside}: the shared file system lags behind")
     content = {**manifest, "files": files}
     write_durably(aside / MANIFEST, json.dumps({**content, "sha256": _checksum(content)}, indent=1, allow_nan=False).encode())
     for folder in (path for path in aside.rglob("*") if path.is_dir()):

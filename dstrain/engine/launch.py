@@ -26,7 +26,7 @@ def require_precision(deepspeed: ModuleType, precision: str, world: World) -> No
 
 def load_deepspeed(world: World, *, talkative: bool = False) -> ModuleType:
     """DeepSpeed, joined to the process group that `world` stands for. talkative: let it print what its profilers measure."""
-    os.environ.setdefault("DS_ACCELERATOR", world.device.type)
+    os.environ["DS_ACCELERATOR"] = world.device.type
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
     import deepspeed
     import deepspeed.ops

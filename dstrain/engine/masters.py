@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +38,18 @@ class Masters:
         return list(optimizer.single_partition_of_fp32_groups)
 
     def adopt(self, originals: Mapping[nn.Parameter, Tensor]) -> None:
-        """Start from whole fp32 weights, where DeepSpeed has made masters of their 16-bit roundings."""
+        """Start from whole fp32 weights, where DeepSpeed has made masters of their 16-bit roundings.
+
+        Under ZeRO-3 a rank's share of a parameter is padded to equal size, and only the local setter knows of that.
+        """
+        rank, world_size = self._deepspeed.comm.get_rank(), self._deepspeed.comm.get_world_size()
         for parameter, weight in originals.items():
-            self._deepspeed.utils.safe_set_full_fp32_param(parameter, weight)
+            if self._stage == 3:
+                share: int = cast("Any", parameter).ds_tensor.ds_numel
+                padded = nn.functional.pad(weight.flatten(), (0, share * world_size - weight.numel()))
+                self._deepspeed.utils.safe_set_local_fp32_param(parameter, padded.narrow(0, share * rank, share))
+            else:
+                self._deepspeed.utils.safe_set_full_fp32_param(parameter, weight)
 
     @torch.no_grad()
     def publish(self) -> None:

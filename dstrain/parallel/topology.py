@@ -196,13 +196,15 @@ def _cores() -> int:
 
 
 def _device(choice: DeviceChoice, local_rank: int) -> torch.device:
-    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+    asked_for_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    if choice == "cpu" or (choice == "auto" and asked_for_cpu):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise TrainingError("device cuda was asked for, but torch sees no GPU; use --device cpu, or check the driver")
     count = torch.cuda.device_count()
-    if local_rank >= count > 1:
+    own = "," not in os.environ.get("CUDA_VISIBLE_DEVICES", ",")  # the launcher shows this rank one GPU of its own
+    if local_rank >= count and not own:
         raise TrainingError(f"LOCAL_RANK={local_rank} but this node has {count} GPUs: start at most {count} ranks a node")
-    index = local_rank if count > 1 else 0
+    index = local_rank if local_rank < count else 0
     torch.cuda.set_device(index)
     return torch.device("cuda", index)

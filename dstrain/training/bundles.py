@@ -76,8 +76,9 @@ class BundleStore:
 
     def _recover(self) -> None:
         if self.ranks.rank == 0 and self.directory.is_dir():
-            for path in self.directory.glob(".*.tmp"):
-                shutil.rmtree(path)
+            for pattern in (".*.tmp", "..*.new*"):
+                for path in self.directory.glob(pattern):
+                    shutil.rmtree(path)
             restore_directories(self.directory)
 
 

@@ -60,3 +60,8 @@ def test_fp16_skips_overflows_and_goes_on(name: str, tmp_path: Path) -> None:
     assert all(math.isinf(report["grad_norm"]) == report["skipped"] for report in rank["curve"])
     assert rank["curve"][-1]["loss"] < 0.95 * rank["curve"][0]["loss"]
     assert rank["resumed"]["found"] == rank["resumed"]["expected"]
+
+
+def test_three_ranks_share_weights_whose_sizes_they_do_not_divide(tmp_path: Path) -> None:
+    """Under ZeRO-3 each share is padded; the masters of 16-bit training start from the whole weights all the same."""
+    assert run_ranks("masters_at_start", 3, tmp_path, deepspeed="zero3") == [True, True, True]
