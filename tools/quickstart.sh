@@ -8,7 +8,7 @@ WORK=$(mkdir -p "${1:-$ROOT/quickstart}" && cd "${1:-$ROOT/quickstart}" && pwd)
 RECIPE=translation/quickstart
 cd "$WORK"
 
-show() { printf '\n$ %s\n' "$*"; "$@"; }
+show() { printf '\n$ %s\n' "$*" >&2; "$@"; }
 
 say "1. prepare: 20,000 generated sentence pairs -> SentencePiece model and Arrow shards"
 show dstrain prepare $RECIPE --output data
@@ -21,7 +21,7 @@ show deepspeed --num_gpus "$processes" --master_port "$(python -c 'import socket
 say "3. translate the held-out test sentences and score them"
 show dstrain text data --split test --output test
 show dstrain generate run/bundles/best --input test/source.txt --output test/hypothesis.txt
-show dstrain evaluate --hypothesis test/hypothesis.txt --reference test/target.txt
+show dstrain evaluate --hypothesis test/hypothesis.txt --reference test/target.txt | tee test/scores.txt
 
 say "4. draw the curves"
 show dstrain report run
@@ -29,6 +29,9 @@ show dstrain report run
 say "ten translations of unseen sentences"
 paste -d '\n' <(sed 's/^/  source      /' test/source.txt) <(sed 's/^/  translation /' test/hypothesis.txt) \
   <(sed 's/^/  reference   /' test/target.txt) | awk 'NR % 3 == 1 && NR > 1 && NR <= 30 {print ""} NR <= 30'
+
+say "scores on $(wc -l <test/source.txt) sentences of unseen combinations"
+cat test/scores.txt
 
 say "where everything lies"
 cat <<TEXT

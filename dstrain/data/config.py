@@ -52,6 +52,7 @@ class TrainedSentencePiece(Config):
     """Train SentencePiece on the training text. Ids 0-3 are <s> <pad> </s> <unk>, then `user_symbols`, then pieces.
 
     max_training_lines: lines that one model learns from, both sides together where it is joint; spread evenly over the corpora.
+    The memory of `prepare` grows with the corpus until then, and not beyond.
     """
 
     kind: Literal["sentencepiece"] = "sentencepiece"
