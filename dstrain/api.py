@@ -10,6 +10,7 @@ The verbs use these same objects.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +33,7 @@ from dstrain.recipe_errors import explain
 
 MethodConfig = BeamSearchConfig | SamplingConfig
 MAX_TOKENS = 8192
-"""Padded tokens of one batch of `score` and `logits`."""
+"""Padded tokens of one batch of `logits`."""
 
 
 def load(bundle: str | Path, device: str = "cpu") -> Model:
@@ -40,11 +41,41 @@ def load(bundle: str | Path, device: str = "cpu") -> Model:
 
     BundleError: the bundle is missing, incomplete or altered. DstrainError: no such device.
     """
+    chosen = usable_device(device)
+    return Model(load_bundle(Path(bundle), device=chosen), chosen)
+
+
+def usable_device(device: str) -> str:
+    """The device that a name means here. DstrainError: no such device."""
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    named = re.fullmatch(r"cpu|cuda(:(\d+))?", device)
+    if named is None:
+        raise DstrainError(f"device {device!r} is unknown; choose cpu, cuda, cuda:N or auto")
+    if device != "cpu" and not torch.cuda.is_available():
         raise DstrainError(f"device {device}: no GPU is visible here; use cpu or auto")
-    return Model(load_bundle(Path(bundle), device=device), device)
+    if int(named[2] or 0) >= torch.cuda.device_count() and device != "cpu":
+        raise DstrainError(
+            f"device {device}: {torch.cuda.device_count()} GPUs are visible here, numbered from 0; use one of them"
+        )
+    return device
+
+
+def generation_config(recipe: Mapping[str, Any] | None, options: Mapping[str, Any]) -> MethodConfig:
+    """The `generation` section of a bundle's recipe, overridden by the options that are not None; defaults without a recipe.
+
+    A beam size alone means beam search. RecipeError explains what is wrong.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    section = dict((recipe or {}).get("generation", {}))
+    kind = given.get("kind", "beam" if "beam_size" in given else section.get("kind", "beam"))
+    method = SamplingConfig if kind == "sampling" else BeamSearchConfig
+    if section.get("kind", "beam") != kind:
+        section = {name: value for name, value in section.items() if name in method.model_fields}
+    try:
+        return method.model_validate({**section, **given, "kind": kind})
+    except ValidationError as error:
+        raise RecipeError("generation options: " + "; ".join(explain(error, method))) from error
 
 
 class Model:
@@ -65,11 +96,13 @@ class Model:
         self,
         sentences: Sequence[str],
         *,
+        prefixes: Sequence[str] | None = None,
         kind: Literal["beam", "sampling"] | None = None,
         beam_size: int | None = None,
         groups: int | None = None,
         diversity: float | None = None,
         num_best: int | None = None,
+        score: Literal["normalized", "sum"] | None = None,
         length_penalty: float | None = None,
         min_length: int | None = None,
         max_length_ratio: float | None = None,
@@ -83,10 +116,11 @@ class Model:
         max_tokens: int | None = None,
         truncate_source: bool = False,
     ) -> list[list[TextHypothesis]]:
-        """For each sentence its `num_best` hypotheses, best first; an empty sentence has an empty one.
+        """For each sentence its `num_best` hypotheses, best first; an empty sentence without prefix has an empty one.
 
-        Options are those of `generation.config`; what is left out follows the bundle's recipe. RecipeError: an option that this
-        method does not have, or of no valid value. DataError: a sentence longer than the model reads, without truncate_source.
+        prefixes: for each sentence the text that its hypotheses begin with; free where empty. The other options are those of
+        `generation.config`; what is left out follows the bundle's recipe. RecipeError: an option that this method does not have,
+        or of no valid value. DataError: a sentence longer than the model reads, without truncate_source.
         """
         options = {
             "kind": kind,
@@ -94,6 +128,7 @@ class Model:
             "groups": groups,
             "diversity": diversity,
             "num_best": num_best,
+            "score": score,
             "length_penalty": length_penalty,
             "min_length": min_length,
             "max_length_ratio": max_length_ratio,
@@ -106,20 +141,25 @@ class Model:
             "seed": seed,
             "max_tokens": max_tokens,
         }
-        return self.translate(sentences, self.generation_config(options), truncate_source=truncate_source)
+        config = self.generation_config(options)
+        return self.translate(sentences, config, prefixes=prefixes, truncate_source=truncate_source)
 
     def translate(
         self,
         sentences: Sequence[str],
         config: MethodConfig,
         *,
+        prefixes: Sequence[str] | None = None,
         truncate_source: bool = False,
         first_line: int = 1,
         progress: Callable[[int], object] = ignore_progress,
     ) -> list[list[TextHypothesis]]:
         """As `generate`, by a whole configuration. first_line, progress: as in `generation.generator`."""
-        if isinstance(sentences, str):
-            raise DataError(f"generate got one string ({sentences[:40]!r}); give a list of sentences")
+        for texts in (sentences, prefixes):
+            if isinstance(texts, str):
+                raise DataError(f"generate got one string ({texts[:40]!r}); give a list of sentences")
+        if prefixes is not None:
+            same_number(sentences, prefixes, "prefixes")
         tokenizer = self.tokenizer
         generator = Generator(
             self.bundle.model,
@@ -130,43 +170,56 @@ class Model:
             device=self.device,
             truncate_source=truncate_source,
         )
-        return generator.translate(sentences, tokenizer.source, tokenizer.target, first_line=first_line, progress=progress)
+        return generator.translate(
+            sentences, tokenizer.source, tokenizer.target, prefixes=prefixes, first_line=first_line, progress=progress
+        )
 
     def generation_config(self, options: Mapping[str, Any]) -> MethodConfig:
-        """The recipe's `generation` section, overridden by the options that are not None. RecipeError explains what is wrong."""
-        given = {name: value for name, value in options.items() if value is not None}
-        section = dict((self.bundle.recipe or {}).get("generation", {}))
-        kind = given.get("kind", "beam" if "beam_size" in given else section.get("kind", "beam"))
-        method = SamplingConfig if kind == "sampling" else BeamSearchConfig
-        if section.get("kind", "beam") != kind:
-            section = {name: value for name, value in section.items() if name in method.model_fields}
-        try:
-            return method.model_validate({**section, **given, "kind": kind})
-        except ValidationError as error:
-            raise RecipeError("generation options: " + "; ".join(explain(error, method))) from error
+        """As the function `generation_config`, with this bundle's recipe."""
+        return generation_config(self.bundle.recipe, options)
 
     def score(
-        self, sources: Sequence[str], targets: Sequence[str], *, length_penalty: float | None = None, truncate: bool = False
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        *,
+        score: Literal["normalized", "sum"] | None = None,
+        length_penalty: float | None = None,
+        truncate: bool = False,
     ) -> list[TextHypothesis]:
         """Each target as a hypothesis of its source, scored as a search would score it.
 
         DataError: unequal numbers of lines, or one longer than the model reads, without truncate.
         """
-        same_number(sources, targets)
-        config = self.generation_config({"length_penalty": length_penalty})
+        config = self.generation_config({"score": score, "length_penalty": length_penalty})
+        return self.score_texts(sources, targets, config, truncate=truncate)
+
+    def score_texts(
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        config: MethodConfig,
+        *,
+        truncate: bool = False,
+        first_line: int = 1,
+        progress: Callable[[int], object] = ignore_progress,
+    ) -> list[TextHypothesis]:
+        """As `score`, by a whole configuration. first_line, progress: as in `generation.generator`."""
+        same_number(sources, targets, "targets")
         tokenizer, limits = self.tokenizer, self.bundle.model_config
         encoded = [[*row, tokenizer.source.eos_id] for row in tokenizer.source.encode(sources)]
         wanted = [[*row, tokenizer.target.eos_id] for row in tokenizer.target.encode(targets)]
-        source_ids = fitting(encoded, limits.max_source_length, truncate=truncate)
-        target_ids = fitting(wanted, limits.max_target_length, truncate=truncate, what="target")
+        source_ids = fitting(encoded, limits.max_source_length, truncate=truncate, first_line=first_line)
+        target_ids = fitting(wanted, limits.max_target_length, truncate=truncate, first_line=first_line, what="target")
         ids = SpecialIds.of(tokenizer.target)
         scored: dict[int, TextHypothesis] = {}
-        for rows in batches_by_length(longer_of(source_ids, target_ids), range(len(targets)), MAX_TOKENS):
+        for rows in batches_by_length(longer_of(source_ids, target_ids), range(len(targets)), config.max_tokens):
             source = self._sequences([source_ids[row] for row in rows])
             batch = [target_ids[row] for row in rows]
             found = score_targets(self.bundle.model, source, batch, config=config, ids=ids, device=self.device)
             for row, hypothesis in zip(rows, found, strict=True):
                 scored[row] = TextHypothesis(hypothesis.tokens, hypothesis.score, hypothesis.token_scores, targets[row])
+            progress(len(rows))
         return [scored[row] for row in range(len(targets))]
 
     def logits(
@@ -177,7 +230,7 @@ class Model:
         source_ids: ids ending in EOS, None for a decoder-only model. target_input_ids: EOS, then target tokens.
         """
         if source_ids is not None:
-            same_number(source_ids, target_input_ids)
+            same_number(source_ids, target_input_ids, "targets")
         found: dict[int, npt.NDArray[np.float32]] = {}
         lengths = longer_of(source_ids or target_input_ids, target_input_ids)
         for rows in batches_by_length(lengths, range(len(target_input_ids)), MAX_TOKENS):
@@ -191,10 +244,10 @@ class Model:
         return Sequences(*pad(rows, self.bundle.vocabulary.pad_id)).to(torch.device(self.device))
 
 
-def same_number(sources: Sequence[object], targets: Sequence[object]) -> None:
-    """DataError unless there is one target for each source."""
-    if len(sources) != len(targets):
-        raise DataError(f"{len(sources)} sources but {len(targets)} targets; give one target for each source")
+def same_number(sources: Sequence[object], others: Sequence[object], name: str) -> None:
+    """DataError unless there is one of the others, called `name`, for each source."""
+    if len(sources) != len(others):
+        raise DataError(f"{len(sources)} sources but {len(others)} {name}; give one for each source")
 
 
 def longer_of(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[int]:

@@ -3,19 +3,27 @@
     dstrain generate RUN/bundles/best --input test.en --output hyp.de --beam-size 5
     zcat news.en.gz | dstrain generate BUNDLE --num-best 5 --format jsonl > news.jsonl
     dstrain generate BUNDLE --input test.en --sampling --top-p 0.9 --seed 7 --output draws.de
+    dstrain generate BUNDLE --input test.en --reference test.de --score-only > scores.txt
 
 Formats: text is one line for each input line; jsonl one object with all hypotheses, pieces and scores (natural logarithms);
 fairseq the S- T- H- D- P- lines, numbered from 0, scores in base 2. Answers wait in OUTPUT.partial until all are there;
-after Ctrl-C those that are finished stay in it.
+after Ctrl-C those that are finished stay in it. With --score-only the references are the only hypotheses; format text then is
+one score for each line.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from typing import TYPE_CHECKING
 
 from dstrain.cli.generation_options import add_generation_arguments, load_translator
+from dstrain.errors import DataError
 from dstrain.log import logger
+
+if TYPE_CHECKING:
+    from dstrain.generation.files import Chunk
+    from dstrain.generation.generator import TextHypothesis
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--input", metavar="FILE", default="-", help="text or .gz, one sentence a line (default: standard input)")
     parser.add_argument("--output", metavar="FILE", default="-", help="default: standard output")
     parser.add_argument("--reference", metavar="FILE", help="human translations to write beside the answers (jsonl, fairseq)")
+    task = parser.add_mutually_exclusive_group()
+    task.add_argument(
+        "--prefix", metavar="FILE", help="how each answer must begin, one text a line; free where the line is empty"
+    )
+    task.add_argument("--score-only", action="store_true", help="translate nothing: score the lines of --reference")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,18 +45,28 @@ def run(args: argparse.Namespace) -> int:
 
     from dstrain.generation.files import count_lines, translate_file
 
-    model, config, render = load_translator(args)
+    if args.score_only and args.reference is None:
+        raise DataError("--score-only has nothing to score; add --reference FILE")
+    model, config, render = load_translator(args, score_only=args.score_only)
     start = time.monotonic()
     with tqdm(total=count_lines(args.input), unit=" lines", disable=None) as bar:
-        lines, tokens = translate_file(
-            lambda chunk, first: model.translate(
-                chunk, config, truncate_source=args.truncate, first_line=first, progress=bar.update
-            ),
-            args.input,
-            args.output,
-            render,
-            reference=args.reference,
-        )
+
+        def answer(chunk: Chunk) -> list[list[TextHypothesis]]:
+            if chunk.references is not None and args.score_only:
+                scored = model.score_texts(
+                    chunk.lines, chunk.references, config, truncate=args.truncate, first_line=chunk.first, progress=bar.update
+                )
+                return [[hypothesis] for hypothesis in scored]
+            return model.translate(
+                chunk.lines,
+                config,
+                prefixes=chunk.prefixes,
+                truncate_source=args.truncate,
+                first_line=chunk.first,
+                progress=bar.update,
+            )
+
+        lines, tokens = translate_file(answer, args.input, args.output, render, reference=args.reference, prefix=args.prefix)
     seconds = max(time.monotonic() - start, 1e-9)
     logger.info(
         "%d lines, %d tokens in %.1f s: %.1f lines/s, %.0f tokens/s", lines, tokens, seconds, lines / seconds, tokens / seconds

@@ -3,8 +3,8 @@
     dstrain interactive RUN/bundles/best
     echo "a man rides a bike ." | dstrain interactive RUN/bundles/best --beam-size 10
 
-An empty line gives an empty line. Ctrl-D or Ctrl-C ends. On a terminal a line that cannot be translated (too long, invalid
-UTF-8) gets a message and the next one is read; in a pipe it ends the command.
+An empty line gives an empty line. Ctrl-D ends; Ctrl-C, too, with exit code 130. On a terminal a line that cannot be translated
+(too long, invalid UTF-8) gets a message and the next one is read; in a pipe it ends the command.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ def run(args: argparse.Namespace) -> int:
     from dstrain.generation.files import STANDARD_INPUT, decode_line, standard_output
     from dstrain.generation.formats import Answer
 
+    model, config, render = load_translator(args)
     at_terminal = sys.stdin.isatty()
     out = standard_output()
+    number = 0
     try:
-        model, config, render = load_translator(args)
-        number = 0
         while raw := _read_line(at_terminal):
             number += 1
             try:
@@ -44,10 +44,9 @@ def run(args: argparse.Namespace) -> int:
                 continue
             out.write(render(Answer(number, line, hypotheses)))
             out.flush()
-    except KeyboardInterrupt:
-        pass
-    if at_terminal:
-        print(file=sys.stderr)
+    finally:
+        if at_terminal:
+            print(file=sys.stderr)
     return 0
 
 

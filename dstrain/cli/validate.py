@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dstrain.cli.common import positive_number
 
 if TYPE_CHECKING:
+    from dstrain.objectives.config import ObjectiveConfig
     from dstrain.parallel.topology import World
 
 
@@ -45,33 +46,28 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace, world: World) -> dict[str, float]:
+    from dstrain.api import generation_config
     from dstrain.checkpoint.bundle import load_bundle
     from dstrain.objectives.factory import build_objective
     from dstrain.training.bundle_validation import validate_bundle
 
     bundle = load_bundle(args.bundle, device=world.device)
-    objective, generation = _settings(bundle.recipe or {}, args.beam_size)
+    objective = _objective(bundle.recipe or {})
+    generation = generation_config(bundle.recipe, {"beam_size": args.beam_size}) if args.generate else None
     return validate_bundle(
         bundle,
         args.data,
         args.split,
         world,
         objective=build_objective(objective),
-        generation=generation if args.generate else None,
+        generation=generation,
         max_tokens=args.max_tokens,
     )
 
 
-def _settings(recipe: dict[str, Any], beam_size: int | None) -> tuple[Any, Any]:
-    """Objective and generation of the bundle's recipe; plain cross-entropy and beam search where it has none."""
-    from dstrain.generation.config import BeamSearchConfig
+def _objective(recipe: dict[str, Any]) -> ObjectiveConfig:
+    """The objective of the bundle's recipe; plain cross-entropy where it has none."""
     from dstrain.objectives.config import CrossEntropyConfig
     from dstrain.recipe_file import check_recipe
 
-    checked = check_recipe(recipe, "the bundle's recipe") if recipe else None
-    objective = checked.objective if checked else CrossEntropyConfig(label_smoothing=0.0)
-    generation = checked.generation if checked else BeamSearchConfig()
-    if beam_size is not None:
-        shared = generation.model_dump(include=set(BeamSearchConfig.model_fields) - {"kind", "beam_size"})
-        generation = BeamSearchConfig.model_validate({**shared, "beam_size": beam_size})
-    return objective, generation
+    return check_recipe(recipe, "the bundle's recipe").objective if recipe else CrossEntropyConfig(label_smoothing=0.0)

@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import BinaryIO, TextIO
@@ -24,33 +25,44 @@ from dstrain.log import logger
 CHUNK_LINES = 4096
 STANDARD = "-"
 STANDARD_INPUT = "standard input"
-Translate = Callable[[Sequence[str], int], list[list[TextHypothesis]]]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some lines of the input. first: number of the first, from 1. references, prefixes: of these lines; None without a file."""
+
+    first: int
+    lines: Sequence[str]
+    references: Sequence[str] | None = None
+    prefixes: Sequence[str] | None = None
 
 
 def translate_file(
-    translate: Translate,
+    translate: Callable[[Chunk], list[list[TextHypothesis]]],
     source: str,
     output: str,
     render: Callable[[Answer], str],
     *,
     reference: str | None = None,
+    prefix: str | None = None,
     chunk_lines: int = CHUNK_LINES,
 ) -> tuple[int, int]:
     """Answer every line of `source`; returns how many lines and generated tokens there were.
 
-    translate: (lines, number of the first) -> hypotheses. source, output: paths, `-` for standard input and output. reference: a
-    file with as many lines. DataError: a missing file, invalid UTF-8, a NUL, or a reference of another length.
+    translate: the hypotheses of each line of a chunk. source, output: paths, `-` for standard input and output. reference,
+    prefix: files with as many lines. DataError: a missing file, invalid UTF-8, a NUL, or unequal numbers of lines.
     """
     lines = tokens = 0
     with open_output(output) as out:
         try:
-            for chunk, references in paired_chunks(source, reference, chunk_lines):
-                found = translate(chunk, lines + 1)
-                for number, (line, hypotheses, known) in enumerate(zip(chunk, found, references, strict=True), lines + 1):
-                    out.write(render(Answer(number, line, hypotheses, known)))
+            for chunk in parallel_chunks(source, reference, prefix, chunk_lines):
+                known: Sequence[str | None] = chunk.references or [None] * len(chunk.lines)
+                answers = zip(chunk.lines, translate(chunk), known, strict=True)
+                for number, (line, hypotheses, human) in enumerate(answers, chunk.first):
+                    out.write(render(Answer(number, line, hypotheses, human)))
                     tokens += sum(len(hypothesis.tokens) for hypothesis in hypotheses)
                 out.flush()
-                lines += len(chunk)
+                lines += len(chunk.lines)
         except BaseException:
             if lines and output != STANDARD:
                 logger.error("stopped; the answers to the first %d lines are kept in %s", lines, partial_path(output))
@@ -58,30 +70,38 @@ def translate_file(
     return lines, tokens
 
 
-def paired_chunks(source: str, reference: str | None, chunk_lines: int) -> Iterator[tuple[list[str], list[str] | list[None]]]:
-    """The lines of `source`, some at a time, with the same lines of `reference`, None without one."""
-    if reference is None:
-        yield from ((chunk, [None] * len(chunk)) for chunk in read_chunks(source, chunk_lines))
-        return
-    done = 0
+def parallel_chunks(source: str, reference: str | None, prefix: str | None, chunk_lines: int) -> Iterator[Chunk]:
+    """The lines of `source`, some at a time, with the same lines of the other files."""
+    paths = [path for path in (source, reference, prefix) if path is not None]
+    if paths.count(STANDARD) > 1:
+        raise DataError("only one of --input, --reference and --prefix can be standard input; name a file for the others")
+    files = [read_chunks(path, chunk_lines) for path in paths]
+    first = 1
     nothing: list[str] = []
-    for chunk, known in zip_longest(read_chunks(source, chunk_lines), read_chunks(reference, chunk_lines), fillvalue=nothing):
-        if len(chunk) != len(known):
-            short, long = (source, reference) if len(chunk) < len(known) else (reference, source)
-            end = done + min(len(chunk), len(known))
-            raise DataError(f"{short} ends after line {end}, {long} goes on; give one reference for each line")
-        yield chunk, known
-        done += len(chunk)
+    for parts in zip_longest(*files, fillvalue=nothing):
+        lines = parts[0]
+        if any(len(part) != len(lines) for part in parts):
+            counts = [first - 1 + len(part) + sum(map(len, rest)) for part, rest in zip(parts, files, strict=True)]
+            found = ", ".join(f"{input_name(path)} {count}" for path, count in zip(paths, counts, strict=True))
+            raise DataError(f"unequal numbers of lines: {found}; give one line for each line of the input")
+        others = iter(parts[1:])
+        yield Chunk(first, lines, None if reference is None else next(others), None if prefix is None else next(others))
+        first += len(lines)
 
 
 def read_chunks(path: str, chunk_lines: int) -> Iterator[list[str]]:
     """The lines of a file, or of standard input for `-`, some at a time, without their ends."""
-    name = STANDARD_INPUT if path == STANDARD else path
+    name = input_name(path)
     with open_input(path) as stream:
         first = 1
         while raw := list(islice(stream, chunk_lines)):
             yield [decode_line(line, name, number) for number, line in enumerate(raw, first)]
             first += len(raw)
+
+
+def input_name(path: str) -> str:
+    """What messages call an input."""
+    return STANDARD_INPUT if path == STANDARD else path
 
 
 def decode_line(line: bytes, name: str, number: int) -> str:
@@ -109,7 +129,7 @@ def open_input(path: str) -> Iterator[BinaryIO]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the path of --input or --reference") from error
+        raise DataError(f"{path}: {error.strerror or error}; check the paths of --input, --reference and --prefix") from error
 
 
 @contextmanager

@@ -10,14 +10,16 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from dstrain.errors import RecipeError
-from dstrain.generation.generator import TextHypothesis
-from dstrain.protocols import TextTokenizer
+
+if TYPE_CHECKING:  # so that the command line lists the formats without loading torch
+    from dstrain.generation.generator import TextHypothesis
+    from dstrain.protocols import TextTokenizer
 
 Format = Literal["text", "jsonl", "fairseq"]
-FORMATS: tuple[Format, ...] = ("text", "jsonl", "fairseq")
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,13 @@ class Answer:
     reference: str | None = None
 
 
-def formatter(name: Format, target: TextTokenizer, *, num_best: int) -> Callable[[Answer], str]:
-    """Turns an answer into its lines, each ending in a line break. RecipeError where plain text would need several lines."""
+def formatter(name: Format, target: TextTokenizer, *, num_best: int, score_only: bool = False) -> Callable[[Answer], str]:
+    """Turns an answer into its lines, each ending in a line break. RecipeError where plain text would need several lines.
+
+    score_only: the one hypothesis is a given text, of which plain text then writes the score.
+    """
+    if name == "text" and score_only:
+        return as_score
     if name == "text" and num_best > 1:
         raise RecipeError(f"format text has one line per input, but num_best = {num_best}; choose --format jsonl or fairseq")
     match name:
@@ -46,6 +53,11 @@ def formatter(name: Format, target: TextTokenizer, *, num_best: int) -> Callable
 def as_text(answer: Answer) -> str:
     """The best hypothesis."""
     return one_line(answer.hypotheses[0].text) + "\n"
+
+
+def as_score(answer: Answer) -> str:
+    """The score of the best hypothesis."""
+    return f"{answer.hypotheses[0].score}\n"
 
 
 def as_json(answer: Answer, target: TextTokenizer) -> str:

@@ -2,7 +2,8 @@
 
 Sentences of similar length share a batch of at most `max_tokens` = hypotheses x source length, so that padding costs little; the
 longest come first, so that a lack of memory shows at once. A sentence's length limit follows from its own length, never from its
-batch. Empty lines, and those without a token, are answered by an empty hypothesis without asking the model.
+batch. Empty lines, and those without a token, are answered by an empty hypothesis without asking the model, unless they
+have a prefix.
 """
 
 from __future__ import annotations
@@ -60,19 +61,20 @@ class Generator:
     ) -> list[list[Hypothesis]]:
         """The `num_best` hypotheses of each source, best first; at least one each.
 
-        sources: ids ending in EOS. prefixes: first target tokens, forced. first_line: number of the first source, for messages
-        and for the draws of sampling. progress: told how many sentences each batch has finished. DataError names the line of a
-        source that is longer than the model allows.
+        sources: ids ending in EOS. prefixes: first target tokens, forced, without EOS; none where empty. first_line: number of
+        the first source, for messages and for the draws of sampling. progress: told how many sentences each batch has finished.
+        DataError names the line of a source or prefix that is longer than the model allows.
         """
         sources = fitting(sources, self.max_source_length, truncate=self.truncate_source, first_line=first_line)
         found: list[list[Hypothesis]] = [[Hypothesis([self.ids.eos], 0.0, [0.0])] for _ in sources]
-        asked = [row for row, source in enumerate(sources) if len(source) > 1]
+        forced = self._forced(prefixes, first_line) if prefixes is not None else [[]] * len(sources)
+        asked = [row for row, source in enumerate(sources) if len(source) > 1 or forced[row]]
         progress(len(sources) - len(asked))
         hypotheses = self.config.beam_size if isinstance(self.config, BeamSearchConfig) else self.config.num_best
         failed = 0
         for rows in batches_by_length([len(source) * hypotheses for source in sources], asked, self.config.max_tokens):
-            prefix = None if prefixes is None else [prefixes[row] for row in rows]
-            answers = self._generate([sources[row] for row in rows], [first_line + row for row in rows], prefix)
+            batch, prefix = [sources[row] for row in rows], [forced[row] for row in rows]
+            answers = self._generate(batch, [first_line + row for row in rows], prefix)
             for row, answer in zip(rows, answers, strict=True):
                 failed += not answer
                 found[row] = answer or [Hypothesis([self.ids.eos], -torch.inf, [-torch.inf])]
@@ -92,33 +94,41 @@ class Generator:
         source: TextTokenizer,
         target: TextTokenizer,
         *,
+        prefixes: Sequence[str] | None = None,
         first_line: int = 1,
         progress: Callable[[int], object] = ignore_progress,
     ) -> list[list[TextHypothesis]]:
         """Texts in and out, as `translate_ids`."""
         ids = [[*row, source.eos_id] for row in source.encode(lines)]
-        found = self.translate_ids(ids, first_line=first_line, progress=progress)
+        forced = None if prefixes is None else target.encode(prefixes)
+        found = self.translate_ids(ids, prefixes=forced, first_line=first_line, progress=progress)
         texts = iter(target.decode([hypothesis.tokens for hypotheses in found for hypothesis in hypotheses]))
         return [[TextHypothesis(h.tokens, h.score, h.token_scores, next(texts)) for h in hypotheses] for hypotheses in found]
 
     def _generate(
-        self, sources: Sequence[Sequence[int]], lines: Sequence[int], prefixes: Sequence[Sequence[int]] | None
+        self, sources: Sequence[Sequence[int]], lines: Sequence[int], prefixes: Sequence[Sequence[int]]
     ) -> list[list[Hypothesis]]:
         """One batch. lines: the number of each source."""
         device = torch.device(self.device)
         batch = Sequences(*pad(sources, self.ids.pad)).to(device)
-        prefix = None if prefixes is None else pad(prefixes, self.ids.pad)[0].to(device)
-        limits = [self._max_length(len(source)) for source in sources]
+        prefix = pad(prefixes, self.ids.pad)[0].to(device) if any(prefixes) else None
+        limits = [self._max_length(len(source), len(first)) for source, first in zip(sources, prefixes, strict=True)]
         match self.config:
             case BeamSearchConfig() as config:
                 return beam_search(self.model, batch, config=config, ids=self.ids, max_lengths=limits, prefix=prefix)
             case SamplingConfig() as config:
                 return sample(self.model, batch, config=config, ids=self.ids, max_lengths=limits, sentences=lines, prefix=prefix)
 
-    def _max_length(self, source_length: int) -> int:
-        """The most tokens before EOS; the model reads the start token in front of them."""
+    def _forced(self, prefixes: Sequence[Sequence[int]], first_line: int) -> list[Sequence[int]]:
+        """The prefixes, each with room for an EOS after it."""
+        ended = [[*prefix, self.ids.eos] for prefix in prefixes]
+        kept = fitting(ended, self.max_target_length, truncate=self.truncate_source, first_line=first_line, what="prefix")
+        return [prefix[:-1] for prefix in kept]
+
+    def _max_length(self, source_length: int, prefix_length: int) -> int:
+        """The most tokens before EOS, never fewer than the prefix has; the model reads the start token in front of them."""
         wanted = int(self.config.max_length_ratio * source_length) + self.config.max_length_offset
-        return min(wanted, self.max_target_length - 1)
+        return min(max(wanted, prefix_length), self.max_target_length - 1)
 
 
 def fitting(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 
-from dstrain.api import Model, load
+from dstrain.api import Model, load, usable_device
 from dstrain.batch import Sequences
 from dstrain.errors import BundleError, DataError, DstrainError, RecipeError
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
@@ -71,6 +72,33 @@ def test_scores_follow_the_length_penalty(model: Model) -> None:
     assert total.score == pytest.approx(sum(total.token_scores), rel=1e-6)
 
 
+def test_a_score_is_a_bare_sum_on_request(model: Model) -> None:
+    (normalized,) = model.generate(["one two three"], length_penalty=1.0)[0][:1]
+    (found,) = model.generate(["one two three"], score="sum")[0][:1]
+    assert found.score == pytest.approx(sum(found.token_scores), rel=1e-5)
+    assert normalized.score == pytest.approx(sum(normalized.token_scores) / len(normalized.tokens), rel=1e-5)
+    (forced,) = model.score(["one two"], ["eins zwei drei"], score="sum")
+    assert forced.score == pytest.approx(sum(forced.token_scores), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["beam", "sampling"])
+def test_hypotheses_begin_with_their_prefix(model: Model, kind: Literal["beam", "sampling"]) -> None:
+    prefixes = ["zwölf elf", "neun", "", "eins eins eins", "", "acht", ""]
+    free = model.generate(SENTENCES, kind=kind)
+    for prefix, without, hypotheses in zip(prefixes, free, model.generate(SENTENCES, kind=kind, prefixes=prefixes), strict=True):
+        if prefix:
+            assert [h.text.split()[: len(prefix.split())] for h in hypotheses] == [prefix.split()] * 2
+        else:
+            assert [h.text for h in hypotheses] == [h.text for h in without]
+
+
+def test_prefixes_that_do_not_fit_are_refused(model: Model) -> None:
+    with pytest.raises(DataError, match="2 sources but 1 prefixes; give one for each source"):
+        model.generate(["one", "two"], prefixes=["eins"])
+    with pytest.raises(DataError, match=r"prefix line 2 has 17 tokens .* reads at most 16"):
+        model.generate(["one", "two"], prefixes=["", "eins " * 16])
+
+
 def test_logits_are_those_of_the_model_without_padding(model: Model) -> None:
     sources = [[5, 6, 7, 2], [8, 2], [9, 10, 11, 12, 13, 14, 2]]
     inputs = [[2, 4], [2, 5, 6, 7, 8], [2]]
@@ -107,7 +135,7 @@ def test_without_a_recipe_the_configuration_has_its_own_defaults(tmp_path: Path)
 
 
 def test_every_option_of_both_methods_can_be_given(model: Model) -> None:
-    fields = (BeamSearchConfig.model_fields.keys() | SamplingConfig.model_fields.keys()) - {"score"}
+    fields = BeamSearchConfig.model_fields.keys() | SamplingConfig.model_fields.keys()
     assert fields <= set(inspect.signature(model.generate).parameters)
 
 
@@ -138,7 +166,7 @@ def test_a_long_sentence_is_refused_or_cut(model: Model) -> None:
 
 
 def test_unequal_numbers_of_lines_are_refused(model: Model) -> None:
-    with pytest.raises(DataError, match="2 sources but 1 targets; give one target for each source"):
+    with pytest.raises(DataError, match="2 sources but 1 targets; give one for each source"):
         model.score(["one", "two"], ["eins"])
     with pytest.raises(DataError, match="1 sources but 2 targets"):
         model.logits([[5, 2]], [[2], [2]])
@@ -147,6 +175,8 @@ def test_unequal_numbers_of_lines_are_refused(model: Model) -> None:
 def test_one_string_is_not_a_list_of_sentences(model: Model) -> None:
     with pytest.raises(DataError, match=r"generate got one string \('one two'\); give a list of sentences"):
         model.generate("one two")
+    with pytest.raises(DataError, match=r"generate got one string \('eins'\); give a list of sentences"):
+        model.generate(["one", "two", "one", "two"], prefixes="eins")
 
 
 def test_a_bundle_without_tokenizer_still_gives_logits(tmp_path: Path) -> None:
@@ -162,6 +192,20 @@ def test_a_device_that_is_not_there_is_named(directory: Path) -> None:
     with pytest.raises(DstrainError, match="device cuda: no GPU is visible here; use cpu or auto"):
         load(directory, device="cuda")
     assert load(directory, device="auto").device == "cpu"
+
+
+@pytest.mark.parametrize("device", ["foo", "cuda:", "cpu:1", "gpu"])
+def test_an_unknown_device_is_refused(directory: Path, device: str) -> None:
+    with pytest.raises(DstrainError, match=f"device '{device}' is unknown; choose cpu, cuda, cuda:N or auto"):
+        load(directory, device=device)
+
+
+def test_a_gpu_beyond_those_visible_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [usable_device(name) for name in ("auto", "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
+    with pytest.raises(DstrainError, match="device cuda:2: 2 GPUs are visible here, numbered from 0"):
+        usable_device("cuda:2")
 
 
 def test_nothing_that_is_no_bundle_is_loaded(tmp_path: Path) -> None:

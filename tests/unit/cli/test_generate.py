@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from dstrain.api import load
 from dstrain.cli.main import main
 from tests.paths import ROOT
-from tests.unit.generation.small_bundle import SENTENCES, make_bundle
+from tests.unit.generation.small_bundle import SENTENCES, WORDS, make_bundle
 
 TEXT = "\n".join(SENTENCES) + "\n"
 
@@ -86,11 +88,14 @@ def test_generate_in_fairseq_lines_with_references(bundle: Path, source: Path, c
     ("words", "message"),
     [
         (["--num-best", "2"], "format text has one line per input, but num_best = 2"),
-        (["--beam-size", "0"], "generation options: beam_size: input should be greater than 0, not 0"),
+        (["--temperature", "0"], "generation options: temperature: input should be greater than 0, not 0.0"),
         (["--top-k", "3"], "generation options: top_k: unknown key"),
         (["--input", "nowhere.en"], "nowhere.en: No such file or directory"),
         (["--reference", "nowhere.de"], "nowhere.de: No such file or directory"),
+        (["--prefix", "nowhere.de"], "nowhere.de: No such file or directory"),
         (["--device", "cuda:9"], "device cuda:9: no GPU is visible here"),
+        (["--device", "foo"], "device 'foo' is unknown; choose cpu, cuda, cuda:N or auto"),
+        (["--score-only"], "--score-only has nothing to score; add --reference FILE"),
     ],
 )
 def test_generate_explains_mistakes(
@@ -100,6 +105,70 @@ def test_generate_explains_mistakes(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize("option", ["--threads", "--beam-size", "--groups", "--num-best", "--top-k", "--max-tokens"])
+@pytest.mark.parametrize("value", ["0", "-2", "half"])
+def test_a_number_below_one_is_a_fault_of_usage(
+    bundle: Path, option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        generate(bundle, f"{option}={value}")
+    assert caught.value.code == 2
+    assert f"argument {option}: '{value}' is not a whole number from 1 on" in capsys.readouterr().err
+
+
+def test_generate_writes_bare_sums_on_request(bundle: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generate(bundle, "--input", source, "--format", "jsonl", "--score", "sum") == 0
+    answers = [json.loads(line)["hypotheses"][0] for line in capsys.readouterr().out.splitlines()]
+    assert [answer["score"] for answer in answers] == pytest.approx([sum(answer["token_scores"]) for answer in answers], rel=1e-5)
+
+
+def test_generate_forces_prefixes(bundle: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prefix = tmp_path / "prefix"
+    prefixes = ["zwölf elf", "neun", "", "", "", "acht", "eins"]
+    prefix.write_text("\n".join(prefixes) + "\n")
+    assert generate(bundle, "--input", source, "--prefix", prefix) == 0
+    written = capsys.readouterr().out.splitlines()
+    assert written == [hypotheses[0].text for hypotheses in load(bundle).generate(SENTENCES, prefixes=prefixes)]
+    assert [text.startswith(first) for text, first in zip(written, prefixes, strict=True)] == [True] * len(SENTENCES)
+    prefix.write_text("neun\n")
+    assert generate(bundle, "--input", source, "--prefix", prefix) == 1
+    assert f"in.txt {len(SENTENCES)}, {prefix} 1; give one line for each line" in capsys.readouterr().err
+
+
+def test_generate_scores_the_references(bundle: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    reference = tmp_path / "ref.txt"
+    targets = [" ".join(WORDS[: number + 1]) for number in range(len(SENTENCES))]
+    reference.write_text("\n".join(targets) + "\n")
+    words = ("--input", source, "--reference", reference, "--score-only", "--length-penalty", "0.5")
+    expected = load(bundle).score(SENTENCES, targets, length_penalty=0.5)
+    written = {}
+    for name in ("text", "jsonl", "fairseq"):
+        assert generate(bundle, *words, "--format", name) == 0
+        written[name] = capsys.readouterr().out.splitlines()
+    scores = pytest.approx([hypothesis.score for hypothesis in expected], rel=1e-6)
+    assert [float(line) for line in written["text"]] == scores
+    answers = [json.loads(line)["hypotheses"] for line in written["jsonl"]]
+    assert [(h["text"], len(h["token_scores"])) for (h,) in answers] == [(t, len(t.split()) + 1) for t in targets]
+    assert [h["score"] for (h,) in answers] == scores
+    details = [line.split("\t") for line in written["fairseq"] if line.startswith("D-")]
+    assert [float(score) * math.log(2) for _, score, _ in details] == scores
+    assert [text for _, _, text in details] == targets
+
+
+def test_scoring_and_forcing_exclude_each_other(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        generate(bundle, "--score-only", "--prefix", "x")
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def test_a_scored_line_that_is_too_long_is_named(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, reference = tmp_path / "in", tmp_path / "ref"
+    source.write_text("one\n" * 3)
+    reference.write_text("eins\neins\n" + "eins " * 30 + "\n")
+    assert generate(bundle, "--input", source, "--reference", reference, "--score-only") == 1
+    assert "target line 3 has 31 tokens" in capsys.readouterr().err
 
 
 def test_a_long_line_is_refused_by_number_and_cut_on_request(
@@ -187,4 +256,16 @@ def test_interactive_on_a_terminal_prompts_survives_a_fault_and_leaves_quietly(b
     assert process.returncode == 0
     assert message.count(b"> ") == 4
     assert b"source line 2 has 31 tokens" in message
+    assert b"Traceback" not in message
+
+
+def test_an_interruption_of_interactive_gives_130(bundle: Path) -> None:
+    process = start_interactive(bundle, subprocess.PIPE)
+    assert process.stdin is not None
+    process.stdin.write(b"one two\n")
+    process.stdin.flush()
+    assert read_line(process).endswith("\n")
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=30)
+    assert process.returncode == 130
     assert b"Traceback" not in message

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import gzip
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from dstrain.errors import DataError
-from dstrain.generation.files import count_lines, read_chunks, translate_file
+from dstrain.generation.files import Chunk, count_lines, read_chunks, translate_file
 from dstrain.generation.formats import Answer
 from dstrain.generation.generator import TextHypothesis
 
 
-def shout(lines: Sequence[str], first: int) -> list[list[TextHypothesis]]:
-    return [[TextHypothesis([5, 2], 0.0, [0.0, 0.0], f"{number} {line.upper()}")] for number, line in enumerate(lines, first)]
+def shout(chunk: Chunk) -> list[list[TextHypothesis]]:
+    texts = [f"{number} {line.upper()}" for number, line in enumerate(chunk.lines, chunk.first)]
+    return [[TextHypothesis([5, 2], 0.0, [0.0, 0.0], text)] for text in texts]
 
 
 def render(answer: Answer) -> str:
@@ -56,10 +56,10 @@ def test_finished_chunks_stay_after_a_stop_and_the_output_is_not_touched(source:
     output = tmp_path / "out"
     output.write_text("of an earlier run\n")
 
-    def interrupted(lines: Sequence[str], first: int) -> list[list[TextHypothesis]]:
-        if first > 3:
+    def interrupted(chunk: Chunk) -> list[list[TextHypothesis]]:
+        if chunk.first > 3:
             raise KeyboardInterrupt
-        return shout(lines, first)
+        return shout(chunk)
 
     with pytest.raises(KeyboardInterrupt):
         translate_file(interrupted, str(source), str(output), render, chunk_lines=2)
@@ -102,18 +102,40 @@ def test_references_stand_beside_their_lines(source: Path, tmp_path: Path, chunk
     assert [line[-1] for line in output.read_text().rstrip("\n").split("\n")] == list("ABCDE")
 
 
+@pytest.mark.parametrize("with_reference", [True, False])
+def test_prefixes_reach_their_lines(source: Path, tmp_path: Path, with_reference: bool) -> None:
+    prefix, reference = tmp_path / "prefix", str(tmp_path / "ref") if with_reference else None
+    prefix.write_text("P\n\nQ\n\nR\n")
+    (tmp_path / "ref").write_text("A\nB\nC\nD\nE\n")
+    seen: list[Chunk] = []
+
+    def note(chunk: Chunk) -> list[list[TextHypothesis]]:
+        seen.append(chunk)
+        return shout(chunk)
+
+    translate_file(note, str(source), str(tmp_path / "out"), render, reference=reference, prefix=str(prefix), chunk_lines=2)
+    assert [(chunk.first, chunk.prefixes) for chunk in seen] == [(1, ["P", ""]), (3, ["Q", ""]), (5, ["R"])]
+    assert [chunk.references for chunk in seen] == ([["A", "B"], ["C", "D"], ["E"]] if with_reference else [None] * 3)
+
+
 @pytest.mark.parametrize("chunk_lines", [1, 2, 5, 100])
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [(3, r"ref ends after line 3, .*in\.txt goes on; give one reference"), (7, r"in\.txt ends after line 5, .*ref goes on")],
-)
-def test_references_of_another_length_are_refused(
-    source: Path, tmp_path: Path, lines: int, message: str, chunk_lines: int
+@pytest.mark.parametrize("lines", [0, 3, 7, 30])
+@pytest.mark.parametrize("option", ["reference", "prefix"])
+def test_files_of_unequal_lengths_are_refused_with_both_counts(
+    source: Path, tmp_path: Path, option: str, lines: int, chunk_lines: int
 ) -> None:
-    reference = tmp_path / "ref"
-    reference.write_text("r\n" * lines)
-    with pytest.raises(DataError, match=message):
-        translate_file(shout, str(source), str(tmp_path / "out"), render, reference=str(reference), chunk_lines=chunk_lines)
+    other = tmp_path / "other"
+    other.write_text("r\n" * lines)
+    reference, prefix = (str(other) if name == option else None for name in ("reference", "prefix"))
+    with pytest.raises(DataError, match=rf"unequal numbers of lines: .*in\.txt 5, .*other {lines}; give one line for each line"):
+        translate_file(
+            shout, str(source), str(tmp_path / "out"), render, reference=reference, prefix=prefix, chunk_lines=chunk_lines
+        )
+
+
+def test_standard_input_is_read_once(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="only one of --input, --reference and --prefix can be standard input"):
+        translate_file(shout, "-", str(tmp_path / "out"), render, prefix="-")
 
 
 def test_lines_are_read_some_at_a_time(source: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 
 from dstrain.errors import RecipeError
 from dstrain.generation.formats import Answer, formatter
 from dstrain.generation.generator import TextHypothesis
+from tests.paths import ROOT
 from tests.unit.generation.small_bundle import WORDS, dictionary
 
 TARGET = dictionary(WORDS)
@@ -27,6 +30,17 @@ def test_text_is_the_best_hypothesis_on_one_line() -> None:
 def test_text_refuses_several_hypotheses() -> None:
     with pytest.raises(RecipeError, match="one line per input, but num_best = 2; choose --format jsonl or fairseq"):
         formatter("text", TARGET, num_best=2)
+
+
+def test_text_of_a_scored_line_is_its_score() -> None:
+    render = formatter("text", TARGET, num_best=5, score_only=True)
+    assert render(Answer(3, "one three", [BEST])) == "-0.5\n"
+
+
+def test_formats_are_listed_without_torch() -> None:
+    code = "import sys; from dstrain.generation.formats import FORMATS; print(*FORMATS, 'torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert found.stdout.split() == ["text", "jsonl", "fairseq", "False"]
 
 
 def test_json_lines() -> None:

@@ -99,6 +99,22 @@ def test_prefixes_follow_their_sentences() -> None:
     assert [h[0].tokens[:1] for h in found] == prefixes
 
 
+def test_a_prefix_is_never_cut_by_the_wanted_length_nor_skipped_for_an_empty_source() -> None:
+    config = BeamSearchConfig(beam_size=2, max_length_ratio=0, max_length_offset=1)
+    prefix = [4, 5, 6, 7]
+    found = generator(config).translate_ids([SOURCES[0], [2], SOURCES[1]], prefixes=[prefix, prefix, []])
+    assert [h[0].tokens[:4] for h in found[:2]] == [prefix] * 2
+    assert [len(h[0].tokens) for h in found[:2]] == [5, 5]
+    assert len(found[2][0].tokens) <= 2
+
+
+def test_a_prefix_beyond_the_model_is_named_or_cut() -> None:
+    with pytest.raises(DataError, match=r"prefix line 8 has 7 tokens .* reads at most 5"):
+        generator(BeamSearchConfig(), max_target=5).translate_ids(SOURCES[:2], prefixes=[[], [4] * 6], first_line=7)
+    cut = generator(BeamSearchConfig(), max_target=5, truncate=True).translate_ids(SOURCES[:1], prefixes=[[4, 5, 6, 7, 8, 9]])
+    assert cut[0][0].tokens == [4, 5, 6, 7, 2]
+
+
 def test_batches_hold_similar_lengths_within_the_budget() -> None:
     lengths = [3, 9, 1, 4, 9, 2, 30, 3]
     batches = batches_by_length(lengths, range(8), 12)
