@@ -13,19 +13,27 @@ from dstrain.log import logger
 def guarded(args: argparse.Namespace) -> int:
     """Run the chosen verb. --debug shows stack traces; a defect of dstrain always does."""
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         logger.error("interrupted")
         return 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_stdout()
         return 1
     except (DstrainError, OSError) as error:
         if args.debug:
             raise
         if not (isinstance(error, RecipeError) and os.environ.get("RANK", "0") != "0"):  # every rank finds the same in a recipe
             logger.error("%s", error if isinstance(error, DstrainError) else _described(error))
+        _let_go_of_stdout()
         return 1
+
+
+def _let_go_of_stdout() -> None:
+    """What could not be written shall not be tried again while the interpreter ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _described(error: OSError) -> str:

@@ -102,6 +102,16 @@ def test_a_full_disk_is_one_message_and_loses_nothing(tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="has no /dev/full")
+def test_a_full_standard_output_is_one_message() -> None:
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "dstrain", "show", RECIPE]
+        result = subprocess.run(
+            command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    fails(result, "No space left on device")
+
+
 @pytest.fixture
 def copied(data: Path, tmp_path: Path) -> Path:
     """Prepared data that a test may damage."""
