@@ -27,7 +27,8 @@ def guarded(args: argparse.Namespace) -> int:
             raise
         if not (isinstance(error, RecipeError) and os.environ.get("RANK", "0") != "0"):  # every rank finds the same in a recipe
             logger.error("%s", error if isinstance(error, DstrainError) else _described(error))
-        _let_go_of_stdout()
+        if isinstance(error, OSError):
+            _let_go_of_stdout()
         return 1
 
 
