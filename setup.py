@@ -1,18 +1,34 @@
 """Packaging of dstrain. Ranges, not pins: the versions that the test suite runs with stand in tools/constraints.txt."""
 
+import shutil
+from pathlib import Path
+
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent
+
+
+class BuildWithDeepSpeedFiles(build_py):
+    """Puts ds_configs/ into a wheel as dstrain/ds_configs/; a checkout and an editable install read it where it lies."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(ROOT / "ds_configs", Path(self.build_lib) / "dstrain" / "ds_configs", dirs_exist_ok=True)
+
 
 setup(
     name="dstrain",
     version="0.1.0",
     description="A DeepSpeed trainer for translation and other sequence-to-sequence transformers",
-    long_description=open("README.md", encoding="utf-8").read(),  # noqa: SIM115, PTH123
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["dstrain", "dstrain.*"]), "dstrain.ds_configs"],
-    package_dir={"dstrain.ds_configs": "ds_configs"},
-    package_data={"dstrain": ["recipes/*/*.yaml", "py.typed"], "dstrain.ds_configs": ["*.json"]},
+    packages=find_packages(include=["dstrain", "dstrain.*"]),
+    package_data={"dstrain": ["recipes/*/*.yaml", "py.typed"]},
+    cmdclass={"build_py": BuildWithDeepSpeedFiles},
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19.8",
