@@ -13,6 +13,7 @@ class BuildWithDeepSpeedFiles(build_py):
     """Puts ds_configs/ into a wheel as dstrain/ds_configs/; a checkout and an editable install read it where it lies."""
 
     def run(self) -> None:
+        """Build as ever, then add the files."""
         super().run()
         if not self.editable_mode:
             shutil.copytree(ROOT / "ds_configs", Path(self.build_lib) / "dstrain" / "ds_configs", dirs_exist_ok=True)
