@@ -147,7 +147,7 @@ def views(world: World, *, deepspeed: str) -> Report:
     engine = build_engine(world, build_module(dropout=0.3), deepspeed=deepspeed, ema={"decay": 0.8, "start_step": 2})
     average: dict[str, Tensor] = {}
     for step in range(5):
-        engine.train_step(*share(step, world, 2))
+        engine.train_step(*share(step, world, 4))
         now = whole(world, engine, averaged=False)
         keep = 0.8 if step + 1 > 2 else 0.0
         average = {name: keep * average.get(name, value) + (1 - keep) * value for name, value in now.items()}
