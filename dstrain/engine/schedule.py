@@ -11,8 +11,8 @@ import math
 from dstrain.engine.config import (
     ConstantSchedule,
     CosineSchedule,
+    FallingSchedule,
     InverseSqrtSchedule,
-    LinearSchedule,
     PolynomialSchedule,
     ScheduleConfig,
     WsdSchedule,
@@ -37,10 +37,10 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
     return schedule.final + (peak - schedule.final) * _height(schedule, step)
 
 
-def _height(schedule: LinearSchedule | CosineSchedule | PolynomialSchedule | WsdSchedule, step: int) -> float:
+def _height(schedule: FallingSchedule, step: int) -> float:
     """How high between `final` (0) and the peak (1) a falling schedule stands after warm-up."""
     start = schedule.total_steps - schedule.decay_steps if isinstance(schedule, WsdSchedule) else schedule.warmup_steps
-    remaining = 1 - _share(step, start, schedule.total_steps)
+    remaining = min(1.0, max(0.0, (schedule.total_steps - step) / (schedule.total_steps - start)))
     match schedule:
         case CosineSchedule():
             return 0.5 * (1 - math.cos(math.pi * remaining))
@@ -48,10 +48,3 @@ def _height(schedule: LinearSchedule | CosineSchedule | PolynomialSchedule | Wsd
             return float(remaining**schedule.power)
         case _:
             return remaining
-
-
-def _share(step: int, start: int, end: int) -> float:
-    """How much of `start`..`end` is behind `step`, from 0 to 1."""
-    if step >= end:
-        return 1.0
-    return max(0.0, (step - start) / (end - start))

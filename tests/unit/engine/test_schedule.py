@@ -3,10 +3,12 @@
 import math
 
 import pytest
+from pydantic import ValidationError
 
 from dstrain.engine.config import (
     ConstantSchedule,
     CosineSchedule,
+    FallingSchedule,
     InverseSqrtSchedule,
     LinearSchedule,
     PolynomialSchedule,
@@ -65,15 +67,13 @@ def test_wsd() -> None:
     assert rates(schedule, 1.0, 12) == pytest.approx([0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
 
 
-@pytest.mark.parametrize(
-    "schedule",
-    [
-        LinearSchedule(warmup_steps=5, total_steps=5, final=0.1),
-        CosineSchedule(warmup_steps=5, total_steps=5, final=0.1),
-        PolynomialSchedule(warmup_steps=5, total_steps=5, final=0.1),
-        WsdSchedule(warmup_steps=5, total_steps=5, decay_steps=5, final=0.1),
-    ],
-    ids=lambda schedule: schedule.kind,
-)
-def test_warm_up_to_the_end_leaves_the_final_rate(schedule: ScheduleConfig) -> None:
-    assert rates(schedule, 1.0, 7) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 0.1, 0.1])
+@pytest.mark.parametrize("kind", [LinearSchedule, CosineSchedule, PolynomialSchedule])
+def test_a_fall_of_no_length_is_refused(kind: type[FallingSchedule]) -> None:
+    with pytest.raises(ValidationError, match="warmup_steps = 5 reaches total_steps = 5; raise total_steps"):
+        kind(warmup_steps=5, total_steps=5)
+
+
+def test_warm_up_and_decay_must_fit() -> None:
+    with pytest.raises(ValidationError, match="warmup_steps = 3 and decay_steps = 3 exceed total_steps = 5"):
+        WsdSchedule(warmup_steps=3, decay_steps=3, total_steps=5)
+    assert rates(WsdSchedule(warmup_steps=2, decay_steps=3, total_steps=5), 1.0, 6) == pytest.approx([0, 0.5, 1, 2 / 3, 1 / 3, 0])
