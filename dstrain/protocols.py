@@ -114,7 +114,7 @@ class Generative(Protocol):
         ...
 
     def step(self, tokens: Tensor, state: DecodingState) -> Tensor:
-        """Feed the next inputs. tokens: (N, t), t = 1 but for a prefix -> logits after each, (N, t, V), free to be overwritten."""
+        """Feed the next inputs. tokens: (N, t), t = 1 but for a prefix -> logits after each, (N, t, V), the caller's own."""
         ...
 
 

@@ -38,6 +38,7 @@ def commands() -> list[str]:
 
 def test_the_readme_is_short_and_its_commands_are_known() -> None:
     assert len(README.splitlines()) <= 200
+    assert "@@" not in README
     assert set(RUN_ELSEWHERE) <= set(commands())
     for command, place in RUN_ELSEWHERE.items():
         word = next(word for word in command.split() if word.endswith((".sh", ".sbatch")) or word == "import")
