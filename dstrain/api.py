@@ -165,8 +165,7 @@ class Model:
             self.bundle.model,
             config,
             SpecialIds.of(tokenizer.target),
-            max_source_length=self.bundle.model_config.max_source_length,
-            max_target_length=self.bundle.model_config.max_target_length,
+            limits=self.bundle.model_config.limits,
             device=self.device,
             truncate_source=truncate_source,
         )
@@ -206,11 +205,11 @@ class Model:
     ) -> list[TextHypothesis]:
         """As `score`, by a whole configuration. first_line, progress: as in `generation.generator`."""
         same_number(sources, targets, "targets")
-        tokenizer, limits = self.tokenizer, self.bundle.model_config
+        tokenizer, limits = self.tokenizer, self.bundle.model_config.limits
         encoded = [[*row, tokenizer.source.eos_id] for row in tokenizer.source.encode(sources)]
         wanted = [[*row, tokenizer.target.eos_id] for row in tokenizer.target.encode(targets)]
-        source_ids = fitting(encoded, limits.max_source_length, truncate=truncate, first_line=first_line)
-        target_ids = fitting(wanted, limits.max_target_length, truncate=truncate, first_line=first_line, what="target")
+        source_ids = fitting(encoded, limits.source, truncate=truncate, first_line=first_line)
+        target_ids = fitting(wanted, limits.target, truncate=truncate, first_line=first_line, what="target")
         ids = SpecialIds.of(tokenizer.target)
         scored: dict[int, TextHypothesis] = {}
         for rows in batches_by_length(longer_of(source_ids, target_ids), range(len(targets)), config.max_tokens):

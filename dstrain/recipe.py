@@ -56,14 +56,28 @@ class Recipe(Config):
             )
 
     def _length_problems(self) -> Iterator[str]:
-        for name in ("max_source_length", "max_target_length"):
-            kept, read = self.data.filter.model_dump()[name], self.model.model_dump()[name]
-            if kept > read:
-                yield f"data.filter.{name} = {kept} keeps sentences that the model does not read (model.{name} = {read})"
+        kept, limits = self.data.filter, self.model.limits
+        if limits.joint and kept.max_source_length + kept.max_target_length - 1 > limits.target:
+            yield (
+                f"data.filter keeps sources of {kept.max_source_length} and targets of {kept.max_target_length} tokens, together "
+                f"more than the model reads (model.max_target_length = {limits.target})"
+            )
+        sides = [("source", kept.max_source_length, limits.source), ("target", kept.max_target_length, limits.target)]
+        for side, longest, limit in [] if limits.joint else sides:
+            if longest > limit:
+                name = f"max_{side}_length"
+                yield f"data.filter.{name} = {longest} keeps sentences that the model does not read (model.{name} = {limit})"
 
     def _vocabulary_problems(self) -> Iterator[str]:
         tokenizer = self.data.tokenizer
-        if isinstance(tokenizer, TrainedSentencePiece) and tokenizer.sharing == "separate" and self.model.embedding.tie == "all":
+        if not isinstance(tokenizer, TrainedSentencePiece) or tokenizer.sharing == "joint":
+            return
+        if self.model.kind == "decoder_only":
+            yield (
+                "a decoder-only model reads source and target with one vocabulary, but data.tokenizer.sharing = separate; "
+                "choose sharing: joint"
+            )
+        elif self.model.embedding.tie == "all":
             yield (
                 "model.embedding.tie = all needs one vocabulary for both sides, but data.tokenizer.sharing = separate; "
                 "choose sharing: joint or tie: decoder"

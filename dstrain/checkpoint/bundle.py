@@ -28,8 +28,7 @@ from dstrain.checkpoint.files import replace_directory, sha256, sync
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import BundleError
 from dstrain.models.config import ModelConfig, VocabularySizes
-from dstrain.models.encoder_decoder import EncoderDecoder
-from dstrain.models.factory import build_model
+from dstrain.models.factory import Model, build_model
 from dstrain.models.portable import check_portable, load_portable
 from dstrain.strict import Config
 
@@ -52,7 +51,7 @@ class BundleDescription(Config):
 class Bundle:
     """What a bundle directory holds, ready for use; the model is in evaluation mode."""
 
-    model: EncoderDecoder
+    model: Model
     model_config: ModelConfig
     vocabulary: VocabularySizes
     tokenizers: TokenizerPair | None

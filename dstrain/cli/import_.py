@@ -53,13 +53,8 @@ def run(args: argparse.Namespace) -> int:
         notes={"imported_from": "fairseq", "checkpoint": args.checkpoint.name, "arch": checkpoint.model.get("arch")},
     )
     parameters = sum(tensor.numel() for tensor in weights.values())
-    logger.info(
-        "wrote %s: %d parameters, %d + %d layers, vocabularies %d and %d",
-        args.output,
-        parameters,
-        config.encoder.depth,
-        config.decoder.depth,
-        vocabulary.source,
-        vocabulary.target,
-    )
+    stacks = [config.encoder, config.decoder] if config.kind == "encoder_decoder" else [config.decoder]
+    depths = " + ".join(str(stack.depth) for stack in stacks)
+    sizes = f"{vocabulary.source} and {vocabulary.target}"
+    logger.info("wrote %s: %d parameters, %s layers, vocabularies %s", args.output, parameters, depths, sizes)
     return 0

@@ -21,6 +21,7 @@ from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.padding import batches_by_length, pad
 from dstrain.generation.sampling import sample
 from dstrain.log import logger
+from dstrain.models.config import LengthLimits
 from dstrain.protocols import Generative, Hypothesis, TextTokenizer
 
 
@@ -39,15 +40,13 @@ def ignore_progress(finished: int) -> None:
 class Generator:
     """Generates from one model in evaluation mode.
 
-    max_source_length, max_target_length: the model's limits, EOS or start token included. truncate_source: cut longer sources
-    instead of refusing them; each call says how many.
+    limits: of the model. truncate_source: cut longer sources instead of refusing them; each call says how many.
     """
 
     model: Generative
     config: BeamSearchConfig | SamplingConfig
     ids: SpecialIds
-    max_source_length: int
-    max_target_length: int
+    limits: LengthLimits
     device: torch.device | str = "cpu"
     truncate_source: bool = False
 
@@ -65,7 +64,7 @@ class Generator:
         the first source, for messages and for the draws of sampling. progress: told how many sentences each batch has finished.
         DataError names the line of a source or prefix that is longer than the model allows.
         """
-        sources = fitting(sources, self.max_source_length, truncate=self.truncate_source, first_line=first_line)
+        sources = fitting(sources, self.limits.source, truncate=self.truncate_source, first_line=first_line)
         found: list[list[Hypothesis]] = [[Hypothesis([self.ids.eos], 0.0, [0.0])] for _ in sources]
         forced = self._forced(prefixes, first_line) if prefixes is not None else [[]] * len(sources)
         asked = [row for row, source in enumerate(sources) if len(source) > 1 or forced[row]]
@@ -122,13 +121,13 @@ class Generator:
     def _forced(self, prefixes: Sequence[Sequence[int]], first_line: int) -> list[Sequence[int]]:
         """The prefixes, each with room for an EOS after it."""
         ended = [[*prefix, self.ids.eos] for prefix in prefixes]
-        kept = fitting(ended, self.max_target_length, truncate=self.truncate_source, first_line=first_line, what="prefix")
+        kept = fitting(ended, self.limits.target, truncate=self.truncate_source, first_line=first_line, what="prefix")
         return [prefix[:-1] for prefix in kept]
 
     def _max_length(self, source_length: int, prefix_length: int) -> int:
         """The most tokens before EOS, never fewer than the prefix has; the model reads the start token in front of them."""
         wanted = int(self.config.max_length_ratio * source_length) + self.config.max_length_offset
-        return min(max(wanted, prefix_length), self.max_target_length - 1)
+        return min(max(wanted, prefix_length), self.limits.target_after(source_length) - 1)
 
 
 def fitting(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dstrain.batch import Sequences
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
-from dstrain.nn.attention import AttentionContext
 from dstrain.nn.cache import KeyValueCache, is_identity
+from dstrain.nn.context import SelfView
 from dstrain.nn.embedding import InputEmbedding, Projection
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
@@ -31,7 +31,7 @@ class EncoderDecoderState:
     def __init__(
         self, *, source: list[tuple[Tensor, Tensor]], source_bias: Tensor | None, target: KeyValueCache, rows_per_sentence: int
     ) -> None:
-        self.source = source  # by depth: keys, values (b, H, S, K)
+        self.source = source  # by depth: keys, values (b, H, S, K), the same ones where a layer runs again
         self.source_bias = source_bias  # (b, 1, 1, S)
         self.target = target
         self.rows_per_sentence = rows_per_sentence
@@ -46,7 +46,7 @@ class EncoderDecoderState:
         """Forget all sentences but these; sentences: (b,) ascending indices of the present ones."""
         first = sentences[:, None] * self.rows_per_sentence
         self.target.select((first + torch.arange(self.rows_per_sentence, device=sentences.device)).flatten())
-        self.source = [(key.index_select(0, sentences), value.index_select(0, sentences)) for key, value in self.source]
+        self.source = select_sentences(self.source, sentences)
         if self.source_bias is not None:
             self.source_bias = self.source_bias.index_select(0, sentences)
 
@@ -60,8 +60,10 @@ class EncoderDecoder(nn.Module):
         config: EncoderDecoderConfig,
         vocabulary: VocabularySizes,
         source_embedding: InputEmbedding,
+        source_view: SelfView,
         encoder: LayerStack[EncoderLayer],
         target_embedding: InputEmbedding,
+        target_view: SelfView,
         decoder: LayerStack[DecoderLayer],
         projection: Projection,
     ) -> None:
@@ -69,8 +71,10 @@ class EncoderDecoder(nn.Module):
         self.config = config
         self.vocabulary = vocabulary
         self.source_embedding = source_embedding
+        self.source_view = source_view
         self.encoder = encoder
         self.target_embedding = target_embedding
+        self.target_view = target_view
         self.decoder = decoder
         self.projection = projection
 
@@ -81,20 +85,20 @@ class EncoderDecoder(nn.Module):
         memory_bias = padding_bias(source.lengths, source.tokens.shape[1], memory.hidden.dtype)
         if source.segments is not None and target.segments is not None:
             memory_bias = segment_bias(target.segments, source.segments, memory.hidden.dtype)
-        context = whole_context(target, memory.hidden.dtype, causal=True)
+        x = self.target_embedding(target.tokens, 0 if target.positions is None else target.positions)
+        context = self.target_view.whole(target, x)
 
         def run(_: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             key, value = layer.cross_attention.project_memory(memory.hidden)
             passed: Tensor = layer(x, key, value, context=context, memory_bias=memory_bias)
             return passed
 
-        hidden = self.decoder(self.target_embedding(target.tokens, context.positions), run)
-        return ModelOutput(hidden, memory)
+        return ModelOutput(self.decoder(x, run), memory)
 
     def encode(self, source: Sequences) -> Memory:
         """(B, S) -> the encoder's output, (B, S, D); positions after a row's length hold no meaning."""
         x = self.source_embedding(source.tokens, 0 if source.positions is None else source.positions)
-        context = whole_context(source, x.dtype, causal=False)
+        context = self.source_view.whole(source, x)
 
         def run(_: int, layer: EncoderLayer, x: Tensor) -> Tensor:
             passed: Tensor = layer(x, context=context)
@@ -118,17 +122,18 @@ class EncoderDecoder(nn.Module):
         """Encode the source once per sentence and make room for `max_length` decoder inputs."""
         source = required(source)
         hidden = self.encode(source).hidden
-        head_dim = self.config.model_dim // self.config.decoder.num_heads
+        stack = self.config.decoder
         return EncoderDecoderState(
-            source=[layer.cross_attention.project_memory(hidden) for layer in self.decoder.passes()],
+            source=self.decoder.passes(lambda layer: layer.cross_attention.project_memory(hidden)),
             source_bias=padding_bias(source.lengths, source.tokens.shape[1], hidden.dtype),
             target=KeyValueCache(
-                depth=self.config.decoder.depth,
+                depth=stack.depth,
                 num_rows=num_sentences * rows_per_sentence,
-                num_heads=self.config.decoder.num_heads,
+                num_heads=stack.num_kv_heads or stack.num_heads,
                 max_length=max_length,
-                head_dim=head_dim,
+                head_dim=self.config.model_dim // stack.num_heads,
                 like=hidden,
+                keep_tokens=self.target_view.may_move,
             ),
             rows_per_sentence=rows_per_sentence,
         )
@@ -137,10 +142,11 @@ class EncoderDecoder(nn.Module):
     def step(self, tokens: Tensor, state: DecodingState) -> Tensor:
         """Feed the next inputs. tokens: (N, t) -> logits after each, (N, t, V). state: made by `start`."""
         assert isinstance(state, EncoderDecoderState)
-        past, width = state.target.length, tokens.shape[1]
-        x = self.target_embedding(tokens, past)
-        bias = causal_bias(width, past + width, x.dtype, x.device) if width > 1 else None
-        context = AttentionContext(positions=past, bias=bias)
+        inputs = state.target.inputs(tokens, self.target_view.moves(state.target.length + tokens.shape[1]))
+        past, width = state.target.length, inputs.shape[1]
+        x = self.target_embedding(inputs, past)
+        mask = causal_bias(width, past + width, x.dtype, x.device) if width > 1 else None
+        context = self.target_view.step(past, 0, past + width, mask, x)
 
         def run(depth: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             key, value = state.source[depth]
@@ -150,7 +156,13 @@ class EncoderDecoder(nn.Module):
 
         hidden = self.decoder(x, run)
         state.target.advance(width)
-        return self.project(hidden)
+        return self.project(hidden[:, -tokens.shape[1] :])
+
+
+def select_sentences(source: list[tuple[Tensor, Tensor]], sentences: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of some sentences, each tensor once however many depths share it."""
+    chosen = {id(pair): tuple(part.index_select(0, sentences) for part in pair) for pair in source}
+    return [(chosen[id(pair)][0], chosen[id(pair)][1]) for pair in source]
 
 
 def required(source: Sequences | None) -> Sequences:
@@ -158,20 +170,3 @@ def required(source: Sequences | None) -> Sequences:
     if source is None:
         raise ValueError("an encoder-decoder model needs a source")
     return source
-
-
-def whole_context(sequences: Sequences, dtype: torch.dtype, *, causal: bool) -> AttentionContext:
-    """Who sees whom in whole sequences.
-
-    A causal stack needs no padding bias: padding comes after all real tokens, so none of them sees it.
-    """
-    positions = 0 if sequences.positions is None else sequences.positions
-    width = sequences.tokens.shape[1]
-    if sequences.segments is not None:
-        bias = segment_bias(sequences.segments, sequences.segments, dtype)
-        if causal:
-            bias = torch.minimum(bias, causal_bias(width, width, dtype, bias.device))
-        return AttentionContext(positions=positions, bias=bias)
-    if causal:
-        return AttentionContext(positions=positions, causal=True)
-    return AttentionContext(positions=positions, bias=padding_bias(sequences.lengths, width, dtype))

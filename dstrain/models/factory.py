@@ -2,72 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Generic, Literal, TypeVar, assert_never
 
 import torch
 from torch import nn
 
 from dstrain.errors import RecipeError
-from dstrain.models.config import EncoderDecoderConfig, ModelConfig, StackConfig, VocabularySizes
+from dstrain.models.config import (
+    Activation,
+    AlibiPosition,
+    DecoderOnlyAlibiPosition,
+    DecoderOnlyConfig,
+    DecoderStackConfig,
+    EncoderDecoderConfig,
+    ModelConfig,
+    RotaryPosition,
+    StackConfig,
+    VocabularySizes,
+)
+from dstrain.models.decoder_only import DecoderOnly
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.initialize import initialize
+from dstrain.models.rotary import build_rotary
 from dstrain.nn.attention import CrossAttention, SelfAttention
+from dstrain.nn.context import Alibi, SelfView
 from dstrain.nn.dropout import Dropout
-from dstrain.nn.embedding import InputEmbedding, Projection, TokenEmbedding
-from dstrain.nn.feed_forward import FeedForward
+from dstrain.nn.embedding import FactorizedEmbedding, InputEmbedding, Projection, TokenEmbedding, TokenPart
+from dstrain.nn.feed_forward import FeedForward, GatedFeedForward
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.linear import BlockLinear, FusedLinear, Linear, SeparateLinear
 from dstrain.nn.position import LearnedPositions, NoPositions, PositionPart, SinusoidalPositions
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.activation import ACTIVATIONS
+from dstrain.ops.bias import alibi_slopes
 
 Projections = Literal["fused", "separate"]
+Model = EncoderDecoder | DecoderOnly
+L = TypeVar("L", bound=nn.Module)
 
 
 def build_model(
     config: ModelConfig, vocabulary: VocabularySizes, *, projections: Projections = "fused", seed: int | None
-) -> EncoderDecoder:
+) -> Model:
     """The model of `config`, in float32.
 
-    projections: `fused` computes q, k, v (and k, v of the source) in one matrix product, `separate` keeps one module each, which
-    adapters can address; same results, same weights on disk. seed: decides the initial weights, whatever the projections;
-    None leaves them unset, for weights about to be loaded. RecipeError if the embeddings cannot be tied.
+    projections: `fused` computes what reads the same input (q, k, v; k, v of the source; both halves of a gated network) in one
+    matrix product, `separate` keeps one module each, which adapters can address; same results, same weights on disk. seed:
+    decides the initial weights, whatever the projections; None leaves them unset, for weights about to be loaded. RecipeError
+    if the vocabularies do not suit the model.
     """
-    model = _Factory(config, vocabulary, projections).model()
+    if config.kind == "encoder_decoder":
+        model: Model = _EncoderDecoderFactory(config, vocabulary, projections).model()
+    else:
+        model = _DecoderOnlyFactory(config, vocabulary, projections).model()
     if seed is not None:
         initialize(model, seed, vocabulary.pad_id)
     return model
 
 
+C = TypeVar("C", bound=EncoderDecoderConfig | DecoderOnlyConfig)
+
+
 @dataclass(frozen=True)
-class _Factory:
-    config: EncoderDecoderConfig
+class _Factory(Generic[C]):
+    """Parts of both kinds of model."""
+
+    config: C
     vocabulary: VocabularySizes
     projections: Projections
 
-    def model(self) -> EncoderDecoder:
-        config, sizes, tie = self.config, self.vocabulary, self.config.embedding.tie
-        if tie == "all" and sizes.source != sizes.target:
-            raise RecipeError(
-                f"model.embedding.tie = all needs one vocabulary for both sides, but they have {sizes.source} and {sizes.target} "
-                "entries; train a joint tokenizer (data.tokenizer.sharing: joint) or choose tie: decoder"
-            )
-        source_tokens = TokenEmbedding(sizes.source, config.model_dim)
-        target_tokens = source_tokens if tie == "all" else TokenEmbedding(sizes.target, config.model_dim)
-        output = nn.Parameter(torch.empty(sizes.target, config.model_dim)) if tie == "none" else target_tokens.weight
-        return EncoderDecoder(
-            config=config,
-            vocabulary=sizes,
-            source_embedding=self.input_embedding(source_tokens, config.max_source_length),
-            encoder=self.encoder(config.encoder),
-            target_embedding=self.input_embedding(target_tokens, config.max_target_length),
-            decoder=self.decoder(config.decoder),
-            projection=Projection(output),
-        )
-
-    def input_embedding(self, tokens: TokenEmbedding, max_length: int) -> InputEmbedding:
+    def input_embedding(self, tokens: TokenPart, max_length: int) -> InputEmbedding:
         return InputEmbedding(
             tokens=tokens,
             positions=self.positions(max_length),
@@ -77,34 +83,62 @@ class _Factory:
             scaled=self.config.embedding.scale,
         )
 
+    def tokens(self, num_types: int) -> TokenPart:
+        embedding, dim = self.config.embedding, self.config.model_dim
+        if embedding.kind == "plain":
+            return TokenEmbedding(num_types, dim)
+        return FactorizedEmbedding(
+            table=TokenEmbedding(num_types, embedding.dim),
+            activation=ACTIVATIONS[embedding.activation],
+            up_proj=Linear(embedding.dim, dim, bias=False),
+        )
+
+    def projection(self, tokens: TokenPart | None, output_activation: Activation | None) -> Projection:
+        """tokens: what the projection is tied to, None for a matrix of its own."""
+        activation = ACTIVATIONS[output_activation or "linear"]
+        match tokens:
+            case None:
+                own = nn.Parameter(torch.empty(self.vocabulary.target, self.config.model_dim))
+                return Projection(own, activation=activation)
+            case FactorizedEmbedding():
+                return Projection(tokens.table.weight, activation=activation, back=tokens.up_proj.weight)
+            case TokenEmbedding():
+                return Projection(tokens.weight, activation=activation)
+
     def positions(self, max_length: int) -> PositionPart:
         match self.config.position.kind:
             case "sinusoidal":
                 return SinusoidalPositions(self.config.model_dim)
             case "learned":
                 return LearnedPositions(max_length, self.config.model_dim)
-            case "none":
+            case "none" | "rotary" | "alibi":
                 return NoPositions()
             case other:
                 assert_never(other)
 
-    def encoder(self, stack: StackConfig) -> LayerStack[EncoderLayer]:
+    def view(self, stack: StackConfig, *, causal: bool) -> SelfView:
+        """What positions do inside the self-attention of a stack."""
+        match self.config.position:
+            case RotaryPosition() as position:
+                return SelfView(causal=causal, rotary=build_rotary(position, self.head_dim(stack)))
+            case AlibiPosition(encoder="none") if not causal:
+                return SelfView(causal=causal)
+            case AlibiPosition(encoder="asymmetric") if not causal:
+                return SelfView(causal=causal, alibi=Alibi(tuple(alibi_slopes(stack.num_heads)), lead=0.5))
+            case AlibiPosition() | DecoderOnlyAlibiPosition():
+                return SelfView(causal=causal, alibi=Alibi(tuple(alibi_slopes(stack.num_heads))))
+            case _:
+                return SelfView(causal=causal)
+
+    def stack(self, config: StackConfig, layer: Callable[[], L]) -> LayerStack[L]:
         return LayerStack(
-            layers=[self.encoder_layer(stack) for _ in range(stack.depth)],
-            schedule=range(stack.depth),
-            layer_drop=stack.layer_drop,
-            final_norm=self.final_norm(stack),
+            layers=[layer() for _ in range(config.unique_layers or config.depth)],
+            schedule=config.schedule,
+            layer_drop=config.layer_drop,
+            final_norm=self.final_norm(config),
         )
 
-    def decoder(self, stack: StackConfig) -> LayerStack[DecoderLayer]:
-        return LayerStack(
-            layers=[self.decoder_layer(stack) for _ in range(stack.depth)],
-            schedule=range(stack.depth),
-            layer_drop=stack.layer_drop,
-            final_norm=self.final_norm(stack),
-        )
-
-    def encoder_layer(self, stack: StackConfig) -> EncoderLayer:
+    def self_layer(self, stack: StackConfig) -> EncoderLayer:
         return EncoderLayer(
             self_attention=self.self_attention(stack),
             self_attention_norm=self.norm(),
@@ -114,7 +148,68 @@ class _Factory:
             dropout=Dropout(self.config.dropout),
         )
 
-    def decoder_layer(self, stack: StackConfig) -> DecoderLayer:
+    def head_dim(self, stack: StackConfig) -> int:
+        return self.config.model_dim // stack.num_heads
+
+    def self_attention(self, stack: StackConfig) -> SelfAttention:
+        dim, narrow = self.config.model_dim, (stack.num_kv_heads or stack.num_heads) * self.head_dim(stack)
+        return SelfAttention(
+            qkv=self.block_linear({"q_proj": dim, "k_proj": narrow, "v_proj": narrow}),
+            out_proj=Linear(dim, dim),
+            head_dim=self.head_dim(stack),
+            dropout=self.config.attention_dropout,
+        )
+
+    def block_linear(self, blocks: Mapping[str, int], *, bias: bool = True) -> BlockLinear:
+        kind = FusedLinear if self.projections == "fused" else SeparateLinear
+        return kind(self.config.model_dim, blocks, bias=bias)
+
+    def feed_forward(self, stack: StackConfig) -> FeedForward | GatedFeedForward:
+        dim, activation = self.config.model_dim, ACTIVATIONS[self.config.activation]
+        dropout = Dropout(self.config.activation_dropout)
+        if stack.feed_forward == "gated":
+            return GatedFeedForward(
+                up_gate=self.block_linear({"up_proj": stack.ffn_dim, "gate_proj": stack.ffn_dim}, bias=False),
+                down_proj=Linear(stack.ffn_dim, dim, bias=False),
+                activation=activation,
+                dropout=dropout,
+            )
+        return FeedForward(
+            up_proj=Linear(dim, stack.ffn_dim), down_proj=Linear(stack.ffn_dim, dim), activation=activation, dropout=dropout
+        )
+
+    def final_norm(self, stack: StackConfig) -> nn.Module:
+        wanted = self.config.norm_order == "pre" if stack.final_norm == "auto" else stack.final_norm == "yes"
+        return self.norm() if wanted else nn.Identity()
+
+    def norm(self) -> nn.Module:
+        kind = nn.LayerNorm if self.config.norm.kind == "layer_norm" else nn.RMSNorm
+        return kind(self.config.model_dim, eps=self.config.norm.eps)
+
+
+class _EncoderDecoderFactory(_Factory[EncoderDecoderConfig]):
+    def model(self) -> EncoderDecoder:
+        config, sizes, tie = self.config, self.vocabulary, self.config.embedding.tie
+        if tie == "all" and sizes.source != sizes.target:
+            raise RecipeError(
+                f"model.embedding.tie = all needs one vocabulary for both sides, but they have {sizes.source} and {sizes.target} "
+                "entries; train a joint tokenizer (data.tokenizer.sharing: joint) or choose tie: decoder"
+            )
+        source_tokens = self.tokens(sizes.source)
+        target_tokens = source_tokens if tie == "all" else self.tokens(sizes.target)
+        return EncoderDecoder(
+            config=config,
+            vocabulary=sizes,
+            source_embedding=self.input_embedding(source_tokens, config.max_source_length),
+            source_view=self.view(config.encoder, causal=False),
+            encoder=self.stack(config.encoder, lambda: self.self_layer(config.encoder)),
+            target_embedding=self.input_embedding(target_tokens, config.max_target_length),
+            target_view=self.view(config.decoder, causal=True),
+            decoder=self.stack(config.decoder, lambda: self.decoder_layer(config.decoder)),
+            projection=self.projection(None if tie == "none" else target_tokens, config.decoder.output_activation),
+        )
+
+    def decoder_layer(self, stack: DecoderStackConfig) -> DecoderLayer:
         return DecoderLayer(
             self_attention=self.self_attention(stack),
             self_attention_norm=self.norm(),
@@ -126,40 +221,31 @@ class _Factory:
             dropout=Dropout(self.config.dropout),
         )
 
-    def self_attention(self, stack: StackConfig) -> SelfAttention:
-        dim = self.config.model_dim
-        return SelfAttention(
-            qkv=self.block_linear({"q_proj": dim, "k_proj": dim, "v_proj": dim}),
-            out_proj=Linear(dim, dim),
-            head_dim=dim // stack.num_heads,
-            dropout=self.config.attention_dropout,
-        )
-
-    def cross_attention(self, stack: StackConfig) -> CrossAttention:
-        dim = self.config.model_dim
+    def cross_attention(self, stack: DecoderStackConfig) -> CrossAttention:
+        dim, narrow = self.config.model_dim, (stack.num_cross_kv_heads or stack.num_heads) * self.head_dim(stack)
         return CrossAttention(
             q_proj=Linear(dim, dim),
-            kv=self.block_linear({"k_proj": dim, "v_proj": dim}),
+            kv=self.block_linear({"k_proj": narrow, "v_proj": narrow}),
             out_proj=Linear(dim, dim),
-            head_dim=dim // stack.num_heads,
+            head_dim=self.head_dim(stack),
             dropout=self.config.attention_dropout,
         )
 
-    def block_linear(self, blocks: Mapping[str, int]) -> BlockLinear:
-        kind = FusedLinear if self.projections == "fused" else SeparateLinear
-        return kind(self.config.model_dim, blocks)
 
-    def feed_forward(self, stack: StackConfig) -> nn.Module:
-        return FeedForward(
-            up_proj=Linear(self.config.model_dim, stack.ffn_dim),
-            down_proj=Linear(stack.ffn_dim, self.config.model_dim),
-            activation=ACTIVATIONS[self.config.activation],
-            dropout=Dropout(self.config.activation_dropout),
+class _DecoderOnlyFactory(_Factory[DecoderOnlyConfig]):
+    def model(self) -> DecoderOnly:
+        config, sizes = self.config, self.vocabulary
+        if sizes.source != sizes.target:
+            raise RecipeError(
+                f"a decoder-only model reads source and target with one vocabulary, but they have {sizes.source} and "
+                f"{sizes.target} entries; train a joint tokenizer (data.tokenizer.sharing: joint)"
+            )
+        tokens = self.tokens(sizes.target)
+        return DecoderOnly(
+            config=config,
+            vocabulary=sizes,
+            target_embedding=self.input_embedding(tokens, config.max_target_length),
+            target_view=self.view(config.decoder, causal=True),
+            decoder=self.stack(config.decoder, lambda: self.self_layer(config.decoder)),
+            projection=self.projection(None if config.embedding.tie == "none" else tokens, config.decoder.output_activation),
         )
-
-    def final_norm(self, stack: StackConfig) -> nn.Module:
-        wanted = self.config.norm_order == "pre" if stack.final_norm == "auto" else stack.final_norm == "yes"
-        return self.norm() if wanted else nn.Identity()
-
-    def norm(self) -> nn.Module:
-        return nn.LayerNorm(self.config.model_dim, eps=self.config.norm.eps)

@@ -47,14 +47,20 @@ def _table(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
     tensor.normal_(0.0, tensor.shape[1] ** -0.5, generator=generator)
 
 
+def _widening(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
+    """What gives a factorized embedding, and logits that go back through it, the size they have without factors."""
+    tensor.normal_(0.0, tensor.shape[0] ** -0.5, generator=generator)
+
+
 TABLE: tuple[tuple[str, Fill], ...] = (
     (r"norm\.weight", _ones),
     (r"norm\.bias", _zeros),
     (r"_attention\.[qkv]_proj\.weight", _attention_input),
     (r"_attention\.out_proj\.weight", _attention_output),
     (r"_attention\.out_proj\.bias", _zeros),
+    (r"tokens\.up_proj\.weight", _widening),
     (r"_proj\.(weight|bias)", _linear),
-    (r"(tokens|positions|projection)\.weight", _table),
+    (r"(tokens|table|positions|projection)\.weight", _table),
 )
 """The first pattern that the end of a name matches decides."""
 
@@ -68,5 +74,5 @@ def initialize(model: nn.Module, seed: int, pad_id: int) -> None:
         generator = torch.Generator(tensor.device).manual_seed(derive_seed(seed, f"initialize {name}"))
         fan_in = weights[re.sub("bias$", "weight", name)].shape[-1]
         fill(tensor, fan_in, generator)
-        if name.endswith("tokens.weight"):
+        if name.endswith(("tokens.weight", "table.weight")):
             tensor[pad_id] = 0.0

@@ -38,7 +38,7 @@ def portable_layout(model: nn.Module) -> Layout:
         if isinstance(module, SeparateLinear):
             containers.append((f"{path}.", f"{parent}."))
         elif isinstance(module, FusedLinear):
-            for kind in ("weight", "bias"):
+            for kind, _ in module.named_parameters():
                 fused[f"{path}.{kind}"] = _blocks(module.blocks, parent, kind)
     layout: Layout = {}
     for name, _ in model.named_parameters():

@@ -5,36 +5,12 @@ Heads are strided views of the projections' outputs; nothing is transposed in me
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
-
 from torch import Tensor, nn
 
 from dstrain.nn.cache import LayerCache
+from dstrain.nn.context import AttentionContext
 from dstrain.nn.linear import BlockLinear
-from dstrain.nn.position import Positions
 from dstrain.ops.attention import attention
-
-
-@dataclass(frozen=True)
-class AttentionContext:
-    """What all self-attentions of a stack share in one forward.
-
-    positions: of the queries. causal: query t sees keys 0..t, for whole sequences without a bias. bias: added to the scores,
-    broadcasts to (B, H, T, S).
-    """
-
-    positions: Positions
-    causal: bool = False
-    bias: Tensor | None = None
-
-
-class Rotation(Protocol):
-    """A position code that turns queries and keys before they meet."""
-
-    def __call__(self, query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-        """(B, H, T, K), (B, H', T, K) -> the same shapes."""
-        ...
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -48,23 +24,20 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Attention of a sequence to itself. qkv: blocks q_proj, k_proj, v_proj. rotate: None leaves queries and keys alone."""
+    """Attention of a sequence to itself. qkv: blocks q_proj, k_proj, v_proj."""
 
-    def __init__(
-        self, *, qkv: BlockLinear, out_proj: nn.Module, head_dim: int, dropout: float, rotate: Rotation | None = None
-    ) -> None:
+    def __init__(self, *, qkv: BlockLinear, out_proj: nn.Module, head_dim: int, dropout: float) -> None:
         super().__init__()
         self.qkv = qkv
         self.out_proj = out_proj
         self.head_dim = head_dim
         self.dropout = dropout
-        self.rotate = rotate
 
     def forward(self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         """(B, T, D) -> (B, T, D). With a cache, keys and values of earlier positions take part."""
         query, key, value = (split_heads(part, self.head_dim) for part in self.qkv(x))
-        if self.rotate is not None:
-            query, key = self.rotate(query, key, context.positions)
+        if context.rotation is not None:
+            query, key = context.rotation(query), context.rotation(key)
         if cache is not None:
             key, value = cache.append(key, value)
         dropout = self.dropout if self.training else 0.0
@@ -85,12 +58,12 @@ class CrossAttention(nn.Module):
         self.dropout = dropout
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the source. (B, S, D) -> twice (B, H, S, K)"""
+        """Keys and values of the source. (B, S, D) -> twice (B, H or fewer, S, K)"""
         key, value = (split_heads(part, self.head_dim) for part in self.kv(memory))
         return key, value
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None) -> Tensor:
-        """x: (N, T, D); key, value: (B, H, S, K); bias: broadcasts to (B, H, *, S) -> (N, T, D).
+        """x: (N, T, D); key, value: (B, H or fewer, S, K); bias: broadcasts to (B, H, *, S) -> (N, T, D).
 
         N is a multiple of B: all rows of a source (beams) stand side by side as queries, the source is never copied.
         """

@@ -28,24 +28,57 @@ class LayerCache:
 
 
 class KeyValueCache:
-    """Room for `max_length` positions of `num_rows` rows at each of `depth` layer passes."""
+    """Room for `max_length` positions of `num_rows` rows at each of `depth` layer passes.
 
-    def __init__(self, *, depth: int, num_rows: int, num_heads: int, max_length: int, head_dim: int, like: Tensor) -> None:
+    keep_tokens: remember the tokens too, (N, length), for models that must compute everything anew at times.
+    """
+
+    def __init__(
+        self,
+        *,
+        depth: int,
+        num_rows: int,
+        num_heads: int,
+        max_length: int,
+        head_dim: int,
+        like: Tensor,
+        keep_tokens: bool = False,
+    ) -> None:
         self.length = 0
+        self.tokens = torch.empty(num_rows, 0, dtype=torch.long, device=like.device) if keep_tokens else None
         self.num_rows = num_rows
         self._buffers = [like.new_empty(max_length, 2, num_rows, num_heads, head_dim) for _ in range(depth)]
         self._spare = torch.empty_like(self._buffers[0])
 
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self._spare.device
+
     def at(self, depth: int) -> LayerCache:
         """What the layer pass number `depth` sees; all passes of a step see the same `length`."""
         return LayerCache(self._buffers[depth], self.length)
+
+    def inputs(self, tokens: Tensor, moved: bool) -> Tensor:
+        """What a step with these new tokens computes: them, or after a rewind all so far. (N, t) -> (N, t or length + t)
+
+        moved: whether nothing computed before holds any more.
+        """
+        if self.tokens is not None:
+            self.tokens = torch.cat([self.tokens, tokens], dim=1)
+            if moved:
+                self.length = 0
+                return self.tokens
+        return tokens
 
     def advance(self, num_positions: int) -> None:
         """All passes have appended `num_positions`."""
         self.length += num_positions
 
     def select(self, rows: Tensor) -> None:
-        """Row i becomes what row `rows[i]` was; fewer rows than before shrink the cache. rows: (n,)"""
+        """Row i becomes what row `rows[i]` was; their number may change. rows: (n,)"""
+        if self.tokens is not None:
+            self.tokens = self.tokens.index_select(0, rows)
         if len(rows) != self.num_rows:
             self.num_rows = len(rows)
             max_length, _, _, num_heads, head_dim = self._spare.shape

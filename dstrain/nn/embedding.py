@@ -10,7 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.nn.dropout import Dropout
+from dstrain.nn.linear import Linear
 from dstrain.nn.position import PositionPart, Positions
+from dstrain.ops.activation import linear as identity
+from dstrain.ops.matmul import linear
 
 R = TypeVar("R")
 
@@ -25,6 +28,24 @@ class TokenEmbedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
+
+
+class FactorizedEmbedding(nn.Module):
+    """A narrow vector per token, an activation and a linear map to the model's width: up(activation(table[token]))."""
+
+    def __init__(self, *, table: TokenEmbedding, activation: Callable[[Tensor], Tensor], up_proj: Linear) -> None:
+        super().__init__()
+        self.table = table
+        self.activation = activation
+        self.up_proj = up_proj
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(...) int64 -> (..., D)"""
+        result: Tensor = self.up_proj(self.activation(self.table(tokens)))
+        return result
+
+
+TokenPart = TokenEmbedding | FactorizedEmbedding
 
 
 class InputEmbedding(nn.Module):
@@ -52,12 +73,23 @@ class InputEmbedding(nn.Module):
 
 
 class Projection(nn.Module):
-    """Features to the vocabulary. weight: (V, D), the model's own or the very Parameter of an embedding (tied)."""
+    """Features to the vocabulary. weight: (V, E), the model's own or the very Parameter of an embedding (tied).
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    activation: on what is projected. back: (D, E), the map of a tied factorized embedding, by which features come to its width;
+    None where they have it.
+    """
+
+    def __init__(
+        self, weight: nn.Parameter, *, activation: Callable[[Tensor], Tensor] = identity, back: nn.Parameter | None = None
+    ) -> None:
         super().__init__()
         self.weight = weight
+        self.activation = activation
+        self.back = back
 
     def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
-        """`reduce(features, weight)`, called here because the weight is only whole inside this forward under ZeRO-3."""
-        return reduce(hidden, self.weight)
+        """`reduce(features, weight)`, called here because the weights are only whole inside this forward under ZeRO-3."""
+        features = self.activation(hidden)
+        if self.back is not None:
+            features = linear(features, self.back.t())
+        return reduce(features, self.weight)

@@ -7,8 +7,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from dstrain.nn.attention import AttentionContext, CrossAttention, SelfAttention
+from dstrain.nn.attention import CrossAttention, SelfAttention
 from dstrain.nn.cache import LayerCache
+from dstrain.nn.context import AttentionContext
 from dstrain.nn.dropout import Dropout
 
 NormOrder = Literal["pre", "post"]
@@ -31,7 +32,7 @@ class ResidualLayer(nn.Module):
 
 
 class EncoderLayer(ResidualLayer):
-    """Self-attention, feed-forward."""
+    """Self-attention, feed-forward: a layer of an encoder, or of a decoder that has none beside it."""
 
     def __init__(
         self,
@@ -49,9 +50,9 @@ class EncoderLayer(ResidualLayer):
         self.feed_forward = feed_forward
         self.feed_forward_norm = feed_forward_norm
 
-    def forward(self, x: Tensor, *, context: AttentionContext) -> Tensor:
+    def forward(self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
         """(B, S, D) -> (B, S, D)"""
-        x = self.residual(x, self.self_attention_norm, lambda x: self.self_attention(x, context=context))
+        x = self.residual(x, self.self_attention_norm, lambda x: self.self_attention(x, context=context, cache=cache))
         return self.residual(x, self.feed_forward_norm, self.feed_forward)
 
 

@@ -1,8 +1,8 @@
 """Linear maps. Initial weights are not made here: `models/initialize.py` fills them by name, a bundle overwrites them.
 
-Projections that read the same input (q, k, v of self-attention; k, v of cross-attention) are one part with named blocks. It
-comes in two kinds that compute the same: fused, one weight with row blocks and one matrix product; separate, one linear map a
-block, which adapters can address. On disk blocks are always separate (`models/portable.py`).
+Projections that read the same input (q, k, v of self-attention; k, v of cross-attention; both halves of a gated network) are one
+part with named blocks. It comes in two kinds that compute the same: fused, one weight with row blocks and one matrix product;
+separate, one linear map a block, which adapters can address. On disk blocks are always separate (`models/portable.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from dstrain.ops.matmul import linear
 class Linear(nn.Linear):
     """(..., I) -> (..., O), without initial values."""
 
+    weight: nn.Parameter
+
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
 
@@ -29,12 +31,12 @@ class Linear(nn.Linear):
 class FusedLinear(nn.Module):
     """Several linear maps of one input as a single matrix product. blocks: name -> output size, in row order."""
 
-    def __init__(self, in_features: int, blocks: Mapping[str, int]) -> None:
+    def __init__(self, in_features: int, blocks: Mapping[str, int], *, bias: bool = True) -> None:
         super().__init__()
         self.blocks = dict(blocks)
         self.sizes = list(blocks.values())
         self.weight = nn.Parameter(torch.empty(sum(self.sizes), in_features))
-        self.bias = nn.Parameter(torch.empty(sum(self.sizes)))
+        self.bias = nn.Parameter(torch.empty(sum(self.sizes))) if bias else None
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., I) -> one (..., O) per block, views of one tensor."""
@@ -44,11 +46,11 @@ class FusedLinear(nn.Module):
 class SeparateLinear(nn.Module):
     """The same maps, each a `Linear` of its own."""
 
-    def __init__(self, in_features: int, blocks: Mapping[str, int]) -> None:
+    def __init__(self, in_features: int, blocks: Mapping[str, int], *, bias: bool = True) -> None:
         super().__init__()
         self.blocks = dict(blocks)
         for name, size in blocks.items():
-            self.add_module(name, Linear(in_features, size))
+            self.add_module(name, Linear(in_features, size, bias=bias))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., I) -> one (..., O) per block."""

@@ -16,6 +16,11 @@ from dstrain.errors import DataError
 Positions = int | Tensor
 
 
+def numbered(positions: Positions, stop: int, device: torch.device) -> Tensor:
+    """The numbers of an offset, (T,) up to `stop`; numbers as they are, (B, T)."""
+    return torch.arange(positions, stop, device=device) if isinstance(positions, int) else positions
+
+
 def sinusoids(num_rows: int, dim: int) -> Tensor:
     """Rows of sines (first half) and cosines (second half) of row * 10000**(-i / (dim/2 - 1)). -> (num_rows, dim)
 

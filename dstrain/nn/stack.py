@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 L = TypeVar("L", bound=nn.Module)
+T = TypeVar("T")
 
 
 class LayerStack(nn.Module, Generic[L]):
@@ -37,6 +38,7 @@ class LayerStack(nn.Module, Generic[L]):
         result: Tensor = self.final_norm(x)
         return result
 
-    def passes(self) -> list[L]:
-        """The layer at each depth."""
-        return [cast("L", self.layers[index]) for index in self.schedule]
+    def passes(self, make: Callable[[L], T]) -> list[T]:
+        """What `make` gives for the layer at each depth, made once a layer."""
+        made = [make(cast("L", layer)) for layer in self.layers]
+        return [made[index] for index in self.schedule]

@@ -37,8 +37,7 @@ class Translation:
             model,
             self.config,
             SpecialIds.of(self.tokenizers.target),
-            max_source_length=self.model_config.max_source_length,
-            max_target_length=self.model_config.max_target_length,
+            limits=self.model_config.limits,
             device=self.device,
         )
         sources = [self.dataset[row].source.tolist() for row in rows]

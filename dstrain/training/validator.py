@@ -87,14 +87,16 @@ def check_split(name: str, source_lengths: Lengths, target_lengths: Lengths, mod
     """Raise DataError, before anything is trained, where a split is empty or a sentence exceeds the model's limits."""
     if not len(target_lengths):
         raise DataError(f"the split {name!r} is empty; give it at least one sentence pair in the recipe's data section")
-    for side, lengths, limit in (
-        ("source", source_lengths, model.max_source_length),
-        ("target", target_lengths, model.max_target_length),
-    ):
+    limits = model.limits
+    sides: list[tuple[str, Lengths, int]] = [("source", source_lengths, limits.source), ("target", target_lengths, limits.target)]
+    if limits.joint:
+        sides = [("source and target", source_lengths.astype(np.int64) + target_lengths - 1, limits.target)]
+    for side, lengths, limit in sides:
         row = int(np.argmax(lengths))
         if lengths[row] > limit:
+            key = "source" if side == "source" else "target"
             raise DataError(
-                f"pair {row + 1} of the split {name!r} has {lengths[row]:,} {side} tokens, more than model.max_{side}_length = "
+                f"pair {row + 1} of the split {name!r} has {lengths[row]:,} {side} tokens, more than model.max_{key}_length = "
                 f"{limit}: raise that limit, or leave such pairs out and prepare again (data.filter does it for train)"
             )
 

@@ -1,24 +1,29 @@
 """Encoder and decoder layers equal torch's own, with the same weights: another author's wiring of norms and residuals."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import nn
 
 from dstrain.batch import Sequences
-from dstrain.models.config import EncoderDecoderConfig, StackConfig, VocabularySizes
+from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, StackConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.models.portable import to_portable
 
 BATCH, SOURCE, TARGET, DIM = 5, 9, 7, 24
-STACK = StackConfig(depth=3, num_heads=3, ffn_dim=40)
+STACK: dict[str, Any] = {"depth": 3, "num_heads": 3, "ffn_dim": 40}
 
 
 def our_model(norm_order: Literal["pre", "post"], activation: Literal["relu", "gelu"]) -> EncoderDecoder:
     config = EncoderDecoderConfig(
-        model_dim=DIM, encoder=STACK, decoder=STACK, norm_order=norm_order, activation=activation, dropout=0.0
+        model_dim=DIM,
+        encoder=StackConfig(**STACK),
+        decoder=DecoderStackConfig(**STACK),
+        norm_order=norm_order,
+        activation=activation,
+        dropout=0.0,
     )
     model = build_model(config, VocabularySizes(source=50, target=60), seed=5)
     generator = torch.Generator().manual_seed(6)

@@ -6,13 +6,14 @@ bundles. This file says how it came about.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dstrain.batch import Sequences
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
 from dstrain.data.tokenizer import DictionaryTokenizer, TokenizerPair
-from dstrain.models.config import EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
+from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.models.portable import to_portable
 
@@ -47,11 +48,11 @@ def padded(rows: list[list[int]], pad: int) -> Sequences:
 def main() -> None:
     sides = [list(side) for side in zip(*PAIRS, strict=True)]
     pair = TokenizerPair(tokenizer(sides[0]), tokenizer(sides[1]))
-    stack = StackConfig(depth=1, num_heads=2, ffn_dim=32)
+    stack: dict[str, Any] = {"depth": 1, "num_heads": 2, "ffn_dim": 32}
     config = EncoderDecoderConfig(
         model_dim=24,
-        encoder=stack,
-        decoder=stack,
+        encoder=StackConfig(**stack),
+        decoder=DecoderStackConfig(**stack),
         norm_order="pre",
         dropout=0.0,
         embedding=PlainEmbedding(tie="decoder"),

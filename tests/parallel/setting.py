@@ -8,7 +8,7 @@ import torch
 from dstrain.batch import IGNORE_INDEX, Batch, Sequences
 from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
 from dstrain.engine.deepspeed_engine import TrainEngine
-from dstrain.models.config import EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
+from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
@@ -22,9 +22,14 @@ SENTENCES = 12
 
 def build_module(dropout: float = 0.0) -> TrainModule:
     """The same weights on every call."""
-    stack = StackConfig(depth=1, num_heads=2, ffn_dim=48)
+    stack: dict[str, Any] = {"depth": 1, "num_heads": 2, "ffn_dim": 48}
     config = EncoderDecoderConfig(
-        model_dim=24, encoder=stack, decoder=stack, norm_order="pre", dropout=dropout, embedding=PlainEmbedding(tie="all")
+        model_dim=24,
+        encoder=StackConfig(**stack),
+        decoder=DecoderStackConfig(**stack),
+        norm_order="pre",
+        dropout=dropout,
+        embedding=PlainEmbedding(tie="all"),
     )
     return TrainModule(build_model(config, VOCABULARY, seed=1), CrossEntropy(CrossEntropyConfig(chunk_tokens=16)))
 

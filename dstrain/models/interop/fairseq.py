@@ -1,4 +1,4 @@
-"""Checkpoints of fairseq's encoder-decoder transformer, and its dictionaries -> our configuration, weights and tokenizers.
+"""Checkpoints of fairseq's transformers, and their dictionaries -> our configuration, weights and tokenizers.
 
 Left padding, batch order and all else that is not the model stays behind. Half-precision weights become float32. A matrix that
 fairseq stores under several names must be the same under all of them.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from dstrain.data.tokenizer import DictionaryTokenizer, TokenizerPair
 from dstrain.errors import BundleError, ImportFormatError
-from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
+from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.models.interop.fairseq_config import convert_config
+from dstrain.models.interop.fairseq_config import convert_config, convert_language_model_config
 from dstrain.models.interop.safe_pickle import load_pickled
 from dstrain.models.portable import check_portable
 
@@ -36,21 +36,33 @@ LAYER_PARTS = {
     "encoder_attn_layer_norm": "cross_attention_norm",
     "fc1": "feed_forward.up_proj",
     "fc2": "feed_forward.down_proj",
+    "glu": "feed_forward",
     "final_layer_norm": "feed_forward_norm",
 }
 SIDE_PARTS = {
     "encoder.embed_tokens": "source_embedding.tokens",
+    "encoder.embed_tokens.emb": "source_embedding.tokens.table",
+    "encoder.embed_tokens.m": "source_embedding.tokens.table",
+    "encoder.embed_tokens.up": "source_embedding.tokens.up_proj",
     "encoder.embed_positions": "source_embedding.positions",
     "encoder.layernorm_embedding": "source_embedding.norm",
     "encoder.layer_norm": "encoder.final_norm",
     "decoder.embed_tokens": "target_embedding.tokens",
+    "decoder.embed_tokens.emb": "target_embedding.tokens.table",
+    "decoder.embed_tokens.m": "target_embedding.tokens.table",
+    "decoder.embed_tokens.up": "target_embedding.tokens.up_proj",
     "decoder.embed_positions": "target_embedding.positions",
     "decoder.layernorm_embedding": "target_embedding.norm",
     "decoder.layer_norm": "decoder.final_norm",
     "decoder.output_projection": "projection",
 }
 TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
-FUSED_BLOCKS = {"in_proj": "qkv", "qkv_proj": "qkv", "kv_proj": "kv"}
+FUSED_BLOCKS = {
+    "in_proj": ("q_proj", "k_proj", "v_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "kv_proj": ("k_proj", "v_proj"),
+    "up_gate_proj": ("up_proj", "gate_proj"),
+}
 OLD_NORMS = {
     "encoder": ("self_attn_layer_norm", "final_layer_norm"),
     "decoder": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
@@ -64,6 +76,11 @@ class FairseqCheckpoint:
     model: dict[str, Any]
     task: dict[str, Any]
     weights: dict[str, Tensor]
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether it is an encoder-decoder model, not a language model."""
+        return any(name.startswith("encoder.") for name in self.weights)
 
     @property
     def data_directory(self) -> str:
@@ -84,41 +101,47 @@ def read_fairseq_checkpoint(path: Path) -> FairseqCheckpoint:
     settings = _mapping(groups)
     model = _mapping(settings["model"]) if isinstance(settings.get("model"), dict | Namespace) else settings
     task = _mapping(settings["task"]) if isinstance(settings.get("task"), dict | Namespace) else settings
-    if not any(name.startswith("encoder.") for name in weights):
+    if not any(name.startswith("decoder.") for name in weights):
         raise ImportFormatError(
-            f"{path} holds no encoder (arch {model.get('arch')}); only encoder-decoder models can be imported"
+            f"{path} holds no decoder (arch {model.get('arch')}); encoder-decoder and decoder-only models can be imported"
         )
     return FairseqCheckpoint(model, task, dict(weights))
 
 
 def convert(
     checkpoint: FairseqCheckpoint, tokenizers: TokenizerPair | None = None
-) -> tuple[EncoderDecoderConfig, VocabularySizes, dict[str, Tensor]]:
+) -> tuple[ModelConfig, VocabularySizes, dict[str, Tensor]]:
     """Configuration, vocabulary sizes and portable weights.
 
     tokenizers: those that the model is to be used with, whose sizes must be the model's; BART's row for `<mask>`, which its
-    dictionaries do not have, is cut off. ImportFormatError names settings that dstrain cannot represent, tied matrices that
-    differ, names and sizes that do not fit.
+    dictionaries do not have, is cut off. ImportFormatError names settings that dstrain cannot represent, tied matrices and
+    stacked layers that differ, names and sizes that do not fit.
     """
-    keeps_final_norm = {side: _version(checkpoint.weights, side) >= oldest for side, oldest in (("encoder", 2), ("decoder", 3))}
-    try:
-        config = convert_config(checkpoint.model, keeps_final_norm=keeps_final_norm)
-    except ValidationError as error:
-        raise ImportFormatError(f"the checkpoint's settings make no model: {error.errors()[0]['msg']}") from error
+    config = _convert_config(checkpoint)
     weights = _modern_names(checkpoint.weights)
     if tokenizers is not None:
         _fit_vocabularies(weights, tokenizers, is_bart="bart" in str(checkpoint.model.get("arch")))
-    for side, stack in (("encoder", config.encoder), ("decoder", config.decoder)):
+    stacks = (
+        {"encoder": config.encoder, "decoder": config.decoder}
+        if config.kind == "encoder_decoder"
+        else {"decoder": config.decoder}
+    )
+    for side, stack in stacks.items():
         if stack.final_norm == "no":
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{side}.layer_norm.")}
-    _untie(weights, config.embedding.tie)
+        weights = _unstack(weights, side, stack.schedule)
+    _untie(weights, [name for name in TABLES if checkpoint.has_encoder or name.startswith("decoder")], config.embedding.tie)
     portable = {_portable_name(name): tensor.float() for name, tensor in weights.items()}
     for name in ("source_embedding.positions.weight", "target_embedding.positions.weight"):
         if name in portable:
             portable[name] = portable[name][POSITION_ROWS:]
-    source = portable["source_embedding.tokens.weight"].shape[0]
-    target = source if config.embedding.tie == "all" else portable["target_embedding.tokens.weight"].shape[0]
-    vocabulary = VocabularySizes(source=source, target=target, pad_id=PAD_ID, eos_id=EOS_ID)
+    sizes = {
+        name.partition("_")[0]: len(tensor)
+        for name, tensor in portable.items()
+        if name.endswith(("tokens.weight", "table.weight"))
+    }
+    target = sizes.get("target", sizes.get("source", 0))
+    vocabulary = VocabularySizes(source=sizes.get("source", target), target=target, pad_id=PAD_ID, eos_id=EOS_ID)
     with torch.device("meta"):
         model = build_model(config, vocabulary, seed=None)
     try:
@@ -126,6 +149,16 @@ def convert(
     except BundleError as error:
         raise ImportFormatError(f"the checkpoint is not the transformer that its settings describe: {error}") from error
     return config, vocabulary, portable
+
+
+def _convert_config(checkpoint: FairseqCheckpoint) -> ModelConfig:
+    keeps_final_norm = {side: _version(checkpoint.weights, side) >= oldest for side, oldest in (("encoder", 2), ("decoder", 3))}
+    try:
+        if checkpoint.has_encoder:
+            return convert_config(checkpoint.model, keeps_final_norm=keeps_final_norm)
+        return convert_language_model_config(checkpoint.model, keeps_final_norm=keeps_final_norm["decoder"])
+    except ValidationError as error:
+        raise ImportFormatError(f"the checkpoint's settings make no model: {error.errors()[0]['msg']}") from error
 
 
 def read_dictionaries(
@@ -150,9 +183,10 @@ def read_dictionaries(
 
 def _fit_vocabularies(weights: dict[str, Tensor], tokenizers: TokenizerPair, *, is_bart: bool) -> None:
     """Check that each table has a row per dictionary entry, after cutting BART's further row."""
-    sizes = (tokenizers.source.vocab_size, tokenizers.target.vocab_size, tokenizers.target.vocab_size)
-    for name, size in zip(TABLES, sizes, strict=True):
-        table = weights.get(name)
+    sizes = {"encoder": tokenizers.source.vocab_size, "decoder": tokenizers.target.vocab_size}
+    tables = (*TABLES, *(f"{side}.embed_tokens.{part}.weight" for side in sizes for part in ("emb", "m")))
+    for name in tables:
+        table, size = weights.get(name), sizes[name.partition(".")[0]]
         if table is not None and is_bart and len(table) == size + 1:
             weights[name] = table[:size]
         elif table is not None and len(table) != size:
@@ -181,20 +215,36 @@ def _modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         old_norm = re.fullmatch(r"((encoder|decoder)\.layers\.\d+)\.layer_norms\.(\d)\.(weight|bias)", name)
         if old_norm:
             name = f"{old_norm[1]}.{OLD_NORMS[old_norm[2]][int(old_norm[3])]}.{old_norm[4]}"
-        fused = re.fullmatch(r"(.*)\.(in_proj|qkv_proj|kv_proj)[._](weight|bias)", name)
+        fused = re.fullmatch(rf"(.*)\.({'|'.join(FUSED_BLOCKS)})[._](weight|bias)", name)
         if fused:
             blocks = FUSED_BLOCKS[fused[2]]
             for block, rows in zip(blocks, tensor.chunk(len(blocks)), strict=True):
-                modern[f"{fused[1]}.{block}_proj.{fused[3]}"] = rows
+                modern[f"{fused[1]}.{block}.{fused[3]}"] = rows
         else:
             modern[name] = tensor
     return modern
 
 
-def _untie(weights: dict[str, Tensor], tie: str) -> None:
-    """Drop the further names of tied tables, after a look that they hold the same."""
-    tied = {"all": TABLES, "decoder": TABLES[1:], "none": TABLES[2:]}[tie]
-    lacking = [name for name in TABLES if name not in weights and name not in tied[1:]]
+def _unstack(weights: Mapping[str, Tensor], side: str, schedule: Sequence[int]) -> dict[str, Tensor]:
+    """Layers that run at several depths once, after a look that they hold the same at each."""
+    kept = {}
+    for name, tensor in weights.items():
+        layer = re.fullmatch(rf"{side}\.layers\.(\d+)\.(.+)", name)
+        first = f"{side}.layers.{schedule[int(layer[1])]}.{layer[2]}" if layer and int(layer[1]) < len(schedule) else name
+        if first == name:
+            kept[name] = tensor
+        elif first not in weights or not torch.equal(weights[first], tensor):
+            raise ImportFormatError(f"{first} and {name} differ, but the checkpoint's settings say that they are one layer")
+    return kept
+
+
+def _untie(weights: dict[str, Tensor], tables: Sequence[str], tie: str) -> None:
+    """Drop the further names of tied tables, after a look that they hold the same. Factorized tables are never tied there."""
+    tied = {"all": tables, "decoder": tables[-2:], "none": tables[-1:]}[tie]
+    factors = {f"{name.removesuffix('.weight')}.{part}.weight" for name in tables[:-1] for part in ("emb", "m", "up")}
+    if factors & weights.keys():
+        tables, tied = tables[-1:], tables[-1:]
+    lacking = [name for name in tables if name not in weights and name not in tied[1:]]
     if lacking:
         raise ImportFormatError(f"the checkpoint lacks {', '.join(lacking)}; it is incomplete or of another kind of model")
     for name in tied[1:]:

@@ -10,16 +10,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dstrain.errors import ImportFormatError
 from dstrain.models.config import (
     Activation,
+    DecoderOnlyConfig,
+    DecoderOnlyStackConfig,
+    DecoderStackConfig,
     EncoderDecoderConfig,
-    LearnedPosition,
-    NoPosition,
+    FactorizedEmbedding,
+    LayerNormConfig,
+    NormConfig,
     PlainEmbedding,
-    SinusoidalPosition,
+    RmsNormConfig,
     StackConfig,
 )
+from dstrain.models.interop.fairseq_positions import convert_added_position, convert_position, refusal
 
 DEFAULTS: Mapping[str, Any] = {
     "encoder_embed_dim": 512,
@@ -78,20 +82,6 @@ class Unsupported:
 
 UNSUPPORTED = (
     Unsupported("lora_args", "low-rank adapters"),
-    Unsupported("rope_args", "rotary positions"),
-    Unsupported("yarn_args", "YaRN positions"),
-    Unsupported("alibi_args", "ALiBi attention biases"),
-    Unsupported("encoder_recurrent_stacking", "layers that run at several depths", lambda value: value in {None, 0, 1}),
-    Unsupported("decoder_recurrent_stacking", "layers that run at several depths", lambda value: value in {None, 0, 1}),
-    Unsupported("encoder_factorized_embed_dim", "factorized embeddings"),
-    Unsupported("decoder_factorized_embed_dim", "factorized embeddings"),
-    Unsupported("decoder_output_activation_fn", "an activation before the projection"),
-    Unsupported("encoder_use_glu", "gated feed-forward layers"),
-    Unsupported("decoder_use_glu", "gated feed-forward layers"),
-    Unsupported("encoder_use_rmsnorm", "RMS normalization"),
-    Unsupported("decoder_use_rmsnorm", "RMS normalization"),
-    Unsupported("encoder_kv_attention_heads", "grouped-query attention"),
-    Unsupported("decoder_kv_attention_heads", "grouped-query attention"),
     Unsupported("adaptive_input", "adaptive input embeddings"),
     Unsupported("adaptive_softmax_cutoff", "an adaptive softmax"),
     Unsupported("no_cross_attention", "a decoder without cross-attention"),
@@ -123,36 +113,31 @@ class Settings:
 
 
 def convert_config(given: Mapping[str, Any], *, keeps_final_norm: Mapping[str, bool]) -> EncoderDecoderConfig:
-    """Our configuration of a fairseq transformer.
+    """Our configuration of a fairseq encoder-decoder transformer.
 
     given: its settings. keeps_final_norm: for `encoder` and `decoder`, False where the checkpoint's format is so old that its
     pre-norm models had no final norm. ImportFormatError names what cannot be represented.
     """
-    for option in UNSUPPORTED:
-        if not option.inert(given.get(option.name)):
-            raise refusal(option.name, given[option.name], f"it needs {option.needs}")
-    settings = Settings(given)
+    settings = _supported(given)
     for name in ("decoder_embed_dim", "decoder_input_dim", "decoder_output_dim"):
         _require_equal(settings, name, "encoder_embed_dim")
-    for name in ("normalize_before", "learned_pos"):
+    for name in ("normalize_before", "learned_pos", "use_rmsnorm", "factorized_embed_dim"):
         _require_equal(settings, f"decoder_{name}", f"encoder_{name}")
-    if settings["activation_fn"] not in ACTIVATION_NAMES:
-        raise refusal("activation_fn", settings["activation_fn"], f"known are {', '.join(ACTIVATION_NAMES)}")
     pre = settings["encoder_normalize_before"]
+    keeps_last = keeps_final_norm["decoder"] and not settings["no_decoder_final_norm"]
     return EncoderDecoderConfig(
         model_dim=settings["encoder_embed_dim"],
-        encoder=_stack(settings, "encoder", "auto" if keeps_final_norm["encoder"] or not pre else "no"),
-        decoder=_stack(
-            settings,
-            "decoder",
-            "auto" if not pre or (keeps_final_norm["decoder"] and not settings["no_decoder_final_norm"]) else "no",
+        encoder=StackConfig(**_stack(settings, "encoder", keeps_final_norm["encoder"] or not pre)),
+        decoder=DecoderStackConfig(
+            **_stack(settings, "decoder", keeps_last or not pre), output_activation=_output_activation(settings)
         ),
         norm_order="pre" if pre else "post",
-        activation=ACTIVATION_NAMES[settings["activation_fn"]],
-        position=_position(settings),
-        embedding=PlainEmbedding(
-            scale=not settings["no_scale_embedding"], norm=settings["layernorm_embedding"], tie=_tie(settings)
+        norm=_norm(settings),
+        activation=_activation("activation_fn", settings["activation_fn"]),
+        position=convert_position(
+            given, added=not settings["no_token_positional_embeddings"], learned=settings["encoder_learned_pos"]
         ),
+        embedding=_embedding(settings),
         dropout=settings["dropout"],
         attention_dropout=settings["attention_dropout"],
         activation_dropout=settings["activation_dropout"],
@@ -161,9 +146,36 @@ def convert_config(given: Mapping[str, Any], *, keeps_final_norm: Mapping[str, b
     )
 
 
-def refusal(name: str, value: object, reason: str) -> ImportFormatError:
-    """The error for a setting that cannot be represented."""
-    return ImportFormatError(f"the checkpoint has {name} = {value!r}, which dstrain cannot import: {reason}")
+def convert_language_model_config(given: Mapping[str, Any], *, keeps_final_norm: bool) -> DecoderOnlyConfig:
+    """Our configuration of fairseq's `transformer_lm`. ImportFormatError as `convert_config`."""
+    settings = _supported({**given, "encoder_embed_dim": given.get("decoder_embed_dim")})
+    for name in ("decoder_input_dim", "decoder_output_dim"):
+        _require_equal(settings, name, "decoder_embed_dim")
+    pre = settings["decoder_normalize_before"]
+    keeps = not pre or (keeps_final_norm and not settings["no_decoder_final_norm"])
+    length = given.get("max_target_positions") or given.get("tokens_per_sample") or settings["max_target_positions"]
+    return DecoderOnlyConfig(
+        model_dim=settings["decoder_embed_dim"],
+        decoder=DecoderOnlyStackConfig(**_stack(settings, "decoder", keeps), output_activation=_output_activation(settings)),
+        norm_order="pre" if pre else "post",
+        norm=_norm(settings),
+        activation=_activation("activation_fn", settings["activation_fn"]),
+        position=convert_added_position(
+            added=not settings["no_token_positional_embeddings"], learned=settings["decoder_learned_pos"]
+        ),
+        embedding=_embedding(settings),
+        dropout=settings["dropout"],
+        attention_dropout=settings["attention_dropout"],
+        activation_dropout=settings["activation_dropout"],
+        max_target_length=length,
+    )
+
+
+def _supported(given: Mapping[str, Any]) -> Settings:
+    for option in UNSUPPORTED:
+        if not option.inert(given.get(option.name)):
+            raise refusal(option.name, given[option.name], f"it needs {option.needs}")
+    return Settings(given)
 
 
 def _require_equal(settings: Settings, name: str, other: str) -> None:
@@ -171,23 +183,46 @@ def _require_equal(settings: Settings, name: str, other: str) -> None:
         raise refusal(name, settings[name], f"it differs from {other} = {settings[other]!r}")
 
 
-def _stack(settings: Settings, side: str, final_norm: Literal["auto", "no"]) -> StackConfig:
-    return StackConfig(
-        depth=settings[f"{side}_layers"],
-        num_heads=settings[f"{side}_attention_heads"],
-        ffn_dim=settings[f"{side}_ffn_embed_dim"],
-        layer_drop=settings[f"{side}_layerdrop"],
-        final_norm=final_norm,
+def _activation(name: str, value: str) -> Activation:
+    if value not in ACTIVATION_NAMES:
+        raise refusal(name, value, f"known are {', '.join(ACTIVATION_NAMES)}")
+    return ACTIVATION_NAMES[value]
+
+
+def _output_activation(settings: Settings) -> Activation | None:
+    value = settings["decoder_output_activation_fn"]
+    return _activation("decoder_output_activation_fn", value) if value else None
+
+
+def _stack(settings: Settings, side: str, keeps_final_norm: bool) -> dict[str, Any]:
+    """Keys of a stack's configuration. With recurrent stacking, one layer runs so many times, whatever `layers` says."""
+    passes = settings[f"{side}_recurrent_stacking"]
+    grouped = "gqa" in str(settings["attn_implementation"])
+    return {
+        "depth": passes or settings[f"{side}_layers"],
+        "unique_layers": 1 if passes else None,
+        "num_heads": settings[f"{side}_attention_heads"],
+        "num_kv_heads": settings[f"{side}_kv_attention_heads"] or None if grouped else None,
+        "ffn_dim": settings[f"{side}_ffn_embed_dim"],
+        "feed_forward": "gated" if settings[f"{side}_use_glu"] else "plain",
+        "layer_drop": settings[f"{side}_layerdrop"],
+        "final_norm": "auto" if keeps_final_norm else "no",
+    }
+
+
+def _norm(settings: Settings) -> NormConfig:
+    return RmsNormConfig() if settings["decoder_use_rmsnorm"] else LayerNormConfig()
+
+
+def _embedding(settings: Settings) -> PlainEmbedding | FactorizedEmbedding:
+    tie: Literal["all", "decoder", "none"] = "decoder" if settings["share_decoder_input_output_embed"] else "none"
+    tie = "all" if settings["share_all_embeddings"] else tie
+    scale, norm, dim = (
+        not settings["no_scale_embedding"],
+        settings["layernorm_embedding"],
+        settings["decoder_factorized_embed_dim"],
     )
-
-
-def _position(settings: Settings) -> SinusoidalPosition | LearnedPosition | NoPosition:
-    if settings["no_token_positional_embeddings"]:
-        return NoPosition()
-    return LearnedPosition() if settings["encoder_learned_pos"] else SinusoidalPosition()
-
-
-def _tie(settings: Settings) -> Literal["all", "decoder", "none"]:
-    if settings["share_all_embeddings"]:
-        return "all"
-    return "decoder" if settings["share_decoder_input_output_embed"] else "none"
+    if not dim:
+        return PlainEmbedding(scale=scale, norm=norm, tie=tie)
+    activation = _activation("factorized_embed_activation_fn", settings["factorized_embed_activation_fn"] or "linear")
+    return FactorizedEmbedding(scale=scale, norm=norm, tie=tie, dim=dim, activation=activation)

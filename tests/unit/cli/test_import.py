@@ -40,7 +40,6 @@ def test_a_bundle_with_weights_and_dictionaries(tmp_path: Path) -> None:
     [
         ("ref/a_base", None, "bin_sep has no dict.en.txt and no dict.txt; give the directory"),
         ("ref/c_share_all", "data/bin_sep", "has 192 rows, but the dictionary has 104 entries"),
-        ("ref/g_rope_vanilla", "data/bin_sep", "it needs rotary positions"),
     ],
 )
 def test_refusals_are_one_message(

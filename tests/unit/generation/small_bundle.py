@@ -8,7 +8,7 @@ from typing import Any
 
 from dstrain.checkpoint.bundle import save_bundle
 from dstrain.data.tokenizer import DictionaryTokenizer, TokenizerPair
-from dstrain.models.config import EncoderDecoderConfig, StackConfig, VocabularySizes
+from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.models.portable import to_portable
 
@@ -27,9 +27,14 @@ def make_bundle(
     """Source words are English numbers, target words German ones."""
     pair = TokenizerPair(dictionary(NAMES), dictionary(WORDS))
     vocabulary = VocabularySizes(source=pair.source.vocab_size, target=pair.target.vocab_size)
-    stack = StackConfig(depth=2, num_heads=2, ffn_dim=32)
+    stack: dict[str, Any] = {"depth": 2, "num_heads": 2, "ffn_dim": 32}
     config = EncoderDecoderConfig(
-        model_dim=16, encoder=stack, decoder=stack, norm_order="pre", max_source_length=max_length, max_target_length=max_length
+        model_dim=16,
+        encoder=StackConfig(**stack),
+        decoder=DecoderStackConfig(**stack),
+        norm_order="pre",
+        max_source_length=max_length,
+        max_target_length=max_length,
     )
     weights = to_portable(build_model(config, vocabulary, seed=3))
     weights = {name: weight * 4 if "projection" in name else weight for name, weight in weights.items()}

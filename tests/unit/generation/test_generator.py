@@ -12,6 +12,7 @@ from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.generator import Generator
 from dstrain.generation.padding import batches_by_length, pad
 from dstrain.log import logger
+from dstrain.models.config import LengthLimits
 from tests.unit.generation.toy import IDS, ToyModel, random_sources
 
 SOURCES = random_sources(23, 40, seed=8)
@@ -21,7 +22,7 @@ def generator(
     config: BeamSearchConfig | SamplingConfig, *, max_source: int = 50, max_target: int = 50, truncate: bool = False
 ) -> Generator:
     model = ToyModel(40, seed=5)
-    return Generator(model, config, IDS, max_source_length=max_source, max_target_length=max_target, truncate_source=truncate)
+    return Generator(model, config, IDS, limits=LengthLimits(max_source, max_target, joint=False), truncate_source=truncate)
 
 
 @pytest.fixture

@@ -1,13 +1,14 @@
 """Configurations become the parts they name; initial weights follow their table."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from dstrain.errors import RecipeError
-from dstrain.models.config import EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
+from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.models.portable import to_portable
 from dstrain.models.presets import PRESETS
@@ -46,8 +47,8 @@ def test_one_matrix_needs_one_vocabulary() -> None:
 @pytest.mark.parametrize("order", ["pre", "post"])
 @pytest.mark.parametrize("choice", ["auto", "yes", "no"])
 def test_final_norm(order: str, choice: str) -> None:
-    stack = StackConfig(depth=1, num_heads=2, ffn_dim=8, final_norm=choice)
-    model = small_model(small_config(norm_order=order, encoder=stack, decoder=stack))
+    stack: dict[str, Any] = {"depth": 1, "num_heads": 2, "ffn_dim": 8, "final_norm": choice}
+    model = small_model(small_config(norm_order=order, encoder=StackConfig(**stack), decoder=DecoderStackConfig(**stack)))
     expected = choice == "yes" or (choice == "auto" and order == "pre")
     for part in (model.encoder, model.decoder):
         assert isinstance(part.final_norm, nn.LayerNorm) == expected
@@ -85,7 +86,7 @@ def test_initial_distributions() -> None:
     config = small_config(
         model_dim=256,
         encoder=StackConfig(depth=1, num_heads=4, ffn_dim=1024),
-        decoder=StackConfig(depth=1, num_heads=4, ffn_dim=1024),
+        decoder=DecoderStackConfig(depth=1, num_heads=4, ffn_dim=1024),
         position={"kind": "learned"},
     )
     weights = to_portable(build_model(config, VocabularySizes(source=500, target=400), seed=1))

@@ -1,15 +1,17 @@
-"""Self- and cross-attention as parts: heads, grouped keys, the cache, beams as queries, the seam for rotations."""
+"""Self- and cross-attention as parts: heads, grouped keys, the cache, beams as queries, rotations."""
 
 import math
 
 import pytest
 import torch
-from torch import Tensor
 
-from dstrain.nn.attention import AttentionContext, CrossAttention, SelfAttention
+from dstrain.batch import Sequences
+from dstrain.models.config import RotaryPosition
+from dstrain.models.rotary import build_rotary
+from dstrain.nn.attention import CrossAttention, SelfAttention
 from dstrain.nn.cache import KeyValueCache
+from dstrain.nn.context import AttentionContext, SelfView
 from dstrain.nn.linear import FusedLinear, Linear
-from dstrain.nn.position import Positions
 from dstrain.ops.bias import padding_bias
 
 DIM, HEAD = 12, 4
@@ -23,13 +25,13 @@ def fill(module: torch.nn.Module) -> torch.nn.Module:
     return module.eval()
 
 
-def self_attention(key_heads: int = 3, rotate: object = None) -> SelfAttention:
+def self_attention(key_heads: int = 3) -> SelfAttention:
     qkv = FusedLinear(DIM, {"q_proj": DIM, "k_proj": key_heads * HEAD, "v_proj": key_heads * HEAD})
-    return fill(SelfAttention(qkv=qkv, out_proj=Linear(DIM, DIM), head_dim=HEAD, dropout=0.0, rotate=rotate))
+    return fill(SelfAttention(qkv=qkv, out_proj=Linear(DIM, DIM), head_dim=HEAD, dropout=0.0))
 
 
-def cross_attention() -> CrossAttention:
-    kv = FusedLinear(DIM, {"k_proj": DIM, "v_proj": DIM})
+def cross_attention(key_heads: int = 3) -> CrossAttention:
+    kv = FusedLinear(DIM, {"k_proj": key_heads * HEAD, "v_proj": key_heads * HEAD})
     return fill(CrossAttention(q_proj=Linear(DIM, DIM), kv=kv, out_proj=Linear(DIM, DIM), head_dim=HEAD, dropout=0.0))
 
 
@@ -45,32 +47,26 @@ def test_heads_are_blocks_of_features(key_heads: int) -> None:
         weights = (query[..., own] @ key[..., shared].transpose(1, 2) / math.sqrt(HEAD)).softmax(-1)
         heads.append(weights @ value[..., shared])
     expected = part.out_proj(torch.cat(heads, dim=-1))
-    torch.testing.assert_close(part(x, context=AttentionContext(positions=0)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(part(x, context=AttentionContext()), expected, rtol=1e-5, atol=1e-5)
 
 
-def turn_by_position(query: Tensor, key: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
-    """A made-up rotation that shows which positions it was given."""
-    numbers = torch.arange(query.shape[2]) + positions
-    factor = (numbers.float() * 0.3).cos()[:, None]
-    return query * factor, key * factor
-
-
-@pytest.mark.parametrize("rotate", [None, turn_by_position])
+@pytest.mark.parametrize("position", [None, RotaryPosition()], ids=["none", "rotary"])
 @pytest.mark.parametrize("key_heads", [3, 1])
-def test_step_by_step_equals_at_once(key_heads: int, rotate: object) -> None:
-    part = self_attention(key_heads, rotate)
+def test_step_by_step_equals_at_once(key_heads: int, position: RotaryPosition | None) -> None:
+    part = self_attention(key_heads)
+    view = SelfView(causal=True, rotary=build_rotary(position, HEAD) if position else None)
     x = torch.randn(2, 6, DIM)
-    whole = part(x, context=AttentionContext(positions=0, causal=True))
     cache = KeyValueCache(depth=1, num_rows=2, num_heads=key_heads, max_length=6, head_dim=HEAD, like=x)
-    steps = []
+    whole = part(x, context=view.whole(Sequences(torch.zeros(2, 6), torch.tensor([6, 6])), x))
     for place in range(6):
-        steps.append(part(x[:, place : place + 1], context=AttentionContext(positions=place), cache=cache.at(0)))
+        step = part(x[:, place : place + 1], context=view.step(place, 0, place + 1, None, x), cache=cache.at(0))
         cache.advance(1)
-    torch.testing.assert_close(torch.cat(steps, dim=1), whole, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(step, whole[:, place : place + 1], rtol=1e-5, atol=1e-5)
 
 
-def test_beams_attend_as_queries_of_one_source() -> None:
-    part = cross_attention()
+@pytest.mark.parametrize("key_heads", [3, 1])
+def test_beams_attend_as_queries_of_one_source(key_heads: int) -> None:
+    part = cross_attention(key_heads)
     memory = torch.randn(2, 7, DIM)
     bias = padding_bias(torch.tensor([7, 3]), 7, torch.float32)
     x = torch.randn(2 * 5, 3, DIM)  # five beams a sentence, three positions each
@@ -84,7 +80,7 @@ def test_beams_attend_as_queries_of_one_source() -> None:
 def test_attention_dropout_is_for_training() -> None:
     part = self_attention()
     part.dropout = 0.5
-    x, context = torch.randn(2, 5, DIM), AttentionContext(positions=0)
+    x, context = torch.randn(2, 5, DIM), AttentionContext()
     assert torch.equal(part(x, context=context), part(x, context=context))
     part.train()
     assert not torch.equal(part(x, context=context), part(x, context=context))

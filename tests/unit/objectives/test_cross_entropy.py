@@ -1,12 +1,14 @@
 """The objective: padding, empty micro-batches and splits change nothing; the sums are those of the plain formula."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX, Batch, Sequences
-from dstrain.models.config import EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
+from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.factory import build_objective
@@ -17,11 +19,11 @@ SMOOTHING = 0.1
 
 
 def train_module(*, norm_order: str = "post", chunk_tokens: int = 8, **parts) -> TrainModule:
-    stack = StackConfig(depth=2, num_heads=2, ffn_dim=24)
+    stack: dict[str, Any] = {"depth": 2, "num_heads": 2, "ffn_dim": 24}
     config = EncoderDecoderConfig(
         model_dim=16,
-        encoder=stack,
-        decoder=stack,
+        encoder=StackConfig(**stack),
+        decoder=DecoderStackConfig(**stack),
         norm_order=norm_order,
         embedding=PlainEmbedding(tie="all"),
         dropout=0.0,

@@ -1,8 +1,9 @@
 """Which keys are hidden."""
 
+import pytest
 import torch
 
-from dstrain.ops.bias import causal_bias, padding_bias, segment_bias
+from dstrain.ops.bias import alibi_bias, alibi_slopes, causal_bias, padding_bias, segment_bias, segment_lengths
 
 CPU = torch.device("cpu")
 
@@ -40,3 +41,34 @@ def test_hidden_keys_get_exactly_no_weight_in_every_precision() -> None:
         bias = padding_bias(torch.tensor([1]), 2, dtype)
         scores = torch.tensor([[[[-9.0, 9.0]]]], dtype=dtype) + bias
         assert scores.softmax(-1).flatten().tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("heads", "slopes"),
+    [
+        (8, [2.0**-h for h in range(1, 9)]),
+        (6, [0.25, 0.0625, 0.015625, 0.00390625, 0.5, 0.125]),
+        (1, [2.0**-8]),
+        (3, [2.0**-4, 2.0**-8, 2.0**-2]),
+    ],
+)
+def test_slopes(heads: int, slopes: list[float]) -> None:
+    assert alibi_slopes(heads) == slopes
+
+
+@pytest.mark.parametrize("lead", [0.0, 0.5])
+def test_scores_fall_with_distance(lead: float) -> None:
+    slopes, query, keys = torch.tensor([0.5, 0.25]), torch.tensor([2, 3]), torch.tensor([0, 1, 2, 3])
+    bias = alibi_bias(slopes, query, keys, lead=lead)
+    assert bias.shape == (2, 2, 4)
+    for head, slope in enumerate(slopes.tolist()):
+        for i, place in enumerate(query.tolist()):
+            for j in range(4):
+                assert float(bias[head, i, j]) == -slope * (abs(place - j) - (lead if j > place else 0))
+    rows = alibi_bias(slopes, query[None].expand(3, -1), keys[None].expand(3, -1), lead=lead)
+    assert rows.shape == (3, 2, 2, 4)
+    assert torch.equal(rows[1], bias)
+
+
+def test_segment_lengths() -> None:
+    assert segment_lengths(torch.tensor([[1, 1, 2, 2, 2, 0]])).tolist() == [[2, 2, 3, 3, 3, 1]]

@@ -1,0 +1,183 @@
+"""The decoder-only transformer: a causal language model, which goes on from a source where there is one.
+
+A source and its target become one sequence: the source's tokens, its EOS, which is the first input of the target, and the
+target's tokens. A source that is a lone EOS adds nothing. In generation the source fills the first columns of the cache, where
+rows of different lengths stand right-padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dstrain.batch import Sequences
+from dstrain.models.config import DecoderOnlyConfig, VocabularySizes
+from dstrain.nn.cache import KeyValueCache, is_identity
+from dstrain.nn.context import AttentionContext, SelfView
+from dstrain.nn.embedding import InputEmbedding, Projection
+from dstrain.nn.layers import EncoderLayer
+from dstrain.nn.position import Positions
+from dstrain.nn.stack import LayerStack
+from dstrain.ops.bias import causal_bias, hide
+from dstrain.ops.matmul import linear
+from dstrain.protocols import DecodingState, ModelOutput
+
+R = TypeVar("R")
+
+
+class DecoderOnlyState:
+    """What decoding remembers: keys and values of the source, `width` columns, and after them those of the target.
+
+    lengths: (b,) source tokens of each sentence; None where every source fills its columns.
+    """
+
+    def __init__(self, cache: KeyValueCache, *, width: int, lengths: Tensor | None, rows_per_sentence: int) -> None:
+        self.cache = cache
+        self.width = width
+        self.lengths = lengths
+        self.rows_per_sentence = rows_per_sentence
+        self._sentences = cache.num_rows // rows_per_sentence
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i continues what row `rows[i]` was; rows: (n,), each within its own sentence, equally many of each."""
+        if not is_identity(rows) or len(rows) != self.cache.num_rows:
+            self.cache.select(rows)
+        self.rows_per_sentence = len(rows) // self._sentences
+
+    def keep(self, sentences: Tensor) -> None:
+        """Forget all sentences but these; sentences: (b,) ascending indices of the present ones."""
+        first = sentences[:, None] * self.rows_per_sentence
+        self.cache.select((first + torch.arange(self.rows_per_sentence, device=sentences.device)).flatten())
+        self._sentences = len(sentences)
+        if self.lengths is not None:
+            self.lengths = self.lengths.index_select(0, sentences)
+
+    def row_lengths(self) -> Tensor | None:
+        """(N,) source tokens of each row."""
+        return None if self.lengths is None else self.lengths.repeat_interleave(self.rows_per_sentence)
+
+
+class DecoderOnly(nn.Module):
+    """Implements `protocols.TeacherForced` and `protocols.Generative`."""
+
+    def __init__(
+        self,
+        *,
+        config: DecoderOnlyConfig,
+        vocabulary: VocabularySizes,
+        target_embedding: InputEmbedding,
+        target_view: SelfView,
+        decoder: LayerStack[EncoderLayer],
+        projection: Projection,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.vocabulary = vocabulary
+        self.target_embedding = target_embedding
+        self.target_view = target_view
+        self.decoder = decoder
+        self.projection = projection
+
+    def forward(self, source: Sequences | None, target: Sequences) -> ModelOutput:
+        """All target positions at once."""
+        if source is None:
+            return ModelOutput(self._whole(target), None)
+        before = source.lengths - 1  # (B,)
+        hidden = self._whole(join(source, target))
+        places = before[:, None] + torch.arange(target.tokens.shape[1], device=before.device)  # (B, T)
+        return ModelOutput(hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2])), None)
+
+    def _whole(self, sequences: Sequences) -> Tensor:
+        """(B, L) -> (B, L, D)"""
+        x = self.target_embedding(sequences.tokens, 0 if sequences.positions is None else sequences.positions)
+        return self._run(x, self.target_view.whole(sequences, x))
+
+    def _run(self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
+        def run(depth: int, layer: EncoderLayer, x: Tensor) -> Tensor:
+            passed: Tensor = layer(x, context=context, cache=None if cache is None else cache.at(depth))
+            return passed
+
+        hidden: Tensor = self.decoder(x, run)
+        return hidden
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Logits. (..., D) -> (..., V)"""
+        return self.reduce_projection(hidden, linear)
+
+    def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
+        """`reduce(features, weight)` inside the projection's forward; see `protocols.TeacherForced`."""
+        result: R = self.projection(hidden, reduce)
+        return result
+
+    @torch.no_grad()
+    def start(self, source: Sequences | None, *, num_sentences: int, rows_per_sentence: int, max_length: int) -> DecoderOnlyState:
+        """Read the sources, each without its final EOS, and make room for `max_length` decoder inputs after them."""
+        lengths = None if source is None else source.lengths - 1
+        width = 0 if source is None else source.tokens.shape[1] - 1
+        stack = self.config.decoder
+        cache = KeyValueCache(
+            depth=stack.depth,
+            num_rows=num_sentences,
+            num_heads=stack.num_kv_heads or stack.num_heads,
+            max_length=width + max_length,
+            head_dim=self.config.model_dim // stack.num_heads,
+            like=self.projection.weight,
+            keep_tokens=self.target_view.may_move,
+        )
+        if source is not None and lengths is not None and width > 0:
+            prompt = Sequences(cache.inputs(source.tokens[:, :width], moved=False), lengths)
+            x = self.target_embedding(prompt.tokens, 0)
+            self._run(x, self.target_view.whole(prompt, x), cache)
+            cache.advance(width)
+        if lengths is not None and lengths.device.type == "cpu" and bool((lengths == width).all()):
+            lengths = None
+        state = DecoderOnlyState(cache, width=width, lengths=lengths, rows_per_sentence=1)
+        if rows_per_sentence > 1:
+            state.reorder(torch.arange(num_sentences, device=cache.device).repeat_interleave(rows_per_sentence))
+        return state
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: DecodingState) -> Tensor:
+        """Feed the next inputs. tokens: (N, t) -> logits after each, (N, t, V). state: made by `start`."""
+        assert isinstance(state, DecoderOnlyState)
+        inputs = state.cache.inputs(tokens, self.target_view.moves(state.cache.length + tokens.shape[1]))
+        past, new = state.cache.length, inputs.shape[1]
+        query, keys, gap = _places(state, new)
+        x = self.target_embedding(inputs, query)
+        mask = causal_bias(new, past + new, x.dtype, x.device) if new > 1 else None
+        if gap is not None:
+            hidden_gap = hide(gap, x.dtype)[:, None, None, :]  # (N, 1, 1, past + t)
+            mask = hidden_gap if mask is None else torch.minimum(mask, hidden_gap)
+        hidden = self._run(x, self.target_view.step(query, keys, past + new, mask, x), state.cache)
+        state.cache.advance(new)
+        return self.project(hidden[:, -tokens.shape[1] :])
+
+
+def join(source: Sequences, target: Sequences) -> Sequences:
+    """Each source without its EOS, and its target after it. (B, S), (B, T) -> (B, S - 1 + T)
+
+    ValueError for packed sequences, which have no one source.
+    """
+    if source.segments is not None or target.segments is not None:
+        raise ValueError("packed sequences have no source of their own to be joined with")
+    before, width = source.lengths - 1, source.tokens.shape[1] - 1
+    columns = torch.arange(width + target.tokens.shape[1], device=before.device)
+    of_target = columns - before[:, None]  # (B, L), below zero in the source
+    source_tokens = source.tokens.gather(1, columns.clamp_max(width).expand_as(of_target))
+    target_tokens = target.tokens.gather(1, of_target.clamp(0, target.tokens.shape[1] - 1))
+    return Sequences(torch.where(of_target < 0, source_tokens, target_tokens), before + target.lengths)
+
+
+def _places(state: DecoderOnlyState, new: int) -> tuple[Positions, Positions, Tensor | None]:
+    """Positions of `new` tokens and of all columns with them, and which columns are padding of a source, (N, columns)."""
+    past, lengths = state.cache.length, state.row_lengths()
+    if lengths is None:
+        return past, 0, None
+    columns = torch.arange(past + new, device=lengths.device)
+    padding = (state.width - lengths)[:, None]  # (N, 1)
+    keys = torch.where(columns < state.width, columns, columns - padding)
+    gap = (columns >= lengths[:, None]) & (columns < state.width)
+    return keys[:, past:], keys, gap

@@ -1,0 +1,58 @@
+"""From the configuration of rotary positions to the part: how fast each pair of a head's features turns."""
+
+from __future__ import annotations
+
+from typing import assert_never
+
+import torch
+from torch import Tensor
+
+from dstrain.models.config import (
+    DynamicNtkScaling,
+    DynamicYarnScaling,
+    LinearScaling,
+    NoScaling,
+    RotaryPosition,
+    YarnScaling,
+)
+from dstrain.nn.rotary import LengthRotary, Rotary, RotaryPart, Spectrum
+from dstrain.ops.rotary import Yarn, frequencies, ntk_theta, yarn_amplitude, yarn_frequencies
+
+
+def build_rotary(config: RotaryPosition, head_dim: int) -> RotaryPart:
+    """The rotary positions of heads of `head_dim` features."""
+    dim, theta, layout = config.turning(head_dim), config.theta, config.layout
+    match config.scaling:
+        case NoScaling():
+            return Rotary(Spectrum(frequencies(dim, theta), 1.0), layout)
+        case LinearScaling(factor=factor):
+            return Rotary(Spectrum(frequencies(dim, theta) / factor, 1.0), layout)
+        case DynamicNtkScaling() as ntk:
+
+            def by_base(lengths: Tensor) -> Spectrum:
+                bases = ntk_theta(theta, dim, ntk.factor, ntk.original_length, lengths)
+                return Spectrum(frequencies(dim, bases.unsqueeze(-1)), 1.0)
+
+            return LengthRotary(by_base, layout, same_until=ntk.original_length)
+        case DynamicYarnScaling() as scaling:
+            since = scaling.from_length or scaling.original_length
+
+            def by_factor(lengths: Tensor) -> Spectrum:
+                return _yarn(dim, theta, scaling, (lengths.float() / since).clamp_min(scaling.factor).unsqueeze(-1))
+
+            return LengthRotary(by_factor, layout, same_until=int(since * scaling.factor))
+        case YarnScaling() as scaling:
+            return Rotary(_yarn(dim, theta, scaling, torch.tensor([scaling.factor])), layout)
+        case other:
+            assert_never(other)
+
+
+def _yarn(dim: int, theta: float, scaling: YarnScaling, factor: Tensor) -> Spectrum:
+    constants = Yarn(
+        original_length=scaling.original_length,
+        beta_fast=scaling.beta_fast,
+        beta_slow=scaling.beta_slow,
+        extrapolation_factor=scaling.extrapolation_factor,
+        attention_factor=scaling.attention_factor,
+    )
+    return Spectrum(yarn_frequencies(dim, theta, factor, constants), yarn_amplitude(factor, constants))
