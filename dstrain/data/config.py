@@ -121,9 +121,12 @@ class BatchingConfig(Config):
 
     tokens_per_step: target tokens of one optimizer step over all ranks, never exceeded unless one sentence alone does.
     max_tokens: padded tokens of one micro-batch on one rank: rows x max(longest source, longest target).
-    shuffle_window: examples that are sorted by length together; the memory that planning costs.
+    bucket_tokens: target tokens of neighbors in length that stay together; a step of several such buckets holds short and long
+    sentences. Less than `max_tokens` by what padding takes makes each a micro-batch. shuffle_window: examples that are sorted by
+    length together; the memory that planning costs.
     """
 
     tokens_per_step: PositiveInt
     max_tokens: PositiveInt
+    bucket_tokens: PositiveInt = 4096
     shuffle_window: PositiveInt = 1_000_000

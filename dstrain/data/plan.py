@@ -1,10 +1,12 @@
 """Which examples make up each optimizer step, and how a step is cut into micro-batches.
 
 Choice: a step is a number of target tokens, whatever the number of devices. An epoch walks through the examples in a computed
-random order (`permutation.py`), window by window. Within a window the examples are sorted by length, so that a step's sentences
-are of one length and its padding is small; the sorted row is cut into the fewest possible steps, all about equally full; then
-the steps change places at random. A window is used up before the next begins: no example is dropped, none waits, and no step is
-a mere remainder. The steps depend on (seed, epoch, lengths, tokens_per_step, shuffle_window) alone; the number of ranks and
+random order (`permutation.py`), window by window. Within a window the examples are sorted by their longer side and cut into
+buckets of sentences of similar length, all about equally full; a step takes `tokens_per_step / bucket_tokens` of them, drawn at
+random from as many ranges of length, so that every step holds short and long sentences and its micro-batches little padding. A
+step of one bucket holds one length only, and the length of what such a model writes swings from step to step. The steps change
+places at random. A window is used up before the next begins: no example is dropped, none waits, and no step is a mere remainder.
+The steps depend on (seed, epoch, lengths, tokens_per_step, bucket_tokens, shuffle_window) alone; the number of ranks and
 `max_tokens` only decide how each is cut into micro-batches.
 
 Cost: the memory of one window, however long the corpus, and about 0.1 s per million examples. Nothing here reads a text.
@@ -68,12 +70,13 @@ class StepPlan:
         order = Permutation(len(self.target_lengths), derive_seed(self.seed, "order", epoch))
         index = 0
         for first, last in self._windows:
-            steps = self._cut_window(order.elements(first, last))
+            steps = self._steps_of_window(order.elements(first, last), derive_seed(self.seed, "buckets", epoch, first))
             places = Permutation(len(steps), derive_seed(self.seed, "steps", epoch, first))
             final = index + len(steps) - 1 if last == order.size else None
             for place in places.elements(0, places.size):
                 if index >= start:
-                    examples, num_targets = steps[place]
+                    examples = steps[place]
+                    num_targets = int(self.target_lengths[examples].sum(dtype=np.int64))
                     yield PlannedStep(epoch, index, examples, num_targets, last_of_epoch=index == final)
                 index += 1
         if start > index:
@@ -81,14 +84,17 @@ class StepPlan:
                 f"epoch {epoch} has {index} steps, not {start}: data or batching have changed since the run was saved"
             )
 
-    def _cut_window(self, examples: IntArray) -> list[tuple[IntArray, int]]:
-        """Steps of similar lengths, shortest first, with their target tokens."""
-        targets = self.target_lengths[examples]
-        order = np.lexsort((_narrow(self.source_lengths[examples]), _narrow(targets)))
-        examples = examples[order]
-        totals = np.concatenate(([0], np.cumsum(targets[order], dtype=np.int64)))
-        cuts = _cut_evenly(totals, self.config.tokens_per_step)
-        return [(examples[start:end], int(totals[end] - totals[start])) for start, end in pairwise(cuts)]
+    def _steps_of_window(self, examples: IntArray, seed: int) -> list[IntArray]:
+        """The steps that the examples of a window, given in random order, make."""
+        sources, targets = self.source_lengths[examples], self.target_lengths[examples]
+        order = np.argsort(_narrow(np.maximum(sources, targets)), kind="stable")
+        examples, targets = examples[order], targets[order]
+        totals = np.concatenate(([0], np.cumsum(targets, dtype=np.int64)))
+        wanted = -(-self.config.tokens_per_step // self.config.bucket_tokens)
+        per_step = max(1, min(wanted, self.config.tokens_per_step // int(targets.max())))
+        cuts = _cut_evenly(totals, self.config.tokens_per_step // per_step)
+        buckets = [examples[start:end] for start, end in pairwise(cuts)]
+        return buckets if per_step == 1 else [np.concatenate(step) for step in _deal(buckets, per_step, seed)]
 
     def _check(self) -> None:
         sides = {"source": self.source_lengths, "target": self.target_lengths}
@@ -155,6 +161,23 @@ def _cut_evenly(totals: IntArray, capacity: int) -> list[int]:
         farthest = max(int(totals.searchsorted(here + capacity, "right")) - 1, cuts[-1] + 1)
         cuts.append(min(max(nearest, least), farthest))
     return cuts
+
+
+def _deal(buckets: list[IntArray], per_step: int, seed: int) -> list[list[IntArray]]:
+    """Steps of `per_step` buckets, one from each range of length; where the buckets do not go round, the lack is spread.
+
+    buckets: by length.
+    """
+    count = -(-len(buckets) // per_step)
+    steps: list[list[IntArray]] = [[] for _ in range(count)]
+    end = 0
+    for number in range(per_step):
+        start, end = end, end + len(range(number, len(buckets), per_step))
+        receivers = [step for step in range(count) if end - start == count or step != number % count]
+        places = Permutation(end - start, derive_seed(seed, "range", number))
+        for step, place in zip(receivers, places.elements(0, places.size), strict=True):
+            steps[step].append(buckets[start + place])
+    return steps
 
 
 def _sort_by_width(examples: IntArray, source_lengths: Lengths, target_lengths: Lengths) -> tuple[IntArray, list[int]]:

@@ -28,9 +28,17 @@ def sides(pairs: Pairs) -> tuple[IntArray, IntArray]:
 
 
 def plan_of(
-    pairs: Pairs, *, tokens_per_step: int = 40, max_tokens: int = 60, shuffle_window: int = 50, seed: int = 1
+    pairs: Pairs,
+    *,
+    tokens_per_step: int = 40,
+    max_tokens: int = 60,
+    bucket_tokens: int = 4096,
+    shuffle_window: int = 50,
+    seed: int = 1,
 ) -> StepPlan:
-    config = BatchingConfig(tokens_per_step=tokens_per_step, max_tokens=max_tokens, shuffle_window=shuffle_window)
+    config = BatchingConfig(
+        tokens_per_step=tokens_per_step, max_tokens=max_tokens, bucket_tokens=bucket_tokens, shuffle_window=shuffle_window
+    )
     return StepPlan(*sides(pairs), config, seed)
 
 
@@ -49,6 +57,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
         draw(PAIRS),
         tokens_per_step=draw(st.integers(1, 200)),
         max_tokens=draw(st.integers(60, 300)),
+        bucket_tokens=draw(st.integers(1, 200)),
         shuffle_window=draw(st.integers(1, 250)),
         seed=draw(st.integers(0, 1000)),
     )
@@ -104,8 +113,11 @@ def test_micro_batch_size_does_not_move_the_steps(pairs: Pairs, max_tokens: int)
 @settings(max_examples=100, deadline=None)
 @given(pairs=PAIRS, tokens_per_step=st.integers(1, 300))
 def test_one_window_is_cut_into_the_fewest_steps(pairs: Pairs, tokens_per_step: int) -> None:
+    """As few as the order by length allows: each step ends where the next sentence does not fit."""
     steps = list(plan_of(pairs, tokens_per_step=tokens_per_step, shuffle_window=1000).epoch(0))
-    assert len(steps) == fewest_pieces(sorted(target for _, target in pairs), tokens_per_step)
+    by_length = sorted(steps, key=lambda step: [max(pairs[row]) for row in step.examples])
+    targets = [pairs[row][1] for step in by_length for row in step.examples]
+    assert len(steps) == fewest_pieces(targets, tokens_per_step)
 
 
 def test_steps_are_equally_full() -> None:
@@ -128,15 +140,42 @@ def test_a_window_smaller_than_a_step_still_fills_steps() -> None:
 
 def test_steps_hold_similar_lengths_and_come_in_random_order() -> None:
     random = np.random.default_rng(0)
-    pairs = [(int(a), int(b)) for a, b in random.integers(1, 50, (5000, 2))]
+    pairs = [(int(length), int(length)) for length in random.integers(1, 50, 5000)]
     plan = plan_of(pairs, tokens_per_step=1000, shuffle_window=5000)
     means = []
     for step in plan.epoch(0):
-        targets = plan.target_lengths[step.examples]
-        assert targets.max() - targets.min() <= 4
-        means.append(targets.mean())
+        widths = np.maximum(plan.source_lengths[step.examples], plan.target_lengths[step.examples])
+        assert widths.max() - widths.min() <= 4
+        means.append(widths.mean())
     place = np.arange(len(means))
     assert abs(np.corrcoef(place, means)[0, 1]) < 4 / np.sqrt(len(means))
+
+
+def test_a_step_of_several_buckets_holds_short_and_long_sentences() -> None:
+    """A bucket of neighbors in length from each third of the corpus; no two epochs alike."""
+    random = np.random.default_rng(0)
+    pairs = [(int(length), int(length)) for length in random.integers(1, 50, 5000)]
+    plan = plan_of(pairs, tokens_per_step=3000, bucket_tokens=1000, shuffle_window=5000)
+    mixed = list(plan.epoch(0))
+    thirds = np.quantile(np.repeat(plan.target_lengths, plan.target_lengths), [1 / 3, 2 / 3])
+    full = [step for step in mixed if step.num_targets > 2500]
+    assert len(mixed) - len(full) <= 2  # those that the last buckets do not go round to
+    assert min(step.num_targets for step in mixed) > 1800
+    for step in full:
+        lengths = plan.target_lengths[step.examples]
+        middle = (lengths >= thirds[0] - 1) & (lengths <= thirds[1] + 1)
+        assert lengths.min() <= thirds[0] and middle.any() and lengths.max() >= thirds[1]
+        assert len(np.unique(lengths)) <= 12
+    alone = list(plan_of(pairs, tokens_per_step=3000, shuffle_window=5000).epoch(0))
+    spread = [np.std([plan.target_lengths[step.examples].mean() for step in steps]) for steps in (mixed, alone)]
+    assert spread[0] < 0.6 * spread[1]
+    assert listed(list(plan.epoch(1))) != listed(mixed)
+
+
+def test_a_long_sentence_makes_the_buckets_larger() -> None:
+    """A bucket holds the longest sentence of its window, so that no step exceeds its tokens."""
+    plan = plan_of([(5, 5)] * 200 + [(25, 25)], tokens_per_step=30, bucket_tokens=5)
+    assert max(step.num_targets for step in plan.epoch(0)) <= 30
 
 
 def test_long_sentences_do_not_wait_for_the_end() -> None:
@@ -165,7 +204,7 @@ def test_the_plan_is_fixed_for_ever() -> None:
     assert [(step.examples.tolist(), step.num_targets) for step in plan.epoch(3)] == [
         ([3, 9], 9),
         ([0, 5, 1, 8], 8),
-        ([10, 11, 6, 2], 8),
+        ([10, 2, 11, 6], 8),
         ([7, 4], 8),
     ]
 
@@ -182,7 +221,7 @@ def test_the_type_of_the_lengths_does_not_matter(dtype: type[np.integer]) -> Non
 def test_lengths_beyond_16_bits() -> None:
     plan = plan_of([(100_000, 5), (3, 70_000), (3, 3), (66_000, 4_464)], max_tokens=100_000, tokens_per_step=10)
     steps = list(plan.epoch(0))
-    assert sorted(step.num_targets for step in steps) == [8, 4_464, 70_000]
+    assert sorted(step.num_targets for step in steps) == [3, 5, 4_464, 70_000]
 
 
 def test_nothing_to_train_on() -> None:
