@@ -10,7 +10,7 @@ against each other as in the paper. CE is label-smoothed as in `linear_cross_ent
 so kl is exactly 0 where both passes have the same bits, and never less.
 
 As in `linear_cross_entropy` the rows are walked in chunks, and while a chunk's logits exist, of both passes, the gradients are
-taken. With s(v) = log p(v) - log q(v), kl's gradient with respect to the logits of p is 1/2 (p - q + p (s - sum_v p(v) s(v))), and
+taken. With s(v) = log p(v) - log q(v), kl's gradient with respect to the logits of p is 1/2 (p - q + p (s - sum_v p(v) s(v)));
 that of q is its mirror image. Memory: some three times chunk_tokens x V in fp32, plus the gradients.
 
 Precision and ignored rows are as there. The weight is read in forward alone and never kept.
