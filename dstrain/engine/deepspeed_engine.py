@@ -27,6 +27,7 @@ from dstrain.engine.optimizer import build_optimizer
 from dstrain.engine.replica import empty_copy, filled_copy
 from dstrain.engine.schedule import learning_rate
 from dstrain.engine.shard_file import read_shard, write_shard
+from dstrain.engine.stable_adamw import StableAdamW
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.portable import portable_layout, split
 from dstrain.objectives.train_module import TrainModule
@@ -70,10 +71,11 @@ class TrainEngine:
         module.to(world.device)
         rounded = engine.precision != "fp32"
         originals = {parameter: parameter.data for parameter in module.parameters() if parameter.requires_grad and rounded}
-        self._engine: Any = self._deepspeed.initialize(
-            model=module, optimizer=build_optimizer(module, optimizer), config=config, dist_init_required=False
-        )[0]
+        built = build_optimizer(module, optimizer)
+        self._engine: Any = self._deepspeed.initialize(model=module, optimizer=built, config=config, dist_init_required=False)[0]
         self._masters = Masters(self._deepspeed, self._engine, self.stage)
+        if isinstance(built, StableAdamW) and self.stage > 0:
+            built.partition(self._masters.layouts(), lambda sums: world.all_reduce(sums.to(world.device)).to(sums.device))
         self._masters.adopt(originals)
         self._average = None if ema is None else MovingAverage(self._masters.tensors, ema)
 

@@ -37,7 +37,7 @@ def build_module(dropout: float = 0.0, **objective: Any) -> TrainModule:
 
 
 def build_engine(world: World, module: TrainModule, **options: Any) -> TrainEngine:
-    """options: deepspeed, precision, clip_norm, ema, optimizer (the latter two are dicts)."""
+    """options: deepspeed, precision, clip_norm, ema, optimizer (the latter two are dicts); Adam without any."""
     names = {name: options[name] for name in ("deepspeed", "precision", "clip_norm") if name in options}
     return TrainEngine(
         module,
