@@ -6,12 +6,23 @@ Everything is right-padded. Shapes: B batch, S source, T target.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
 """The label of a position that is not scored: padding."""
+
+
+class Size(NamedTuple):
+    """How much a batch, a step or a split holds: its scored target tokens, and the sentences that they make up.
+
+    A loss is a mean over one of the two; `Objective.denominator` says over which.
+    """
+
+    num_targets: int
+    num_sentences: int
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,11 @@ class Batch:
     labels: Tensor
     num_targets: int
     example_ids: Tensor
+
+    @property
+    def size(self) -> Size:
+        """Its targets, and its rows, each of which is a sentence; none where nothing is scored."""
+        return Size(self.num_targets, len(self.example_ids) if self.num_targets else 0)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""

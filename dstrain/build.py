@@ -153,6 +153,7 @@ def _build_validator(recipe: Recipe, corpora: Corpora, engine: TrainEngine, watc
         engine,
         world,
         batches=batches,
+        denominator=engine.module.objective.denominator,
         averaged=recipe.training.ema is not None,
         translation=build_translation(generation, recipe.model, corpora.valid, corpora.tokenizers, world.device),
         beat=watchdog.beat,

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-from dstrain.batch import Batch, Sequences
+from dstrain.batch import Batch, Sequences, Size
 
 R = TypeVar("R")
 
@@ -33,10 +33,14 @@ class ModelOutput(NamedTuple):
 
 
 class LossOutput(NamedTuple):
-    """loss_sum: () sum over scored tokens, with gradient; num_targets: how many; sums: further () sums to report, detached."""
+    """Sums over one micro-batch, and how much it holds.
+
+    loss_sum: () with gradient, to be divided by the objective's `denominator`. sums: further () sums over its scored tokens to
+    report, detached; `nll` is one of them.
+    """
 
     loss_sum: Tensor
-    num_targets: int
+    size: Size
     sums: dict[str, Tensor]
 
 
@@ -44,14 +48,15 @@ class LossOutput(NamedTuple):
 class StepReport:
     """One optimizer step, the same on every rank.
 
-    step: number of the step, from 1. loss: nats per target token of the whole step. sums: each reported sum divided by
-    num_targets. grad_norm: global L2 norm before clipping. learning_rate: the one this step used. skipped: the update was
-    not applied (fp16 overflow).
+    step: number of the step, from 1. loss: nats, the step's loss_sum divided by `denominator`, which is num_targets where the
+    loss is a mean over tokens. sums: each reported sum divided by num_targets. grad_norm: global L2 norm before clipping.
+    learning_rate: the one this step used. skipped: the update was not applied (fp16 overflow).
     """
 
     step: int
     loss: float
     num_targets: int
+    denominator: int
     grad_norm: float
     learning_rate: float
     skipped: bool = False
@@ -73,6 +78,11 @@ class Hypothesis:
 
 class TeacherForced(Protocol):
     """A model as an objective sees it."""
+
+    @property
+    def training(self) -> bool:
+        """Whether dropout is on."""
+        ...
 
     def __call__(self, source: Sequences | None, target: Sequences) -> ModelOutput:
         """All target positions at once."""
@@ -123,6 +133,10 @@ class Objective(Protocol):
 
     def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
         """The sum of losses over the batch's scored labels, with gradient."""
+        ...
+
+    def denominator(self, size: Size) -> int:
+        """What the loss sums of a step or a split of this size are divided by, once and together."""
         ...
 
 

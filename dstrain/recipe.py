@@ -6,8 +6,8 @@ words by recipe_errors.py. Torch-free: a recipe can be checked on a login node.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,7 +42,12 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:
-        problems = [*self._schedule_problems(), *self._length_problems(), *self._vocabulary_problems()]
+        problems = [
+            *self._schedule_problems(),
+            *self._length_problems(),
+            *self._vocabulary_problems(),
+            *self._dropout_problems(),
+        ]
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -68,6 +73,13 @@ class Recipe(Config):
                 name = f"max_{side}_length"
                 yield f"data.filter.{name} = {longest} keeps sentences that the model does not read (model.{name} = {limit})"
 
+    def _dropout_problems(self) -> Iterator[str]:
+        if self.objective.r_drop is not None and not any(_dropouts(self.model.model_dump())):
+            yield (
+                f"objective.r_drop.alpha = {self.objective.r_drop.alpha} has no effect: every dropout of the model is 0, so both "
+                "passes are the same; raise model.dropout, or remove objective.r_drop"
+            )
+
     def _vocabulary_problems(self) -> Iterator[str]:
         tokenizer = self.data.tokenizer
         if not isinstance(tokenizer, TrainedSentencePiece) or tokenizer.sharing == "joint":
@@ -82,3 +94,12 @@ class Recipe(Config):
                 "model.embedding.tie = all needs one vocabulary for both sides, but data.tokenizer.sharing = separate; "
                 "choose sharing: joint or tie: decoder"
             )
+
+
+def _dropouts(tree: Mapping[str, Any]) -> Iterator[float]:
+    """Every probability with which a part of the model is dropped in training: dropouts and layer_drop, at any depth."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _dropouts(value)
+        elif key.endswith(("dropout", "layer_drop")):
+            yield value

@@ -1,7 +1,7 @@
 """dstrain validate: loss, perplexity, BLEU and chrF of a bundle on a split of prepared data.
 
-Prints one JSON object. The loss is that of the bundle's recipe, in nats per target token; perplexity never includes label
-smoothing. Text is generated as the recipe says, unless told otherwise.
+Prints one JSON object. The loss is that of the bundle's recipe, in nats; perplexity never includes label smoothing, and is always
+per target token. Text is generated as the recipe says, unless told otherwise.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dstrain.batch import Size
 from dstrain.data.config import BatchingConfig
 from dstrain.data.permutation import IntArray, Permutation
 from dstrain.errors import DataError
@@ -45,6 +46,11 @@ class PlannedStep:
     examples: IntArray
     num_targets: int
     last_of_epoch: bool
+
+    @property
+    def size(self) -> Size:
+        """What all ranks hold of it together."""
+        return Size(self.num_targets, len(self.examples))
 
 
 class StepPlan:

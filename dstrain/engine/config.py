@@ -15,12 +15,14 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamConfig(Config):
-    """Adam (`adam`: weight decay added to the gradient) or AdamW (`adamw`: decoupled).
+    """Adam (`adam`: weight decay added to the gradient), AdamW (`adamw`: decoupled) or StableAdamW (`stable_adamw`).
 
-    decay: which parameters decay: `matrices` spares biases, norms and all one-dimensional ones; `all` spares none.
+    StableAdamW is AdamW that lowers a parameter's learning rate while its gradients outgrow their second moment, in place of
+    engine.clip_norm; its authors take an eps of 1e-6. decay: which parameters decay: `matrices` spares biases, norms and all
+    one-dimensional ones; `all` spares none.
     """
 
-    kind: Literal["adam", "adamw"] = "adamw"
+    kind: Literal["adam", "adamw", "stable_adamw"] = "adamw"
     learning_rate: PositiveFloat
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     eps: PositiveFloat = 1e-8

@@ -1,9 +1,9 @@
 """The training engine: micro-batches in, one optimizer step out, whatever the ZeRO stage and the number of ranks.
 
-Losses arrive as sums. Each is multiplied by world_size / (target tokens of the whole step) before its backward pass, and
-DeepSpeed averages over the ranks: that is the one division. Gradient norm and clipping are global under every stage. A loss
-or gradient that is not finite stops training on all ranks alike, before any weight has changed; under fp16 the step is
-skipped and the loss scale halved instead.
+Losses arrive as sums. Each is multiplied by world_size / denominator before its backward pass, and DeepSpeed averages over the
+ranks: that is the one division. The plan knows how much a whole step holds, the objective which part of that is its denominator.
+Gradient norm and clipping are global under every stage. A loss or gradient that is not finite stops training on all ranks alike,
+before any weight has changed; under fp16 the step is skipped and the loss scale halved instead.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dstrain.batch import Batch
+from dstrain.batch import Batch, Size
 from dstrain.engine.config import EmaConfig, EngineConfig, OptimizerConfig, ScheduleConfig
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.ema import MovingAverage
@@ -27,6 +27,7 @@ from dstrain.engine.optimizer import build_optimizer
 from dstrain.engine.replica import empty_copy, filled_copy
 from dstrain.engine.schedule import learning_rate
 from dstrain.engine.shard_file import read_shard, write_shard
+from dstrain.engine.stable_adamw import StableAdamW
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.portable import portable_layout, split
 from dstrain.objectives.train_module import TrainModule
@@ -70,10 +71,11 @@ class TrainEngine:
         module.to(world.device)
         rounded = engine.precision != "fp32"
         originals = {parameter: parameter.data for parameter in module.parameters() if parameter.requires_grad and rounded}
-        self._engine: Any = self._deepspeed.initialize(
-            model=module, optimizer=build_optimizer(module, optimizer), config=config, dist_init_required=False
-        )[0]
+        built = build_optimizer(module, optimizer)
+        self._engine: Any = self._deepspeed.initialize(model=module, optimizer=built, config=config, dist_init_required=False)[0]
         self._masters = Masters(self._deepspeed, self._engine, self.stage)
+        if isinstance(built, StableAdamW) and self.stage > 0:
+            built.partition(self._masters.layouts(), lambda sums: world.all_reduce(sums.to(world.device)).to(sums.device))
         self._masters.adopt(originals)
         self._average = None if ema is None else MovingAverage(self._masters.tensors, ema)
 
@@ -92,30 +94,32 @@ class TrainEngine:
         """Where batches go."""
         return self.world.device
 
-    def train_step(self, batches: Sequence[Batch], num_targets: int) -> StepReport:
+    def train_step(self, batches: Sequence[Batch], size: Size) -> StepReport:
         """One optimizer step. Collective.
 
-        batches: this rank's micro-batches, the same number on every rank. num_targets: target tokens of all batches of all
-        ranks. Raises TrainingError, on every rank, where the loss or a gradient is not finite.
+        batches: this rank's micro-batches, the same number on every rank. size: of all batches of all ranks together.
+        Raises TrainingError, on every rank, where the loss or a gradient is not finite.
         """
         rate = learning_rate(self._schedule, self._peak, self.step)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
         seed_everything(self._seed, "dropout", self.step, self.rank)
         self.module.train()
-        means = self._accumulate(batches, num_targets)
-        loss = means.pop("loss")
+        denominator = self.module.objective.denominator(size)
+        sums = self._accumulate(batches, self.world_size / denominator)
+        loss = sums.pop("loss") / denominator
         if self._precision != "fp16" and not math.isfinite(loss):
             raise TrainingError(f"step {self.step + 1}: the loss is {loss}; {_REMEDY}")
         norm = self._update()
         report = StepReport(
             step=self.step + 1,
             loss=loss,
-            num_targets=num_targets,
+            num_targets=size.num_targets,
+            denominator=denominator,
             grad_norm=norm,
             learning_rate=rate,
             skipped=not math.isfinite(norm),
-            sums=means,
+            sums={name: total / size.num_targets for name, total in sums.items()},
         )
         if not report.skipped:
             self.step += 1
@@ -123,9 +127,8 @@ class TrainEngine:
                 self._average.update(self.step)
         return report
 
-    def _accumulate(self, batches: Sequence[Batch], num_targets: int) -> dict[str, float]:
-        """Gradients of all micro-batches; the loss and the reported sums per target token of the whole step."""
-        scale = self.world_size / num_targets
+    def _accumulate(self, batches: Sequence[Batch], scale: float) -> dict[str, float]:
+        """Gradients of all micro-batches, `scale` times; the sums of the loss and of what is reported, over all ranks."""
         totals, names = torch.zeros((), dtype=torch.float64, device=self.device), ["loss"]
         for index, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
@@ -133,8 +136,7 @@ class TrainEngine:
             self._engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
             names = ["loss", *output.sums]
             totals = totals + torch.stack([output.loss_sum.detach(), *output.sums.values()]).double()
-        sums = self.world.all_reduce(totals).tolist()
-        return {name: value / num_targets for name, value in zip(names, sums, strict=True)}
+        return dict(zip(names, self.world.all_reduce(totals).tolist(), strict=True))
 
     def _update(self) -> float:
         """Clip and update; returns the gradient norm before clipping, infinite if fp16 scaling made the step skip."""

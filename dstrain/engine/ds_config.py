@@ -39,6 +39,7 @@ def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any
         "bf16": {**resolved.get("bf16", {}), "enabled": engine.precision == "bf16", "check_grad_overflow": True},
         "fp16": {**resolved.get("fp16", {}), "enabled": engine.precision == "fp16"},
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
         "timers": {"throughput": {"enabled": False}},
     }
     return resolved

@@ -10,13 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What moves in DeepSpeed's fp16 loss scaler; its constants come from the JSON file."""
+
+
+class Layout(NamedTuple):
+    """How a flat master is made of parameters.
+
+    sizes: (P,) elements of each parameter, on all ranks together. pieces: (parameter, start, length) of what this rank holds,
+    start and length in elements of the master; what only pads it lies in no piece.
+    """
+
+    sizes: Tensor
+    pieces: list[tuple[int, int, int]]
 
 
 class Masters:
@@ -36,6 +47,31 @@ class Masters:
         if self._stage == 3:
             return list(optimizer.fp32_partitioned_groups_flat)
         return list(optimizer.single_partition_of_fp32_groups)
+
+    def layouts(self) -> dict[Tensor, Layout]:
+        """The parameters in each flat master of stages 1 to 3."""
+        optimizer = self._engine.optimizer
+        groups, place = (optimizer.fp16_groups, self._share) if self._stage == 3 else (optimizer.bit16_groups, self._fragment)
+        layouts = {}
+        for master, group in zip(self.tensors, groups, strict=True):
+            sizes, places = zip(*map(place, group), strict=True)
+            pieces = [(number, start, length) for number, (start, length) in enumerate(places) if length > 0]
+            layouts[master] = Layout(torch.tensor(sizes, dtype=master.dtype, device=master.device), pieces)
+        return layouts
+
+    def _fragment(self, parameter: Any) -> tuple[int, tuple[int, int]]:
+        """Stages 1 and 2: elements of the whole parameter, and where its part lies in this rank's partition: start, length."""
+        if parameter._hp_mapping is None:
+            return parameter.numel(), (0, 0)
+        address = parameter._hp_mapping.hp_fragment_address
+        return parameter.numel(), (address.start, address.numel)
+
+    def _share(self, parameter: Any) -> tuple[int, tuple[int, int]]:
+        """Stage 3: the same. All ranks have shares of one size, of which the last ones may be padding in part or whole."""
+        optimizer = self._engine.optimizer
+        _, start, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        rest = parameter.ds_numel - share * self._deepspeed.comm.get_rank()
+        return parameter.ds_numel, (start, min(share, max(rest, 0)))
 
     def adopt(self, originals: Mapping[nn.Parameter, Tensor]) -> None:
         """Start from whole fp32 weights, where DeepSpeed has made masters of their 16-bit roundings.

@@ -1,4 +1,4 @@
-"""Torch's Adam and AdamW over groups with and without weight decay.
+"""Torch's Adam and AdamW, or StableAdamW, over groups with and without weight decay.
 
 `fused` is used on CPUs and GPUs alike: one kernel over each flat ZeRO partition, several times faster than the loop.
 """
@@ -11,12 +11,15 @@ import torch
 from torch import nn
 
 from dstrain.engine.config import OptimizerConfig
+from dstrain.engine.stable_adamw import StableAdamW
 
 
 def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """An optimizer of the module's trainable parameters; the learning rate is set before each step by the engine."""
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.kind]
     groups = parameter_groups(module, config)
+    if config.kind == "stable_adamw":
+        return StableAdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.kind]
     optimizer: torch.optim.Optimizer = kind(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
     return optimizer
 

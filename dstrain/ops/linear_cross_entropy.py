@@ -13,6 +13,8 @@ log-softmax of the logits z = h W^T and y the label, a row's loss is
 and its gradient with respect to z is p - (1 - eps - eps') onehot(y) - eps'. The terms with eps' are of rank one, so they never
 touch the logits: on a CPU the logits are read and written by three matrix products, one softmax and one maximum, nothing else.
 
+With `row_weights` a row's loss and gradient count so many times; a mean over each sentence is made of them.
+
 Rows labelled `IGNORE_INDEX` add exactly zero, without a branch, so without waiting for a GPU. Their logits are still computed:
 a caller that knows how many rows are scored leaves the others out first, by `scored_rows`, which does not wait either.
 
@@ -32,23 +34,31 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX
-from dstrain.ops.matmul import add_matmul, matmul
+from dstrain.ops.mixed_precision import accumulator, add_product, autocast, product
 
 
 def linear_cross_entropy(
-    features: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float, chunk_tokens: int
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float,
+    chunk_tokens: int,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sums of the label-smoothed loss and of the negative log-likelihood, in nats.
 
     features: (N, E), weight: (V, E), of one dtype; labels: (N,) int64 in [0, V) or `IGNORE_INDEX`. chunk_tokens: rows whose
-    logits exist at one time; it moves no result beyond rounding.
+    logits exist at one time; it moves no result beyond rounding. row_weights: (N,) what each row's loss is multiplied by,
+    without gradient; None = all are 1. The negative log-likelihood is not weighted.
     Returns loss_sum () with gradient to features and weight, nll_sum () without; both fp32 (fp64 for fp64 inputs).
     """
-    features, weight = _autocast(features), _autocast(weight)
+    features, weight = autocast(features), autocast(weight)
     with_grad = torch.is_grad_enabled()
     options = _Options(
         label_smoothing=label_smoothing,
         chunk_tokens=chunk_tokens,
+        row_weights=row_weights,
         features_learn=with_grad and features.requires_grad,
         weight_learns=with_grad and weight.requires_grad,
     )
@@ -57,16 +67,22 @@ def linear_cross_entropy(
 
 
 def reference_linear_cross_entropy(
-    features: Tensor, weight: Tensor, labels: Tensor, *, label_smoothing: float, chunk_tokens: int
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float,
+    chunk_tokens: int,
+    row_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same by all logits and autograd; `chunk_tokens` is not used."""
     scored = labels != IGNORE_INDEX
-    logits = F.linear(_autocast(features[scored]), _autocast(weight))  # (n, V)
-    log_probs = F.log_softmax(logits.to(_accumulator(logits.dtype)), dim=-1)
-    nll_sum = -log_probs.gather(1, labels[scored].unsqueeze(1)).sum()
-    smooth_sum = -log_probs.sum()
+    logits = F.linear(autocast(features[scored]), autocast(weight))  # (n, V)
+    log_probs = F.log_softmax(logits.to(accumulator(logits.dtype)), dim=-1)
+    nll = -log_probs.gather(1, labels[scored].unsqueeze(1)).squeeze(1)  # (n,)
     spread = label_smoothing / (weight.shape[0] - 1)
-    return (1 - label_smoothing - spread) * nll_sum + spread * smooth_sum, nll_sum.detach()
+    loss = (1 - label_smoothing - spread) * nll - spread * log_probs.sum(1)
+    return (loss if row_weights is None else loss * row_weights[scored]).sum(), nll.sum().detach()
 
 
 def scored_rows(labels: Tensor, num_targets: int) -> Tensor:
@@ -80,6 +96,7 @@ def scored_rows(labels: Tensor, num_targets: int) -> Tensor:
 class _Options(NamedTuple):
     label_smoothing: float
     chunk_tokens: int
+    row_weights: Tensor | None
     features_learn: bool
     weight_learns: bool
 
@@ -115,7 +132,13 @@ def _walk(
     labels = labels.unsqueeze(1).masked_fill(~scored, 0)
     features = features.masked_fill(~scored, 0)
 
-    wide = _accumulator(features.dtype)
+    wide = accumulator(features.dtype)
+    weights = scored.to(wide)  # (N, 1)
+    if options.row_weights is not None:
+        weights = options.row_weights.unsqueeze(1).to(wide).masked_fill(~scored, 0)
+    weighted = features * weights  # (N, E): slopes stay unweighted, so that small weights do not underflow in 16 bits
+    feature_sum, weight_sum = weighted.sum(0), weight.sum(0, dtype=wide)  # (E,), (E,)
+    weighted = weighted.to(features.dtype)
     logits = features.new_empty(min(options.chunk_tokens, num_rows), num_types, dtype=wide)
     nll, lse = features.new_empty(2, num_rows, 1, dtype=wide)
     features_gradient = torch.empty_like(features, dtype=wide) if options.features_learn else None
@@ -124,7 +147,7 @@ def _walk(
     for start in range(0, num_rows, options.chunk_tokens):
         rows = slice(start, start + options.chunk_tokens)
         chunk, label = features[rows], labels[rows]
-        probs = _product(chunk, weight.t(), out=logits[: len(chunk)])  # (c, V), logits until the softmax
+        probs = product(chunk, weight.t(), out=logits[: len(chunk)])  # (c, V), logits until the softmax
         label_logit, top_logit = probs.gather(1, label), probs.amax(1, keepdim=True)
         torch.softmax(probs, 1, out=probs)
         log_share = probs.amax(1, keepdim=True).log_()  # top_logit - lse: never -inf, as the label's log-probability may be
@@ -133,40 +156,14 @@ def _walk(
         if options.features_learn or options.weight_learns:
             slope = probs.scatter_add_(1, label, torch.full_like(log_share, -confidence)).to(features.dtype)
             if features_gradient is not None:
-                _product(slope, weight, out=features_gradient[rows])
+                product(slope, weight, out=features_gradient[rows])
             if weight_gradient is not None:
-                _add_product(weight_gradient, slope.t(), chunk)
+                add_product(weight_gradient, slope.t(), weighted[rows])
 
-    feature_sum, weight_sum = features.sum(0, dtype=wide), weight.sum(0, dtype=wide)  # (E,), (E,)
     if features_gradient is not None:
-        features_gradient.sub_(spread * weight_sum).masked_fill_(~scored, 0)
+        features_gradient.sub_(spread * weight_sum).mul_(weights)
     if weight_gradient is not None:
         weight_gradient.sub_(spread * feature_sum)
-    nll_sum = nll.masked_fill_(~scored, 0).sum()
-    smooth_sum = num_types * lse.masked_fill_(~scored, 0).sum() - feature_sum.dot(weight_sum)
-    return (confidence * nll_sum + spread * smooth_sum, nll_sum), (features_gradient, weight_gradient)
-
-
-def _product(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
-    """`left @ right` into `out`, which may be of a wider dtype."""
-    if out.dtype == left.dtype:
-        return matmul(left, right, out=out)
-    return out.copy_(torch.mm(left, right))
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, where `total` may be of a wider dtype."""
-    if total.dtype == left.dtype:
-        add_matmul(total, left, right)
-    else:
-        total.add_(torch.mm(left, right))
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """The tensor in autocast's dtype where autocast is on."""
-    device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+    smooth_sum = num_types * (weights * lse).sum() - feature_sum.dot(weight_sum)
+    loss_sum = confidence * (weights * nll).sum() + spread * smooth_sum
+    return (loss_sum, nll.masked_fill_(~scored, 0).sum()), (features_gradient, weight_gradient)

@@ -51,6 +51,7 @@ def validate_bundle(
             rank=world.rank,
             world_size=world.world_size,
         ),
+        denominator=objective.denominator,
         translation=translation,
     )
     scores = validator()

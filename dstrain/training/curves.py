@@ -24,6 +24,7 @@ Events = Sequence[Mapping[str, Any]]
 
 PANELS = (
     ("loss, nats per target token", (("train", "loss"), ("train", "nll"), ("valid", "loss"), ("valid", "nll"))),
+    ("divergence of two passes, nats per target token", (("train", "kl"),)),
     ("validation scores", (("valid", "bleu"), ("valid", "chrf"))),
     ("validation perplexity", (("valid", "perplexity"),)),
     ("learning rate", (("train", "learning_rate"),)),

@@ -6,8 +6,8 @@ same objects.
 | kind | further fields |
 |---|---|
 | start | world_size, run_id, recipe |
-| train | epoch, steps, loss, nll, perplexity, learning_rate, grad_norm, num_targets, tokens_per_second, seconds, cpu_seconds, |
-| | padding, skipped, eta_seconds |
+| train | epoch, steps, loss, nll, perplexity, one number per further sum, learning_rate, grad_norm, num_targets, |
+| | tokens_per_second, seconds, cpu_seconds, padding, skipped, eta_seconds |
 | valid | epoch, seconds, one number per score, best_score, best_step |
 | bundle | names |
 | checkpoint | path, seconds |
@@ -15,9 +15,12 @@ same objects.
 | failure | message, epoch, index, examples: place and data set rows of the step that failed |
 | end | reason, exit_code, elapsed_seconds, best_score, best_step |
 
-`train`: loss and nll are nats per target token over `steps` steps, tokens_per_second counts target tokens of all ranks, and
-seconds those spent in steps; cpu_seconds and padding (a share of label positions) are rank 0's own; learning_rate and grad_norm
-are those of the last step. A number that is not finite is null.
+`train` and `valid`: loss is in nats, the mean over target tokens or over sentences that the objective minimizes; nll, perplexity
+and the objective's further sums (kl: the divergence of R-Drop) are per target token, whatever the loss is a mean over.
+
+`train`: means are over `steps` steps, tokens_per_second counts target tokens of all ranks, and seconds those spent in steps;
+cpu_seconds and padding (a share of label positions) are rank 0's own; learning_rate and grad_norm are those of the last step. A
+number that is not finite is null.
 """
 
 from __future__ import annotations

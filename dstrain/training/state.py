@@ -21,7 +21,8 @@ from dstrain.protocols import StepReport
 class Window:
     """Sums over the steps since the last training event, so that an event does not depend on where a run was cut.
 
-    loss_sum, nll_sum, num_targets: over steps that were applied. positions, filled: label positions of this rank's
+    num_targets, denominator, loss_sum: over steps that were applied. sums: the objective's further sums over their targets, by
+    name. positions, filled: label positions of this rank's
     micro-batches, and how many of them are no padding. seconds, cpu_seconds: of steps alone, without validation and saving;
     cpu_seconds are those of this process.
     """
@@ -29,8 +30,9 @@ class Window:
     steps: int = 0
     skipped: int = 0
     num_targets: int = 0
+    denominator: int = 0
     loss_sum: float = 0.0
-    nll_sum: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
     positions: int = 0
     filled: int = 0
     seconds: float = 0.0
@@ -38,13 +40,15 @@ class Window:
 
     def after(self, report: StepReport, batches: Sequence[Batch], seconds: float, cpu_seconds: float) -> Window:
         """With one more step and this rank's micro-batches of it."""
-        counted = 0 if report.skipped else report.num_targets
+        applied = not report.skipped
+        added = {name: mean * report.num_targets for name, mean in report.sums.items()} if applied else {}
         return Window(
             steps=self.steps + 1,
             skipped=self.skipped + report.skipped,
-            num_targets=self.num_targets + counted,
-            loss_sum=self.loss_sum + (report.loss * counted if counted else 0.0),
-            nll_sum=self.nll_sum + (report.sums.get("nll", report.loss) * counted if counted else 0.0),
+            num_targets=self.num_targets + (report.num_targets if applied else 0),
+            denominator=self.denominator + (report.denominator if applied else 0),
+            loss_sum=self.loss_sum + (report.loss * report.denominator if applied else 0.0),
+            sums=self.sums | {name: self.sums.get(name, 0.0) + total for name, total in added.items()},
             positions=self.positions + sum(batch.labels.numel() for batch in batches),
             filled=self.filled + sum(batch.num_targets for batch in batches),
             seconds=self.seconds + seconds,

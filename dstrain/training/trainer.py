@@ -15,7 +15,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from dstrain.batch import Batch
+from dstrain.batch import Batch, Size
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.data.plan import PlannedStep
 from dstrain.errors import TrainingError
@@ -55,8 +55,8 @@ Validate = Callable[[Callable[[], bool]], Mapping[str, float] | None]
 class Engine(Shardable, Protocol):
     """An engine as the trainer sees it."""
 
-    def train_step(self, batches: Sequence[Batch], num_targets: int) -> StepReport:
-        """One optimizer step; num_targets counts those of all ranks."""
+    def train_step(self, batches: Sequence[Batch], size: Size) -> StepReport:
+        """One optimizer step; size: of all ranks' batches together."""
         ...
 
 
@@ -147,7 +147,7 @@ class Trainer:
     def _step(self, state: TrainingState, planned: PlannedStep, batches: Sequence[Batch]) -> StepReport:
         """One optimizer step; a step that is not finite is reported with its place before it ends training."""
         try:
-            report = self.engine.train_step(batches, planned.num_targets)
+            report = self.engine.train_step(batches, planned.size)
             if not math.isfinite(report.loss) and not report.skipped:
                 raise TrainingError(f"the loss is {report.loss}; lower optimizer.learning_rate or set engine.clip_norm")
         except TrainingError as error:
@@ -291,13 +291,16 @@ def _is_due(config: ValidationConfig | CheckpointConfig, state: TrainingState) -
 
 def _train_fields(state: TrainingState, planned: PlannedStep, report: StepReport, eta_seconds: float | None) -> dict[str, Any]:
     window = state.window
-    loss, nll = (total / window.num_targets if window.num_targets else math.nan for total in (window.loss_sum, window.nll_sum))
+    loss = window.loss_sum / window.denominator if window.denominator else math.nan
+    means = {name: total / window.num_targets for name, total in window.sums.items()}
+    nll = means.pop("nll", math.nan)
     return {
         "epoch": planned.epoch,
         "steps": window.steps,
         "loss": loss,
         "nll": nll,
         "perplexity": math.exp(min(nll, 700.0)),
+        **means,
         "learning_rate": report.learning_rate,
         "grad_norm": report.grad_norm,
         "num_targets": window.num_targets,

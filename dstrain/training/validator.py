@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dstrain.batch import Batch
+from dstrain.batch import Batch, Size
 from dstrain.data.plan import Lengths
 from dstrain.errors import DataError
 from dstrain.models.config import ModelConfig
@@ -104,8 +104,8 @@ def check_split(name: str, source_lengths: Lengths, target_lengths: Lengths, mod
 class Validator:
     """Scores one split; every rank calls it with the same weights.
 
-    batches: this rank's share of the split, equally many on every rank, anew at each call. averaged: score the moving average.
-    beat: called with a phase before anything long.
+    batches: this rank's share of the split, equally many on every rank, anew at each call. denominator: the objective's.
+    averaged: score the moving average. beat: called with a phase before anything long.
     """
 
     def __init__(
@@ -114,6 +114,7 @@ class Validator:
         ranks: Ranks,
         *,
         batches: Callable[[], Iterable[Batch]],
+        denominator: Callable[[Size], int],
         averaged: bool = False,
         translation: Translates | None = None,
         beat: Callable[[str], None] = lambda phase: None,
@@ -123,13 +124,14 @@ class Validator:
         self.averaged = averaged
         self.translation = translation
         self._batches = batches
+        self._denominator = denominator
         self._beat = beat
 
     def __call__(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-        """loss and perplexity per target token, further sums, and the scores of the translation; the same on every rank.
+        """loss as the objective averages it, perplexity and further sums per target token, and the scores of the translation.
 
-        interrupted: collective; asked now and then, and where it says yes the result is None. Raises DataError where the split
-        holds no target token.
+        The same on every rank. interrupted: collective; asked now and then, and where it says yes the result is None. Raises
+        DataError where the split holds no target token.
         """
         with self.engine.averaged_weights() if self.averaged else nullcontext():
             scores = self._losses(interrupted)
@@ -139,20 +141,22 @@ class Validator:
             return None if generated is None else {**scores, **generated}
 
     def _losses(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
-        num_targets, totals, names = 0, torch.zeros(1), [""]
+        num_targets, num_sentences, totals, names = 0, 0, torch.zeros(1), [""]
         for number, batch in enumerate(self._batches()):
             if number % BATCHES_BETWEEN_LOOKS == 0 and interrupted():
                 return None
             self._beat(f"validation batch {number}")
             output = self.engine.evaluate(batch)
-            num_targets += output.num_targets
+            num_targets += output.size.num_targets
+            num_sentences += output.size.num_sentences
             names = list(output.sums)
             totals = totals.to(output.loss_sum.device) + torch.stack([output.loss_sum, *output.sums.values()]).double()
-        total, *sums = self.ranks.all_reduce_sums([num_targets, *totals.tolist()])
-        if total == 0:
+        targets, sentences, loss_sum, *sums = self.ranks.all_reduce_sums([num_targets, num_sentences, *totals.tolist()])
+        if targets == 0:
             raise DataError("the split holds no target token; give it at least one sentence pair and prepare the data again")
-        means = {name: value / total for name, value in zip(["loss", *names], sums, strict=True)}
-        return {**means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": int(total)}
+        loss = loss_sum / self._denominator(Size(int(targets), int(sentences)))
+        means = {name: value / targets for name, value in zip(names, sums, strict=True)}
+        return {"loss": loss, **means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": int(targets)}
 
     def _translate(self, task: Translates, interrupted: Callable[[], bool]) -> Mapping[str, float] | None:
         texts: list[tuple[int, list[str]]] = []

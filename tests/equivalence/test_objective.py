@@ -40,7 +40,7 @@ def test_sums(variant: str, chunk_tokens: int) -> None:
     module, batch = module_and_batch(variant, chunk_tokens)
     output = module(batch)
     meta = json.loads((GOLDEN / variant / "meta.json").read_text())
-    assert output.num_targets == meta["ntokens"]
+    assert output.size.num_targets == meta["ntokens"]
     assert output.loss_sum.item() == pytest.approx(meta["loss"], rel=1e-6)
     assert output.sums["nll"].item() == pytest.approx(meta["nll_loss"], rel=1e-6)
 

@@ -16,6 +16,8 @@ def scenarios(name: str, directory: str) -> dict[str, Any]:
         "loss": ["guarded", {"deepspeed": name, "precision": "fp32", "fault": "loss"}],
         "gradient": ["guarded", {"deepspeed": name, "precision": "fp32", "fault": "gradient"}],
         "resumed": ["resumed", {"deepspeed": name, "shards": directory}],
+        "stable": ["stable_adamw", {"deepspeed": name}],
+        "stable_resumed": ["resumed", {"deepspeed": name, "shards": f"{directory}/stable", "kind": "stable_adamw"}],
     }
 
 

@@ -52,20 +52,23 @@ def curves(world: World, *, runs: list[dict[str, Any]]) -> list[list[Report]]:
 
 
 def curve(world: World, *, steps: int, parts: int, **options: Any) -> list[Report]:
-    """The reports of one run from the first step on."""
-    engine = build_engine(world, build_module(), **options)
+    """The reports of one run from the first step on. options: those of `build_engine`; dropout, objective (a dict)."""
+    engine = build_engine(world, build_module(options.pop("dropout", 0.0), **options.pop("objective", {})), **options)
     reports = [asdict(engine.train_step(*share(step, world, parts))) for step in range(steps)]
     engine.close()
     return reports
 
 
-def resumed(world: World, *, shards: str, deepspeed: str, reader: str | None = None, precision: str = "fp32") -> Report:
+def resumed(
+    world: World, *, shards: str, deepspeed: str, reader: str | None = None, precision: str = "fp32", kind: str = "adamw"
+) -> Report:
     """Six steps at once, and three steps saved and continued by another engine; dropout and averaging are on."""
-    options = {"ema": {"decay": 0.7}, "optimizer": {"kind": "adamw", "weight_decay": 0.1}, "precision": precision}
+    options = {"ema": {"decay": 0.7}, "optimizer": {"kind": kind, "weight_decay": 0.1}, "precision": precision}
     engines = [build_engine(world, build_module(dropout=0.3), deepspeed=name, **options) for name in (deepspeed, deepspeed)]
     straight, writer = engines
     expected = [asdict(straight.train_step(*share(step, world, 4))) for step in range(6)]
     found = [asdict(writer.train_step(*share(step, world, 4))) for step in range(3)]
+    Path(shards).mkdir(exist_ok=True)
     writer.save_shards(Path(shards))
     world.barrier()
     continued = build_engine(world, build_module(dropout=0.3), deepspeed=reader or deepspeed, **options)
@@ -273,6 +276,58 @@ def against_torch(world: World, *, deepspeed: str) -> Report:
         norms.append([engine.train_step(*share(step, world, 4)).grad_norm, norm])
     found, expected = whole(world, engine, averaged=False), to_portable(module.model)
     return {"norms": norms, "error": max(float((found[name] - expected[name]).abs().max()) for name in expected)}
+
+
+class Jumping(TrainModule):
+    """A module whose loss is multiplied by a factor that may change from step to step."""
+
+    factor = 1.0
+
+    def forward(self, batch: Batch) -> LossOutput:
+        output = super().forward(batch)
+        return output._replace(loss_sum=output.loss_sum * self.factor)
+
+
+def stable_adamw(world: World, *, deepspeed: str) -> Report:
+    """Ten steps whose gradients jump twice, by the engine and by loops over single tensors with and without update clipping."""
+    optimizer = {"kind": "stable_adamw", "weight_decay": 0.3, "learning_rate": 0.01, "eps": 1e-4}
+    plain, unclipped, trained = (Jumping(module.model, module.objective) for module in (build_module() for _ in range(3)))
+    engine = build_engine(world, trained, deepspeed=deepspeed, optimizer=optimizer)
+    states: dict[Any, list[Tensor]] = {}
+    norms, ratios = [], []
+    for step in range(10):
+        rate, batch = 0.01 * min(step / 4, 1), collate(sentences(step))
+        for module in (plain, unclipped, trained):
+            module.factor = {4: 20.0, 7: 100.0}.get(step, 1.0)
+        for module in (plain, unclipped):
+            (module(batch).loss_sum / batch.num_targets).backward()
+        norm = float(torch.nn.utils.get_total_norm([parameter.grad for parameter in plain.parameters()]))
+        ratios += [stable_update(parameter, states, step + 1, rate, clip=True) for parameter in plain.parameters()]
+        for parameter in unclipped.parameters():
+            stable_update(parameter, states, step + 1, rate, clip=False)
+        norms.append([engine.train_step(*share(step, world, 2 * world.world_size)).grad_norm, norm])
+    found = whole(world, engine, averaged=False)
+    errors = [
+        max(float((found[name] - expected[name]).abs().max()) for name in found)
+        for expected in (to_portable(plain.model), to_portable(unclipped.model))
+    ]
+    return {"norms": norms, "error": errors[0], "error_without_clipping": errors[1], "largest": max(ratios)}
+
+
+@torch.no_grad()
+def stable_update(parameter: Any, states: dict[Any, list[Tensor]], step: int, rate: float, *, clip: bool) -> float:
+    """One update of one tensor with Adam's own bias correction; returns the RMS."""
+    mean, square = states.setdefault(parameter, [torch.zeros_like(parameter), torch.zeros_like(parameter)])
+    mean.copy_(0.9 * mean + 0.1 * parameter.grad)
+    square.copy_(0.98 * square + 0.02 * parameter.grad**2)
+    direction, variance = mean / (1 - 0.9**step), square / (1 - 0.98**step)
+    ratio = float((parameter.grad**2 / variance.clamp(min=1e-8)).mean().sqrt())
+    rate = rate / max(1.0, ratio) if clip else rate
+    if parameter.ndim > 1:
+        parameter.mul_(1 - rate * 0.3)
+    parameter.sub_(rate * direction / (variance.sqrt() + 1e-4))
+    parameter.grad = None
+    return ratio
 
 
 def digest(weights: dict[str, Tensor] | None) -> str | None:

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from dstrain.batch import IGNORE_INDEX, Batch, Sequences
+from dstrain.batch import IGNORE_INDEX, Batch, Sequences, Size
 from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
 from dstrain.engine.deepspeed_engine import TrainEngine
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
-from dstrain.objectives.cross_entropy import CrossEntropy
+from dstrain.objectives.factory import build_objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
 
@@ -20,8 +20,8 @@ PAD, EOS = VOCABULARY.pad_id, VOCABULARY.eos_id
 SENTENCES = 12
 
 
-def build_module(dropout: float = 0.0) -> TrainModule:
-    """The same weights on every call."""
+def build_module(dropout: float = 0.0, **objective: Any) -> TrainModule:
+    """The same weights on every call. objective: what differs from plain cross-entropy."""
     stack: dict[str, Any] = {"depth": 1, "num_heads": 2, "ffn_dim": 48}
     config = EncoderDecoderConfig(
         model_dim=24,
@@ -31,11 +31,13 @@ def build_module(dropout: float = 0.0) -> TrainModule:
         dropout=dropout,
         embedding=PlainEmbedding(tie="all"),
     )
-    return TrainModule(build_model(config, VOCABULARY, seed=1), CrossEntropy(CrossEntropyConfig(chunk_tokens=16)))
+    return TrainModule(
+        build_model(config, VOCABULARY, seed=1), build_objective(CrossEntropyConfig(**{"chunk_tokens": 16, **objective}))
+    )
 
 
 def build_engine(world: World, module: TrainModule, **options: Any) -> TrainEngine:
-    """options: deepspeed, precision, clip_norm, ema, optimizer (the latter two are dicts)."""
+    """options: deepspeed, precision, clip_norm, ema, optimizer (the latter two are dicts); Adam without any."""
     names = {name: options[name] for name in ("deepspeed", "precision", "clip_norm") if name in options}
     return TrainEngine(
         module,
@@ -86,8 +88,13 @@ def num_targets(pairs: Sequence[tuple[list[int], list[int]]]) -> int:
     return sum(len(target) for _, target in pairs)
 
 
-def share(step: int, world: World, parts: int) -> tuple[list[Batch], int]:
-    """This rank's micro-batches where the step's sentences are cut into `parts` in all, and the step's target tokens."""
+def size_of(batches: Sequence[Batch]) -> Size:
+    """What the batches hold together."""
+    return Size(sum(batch.num_targets for batch in batches), sum(batch.size.num_sentences for batch in batches))
+
+
+def share(step: int, world: World, parts: int) -> tuple[list[Batch], Size]:
+    """This rank's micro-batches where the step's sentences are cut into `parts` in all, and the step's size."""
     pairs = sentences(step)
     cut = [pairs[index::parts] for index in range(parts)]
-    return [collate(part) for part in cut[world.rank :: world.world_size]], num_targets(pairs)
+    return [collate(part) for part in cut[world.rank :: world.world_size]], Size(num_targets(pairs), len(pairs))

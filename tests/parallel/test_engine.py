@@ -46,6 +46,15 @@ def test_clipping_and_decay_groups_equal_torch(ranks: list[dict[str, Any]]) -> N
         assert torch_loop["error"] < 1e-5
 
 
+def test_stable_adamw_equals_a_loop_over_tensors_while_gradients_jump(ranks: list[dict[str, Any]]) -> None:
+    for stable in (rank["stable"] for rank in ranks):
+        found, expected = zip(*stable["norms"], strict=True)
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert stable["largest"] > 2, "the gradients must outgrow their second moment; after n steps by at most sqrt(n)"
+        assert stable["error"] < 1e-5
+        assert stable["error_without_clipping"] > 0.02
+
+
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_a_fault_on_one_rank_stops_all_before_any_update(ranks: list[dict[str, Any]], fault: str) -> None:
     for guard in (rank[fault] for rank in ranks):

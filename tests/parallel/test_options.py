@@ -41,8 +41,10 @@ def test_buckets_and_overlap_move_no_curve(zero: dict[str, Any], tmp_path: Path)
         "curves": ["curves", {"runs": [{**run, "deepspeed": "zero1"}, {**run, "deepspeed": file}]}],
         "views": ["views", {"deepspeed": file}],
         "resumed": ["resumed", {"deepspeed": file, "shards": str(tmp_path)}],
+        "stable": ["stable_adamw", {"deepspeed": file}],
     }
     for rank in run_ranks("several", 2, tmp_path, scenarios=scenarios):
+        assert rank["stable"]["error"] < 1e-5
         expected, found = rank["curves"]
         for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
             assert [report[name] for report in found] == pytest.approx([report[name] for report in expected], rel=tolerance)

@@ -8,11 +8,12 @@ import pytest
 from tests.parallel.launch import run_ranks
 
 
-def test_resume_is_bit_exact(ranks: list[dict[str, Any]]) -> None:
-    for resumed in (rank["resumed"] for rank in ranks):
+@pytest.mark.parametrize("scenario", ["resumed", "stable_resumed"])
+def test_resume_is_bit_exact(ranks: list[dict[str, Any]], scenario: str) -> None:
+    for resumed in (rank[scenario] for rank in ranks):
         assert resumed["found"] == resumed["expected"]
         assert resumed["found_weights"] == resumed["expected_weights"]
-    weights, average = ranks[0]["resumed"]["found_weights"]
+    weights, average = ranks[0][scenario]["found_weights"]
     assert weights != average
 
 

@@ -18,7 +18,7 @@ from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
-from tests.parallel.setting import collate
+from tests.parallel.setting import collate, size_of
 
 PAD = 1
 
@@ -78,7 +78,7 @@ def repeat(
         micro = [batches[(update * accumulate + index) % 3] for index in range(accumulate)]
         mine = micro[world.rank :: world.world_size]
         empty = -(-len(micro) // world.world_size) - len(mine)
-        report = engine.train_step([*mine, *[collate([])] * empty], sum(batch.num_targets for batch in micro))
+        report = engine.train_step([*mine, *[collate([])] * empty], size_of(micro))
         steps.append(asdict(report))
     final = engine.gather_weights(averaged=False)
     return {"steps": steps, "weights": {name: tensor.tolist() for name, tensor in (final or {}).items()}}

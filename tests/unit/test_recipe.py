@@ -82,6 +82,29 @@ def test_sections_that_do_not_fit_together_are_refused(override: str, complaint:
     assert complaint in errors_of(override)
 
 
+def test_r_drop_without_any_dropout_is_refused() -> None:
+    recipe = ["objective.r_drop={alpha: 2}", "model.dropout=0"]
+    assert (
+        "objective.r_drop.alpha = 2.0 has no effect: every dropout of the model is 0, so both passes are the same; raise "
+        "model.dropout, or remove objective.r_drop"
+    ) in errors_of(*recipe)
+    for other in ("model.attention_dropout=0.1", "model.activation_dropout=0.1", "model.decoder.layer_drop=0.1"):
+        assert load_recipe("translation/quickstart", [*recipe, other]).objective.r_drop is not None
+
+
+def test_values_of_training_options_are_checked() -> None:
+    message = errors_of("objective={average: words, r_drop: {alpha: 0}}", "optimizer.kind=stable", "optimizer.betas=[0.9, 1]")
+    assert "objective.average: input should be 'tokens' or 'sentences', not 'words'" in message
+    assert "objective.r_drop.alpha: input should be greater than 0, not 0" in message
+    assert "optimizer.kind: input should be 'adam', 'adamw' or 'stable_adamw', not 'stable'" in message
+    assert "optimizer.betas.1: input should be less than 1, not 1" in message
+
+
+def test_a_recipe_of_adamw_needs_no_kind() -> None:
+    optimizer = load_recipe("translation/quickstart", ["optimizer={learning_rate: 0.1}"]).optimizer
+    assert (optimizer.kind, optimizer.eps) == ("adamw", 1e-8)
+
+
 def test_the_deepspeed_file_and_bad_overrides_are_reported_with_the_rest() -> None:
     message = errors_of("training.max_stpes=3", "engine.deepspeed=zreo1", "training.max_steps")
     assert "3 mistakes" in message

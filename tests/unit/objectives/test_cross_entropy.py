@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dstrain.batch import IGNORE_INDEX, Batch, Sequences
+from dstrain.batch import IGNORE_INDEX, Batch, Sequences, Size
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
@@ -18,7 +18,7 @@ NUM_TYPES, EOS, PAD = 37, 2, 1
 SMOOTHING = 0.1
 
 
-def train_module(*, norm_order: str = "post", chunk_tokens: int = 8, **parts) -> TrainModule:
+def train_module(*, norm_order: str = "post", chunk_tokens: int = 8, dropout: float = 0.0, **objective) -> TrainModule:
     stack: dict[str, Any] = {"depth": 2, "num_heads": 2, "ffn_dim": 24}
     config = EncoderDecoderConfig(
         model_dim=16,
@@ -26,11 +26,11 @@ def train_module(*, norm_order: str = "post", chunk_tokens: int = 8, **parts) ->
         decoder=DecoderStackConfig(**stack),
         norm_order=norm_order,
         embedding=PlainEmbedding(tie="all"),
-        dropout=0.0,
-        **parts,
+        dropout=dropout,
     )
     model = build_model(config, VocabularySizes(source=NUM_TYPES, target=NUM_TYPES, pad_id=PAD, eos_id=EOS), seed=1)
-    return TrainModule(model, build_objective(CrossEntropyConfig(label_smoothing=SMOOTHING, chunk_tokens=chunk_tokens)))
+    options = {"label_smoothing": SMOOTHING, "chunk_tokens": chunk_tokens, **objective}
+    return TrainModule(model, build_objective(CrossEntropyConfig(**options)))
 
 
 def padded(rows: list[list[int]], filler: int) -> Tensor:
@@ -82,19 +82,48 @@ def test_sums_are_those_of_the_plain_formula() -> None:
     smoothing = SMOOTHING * NUM_TYPES / (NUM_TYPES - 1)
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=IGNORE_INDEX, reduction="sum")
     nll = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-    assert output.num_targets == 3 * 3 + 5 + 1 + 9
+    assert output.size.num_targets == 3 * 3 + 5 + 1 + 9
     torch.testing.assert_close(output.loss_sum, loss)
     torch.testing.assert_close(output.sums, {"nll": nll.detach()})
     assert not output.sums["nll"].requires_grad
     torch.testing.assert_close(gradients(module, output.loss_sum), gradients(module, loss), rtol=1e-4, atol=1e-5)
 
 
-def test_one_batch_is_the_sum_of_its_parts() -> None:
-    module, (sources, targets) = train_module(), pairs(5, 1, 9)
+def test_a_mean_over_sentences_is_that_of_each_sentences_mean() -> None:
+    """Sentence by sentence, without padding, by torch's own mean over the tokens."""
+    module, (sources, targets) = train_module(average="sentences"), pairs(5, 1, 9)
+    output = module(batch_of(sources, targets))
+    losses, nll = [], 0.0
+    for source, target in zip(sources, targets, strict=True):
+        batch = batch_of([source], [target])
+        logits = module.model.project(module.model(batch.source, batch.target).hidden)[0]
+        losses.append(F.cross_entropy(logits, batch.labels[0], label_smoothing=SMOOTHING * NUM_TYPES / (NUM_TYPES - 1)))
+        nll += F.cross_entropy(logits, batch.labels[0], reduction="sum").item()
+    denominator = module.objective.denominator(output.size)
+    loss = torch.stack(losses).mean()
+    assert denominator == 3
+    torch.testing.assert_close(output.loss_sum / denominator, loss)
+    assert output.sums["nll"].item() == pytest.approx(nll, rel=1e-5)
+    assert set(output.sums) == {"nll"}
+    found = gradients(module, output.loss_sum / denominator)
+    torch.testing.assert_close(found, gradients(module, loss), rtol=1e-5, atol=1e-6)
+    assert loss.item() != pytest.approx((train_module()(batch_of(sources, targets)).loss_sum / 24).item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("average", "denominator"), [("tokens", 24), ("sentences", 3)])
+def test_the_denominator_is_what_the_loss_is_a_mean_over(average, denominator) -> None:
+    assert train_module(average=average).objective.denominator(Size(num_targets=24, num_sentences=3)) == denominator
+    assert batch_of(*pairs(5, 1, 9)).size == Size(24, 3)
+    assert empty_batch().size == Size(0, 0)
+
+
+@pytest.mark.parametrize("average", ["tokens", "sentences"])
+def test_one_batch_is_the_sum_of_its_parts(average) -> None:
+    module, (sources, targets) = train_module(average=average), pairs(5, 1, 9)
     whole = module(batch_of(sources, targets))
     parts = [module(batch_of([source], [target])) for source, target in zip(sources, targets, strict=True)]
     parts.append(module(empty_batch()))
-    assert whole.num_targets == sum(part.num_targets for part in parts)
+    assert whole.size.num_targets == sum(part.size.num_targets for part in parts)
     total = torch.stack([part.loss_sum for part in parts]).sum()
     torch.testing.assert_close(whole.loss_sum, total)
     torch.testing.assert_close(whole.sums["nll"], torch.stack([part.sums["nll"] for part in parts]).sum())
@@ -103,22 +132,24 @@ def test_one_batch_is_the_sum_of_its_parts() -> None:
 
 @pytest.mark.parametrize("tie", ["all", "none"])
 @pytest.mark.parametrize("norm_order", ["pre", "post"])
-def test_an_empty_micro_batch_gives_every_parameter_a_gradient_of_exactly_zero(norm_order, tie) -> None:
-    module = train_module(norm_order=norm_order)
+@pytest.mark.parametrize("objective", [{}, {"average": "sentences"}, {"r_drop": {"alpha": 5.0}}])
+def test_an_empty_micro_batch_gives_every_parameter_a_gradient_of_exactly_zero(norm_order, tie, objective) -> None:
+    module = train_module(norm_order=norm_order, dropout=0.3, **objective)
     if tie == "none":
         module.model.projection.weight = nn.Parameter(module.model.projection.weight.detach().clone())
     output = module(empty_batch())
     assert output.loss_sum.item() == 0.0
-    assert output.sums["nll"].item() == 0.0
+    assert [value.item() for value in output.sums.values()] == [0.0] * len(output.sums)
     output.loss_sum.backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
         assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
 
 
-def test_the_size_of_the_chunks_moves_nothing() -> None:
+@pytest.mark.parametrize("average", ["tokens", "sentences"])
+def test_the_size_of_the_chunks_moves_nothing(average) -> None:
     batch = batch_of(*pairs(5, 1, 9))
-    small, large = train_module(chunk_tokens=1), train_module(chunk_tokens=4096)
+    small, large = (train_module(chunk_tokens=number, average=average) for number in (1, 4096))
     one, other = small(batch), large(batch)
     torch.testing.assert_close(one.loss_sum, other.loss_sum)
     torch.testing.assert_close(gradients(small, one.loss_sum), gradients(large, other.loss_sum), rtol=1e-4, atol=1e-5)

@@ -73,13 +73,52 @@ def test_no_scored_row_gives_exactly_zero(num_rows) -> None:
         assert torch.equal(value, torch.zeros_like(value))
 
 
-def test_ignored_rows_may_hold_anything() -> None:
+@pytest.mark.parametrize("row_weights", [None, torch.linspace(0.1, 1, 20)])
+def test_ignored_rows_may_hold_anything(row_weights) -> None:
     features, weight, labels = case(20, 4, 9)
     poisoned = features.detach().clone()
     poisoned[labels == IGNORE_INDEX] = torch.nan
-    options = {"label_smoothing": 0.1, "chunk_tokens": 6}
+    options = {"label_smoothing": 0.1, "chunk_tokens": 6, "row_weights": row_weights}
     expected = outcome(linear_cross_entropy, features, weight, labels, **options)
     torch.testing.assert_close(outcome(linear_cross_entropy, poisoned.requires_grad_(), weight, labels, **options), expected)
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 4096])
+def test_weighted_rows_equal_the_reference(chunk_tokens, label_smoothing) -> None:
+    """The loss and its gradients are weighted, the negative log-likelihood is not."""
+    inputs = case(123, 16, 77)
+    row_weights = 1 / torch.arange(1.0, 124.0)
+    options = {"label_smoothing": label_smoothing, "chunk_tokens": chunk_tokens}
+    expected = outcome(reference_linear_cross_entropy, *inputs, row_weights=row_weights, **options)
+    found = outcome(linear_cross_entropy, *inputs, row_weights=row_weights, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    plain = outcome(linear_cross_entropy, *inputs, **options)
+    assert torch.equal(found[1], plain[1])
+    assert found[0] < plain[0] / 10
+    ones = outcome(linear_cross_entropy, *inputs, row_weights=torch.ones(123), **options)
+    torch.testing.assert_close(ones, plain, rtol=0, atol=0)
+
+
+def test_gradients_of_weighted_rows_equal_finite_differences() -> None:
+    features, weight, labels = case(7, 4, 9, dtype=torch.float64)
+    options = {"label_smoothing": 0.2, "chunk_tokens": 3, "row_weights": torch.rand(7)}
+    assert torch.autograd.gradcheck(lambda f, w: linear_cross_entropy(f, w, labels, **options)[0], (features, weight))
+
+
+def test_small_weights_of_rows_do_not_underflow_in_half_precision() -> None:
+    """A slope of 1e-4 at a weight of 1e-4 is less than float16's smallest number, but the gradient is of features and weight."""
+    features = torch.full((4096, 1), 64.0, dtype=torch.float16)
+    weight = torch.tensor([[0.125], [0.0], [-0.0179]], dtype=torch.float16, requires_grad=True)
+    labels = torch.zeros(4096, dtype=torch.int64)
+    row_weights = torch.full((4096,), 1e-4)
+    loss = linear_cross_entropy(features, weight, labels, label_smoothing=0.0, chunk_tokens=64, row_weights=row_weights)[0]
+    wide = weight.detach().double().requires_grad_()
+    expected = reference_linear_cross_entropy(
+        features.double(), wide, labels, label_smoothing=0.0, chunk_tokens=64, row_weights=row_weights
+    )[0]
+    found, target = (torch.autograd.grad(value, leaf)[0] for value, leaf in ((loss, weight), (expected, wide)))
+    torch.testing.assert_close(found.double(), target, rtol=2e-3, atol=0)
 
 
 def test_a_label_far_below_the_others_has_a_finite_loss() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dstrain.batch import Batch
+from dstrain.batch import Batch, Size
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.data.plan import PlannedStep
 from dstrain.parallel.topology import World
@@ -37,13 +37,20 @@ class FakeEngine:
         self.loss_of: Callable[[int, float], float] = lambda step, loss: loss
         self.skipped: Callable[[int], bool] = lambda step: False
 
-    def train_step(self, batches: Sequence[Batch], num_targets: int) -> StepReport:
+    def train_step(self, batches: Sequence[Batch], size: Size) -> StepReport:
         self.steps += 1
         self.before_step(self.steps)
-        self.weight = 3.9 * self.weight * (1 - self.weight) + 1e-3 * num_targets / 1000
+        self.weight = 3.9 * self.weight * (1 - self.weight) + 1e-3 * size.num_targets / 1000
         loss = self.loss_of(self.steps, self.weight)
         return StepReport(
-            self.steps, loss, num_targets, 1.0 + loss, 0.001 * self.steps, self.skipped(self.steps), {"nll": loss / 2}
+            step=self.steps,
+            loss=loss,
+            num_targets=size.num_targets,
+            denominator=size.num_targets,
+            grad_norm=1.0 + loss,
+            learning_rate=0.001 * self.steps,
+            skipped=self.skipped(self.steps),
+            sums={"nll": loss / 2, "other": loss / 4},
         )
 
     def save_shards(self, directory: Path) -> None:

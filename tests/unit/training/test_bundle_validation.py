@@ -63,8 +63,8 @@ def scores_of(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str], *wor
     return printed
 
 
-def counted_by_hand(bundle: Path, data: Path, smoothing: float) -> tuple[float, float, int]:
-    """Loss and nll per token, one sentence at a time; smoothing as epsilon / V on every type, epsilon-weighted."""
+def counted_by_hand(bundle: Path, data: Path, smoothing: float, *, average: str = "tokens") -> tuple[float, float, int]:
+    """Loss and nll, one sentence at a time; smoothing as epsilon / V on every type, epsilon-weighted. average: of the loss."""
     model = load_bundle(bundle).model
     dataset = open_dataset(data, "valid")
     loss, nll, count = 0.0, 0.0, 0
@@ -78,10 +78,11 @@ def counted_by_hand(bundle: Path, data: Path, smoothing: float) -> tuple[float, 
         own = F.nll_loss(log_probs, target[0], reduction="sum").item()
         spread = -log_probs.sum().item()
         share = smoothing / (log_probs.shape[-1] - 1)
-        loss += (1 - smoothing - share) * own + share * spread
+        smoothed = (1 - smoothing - share) * own + share * spread
+        loss += smoothed / target.shape[1] if average == "sentences" else smoothed
         nll += own
         count += target.shape[1]
-    return loss / count, nll / count, count
+    return loss / (len(dataset) if average == "sentences" else count), nll / count, count
 
 
 def test_a_bundle_without_recipe_is_scored_by_plain_cross_entropy(
@@ -96,15 +97,20 @@ def test_a_bundle_without_recipe_is_scored_by_plain_cross_entropy(
     assert "bleu" not in scores
 
 
+@pytest.mark.parametrize("average", ["tokens", "sentences"])
 def test_a_bundle_is_scored_by_the_objective_of_its_recipe(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], average: str
 ) -> None:
-    recipe = recipe_tree(load_recipe("translation/quickstart", ["objective.label_smoothing=0.2"]))
+    """R-Drop is for training alone: a bundle trained with it is scored by one pass."""
+    objective = f"objective={{label_smoothing: 0.2, average: {average}, r_drop: {{alpha: 5}}}}"
+    recipe = recipe_tree(load_recipe("translation/quickstart", [objective]))
     bundle = bundle_for(data, tmp_path / "bundle", recipe=recipe)
     scores = scores_of(bundle, data, capsys, "--no-generate")
-    loss, nll, _ = counted_by_hand(bundle, data, 0.2)
+    loss, nll, _ = counted_by_hand(bundle, data, 0.2, average=average)
     assert scores["loss"] == pytest.approx(loss, rel=1e-5)
     assert scores["nll"] == pytest.approx(nll, rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
+    assert "kl" not in scores
 
 
 def test_texts_are_scored_unless_told_otherwise(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 
 import pytest
 
 from dstrain.errors import CheckpointError
+from dstrain.protocols import StepReport
 from dstrain.training.config import TrainingConfig, ValidationConfig
 from dstrain.training.limits import limit_reached, remaining_seconds
 from dstrain.training.state import TrainingState, Window, load_state
@@ -16,9 +18,25 @@ VALIDATION = ValidationConfig(patience=4)
 
 
 def test_json_and_back_is_the_same_state() -> None:
-    window = Window(steps=3, skipped=1, num_targets=99, loss_sum=0.1 + 0.2, nll_sum=1 / 3, seconds=1e-9)
+    window = Window(steps=3, skipped=1, num_targets=99, denominator=7, loss_sum=0.1 + 0.2, sums={"nll": 1 / 3}, seconds=1e-9)
     state = TrainingState(step=7, epoch=2, elapsed_seconds=1e17 / 3, best_score=2 / 3, best_step=5, window=window)
     assert load_state(json.loads(json.dumps(state.to_json()))) == state
+
+
+def test_a_window_keeps_a_loss_per_sentence_apart_from_sums_per_token() -> None:
+    """Two applied steps of 10 tokens in 2 sentences and 90 tokens in 3, and a skipped one that counts nowhere."""
+    rest = {"grad_norm": 1.0, "learning_rate": 0.1}
+    reports = [
+        StepReport(step=1, loss=5.0, num_targets=10, denominator=2, sums={"nll": 4.0, "kl": 1.0}, **rest),
+        StepReport(step=2, loss=math.nan, num_targets=50, denominator=9, sums={"nll": math.nan, "kl": 1.0}, skipped=True, **rest),
+        StepReport(step=2, loss=3.0, num_targets=90, denominator=3, sums={"nll": 2.0, "kl": 0.5}, **rest),
+    ]
+    window = Window()
+    for report in reports:
+        window = window.after(report, [], 1.0, 1.0)
+    assert (window.steps, window.skipped, window.num_targets, window.denominator) == (3, 1, 100, 5)
+    assert window.loss_sum == 5.0 * 2 + 3.0 * 3
+    assert window.sums == {"nll": 4.0 * 10 + 2.0 * 90, "kl": 1.0 * 10 + 0.5 * 90}
 
 
 @pytest.mark.parametrize("change", [{"unknown": 1}, {"step": None}, {"window": {"steps": 1}}])

@@ -92,6 +92,7 @@ def test_events_carry_the_window_since_the_last_one(tmp_path: Path) -> None:
         assert event["steps"] == 4
         assert event["loss"] == pytest.approx(sum(each["loss"] * each["num_targets"] for each in window) / targets, rel=1e-12)
         assert event["nll"] == pytest.approx(event["loss"] / 2, rel=1e-12)
+        assert event["other"] == pytest.approx(event["loss"] / 4, rel=1e-12)
         assert (event["learning_rate"], event["grad_norm"]) == (window[-1]["learning_rate"], window[-1]["grad_norm"])
         assert event["tokens_per_second"] == pytest.approx(targets / event["seconds"])
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from operator import attrgetter
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from dstrain.batch import Batch
+from dstrain.batch import Batch, Size
 from dstrain.data.collate import collate
 from dstrain.data.loader import evaluation_loader
 from dstrain.errors import DataError
@@ -45,7 +46,7 @@ class Engine:
     def evaluate(self, batch: Batch) -> LossOutput:
         self.evaluated += 1
         total = batch.labels[batch.labels >= 0].sum().double() * self.factor
-        return LossOutput(total, batch.num_targets, {"nll": total / 2})
+        return LossOutput(total, batch.size, {"nll": total / 2})
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -76,6 +77,7 @@ class Texts:
         return {"bleu": sum(map(str.__eq__, hypotheses, expected)) / len(hypotheses), "chrf": float(len(hypotheses))}
 
 
+TOKENS = attrgetter("num_targets")
 LENGTHS = [5, 1, 3, 2, 2, 5, 4]
 LOSS = sum(length * length for length in LENGTHS) / sum(LENGTHS)
 
@@ -86,7 +88,7 @@ def batches_of(ranks: ThreadRanks, lengths: Sequence[int] = LENGTHS) -> Callable
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_losses_are_sums_divided_once_whatever_the_number_of_ranks(world_size: int) -> None:
-    results = on_ranks(world_size, lambda ranks: Validator(Engine(), ranks, batches=batches_of(ranks))())
+    results = on_ranks(world_size, lambda ranks: Validator(Engine(), ranks, batches=batches_of(ranks), denominator=TOKENS)())
     for scores in results:
         assert scores == {
             "loss": pytest.approx(LOSS, rel=1e-12),
@@ -97,9 +99,21 @@ def test_losses_are_sums_divided_once_whatever_the_number_of_ranks(world_size: i
     assert len({tuple(scores.items()) for scores in results}) == 1
 
 
+@pytest.mark.parametrize("world_size", [1, 3, 5])
+def test_a_loss_per_sentence_is_divided_by_sentences_and_the_rest_by_tokens(world_size: int) -> None:
+    """Ranks without a share hold an empty micro-batch, whose one row is no sentence."""
+    sentences = attrgetter("num_sentences")
+    results = on_ranks(world_size, lambda ranks: Validator(Engine(), ranks, batches=batches_of(ranks), denominator=sentences)())
+    for scores in results:
+        assert scores is not None
+        assert scores["loss"] == pytest.approx(LOSS * sum(LENGTHS) / len(LENGTHS), rel=1e-12)
+        assert scores["nll"] == pytest.approx(LOSS / 2, rel=1e-12)
+        assert scores["perplexity"] == pytest.approx(math.exp(LOSS / 2), rel=1e-12)
+
+
 def test_with_a_moving_average_it_is_the_average_that_is_scored() -> None:
     engine = Engine()
-    scores = Validator(engine, ALONE, batches=batches_of(ALONE), averaged=True, translation=Texts(3))()
+    scores = Validator(engine, ALONE, batches=batches_of(ALONE), denominator=TOKENS, averaged=True, translation=Texts(3))()
     assert scores["loss"] == pytest.approx(100 * LOSS)
     assert scores["bleu"] == 0.0, "the texts must come from the averaged model, too"
     assert engine.factor == 1.0
@@ -111,7 +125,8 @@ def test_texts_of_all_ranks_are_scored_in_order(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(validator, "CHUNK", 4)
     tasks = [Texts(size) for _ in range(world_size)]
     results = on_ranks(
-        world_size, lambda ranks: Validator(Engine(), ranks, batches=batches_of(ranks), translation=tasks[ranks.rank])()
+        world_size,
+        lambda ranks: Validator(Engine(), ranks, batches=batches_of(ranks), denominator=TOKENS, translation=tasks[ranks.rank])(),
     )
     assert [(scores["bleu"], scores["chrf"]) for scores in results] == [(1.0, size)] * world_size
     assert sorted(row for task in tasks for rows in task.calls for row in rows) == list(range(size))
@@ -130,7 +145,7 @@ def test_an_interruption_ends_it_on_all_ranks_at_the_same_place(monkeypatch: pyt
             looks += 1
             return not ranks.all_true(not (looks == look and ranks.rank == 1))
 
-        scores = Validator(Engine(), ranks, batches=batches_of(ranks), translation=Texts(11))(interrupted)
+        scores = Validator(Engine(), ranks, batches=batches_of(ranks), denominator=TOKENS, translation=Texts(11))(interrupted)
         return scores, looks
 
     assert on_ranks(2, run) == [(None, look)] * 2
@@ -139,7 +154,7 @@ def test_an_interruption_ends_it_on_all_ranks_at_the_same_place(monkeypatch: pyt
 def test_a_split_without_targets_is_refused() -> None:
     empty = collate([], np.array([], dtype=np.int64), pad_id=1, eos_id=2)
     with pytest.raises(DataError, match="the split holds no target token; give it at least one"):
-        Validator(Engine(), ALONE, batches=lambda: [empty])()
+        Validator(Engine(), ALONE, batches=lambda: [empty], denominator=TOKENS)()
 
 
 MODEL = EncoderDecoderConfig(
@@ -172,7 +187,7 @@ def test_a_whole_model_is_scored_in_evaluation_mode_without_gradients() -> None:
             self.weight = nn.Parameter(torch.ones(()))
 
         def forward(self, batch: Batch) -> LossOutput:
-            return LossOutput(self.weight * 3, 1, {"training": torch.tensor(float(self.training))})
+            return LossOutput(self.weight * 3, Size(1, 1), {"training": torch.tensor(float(self.training))})
 
     whole = WholeModel(Module(), nn.Identity(), torch.device("cpu"))
     output = whole.evaluate(collate([], np.array([], dtype=np.int64), pad_id=1, eos_id=2))

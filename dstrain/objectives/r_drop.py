@@ -1,0 +1,54 @@
+"""R-Drop: cross-entropy of two passes with different dropout, and the divergence between them.
+
+The two passes are two calls of the model, not one call with twice the rows: matrix products of one shape round alike, so that
+without dropout the passes are equal to the last bit and their divergence is exactly zero. (A tied factorized embedding maps both
+to its width in one product, and leaves some 1e-12.) Activations of both are held until the backward pass, so a micro-batch needs
+twice the memory and twice the time; under ZeRO-3 the weights are gathered twice.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dstrain.batch import Batch, Size
+from dstrain.objectives.config import CrossEntropyConfig, RDropConfig
+from dstrain.objectives.cross_entropy import CrossEntropy, scored_tokens
+from dstrain.ops.linear_r_drop import RDropSums, linear_r_drop
+from dstrain.protocols import LossOutput, TeacherForced
+
+
+class RDrop:
+    """Implements `protocols.Objective`; the formula stands in `ops/linear_r_drop.py`."""
+
+    def __init__(self, config: CrossEntropyConfig, r_drop: RDropConfig) -> None:
+        self.config = config
+        self.r_drop = r_drop
+        self._single = CrossEntropy(config)
+
+    def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
+        """In training the loss of two passes; sums: `nll`, the mean of both, and `kl`. In evaluation plain cross-entropy."""
+        if not model.training:
+            return self._single(model, batch)
+        scored = scored_tokens(batch, self.config)
+        passes = [model(batch.source, batch.target).hidden.flatten(0, 1).index_select(0, scored.rows) for _ in range(2)]
+        reduce = partial(
+            linear_r_drop,
+            labels=scored.labels,
+            alpha=self.r_drop.alpha,
+            label_smoothing=self.config.label_smoothing,
+            chunk_tokens=self.config.chunk_tokens,
+            row_weights=scored.weights,
+        )
+
+        def reduce_passes(features: Tensor, weight: Tensor) -> RDropSums:
+            return reduce(features.view(2, len(scored.rows), features.shape[1]), weight)
+
+        sums = model.reduce_projection(torch.cat(passes), reduce_passes)
+        return LossOutput(sums.loss, batch.size, {"nll": sums.nll, "kl": sums.kl})
+
+    def denominator(self, size: Size) -> int:
+        """As without R-Drop: a sentence that runs twice is one sentence."""
+        return self._single.denominator(size)
