@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from dstrain.strict import Config
 
@@ -45,7 +45,18 @@ class GrammarText(Config):
     seed: NonNegativeInt = 1
 
 
-TextSource = Annotated[ParallelText | TsvText | JsonlText | GrammarText, Field(discriminator="kind")]
+class FairseqIds(Config):
+    """What `fairseq-preprocess` wrote: PREFIX.bin and PREFIX.idx of each side, ids of the dictionaries that `tokenizer` names.
+
+    Inside a sentence <s>, <pad> and </s> are read as <unk>, as in text.
+    """
+
+    kind: Literal["fairseq"] = "fairseq"
+    source: str
+    target: str
+
+
+TextSource = Annotated[ParallelText | TsvText | JsonlText | GrammarText | FairseqIds, Field(discriminator="kind")]
 
 
 class TrainedSentencePiece(Config):
@@ -79,7 +90,23 @@ class GivenTokenizer(Config):
     path: str
 
 
-TokenizerConfig = Annotated[TrainedSentencePiece | GivenSentencePiece | GivenTokenizer, Field(discriminator="kind")]
+class FairseqDictionaries(Config):
+    """Use fairseq's dict.txt files; without `target` one serves both sides.
+
+    source_model, target_model: SentencePiece models that split text into the dictionaries' symbols; without one it is split by
+    white space.
+    """
+
+    kind: Literal["fairseq_dictionaries"] = "fairseq_dictionaries"
+    source: str
+    target: str | None = None
+    source_model: str | None = None
+    target_model: str | None = None
+
+
+TokenizerConfig = Annotated[
+    TrainedSentencePiece | GivenSentencePiece | GivenTokenizer | FairseqDictionaries, Field(discriminator="kind")
+]
 
 
 class FilterConfig(Config):
@@ -102,6 +129,15 @@ class DataConfig(Config):
     tokenizer: TokenizerConfig = Field(default_factory=TrainedSentencePiece)
     filter: FilterConfig = Field(default_factory=FilterConfig)
     pairs_per_shard: PositiveInt = 500_000
+
+    @model_validator(mode="after")
+    def _ids_have_dictionaries(self) -> DataConfig:
+        sources = [*self.train, *self.valid, *(source for test in self.test.values() for source in test)]
+        if self.tokenizer.kind != "fairseq_dictionaries" and any(source.kind == "fairseq" for source in sources):
+            raise ValueError(
+                f"tokenizer.kind = {self.tokenizer.kind} does not know the ids of a fairseq corpus; choose fairseq_dictionaries"
+            )
+        return self
 
     @field_validator("test")
     @classmethod

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import sentencepiece
 
-from dstrain.data.config import DataConfig, GivenSentencePiece, GivenTokenizer, TrainedSentencePiece
+from dstrain.data.config import DataConfig, FairseqDictionaries, GivenSentencePiece, GivenTokenizer, TrainedSentencePiece
 from dstrain.data.corpora import parse, read_blocks
-from dstrain.data.text import expand_path
+from dstrain.data.text import TextBlock, expand_path
 from dstrain.data.tokenizer import (
     SPECIAL_SYMBOLS,
     WORD_START,
+    DictionaryTokenizer,
     SentencePieceTokenizer,
     TokenizerPair,
     load_tokenizers,
@@ -34,14 +35,22 @@ VOCABULARY_TOO_SMALL = re.compile(r"Vocabulary size is smaller than required_cha
 NO_TEXT = re.compile(r"sentences_\.empty|all_chars_count")
 
 
-def given_tokenizers(config: GivenSentencePiece | GivenTokenizer) -> TokenizerPair:
+def given_tokenizers(config: GivenSentencePiece | GivenTokenizer | FairseqDictionaries) -> TokenizerPair:
     """Read the tokenizers that a recipe names. Raises DataError where they are missing or broken."""
     if isinstance(config, GivenTokenizer):
         return load_tokenizers(expand_path(config.path))
+    if isinstance(config, FairseqDictionaries):
+        return TokenizerPair(
+            _dictionary(config.source, config.source_model), _dictionary(config.target or config.source, config.target_model)
+        )
     source = SentencePieceTokenizer.from_file(expand_path(config.source_model))
     if config.target_model is None:
         return TokenizerPair(source, source)
     return TokenizerPair(source, SentencePieceTokenizer.from_file(expand_path(config.target_model)))
+
+
+def _dictionary(path: str, model: str | None) -> DictionaryTokenizer:
+    return DictionaryTokenizer.from_files(expand_path(path), None if model is None else expand_path(model))
 
 
 class TokenizerTrainer:
@@ -67,6 +76,7 @@ class TokenizerTrainer:
         wanted = min(total, max(1, tokenizer.max_training_lines // len(sides)))
         number = 0
         for block in read_blocks("train", self._config.train, self._sizes, 0, total):
+            assert isinstance(block.text, TextBlock), "no tokenizer is trained on ids"
             for pair in zip(*parse(self._config.train[block.corpus], block.text), strict=True):
                 if (number + 1) * wanted // total > number * wanted // total:
                     yield from (pair[side] for side in sides)
