@@ -60,8 +60,10 @@ TextSource = Annotated[ParallelText | TsvText | JsonlText | GrammarText | Fairse
 
 
 class TrainedSentencePiece(Config):
-    """Train SentencePiece on the training text. Ids 0-3 are <s> <pad> </s> <unk>, then `user_symbols`, then pieces.
+    """Train SentencePiece on the training text. Ids 0-3 are <s> <pad> </s> <unk>, then `user_symbols`, `tags`, then pieces.
 
+    user_symbols: never cut, wherever they stand. tags: words that are one token each, such as the language tags of source lines
+    like `eng_Latn hin_Deva text`; a user symbol at the beginning of a word is two tokens, the space before it and itself.
     max_training_lines: lines that one model learns from, both sides together where it is joint; spread evenly over the corpora.
     The memory of `prepare` grows with the corpus until then, and not beyond.
     """
@@ -72,6 +74,7 @@ class TrainedSentencePiece(Config):
     sharing: Literal["joint", "separate"] = "joint"
     character_coverage: float = Field(default=1.0, gt=0, le=1)
     user_symbols: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
     max_training_lines: PositiveInt = 5_000_000
 
 

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +90,9 @@ class DictionaryTokenizer:
 
     Lines of the file are `symbol count`, line k (from 0) has id 4 + k, after <s> <pad> </s> <unk>. A symbol that stands there
     twice is an error unless the later line ends in `#fairseq:overwrite`; then text maps to the later id. Padding words are kept.
+
+    Words at the beginning of a line that the dictionary has and the model has no piece for stay whole: the language tags that
+    some corpora put before the text.
     """
 
     bos_id, pad_id, eos_id, unk_id = range(4)
@@ -98,6 +102,7 @@ class DictionaryTokenizer:
         self._model = model
         self._processor = None if model is None else _open_model(model, f"SentencePiece model before {name}")
         self._symbols, self._ids = _parse_dictionary(dictionary, name)
+        self._tags = set() if self._processor is None else _unreachable(self._ids, self._processor)
         self.vocab_size = len(self._symbols)
 
     @classmethod
@@ -111,7 +116,9 @@ class DictionaryTokenizer:
         if self._processor is None:
             rows = [line.split() for line in lines]
         else:
-            rows = self._processor.encode(list(lines), out_type=str, num_threads=1)
+            tagged = [self._without_tags(line) for line in lines]
+            pieces = self._processor.encode([text for _, text in tagged], out_type=str, num_threads=1)
+            rows = [[*tags, *row] for (tags, _), row in zip(tagged, pieces, strict=True)]
         find, unknown = self._ids.get, self.unk_id
         return [[find(symbol, unknown) for symbol in row] for row in rows]
 
@@ -121,7 +128,20 @@ class DictionaryTokenizer:
         rows = [self.tokens([i for i in row if i not in hidden]) for row in ids]
         if self._processor is None:
             return [" ".join(row) for row in rows]
-        return ["".join(row).replace(WORD_START, " ").strip() for row in rows]
+        return [self._glued(row) for row in rows]
+
+    def _without_tags(self, line: str) -> tuple[list[str], str]:
+        """The tags at the beginning of a line, and the text after them."""
+        tags = []
+        while (words := line.split(maxsplit=1)) and words[0] in self._tags:
+            tags.append(words[0])
+            line = words[1] if len(words) > 1 else ""
+        return tags, line
+
+    def _glued(self, row: list[str]) -> str:
+        tags = list(takewhile(self._tags.__contains__, row))
+        text = "".join(row[len(tags) :]).replace(WORD_START, " ").strip()
+        return " ".join([*tags, text] if text else tags)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The symbols that the ids stand for."""
@@ -228,6 +248,12 @@ def _open_model(model: bytes, name: str) -> Any:
     if not loaded or processor.get_piece_size() == 0:
         raise DataError(f"{name} is not a SentencePiece model; check the file")
     return processor
+
+
+def _unreachable(ids: dict[str, int], processor: Any) -> set[str]:
+    """Symbols that no text gives through the model, because it has no such piece."""
+    pieces = {processor.id_to_piece(number) for number in range(processor.get_piece_size())}
+    return {symbol for symbol in ids if symbol not in pieces and WORD_START not in symbol}
 
 
 def _parse_dictionary(content: bytes, name: str) -> tuple[list[str], dict[str, int]]:

@@ -84,11 +84,13 @@ class TokenizerTrainer:
 
 
 def train_sentencepiece(lines: Iterable[str], config: TrainedSentencePiece) -> bytes:
-    """Train a model on `lines`; ids 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, then user symbols.
+    """Train a model on `lines`; ids 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, then user symbols, then tags.
 
-    Raises DataError where a user symbol cannot be one or the text does not support the vocabulary, naming the size that it does.
+    A tag is the piece of a whole word: with its space before it. Raises DataError where a user symbol or a tag cannot be one or
+    the text does not support the vocabulary, naming the size that it does.
     """
-    _check_user_symbols(config.user_symbols)
+    _check_symbols("user_symbols", config.user_symbols)
+    _check_symbols("tags", config.tags)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -97,7 +99,7 @@ def train_sentencepiece(lines: Iterable[str], config: TrainedSentencePiece) -> b
             model_type=config.model_type,
             vocab_size=config.vocab_size,
             character_coverage=config.character_coverage,
-            user_defined_symbols=list(config.user_symbols),
+            user_defined_symbols=[*config.user_symbols, *(WORD_START + tag for tag in config.tags)],
             bos_id=0,
             pad_id=1,
             eos_id=2,
@@ -107,6 +109,7 @@ def train_sentencepiece(lines: Iterable[str], config: TrainedSentencePiece) -> b
         )
     except RuntimeError as error:
         raise DataError(_explain(str(error), config)) from error
+    _check_tags(model.getvalue(), config.tags)
     return model.getvalue()
 
 
@@ -118,7 +121,18 @@ def _short(lines: Iterable[str]) -> Iterator[str]:
             yield from (line[start : start + MAX_TRAINING_CHARACTERS] for start in range(0, len(line), MAX_TRAINING_CHARACTERS))
 
 
-def _check_user_symbols(symbols: Sequence[str]) -> None:
+def _check_tags(model: bytes, tags: Sequence[str]) -> None:
+    """Raise DataError where a tag is not its own piece: SentencePiece normalizes text before it looks for pieces."""
+    tokenizer = SentencePieceTokenizer(model)
+    for tag in tags:
+        (row,) = tokenizer.encode([tag])
+        if tokenizer.tokens(row) != [WORD_START + tag]:
+            raise DataError(
+                f"data.tokenizer.tags: {tag!r} is changed by SentencePiece's normalization (NFKC); choose another tag"
+            )
+
+
+def _check_symbols(key: str, symbols: Sequence[str]) -> None:
     for number, symbol in enumerate(symbols):
         fault = None
         if symbol in SPECIAL_SYMBOLS:
@@ -128,7 +142,7 @@ def _check_user_symbols(symbols: Sequence[str]) -> None:
         elif symbol in symbols[:number]:
             fault = "stands there twice"
         if fault:
-            raise DataError(f"data.tokenizer.user_symbols: {symbol!r} {fault}; choose another symbol")
+            raise DataError(f"data.tokenizer.{key}: {symbol!r} {fault}; choose another symbol")
 
 
 def _explain(message: str, config: TrainedSentencePiece) -> str:
