@@ -6,6 +6,7 @@ Nothing is dropped: an option that no part of the conversion asks for is reporte
 from __future__ import annotations
 
 import ast
+import difflib
 import json
 import re
 import shlex
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, TypeVar
 
-from dstrain.errors import ImportFormatError, nearest
+from dstrain.errors import ImportFormatError
 from dstrain.fairseq_args.flags import ALIASES, MAPPED, MAY_BE_BARE, SWITCHES, WITHOUT
 from dstrain.fairseq_args.remarks import DIFFERS, LACKING, READ
 
@@ -157,8 +158,8 @@ def _words(line: str) -> tuple[list[str], list[str]]:
 
 
 def _hint(name: str) -> str:
-    words = nearest(name, [*MAPPED, *WITHOUT])
-    return f" ({words})" if words.startswith("did you mean") else ""
+    close = difflib.get_close_matches(name, [*MAPPED, *WITHOUT], n=1, cutoff=0.8)
+    return f" (did you mean --{close[0]}?)" if close else ""
 
 
 def _values(words: list[str]) -> Iterator[str]:

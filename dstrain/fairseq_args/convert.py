@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from dstrain.data.config import DataConfig
+from dstrain.data.config import DataConfig, FilterConfig
 from dstrain.data.fairseq_directory import fairseq_data, fairseq_data_by_name
 from dstrain.errors import ImportFormatError
 from dstrain.fairseq_args.architectures import Settings
@@ -38,6 +39,7 @@ HEADINGS = {
     "lacking": "Options without a counterpart",
     "unknown": "Unknown, and not read",
 }
+SIDES = ("source", "target")
 WIDTH = 126
 
 
@@ -79,26 +81,33 @@ def _tree(command: Command, notes: Notes) -> Tree:
 
 
 def _data(settings: Settings, model: Tree, notes: Notes) -> Tree:
-    """What `dstrain import fairseq-data` makes of the same directories, filtered by the model's limits."""
+    """What `dstrain import fairseq-data` makes of the same directories, filtered by the limits of model and batch."""
     command = settings.command
     task = command.text("task") or "translation"
-    languages = command.text("source-lang"), command.text("target-lang")
     if command.text("valid-subset") not in {None, "valid"}:
         notes.lack(command.shown("valid-subset"), "valid-subset")
     if settings.decoder_only or task not in PAIR_TASKS:
         notes.lack(f"--task {task}", "task")
-        return {"train": [PLACEHOLDER], "valid": [dict(PLACEHOLDER)]}
-    data = _pairs(command, *languages, notes)
-    limits = {f"max_{side}_length": model[f"max_{side}_length"] for side in ("source", "target")}
-    tree = data.model_dump(mode="json", exclude_defaults=True)
-    kinds: Tree = {"tokenizer": {"kind": data.tokenizer.kind, **tree["tokenizer"]}, "filter": limits}
-    for split in ("train", "valid"):
-        kinds[split] = [{"kind": "fairseq", **corpus} for corpus in tree[split]]
-    kinds["test"] = {name: [{"kind": "fairseq", **corpus} for corpus in test] for name, test in tree.get("test", {}).items()}
-    return {name: kinds[name] for name in ("train", "valid", "test", "tokenizer", "filter") if kinds[name]}
+        return {"train": [PLACEHOLDER], "valid": [dict(PLACEHOLDER)], "filter": _filter(model, command, notes)}
+    data = _pairs(command, notes).model_copy(update={"filter": FilterConfig(**_filter(model, command, notes))})
+    tree = data.model_dump(mode="json")
+    tree["tokenizer"] = {name: value for name, value in tree["tokenizer"].items() if value is not None}
+    return {name: tree[name] for name in ("train", "valid", "test", "tokenizer", "filter") if tree[name]}
 
 
-def _pairs(command: Command, source: str | None, target: str | None, notes: Notes) -> DataConfig:
+def _filter(model: Tree, command: Command, notes: Notes) -> dict[str, int]:
+    """fairseq's limits of a training pair; a language model's limit is for both sides together."""
+    most = command.integer("max-tokens") or math.inf
+    if model["kind"] == "decoder_only":
+        return {f"max_{side}_length": int(min(model["max_target_length"] // 2, most)) for side in SIDES}
+    limits = {f"max_{side}_length": model[f"max_{side}_length"] for side in SIDES}
+    if any(most < limit for limit in limits.values()):
+        notes.reads(command.shown("max-tokens"), "filter")
+    return {name: int(min(limit, most)) for name, limit in limits.items()}
+
+
+def _pairs(command: Command, notes: Notes) -> DataConfig:
+    source, target = command.text("source-lang"), command.text("target-lang")
     directories = [Path(directory) for directory in command.data]
     model = command.text("sentencepiece-model") if command.text("bpe") == "sentencepiece" else None
     models = None if model is None else (model, model)

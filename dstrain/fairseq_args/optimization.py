@@ -36,7 +36,7 @@ def batching_section(command: Command, notes: Notes) -> Tree:
         ", ".join(given.values()) or "steps", "step", tokens=tokens, accumulation=accumulation, ranks=ranks or 1, step=step
     )
     multiple = "required-batch-size-multiple"
-    notes.differ(command.shown(multiple) if command.has(multiple) else f"--{multiple} 8", multiple)
+    notes.differ(command.shown(multiple) if command.has(multiple) else f"--{multiple} 8 (default)", multiple)
     return {"tokens_per_step": step, "max_tokens": tokens}
 
 

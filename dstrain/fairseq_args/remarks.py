@@ -5,9 +5,7 @@ read.
 """
 
 DIFFERS = {
-    "required-batch-size-multiple": (
-        "a rest of the last batch was dropped, in training and validation; dstrain drops no sentence (8 where it is not given)"
-    ),
+    "required-batch-size-multiple": "a rest of the last batch was dropped, in training and validation; dstrain drops no sentence",
     "directories": "an epoch read one of them in turn; dstrain's epoch reads all",
     "recurrent-stacking": "decoding mixed the caches of all passes; dstrain has a cache for each",
     "kv-attention-heads": "inert without --attn-implementation fast_gqa; dstrain applies it",
@@ -43,7 +41,7 @@ DIFFERS = {
     "tri-stage": "the last stage fell exponentially; wsd falls in a straight line",
     "bf16": "meant a TPU until 2025; dstrain keeps fp32 master weights",
     "max-update": "beyond the schedule's {total} steps the rate stayed at its end; the recipe ends there",
-    "best-checkpoint-metric": "kept the worst one, {how} --maximize-best-checkpoint-metric; dstrain knows which way a metric goes",
+    "best-checkpoint-metric": "kept the worst, {how} --maximize-best-checkpoint-metric; dstrain knows which way a metric goes",
     "eval-bleu": (
         "scored pieces unless told otherwise, and lengths depended on a batch's padding; dstrain scores text with sacreBLEU 13a"
     ),
@@ -52,7 +50,7 @@ LACKING = {
     "unequal": "differs from --encoder-{name} = {encoder}: {reason}; the encoder's is taken",
     "width": "no projection between widths; model.model_dim is taken",
     "criterion": "label-smoothed cross-entropy instead",
-    "sentence-avg": ("gradients are per token; Adam's steps are the same but for eps, while --clip-norm was by sentence"),
+    "sentence-avg": ("gradients are per token; Adam's steps are the same but for eps; --clip-norm was by sentence"),
     "update-freq": "steps keep one size; the last value is taken",
     "batch-size": "batches are counted in tokens; {assumed} a sentence are assumed",
     "batch-size-too": "batches are counted in tokens alone",
@@ -71,10 +69,11 @@ LACKING = {
     "eval-bleu-remove-bpe": "`@@` stays in dictionary text, so BLEU is that of pieces; score files after `sed 's/@@ //g'`",
     "eval-tokenized-bleu": "BLEU is sacreBLEU's with its own tokenization",
     "valid-subset": "the split `valid` is validated; others are test sets",
-    "task": "dstrain's data are pairs of sentences; put yours in the place of PAIRS.tsv in data.train and data.valid",
+    "task": "dstrain's data are pairs, of a language model a text and what goes on from it; put yours in place of PAIRS.tsv",
     "bpe": "text is split by dictionaries and SentencePiece alone; binarized data stay as they are",
 }
 READ = {
+    "filter": "fairseq left longer training sentences out as well; data.filter is the smaller of the two",
     "attn-implementation": "how attention is computed is chosen by dstrain; every part works with every way",
     "lora-base": "the base is a bundle that `dstrain import fairseq` makes; names of modules are exact",
     "no-world-size": "counted as 1 process; fairseq took all visible GPUs, so multiply batching.tokens_per_step by their number",

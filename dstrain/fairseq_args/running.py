@@ -13,7 +13,7 @@ Tree = dict[str, Any]
 
 ENDLESS_EPOCHS = 1000
 KEPT_BUNDLES = 10
-METRICS = {"loss": "loss", "nll_loss": "loss", "ppl": "loss", "bleu": "bleu"}
+METRICS = ("loss", "bleu")
 GENERATION = {
     "beam": "beam_size",
     "max_len_a": "max_length_ratio",
@@ -112,13 +112,12 @@ def _metric(command: Command, generates: bool, notes: Notes) -> str:
     if name not in METRICS:
         notes.lack(f"--best-checkpoint-metric {name}", "best-checkpoint-metric")
         return "loss"
-    metric = METRICS[name]
-    if metric == "bleu" and not generates:
+    if name == "bleu" and not generates:
         raise ImportFormatError("--best-checkpoint-metric bleu needs --eval-bleu; add it to the command line")
-    if (metric == "bleu") != highest:
+    if (name == "bleu") != highest:
         how = "with" if highest else "without"
         notes.differ(f"--best-checkpoint-metric {name}", "best-checkpoint-metric", how=how)
-    return metric
+    return name
 
 
 def _generation(command: Command, notes: Notes) -> Tree:
