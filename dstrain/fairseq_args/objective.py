@@ -30,7 +30,7 @@ def objective_section(command: Command, notes: Notes) -> Tree:
         case "lm_distillation_loss":
             return _late_distillation(command, notes)
         case "label_smoothed_cross_entropy_with_rdrop":
-            return {**_cross_entropy(smoothing, command, notes), "r_drop": {"alpha": command.number("rdrop-alpha") or 0.0}}
+            return {**_cross_entropy(smoothing, command, notes), **_r_drop(command, notes)}
         case "cross_entropy":
             if smoothing:
                 notes.differ(command.shown("label-smoothing"), "label-smoothing")
@@ -52,6 +52,15 @@ def _cross_entropy(smoothing: float, command: Command, notes: Notes) -> Tree:
     return section
 
 
+def _r_drop(command: Command, notes: Notes) -> Tree:
+    alpha = command.number("rdrop-alpha") or 0.0
+    if alpha == 0:
+        notes.differ("--rdrop-alpha 0 (default)", "rdrop-alpha")
+        return {}
+    notes.reads(command.shown("rdrop-alpha"), "rdrop-alpha")
+    return {"r_drop": {"alpha": alpha}}
+
+
 def _distillation(command: Command, smoothing: float, notes: Notes) -> Tree:
     given = command.json("kd-args") or {}
     notes.ignored("kd-args", given, {"strategy", "rate", "queue_size"})
@@ -65,11 +74,11 @@ def _distillation(command: Command, smoothing: float, notes: Notes) -> Tree:
         if smoothing:
             notes.differ(command.shown("label-smoothing"), "label-smoothing")
     elif strategy != "word_seq_level":
-        section["selection"] |= _selected(given, strategy, notes)
+        section["selection"] |= _selected(given, strategy, command, notes)
     return section
 
 
-def _selected(given: Mapping[str, Any], strategy: str, notes: Notes) -> Tree:
+def _selected(given: Mapping[str, Any], strategy: str, command: Command, notes: Notes) -> Tree:
     rate = float(given.get("rate", 0.0))
     if not 0 < rate <= 1:
         raise ImportFormatError(f"--kd-args: rate = {rate:g} (0 by default) crashed {strategy}; give a share above 0, at most 1")
@@ -77,9 +86,14 @@ def _selected(given: Mapping[str, Any], strategy: str, notes: Notes) -> Tree:
     if strategy == "batch_level":
         return {"rate": rate}
     notes.differ(f"--kd-args: {strategy}", "kd-queue")
+    section: Tree = {"rate": rate, "queue_size": int(given.get("queue_size", 10000))}
     if strategy == "global_language_wise":
         notes.differ(f"--kd-args: {strategy}", "kd-language")
-    return {"rate": rate, "queue_size": int(given.get("queue_size", 10000))}
+        tags = command.text("language-tags")
+        if not tags:
+            raise ImportFormatError(f"--kd-args: {strategy} needs --language-tags, the first symbols of source sentences")
+        section["tags"] = tags.split(",")
+    return section
 
 
 def _late_distillation(command: Command, notes: Notes) -> Tree:
@@ -90,11 +104,12 @@ def _late_distillation(command: Command, notes: Notes) -> Tree:
     for key in LATE_KEYS:
         if key in given:
             notes.differ("--kd-args", "kd-late", key=key)
-    weights = {"kd_weight": share, "hard_weight": 1 - share}
-    return {"kind": "distillation", "label_smoothing": 0.0, **weights, "selection": {"kind": "word"}}
+    if not 0 < share <= 1:
+        raise ImportFormatError(f"--kd-args: lambda = {share:g} is no share above 0 and at most 1; mend the JSON")
+    weights = {"kd_weight": share, "hard_weight": 1 - share, "label_smoothing": 0.0}
+    return {"kind": "distillation", **weights, "selection": {"kind": "word" if share == 1 else "word_and_sequence"}}
 
 
 def _note_teacher(command: Command, notes: Notes) -> None:
-    for name in ("teacher-checkpoint-path", "language-tags"):
-        if command.has(name):
-            notes.reads(command.shown(name), name)
+    if command.has("teacher-checkpoint-path"):
+        notes.reads(command.shown("teacher-checkpoint-path"), "teacher-checkpoint-path")
