@@ -25,12 +25,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="SentencePiece model in front of the dictionaries, or two: source, target; default: text is split by spaces",
     )
+    parser.add_argument(
+        "--language-tags",
+        nargs="+",
+        default=[],
+        metavar="TAG",
+        help="words before the text that SentencePiece does not split, or patterns of them: '???_????' for eng_Latn and the like",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, convert, write."""
     from dstrain.checkpoint.bundle import save_bundle
+    from dstrain.data.tokenizer import with_tags
     from dstrain.errors import ImportFormatError
     from dstrain.log import logger
     from dstrain.models.interop.fairseq import convert, read_dictionaries, read_fairseq_checkpoint
@@ -41,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = read_fairseq_checkpoint(args.checkpoint)
     directory = args.dictionary or Path(checkpoint.data_directory)
     tokenizers = read_dictionaries(directory, checkpoint, (models[0], models[-1]) if models else None)
+    tokenizers = with_tags(tokenizers, args.language_tags)
     config, vocabulary, weights = convert(checkpoint, tokenizers)
     save_bundle(
         args.output,

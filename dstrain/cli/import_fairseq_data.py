@@ -27,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="SentencePiece model that made the dictionaries' symbols, or two: source, target; default: symbols are words",
     )
+    parser.add_argument(
+        "--language-tags",
+        nargs="+",
+        default=[],
+        metavar="TAG",
+        help="words before the text that SentencePiece does not split, or patterns of them: '???_????' for eng_Latn and the like",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace DATA where other files made it")
 
 
@@ -46,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         source=args.source_lang,
         target=args.target_lang,
         models=(models[0], models[-1]) if models else None,
+        tags=args.language_tags,
     )
     report = prepare(data, args.output, workers=1, overwrite=args.overwrite)
     section = yaml.safe_dump({"data": data.model_dump(mode="json")}, sort_keys=False, allow_unicode=True, width=120)

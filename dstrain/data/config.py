@@ -97,7 +97,8 @@ class FairseqDictionaries(Config):
     """Use fairseq's dict.txt files; without `target` one serves both sides.
 
     source_model, target_model: SentencePiece models that split text into the dictionaries' symbols; without one it is split by
-    white space.
+    white space. tags: words before the text that a model does not split, as the dictionaries spell them, or patterns of these
+    such as `???_????` for the language tags of `eng_Latn hin_Deva text`.
     """
 
     kind: Literal["fairseq_dictionaries"] = "fairseq_dictionaries"
@@ -105,6 +106,15 @@ class FairseqDictionaries(Config):
     target: str | None = None
     source_model: str | None = None
     target_model: str | None = None
+    tags: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _every_key_acts(self) -> FairseqDictionaries:
+        if self.target is None and self.target_model is not None:
+            raise ValueError("target_model stands without target; give target, or leave both out for one tokenizer of both sides")
+        if self.tags and self.source_model is None and self.target_model is None:
+            raise ValueError("tags act before a SentencePiece model, and there is none: words stay whole anyway; leave tags out")
+        return self
 
 
 TokenizerConfig = Annotated[

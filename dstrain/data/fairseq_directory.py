@@ -24,11 +24,13 @@ def fairseq_data(
     source: str | None = None,
     target: str | None = None,
     models: tuple[str, str] | None = None,
+    tags: Sequence[str] = (),
 ) -> DataConfig:
     """The data section.
 
     source, target: languages; None = those of the first directory's file names. models: SentencePiece models in front of the
-    dictionaries. Raises DataError where a directory, a split or a dictionary is missing, or holds what no pairs are.
+    dictionaries. tags: words that these do not split. Raises DataError where a directory, a split or a dictionary is missing, or
+    holds what no pairs are.
     """
     for directory in directories:
         if not directory.is_dir():
@@ -47,11 +49,11 @@ def fairseq_data(
     tests = {**dict(further), **_pieces(directories[0], "test", source, target)}
     dictionaries = [_dictionary(directories[0], language) for language in (source, target)]
     _require_same(dictionaries, directories[1:])
-    return _section(train, first[1], tests, dictionaries, models)
+    return _section(train, first[1], tests, dictionaries, models=models, tags=tags)
 
 
 def fairseq_data_by_name(
-    directories: Sequence[Path], *, source: str, target: str, models: tuple[str, str] | None = None
+    directories: Sequence[Path], *, source: str, target: str, models: tuple[str, str] | None = None, tags: Sequence[str] = ()
 ) -> DataConfig:
     """The data section of directories that are elsewhere: the usual names, one piece a split."""
     first = directories[0]
@@ -60,7 +62,8 @@ def fairseq_data_by_name(
         _corpus(first, "valid", source, target),
         {},
         [first / f"dict.{language}.txt" for language in (source, target)],
-        models,
+        models=models,
+        tags=tags,
     )
 
 
@@ -69,7 +72,9 @@ def _section(
     valid: FairseqIds,
     tests: Mapping[str, FairseqIds],
     dictionaries: Sequence[Path],
+    *,
     models: tuple[str, str] | None,
+    tags: Sequence[str],
 ) -> DataConfig:
     return DataConfig(
         train=tuple(train),
@@ -80,6 +85,7 @@ def _section(
             target=str(dictionaries[1]),
             source_model=models[0] if models else None,
             target_model=models[1] if models else None,
+            tags=tuple(tags),
         ),
     )
 

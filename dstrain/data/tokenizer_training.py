@@ -24,6 +24,7 @@ from dstrain.data.tokenizer import (
     TokenizerPair,
     load_tokenizers,
     save_tokenizers,
+    with_tags,
 )
 from dstrain.errors import DataError
 
@@ -40,9 +41,9 @@ def given_tokenizers(config: GivenSentencePiece | GivenTokenizer | FairseqDictio
     if isinstance(config, GivenTokenizer):
         return load_tokenizers(expand_path(config.path))
     if isinstance(config, FairseqDictionaries):
-        return TokenizerPair(
-            _dictionary(config.source, config.source_model), _dictionary(config.target or config.source, config.target_model)
-        )
+        dictionary = _dictionary(config.source, config.source_model)
+        other = dictionary if config.target is None else _dictionary(config.target, config.target_model)
+        return with_tags(TokenizerPair(dictionary, other), config.tags)
     source = SentencePieceTokenizer.from_file(expand_path(config.source_model))
     if config.target_model is None:
         return TokenizerPair(source, source)

@@ -91,7 +91,7 @@ def _data(settings: Settings, model: Tree, notes: Notes) -> Tree:
         return {"train": [PLACEHOLDER], "valid": [dict(PLACEHOLDER)], "filter": _filter(model, command, notes)}
     data = _pairs(command, notes).model_copy(update={"filter": FilterConfig(**_filter(model, command, notes))})
     tree = data.model_dump(mode="json")
-    tree["tokenizer"] = {name: value for name, value in tree["tokenizer"].items() if value is not None}
+    tree["tokenizer"] = {name: value for name, value in tree["tokenizer"].items() if value}
     return {name: tree[name] for name in ("train", "valid", "test", "tokenizer", "filter") if tree[name]}
 
 
@@ -111,18 +111,19 @@ def _pairs(command: Command, notes: Notes) -> DataConfig:
     directories = [Path(directory) for directory in command.data]
     model = command.text("sentencepiece-model") if command.text("bpe") == "sentencepiece" else None
     models = None if model is None else (model, model)
+    tags = (command.text("language-tags") or "").split(",") if models and command.has("language-tags") else []
     if len(directories) > 1:
         notes.differ(":".join(command.data), "directories")
     if command.text("bpe") not in {None, "sentencepiece"}:
         notes.lack(command.shown("bpe"), "bpe")
     if all(directory.is_dir() for directory in directories):
-        return fairseq_data(directories, source=source, target=target, models=models)
+        return fairseq_data(directories, source=source, target=target, models=models, tags=tags)
     if source is None or target is None:
         raise ImportFormatError(
             f"{':'.join(command.data)} is not here to look at, so its languages are unknown; give --source-lang and --target-lang"
         )
     notes.reads(":".join(command.data), "elsewhere")
-    return fairseq_data_by_name(directories, source=source, target=target, models=models)
+    return fairseq_data_by_name(directories, source=source, target=target, models=models, tags=tags)
 
 
 def _note_the_rest(command: Command, notes: Notes) -> None:

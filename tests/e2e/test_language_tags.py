@@ -38,7 +38,7 @@ def dictionary_tokenizer(folder: Path) -> dict[str, Any]:
     write_lines(folder / "dict.SRC.txt", [f"{symbol} 1" for symbol in (*pieces, *TAGS)])
     write_lines(folder / "dict.TGT.txt", [f"{symbol} 1" for symbol in pieces])
     names = {"source": "dict.SRC.txt", "target": "dict.TGT.txt", "source_model": "spm.model", "target_model": "spm.model"}
-    return {"kind": "fairseq_dictionaries", **{key: str(folder / name) for key, name in names.items()}}
+    return {"kind": "fairseq_dictionaries", **{key: str(folder / name) for key, name in names.items()}, "tags": ["???_????"]}
 
 
 @pytest.mark.parametrize("kind", ["sentencepiece", "fairseq_dictionaries"])
