@@ -88,7 +88,7 @@ ARCHITECTURES: Mapping[str, Values] = {
     "mbart_base": _arch(6, 768, 3072, 12, **BART),
     "mbart_large": _arch(12, 1024, 4096, 16, **BART),
     "mbart_base_wmt20": {**_arch(6, 768, 3072, 12, **BART), "layernorm-embedding": False},
-    "transformer_lm": _arch(6, 512, 2048, 8, **LM),
+    "transformer_lm": _arch(6, 512, 2048, 8),
     "transformer_lm_big": _arch(12, 1024, 4096, 16, **LM),
     "transformer_lm_wiki103": _arch(16, 1024, 4096, 8, **WIKI103),
     "transformer_lm_baevski_wiki103": _arch(16, 1024, 4096, 8, **WIKI103),

@@ -82,7 +82,7 @@ def schedule_section(command: Command, notes: Notes, rate: float) -> Tree:
         case "fixed":
             if command.has("force-anneal"):
                 notes.lack(command.shown("force-anneal"), "force-anneal")
-            return {"kind": "constant", "warmup_steps": warmup or 0}
+            return {"kind": "constant", "warmup_steps": warmup or 0, "warmup_init": rate / warmup if warmup else 0.0}
         case _:
             notes.lack(f"--lr-scheduler {name}", "lr-scheduler")
             return {"kind": "constant", "warmup_steps": warmup or 0}

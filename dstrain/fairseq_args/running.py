@@ -54,6 +54,8 @@ def validation_section(command: Command, notes: Notes) -> Tree:
     if unit == "epochs" and (command.integer("save-interval-updates") or 0) > 0:
         unit, every = "steps", command.integer("save-interval-updates") or 0
         notes.reads(command.shown("save-interval-updates"), "save-interval-updates")
+        if command.has("validate-interval"):
+            notes.lack(command.shown("validate-interval"), "interval")
     generation = _generation(command, notes) if command.has("eval-bleu") else None
     patience = command.integer("patience") or 0
     return {

@@ -219,7 +219,8 @@ def test_a_step_is_counted_in_tokens() -> None:
 @pytest.mark.parametrize(
     ("words", "schedule"),
     [
-        ("", {"kind": "constant", "warmup_steps": 0}),
+        ("", {"kind": "constant", "warmup_steps": 0, "warmup_init": 0.0}),
+        ("--warmup-updates 50", {"kind": "constant", "warmup_steps": 50, "warmup_init": 1e-5}),
         ("--lr-scheduler inverse_sqrt", {"kind": "inverse_sqrt", "warmup_steps": 4000, "warmup_init": 0.0}),
         (
             "--lr-scheduler inverse_sqrt --warmup-updates 50 --warmup-init-lr 1e-07",
@@ -527,4 +528,5 @@ def test_language_models_ask_for_pairs(tmp_path: Path) -> None:
     recipe = recipe_of("--tokens-per-sample 512 --share-decoder-input-output-embed", tmp_path, base)
     assert recipe.model.kind == "decoder_only"
     assert (recipe.model.max_target_length, recipe.model.embedding.tie, recipe.model.norm_order) == (512, "decoder", "pre")
+    assert tree_of("", base.replace("_gpt2_small", ""))["model"]["norm_order"] == "post"
     assert "--task language_modeling: dstrain's data are pairs" in notes_of("", base)
