@@ -9,12 +9,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from dstrain import __version__
 from dstrain.batch import Batch
 from dstrain.checkpoint.bundle import save_bundle
 from dstrain.checkpoint.manager import CheckpointManager
+from dstrain.data.config import DataConfig
 from dstrain.data.dataset import Dataset, open_dataset
 from dstrain.data.loader import TrainLoader, evaluation_loader
 from dstrain.data.manifest import load_manifest
@@ -68,7 +70,8 @@ class Corpora:
 
     def __init__(self, directory: Path, recipe: Recipe) -> None:
         self.manifest = load_manifest(directory)
-        differences = recipe_differences({"data": self.manifest.data}, {"data": recipe_tree(recipe)["data"]})
+        prepared = {"data": _with_later_defaults(self.manifest.data)}
+        differences = recipe_differences(prepared, {"data": recipe_tree(recipe)["data"]})
         if differences:
             raise DataError(
                 f"{directory} was prepared from another data section than this recipe's:\n"
@@ -84,6 +87,14 @@ class Corpora:
         """Sizes and special ids for the model."""
         source, target = self.tokenizers.source, self.tokenizers.target
         return VocabularySizes(source=source.vocab_size, target=target.vocab_size, pad_id=target.pad_id, eos_id=target.eos_id)
+
+
+def _with_later_defaults(section: dict[str, Any]) -> dict[str, Any]:
+    """A data section as it would be written today: keys that came after it have their defaults."""
+    try:
+        return DataConfig.model_validate(section).model_dump(mode="json")
+    except ValidationError:
+        return section
 
 
 def build_engine(recipe: Recipe, vocabulary: VocabularySizes, world: World) -> TrainEngine:

@@ -16,7 +16,7 @@ FLOORS = [
     {"objectives", "generation"},
     {"engine", "checkpoint"},
     {"training"},
-    {"recipe", "recipe_errors", "recipe_file", "build"},
+    {"recipe", "recipe_errors", "recipe_file", "fairseq_args", "build"},
     {"cli", "api", "__main__"},
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

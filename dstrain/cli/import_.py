@@ -1,60 +1,39 @@
-"""Turn a fairseq checkpoint of an encoder-decoder transformer into a bundle: weights, configuration and tokenizers.
+"""Bring what fairseq made: a checkpoint, binarized data, or a training command.
 
-dstrain import fairseq checkpoint_best.pt --dictionary data-bin --sentencepiece spm.model --output BUNDLE
+dstrain import fairseq checkpoint_best.pt --dictionary data-bin --output BUNDLE
+dstrain import fairseq-data data-bin --output DATA
+dstrain import fairseq-args 'fairseq-train data-bin --arch transformer ...' --output recipe.yaml
+`dstrain import FORMAT --help` explains a format.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import importlib
+
+FORMATS = {
+    "fairseq": "turn a checkpoint of an encoder-decoder transformer into a bundle",
+    "fairseq-data": "turn binarized data (.bin, .idx, dict.*.txt) into prepared data",
+    "fairseq-args": "turn a fairseq-train command line into a recipe",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the verb takes."""
-    parser.add_argument("format", choices=["fairseq"], help="who wrote the checkpoint")
-    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint*.pt file")
-    parser.add_argument(
-        "--dictionary",
-        type=Path,
-        metavar="DIR",
-        help="directory of dict.SOURCE.txt and dict.TARGET.txt; default: the data directory that the checkpoint names",
-    )
-    parser.add_argument(
-        "--sentencepiece",
-        type=Path,
-        nargs="+",
-        metavar="MODEL",
-        help="SentencePiece model in front of the dictionaries, or two: source, target; default: text is split by spaces",
-    )
-    parser.add_argument("--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
+    """A sub-command for each format; each imports what it needs when it runs."""
+    formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True)
+    for name, summary in FORMATS.items():
+        module = importlib.import_module(f"dstrain.cli.import_{name.replace('-', '_')}")
+        subparser = formats.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(run_format=module.run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Read, convert, write."""
-    from dstrain.checkpoint.bundle import save_bundle
-    from dstrain.errors import ImportFormatError
-    from dstrain.log import logger
-    from dstrain.models.interop.fairseq import convert, read_dictionaries, read_fairseq_checkpoint
-
-    models = args.sentencepiece
-    if models and len(models) > 2:
-        raise ImportFormatError(f"--sentencepiece takes one model or two (source, target), found {len(models)}")
-    checkpoint = read_fairseq_checkpoint(args.checkpoint)
-    directory = args.dictionary or Path(checkpoint.data_directory)
-    tokenizers = read_dictionaries(directory, checkpoint, (models[0], models[-1]) if models else None)
-    config, vocabulary, weights = convert(checkpoint, tokenizers)
-    save_bundle(
-        args.output,
-        model_config=config,
-        vocabulary=vocabulary,
-        weights=weights,
-        tokenizers=tokenizers,
-        recipe=None,
-        notes={"imported_from": "fairseq", "checkpoint": args.checkpoint.name, "arch": checkpoint.model.get("arch")},
-    )
-    parameters = sum(tensor.numel() for tensor in weights.values())
-    stacks = [config.encoder, config.decoder] if config.kind == "encoder_decoder" else [config.decoder]
-    depths = " + ".join(str(stack.depth) for stack in stacks)
-    sizes = f"{vocabulary.source} and {vocabulary.target}"
-    logger.info("wrote %s: %d parameters, %s layers, vocabularies %s", args.output, parameters, depths, sizes)
-    return 0
+    """Run the chosen format."""
+    return int(args.run_format(args))

@@ -23,7 +23,7 @@ VERBS = {
     "text": "write the raw text of an evaluation split",
     "average": "average bundles into one",
     "report": "draw the curves of a run as PNG and HTML",
-    "import": "turn a fairseq checkpoint into a bundle",
+    "import": "bring what fairseq made: checkpoints, binarized data, command lines",
 }
 EPILOG = """a first run:
   dstrain prepare translation/quickstart --output data/quickstart

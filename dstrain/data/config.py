@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from dstrain.strict import Config
 
@@ -45,12 +45,25 @@ class GrammarText(Config):
     seed: NonNegativeInt = 1
 
 
-TextSource = Annotated[ParallelText | TsvText | JsonlText | GrammarText, Field(discriminator="kind")]
+class FairseqIds(Config):
+    """What `fairseq-preprocess` wrote: PREFIX.bin and PREFIX.idx of each side, ids of the dictionaries that `tokenizer` names.
+
+    Inside a sentence <s>, <pad> and </s> are read as <unk>, as in text.
+    """
+
+    kind: Literal["fairseq"] = "fairseq"
+    source: str
+    target: str
+
+
+TextSource = Annotated[ParallelText | TsvText | JsonlText | GrammarText | FairseqIds, Field(discriminator="kind")]
 
 
 class TrainedSentencePiece(Config):
-    """Train SentencePiece on the training text. Ids 0-3 are <s> <pad> </s> <unk>, then `user_symbols`, then pieces.
+    """Train SentencePiece on the training text. Ids 0-3 are <s> <pad> </s> <unk>, then `user_symbols`, `tags`, then pieces.
 
+    user_symbols: never cut, wherever they stand. tags: words that are one token each, such as the language tags of source lines
+    like `eng_Latn hin_Deva text`; a user symbol at the beginning of a word is two tokens, the space before it and itself.
     max_training_lines: lines that one model learns from, both sides together where it is joint; spread evenly over the corpora.
     The memory of `prepare` grows with the corpus until then, and not beyond.
     """
@@ -61,6 +74,7 @@ class TrainedSentencePiece(Config):
     sharing: Literal["joint", "separate"] = "joint"
     character_coverage: float = Field(default=1.0, gt=0, le=1)
     user_symbols: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
     max_training_lines: PositiveInt = 5_000_000
 
 
@@ -79,7 +93,33 @@ class GivenTokenizer(Config):
     path: str
 
 
-TokenizerConfig = Annotated[TrainedSentencePiece | GivenSentencePiece | GivenTokenizer, Field(discriminator="kind")]
+class FairseqDictionaries(Config):
+    """Use fairseq's dict.txt files; without `target` one serves both sides.
+
+    source_model, target_model: SentencePiece models that split text into the dictionaries' symbols; without one it is split by
+    white space. tags: words before the text that a model does not split, as the dictionaries spell them, or patterns of these
+    such as `???_????` for the language tags of `eng_Latn hin_Deva text`.
+    """
+
+    kind: Literal["fairseq_dictionaries"] = "fairseq_dictionaries"
+    source: str
+    target: str | None = None
+    source_model: str | None = None
+    target_model: str | None = None
+    tags: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _every_key_acts(self) -> FairseqDictionaries:
+        if self.target is None and self.target_model is not None:
+            raise ValueError("target_model stands without target; give target, or leave both out for one tokenizer of both sides")
+        if self.tags and self.source_model is None and self.target_model is None:
+            raise ValueError("tags act before a SentencePiece model, and there is none: words stay whole anyway; leave tags out")
+        return self
+
+
+TokenizerConfig = Annotated[
+    TrainedSentencePiece | GivenSentencePiece | GivenTokenizer | FairseqDictionaries, Field(discriminator="kind")
+]
 
 
 class FilterConfig(Config):
@@ -102,6 +142,15 @@ class DataConfig(Config):
     tokenizer: TokenizerConfig = Field(default_factory=TrainedSentencePiece)
     filter: FilterConfig = Field(default_factory=FilterConfig)
     pairs_per_shard: PositiveInt = 500_000
+
+    @model_validator(mode="after")
+    def _ids_have_dictionaries(self) -> DataConfig:
+        sources = [*self.train, *self.valid, *(source for test in self.test.values() for source in test)]
+        if self.tokenizer.kind != "fairseq_dictionaries" and any(source.kind == "fairseq" for source in sources):
+            raise ValueError(
+                f"tokenizer.kind = {self.tokenizer.kind} does not know the ids of a fairseq corpus; choose fairseq_dictionaries"
+            )
+        return self
 
     @field_validator("test")
     @classmethod

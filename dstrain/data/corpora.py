@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from dstrain.data.config import DataConfig, GrammarText, JsonlText, ParallelText, TextSource, TsvText
+from dstrain.data.config import DataConfig, FairseqIds, GrammarText, JsonlText, ParallelText, TextSource, TsvText
+from dstrain.data.fairseq_binary import IdBlock, IdReader, files_of_prefix, scan_binary
 from dstrain.data.grammar import GrammarReader
-from dstrain.data.text import BlockReader, TextBlock, decode_lines, expand_path
+from dstrain.data.text import BlockReader, FileScan, TextBlock, decode_lines, expand_path, scan_file
 from dstrain.errors import DataError
 
 UNUSABLE = re.compile("[\0\ud800-\udfff]")
@@ -27,14 +28,14 @@ class Block(NamedTuple):
 
     split: str
     corpus: int
-    text: TextBlock
+    text: TextBlock | IdBlock
 
 
 class Reader(Protocol):
-    """Hands out the next lines of one corpus."""
+    """Hands out the next pairs of one corpus."""
 
-    def read(self, max_lines: int) -> TextBlock:
-        """At least one line, at most `max_lines`."""
+    def read(self, max_lines: int) -> TextBlock | IdBlock:
+        """At least one pair, at most `max_lines`."""
         ...
 
 
@@ -50,8 +51,21 @@ def files_of(source: TextSource) -> tuple[Path, ...]:
             return expand_path(source.source), expand_path(source.target)
         case TsvText() | JsonlText():
             return (expand_path(source.path),)
+        case FairseqIds():
+            return (*files_of_prefix(expand_path(source.source)), *files_of_prefix(expand_path(source.target)))
         case GrammarText():
             return ()
+
+
+def counted_files(source: TextSource) -> tuple[Path, ...]:
+    """The files of a corpus that have an entry for every pair."""
+    files = files_of(source)
+    return (files[0], files[2]) if isinstance(source, FairseqIds) else files
+
+
+def scan_of(source: TextSource) -> Callable[[Path], FileScan]:
+    """How a file of this corpus is checked and counted."""
+    return scan_binary if isinstance(source, FairseqIds) else scan_file
 
 
 def pairs_without_files(source: TextSource) -> int:
@@ -80,18 +94,20 @@ def read_blocks(split: str, sources: Sequence[TextSource], sizes: Sequence[int],
 def _open(source: TextSource, start: int) -> AbstractContextManager[Reader]:
     if isinstance(source, GrammarText):
         return GrammarReader(source.split, source.num_pairs, source.seed, start)
+    if isinstance(source, FairseqIds):
+        return IdReader(expand_path(source.source), expand_path(source.target), start)
     return BlockReader(files_of(source), start)
 
 
 def parse(source: TextSource, block: TextBlock) -> tuple[list[str], list[str]]:
     """Source and target texts of a block's pairs. Raises DataError naming file and line where a record is malformed."""
     match source:
-        case ParallelText() | GrammarText():
-            return decode_lines(block, 0), decode_lines(block, 1)
         case TsvText():
             return _parse_tsv(source, block)
         case JsonlText():
             return _parse_jsonl(source, block)
+        case _:
+            return decode_lines(block, 0), decode_lines(block, 1)
 
 
 def _parse_tsv(source: TsvText, block: TextBlock) -> tuple[list[str], list[str]]:

@@ -1,4 +1,5 @@
-"""Raw blocks to ids: what a worker process does. Decode, parse, tokenize, add EOS, filter; numpy arrays come out.
+"""Raw blocks to ids: what a worker process does. Decode, parse, tokenize, add EOS, filter; numpy arrays come out. A corpus of ids
+is checked instead.
 
 An evaluation split keeps every pair and its texts. A training pair is dropped for the first reason that applies: a side is empty,
 a side is too long, one side is too many times longer than the other.
@@ -6,20 +7,24 @@ a side is too long, one side is too many times longer than the other.
 
 from __future__ import annotations
 
-from itertools import chain, compress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dstrain.data.config import DataConfig, FilterConfig
-from dstrain.data.corpora import Block, parse, splits_of
+from dstrain.data.config import DataConfig, FilterConfig, TextSource
+from dstrain.data.corpora import Block, counted_files, parse, splits_of
+from dstrain.data.fairseq_binary import IdBlock, Sentences
 from dstrain.data.rows import Rows, id_dtype
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
+from dstrain.errors import DataError
 
 if TYPE_CHECKING:
     from dstrain.protocols import TextTokenizer
+
+LOST_WORD = "\u2047"
 
 Mask = npt.NDArray[np.bool_]
 
@@ -47,19 +52,41 @@ class Encoder:
 
     def __call__(self, block: Block) -> EncodedBlock:
         """Encode a block. Raises DataError where a record is malformed."""
-        source_text, target_text = parse(self._corpora[block.split][block.corpus], block.text)
-        source, target = self._tokenizers.source.encode(source_text), self._tokenizers.target.encode(target_text)
-        dropped: dict[str, int] = {}
-        if block.split == "train":
-            reasons = drop_reasons(_lengths(source), _lengths(target), self._filter)
-            dropped = {reason: int(mask.sum()) for reason, mask in reasons.items()}
-            if any(dropped.values()):
-                keep = ~np.logical_or.reduce(list(reasons.values()))
-                source, target = list(compress(source, keep)), list(compress(target, keep))
-        rows = Rows(*_flatten(source, self._tokenizers.source), *_flatten(target, self._tokenizers.target))
+        corpus = self._corpora[block.split][block.corpus]
+        if isinstance(block.text, IdBlock):
+            rows = self._take_ids(corpus, block.text, with_text=block.split != "train")
+        else:
+            rows = self._encode_text(*parse(corpus, block.text))
         if block.split != "train":
-            rows = rows._replace(source_text=source_text, target_text=target_text)
+            return EncodedBlock(block.text.num_lines, {}, rows)
+        rows = rows._replace(source_text=None, target_text=None)
+        reasons = drop_reasons(rows.source_lengths, rows.target_lengths, self._filter)
+        dropped = {reason: int(mask.sum()) for reason, mask in reasons.items()}
+        if any(dropped.values()):
+            rows = _kept(rows, ~np.logical_or.reduce(list(reasons.values())))
         return EncodedBlock(block.text.num_lines, dropped, rows)
+
+    def _encode_text(self, source_text: list[str], target_text: list[str]) -> Rows:
+        source, target = self._tokenizers.source.encode(source_text), self._tokenizers.target.encode(target_text)
+        return Rows(
+            *_flatten(source, self._tokenizers.source),
+            *_flatten(target, self._tokenizers.target),
+            source_text=source_text,
+            target_text=target_text,
+        )
+
+    def _take_ids(self, corpus: TextSource, block: IdBlock, *, with_text: bool) -> Rows:
+        """Ids that are there already, checked against the dictionaries; the text of an evaluation split is made from them."""
+        tokenizers, files = self._tokenizers, counted_files(corpus)
+        source = checked_ids(block.source, tokenizers.source, files[0], block.first)
+        target = checked_ids(block.target, tokenizers.target, files[1], block.first)
+        rows = Rows(source, block.source.lengths, target, block.target.lengths)
+        if not with_text:
+            return rows
+        return rows._replace(
+            source_text=_spelled(source, rows.source_lengths, tokenizers.source),
+            target_text=_spelled(target, rows.target_lengths, tokenizers.target),
+        )
 
 
 def drop_reasons(source: npt.NDArray[np.int32], target: npt.NDArray[np.int32], limits: FilterConfig) -> dict[str, Mask]:
@@ -70,6 +97,50 @@ def drop_reasons(source: npt.NDArray[np.int32], target: npt.NDArray[np.int32], l
     if limits.max_ratio is not None:
         ratio = (np.maximum(source, target) > limits.max_ratio * np.minimum(source, target)) & ~empty & ~too_long
     return {"empty": empty, "too long": too_long, "ratio": ratio}
+
+
+def checked_ids(side: Sentences, tokenizer: TextTokenizer, index: Path, first: int) -> npt.NDArray[Any]:
+    """Ids of one side as shards hold them; specials inside a sentence are <unk>, as in text.
+
+    index: the .idx file, for errors. first: number of the first sentence, from 0. Raises DataError naming the sentence that has
+    an id beyond the dictionary or no EOS at its end.
+    """
+    ids, lengths = side
+    ends = np.cumsum(lengths, dtype=np.int64)
+    beyond = np.flatnonzero((ids < 0) | (ids >= tokenizer.vocab_size))
+    if len(beyond):
+        sentence = first + int(np.searchsorted(ends, beyond[0], "right")) + 1
+        raise DataError(
+            f"{index}: sentence {sentence:,} holds id {int(ids[beyond[0]])}, the dictionary has {tokenizer.vocab_size} "
+            "entries with the four specials; give the dictionary that the text was binarized with"
+        )
+    last = np.zeros(len(ids), np.bool_)
+    last[ends[lengths > 0] - 1] = True
+    wrong = np.flatnonzero((lengths == 0) | (ids[ends - 1] != tokenizer.eos_id)) if len(ids) else np.flatnonzero(lengths == 0)
+    if len(wrong):
+        raise DataError(
+            f"{index}: sentence {first + int(wrong[0]) + 1:,} does not end in </s> (id {tokenizer.eos_id}); binarize the text "
+            "with fairseq-preprocess, which adds it"
+        )
+    named = (ids == tokenizer.bos_id) | (ids == tokenizer.pad_id) | (ids == tokenizer.eos_id)
+    return np.where(named & ~last, tokenizer.unk_id, ids).astype(id_dtype(tokenizer.vocab_size))
+
+
+def _spelled(ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32], tokenizer: TextTokenizer) -> list[str]:
+    """The text of each sentence. What the dictionary did not know is U+2047, which no hypothesis equals."""
+    rows = np.split(ids, np.cumsum(lengths)[:-1])
+    unknown = tokenizer.tokens([tokenizer.unk_id])[0]
+    return [text.replace(unknown, LOST_WORD) for text in tokenizer.decode([row[:-1].tolist() for row in rows])]
+
+
+def _kept(rows: Rows, keep: Mask) -> Rows:
+    """The pairs that `keep` (N,) chooses."""
+    return Rows(
+        rows.source[np.repeat(keep, rows.source_lengths)],
+        rows.source_lengths[keep],
+        rows.target[np.repeat(keep, rows.target_lengths)],
+        rows.target_lengths[keep],
+    )
 
 
 def _lengths(rows: list[list[int]]) -> npt.NDArray[np.int32]:

@@ -12,23 +12,25 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from dstrain.data.config import DataConfig, ParallelText, TextSource, TrainedSentencePiece
-from dstrain.data.corpora import files_of, pairs_without_files, splits_of
+from dstrain.data.config import DataConfig, FairseqIds, TextSource, TrainedSentencePiece
+from dstrain.data.corpora import counted_files, files_of, pairs_without_files, scan_of, splits_of
 from dstrain.data.files import write_file
 from dstrain.data.manifest import FORMAT_VERSION, MANIFEST_FILE, TOKENIZER_DIRECTORY
 from dstrain.data.pool import WorkerPool
-from dstrain.data.text import FileScan, scan_file
+from dstrain.data.text import FileScan
 from dstrain.data.tokenizer import TOKENIZER_FILE
 from dstrain.data.tokenizer_training import given_tokenizers
 from dstrain.errors import DataError
 from dstrain.strict import Config
+
+Scan = Callable[[Path], FileScan]
 
 JOB_FILE = "job.json"
 PARALLEL_SCAN_BYTES = 1 << 28
@@ -100,20 +102,20 @@ def read_job(output: Path) -> Job | None:
 
 def plan_job(config: DataConfig, known: Job | None, workers: int) -> Job:
     """Read every input once and say which job this is. Raises DataError for any fault of the text."""
-    paths = list(dict.fromkeys(path for sources in splits_of(config).values() for source in sources for path in files_of(source)))
+    scans = {path: scan_of(source) for sources in splits_of(config).values() for source in sources for path in files_of(source)}
     tokenizer = None if isinstance(config.tokenizer, TrainedSentencePiece) else given_tokenizers(config.tokenizer).fingerprint
-    inputs = _inspect(paths, known, workers)
+    inputs = _inspect(scans, known, workers)
     data = config.model_dump(mode="json")
     content = [FORMAT_VERSION, data, [file.sha256 for file in inputs], tokenizer]
     fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
     return Job(format_version=FORMAT_VERSION, fingerprint=fingerprint, data=data, inputs=inputs)
 
 
-def _inspect(paths: list[Path], known: Job | None, workers: int) -> tuple[InputFile, ...]:
-    stats = {path: _stat(path) for path in paths}
+def _inspect(scans: Mapping[Path, Scan], known: Job | None, workers: int) -> tuple[InputFile, ...]:
+    stats = {path: _stat(path) for path in scans}
     before = {(file.path, file.size, file.mtime_ns): file for file in (known.inputs if known else ())}
     found = {path: before.get((str(path), stat.st_size, stat.st_mtime_ns)) for path, stat in stats.items()}
-    unread = [path for path in paths if found[path] is None]
+    unread = {path: scan for path, scan in scans.items() if found[path] is None}
     for path, scan in zip(unread, _scan(unread, sum(stats[path].st_size for path in unread), workers), strict=True):
         stat = stats[path]
         found[path] = InputFile(
@@ -129,15 +131,20 @@ def _stat(path: Path) -> os.stat_result:
         raise DataError(f"{path}: {error.strerror}; check the path in the recipe") from error
 
 
-def _scan(paths: list[Path], size: int, workers: int) -> list[FileScan]:
-    if min(workers, len(paths)) < 2 or size < PARALLEL_SCAN_BYTES:
-        return [scan_file(path) for path in paths]
-    with WorkerPool(_scanner, min(workers, len(paths))) as pool:
-        return list(pool.map(paths))
+def _scan(scans: Mapping[Path, Scan], size: int, workers: int) -> list[FileScan]:
+    if min(workers, len(scans)) < 2 or size < PARALLEL_SCAN_BYTES:
+        return [scan(path) for path, scan in scans.items()]
+    with WorkerPool(_scanner, min(workers, len(scans))) as pool:
+        return list(pool.map(scans.items()))
 
 
-def _scanner() -> Any:
-    return scan_file
+def _scanner() -> Callable[[tuple[Path, Scan]], FileScan]:
+    return _scan_one
+
+
+def _scan_one(task: tuple[Path, Scan]) -> FileScan:
+    path, scan = task
+    return scan(path)
 
 
 def corpus_sizes(config: DataConfig, job: Job) -> dict[str, list[int]]:
@@ -151,14 +158,15 @@ def corpus_sizes(config: DataConfig, job: Job) -> dict[str, list[int]]:
 
 
 def _size(source: TextSource, job: Job) -> int:
-    paths = files_of(source)
+    paths = counted_files(source)
     if not paths:
         return pairs_without_files(source)
     lines = [job.lines_of(path) for path in paths]
-    if isinstance(source, ParallelText) and lines[0] != lines[1]:
+    if lines[0] != lines[-1]:
+        unit = "sentence" if isinstance(source, FairseqIds) else "line"
         raise DataError(
-            f"{paths[0]} has {lines[0]:,} lines, {paths[1]} has {lines[1]:,}: line k of one must translate line k of the other; "
-            "mend the files"
+            f"{paths[0]} has {lines[0]:,} {unit}s, {paths[1]} has {lines[1]:,}: {unit} k of one must translate {unit} k of the "
+            "other; mend the files"
         )
     return lines[0]
 

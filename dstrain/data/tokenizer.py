@@ -14,7 +14,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,29 +91,49 @@ class DictionaryTokenizer:
 
     Lines of the file are `symbol count`, line k (from 0) has id 4 + k, after <s> <pad> </s> <unk>. A symbol that stands there
     twice is an error unless the later line ends in `#fairseq:overwrite`; then text maps to the later id. Padding words are kept.
+
+    tags: symbols of the dictionary that stay whole as words at the beginning of a line, before the text that the model splits:
+    the language tags of some corpora.
     """
 
     bos_id, pad_id, eos_id, unk_id = range(4)
 
-    def __init__(self, dictionary: bytes, model: bytes | None = None, *, name: str = "dict.txt") -> None:
+    def __init__(
+        self, dictionary: bytes, model: bytes | None = None, *, tags: Sequence[str] = (), name: str = "dict.txt"
+    ) -> None:
         self._dictionary = dictionary
         self._model = model
         self._processor = None if model is None else _open_model(model, f"SentencePiece model before {name}")
         self._symbols, self._ids = _parse_dictionary(dictionary, name)
+        self._tags = frozenset(tags)
+        if not self._tags <= self._ids.keys():
+            raise DataError(f"{name} lacks the tags {', '.join(sorted(self._tags - self._ids.keys()))}; name symbols that it has")
         self.vocab_size = len(self._symbols)
 
     @classmethod
-    def from_files(cls, dictionary: Path, model: Path | None = None) -> DictionaryTokenizer:
+    def from_files(cls, dictionary: Path, model: Path | None = None, tags: Sequence[str] = ()) -> DictionaryTokenizer:
         """Read the files. Raises DataError where one is missing or malformed."""
         pieces = None if model is None else _read(model, "SentencePiece model")
-        return cls(_read(dictionary, "dictionary"), pieces, name=str(dictionary))
+        return cls(_read(dictionary, "dictionary"), pieces, tags=tags, name=str(dictionary))
+
+    def with_tags(self, patterns: Sequence[str]) -> DictionaryTokenizer:
+        """The same tokenizer with those symbols as tags that match one of the patterns; none needs to."""
+        tags = [symbol for symbol in self._ids if any(fnmatchcase(symbol, pattern) for pattern in patterns)]
+        return DictionaryTokenizer(self._dictionary, self._model, tags=tags)
+
+    @property
+    def tags(self) -> frozenset[str]:
+        """Symbols that stay whole at the beginning of a line."""
+        return self._tags
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
         """Ids of each line, without EOS; a symbol that the dictionary lacks is `unk_id`, so is the name of a special."""
         if self._processor is None:
             rows = [line.split() for line in lines]
         else:
-            rows = self._processor.encode(list(lines), out_type=str, num_threads=1)
+            tagged = [self._without_tags(line) for line in lines]
+            pieces = self._processor.encode([text for _, text in tagged], out_type=str, num_threads=1)
+            rows = [[*tags, *row] for (tags, _), row in zip(tagged, pieces, strict=True)]
         find, unknown = self._ids.get, self.unk_id
         return [[find(symbol, unknown) for symbol in row] for row in rows]
 
@@ -121,7 +143,20 @@ class DictionaryTokenizer:
         rows = [self.tokens([i for i in row if i not in hidden]) for row in ids]
         if self._processor is None:
             return [" ".join(row) for row in rows]
-        return ["".join(row).replace(WORD_START, " ").strip() for row in rows]
+        return [self._glued(row) for row in rows]
+
+    def _without_tags(self, line: str) -> tuple[list[str], str]:
+        """The tags at the beginning of a line, and the text after them."""
+        tags = []
+        while (words := line.split(maxsplit=1)) and words[0] in self._tags:
+            tags.append(words[0])
+            line = words[1] if len(words) > 1 else ""
+        return tags, line
+
+    def _glued(self, row: list[str]) -> str:
+        tags = list(takewhile(self._tags.__contains__, row))
+        text = "".join(row[len(tags) :]).replace(WORD_START, " ").strip()
+        return " ".join([*tags, text] if text else tags)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The symbols that the ids stand for."""
@@ -129,14 +164,17 @@ class DictionaryTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the symbols in order, what they are looked up as, and the model in front; counts do not matter."""
+        """SHA-256 over the symbols in order, what they are looked up as, the model in front and tags; counts do not matter."""
         table = repr((self._symbols, sorted(self._ids.items()))).encode()
-        return hashlib.sha256(b"dictionary\0" + hashlib.sha256(table).digest() + (self._model or b"")).hexdigest()
+        tags = "".join(f"\0{tag}" for tag in sorted(self._tags)).encode()
+        return hashlib.sha256(b"dictionary\0" + hashlib.sha256(table).digest() + (self._model or b"") + tags).hexdigest()
 
-    def save(self, directory: Path, stem: str) -> dict[str, str]:
+    def save(self, directory: Path, stem: str) -> dict[str, Any]:
         """Write `directory`/`stem`.dict.txt and the model if any; returns this tokenizer's entry for tokenizer.yaml."""
         write_file(directory / f"{stem}.dict.txt", self._dictionary)
-        entry = {"kind": "dictionary", "dictionary": f"{stem}.dict.txt"}
+        entry: dict[str, Any] = {"kind": "dictionary", "dictionary": f"{stem}.dict.txt"}
+        if self._tags:
+            entry["tags"] = sorted(self._tags)
         if self._model is not None:
             write_file(directory / f"{stem}.model", self._model)
             entry["model"] = f"{stem}.model"
@@ -159,6 +197,19 @@ class TokenizerPair:
     def fingerprint(self) -> str:
         """SHA-256 over both sides."""
         return hashlib.sha256(f"{self.source.fingerprint} {self.target.fingerprint}".encode()).hexdigest()
+
+
+def with_tags(pair: TokenizerPair, patterns: Sequence[str]) -> TokenizerPair:
+    """Both sides with the symbols that match a pattern as tags, which the model in front of a dictionary then does not split.
+
+    patterns: symbols, or patterns such as `???_????`. Raises DataError where one matches no symbol of either dictionary.
+    """
+    sides = [side.with_tags(patterns) if isinstance(side, DictionaryTokenizer) else side for side in (pair.source, pair.target)]
+    tags = [tag for side in sides if isinstance(side, DictionaryTokenizer) for tag in side.tags]
+    for pattern in patterns:
+        if not any(fnmatchcase(tag, pattern) for tag in tags):
+            raise DataError(f"neither dictionary has a symbol like the tag {pattern!r}; name tags as the dictionaries spell them")
+    return TokenizerPair(*sides)
 
 
 def save_tokenizers(pair: TokenizerPair, directory: Path) -> None:
@@ -195,19 +246,19 @@ def load_tokenizers(directory: Path) -> TokenizerPair:
     return pair
 
 
-def _save(tokenizer: TextTokenizer, directory: Path, stem: str) -> dict[str, str]:
+def _save(tokenizer: TextTokenizer, directory: Path, stem: str) -> dict[str, Any]:
     if isinstance(tokenizer, SentencePieceTokenizer | DictionaryTokenizer):
         return tokenizer.save(directory, stem)
     raise TypeError(f"{type(tokenizer).__name__} cannot be saved")
 
 
-def _load(directory: Path, entry: dict[str, str]) -> SentencePieceTokenizer | DictionaryTokenizer:
+def _load(directory: Path, entry: dict[str, Any]) -> SentencePieceTokenizer | DictionaryTokenizer:
     model = directory / entry["model"] if "model" in entry else None
     match entry["kind"]:
         case "sentencepiece":
             return SentencePieceTokenizer.from_file(directory / entry["model"])
         case "dictionary":
-            return DictionaryTokenizer.from_files(directory / entry["dictionary"], model)
+            return DictionaryTokenizer.from_files(directory / entry["dictionary"], model, entry.get("tags", ()))
         case kind:
             raise DataError(f"{directory / TOKENIZER_FILE}: kind {kind!r} is unknown; it is sentencepiece or dictionary")
 

@@ -13,16 +13,18 @@ from pathlib import Path
 
 import sentencepiece
 
-from dstrain.data.config import DataConfig, GivenSentencePiece, GivenTokenizer, TrainedSentencePiece
+from dstrain.data.config import DataConfig, FairseqDictionaries, GivenSentencePiece, GivenTokenizer, TrainedSentencePiece
 from dstrain.data.corpora import parse, read_blocks
-from dstrain.data.text import expand_path
+from dstrain.data.text import TextBlock, expand_path
 from dstrain.data.tokenizer import (
     SPECIAL_SYMBOLS,
     WORD_START,
+    DictionaryTokenizer,
     SentencePieceTokenizer,
     TokenizerPair,
     load_tokenizers,
     save_tokenizers,
+    with_tags,
 )
 from dstrain.errors import DataError
 
@@ -34,14 +36,22 @@ VOCABULARY_TOO_SMALL = re.compile(r"Vocabulary size is smaller than required_cha
 NO_TEXT = re.compile(r"sentences_\.empty|all_chars_count")
 
 
-def given_tokenizers(config: GivenSentencePiece | GivenTokenizer) -> TokenizerPair:
+def given_tokenizers(config: GivenSentencePiece | GivenTokenizer | FairseqDictionaries) -> TokenizerPair:
     """Read the tokenizers that a recipe names. Raises DataError where they are missing or broken."""
     if isinstance(config, GivenTokenizer):
         return load_tokenizers(expand_path(config.path))
+    if isinstance(config, FairseqDictionaries):
+        dictionary = _dictionary(config.source, config.source_model)
+        other = dictionary if config.target is None else _dictionary(config.target, config.target_model)
+        return with_tags(TokenizerPair(dictionary, other), config.tags)
     source = SentencePieceTokenizer.from_file(expand_path(config.source_model))
     if config.target_model is None:
         return TokenizerPair(source, source)
     return TokenizerPair(source, SentencePieceTokenizer.from_file(expand_path(config.target_model)))
+
+
+def _dictionary(path: str, model: str | None) -> DictionaryTokenizer:
+    return DictionaryTokenizer.from_files(expand_path(path), None if model is None else expand_path(model))
 
 
 class TokenizerTrainer:
@@ -67,6 +77,7 @@ class TokenizerTrainer:
         wanted = min(total, max(1, tokenizer.max_training_lines // len(sides)))
         number = 0
         for block in read_blocks("train", self._config.train, self._sizes, 0, total):
+            assert isinstance(block.text, TextBlock), "no tokenizer is trained on ids"
             for pair in zip(*parse(self._config.train[block.corpus], block.text), strict=True):
                 if (number + 1) * wanted // total > number * wanted // total:
                     yield from (pair[side] for side in sides)
@@ -74,11 +85,13 @@ class TokenizerTrainer:
 
 
 def train_sentencepiece(lines: Iterable[str], config: TrainedSentencePiece) -> bytes:
-    """Train a model on `lines`; ids 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, then user symbols.
+    """Train a model on `lines`; ids 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, then user symbols, then tags.
 
-    Raises DataError where a user symbol cannot be one or the text does not support the vocabulary, naming the size that it does.
+    A tag is the piece of a whole word: with its space before it. Raises DataError where a user symbol or a tag cannot be one or
+    the text does not support the vocabulary, naming the size that it does.
     """
-    _check_user_symbols(config.user_symbols)
+    _check_symbols("user_symbols", config.user_symbols)
+    _check_symbols("tags", config.tags)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -87,7 +100,7 @@ def train_sentencepiece(lines: Iterable[str], config: TrainedSentencePiece) -> b
             model_type=config.model_type,
             vocab_size=config.vocab_size,
             character_coverage=config.character_coverage,
-            user_defined_symbols=list(config.user_symbols),
+            user_defined_symbols=[*config.user_symbols, *(WORD_START + tag for tag in config.tags)],
             bos_id=0,
             pad_id=1,
             eos_id=2,
@@ -97,6 +110,7 @@ def train_sentencepiece(lines: Iterable[str], config: TrainedSentencePiece) -> b
         )
     except RuntimeError as error:
         raise DataError(_explain(str(error), config)) from error
+    _check_tags(model.getvalue(), config.tags)
     return model.getvalue()
 
 
@@ -108,7 +122,18 @@ def _short(lines: Iterable[str]) -> Iterator[str]:
             yield from (line[start : start + MAX_TRAINING_CHARACTERS] for start in range(0, len(line), MAX_TRAINING_CHARACTERS))
 
 
-def _check_user_symbols(symbols: Sequence[str]) -> None:
+def _check_tags(model: bytes, tags: Sequence[str]) -> None:
+    """Raise DataError where a tag is not its own piece: SentencePiece normalizes text before it looks for pieces."""
+    tokenizer = SentencePieceTokenizer(model)
+    for tag in tags:
+        (row,) = tokenizer.encode([tag])
+        if tokenizer.tokens(row) != [WORD_START + tag]:
+            raise DataError(
+                f"data.tokenizer.tags: {tag!r} is changed by SentencePiece's normalization (NFKC); choose another tag"
+            )
+
+
+def _check_symbols(key: str, symbols: Sequence[str]) -> None:
     for number, symbol in enumerate(symbols):
         fault = None
         if symbol in SPECIAL_SYMBOLS:
@@ -118,7 +143,7 @@ def _check_user_symbols(symbols: Sequence[str]) -> None:
         elif symbol in symbols[:number]:
             fault = "stands there twice"
         if fault:
-            raise DataError(f"data.tokenizer.user_symbols: {symbol!r} {fault}; choose another symbol")
+            raise DataError(f"data.tokenizer.{key}: {symbol!r} {fault}; choose another symbol")
 
 
 def _explain(message: str, config: TrainedSentencePiece) -> str:

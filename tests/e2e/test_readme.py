@@ -25,6 +25,8 @@ RUN_ELSEWHERE = {
     "bash tools/get_multi30k.sh data/raw/multi30k": "tests/e2e/test_get_multi30k.py",
     "sbatch --nodes 2 slurm/train.sbatch translation/multi30k_tiny data/multi30k runs/tiny": "tests/slurm/test_training.py",
     "dstrain import fairseq checkpoint_best.pt --dictionary data-bin --output bundles/imported": "tests/unit/cli/test_import.py",
+    "dstrain import fairseq-data data-bin --output data/imported": "tests/e2e/test_fairseq.py",
+    'dstrain import fairseq-args "$(cat train.sh)" --output recipe.yaml': "tests/e2e/test_fairseq.py",
 }
 
 

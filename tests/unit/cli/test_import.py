@@ -56,3 +56,20 @@ def test_refusals_are_one_message(
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "b").exists()
+
+
+def test_language_tags_are_symbols_of_the_dictionaries(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "import",
+        "fairseq",
+        str(GOLDEN / "ref/c_share_all/checkpoint.pt"),
+        "--dictionary",
+        str(GOLDEN / "data/bin_joined"),
+        "--output",
+        str(tmp_path / "b"),
+        "--language-tags",
+    ]
+    assert main([*words, "nowhere_*"]) == 1
+    assert "neither dictionary has a symbol like the tag 'nowhere_*'" in capfd.readouterr().err
+    assert main([*words, "s0[01]"]) == 0
+    assert load_bundle(tmp_path / "b").tokenizers.source.tags == {"s00", "s01"}  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dstrain.data import files, job, text
+from dstrain.data import corpora, files, job, text
 from dstrain.data import prepare as prepare_module
 from dstrain.data.config import DataConfig
 from dstrain.data.dataset import open_dataset
@@ -233,7 +233,7 @@ def test_a_second_run_says_so_and_touches_nothing(
     config, one = corpus
     data = copied(one, tmp_path / "data")
     before = tree(data)
-    monkeypatch.setattr(job, "scan_file", None)
+    monkeypatch.setattr(corpora, "scan_file", None)
     monkeypatch.setattr(prepare_module, "_Preparation", None)
     report = prepare(config, data, workers=4)
     assert report.finished_before

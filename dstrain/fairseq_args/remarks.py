@@ -1,0 +1,96 @@
+"""What is said about an option, by the option's name or what it is about; `{name}` is filled in where it is said.
+
+DIFFERS: fairseq did something else than the option says. LACKING: a recipe cannot say it; what is taken instead. READ: how it was
+read.
+"""
+
+DIFFERS = {
+    "required-batch-size-multiple": "a rest of the last batch was dropped, in training and validation; dstrain drops no sentence",
+    "directories": "an epoch read one of them in turn; dstrain's epoch reads all",
+    "recurrent-stacking": "decoding mixed the caches of all passes; dstrain has a cache for each",
+    "kv-attention-heads": "inert without --attn-implementation fast_gqa; dstrain applies it",
+    "use-glu": "left --activation-dropout out; dstrain applies it",
+    "factorized": "was refused with shared embeddings; dstrain ties through both factors",
+    "lora-args": (
+        "a resume applied the adapter twice, and self-attention got no gradient without --use-native-attention; dstrain resumes "
+        "exactly and trains every module it names"
+    ),
+    "positions-too": "without --no-token-positional-embeddings the embedding had positions as well; dstrain has one kind",
+    "decoding": "decoded with every token at position 0; dstrain decodes by the true positions",
+    "rope-dynamic": "type dynamic ignored scaling_factor, and so does the recipe",
+    "rope-late": (
+        "without `type` half of each head turned, in interleaved pairs; the recipe turns whole heads in half-split pairs "
+        "(position.fraction: 0.5, layout: interleaved is what it was)"
+    ),
+    "yarn-plain": (
+        "without `scale` YaRN was plain rotary, and so is the recipe; to reach {longest} tokens say "
+        "scaling: {{kind: yarn, factor: {factor:g}, original_length: {original}}}"
+    ),
+    "yarn-dynamic": "type dynamic never went back for shorter text; dstrain goes by the length of each sequence",
+    "yarn-slow": "beta_slow was 2 where it was not given until 2024-06, against the documentation; here it is 1",
+    "alibi-args": "until 2024-07 the encoder had no bias at all, and decoding none either; dstrain applies it always",
+    "alibi-string": 'the string "{value}" counted as true; here it is what it says',
+    "label-smoothing": "inert with this criterion, and so in the recipe",
+    "length-normalize-loss": "divided sums of sentence means by the number of tokens; dstrain by the number of sentences",
+    "rdrop-alpha": "switched R-Drop off, and so does the recipe",
+    "kd-padding": "counted padding in its rate; dstrain selects among real tokens",
+    "kd-queue": "a queue for each process that outgrew its size and was lost on resume; dstrain's is one, bounded and saved",
+    "kd-language": "never ran; dstrain goes by the first source token of a sentence",
+    "kd-late": "{key} was never read: the loss was lambda KL + (1 - lambda) NLL, and so in the recipe",
+    "adam-stable": "never reached the optimizer; dstrain clips updates by their RMS",
+    "inverse-sqrt": "divided by zero; the recipe warms up for 1 step",
+    "tri-stage": "the last stage fell exponentially; wsd falls in a straight line",
+    "bf16": "meant a TPU until 2025; dstrain keeps fp32 master weights",
+    "max-update": "beyond the schedule's {total} steps the rate stayed at its end; the recipe ends there",
+    "best-checkpoint-metric": "kept the worst, {how} --maximize-best-checkpoint-metric; dstrain knows which way a metric goes",
+    "eval-bleu": (
+        "scored pieces unless told otherwise, and lengths depended on a batch's padding; dstrain scores text with sacreBLEU 13a"
+    ),
+}
+LACKING = {
+    "unequal": "differs from --encoder-{name} = {encoder}: {reason}; the encoder's is taken",
+    "width": "no projection between widths; model.model_dim is taken",
+    "criterion": "label-smoothed cross-entropy instead",
+    "sentence-avg": ("gradients are per token; Adam's steps are the same but for eps; --clip-norm was by sentence"),
+    "update-freq": "steps keep one size; the last value is taken",
+    "batch-size": "batches are counted in tokens; {assumed} a sentence are assumed",
+    "batch-size-too": "batches are counted in tokens alone",
+    "optimizer": "AdamW instead",
+    "lr": "one peak, not one for each epoch; the first is taken",
+    "lr-scheduler": "a constant rate instead",
+    "force-anneal": "the rate does not fall by epochs",
+    "cycles": "one half cosine to the end, not several cycles",
+    "loss-scale": "constants of the loss scale stand in the DeepSpeed file, section fp16",
+    "keep-best-checkpoints": "one best bundle stays",
+    "keep-other": "bundles are written every {every} {unit} only",
+    "interval": "one interval, in steps",
+    "best-checkpoint-metric": "the loss chooses the best bundle",
+    "eval-bleu-args": "{key} = {value!r}: beam search with the other keys instead",
+    "eval-bleu-detok": "hypotheses and references are scored as the tokenizer writes them",
+    "eval-bleu-remove-bpe": "`@@` stays in dictionary text, so BLEU is that of pieces; score files after `sed 's/@@ //g'`",
+    "eval-tokenized-bleu": "BLEU is sacreBLEU's with its own tokenization",
+    "valid-subset": "the split `valid` is validated; others are test sets",
+    "task": "dstrain's data are pairs, of a language model a text and what goes on from it; put yours in place of PAIRS.tsv",
+    "bpe": "text is split by dictionaries and SentencePiece alone; binarized data stay as they are",
+}
+READ = {
+    "filter": "fairseq left longer training sentences out as well; data.filter is the smaller of the two",
+    "attn-implementation": "how attention is computed is chosen by dstrain; every part works with every way",
+    "lora-base": "the base is a bundle that `dstrain import fairseq` makes; names of modules are exact",
+    "no-world-size": "counted as 1 process; fairseq took all visible GPUs, so multiply batching.tokens_per_step by their number",
+    "step": (
+        "batching.tokens_per_step = {tokens} (max_tokens) x {accumulation} (update-freq) x {ranks} (processes) = {step} target "
+        "tokens, whatever the number of processes now; fairseq counted padding and the longer side, so its steps were smaller: "
+        "the `wpb` of its log is the exact number"
+    ),
+    "deepspeed": "engine.deepspeed = {file}; swapping it does not move the loss",
+    "endless": "fairseq went on for ever; training.max_epochs = {epochs} stands in",
+    "save-interval-updates": "fairseq validates whenever it saves, and so does the recipe",
+    "keep": "fairseq kept everything; two checkpoints to resume from, the {bundles} newest bundles and the best one stay",
+    "tensorboard-logdir": "the files are written into RUN",
+    "teacher-checkpoint-path": "the teacher is a bundle that `dstrain import fairseq` makes; `dstrain train --teacher` takes it",
+    "rdrop-alpha": "alpha as in the paper: half of (both cross-entropies + alpha times their symmetric divergence)",
+    "sentencepiece": "text is joined where data.tokenizer.source_model and target_model name the models",
+    "elsewhere": "not here to look at: the usual names, one piece a split",
+    "before": "stood before the program's name and was not read",
+}

@@ -1,0 +1,64 @@
+"""A user of fairseq: its binarized data and its command line, through the command line of dstrain."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.e2e.support import RECIPE, SMALL_TRAINING, curve, dstrain, fails, settings, succeeds
+from tests.paths import GOLDEN, needs_golden
+
+pytestmark = needs_golden
+COMMAND = """
+fairseq-train {data} --arch transformer_tiny --share-all-embeddings --encoder-layers 1 --decoder-layers 1 --dropout 0.1 \\
+    --optimizer adam --adam-betas '(0.9, 0.98)' --lr 0.001 --lr-scheduler inverse_sqrt --warmup-updates 10 \\
+    --criterion label_smoothed_cross_entropy --label-smoothing 0.1 --max-tokens 200 --update-freq 2 --max-update 3 \\
+    --eval-bleu --eval-bleu-args '{{"beam": 2, "max_len_a": 1, "max_len_b": 5}}' --log-interval 1 --no-epoch-checkpoints
+"""
+
+
+def test_a_command_line_becomes_a_recipe_that_trains(tmp_path: Path) -> None:
+    recipe, data, run = tmp_path / "recipe.yaml", tmp_path / "data", tmp_path / "run"
+    command = COMMAND.format(data=GOLDEN / "data/bin_joined")
+    said = succeeds(dstrain("import", "fairseq-args", command, "--output", recipe)).stderr
+    assert "batching.tokens_per_step = 200 (max_tokens) x 2 (update-freq) x 1 (processes) = 400" in said
+    succeeds(dstrain("prepare", recipe, "--output", data))
+    succeeds(dstrain("train", recipe, "--data", data, "--output", run, "--device", "cpu"))
+    assert [step for step, *_ in curve(run)] == [1, 2, 3]
+    scores = json.loads(succeeds(dstrain("validate", run / "bundles/last", "--data", data, "--split", "test")).stdout)
+    assert scores["loss"] > 0
+    assert 0 <= scores["bleu"] <= 100
+
+
+def test_imported_data_train_under_a_recipe_that_extends_their_section(tmp_path: Path) -> None:
+    data, run, recipe = tmp_path / "data", tmp_path / "run", tmp_path / "recipe.yaml"
+    printed = succeeds(dstrain("import", "fairseq-data", GOLDEN / "data/bin_sep", "--output", data)).stdout
+    assert "# train: 400 pairs, 3,481 + 3,481 tokens; dropped 0 of 400: none" in printed
+    (tmp_path / "data.yaml").write_text(printed)
+    quickstart = yaml.safe_load(succeeds(dstrain("show", RECIPE, *settings(*SMALL_TRAINING))).stdout)
+    quickstart["model"]["embedding"]["tie"] = "decoder"
+    del quickstart["data"]
+    recipe.write_text(yaml.safe_dump({"extends": "data.yaml", **quickstart, "training": {"seed": 1, "max_steps": 3}}))
+    succeeds(dstrain("train", recipe, "--data", data, "--output", run, "--device", "cpu"))
+    assert [step for step, *_ in curve(run)] == [1, 2, 3]
+    scores = json.loads(succeeds(dstrain("validate", run / "bundles/last", "--data", data, "--no-generate")).stdout)
+    assert scores["loss"] > 0
+    other = dstrain("train", recipe, "--data", data, "--output", tmp_path / "other", "--set", "data.filter.max_ratio=3")
+    fails(other, "was prepared from another data section than this recipe's", "data.filter.max_ratio: null -> 3.0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("fairseq-data", "nowhere", "--output", "d"), "nowhere is no directory"),
+        (("fairseq-data", str(GOLDEN / "data/bin_lm"), "--output", "d"), "is monolingual"),
+        (
+            ("fairseq-data", str(GOLDEN / "data/bin_sep"), "--sentencepiece", "a", "b", "c", "--output", "d"),
+            "takes one model or two",
+        ),
+        (("fairseq-args", "fairseq-train d --arch lstm --max-tokens 1"), "--arch lstm is not known"),
+    ],
+)
+def test_mistakes_are_one_message(arguments: tuple[str, ...], message: str, tmp_path: Path) -> None:
+    fails(dstrain("import", *arguments, cwd=tmp_path), message)
