@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dstrain import __version__
 from dstrain.batch import Batch
-from dstrain.checkpoint.bundle import Bundle, save_adapter_bundle, save_bundle
+from dstrain.checkpoint.bundle import StoredBundle, save_adapter_bundle, save_bundle
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.data.dataset import Dataset, open_dataset
 from dstrain.data.loader import TrainLoader, evaluation_loader
@@ -30,7 +30,7 @@ from dstrain.ops.allocator import keep_freed_memory
 from dstrain.parallel.topology import DeviceChoice, World, finalize, initialize
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
-from dstrain.training.base import build_on_base, check_reloaded, load_base
+from dstrain.training.base import build_on_base, check_reloaded, find_base
 from dstrain.training.bundles import BundleStore
 from dstrain.training.preemption import StopSignals
 from dstrain.training.reporting import build_reporter
@@ -44,20 +44,21 @@ from dstrain.training.watchdog import Watchdog
 def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice, base: Path | None = None) -> int:
     """Train `recipe` on prepared `data` into the run directory `output`, or resume what is there.
 
-    base: the bundle whose weights training starts from; None for random ones. Returns the exit code of the verb. Raises DstrainError where something does not fit together.
+    base: the bundle whose weights training starts from; None for random ones. Returns the exit code of the verb. Raises
+    DstrainError where something does not fit together.
     """
     world = initialize(device)
     if world.device.type == "cpu":
         keep_freed_memory()
     corpora = Corpora(data, recipe)
-    started_from = None if base is None else load_base(base, recipe.model, corpora.manifest)
+    started_from = None if base is None else find_base(base, recipe.model, corpora.manifest)
     for split, dataset in (("train", corpora.train), ("valid", corpora.valid)):
         check_split(split, dataset.source_lengths, dataset.target_lengths, recipe.model)
     plan = StepPlan(corpora.train.source_lengths, corpora.train.target_lengths, recipe.batching, recipe.training.seed)
     run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job)
     try:
         engine = build_engine(recipe, corpora.vocabulary, world, started_from)
-        code = build_trainer(recipe, corpora, plan, run, engine, started_from).run()
+        code = build_trainer(recipe, corpora, plan, run, engine, base=started_from).run()
         if code == 0 and recipe.adapter is not None:
             _check_last_bundle(recipe, corpora, run, engine)
     finally:
@@ -90,7 +91,7 @@ class Corpora:
         return VocabularySizes(source=source.vocab_size, target=target.vocab_size, pad_id=target.pad_id, eos_id=target.eos_id)
 
 
-def build_engine(recipe: Recipe, vocabulary: VocabularySizes, world: World, base: Bundle | None = None) -> TrainEngine:
+def build_engine(recipe: Recipe, vocabulary: VocabularySizes, world: World, base: StoredBundle | None = None) -> TrainEngine:
     """Model and objective under the engine, with the base's weights, or initial ones from the seed.
 
     Raises RecipeError for an adapter without a base, or one that does not suit the model.
@@ -114,7 +115,7 @@ def build_engine(recipe: Recipe, vocabulary: VocabularySizes, world: World, base
 
 
 def build_trainer(
-    recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, engine: TrainEngine, base: Bundle | None = None
+    recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, engine: TrainEngine, *, base: StoredBundle | None = None
 ) -> Trainer:
     """All parts of a training, put together."""
     vocabulary, world = corpora.vocabulary, engine.world
@@ -187,7 +188,9 @@ def _build_validator(recipe: Recipe, corpora: Corpora, engine: TrainEngine, watc
     )
 
 
-def _build_bundles(recipe: Recipe, corpora: Corpora, engine: TrainEngine, directory: Path, base: Bundle | None) -> BundleStore:
+def _build_bundles(
+    recipe: Recipe, corpora: Corpora, engine: TrainEngine, directory: Path, base: StoredBundle | None
+) -> BundleStore:
     def save(bundle: Path, weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
         if recipe.adapter is not None and base is not None:
             tree = recipe_tree(recipe)

@@ -63,7 +63,7 @@ class BundleDescription(Config):
 class Bundle:
     """What a bundle directory holds, ready for use; the model is in evaluation mode, an adapter is merged into it.
 
-    adapters: how many, one over the other. fingerprint: stands for the weights, adapters included; see adapter_files.py.
+    adapters: how many, one over the other.
     """
 
     model: Model
@@ -74,7 +74,6 @@ class Bundle:
     notes: dict[str, Any]
     directory: Path
     adapters: int
-    fingerprint: str
 
 
 def save_bundle(
@@ -116,7 +115,7 @@ def save_adapter_bundle(
     directory: Path,
     *,
     adapter: AdapterConfig,
-    base: Bundle,
+    base: StoredBundle,
     weights: Mapping[str, Tensor],
     recipe: Mapping[str, Any] | None,
     notes: Mapping[str, Any],
@@ -157,7 +156,8 @@ def fresh_directory(directory: Path) -> Iterator[Path]:
 class StoredBundle:
     """A bundle on the disk, verified but for the tokenizer. root: the plain bundle that it is or rests on.
 
-    description: of the root. adapters: over it, lowest first. notes: of the bundle itself. fingerprint: see `Bundle`.
+    description: of the root. adapters: over it, lowest first. notes: of the bundle itself. fingerprint: stands for the weights,
+    adapters included; see adapter_files.py.
     """
 
     directory: Path
@@ -172,6 +172,16 @@ class StoredBundle:
         for adapter in self.adapters:
             tensor = adapter.applied(name, tensor)
         return tensor
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights by portable name, adapters merged. BundleError where an adapter does not fit."""
+        try:
+            weights = load_file(self.root / WEIGHTS)
+        except SafetensorError as error:
+            raise BundleError(f"{self.root / WEIGHTS}: {error}") from error
+        for adapter in self.adapters:
+            adapter.check_names(weights)
+        return {name: self.adapted(name, tensor) for name, tensor in weights.items()}
 
     def tokenizers(self) -> TokenizerPair | None:
         """The tokenizers, None where the bundle was made without. BundleError where they are not those of the model."""
@@ -208,14 +218,11 @@ def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundl
     stored = find_bundle(directory)
     description = stored.description
     model = build_model(description.model, description.vocabulary, seed=None)
+    weights = stored.weights()
     try:
-        weights = load_file(stored.root / WEIGHTS)
-        check_portable(model, weights)
-    except (BundleError, SafetensorError) as error:
+        load_portable(model, weights)
+    except BundleError as error:
         raise BundleError(f"{stored.root / WEIGHTS}: {error}") from error
-    for adapter in stored.adapters:
-        adapter.check_names(weights)
-    load_portable(model, {name: stored.adapted(name, tensor) for name, tensor in weights.items()})
     return Bundle(
         model=model.to(device).eval(),
         model_config=description.model,
@@ -225,7 +232,6 @@ def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundl
         notes=stored.notes,
         directory=stored.directory,
         adapters=len(stored.adapters),
-        fingerprint=stored.fingerprint,
     )
 
 

@@ -15,13 +15,13 @@ from dstrain.adapters.config import AdapterConfig
 from dstrain.adapters.freeze import freeze
 from dstrain.adapters.lora import inject
 from dstrain.batch import Batch
-from dstrain.checkpoint.bundle import Bundle, load_bundle
+from dstrain.checkpoint.bundle import StoredBundle, find_bundle, load_bundle
 from dstrain.checkpoint.files import together
 from dstrain.data.manifest import Manifest
 from dstrain.errors import BundleError, TrainingError
 from dstrain.models.config import ModelConfig
 from dstrain.models.factory import Model, build_model
-from dstrain.models.portable import load_portable, to_portable
+from dstrain.models.portable import load_portable
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
@@ -33,19 +33,17 @@ TRAINING_ALONE = {"dropout", "attention_dropout", "activation_dropout", "layer_d
 """Keys of a model that change nothing outside training."""
 
 
-def load_base(directory: Path, model: ModelConfig, manifest: Manifest) -> Bundle:
-    """The bundle that training starts from. manifest: of the data.
+def find_base(directory: Path, model: ModelConfig, manifest: Manifest) -> StoredBundle:
+    """The bundle that training starts from, whose weights are not read yet. manifest: of the data.
 
     BundleError where it is another model than the recipe's or has no tokenizer, DataError where the data has another one.
     """
-    bundle = load_bundle(directory)
-    if bundle.tokenizers is None:
+    bundle = find_bundle(directory)
+    if bundle.description.tokenizer is None:
         raise BundleError(f"--base {directory} has no tokenizer, so it cannot be told whether the ids of the data are its own")
-    manifest.require_tokenizer(bundle.tokenizers.fingerprint, f"--base {directory}")
-    base, recipe = (
-        _without(TRAINING_ALONE, {"model": config.model_dump(mode="json")}) for config in (bundle.model_config, model)
-    )
-    if differences := recipe_differences(base, recipe):
+    manifest.require_tokenizer(bundle.description.tokenizer, f"--base {directory}")
+    sides = [{"model": config.model_dump(mode="json")} for config in (bundle.description.model, model)]
+    if differences := recipe_differences(*(_without(TRAINING_ALONE, side) for side in sides)):
         raise BundleError(
             f"--base {directory} is another model than the recipe's (base -> recipe):\n"
             + "\n".join(differences)
@@ -54,10 +52,10 @@ def load_base(directory: Path, model: ModelConfig, manifest: Manifest) -> Bundle
     return bundle
 
 
-def build_on_base(base: Bundle, config: ModelConfig, adapter: AdapterConfig | None, seed: int) -> Model:
+def build_on_base(base: StoredBundle, config: ModelConfig, adapter: AdapterConfig | None, seed: int) -> Model:
     """The recipe's model with the base's weights; with an adapter, all else is frozen."""
-    model = build_model(config, base.vocabulary, projections="fused" if adapter is None else "separate", seed=None)
-    load_portable(model, to_portable(base.model))
+    model = build_model(config, base.description.vocabulary, projections="fused" if adapter is None else "separate", seed=None)
+    load_portable(model, base.weights())
     if adapter is not None:
         inject(model, adapter, seed=seed)
         freeze(model, adapter)
@@ -79,8 +77,8 @@ def check_reloaded(directory: Path, engine: Evaluates, batch: Batch, world: Worl
         reloaded = float(plain.evaluate(batch).sums["nll"])
         if not math.isclose(trained, reloaded, rel_tol=tolerance, abs_tol=tolerance):
             raise TrainingError(
-                f"{directory} does not compute what was trained: the same {batch.num_targets} tokens have a loss of {reloaded:.6g} "
-                f"after reloading, {trained:.6g} before; do not use it, and train again from the last checkpoint"
+                f"{directory} does not compute what was trained: {batch.num_targets} tokens have a loss of {trained:.6g} in "
+                f"training and of {reloaded:.6g} after reloading; do not use it, and report this with its recipe"
             )
 
     together(world, TrainingError, f"reading {directory} back", compare)
