@@ -22,6 +22,7 @@ from dstrain.data.plan import StepPlan
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.engine.deepspeed_engine import TrainEngine
 from dstrain.errors import DataError, RecipeError
+from dstrain.log import logger
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.factory import build_objective
@@ -102,6 +103,10 @@ def build_engine(recipe: Recipe, vocabulary: VocabularySizes, world: World, base
         model = build_model(recipe.model, vocabulary, seed=recipe.training.seed)
     else:
         raise RecipeError("the recipe has an adapter section, which adapts a trained model; name its bundle with --base BUNDLE")
+    if world.rank == 0 and recipe.adapter is not None:
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        logger.info("adapter: %d of %d parameters are trained", trained, sum(size for size, _ in sizes))
     return TrainEngine(
         TrainModule(model, build_objective(recipe.objective)),
         optimizer=recipe.optimizer,
