@@ -57,10 +57,10 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> None:
     matches nothing or a setting would change nothing in this model.
     """
     everything = places(model)
-    chosen = {place.part.weight: place for place in reversed(select(everything, config.targets))}
+    first = {place.part.weight: place.path for place in reversed(everything)}
     adapters = {
-        weight: _fresh(place, config, derive_seed(seed, f"adapter {place.path}"), table=_is_table(everything, weight))
-        for weight, place in chosen.items()
+        weight: _fresh(weight, config, derive_seed(seed, f"adapter {first[weight]}"), table=_is_table(everything, weight))
+        for weight in dict.fromkeys(place.part.weight for place in select(everything, config.targets))
     }
     replaced: dict[nn.Module, nn.Module] = {}
     for place in everything:
@@ -93,9 +93,8 @@ def _is_table(everything: Sequence[Place], weight: nn.Parameter) -> bool:
     return any(isinstance(place.part, TokenEmbedding) and place.part.weight is weight for place in everything)
 
 
-def _fresh(place: Place, config: LoraConfig, seed: int, *, table: bool) -> LowRank:
+def _fresh(weight: nn.Parameter, config: LoraConfig, seed: int, *, table: bool) -> LowRank:
     """B at zero; A as torch initializes a linear map (Kaiming-uniform, a = sqrt 5), for a token table from N(0, 1)."""
-    weight = place.part.weight
     rows, columns = weight.shape
     generator = torch.Generator().manual_seed(seed)
     a = torch.empty(config.rank, columns)

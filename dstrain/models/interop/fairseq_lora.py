@@ -55,7 +55,7 @@ def convert_adapted(
     for name in pairs:
         if f"{name}.bias" in weights and name.rpartition(".")[2] in WITHOUT_BIAS:
             raise ImportFormatError(
-                f"the checkpoint has {name}.bias, a random bias that fairseq's adapter gave to a map without one; such a model has "
+                f"the checkpoint has {name}.bias, a random bias that fairseq's adapter gave to a map without one; it has "
                 "no counterpart here; train the adapter again without this target"
             )
     given = _settings(checkpoint.model.get("lora_args"), pairs)
@@ -95,8 +95,8 @@ def _refuse_tied(model: Mapping[str, Any], pairs: Pairs) -> None:
         tables = [path for path in pairs if path.startswith(side) and path.endswith("embed_tokens")]
         if model.get(name) and tables:
             raise ImportFormatError(
-                f"the checkpoint has {name} and an adapter of {tables[0]}: fairseq trained it for one use of the matrix and saved "
-                "it merged into all of them, which are two different models; train the adapter again without this target"
+                f"the checkpoint has {name} and an adapter of {tables[0]}: fairseq trained it for one use of the matrix and "
+                "saved it merged into all of them, which are two different models; train the adapter again without this target"
             )
 
 
