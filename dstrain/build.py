@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dstrain import __version__
 from dstrain.batch import Batch
-from dstrain.checkpoint.bundle import save_bundle
+from dstrain.checkpoint.bundle import StoredBundle, save_adapter_bundle, save_bundle
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.data.config import DataConfig
 from dstrain.data.dataset import Dataset, open_dataset
@@ -23,7 +23,8 @@ from dstrain.data.manifest import load_manifest
 from dstrain.data.plan import StepPlan
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.engine.deepspeed_engine import TrainEngine
-from dstrain.errors import DataError
+from dstrain.errors import DataError, RecipeError
+from dstrain.log import logger
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.factory import build_objective
@@ -32,6 +33,7 @@ from dstrain.ops.allocator import keep_freed_memory
 from dstrain.parallel.topology import DeviceChoice, World, finalize, initialize
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
+from dstrain.training.base import build_on_base, check_reloaded, find_base
 from dstrain.training.bundles import BundleStore
 from dstrain.training.preemption import StopSignals
 from dstrain.training.reporting import build_reporter
@@ -42,22 +44,26 @@ from dstrain.training.validator import Validator, check_split
 from dstrain.training.watchdog import Watchdog
 
 
-def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice) -> int:
+def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice, base: Path | None = None) -> int:
     """Train `recipe` on prepared `data` into the run directory `output`, or resume what is there.
 
-    Returns the exit code of the verb. Raises DstrainError where something does not fit together.
+    base: the bundle whose weights training starts from; None for random ones. Returns the exit code of the verb. Raises
+    DstrainError where something does not fit together.
     """
     world = initialize(device)
     if world.device.type == "cpu":
         keep_freed_memory()
     corpora = Corpora(data, recipe)
+    started_from = None if base is None else find_base(base, recipe.model, corpora.manifest)
     for split, dataset in (("train", corpora.train), ("valid", corpora.valid)):
         check_split(split, dataset.source_lengths, dataset.target_lengths, recipe.model)
     plan = StepPlan(corpora.train.source_lengths, corpora.train.target_lengths, recipe.batching, recipe.training.seed)
     run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job)
     try:
-        engine = build_engine(recipe, corpora.vocabulary, world)
-        code = build_trainer(recipe, corpora, plan, run, engine).run()
+        engine = build_engine(recipe, corpora.vocabulary, world, started_from)
+        code = build_trainer(recipe, corpora, plan, run, engine, base=started_from).run()
+        if code == 0 and recipe.adapter is not None:
+            _check_last_bundle(recipe, corpora, run, engine)
     finally:
         run.close()
     engine.close()
@@ -97,20 +103,36 @@ def _with_later_defaults(section: dict[str, Any]) -> dict[str, Any]:
         return section
 
 
-def build_engine(recipe: Recipe, vocabulary: VocabularySizes, world: World) -> TrainEngine:
-    """Model and objective under the engine, with initial weights from the seed."""
+def build_engine(recipe: Recipe, vocabulary: VocabularySizes, world: World, base: StoredBundle | None = None) -> TrainEngine:
+    """Model and objective under the engine, with the base's weights, or initial ones from the seed.
+
+    Raises RecipeError for an adapter without a base, or one that does not suit the model.
+    """
+    if base is not None:
+        model = build_on_base(base, recipe.model, recipe.adapter, recipe.training.seed)
+    elif recipe.adapter is None:
+        model = build_model(recipe.model, vocabulary, seed=recipe.training.seed)
+    else:
+        raise RecipeError("the recipe has an adapter section, which adapts a trained model; name its bundle with --base BUNDLE")
+    if world.rank == 0 and recipe.adapter is not None:
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+        trained = sum(size for size, is_trained in sizes if is_trained)
+        logger.info("adapter: %d of %d parameters are trained", trained, sum(size for size, _ in sizes))
     return TrainEngine(
-        TrainModule(build_model(recipe.model, vocabulary, seed=recipe.training.seed), build_objective(recipe.objective)),
+        TrainModule(model, build_objective(recipe.objective)),
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,
         engine=recipe.engine,
         ema=recipe.training.ema,
         seed=recipe.training.seed,
         world=world,
+        base=None if base is None else base.fingerprint,
     )
 
 
-def build_trainer(recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, engine: TrainEngine) -> Trainer:
+def build_trainer(
+    recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, engine: TrainEngine, *, base: StoredBundle | None = None
+) -> Trainer:
     """All parts of a training, put together."""
     vocabulary, world = corpora.vocabulary, engine.world
     watchdog = Watchdog(recipe.training.hang_seconds, rank=world.rank)
@@ -136,7 +158,7 @@ def build_trainer(recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, en
         steps=steps,
         validate=_build_validator(recipe, corpora, engine, watchdog),
         checkpoints=CheckpointManager(run.checkpoints, world, keep=recipe.checkpoint.keep_checkpoints),
-        bundles=_build_bundles(recipe, corpora, engine, run.bundles),
+        bundles=_build_bundles(recipe, corpora, engine, run.bundles, base),
         reporter=build_reporter(
             run.directory, recipe.reporting, rank=world.rank, total_steps=recipe.training.max_steps, run_id=run.run_id
         ),
@@ -146,24 +168,36 @@ def build_trainer(recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, en
     )
 
 
+def _valid_batches(recipe: Recipe, corpora: Corpora, world: World) -> Iterator[Batch]:
+    """This rank's share of the valid split."""
+    return evaluation_loader(
+        corpora.valid,
+        recipe.batching.max_tokens,
+        pad_id=corpora.vocabulary.pad_id,
+        eos_id=corpora.vocabulary.eos_id,
+        rank=world.rank,
+        world_size=world.world_size,
+    )
+
+
+def _check_last_bundle(recipe: Recipe, corpora: Corpora, run: Run, engine: TrainEngine) -> None:
+    check_reloaded(
+        run.bundles / "last",
+        engine,
+        next(_valid_batches(recipe, corpora, engine.world)),
+        engine.world,
+        averaged=recipe.training.ema is not None,
+        tolerance=1e-4 if recipe.engine.precision == "fp32" else 0.05,
+    )
+
+
 def _build_validator(recipe: Recipe, corpora: Corpora, engine: TrainEngine, watchdog: Watchdog) -> Validator:
-    vocabulary, world = corpora.vocabulary, engine.world
-
-    def batches() -> Iterator[Batch]:
-        return evaluation_loader(
-            corpora.valid,
-            recipe.batching.max_tokens,
-            pad_id=vocabulary.pad_id,
-            eos_id=vocabulary.eos_id,
-            rank=world.rank,
-            world_size=world.world_size,
-        )
-
+    world = engine.world
     generation = recipe.validation.generation
     return Validator(
         engine,
         world,
-        batches=batches,
+        batches=lambda: _valid_batches(recipe, corpora, world),
         denominator=engine.module.objective.denominator,
         averaged=recipe.training.ema is not None,
         translation=build_translation(generation, recipe.model, corpora.valid, corpora.tokenizers, world.device),
@@ -171,8 +205,14 @@ def _build_validator(recipe: Recipe, corpora: Corpora, engine: TrainEngine, watc
     )
 
 
-def _build_bundles(recipe: Recipe, corpora: Corpora, engine: TrainEngine, directory: Path) -> BundleStore:
+def _build_bundles(
+    recipe: Recipe, corpora: Corpora, engine: TrainEngine, directory: Path, base: StoredBundle | None
+) -> BundleStore:
     def save(bundle: Path, weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        if recipe.adapter is not None and base is not None:
+            tree = recipe_tree(recipe)
+            save_adapter_bundle(bundle, adapter=recipe.adapter, base=base, weights=weights, recipe=tree, notes=notes)
+            return
         save_bundle(
             bundle,
             model_config=recipe.model,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from dstrain.adapters.config import AdapterConfig
 from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece
 from dstrain.engine.config import EngineConfig, FallingSchedule, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
@@ -30,6 +31,7 @@ class Recipe(Config):
     data: DataConfig
     batching: BatchingConfig
     model: ModelConfig
+    adapter: AdapterConfig | None = None
     objective: ObjectiveConfig = Field(default_factory=CrossEntropyConfig)
     optimizer: OptimizerConfig
     schedule: ScheduleConfig

@@ -5,14 +5,18 @@
     BUNDLE/tokenizer/         as in prepared data; absent where the model was made without one
     BUNDLE/recipe.yaml        the recipe that the model was trained by, if any
 
+An adapter bundle holds an adapter in the place of a model (adapter_files.py) and is read as its base with the adapter merged.
+
 It is written beside its place and renamed when it is complete and on the disk. Reading checks every byte of the weights, which
 costs a pass over the file.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dstrain.adapters.config import AdapterConfig
+from dstrain.checkpoint.adapter_files import (
+    BaseReference,
+    StoredAdapter,
+    adapters_of,
+    is_adapter,
+    write_adapter,
+)
 from dstrain.checkpoint.files import replace_directory, sha256, sync
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import BundleError
@@ -49,7 +61,10 @@ class BundleDescription(Config):
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle directory holds, ready for use; the model is in evaluation mode."""
+    """What a bundle directory holds, ready for use; the model is in evaluation mode, an adapter is merged into it.
+
+    adapters: how many, one over the other.
+    """
 
     model: Model
     model_config: ModelConfig
@@ -58,6 +73,7 @@ class Bundle:
     recipe: dict[str, Any] | None
     notes: dict[str, Any]
     directory: Path
+    adapters: int
 
 
 def save_bundle(
@@ -76,14 +92,9 @@ def save_bundle(
     the weights do not fit the configuration, the disk is full (a bundle that was there before then stays), or `directory` holds
     anything but a bundle.
     """
-    directory = directory.resolve()
-    _refuse_to_replace_others(directory)
     with torch.device("meta"):
         check_portable(build_model(model_config, vocabulary, seed=None), weights)
-    fresh = directory.with_name(f".{directory.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    try:
-        fresh.mkdir(parents=True)
+    with fresh_directory(directory) as fresh:
         save_file({name: _own_memory(tensor) for name, tensor in weights.items()}, fresh / WEIGHTS)
         if tokenizers is not None:
             save_tokenizers(tokenizers, fresh / TOKENIZER)
@@ -98,6 +109,40 @@ def save_bundle(
             notes=dict(notes or {}),
         )
         _write_yaml(fresh / MODEL, description.model_dump(mode="json"))
+
+
+def save_adapter_bundle(
+    directory: Path,
+    *,
+    adapter: AdapterConfig,
+    base: StoredBundle,
+    weights: Mapping[str, Tensor],
+    recipe: Mapping[str, Any] | None,
+    notes: Mapping[str, Any],
+) -> None:
+    """Write an adapter bundle, or replace a bundle by one, atomically, after what was written has been read back and compared.
+
+    base: what the adapter was trained on. Where its directory was named by a relative path, the reference to it is relative too,
+    and both may move together. weights: what was trained, by portable name. BundleError as `save_bundle`.
+    """
+    path = base.directory if base.directory.is_absolute() else os.path.relpath(base.directory.resolve(), directory.resolve())
+    with fresh_directory(directory) as fresh:
+        reference = BaseReference(path=str(path), fingerprint=base.fingerprint)
+        write_adapter(fresh, config=adapter, base=reference, weights=weights, notes=notes)
+        if recipe is not None:
+            _write_yaml(fresh / RECIPE, dict(recipe))
+
+
+@contextmanager
+def fresh_directory(directory: Path) -> Iterator[Path]:
+    """An empty directory to write a bundle into, which is on the disk and in the place of `directory` after the context."""
+    directory = directory.resolve()
+    _refuse_to_replace_others(directory)
+    fresh = directory.with_name(f".{directory.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    try:
+        fresh.mkdir(parents=True)
+        yield fresh
         for path in (*fresh.rglob("*"), fresh):
             sync(path)
         replace_directory(fresh, directory)
@@ -107,30 +152,86 @@ def save_bundle(
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundle:
-    """Read and verify a bundle.
+@dataclass(frozen=True)
+class StoredBundle:
+    """A bundle on the disk, verified but for the tokenizer. root: the plain bundle that it is or rests on.
 
-    BundleError: not a bundle directory, a missing or altered file, weights that do not fit, another format version.
+    description: of the root. adapters: over it, lowest first. notes: of the bundle itself. fingerprint: stands for the weights,
+    adapters included; see adapter_files.py.
     """
+
+    directory: Path
+    root: Path
+    description: BundleDescription
+    adapters: tuple[StoredAdapter, ...]
+    notes: dict[str, Any]
+    fingerprint: str
+
+    def adapted(self, name: str, tensor: Tensor) -> Tensor:
+        """The root's tensor of that name with all adapters merged."""
+        for adapter in self.adapters:
+            tensor = adapter.applied(name, tensor)
+        return tensor
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights by portable name, adapters merged. BundleError where an adapter does not fit."""
+        try:
+            weights = load_file(self.root / WEIGHTS)
+        except SafetensorError as error:
+            raise BundleError(f"{self.root / WEIGHTS}: {error}") from error
+        for adapter in self.adapters:
+            adapter.check_names(weights)
+        return {name: self.adapted(name, tensor) for name, tensor in weights.items()}
+
+    def tokenizers(self) -> TokenizerPair | None:
+        """The tokenizers, None where the bundle was made without. BundleError where they are not those of the model."""
+        return _read_tokenizers(self.root, self.description)
+
+    def recipe(self) -> dict[str, Any] | None:
+        """The recipe that the bundle was trained by, if it has one."""
+        path = self.directory / RECIPE
+        return _read_yaml(path) if path.exists() else None
+
+
+def find_bundle(directory: Path) -> StoredBundle:
+    """A bundle and, for an adapter bundle, what it rests on. BundleError as `load_bundle`, before weights are read."""
     directory = _whole(Path(directory))
-    description = read_description(directory)
-    weights_path = directory / WEIGHTS
-    _require(weights_path)
-    if sha256(weights_path) != description.sha256:
-        raise BundleError(f"{weights_path}: the file was altered after it was written (checksum); restore it from a copy")
+    root, adapters = adapters_of(directory)
+    description = read_description(root)
+    weights = root / WEIGHTS
+    _require(weights)
+    if sha256(weights) != description.sha256:
+        raise BundleError(f"{weights}: the file was altered after it was written (checksum); restore it from a copy")
+    fingerprint = description.sha256
+    for adapter in adapters:
+        fingerprint = adapter.fingerprint_on(fingerprint)
+    notes = adapters[-1].description.notes if adapters else description.notes
+    return StoredBundle(directory, root, description, adapters, notes, fingerprint)
+
+
+def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundle:
+    """Read and verify a bundle; adapters are merged into their base.
+
+    BundleError: not a bundle directory, a missing or altered file, weights that do not fit, another format version, an adapter
+    whose base is not where it was or not what it was.
+    """
+    stored = find_bundle(directory)
+    description = stored.description
     model = build_model(description.model, description.vocabulary, seed=None)
+    weights = stored.weights()
     try:
-        load_portable(model, load_file(weights_path))
-    except (BundleError, SafetensorError) as error:
-        raise BundleError(f"{weights_path}: {error}") from error
+        load_portable(model, weights)
+    except BundleError as error:
+        raise BundleError(f"{stored.root / WEIGHTS}: {error}") from error
     return Bundle(
         model=model.to(device).eval(),
         model_config=description.model,
         vocabulary=description.vocabulary,
-        tokenizers=_read_tokenizers(directory, description),
-        recipe=_read_yaml(directory / RECIPE) if (directory / RECIPE).exists() else None,
-        notes=description.notes,
-        directory=directory,
+        tokenizers=stored.tokenizers(),
+        recipe=stored.recipe(),
+        notes=stored.notes,
+        directory=stored.directory,
+        adapters=len(stored.adapters),
     )
 
 
@@ -151,8 +252,13 @@ def read_description(directory: Path) -> BundleDescription:
         raise BundleError(f"{path} does not describe a model: {problems}; restore the file from a copy") from error
 
 
+def is_bundle(directory: Path) -> bool:
+    """Whether a directory is a bundle, plain or with an adapter."""
+    return (directory / MODEL).is_file() or is_adapter(directory)
+
+
 def _refuse_to_replace_others(directory: Path) -> None:
-    if directory.is_dir() and ((directory / MODEL).is_file() or not any(directory.iterdir())):
+    if directory.is_dir() and (is_bundle(directory) or not any(directory.iterdir())):
         return
     if directory.exists():
         raise BundleError(f"{directory} exists and is not a bundle, so it is not replaced; choose another place")

@@ -35,7 +35,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_run(inputs: list[Path]) -> bool:
-    return len(inputs) == 1 and not (inputs[0] / "model.yaml").is_file()
+    from dstrain.checkpoint.bundle import is_bundle
+
+    return len(inputs) == 1 and not is_bundle(inputs[0])
 
 
 def _newest(directory: Path, count: int | None) -> list[Path]:

@@ -1,6 +1,8 @@
 """Turn a fairseq checkpoint of an encoder-decoder transformer into a bundle: weights, configuration and tokenizers.
 
 dstrain import fairseq checkpoint_best.pt --dictionary data-bin --sentencepiece spm.model --output BUNDLE
+
+A checkpoint with LoRA adapters becomes an adapter bundle; BUNDLE/base is the model that they were trained on.
 """
 
 from __future__ import annotations
@@ -32,16 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TAG",
         help="words before the text that SentencePiece does not split, or patterns of them: '???_????' for eng_Latn and the like",
     )
+    parser.add_argument(
+        "--unmerged",
+        action="store_true",
+        help="LoRA adapters are not merged into the weights; so it is in crash.pt, which is known by its name",
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, convert, write."""
-    from dstrain.checkpoint.bundle import save_bundle
+    from dstrain.checkpoint.imported import save_imported
     from dstrain.data.tokenizer import with_tags
     from dstrain.errors import ImportFormatError
     from dstrain.log import logger
-    from dstrain.models.interop.fairseq import convert, read_dictionaries, read_fairseq_checkpoint
+    from dstrain.models.interop.fairseq import read_dictionaries, read_fairseq_checkpoint
+    from dstrain.models.interop.fairseq_lora import convert_adapted
 
     models = args.sentencepiece
     if models and len(models) > 2:
@@ -50,14 +58,15 @@ def run(args: argparse.Namespace) -> int:
     directory = args.dictionary or Path(checkpoint.data_directory)
     tokenizers = read_dictionaries(directory, checkpoint, (models[0], models[-1]) if models else None)
     tokenizers = with_tags(tokenizers, args.language_tags)
-    config, vocabulary, weights = convert(checkpoint, tokenizers)
-    save_bundle(
+    unmerged = args.unmerged or args.checkpoint.name == "crash.pt"
+    config, vocabulary, weights, adapter = convert_adapted(checkpoint, tokenizers, unmerged=unmerged)
+    save_imported(
         args.output,
         model_config=config,
         vocabulary=vocabulary,
         weights=weights,
+        adapter=adapter,
         tokenizers=tokenizers,
-        recipe=None,
         notes={"imported_from": "fairseq", "checkpoint": args.checkpoint.name, "arch": checkpoint.model.get("arch")},
     )
     parameters = sum(tensor.numel() for tensor in weights.values())

@@ -22,6 +22,7 @@ VERBS = {
     "validate": "loss, perplexity and BLEU of a bundle on prepared data",
     "text": "write the raw text of an evaluation split",
     "average": "average bundles into one",
+    "merge": "merge an adapter bundle into its base, as a plain bundle",
     "report": "draw the curves of a run as PNG and HTML",
     "import": "bring what fairseq made: checkpoints, binarized data, command lines",
 }

@@ -42,7 +42,9 @@ SETTING = "setting.pt"
 class TrainEngine:
     """Owns the model, the optimizer and the moving average; implements `protocols.Shardable`.
 
-    module: `TrainModule`, called with a `Batch`, built identically on every rank. step: completed optimizer steps.
+    module: `TrainModule`, called with a `Batch`, built identically on every rank; parameters without `requires_grad` stay as they
+    are, and neither checkpoints nor gathered weights hold them. base: fingerprint of the weights that training began from, None
+    for random ones; a checkpoint continues on the same base alone. step: completed optimizer steps.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class TrainEngine:
         ema: EmaConfig | None,
         seed: int,
         world: World,
+        base: str | None = None,
     ) -> None:
         config = resolve_ds_config(engine, world_size=world.world_size)
         self.world = world
@@ -62,8 +65,10 @@ class TrainEngine:
         self.step = 0
         self.stage: int = config["zero_optimization"]["stage"]
         self._peak, self._schedule, self._precision, self._seed = optimizer.learning_rate, schedule, engine.precision, seed
+        self._base = base
         self._model = cast("nn.Module", module.model)
-        self._layout = portable_layout(self._model)
+        self._trained = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
+        self._layout = {name: parts for name, parts in portable_layout(self._model).items() if name in self._trained}
         self._shape = empty_copy(self._model) if self.stage == 3 else None
         self._comms_logger: bool = config.get("comms_logger", {}).get("enabled", False)
         self._deepspeed = load_deepspeed(world, talkative=_profiles(config))
@@ -182,11 +187,14 @@ class TrainEngine:
         self._masters.publish()
 
     def gather_weights(self, *, averaged: bool) -> dict[str, Tensor] | None:
-        """The fp32 weights by portable name on rank 0's CPU, None elsewhere; the moving average if `averaged`. Collective."""
+        """The trained fp32 weights by portable name on rank 0's CPU, None elsewhere. Collective.
+
+        averaged: the moving average in their place.
+        """
         if averaged:
             self._required_average().exchange()
         gathered = {}
-        for name, parameter in self._model.named_parameters():
+        for name, parameter in self._trained.items():
             full = self._masters.full(parameter)
             if self.rank == 0:
                 gathered[name] = full.to("cpu", copy=True)
@@ -255,6 +263,7 @@ class TrainEngine:
             "partitions": {0: "none", 1: "optimizer", 2: "optimizer", 3: "parameters"}[self.stage],
             "precision": self._precision,
             "moving_average": self._average is not None,
+            "base": self._base,
         }
 
     def _compare(self, directory: Path, saved: dict[str, object]) -> None:

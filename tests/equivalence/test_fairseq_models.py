@@ -8,10 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from dstrain.adapters.config import LoraConfig
+from dstrain.adapters.freeze import freeze
+from dstrain.adapters.lora import inject, merged
 from dstrain.batch import Sequences
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import Projections, build_model
-from dstrain.models.interop.fairseq import convert, read_fairseq_checkpoint
+from dstrain.models.interop.fairseq import read_fairseq_checkpoint
+from dstrain.models.interop.fairseq_lora import convert_adapted
 from dstrain.models.portable import load_portable, portable_layout, split
 from dstrain.nn.context import SelfView
 from dstrain.nn.rotary import LengthRotary
@@ -35,6 +39,7 @@ ENCODER_DECODERS = [
     "ref/h_yarn_scale8",
     "ref/i_alibi_sym",
     "ref/i_nopos_reference",
+    "ref/j_lora_r4",
     "late/l_alibi_sym",
     "late/l_base",
     "late/l_factorized16",
@@ -45,8 +50,8 @@ ENCODER_DECODERS = [
     "late/l_rope_fast",
 ]
 LANGUAGE_MODELS = ["ref/k_lm_plain", "ref/k_lm_plain_tied_prenorm"]
-ELSEWHERE = {"ref/j_lora_r4", "ref/beam", "ref/kd", "ref/toy_train", "ref/trace"}
-"""Folders that other test files are about: adapters, search, distillation, a trained model's output, updates."""
+ELSEWHERE = {"ref/beam", "ref/kd", "ref/toy_train", "ref/trace"}
+"""Folders that other test files are about: search, distillation, a trained model's output, updates."""
 WRONG_INCREMENTALLY = {"ref/d_recurrent3", "ref/g_rope_linear2", "ref/g_rope_vanilla", "ref/h_yarn_dynamic", "ref/h_yarn_scale8"}
 WRONG_INCREMENTALLY |= {"ref/i_alibi_sym", "late/l_alibi_sym"}
 """Where the predecessor's own step-by-step decoding is another function than its training, or fails."""
@@ -70,8 +75,18 @@ FAIRSEQ_PARTS = {
 
 
 def imported(variant: str, projections: Projections = "fused") -> EncoderDecoder:
-    config, vocabulary, weights = convert(read_fairseq_checkpoint(GOLDEN / variant / "checkpoint.pt"))
+    """The model of a folder; its adapters, if any, are merged, or parts of a model with separate projections."""
+    checkpoint = read_fairseq_checkpoint(GOLDEN / variant / "checkpoint.pt")
+    config, vocabulary, weights, adapter = convert_adapted(checkpoint, unmerged=False)
     model = build_model(config, vocabulary, projections=projections, seed=None).eval()
+    if adapter is not None:
+        lora = LoraConfig(**adapter.settings)
+        if projections == "separate":
+            inject(model, lora, seed=1)
+            freeze(model, lora)
+            weights |= adapter.weights
+        else:
+            weights = {name: merged(name, tensor, adapter.weights, lora) for name, tensor in weights.items()}
     load_portable(model, weights)
     golden = arrays(variant)
     if variant in LENGTH_OF_THE_BATCH:
@@ -176,18 +191,42 @@ def fairseq_name(name: str) -> str:
     return name
 
 
-@pytest.mark.parametrize("projections", ["fused", "separate"])
-def test_loss_and_gradients(projections: Projections) -> None:
-    folder: Path = GOLDEN / "ref/a_base"
-    golden = arrays("ref/a_base")
-    model = imported("ref/a_base", projections)
+@pytest.mark.parametrize(("variant", "projections"), [("a_base", "fused"), ("a_base", "separate"), ("j_lora_r4", "separate")])
+def test_loss_and_gradients(variant: str, projections: Projections) -> None:
+    folder: Path = GOLDEN / "ref" / variant
+    golden = arrays(f"ref/{variant}")
+    model = imported(f"ref/{variant}", projections)
     source, target = right_padded(golden["src_tokens_rightpad"]), right_padded(golden["prev_output_tokens"])
     loss = label_smoothed_loss(model.project(model(source, target).hidden), golden["target"], 0.1)
     loss.backward()
     assert loss.item() == pytest.approx(json.loads((folder / "meta.json").read_text())["loss"], rel=1e-6)
 
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    ours = {fairseq_name(name): gradient for name, gradient in split(portable_layout(model), gradients).items()}
+    layout = {name: parts for name, parts in portable_layout(model).items() if name in gradients}
+    ours = {fairseq_name(name): gradient for name, gradient in split(layout, gradients).items()}
     with np.load(folder / "grads.npz") as file:
-        theirs = {name: torch.from_numpy(file[name]) for name in file.files}
+        theirs = {
+            name.replace("lora_A", "lora_a").replace("lora_B", "lora_b"): torch.from_numpy(file[name]) for name in file.files
+        }
     torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize(("name", "unmerged"), [("checkpoint.pt", False), ("checkpoint_unmerged.pt", True)])
+def test_the_base_below_an_adapter(name: str, unmerged: bool) -> None:
+    folder, golden = GOLDEN / "ref" / "j_lora_r4", arrays("ref/j_lora_r4")
+    expected = convert_adapted(read_fairseq_checkpoint(folder / "base_without_lora.pt"), unmerged=False)
+    config, vocabulary, weights, adapter = convert_adapted(read_fairseq_checkpoint(folder / name), unmerged=unmerged)
+    assert adapter is not None
+    assert adapter.settings["targets"] == ["k_proj", "v_proj"]
+    assert (config, vocabulary, None) == (*expected[:2], expected[3])
+    torch.testing.assert_close(weights, expected[2], rtol=1e-5, atol=1e-6)
+    lora = LoraConfig(**adapter.settings)
+    adapted = {name: merged(name, tensor, adapter.weights, lora) for name, tensor in weights.items()}
+    source, target = right_padded(golden["src_tokens_rightpad"]), right_padded(golden["prev_output_tokens"])
+    model = build_model(config, vocabulary, seed=None).eval()
+    for state, truth in ((weights, "logits_base_without_lora"), (adapted, "logits_unmerged")):
+        load_portable(model, state)
+        with torch.no_grad():
+            logits = model.project(model(source, target).hidden)
+        real = target.tokens != PAD
+        torch.testing.assert_close(logits[real], golden[truth][real], **CLOSE)

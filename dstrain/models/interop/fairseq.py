@@ -129,9 +129,9 @@ def convert(
     for side, stack in stacks.items():
         if stack.final_norm == "no":
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{side}.layer_norm.")}
-        weights = _unstack(weights, side, stack.schedule)
+        weights = unstack(weights, side, stack.schedule)
     _untie(weights, [name for name in TABLES if checkpoint.has_encoder or name.startswith("decoder")], config.embedding.tie)
-    portable = {_portable_name(name): tensor.float() for name, tensor in weights.items()}
+    portable = {portable_name(name): tensor.float() for name, tensor in weights.items()}
     for name in ("source_embedding.positions.weight", "target_embedding.positions.weight"):
         if name in portable:
             portable[name] = portable[name][POSITION_ROWS:]
@@ -225,7 +225,7 @@ def _modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return modern
 
 
-def _unstack(weights: Mapping[str, Tensor], side: str, schedule: Sequence[int]) -> dict[str, Tensor]:
+def unstack(weights: Mapping[str, Tensor], side: str, schedule: Sequence[int]) -> dict[str, Tensor]:
     """Layers that run at several depths once, after a look that they hold the same at each."""
     kept = {}
     for name, tensor in weights.items():
@@ -253,7 +253,7 @@ def _untie(weights: dict[str, Tensor], tables: Sequence[str], tie: str) -> None:
             raise ImportFormatError(f"{tied[0]} and {name} differ, but the checkpoint's settings say that they are one matrix")
 
 
-def _portable_name(name: str) -> str:
+def portable_name(name: str) -> str:
     """`decoder.layers.3.encoder_attn.k_proj.weight` -> `decoder.layers.3.cross_attention.k_proj.weight`; others as they are."""
     layer = re.fullmatch(r"((?:encoder|decoder)\.layers\.\d+)\.(\w+)\.(.+)", name)
     if layer and layer[2] in LAYER_PARTS:

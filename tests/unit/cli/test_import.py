@@ -1,5 +1,6 @@
 """`dstrain import fairseq`, through the command line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,28 @@ def test_language_tags_are_symbols_of_the_dictionaries(tmp_path: Path, capfd: py
     assert "neither dictionary has a symbol like the tag 'nowhere_*'" in capfd.readouterr().err
     assert main([*words, "s0[01]"]) == 0
     assert load_bundle(tmp_path / "b").tokenizers.source.tags == {"s00", "s01"}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint_unmerged.pt", "crash.pt"])
+def test_adapters_become_an_adapter_bundle_with_its_base_inside(name: str, tmp_path: Path) -> None:
+    """Unmerged weights are known by the name crash.pt, or by an option."""
+    folder = GOLDEN / "ref/j_lora_r4"
+    checkpoint = folder / name
+    if name == "crash.pt":
+        checkpoint = tmp_path / name
+        checkpoint.write_bytes((folder / "checkpoint_unmerged.pt").read_bytes())
+    options = ["--unmerged"] if name == "checkpoint_unmerged.pt" else []
+    output = tmp_path / "imported"
+    words = ["import", "fairseq", str(checkpoint), "--dictionary", str(GOLDEN / "data/bin_sep"), "--output", str(output)]
+    assert main([*words, *options]) == 0
+    output.rename(tmp_path / "moved")
+    adapted, base = load_bundle(tmp_path / "moved"), load_bundle(tmp_path / "moved" / "base")
+    assert (adapted.adapters, base.adapters) == (1, 0)
+    for bundle, original in ((adapted, "checkpoint.pt"), (base, "base_without_lora.pt")):
+        stored = read_fairseq_checkpoint(folder / original)
+        plain = {key: tensor for key, tensor in stored.weights.items() if "lora" not in key}
+        settings = {key: value for key, value in stored.model.items() if key != "lora_args"}
+        expected = convert(replace(stored, model=settings, weights=plain))[2]
+        for key, tensor in to_portable(bundle.model).items():
+            torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-6)
+    assert adapted.tokenizers is not None

@@ -12,6 +12,7 @@ from dstrain.errors import ImportFormatError
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, NoPosition, PlainEmbedding, StackConfig
 from dstrain.models.interop.fairseq import FairseqCheckpoint, convert, read_dictionaries, read_fairseq_checkpoint
 from dstrain.models.interop.fairseq_config import UNSUPPORTED, convert_config
+from dstrain.models.interop.fairseq_lora import convert_adapted
 from tests.paths import GOLDEN, needs_golden
 
 SMALL = {
@@ -282,9 +283,8 @@ def test_every_golden_checkpoint_is_read() -> None:
     folders = sorted(path.parent for kind in ("ref", "late") for path in (GOLDEN / kind).glob("*/checkpoint.pt"))
     assert len(folders) == 26
     for folder in folders:
-        if folder.name == "j_lora_r4":
-            continue  # an adapter over a base; see tests/equivalence
-        config, _, weights = convert(read_fairseq_checkpoint(folder / "checkpoint.pt"))
+        config, _, weights, adapter = convert_adapted(read_fairseq_checkpoint(folder / "checkpoint.pt"), unmerged=False)
+        assert (adapter is not None) == (folder.name == "j_lora_r4"), folder
         assert config.decoder.num_heads == 4, folder
         assert sum(tensor.numel() for tensor in weights.values()) > 20_000, folder
 

@@ -1,0 +1,157 @@
+"""What an adapter bundle holds: the trained tensors, and where the base lies that they belong to.
+
+    BUNDLE/adapter/adapter.yaml         format, adapter settings, reference to the base (path, fingerprint), checksum, notes
+    BUNDLE/adapter/adapter.safetensors  A, B and trained biases by portable name
+    BUNDLE/recipe.yaml                  the recipe that the adapter was trained by, if any
+
+The base is a bundle, which may be an adapter bundle itself. Its fingerprint stands for the weights that the adapter was trained
+on: the checksum of a plain bundle's weights, and with each adapter on the way a hash over it and what lies below.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dstrain.adapters.config import AdapterConfig
+from dstrain.adapters.lora import merged, strangers
+from dstrain.checkpoint.files import sha256
+from dstrain.errors import BundleError
+from dstrain.strict import Config
+
+FORMAT = 1
+ADAPTER, DESCRIPTION, WEIGHTS = "adapter", "adapter.yaml", "adapter.safetensors"
+
+
+class BaseReference(Config):
+    """path: of the base bundle, absolute or from the adapter bundle's directory. fingerprint: of its weights."""
+
+    path: str
+    fingerprint: str
+
+
+class AdapterDescription(Config):
+    """What adapter.yaml holds. sha256: of adapter.safetensors."""
+
+    format: int
+    adapter: AdapterConfig
+    base: BaseReference
+    sha256: str
+    notes: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as it lies in the bundle `directory`, read and verified."""
+
+    directory: Path
+    description: AdapterDescription
+    weights: dict[str, Tensor]
+
+    @property
+    def base(self) -> Path:
+        """The directory of the base. BundleError where there is none."""
+        path = self.directory / self.description.base.path
+        if not path.is_dir():
+            raise BundleError(
+                f"{self.file}: base.path = {self.description.base.path} leads to {path}, which is no directory; put the base "
+                "bundle there, or write the path of its new place into base.path"
+            )
+        return path
+
+    @property
+    def file(self) -> Path:
+        """adapter.yaml."""
+        return self.directory / ADAPTER / DESCRIPTION
+
+    def fingerprint_on(self, base: str) -> str:
+        """The fingerprint of this adapter on a base of that fingerprint. BundleError where it was trained on another one."""
+        expected = self.description.base.fingerprint
+        if base != expected:
+            raise BundleError(
+                f"{self.file}: base.fingerprint = {expected[:12]}, but the weights of {self.base} have {base[:12]}: the adapter "
+                "was trained on another base; let base.path name that one"
+            )
+        settings = json.dumps(self.description.adapter.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(f"{base} {self.description.sha256} {settings}".encode()).hexdigest()
+
+    def check_names(self, base: Iterable[str]) -> None:
+        """BundleError where a tensor of the adapter belongs to none of the base's, given by name."""
+        if lost := sorted(strangers(self.weights, base)):
+            raise BundleError(f"{self.directory / ADAPTER / WEIGHTS}: the base has no place for {', '.join(lost[:8])}")
+
+    def applied(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of the base as this adapter leaves it. BundleError names the file where they do not fit."""
+        try:
+            return merged(name, tensor, self.weights, self.description.adapter)
+        except BundleError as error:
+            raise BundleError(f"{self.directory / ADAPTER / WEIGHTS}: {error}") from error
+
+
+def is_adapter(directory: Path) -> bool:
+    """Whether a directory is an adapter bundle."""
+    return (directory / ADAPTER / DESCRIPTION).is_file()
+
+
+def adapters_of(directory: Path) -> tuple[Path, tuple[StoredAdapter, ...]]:
+    """The plain bundle that a bundle rests on, and the adapters over it, lowest first; none where it is plain itself.
+
+    BundleError where a base is missing, a file is missing or altered, or bases go round in a circle.
+    """
+    adapters: list[StoredAdapter] = []
+    while is_adapter(directory):
+        if any(directory.samefile(above.directory) for above in adapters):
+            raise BundleError(f"{adapters[-1].file}: base.path leads back to {directory}; let it name the bundle trained on")
+        adapters.append(read_adapter(directory))
+        directory = adapters[-1].base
+    return directory, tuple(reversed(adapters))
+
+
+def read_adapter(directory: Path) -> StoredAdapter:
+    """The adapter in a bundle directory, without its base. BundleError: a file is missing, malformed or altered."""
+    path, weights_path = directory / ADAPTER / DESCRIPTION, directory / ADAPTER / WEIGHTS
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        description = AdapterDescription.model_validate(content)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BundleError(f"{path} cannot be read: {error}; restore it from a copy") from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise BundleError(f"{path} does not describe an adapter: {problems}; restore the file from a copy") from error
+    if description.format != FORMAT:
+        raise BundleError(f"{path}: format {description.format}, this dstrain reads {FORMAT}; use the version that wrote it")
+    if not weights_path.is_file():
+        raise BundleError(f"{weights_path} is missing: the bundle is incomplete; restore it from a copy")
+    if sha256(weights_path) != description.sha256:
+        raise BundleError(f"{weights_path}: the file was altered after it was written (checksum); restore it from a copy")
+    try:
+        return StoredAdapter(directory, description, load_file(weights_path))
+    except SafetensorError as error:
+        raise BundleError(f"{weights_path}: {error}; restore it from a copy") from error
+
+
+def write_adapter(
+    directory: Path, *, config: AdapterConfig, base: BaseReference, weights: Mapping[str, Tensor], notes: Mapping[str, Any]
+) -> None:
+    """Write an adapter into a bundle directory, read it back and compare. BundleError where the two differ."""
+    folder = directory / ADAPTER
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    description = AdapterDescription(format=FORMAT, adapter=config, base=base, sha256=sha256(folder / WEIGHTS), notes=dict(notes))
+    text = yaml.safe_dump(description.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+    stored = read_adapter(directory)
+    same = stored.weights.keys() == weights.keys() and all(torch.equal(stored.weights[name], weights[name]) for name in weights)
+    if not same or stored.description != description:
+        raise BundleError(f"{folder} does not hold what was written into it; the disk or its memory is not to be trusted")

@@ -1,0 +1,37 @@
+"""dstrain merge: an adapter bundle and its base as one plain bundle, which needs neither any more.
+
+dstrain merge RUN/bundles/best --output BUNDLE
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="an adapter bundle")
+    parser.add_argument("--output", metavar="BUNDLE", type=Path, required=True, help="where the plain bundle goes")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Read, merge, write."""
+    from dstrain.checkpoint.bundle import load_bundle, save_bundle
+    from dstrain.errors import BundleError
+    from dstrain.models.portable import to_portable
+
+    bundle = load_bundle(args.bundle)
+    if not bundle.adapters:
+        raise BundleError(f"{args.bundle} is a plain bundle already; name an adapter bundle, such as RUN/bundles/best")
+    save_bundle(
+        args.output,
+        model_config=bundle.model_config,
+        vocabulary=bundle.vocabulary,
+        weights=to_portable(bundle.model),
+        tokenizers=bundle.tokenizers,
+        recipe=bundle.recipe,
+        notes={**bundle.notes, "merged_from": str(args.bundle)},
+    )
+    print(f"{args.bundle} merged into its base -> {args.output}")
+    return 0

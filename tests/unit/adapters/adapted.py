@@ -1,0 +1,69 @@
+"""Adapted small models for the tests of this room."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dstrain.adapters.config import LoraConfig
+from dstrain.adapters.freeze import freeze
+from dstrain.adapters.lora import inject, merged
+from dstrain.batch import Sequences
+from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
+from dstrain.models.factory import Model
+from dstrain.models.portable import load_portable, to_portable
+from tests.unit.models.build import sequences, small_config, small_model
+
+SOURCE, TARGET = sequences(5, 3, 1), sequences(4, 6, 1, seed=2)
+
+
+def lora(*targets: str, **changes: Any) -> LoraConfig:
+    """Rank 3, alpha 5, unless changed."""
+    return LoraConfig(**{"rank": 3, "alpha": 5, "targets": targets, **changes})
+
+
+def adapted(
+    adapter: LoraConfig, config: EncoderDecoderConfig | DecoderOnlyConfig | None = None, *, trained: bool = True, seed: int = 1
+) -> Model:
+    """A small model in evaluation mode with adapters that are as after some training, or fresh."""
+    model = small_model(config or small_config(), projections="separate")
+    inject(model, adapter, seed=seed)
+    freeze(model, adapter)
+    if trained:
+        train(model)
+    return model.eval()
+
+
+def train(model: Model) -> None:
+    """Move every trained parameter."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+@torch.no_grad()
+def logits(model: Model, source: Sequences = SOURCE, target: Sequences = TARGET) -> Tensor:
+    """Of all real target positions."""
+    joined: Tensor = model.project(model(source, target).hidden)
+    return joined[target.tokens != 1]
+
+
+def copies(model: Model) -> dict[str, Tensor]:
+    """Its weights by portable name, as they are now."""
+    return {name: tensor.clone() for name, tensor in to_portable(model).items()}
+
+
+def adapter_of(model: Model) -> dict[str, Tensor]:
+    """What was trained, by portable name."""
+    trained = {parameter.data_ptr() for parameter in model.parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in to_portable(model).items() if tensor.data_ptr() in trained}
+
+
+def merged_model(model: Model, adapter: LoraConfig, config: EncoderDecoderConfig | DecoderOnlyConfig | None = None) -> Model:
+    """A plain model with the base's weights, changed as `merged` says."""
+    plain = small_model(config or small_config())
+    base, trained = copies(plain), adapter_of(model)
+    load_portable(plain, {name: merged(name, tensor, trained, adapter) for name, tensor in base.items()})
+    return plain
