@@ -51,7 +51,13 @@ def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice) -> 
     corpora = Corpora(data, recipe)
     for split, dataset in (("train", corpora.train), ("valid", corpora.valid)):
         check_split(split, dataset.source_lengths, dataset.target_lengths, recipe.model)
-    plan = StepPlan(corpora.train.source_lengths, corpora.train.target_lengths, recipe.batching, recipe.training.seed)
+    plan = StepPlan(
+        corpora.train.source_lengths,
+        corpora.train.target_lengths,
+        recipe.batching,
+        recipe.training.seed,
+        sides=recipe.model.limits.sides,
+    )
     run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job)
     try:
         engine = build_engine(recipe, corpora.vocabulary, world)
@@ -146,6 +152,7 @@ def _build_validator(recipe: Recipe, corpora: Corpora, engine: TrainEngine, watc
             eos_id=vocabulary.eos_id,
             rank=world.rank,
             world_size=world.world_size,
+            sides=recipe.model.limits.sides,
         )
 
     generation = recipe.validation.generation

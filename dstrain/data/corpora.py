@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from dstrain.data.config import DataConfig, GrammarText, JsonlText, ParallelText, TextSource, TsvText
+from dstrain.data.config import DataConfig, GrammarText, JsonlText, ParallelText, PlainText, TextSource, TsvText
 from dstrain.data.grammar import GrammarReader
 from dstrain.data.text import BlockReader, TextBlock, decode_lines, expand_path
 from dstrain.errors import DataError
@@ -48,7 +48,7 @@ def files_of(source: TextSource) -> tuple[Path, ...]:
     match source:
         case ParallelText():
             return expand_path(source.source), expand_path(source.target)
-        case TsvText() | JsonlText():
+        case TsvText() | JsonlText() | PlainText():
             return (expand_path(source.path),)
         case GrammarText():
             return ()
@@ -84,7 +84,10 @@ def _open(source: TextSource, start: int) -> AbstractContextManager[Reader]:
 
 
 def parse(source: TextSource, block: TextBlock) -> tuple[list[str], list[str]]:
-    """Source and target texts of a block's pairs. Raises DataError naming file and line where a record is malformed."""
+    """Source and target texts of a block's pairs; sources are empty where the corpus has none.
+
+    Raises DataError naming file and line where a record is malformed.
+    """
     match source:
         case ParallelText() | GrammarText():
             return decode_lines(block, 0), decode_lines(block, 1)
@@ -92,6 +95,9 @@ def parse(source: TextSource, block: TextBlock) -> tuple[list[str], list[str]]:
             return _parse_tsv(source, block)
         case JsonlText():
             return _parse_jsonl(source, block)
+        case PlainText():
+            lines = decode_lines(block, 0)
+            return [""] * len(lines), lines
 
 
 def _parse_tsv(source: TsvText, block: TextBlock) -> tuple[list[str], list[str]]:

@@ -1,7 +1,8 @@
 """Raw blocks to ids: what a worker process does. Decode, parse, tokenize, add EOS, filter; numpy arrays come out.
 
 An evaluation split keeps every pair and its texts. A training pair is dropped for the first reason that applies: a side is empty,
-a side is too long, one side is too many times longer than the other.
+a side is too long, one side is too many times longer than the other. Text without a source is judged by its own length alone, and
+its blank lines are dropped everywhere.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dstrain.data.config import DataConfig, FilterConfig
+from dstrain.data.config import DataConfig, FilterConfig, PlainText
 from dstrain.data.corpora import Block, parse, splits_of
 from dstrain.data.rows import Rows, id_dtype
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from dstrain.protocols import TextTokenizer
 
 Mask = npt.NDArray[np.bool_]
+Lengths = npt.NDArray[np.int32]
 
 
 class EncodedBlock(NamedTuple):
@@ -47,36 +49,41 @@ class Encoder:
 
     def __call__(self, block: Block) -> EncodedBlock:
         """Encode a block. Raises DataError where a record is malformed."""
-        source_text, target_text = parse(self._corpora[block.split][block.corpus], block.text)
+        corpus = self._corpora[block.split][block.corpus]
+        source_text, target_text = parse(corpus, block.text)
         source, target = self._tokenizers.source.encode(source_text), self._tokenizers.target.encode(target_text)
-        dropped: dict[str, int] = {}
-        if block.split == "train":
-            reasons = drop_reasons(_lengths(source), _lengths(target), self._filter)
-            dropped = {reason: int(mask.sum()) for reason, mask in reasons.items()}
-            if any(dropped.values()):
-                keep = ~np.logical_or.reduce(list(reasons.values()))
-                source, target = list(compress(source, keep)), list(compress(target, keep))
+        alone = isinstance(corpus, PlainText)
+        reasons = drop_reasons(None if alone else _lengths(source), _lengths(target), self._filter)
+        if block.split != "train":
+            reasons = {"empty": reasons["empty"]} if alone else {}
+        dropped = {reason: int(mask.sum()) for reason, mask in reasons.items()}
+        if any(dropped.values()):
+            keep = ~np.logical_or.reduce(list(reasons.values()))
+            source, target = list(compress(source, keep)), list(compress(target, keep))
+            source_text, target_text = list(compress(source_text, keep)), list(compress(target_text, keep))
         rows = Rows(*_flatten(source, self._tokenizers.source), *_flatten(target, self._tokenizers.target))
         if block.split != "train":
             rows = rows._replace(source_text=source_text, target_text=target_text)
         return EncodedBlock(block.text.num_lines, dropped, rows)
 
 
-def drop_reasons(source: npt.NDArray[np.int32], target: npt.NDArray[np.int32], limits: FilterConfig) -> dict[str, Mask]:
-    """Which pairs to drop, by reason; no pair has two. source, target: (N,) lengths with EOS -> three masks (N,)."""
-    empty = (source <= 1) | (target <= 1)
-    too_long = ((source > limits.max_source_length) | (target > limits.max_target_length)) & ~empty
+def drop_reasons(source: Lengths | None, target: Lengths, limits: FilterConfig) -> dict[str, Mask]:
+    """Which pairs to drop, by reason; no pair has two. source, target: lengths with EOS; None for text without a source."""
+    empty, too_long = target <= 1, target > limits.max_target_length
     ratio = np.zeros_like(empty)
-    if limits.max_ratio is not None:
-        ratio = (np.maximum(source, target) > limits.max_ratio * np.minimum(source, target)) & ~empty & ~too_long
-    return {"empty": empty, "too long": too_long, "ratio": ratio}
+    if source is not None:
+        empty |= source <= 1
+        too_long |= source > limits.max_source_length
+        if limits.max_ratio is not None:
+            ratio = np.maximum(source, target) > limits.max_ratio * np.minimum(source, target)
+    return {"empty": empty, "too long": too_long & ~empty, "ratio": ratio & ~empty & ~too_long}
 
 
-def _lengths(rows: list[list[int]]) -> npt.NDArray[np.int32]:
+def _lengths(rows: list[list[int]]) -> Lengths:
     return np.fromiter(map(len, rows), np.int32, len(rows)) + 1
 
 
-def _flatten(rows: list[list[int]], tokenizer: TextTokenizer) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+def _flatten(rows: list[list[int]], tokenizer: TextTokenizer) -> tuple[npt.NDArray[Any], Lengths]:
     """Ids of all rows with EOS after each, and the rows' lengths."""
     lengths = _lengths(rows)
     for row in rows:

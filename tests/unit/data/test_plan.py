@@ -253,6 +253,35 @@ def test_micro_batches_share_a_step_among_ranks(plan: StepPlan, world_size: int)
         assert len(groups) - world_size < len(few) <= len(groups)
 
 
+@settings(max_examples=200, deadline=None)
+@given(pairs=PAIRS, tokens=st.integers(119, 400), world_size=st.integers(1, 4))
+def test_joined_sides_are_counted_together(pairs: Pairs, tokens: int, world_size: int) -> None:
+    """A decoder-only model pads the longest source and the longest target of a batch, whichever rows they are of."""
+    source, target = sides(pairs)
+    config = BatchingConfig(tokens_per_step=150, max_tokens=tokens)
+    plan = StepPlan(source, target, config, 1, sides="joined")
+    assert listed(list(plan.epoch(0))) == listed(list(StepPlan(source, target, config, 1).epoch(0))), "the steps are the same"
+    groups = [
+        group
+        for step in plan.epoch(0)
+        for group in micro_batches(step.examples, source, target, tokens, world_size, sides="joined")
+        if len(group)
+    ]
+    assert sorted(np.concatenate(groups)) == list(range(len(pairs)))
+    assert all(len(group) * (source[group].max() + target[group].max() - 1) <= tokens for group in groups)
+    batches = evaluation_batches(source, target, 70, sides="joined")
+    assert sorted(np.concatenate(batches)) == list(range(len(pairs)))
+    assert all(len(rows) == 1 or len(rows) * (source[rows].max() + target[rows].max() - 1) <= 70 for rows in batches)
+
+
+def test_sides_that_fit_apart_but_not_joined_are_named() -> None:
+    config = BatchingConfig(tokens_per_step=40, max_tokens=50)
+    lengths = np.array([5, 30], np.uint16), np.array([5, 22], np.uint16)
+    StepPlan(*lengths, config, 1)
+    with pytest.raises(DataError, match=r"training example 1 has 51 source and target tokens, over batching\.max_tokens 50"):
+        StepPlan(*lengths, config, 1, sides="joined")
+
+
 def best_worst_cost(widths: Sequence[int], pieces: int) -> int:
     """Over all ways to cut ascending widths into at most `pieces` groups, the smallest cost of the costliest: dynamic program."""
     best = [0] + [10**9] * len(widths)
