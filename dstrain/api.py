@@ -86,6 +86,15 @@ class Model:
         self.device = device
 
     @property
+    def continues(self) -> bool:
+        """Whether this is a language model: a line is the beginning of a text that it goes on with, not a source.
+
+        So it is for a decoder-only model unless its recipe trained it on pairs.
+        """
+        corpora = (self.bundle.recipe or {}).get("data", {}).get("train", ())
+        return self.bundle.model_config.kind == "decoder_only" and all(corpus["kind"] == "text" for corpus in corpora)
+
+    @property
     def tokenizer(self) -> TokenizerPair:
         """Tokenizers of source and target. BundleError where the bundle was made without them."""
         if self.bundle.tokenizers is None:
@@ -118,6 +127,7 @@ class Model:
     ) -> list[list[TextHypothesis]]:
         """For each sentence its `num_best` hypotheses, best first; an empty sentence without prefix has an empty one.
 
+        A language model goes on from the sentence, which its hypotheses repeat; other models translate it (see `continues`).
         prefixes: for each sentence the text that its hypotheses begin with; free where empty. The other options are those of
         `generation.config`; what is left out follows the bundle's recipe. RecipeError: an option that this method does not have,
         or of no valid value. DataError: a sentence longer than the model reads, without truncate_source.
@@ -160,6 +170,8 @@ class Model:
                 raise DataError(f"generate got one string ({texts[:40]!r}); give a list of sentences")
         if prefixes is not None:
             same_number(sentences, prefixes, "prefixes")
+        if self.continues:
+            sentences, prefixes = [""] * len(sentences), _beginnings(sentences, prefixes, first_line)
         tokenizer = self.tokenizer
         generator = Generator(
             self.bundle.model,
@@ -186,7 +198,7 @@ class Model:
         length_penalty: float | None = None,
         truncate: bool = False,
     ) -> list[TextHypothesis]:
-        """Each target as a hypothesis of its source, scored as a search would score it.
+        """Each target as a hypothesis of its source, scored as a search would score it; a language model wants empty sources.
 
         DataError: unequal numbers of lines, or one longer than the model reads, without truncate.
         """
@@ -205,11 +217,14 @@ class Model:
     ) -> list[TextHypothesis]:
         """As `score`, by a whole configuration. first_line, progress: as in `generation.generator`."""
         same_number(sources, targets, "targets")
+        if self.continues:
+            _refuse_sources(sources, first_line)
         tokenizer, limits = self.tokenizer, self.bundle.model_config.limits
         encoded = [[*row, tokenizer.source.eos_id] for row in tokenizer.source.encode(sources)]
         wanted = [[*row, tokenizer.target.eos_id] for row in tokenizer.target.encode(targets)]
-        source_ids = fitting(encoded, limits.source, truncate=truncate, first_line=first_line)
-        target_ids = fitting(wanted, limits.target, truncate=truncate, first_line=first_line, what="target")
+        source_ids = fitting(encoded, [limits.source] * len(encoded), truncate=truncate, first_line=first_line)
+        after = [limits.target_after(len(source)) for source in source_ids]
+        target_ids = fitting(wanted, after, truncate=truncate, first_line=first_line, what="target")
         ids = SpecialIds.of(tokenizer.target)
         scored: dict[int, TextHypothesis] = {}
         for rows in batches_by_length(longer_of(source_ids, target_ids), range(len(targets)), config.max_tokens):
@@ -247,6 +262,26 @@ def same_number(sources: Sequence[object], others: Sequence[object], name: str) 
     """DataError unless there is one of the others, called `name`, for each source."""
     if len(sources) != len(others):
         raise DataError(f"{len(sources)} sources but {len(others)} {name}; give one for each source")
+
+
+def _beginnings(lines: Sequence[str], prefixes: Sequence[str] | None, first_line: int) -> list[str]:
+    """What a language model goes on from: each line or its prefix. DataError where there are both."""
+    beginnings = []
+    for number, (line, prefix) in enumerate(zip(lines, prefixes or [""] * len(lines), strict=True), first_line):
+        if line.strip() and prefix.strip():
+            raise DataError(
+                f"line {number} ({line[:40]!r}) and its prefix: a language model goes on from one text; leave one of them empty"
+            )
+        beginnings.append(prefix if prefix.strip() else line)
+    return beginnings
+
+
+def _refuse_sources(lines: Sequence[str], first_line: int) -> None:
+    for number, line in enumerate(lines, first_line):
+        if line.strip():
+            raise DataError(
+                f"source line {number} ({line[:40]!r}): a language model scores whole texts, which have no source; leave it empty"
+            )
 
 
 def longer_of(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[int]:

@@ -57,7 +57,13 @@ def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice, bas
     started_from = None if base is None else find_base(base, recipe.model, corpora.manifest)
     for split, dataset in (("train", corpora.train), ("valid", corpora.valid)):
         check_split(split, dataset.source_lengths, dataset.target_lengths, recipe.model)
-    plan = StepPlan(corpora.train.source_lengths, corpora.train.target_lengths, recipe.batching, recipe.training.seed)
+    plan = StepPlan(
+        corpora.train.source_lengths,
+        corpora.train.target_lengths,
+        recipe.batching,
+        recipe.training.seed,
+        sides=recipe.model.limits.sides,
+    )
     run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job)
     try:
         engine = build_engine(recipe, corpora.vocabulary, world, started_from)
@@ -177,6 +183,7 @@ def _valid_batches(recipe: Recipe, corpora: Corpora, world: World) -> Iterator[B
         eos_id=corpora.vocabulary.eos_id,
         rank=world.rank,
         world_size=world.world_size,
+        sides=recipe.model.limits.sides,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dstrain.adapters.config import AdapterConfig
-from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece
+from dstrain.data.config import BatchingConfig, DataConfig, PlainText, TrainedSentencePiece, has_no_source
 from dstrain.engine.config import EngineConfig, FallingSchedule, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 from dstrain.models.config import ModelConfig
@@ -46,6 +46,7 @@ class Recipe(Config):
     def _parts_fit(self) -> Recipe:
         problems = [
             *self._schedule_problems(),
+            *self._text_problems(),
             *self._length_problems(),
             *self._vocabulary_problems(),
             *self._dropout_problems(),
@@ -62,8 +63,31 @@ class Recipe(Config):
                 "learning rate has ended; raise total_steps"
             )
 
+    def _text_problems(self) -> Iterator[str]:
+        plain = [place for place, corpus in self.data.corpora() if isinstance(corpus, PlainText)]
+        if plain and self.model.kind == "encoder_decoder":
+            yield (
+                f"data.{plain[0]} is text without a source (kind: text), where an encoder has nothing to read; choose "
+                "model.kind: decoder_only, or a corpus of pairs"
+            )
+        untranslatable = [place for place in plain if place.startswith("valid.") or has_no_source(self.data.train)]
+        if untranslatable and self.validation.generation is not None:
+            yield (
+                f"validation.generation translates the valid split, but data.{untranslatable[0]} is text without a source (kind: "
+                "text), so there is nothing to translate; set validation.generation: null"
+            )
+        if self.data.filter.max_ratio is not None and has_no_source(self.data.train):
+            yield "data.filter.max_ratio compares the lengths of two sides, but data.train is text without a source; leave it out"
+
     def _length_problems(self) -> Iterator[str]:
         kept, limits = self.data.filter, self.model.limits
+        if has_no_source(self.data.train):
+            if kept.max_target_length > limits.target:
+                yield (
+                    f"data.filter.max_target_length = {kept.max_target_length} keeps text that the model does not read "
+                    f"(model.max_target_length = {limits.target})"
+                )
+            return
         if limits.joint and kept.max_source_length + kept.max_target_length - 1 > limits.target:
             yield (
                 f"data.filter keeps sources of {kept.max_source_length} and targets of {kept.max_target_length} tokens, together "

@@ -4,7 +4,9 @@
     zcat news.en.gz | dstrain generate BUNDLE --num-best 5 --format jsonl > news.jsonl
     dstrain generate BUNDLE --input test.en --sampling --top-p 0.9 --seed 7 --output draws.de
     dstrain generate BUNDLE --input test.en --reference test.de --score-only > scores.txt
+    echo "The castle was built" | dstrain generate LANGUAGE_MODEL --sampling --top-p 0.9
 
+A language model, trained on text alone, goes on from each line, which its answer repeats; other models translate the line.
 Formats: text is one line for each input line; jsonl one object with all hypotheses, pieces and scores (natural logarithms);
 fairseq the S- T- H- D- P- lines, numbered from 0, scores in base 2. Answers wait in OUTPUT.partial until all are there;
 after Ctrl-C those that are finished stay in it. With --score-only the references are the only hypotheses; format text then is

@@ -25,11 +25,14 @@ OPTIONS: dict[str, tuple[Callable[[str], float], str]] = {
     "seed": (int, "sampling: decides the draws"),
     "temperature": (float, "divide logits by this"),
     "min_length": (int, "tokens before EOS, at least"),
-    "max_length_ratio": (float, "tokens before EOS, at most: ratio x source length + offset"),
+    "max_length_ratio": (
+        float,
+        "tokens before EOS, at most: ratio x source length (of an empty source: prefix length) + offset",
+    ),
     "max_length_offset": (int, "see --max-length-ratio"),
     "no_repeat_ngram": (int, "never say an n-gram of this size twice; 0 for no limit"),
     "unk_penalty": (float, "subtracted from the log-probability of <unk>"),
-    "max_tokens": (positive_number, "size of a batch: hypotheses x source length"),
+    "max_tokens": (positive_number, "size of a batch: hypotheses x (source + prefix) length"),
 }
 
 

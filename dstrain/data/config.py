@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
@@ -56,7 +57,19 @@ class FairseqIds(Config):
     target: str
 
 
-TextSource = Annotated[ParallelText | TsvText | JsonlText | GrammarText | FairseqIds, Field(discriminator="kind")]
+class PlainText(Config):
+    """Text without a source, for language models: an example a line, plain or .gz; blank lines are left out of every split."""
+
+    kind: Literal["text"] = "text"
+    path: str
+
+
+TextSource = Annotated[ParallelText | TsvText | JsonlText | GrammarText | FairseqIds | PlainText, Field(discriminator="kind")]
+
+
+def has_no_source(sources: Iterable[TextSource]) -> bool:
+    """Whether these corpora are text without a source, all of them."""
+    return all(isinstance(source, PlainText) for source in sources)
 
 
 class TrainedSentencePiece(Config):
@@ -123,7 +136,10 @@ TokenizerConfig = Annotated[
 
 
 class FilterConfig(Config):
-    """Which training pairs are dropped, by tokens including EOS; each drop is counted and reported."""
+    """Which training pairs are dropped, by tokens including EOS; each drop is counted and reported.
+
+    Of text without a source, `max_target_length` alone is asked.
+    """
 
     max_source_length: PositiveInt = 1024
     max_target_length: PositiveInt = 1024
@@ -134,6 +150,7 @@ class DataConfig(Config):
     """The corpora of a recipe. Every split keeps its order; only `train` is filtered by length and ratio.
 
     Evaluation splits keep every pair, empty ones included. pairs_per_shard: pairs of the corpora, dropped ones included.
+    Where pairs are counted, a line of text without a source is one.
     """
 
     train: tuple[TextSource, ...] = Field(min_length=1)
@@ -164,12 +181,20 @@ class DataConfig(Config):
                 raise ValueError(f"test set {name!r} names no text")
         return test
 
+    def corpora(self) -> Iterator[tuple[str, TextSource]]:
+        """Every corpus with its place in the recipe: `train.0`, `valid.0`, `test.NAME.0`."""
+        splits = {"train": self.train, "valid": self.valid, **{f"test.{name}": sources for name, sources in self.test.items()}}
+        for split, sources in splits.items():
+            for number, source in enumerate(sources):
+                yield f"{split}.{number}", source
+
 
 class BatchingConfig(Config):
     """How examples become steps.
 
     tokens_per_step: target tokens of one optimizer step over all ranks, never exceeded unless one sentence alone does.
-    max_tokens: padded tokens of one micro-batch on one rank: rows x max(longest source, longest target).
+    max_tokens: padded tokens of one micro-batch on one rank: rows x max(longest source, longest target); of a decoder-only model,
+    which reads both as one sequence, rows x (longest source + longest target - 1).
     bucket_tokens: target tokens of neighbors in length that stay together; a step of several such buckets holds short and long
     sentences. Less than `max_tokens` by what padding takes makes each a micro-batch. shuffle_window: examples that are sorted by
     length together; the memory that planning costs.

@@ -14,7 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from dstrain.data.config import DataConfig, FairseqIds, GrammarText, JsonlText, ParallelText, TextSource, TsvText
+from dstrain.data.config import DataConfig, FairseqIds, GrammarText, JsonlText, ParallelText, PlainText, TextSource, TsvText
 from dstrain.data.fairseq_binary import IdBlock, IdReader, files_of_prefix, scan_binary
 from dstrain.data.grammar import GrammarReader
 from dstrain.data.text import BlockReader, FileScan, TextBlock, decode_lines, expand_path, scan_file
@@ -49,7 +49,7 @@ def files_of(source: TextSource) -> tuple[Path, ...]:
     match source:
         case ParallelText():
             return expand_path(source.source), expand_path(source.target)
-        case TsvText() | JsonlText():
+        case TsvText() | JsonlText() | PlainText():
             return (expand_path(source.path),)
         case FairseqIds():
             return (*files_of_prefix(expand_path(source.source)), *files_of_prefix(expand_path(source.target)))
@@ -100,12 +100,18 @@ def _open(source: TextSource, start: int) -> AbstractContextManager[Reader]:
 
 
 def parse(source: TextSource, block: TextBlock) -> tuple[list[str], list[str]]:
-    """Source and target texts of a block's pairs. Raises DataError naming file and line where a record is malformed."""
+    """Source and target texts of a block's pairs; sources are empty where the corpus has none.
+
+    Raises DataError naming file and line where a record is malformed.
+    """
     match source:
         case TsvText():
             return _parse_tsv(source, block)
         case JsonlText():
             return _parse_jsonl(source, block)
+        case PlainText():
+            lines = decode_lines(block, 0)
+            return [""] * len(lines), lines
         case _:
             return decode_lines(block, 0), decode_lines(block, 1)
 

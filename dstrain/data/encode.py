@@ -2,19 +2,20 @@
 is checked instead.
 
 An evaluation split keeps every pair and its texts. A training pair is dropped for the first reason that applies: a side is empty,
-a side is too long, one side is too many times longer than the other.
+a side is too long, one side is too many times longer than the other. Text without a source is judged by its own length alone, and
+its blank lines are dropped everywhere.
 """
 
 from __future__ import annotations
 
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from dstrain.data.config import DataConfig, FilterConfig, TextSource
+from dstrain.data.config import DataConfig, FilterConfig, PlainText, TextSource
 from dstrain.data.corpora import Block, counted_files, parse, splits_of
 from dstrain.data.fairseq_binary import IdBlock, Sentences
 from dstrain.data.rows import Rows, id_dtype
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 LOST_WORD = "\u2047"
 
 Mask = npt.NDArray[np.bool_]
+Lengths = npt.NDArray[np.int32]
 
 
 class EncodedBlock(NamedTuple):
@@ -53,14 +55,17 @@ class Encoder:
     def __call__(self, block: Block) -> EncodedBlock:
         """Encode a block. Raises DataError where a record is malformed."""
         corpus = self._corpora[block.split][block.corpus]
+        evaluated = block.split != "train"
         if isinstance(block.text, IdBlock):
-            rows = self._take_ids(corpus, block.text, with_text=block.split != "train")
+            rows = self._take_ids(corpus, block.text, with_text=evaluated)
         else:
             rows = self._encode_text(*parse(corpus, block.text))
-        if block.split != "train":
-            return EncodedBlock(block.text.num_lines, {}, rows)
-        rows = rows._replace(source_text=None, target_text=None)
-        reasons = drop_reasons(rows.source_lengths, rows.target_lengths, self._filter)
+        alone = isinstance(corpus, PlainText)
+        reasons = drop_reasons(None if alone else rows.source_lengths, rows.target_lengths, self._filter)
+        if evaluated:
+            reasons = {"empty": reasons["empty"]} if alone else {}
+        else:
+            rows = rows._replace(source_text=None, target_text=None)
         dropped = {reason: int(mask.sum()) for reason, mask in reasons.items()}
         if any(dropped.values()):
             rows = _kept(rows, ~np.logical_or.reduce(list(reasons.values())))
@@ -89,14 +94,16 @@ class Encoder:
         )
 
 
-def drop_reasons(source: npt.NDArray[np.int32], target: npt.NDArray[np.int32], limits: FilterConfig) -> dict[str, Mask]:
-    """Which pairs to drop, by reason; no pair has two. source, target: (N,) lengths with EOS -> three masks (N,)."""
-    empty = (source <= 1) | (target <= 1)
-    too_long = ((source > limits.max_source_length) | (target > limits.max_target_length)) & ~empty
+def drop_reasons(source: Lengths | None, target: Lengths, limits: FilterConfig) -> dict[str, Mask]:
+    """Which pairs to drop, by reason; no pair has two. source, target: lengths with EOS; None for text without a source."""
+    empty, too_long = target <= 1, target > limits.max_target_length
     ratio = np.zeros_like(empty)
-    if limits.max_ratio is not None:
-        ratio = (np.maximum(source, target) > limits.max_ratio * np.minimum(source, target)) & ~empty & ~too_long
-    return {"empty": empty, "too long": too_long, "ratio": ratio}
+    if source is not None:
+        empty |= source <= 1
+        too_long |= source > limits.max_source_length
+        if limits.max_ratio is not None:
+            ratio = np.maximum(source, target) > limits.max_ratio * np.minimum(source, target)
+    return {"empty": empty, "too long": too_long & ~empty, "ratio": ratio & ~empty & ~too_long}
 
 
 def checked_ids(side: Sentences, tokenizer: TextTokenizer, index: Path, first: int) -> npt.NDArray[Any]:
@@ -140,14 +147,16 @@ def _kept(rows: Rows, keep: Mask) -> Rows:
         rows.source_lengths[keep],
         rows.target[np.repeat(keep, rows.target_lengths)],
         rows.target_lengths[keep],
+        source_text=None if rows.source_text is None else list(compress(rows.source_text, keep)),
+        target_text=None if rows.target_text is None else list(compress(rows.target_text, keep)),
     )
 
 
-def _lengths(rows: list[list[int]]) -> npt.NDArray[np.int32]:
+def _lengths(rows: list[list[int]]) -> Lengths:
     return np.fromiter(map(len, rows), np.int32, len(rows)) + 1
 
 
-def _flatten(rows: list[list[int]], tokenizer: TextTokenizer) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+def _flatten(rows: list[list[int]], tokenizer: TextTokenizer) -> tuple[npt.NDArray[Any], Lengths]:
     """Ids of all rows with EOS after each, and the rows' lengths."""
     lengths = _lengths(rows)
     for row in rows:

@@ -13,7 +13,7 @@ from typing import Protocol
 from dstrain.batch import Batch
 from dstrain.data.collate import Ids, collate
 from dstrain.data.permutation import IntArray
-from dstrain.data.plan import Lengths, PlannedStep, StepPlan, evaluation_batches, micro_batches
+from dstrain.data.plan import Lengths, PlannedStep, Sides, StepPlan, evaluation_batches, micro_batches
 from dstrain.data.prefetch import Prefetcher
 
 
@@ -61,7 +61,12 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
             for epoch in count(first_epoch):
                 for step in plan.epoch(epoch, first_step if epoch == first_epoch else 0):
                     groups = micro_batches(
-                        step.examples, plan.source_lengths, plan.target_lengths, plan.config.max_tokens, world_size
+                        step.examples,
+                        plan.source_lengths,
+                        plan.target_lengths,
+                        plan.config.max_tokens,
+                        world_size,
+                        sides=plan.sides,
                     )
                     yield step, [load(group) for group in groups[rank::world_size]]
 
@@ -69,13 +74,20 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
 
 
 def evaluation_loader(
-    examples: Examples, max_tokens: int, *, pad_id: int, eos_id: int, rank: int = 0, world_size: int = 1
+    examples: Examples,
+    max_tokens: int,
+    *,
+    pad_id: int,
+    eos_id: int,
+    rank: int = 0,
+    world_size: int = 1,
+    sides: Sides = "apart",
 ) -> Iterator[Batch]:
     """This rank's share of all examples, each exactly once over the ranks, in batches of similar lengths.
 
     Every rank gets equally many batches; where they do not go round, the last ones are empty micro-batches.
     """
-    groups = evaluation_batches(examples.source_lengths, examples.target_lengths, max_tokens)
+    groups = evaluation_batches(examples.source_lengths, examples.target_lengths, max_tokens, sides=sides)
     groups += [groups[0][:0]] * (-len(groups) % world_size) if groups else []
     for group in groups[rank::world_size]:
         yield collate([examples[row] for row in group], group, pad_id=pad_id, eos_id=eos_id)

@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ from dstrain.data.permutation import IntArray, Permutation
 from dstrain.errors import DataError
 from dstrain.seeding import derive_seed
 
+Sides = Literal["apart", "joined"]
+"""How a model reads an example: source and target each in a stack of its own, or as one sequence (decoder-only)."""
 Lengths = npt.NDArray[np.integer[Any]]
 """(N,) tokens of each example on one side, the final EOS included; any integer type, mapped from the disk or not."""
 
@@ -57,15 +59,24 @@ class StepPlan:
     """The steps of every epoch.
 
     source_lengths, target_lengths: (N,). A window holds at most max(shuffle_window, tokens_per_step) examples, several steps'
-    worth even where `shuffle_window` is less than that. Raises `DataError` where there is no example at all, or one that no
-    micro-batch can hold.
+    worth even where `shuffle_window` is less than that. sides: decides what fits into a micro-batch, not the steps. Raises
+    `DataError` where there is no example at all, or one that no micro-batch can hold.
     """
 
-    def __init__(self, source_lengths: Lengths, target_lengths: Lengths, config: BatchingConfig, seed: int) -> None:
+    def __init__(
+        self,
+        source_lengths: Lengths,
+        target_lengths: Lengths,
+        config: BatchingConfig,
+        seed: int,
+        *,
+        sides: Sides = "apart",
+    ) -> None:
         self.source_lengths = source_lengths
         self.target_lengths = target_lengths
         self.config = config
         self.seed = seed
+        self.sides = sides
         self._check()
         size = len(target_lengths)
         num_windows = -(-size // max(config.shuffle_window, config.tokens_per_step))
@@ -103,31 +114,41 @@ class StepPlan:
         return buckets if per_step == 1 else [np.concatenate(step) for step in _deal(buckets, per_step, seed)]
 
     def _check(self) -> None:
-        sides = {"source": self.source_lengths, "target": self.target_lengths}
         if len(self.source_lengths) != len(self.target_lengths):
             raise ValueError(f"lengths of {len(self.source_lengths)} sources and {len(self.target_lengths)} targets")
         if not len(self.target_lengths):
             raise DataError("the training split holds no example; see the counts of dropped pairs in its manifest")
         limit = self.config.max_tokens
-        for side, lengths in sides.items():
+        read = {"source": self.source_lengths, "target": self.target_lengths}
+        if self.sides == "joined":
+            read = {"source and target": np.add(self.source_lengths, self.target_lengths, dtype=np.int32) - 1}
+        for side, lengths in read.items():
             row = int(lengths.argmax())
             if lengths[row] > limit:
+                key = "target" if self.sides == "joined" else side
                 raise DataError(
                     f"training example {row} has {lengths[row]} {side} tokens, over batching.max_tokens {limit}; raise that, "
-                    f"or lower data.filter.max_{side}_length and prepare again"
+                    f"or lower data.filter.max_{key}_length and prepare again"
                 )
 
 
 def micro_batches(
-    step_examples: IntArray, source_lengths: Lengths, target_lengths: Lengths, max_tokens: int, world_size: int
+    step_examples: IntArray,
+    source_lengths: Lengths,
+    target_lengths: Lengths,
+    max_tokens: int,
+    world_size: int,
+    *,
+    sides: Sides = "apart",
 ) -> list[IntArray]:
     """Cut one step for `world_size` ranks, of which rank r takes `[r::world_size]`.
 
     Returns a multiple of `world_size` groups of similar lengths, as few as `max_tokens` allows, the costliest as cheap as can be:
-    the ranks wait for one another. A group costs rows x (its longest source or target). Groups are empty only where there are
-    fewer examples than groups. Every example must fit into `max_tokens` alone, which `StepPlan` has checked.
+    the ranks wait for one another. A group costs rows x (its longest source or target), and where the sides are joined rows x
+    (longest source + longest target - 1). Groups are empty only where there are fewer examples than groups. Every example must
+    fit into `max_tokens` alone, which `StepPlan` has checked.
     """
-    examples, widths = _sort_by_width(step_examples, source_lengths, target_lengths)
+    examples, widths = _sort_by_width(step_examples, source_lengths, target_lengths, sides)
     count = -(-len(_fill(widths, max_tokens)) // world_size) * world_size
     low, high = max(widths), max_tokens
     while low < high:
@@ -141,9 +162,11 @@ def micro_batches(
     return groups + [examples[:0]] * (count - len(groups))
 
 
-def evaluation_batches(source_lengths: Lengths, target_lengths: Lengths, max_tokens: int) -> list[IntArray]:
+def evaluation_batches(
+    source_lengths: Lengths, target_lengths: Lengths, max_tokens: int, *, sides: Sides = "apart"
+) -> list[IntArray]:
     """Every example once, in batches of similar lengths that cost at most `max_tokens`; a longer example is a batch alone."""
-    examples, widths = _sort_by_width(np.arange(len(target_lengths)), source_lengths, target_lengths)
+    examples, widths = _sort_by_width(np.arange(len(target_lengths)), source_lengths, target_lengths, sides)
     return [examples[start:end] for start, end in pairwise([0, *_fill(widths, max_tokens)])]
 
 
@@ -186,11 +209,16 @@ def _deal(buckets: list[IntArray], per_step: int, seed: int) -> list[list[IntArr
     return steps
 
 
-def _sort_by_width(examples: IntArray, source_lengths: Lengths, target_lengths: Lengths) -> tuple[IntArray, list[int]]:
-    """Examples ordered by their longer side, and its length."""
-    sources, targets = source_lengths[examples], target_lengths[examples]
-    widths = np.maximum(sources, targets)
+def _sort_by_width(
+    examples: IntArray, source_lengths: Lengths, target_lengths: Lengths, sides: Sides
+) -> tuple[IntArray, list[int]]:
+    """Examples ordered by their width, and how wide a row is at most in a group that ends with each: ascending numbers."""
+    sources, targets = (lengths[examples].astype(np.int64) for lengths in (source_lengths, target_lengths))
+    widths = np.maximum(sources, targets) if sides == "apart" else sources + targets - 1
     order = np.lexsort((sources, targets, widths))
+    if sides == "joined":  # both sides are padded apart: the longest source and the longest target may stand in different rows
+        widths = np.maximum.accumulate(sources[order]) + np.maximum.accumulate(targets[order]) - 1
+        return examples[order], widths.tolist()
     return examples[order], widths[order].tolist()
 
 

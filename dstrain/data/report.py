@@ -5,15 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from dstrain.data.config import DataConfig, has_no_source
+from dstrain.data.corpora import splits_of
 from dstrain.data.manifest import Manifest, SplitRecord
 from dstrain.data.tokenizer import TokenizerPair
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split. pairs_encoded and seconds are this run's: fewer pairs than the split's where an earlier run left shards."""
+    """One split. pairs_encoded and seconds are this run's: fewer pairs than the split's where an earlier run left shards.
+
+    has_source: False for text alone, whose pairs are lines.
+    """
 
     name: str
+    has_source: bool
     pairs_read: int
     pairs_kept: int
     source_tokens: int
@@ -29,13 +35,15 @@ class SplitReport:
 
     def line(self) -> str:
         """One line of text."""
-        words = f"{self.name}: {self.pairs_kept:,} pairs, {self.source_tokens:,} + {self.target_tokens:,} tokens"
+        unit = "pairs" if self.has_source else "lines"
+        sides = f"{self.source_tokens:,} + " if self.has_source else ""
+        words = f"{self.name}: {self.pairs_kept:,} {unit}, {sides}{self.target_tokens:,} tokens"
         lost = {reason: count for reason, count in self.dropped.items() if count}
-        if self.name == "train":
+        if self.name == "train" or lost:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in lost.items()) or "none"
             words += f"; dropped {sum(lost.values()):,} of {self.pairs_read:,}: {reasons}"
         if self.pairs_encoded:
-            words += f"; {self.seconds:.1f} s, {self.pairs_per_second:,.0f} pairs/s"
+            words += f"; {self.seconds:.1f} s, {self.pairs_per_second:,.0f} {unit}/s"
         return words
 
 
@@ -61,9 +69,13 @@ def build_report(
     output: Path, manifest: Manifest, tokenizers: TokenizerPair, work: dict[str, tuple[int, float]], *, finished_before: bool
 ) -> PrepareReport:
     """work: pairs encoded and seconds of this run, by split."""
+    corpora = splits_of(DataConfig.model_validate(manifest.data))
     return PrepareReport(
         output=output,
-        splits={name: _split_report(name, record, *work.get(name, (0, 0.0))) for name, record in manifest.splits.items()},
+        splits={
+            name: _split_report(name, record, *work.get(name, (0, 0.0)), has_source=not has_no_source(corpora[name]))
+            for name, record in manifest.splits.items()
+        },
         source_types=tokenizers.source.vocab_size,
         target_types=tokenizers.target.vocab_size,
         shared=tokenizers.shared,
@@ -71,9 +83,10 @@ def build_report(
     )
 
 
-def _split_report(name: str, record: SplitRecord, pairs_encoded: int, seconds: float) -> SplitReport:
+def _split_report(name: str, record: SplitRecord, pairs_encoded: int, seconds: float, *, has_source: bool) -> SplitReport:
     return SplitReport(
         name=name,
+        has_source=has_source,
         pairs_read=record.pairs_read,
         pairs_kept=record.rows,
         source_tokens=record.source_tokens,

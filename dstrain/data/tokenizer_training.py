@@ -13,7 +13,14 @@ from pathlib import Path
 
 import sentencepiece
 
-from dstrain.data.config import DataConfig, FairseqDictionaries, GivenSentencePiece, GivenTokenizer, TrainedSentencePiece
+from dstrain.data.config import (
+    DataConfig,
+    FairseqDictionaries,
+    GivenSentencePiece,
+    GivenTokenizer,
+    TrainedSentencePiece,
+    has_no_source,
+)
 from dstrain.data.corpora import parse, read_blocks
 from dstrain.data.text import TextBlock, expand_path
 from dstrain.data.tokenizer import (
@@ -73,14 +80,16 @@ class TokenizerTrainer:
         save_tokenizers(pair, self._directory)
 
     def _lines(self, sides: tuple[int, ...], tokenizer: TrainedSentencePiece) -> Iterator[str]:
-        total = sum(self._sizes)
-        wanted = min(total, max(1, tokenizer.max_training_lines // len(sides)))
+        """The training text of these sides, evenly spread; text without a source has a target side alone."""
+        present = [[side for side in sides if side == 1 or not has_no_source([corpus])] for corpus in self._config.train]
+        total, lines = sum(self._sizes), sum(size * len(own) for size, own in zip(self._sizes, present, strict=True))
+        wanted = min(total, max(1, total * tokenizer.max_training_lines // max(lines, 1)))
         number = 0
         for block in read_blocks("train", self._config.train, self._sizes, 0, total):
             assert isinstance(block.text, TextBlock), "no tokenizer is trained on ids"
             for pair in zip(*parse(self._config.train[block.corpus], block.text), strict=True):
                 if (number + 1) * wanted // total > number * wanted // total:
-                    yield from (pair[side] for side in sides)
+                    yield from (pair[side] for side in present[block.corpus])
                 number += 1
 
 

@@ -13,8 +13,9 @@ class _Limits(Config):
     """What both methods share.
 
     max_length_ratio, max_length_offset: a hypothesis has at most ratio * source length + offset tokens before EOS, and never
-    more than the model allows; source length counts its EOS. min_length: tokens before EOS. num_best: hypotheses returned.
-    unk_penalty is subtracted from the log-probability of <unk>. max_tokens: decoder rows x source length of one batch.
+    more than the model allows; source length counts its EOS, and where the source is empty that of the prefix takes its place.
+    min_length: tokens before EOS. num_best: hypotheses returned.
+    unk_penalty is subtracted from the log-probability of <unk>. max_tokens: decoder rows x (source + prefix) length of one batch.
     """
 
     max_length_ratio: NonNegativeFloat = 1.2

@@ -1,9 +1,9 @@
 """Texts or ids in, hypotheses out, in the order of the input: every line gives a line.
 
-Sentences of similar length share a batch of at most `max_tokens` = hypotheses x source length, so that padding costs little; the
-longest come first, so that a lack of memory shows at once. A sentence's length limit follows from its own length, never from its
-batch. Empty lines, and those without a token, are answered by an empty hypothesis without asking the model, unless they
-have a prefix.
+Sentences of similar length, prefixes counted, share a batch of at most `max_tokens` = hypotheses x length, so that padding costs
+little; the longest come first, so that a lack of memory shows at once. A sentence's length limit follows from its own length,
+never from its batch. Empty lines, and those without a token, are answered by an empty hypothesis without asking the model, unless
+they have a prefix.
 """
 
 from __future__ import annotations
@@ -64,14 +64,16 @@ class Generator:
         the first source, for messages and for the draws of sampling. progress: told how many sentences each batch has finished.
         DataError names the line of a source or prefix that is longer than the model allows.
         """
-        sources = fitting(sources, self.limits.source, truncate=self.truncate_source, first_line=first_line)
+        limits = [self.limits.source] * len(sources)
+        sources = fitting(sources, limits, truncate=self.truncate_source, first_line=first_line)
         found: list[list[Hypothesis]] = [[Hypothesis([self.ids.eos], 0.0, [0.0])] for _ in sources]
-        forced = self._forced(prefixes, first_line) if prefixes is not None else [[]] * len(sources)
+        forced = self._forced(prefixes, sources, first_line) if prefixes is not None else [[]] * len(sources)
         asked = [row for row, source in enumerate(sources) if len(source) > 1 or forced[row]]
         progress(len(sources) - len(asked))
         hypotheses = self.config.beam_size if isinstance(self.config, BeamSearchConfig) else self.config.num_best
         failed = 0
-        for rows in batches_by_length([len(source) * hypotheses for source in sources], asked, self.config.max_tokens):
+        costs = [(len(source) + len(prefix)) * hypotheses for source, prefix in zip(sources, forced, strict=True)]
+        for rows in batches_by_length(costs, asked, self.config.max_tokens):
             batch, prefix = [sources[row] for row in rows], [forced[row] for row in rows]
             answers = self._generate(batch, [first_line + row for row in rows], prefix)
             for row, answer in zip(rows, answers, strict=True):
@@ -118,28 +120,35 @@ class Generator:
             case SamplingConfig() as config:
                 return sample(self.model, batch, config=config, ids=self.ids, max_lengths=limits, sentences=lines, prefix=prefix)
 
-    def _forced(self, prefixes: Sequence[Sequence[int]], first_line: int) -> list[Sequence[int]]:
+    def _forced(
+        self, prefixes: Sequence[Sequence[int]], sources: Sequence[Sequence[int]], first_line: int
+    ) -> list[Sequence[int]]:
         """The prefixes, each with room for an EOS after it."""
         ended = [[*prefix, self.ids.eos] for prefix in prefixes]
-        kept = fitting(ended, self.limits.target, truncate=self.truncate_source, first_line=first_line, what="prefix")
+        limits = [self.limits.target_after(len(source)) for source in sources]
+        kept = fitting(ended, limits, truncate=self.truncate_source, first_line=first_line, what="prefix")
         return [prefix[:-1] for prefix in kept]
 
     def _max_length(self, source_length: int, prefix_length: int) -> int:
         """The most tokens before EOS, never fewer than the prefix has; the model reads the start token in front of them."""
-        wanted = int(self.config.max_length_ratio * source_length) + self.config.max_length_offset
+        given = source_length if source_length > 1 else prefix_length + 1
+        wanted = int(self.config.max_length_ratio * given) + self.config.max_length_offset
         return min(max(wanted, prefix_length), self.limits.target_after(source_length) - 1)
 
 
 def fitting(
-    sources: Sequence[Sequence[int]], limit: int, *, truncate: bool, first_line: int = 1, what: str = "source"
+    sources: Sequence[Sequence[int]], limits: Sequence[int], *, truncate: bool, first_line: int = 1, what: str = "source"
 ) -> list[Sequence[int]]:
-    """The rows, none longer than `limit`: longer ones are cut before their EOS with `truncate`, and a DataError without."""
-    long = [row for row, source in enumerate(sources) if len(source) > limit]
+    """The rows, none longer than its limit: longer ones are cut before their EOS with `truncate`, and a DataError without."""
+    long = [row for row, (source, limit) in enumerate(zip(sources, limits, strict=True)) if len(source) > limit]
     if long and not truncate:
         raise DataError(
             f"{what} line {first_line + long[0]} has {len(sources[long[0]])} tokens (EOS counted), the model reads at most "
-            f"{limit}; split the line, or cut long lines with --truncate (truncate_source=True)"
+            f"{limits[long[0]]}; split the line, or cut long lines with --truncate (truncate_source=True)"
         )
     if long:
-        logger.warning("%d of %d %s lines cut to the model's %d tokens", len(long), len(sources), what, limit)
-    return [source if len(source) <= limit else [*source[: limit - 1], source[-1]] for source in sources]
+        logger.warning("%d of %d %s lines cut to the model's %d tokens", len(long), len(sources), what, limits[long[0]])
+    return [
+        source if len(source) <= limit else [*source[: limit - 1], source[-1]]
+        for source, limit in zip(sources, limits, strict=True)
+    ]

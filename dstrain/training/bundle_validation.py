@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from dstrain.checkpoint.bundle import Bundle
+from dstrain.data.config import DataConfig, PlainText
+from dstrain.data.corpora import splits_of
 from dstrain.data.dataset import open_dataset
 from dstrain.data.loader import evaluation_loader
 from dstrain.data.manifest import load_manifest
@@ -34,10 +36,13 @@ def validate_bundle(
     """
     if bundle.tokenizers is None:
         raise BundleError(f"{bundle.directory} has no tokenizer, so it cannot be told whether the ids of {data} are its own")
-    load_manifest(data).require_tokenizer(bundle.tokenizers.fingerprint, str(bundle.directory))
+    manifest = load_manifest(data)
+    manifest.require_tokenizer(bundle.tokenizers.fingerprint, str(bundle.directory))
     if split == "train" and generation is not None:
         raise DataError("the split 'train' keeps no raw text to score translations against: add --no-generate")
     dataset = open_dataset(data, split)
+    if any(isinstance(corpus, PlainText) for corpus in splits_of(DataConfig.model_validate(manifest.data))[split]):
+        _check_plain_text(split, bundle, generation)
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
     translation = build_translation(generation, bundle.model_config, dataset, bundle.tokenizers, world.device)
     validator = Validator(
@@ -50,6 +55,7 @@ def validate_bundle(
             eos_id=bundle.vocabulary.eos_id,
             rank=world.rank,
             world_size=world.world_size,
+            sides=bundle.model_config.limits.sides,
         ),
         denominator=objective.denominator,
         translation=translation,
@@ -57,3 +63,10 @@ def validate_bundle(
     scores = validator()
     assert scores is not None, "nothing interrupts this validation"
     return scores
+
+
+def _check_plain_text(split: str, bundle: Bundle, generation: GenerationConfig | None) -> None:
+    if bundle.model_config.kind == "encoder_decoder":
+        raise DataError(f"the split {split!r} is text without a source: the encoder of {bundle.directory} has nothing to read")
+    if generation is not None:
+        raise DataError(f"the split {split!r} is text without a source, so there is nothing to translate: add --no-generate")

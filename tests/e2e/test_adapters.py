@@ -121,7 +121,7 @@ def test_fine_tuning_without_an_adapter_starts_from_the_base_too(runs: Path, dat
     ],
 )
 def test_mistakes_are_one_message(
-    overrides: tuple[str, ...], based: bool, fragment: str, runs: Path, data: Path, tmp_path: Path
+    *, overrides: tuple[str, ...], based: bool, fragment: str, runs: Path, data: Path, tmp_path: Path
 ) -> None:
     base = runs / "base/bundles/last" if based else None
     fails(dstrain(*words(data, tmp_path / "run", *overrides, base=base)), fragment)

@@ -15,7 +15,7 @@ from dstrain.batch import Sequences
 from dstrain.errors import BundleError, DataError, DstrainError, RecipeError
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.padding import pad
-from tests.unit.generation.small_bundle import SENTENCES, WORDS, make_bundle
+from tests.unit.generation.small_bundle import SENTENCES, WORDS, make_bundle, make_decoder_only_bundle
 
 RECIPE = {"generation": {"kind": "beam", "beam_size": 3, "length_penalty": 0.4, "max_length_offset": 2, "num_best": 2}}
 
@@ -211,3 +211,39 @@ def test_a_gpu_beyond_those_visible_is_named(monkeypatch: pytest.MonkeyPatch) ->
 def test_nothing_that_is_no_bundle_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="is not a bundle"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("trained_on", ["text", None])
+def test_a_language_model_goes_on_from_a_line(trained_on: str | None, tmp_path: Path) -> None:
+    model = load(make_decoder_only_bundle(tmp_path / "bundle", trained_on=trained_on))
+    assert model.continues
+    lines = ["eins zwei drei", "", "vier"]
+    found = [h.text for (h,) in model.generate(lines, min_length=6, max_length_ratio=1, max_length_offset=5)]
+    assert [text.startswith(line) for text, line in zip(found, lines, strict=True)] == [True] * 3
+    assert [len(text.split()) > len(line.split()) for text, line in zip(found, lines, strict=True)] == [True, False, True]
+    (prefixed,) = model.generate([""], prefixes=["eins zwei drei"], min_length=6, max_length_ratio=1, max_length_offset=5)
+    assert prefixed[0].text == found[0]
+    with pytest.raises(DataError, match=r"line 2 \('zwei'\) and its prefix: a language model goes on from one text"):
+        model.generate(["eins", "zwei"], prefixes=["", "drei"])
+
+
+def test_a_language_model_scores_whole_texts(tmp_path: Path) -> None:
+    model = load(make_decoder_only_bundle(tmp_path / "bundle", trained_on="text"))
+    (scored,) = model.score([""], ["eins zwei"], score="sum")
+    (logits,) = model.logits(None, [[2, *model.tokenizer.target.encode(["eins zwei"])[0]]])
+    log_probs = torch.from_numpy(logits).log_softmax(-1)
+    assert scored.score == pytest.approx(sum(float(log_probs[i, token]) for i, token in enumerate(scored.tokens)), rel=1e-5)
+    with pytest.raises(DataError, match=r"source line 1 \('eins'\): a language model scores whole texts"):
+        model.score(["eins"], ["zwei"])
+
+
+def test_a_decoder_only_model_of_pairs_reads_a_line_as_the_source(tmp_path: Path) -> None:
+    model = load(make_decoder_only_bundle(tmp_path / "bundle", trained_on="parallel"))
+    assert not model.continues
+    sources = ["eins zwei drei", "vier"]
+    found = model.generate(sources, min_length=3, beam_size=3)
+    assert not found[0][0].text.startswith(sources[0])
+    scored = model.score(sources, [h.text for (h,) in found])
+    assert [h.score for h in scored] == pytest.approx([h.score for (h,) in found], rel=1e-5)
+    with pytest.raises(DataError, match=r"target line 1 has 15 tokens .* reads at most 13"):
+        model.score(["eins zwei drei"], [" ".join(["eins"] * 14)])

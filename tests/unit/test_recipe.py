@@ -105,6 +105,41 @@ def test_a_recipe_of_adamw_needs_no_kind() -> None:
     assert (optimizer.kind, optimizer.eps) == ("adamw", 1e-8)
 
 
+TEXT = "{kind: text, path: text.txt}"
+LANGUAGE_MODEL = "language_modeling/wikitext_tiny"
+
+
+@pytest.mark.parametrize("place", ["data.train.0", "data.valid.0", "data.test.test.0"])
+def test_an_encoder_has_nothing_to_read_of_text_without_a_source(place: str) -> None:
+    message = errors_of(f"{place}={TEXT}")
+    assert f"{place} is text without a source (kind: text), where an encoder has nothing to read" in message
+
+
+@pytest.mark.parametrize("overrides", [[], ["data.valid.0={kind: grammar, split: valid, num_pairs: 3}"]])
+def test_text_without_a_source_is_not_translated(overrides: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"there is nothing to translate; set validation\.generation: null"):
+        load_recipe(LANGUAGE_MODEL, ["validation.generation={kind: beam}", *overrides])
+
+
+def test_the_length_filter_of_a_decoder_only_model_minds_what_it_reads() -> None:
+    def error(name: str, *overrides: str) -> str:
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(name, overrides)
+        return str(caught.value)
+
+    found = error(LANGUAGE_MODEL, "data.filter={max_target_length: 2049}")
+    assert (
+        "data.filter.max_target_length = 2049 keeps text that the model does not read (model.max_target_length = 2048)" in found
+    )
+    load_recipe(LANGUAGE_MODEL, ["data.filter={max_target_length: 2048}"])
+    assert "data.filter.max_ratio compares the lengths of two sides" in error(LANGUAGE_MODEL, "data.filter.max_ratio=2")
+    pairs = "translation/multi30k_tiny_decoder_only"
+    found = error(pairs, "data.filter.max_source_length=1026")
+    assert "keeps sources of 1026 and targets of 1024 tokens, together more than the model reads" in found
+    load_recipe(pairs, ["data.filter.max_source_length=1025"])
+    assert "one vocabulary" in error(pairs, "data.tokenizer.sharing=separate")
+
+
 def test_the_deepspeed_file_and_bad_overrides_are_reported_with_the_rest() -> None:
     message = errors_of("training.max_stpes=3", "engine.deepspeed=zreo1", "training.max_steps")
     assert "3 mistakes" in message

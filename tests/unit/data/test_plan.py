@@ -111,13 +111,11 @@ def test_micro_batch_size_does_not_move_the_steps(pairs: Pairs, max_tokens: int)
 
 
 @settings(max_examples=100, deadline=None)
-@given(pairs=PAIRS, tokens_per_step=st.integers(1, 300))
-def test_one_window_is_cut_into_the_fewest_steps(pairs: Pairs, tokens_per_step: int) -> None:
-    """As few as the order by length allows: each step ends where the next sentence does not fit."""
+@given(lengths=st.lists(LENGTH, min_size=1, max_size=200), tokens_per_step=st.integers(1, 300))
+def test_one_window_is_cut_into_the_fewest_steps(lengths: list[int], tokens_per_step: int) -> None:
+    pairs = [(length, length) for length in lengths]
     steps = list(plan_of(pairs, tokens_per_step=tokens_per_step, shuffle_window=1000).epoch(0))
-    by_length = sorted(steps, key=lambda step: [max(pairs[row]) for row in step.examples])
-    targets = [pairs[row][1] for step in by_length for row in step.examples]
-    assert len(steps) == fewest_pieces(targets, tokens_per_step)
+    assert len(steps) == fewest_pieces(sorted(lengths), tokens_per_step)
 
 
 def test_steps_are_equally_full() -> None:
@@ -251,6 +249,35 @@ def test_micro_batches_share_a_step_among_ranks(plan: StepPlan, world_size: int)
         assert all(len(group) for group in groups) or len(step.examples) < len(groups)
         few = micro_batches(step.examples, plan.source_lengths, plan.target_lengths, max_tokens, 1)
         assert len(groups) - world_size < len(few) <= len(groups)
+
+
+@settings(max_examples=200, deadline=None)
+@given(pairs=PAIRS, tokens=st.integers(119, 400), world_size=st.integers(1, 4))
+def test_joined_sides_are_counted_together(pairs: Pairs, tokens: int, world_size: int) -> None:
+    """A decoder-only model pads the longest source and the longest target of a batch, whichever rows they are of."""
+    source, target = sides(pairs)
+    config = BatchingConfig(tokens_per_step=150, max_tokens=tokens)
+    plan = StepPlan(source, target, config, 1, sides="joined")
+    assert listed(list(plan.epoch(0))) == listed(list(StepPlan(source, target, config, 1).epoch(0))), "the steps are the same"
+    groups = [
+        group
+        for step in plan.epoch(0)
+        for group in micro_batches(step.examples, source, target, tokens, world_size, sides="joined")
+        if len(group)
+    ]
+    assert sorted(np.concatenate(groups)) == list(range(len(pairs)))
+    assert all(len(group) * (source[group].max() + target[group].max() - 1) <= tokens for group in groups)
+    batches = evaluation_batches(source, target, 70, sides="joined")
+    assert sorted(np.concatenate(batches)) == list(range(len(pairs)))
+    assert all(len(rows) == 1 or len(rows) * (source[rows].max() + target[rows].max() - 1) <= 70 for rows in batches)
+
+
+def test_sides_that_fit_apart_but_not_joined_are_named() -> None:
+    config = BatchingConfig(tokens_per_step=40, max_tokens=50)
+    lengths = np.array([5, 30], np.uint16), np.array([5, 22], np.uint16)
+    StepPlan(*lengths, config, 1)
+    with pytest.raises(DataError, match=r"training example 1 has 51 source and target tokens, over batching\.max_tokens 50"):
+        StepPlan(*lengths, config, 1, sides="joined")
 
 
 def best_worst_cost(widths: Sequence[int], pieces: int) -> int:

@@ -157,6 +157,41 @@ def test_drops_are_counted_by_reason_and_only_in_training(tmp_path: Path) -> Non
     assert "dropped 5 of 8: empty 2, too long 2, ratio 1" in line
 
 
+def test_text_without_a_source_is_judged_by_its_own_length_and_loses_its_blank_lines_everywhere(tmp_path: Path) -> None:
+    words = [" ".join(["the"] * count) for count in range(12)]
+    lines = [words[3], "", words[11], " \t", words[9], words[1]]
+    path = tmp_path / "text.txt.gz"
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    text = {"kind": "text", "path": str(path)}
+    save_tokenizers(TokenizerPair(*[DictionaryTokenizer(b"the 1\n")] * 2), tmp_path / "words")
+    tokenizer = {"kind": "tokenizer_directory", "path": str(tmp_path / "words")}
+    limits = {"max_source_length": 1, "max_target_length": 10, "max_ratio": 2}
+    config = data_config(tmp_path, train=[text], valid=[text], filter=limits, tokenizer=tokenizer)
+    report = prepare(config, tmp_path / "data", workers=1)
+    assert report.splits["train"].dropped == {"empty": 2, "too long": 1, "ratio": 0}
+    assert report.splits["valid"].dropped == {"empty": 2}
+    train, valid = open_dataset(tmp_path / "data", "train"), open_dataset(tmp_path / "data", "valid")
+    assert (train.source_lengths.tolist(), train.target_lengths.tolist()) == ([1, 1, 1], [4, 10, 2])
+    assert train[0].source.tolist() == [EOS]
+    assert [valid.target_text(row) for row in range(len(valid))] == [words[3], words[11], words[9], words[1]]
+    assert [valid.source_text(row) for row in range(len(valid))] == [""] * 4
+    train_line, valid_line = report.lines()[2:]
+    assert train_line.startswith("train: 3 lines, 16 tokens; dropped 3 of 6: empty 2, too long 1;")
+    assert valid_line.startswith("valid: 4 lines, 28 tokens; dropped 2 of 6: empty 2;")
+
+
+def test_text_and_pairs_may_stand_side_by_side(tmp_path: Path) -> None:
+    text = {"kind": "text", "path": str(write_lines(tmp_path / "text.txt", ["the old dog", ""]))}
+    pairs = parallel(tmp_path, "pairs", sentences(60), sentences(60, suffix="en"))
+    config = data_config(tmp_path, train=[text, pairs], pairs_per_shard=7)
+    report = prepare(config, tmp_path / "data", workers=1)
+    assert report.splits["train"].dropped == {"empty": 1, "too long": 0, "ratio": 0}
+    train = open_dataset(tmp_path / "data", "train")
+    assert len(train) == 61
+    assert train.source_lengths[0] == 1
+    assert (train.source_lengths[1:] > 2).all()
+
+
 def test_a_line_of_a_hundred_thousand_tokens_is_dropped_and_counted(tmp_path: Path) -> None:
     long = "the dog " * 60_000
     config = data_config(tmp_path, train=[parallel(tmp_path, "long", [*sentences(50), long], [*sentences(50), "the dog"])])

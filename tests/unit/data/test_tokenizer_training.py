@@ -8,7 +8,7 @@ from dstrain.data.corpora import splits_of
 from dstrain.data.tokenizer import DictionaryTokenizer, SentencePieceTokenizer, TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.data.tokenizer_training import TokenizerTrainer, given_tokenizers, train_sentencepiece
 from dstrain.errors import DataError
-from tests.unit.data.corpus import data_config, parallel, sentences
+from tests.unit.data.corpus import data_config, parallel, sentences, write_lines
 
 
 def options(**changes: Any) -> TrainedSentencePiece:
@@ -117,6 +117,16 @@ def test_training_lines_are_spread_over_the_corpora(tmp_path: Path) -> None:
     assert both == ["019", "t019", "039", "t039", "109", "t109", "129", "t129", "149", "t149"]
     assert len(list(trainer._lines((0,), options(max_training_lines=7)))) == 7
     assert len(list(trainer._lines((1,), options(max_training_lines=1000)))) == 100
+
+
+def test_text_without_a_source_has_one_line_where_pairs_have_two(tmp_path: Path) -> None:
+    pairs = parallel(tmp_path, "pairs", [f"s{k}" for k in range(6)], [f"t{k}" for k in range(6)])
+    text = {"kind": "text", "path": str(write_lines(tmp_path / "text.txt", [f"x{k}" for k in range(4)]))}
+    trainer = TokenizerTrainer(data_config(tmp_path, train=[pairs, text]), [6, 4], tmp_path)
+    assert list(trainer._lines((0, 1), options()))[-6:] == ["s5", "t5", "x0", "x1", "x2", "x3"]
+    assert list(trainer._lines((0, 1), options(max_training_lines=8))) == ["s1", "t1", "s3", "t3", "s5", "t5", "x1", "x3"]
+    alone = TokenizerTrainer(data_config(tmp_path, train=[text]), [4], tmp_path)
+    assert list(alone._lines((0, 1), options(max_training_lines=3))) == ["x1", "x2", "x3"]
 
 
 def test_given_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

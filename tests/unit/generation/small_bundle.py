@@ -8,7 +8,14 @@ from typing import Any
 
 from dstrain.checkpoint.bundle import save_bundle
 from dstrain.data.tokenizer import DictionaryTokenizer, TokenizerPair
-from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, StackConfig, VocabularySizes
+from dstrain.models.config import (
+    DecoderOnlyConfig,
+    DecoderOnlyStackConfig,
+    DecoderStackConfig,
+    EncoderDecoderConfig,
+    StackConfig,
+    VocabularySizes,
+)
 from dstrain.models.factory import build_model
 from dstrain.models.portable import to_portable
 
@@ -45,5 +52,23 @@ def make_bundle(
         weights=weights,
         tokenizers=pair if with_tokenizers else None,
         recipe=recipe,
+    )
+    return directory
+
+
+def make_decoder_only_bundle(directory: Path, *, trained_on: str | None) -> Path:
+    """One vocabulary of German numbers. trained_on: the kind of corpus that its recipe names; None for no recipe."""
+    words = dictionary(WORDS)
+    vocabulary = VocabularySizes(source=words.vocab_size, target=words.vocab_size)
+    config = DecoderOnlyConfig(
+        model_dim=16, decoder=DecoderOnlyStackConfig(depth=2, num_heads=2, ffn_dim=32), norm_order="pre", max_target_length=16
+    )
+    save_bundle(
+        directory,
+        model_config=config,
+        vocabulary=vocabulary,
+        weights=to_portable(build_model(config, vocabulary, seed=3)),
+        tokenizers=TokenizerPair(words, words),
+        recipe=None if trained_on is None else {"data": {"train": [{"kind": trained_on}]}},
     )
     return directory

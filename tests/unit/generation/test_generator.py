@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -114,6 +115,22 @@ def test_a_prefix_beyond_the_model_is_named_or_cut() -> None:
         generator(BeamSearchConfig(), max_target=5).translate_ids(SOURCES[:2], prefixes=[[], [4] * 6], first_line=7)
     cut = generator(BeamSearchConfig(), max_target=5, truncate=True).translate_ids(SOURCES[:1], prefixes=[[4, 5, 6, 7, 8, 9]])
     assert cut[0][0].tokens == [4, 5, 6, 7, 2]
+
+
+def test_the_limit_of_an_empty_source_follows_from_its_prefix() -> None:
+    config = BeamSearchConfig(beam_size=2, min_length=99, max_length_ratio=1, max_length_offset=3)
+    prefixes = [[4], [4, 5, 6, 7], [4, 5]]
+    found = generator(config).translate_ids([[2], [2], [5, 6, 7, 2]], prefixes=prefixes)
+    assert [len(h[0].tokens) - 1 for h in found] == [2 + 3, 5 + 3, 4 + 3]
+
+
+def test_a_prefix_after_a_source_in_one_sequence_leaves_room_for_it() -> None:
+    translator = replace(generator(BeamSearchConfig(beam_size=2, max_length_offset=50)), limits=LengthLimits(9, 9, joint=True))
+    with pytest.raises(DataError, match=r"prefix line 1 has 6 tokens .* reads at most 5"):
+        translator.translate_ids([[5, 6, 7, 8, 2]], prefixes=[[4] * 5])
+    found = translator.translate_ids([[5, 6, 7, 8, 2], [5, 6, 2]], prefixes=[[4] * 4, [4] * 4])
+    assert [h[0].tokens[:4] for h in found] == [[4] * 4] * 2
+    assert [len(h[0].tokens) <= length for h, length in zip(found, (5, 7), strict=True)] == [True, True]
 
 
 def test_batches_hold_similar_lengths_within_the_budget() -> None:

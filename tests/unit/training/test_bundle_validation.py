@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dstrain.batch import Sequences
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
 from dstrain.cli.main import main
-from dstrain.data.config import DataConfig, GrammarText, TrainedSentencePiece
+from dstrain.data.config import DataConfig, GivenTokenizer, GrammarText, PlainText, TrainedSentencePiece
 from dstrain.data.dataset import open_dataset
 from dstrain.data.prepare import prepare
 from dstrain.data.tokenizer import load_tokenizers
@@ -141,3 +141,15 @@ def test_a_bundle_without_tokenizer_cannot_be_compared(data: Path, tmp_path: Pat
     bare = bundle_for(data, tmp_path / "bare", tokenizers=False)
     assert main(["validate", str(bare), "--data", str(data)]) == 1
     assert "has no tokenizer, so it cannot be told whether the ids of" in capsys.readouterr().err
+
+
+def test_an_encoder_decoder_bundle_has_nothing_to_read_in_text_without_a_source(
+    data: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The girl sleeps.\n")
+    tokenizer = GivenTokenizer(path=str(data / "tokenizer"))
+    config = DataConfig(train=(PlainText(path=str(text)),), valid=(PlainText(path=str(text)),), tokenizer=tokenizer)
+    prepare(config, tmp_path / "data", workers=1, progress=False)
+    assert main(["validate", str(bundle), "--data", str(tmp_path / "data"), "--device", "cpu", "--no-generate"]) == 1
+    assert "the split 'valid' is text without a source: the encoder of" in capsys.readouterr().err

@@ -1,0 +1,239 @@
+"""Every variant of the architecture learns 64 sentence pairs by heart through the command line, and says them back.
+
+Training and generation take different ways through a model: teacher forcing over whole sequences, and a cache that grows token by
+token. A variant that is wrong in either does not come to a loss under 0.05, or does not say its targets back.
+
+A case is a forked process that runs `train` and `generate`; what they import is imported once, here.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import sacrebleu
+import yaml
+
+import dstrain.api
+import dstrain.build  # noqa: F401
+from dstrain.cli.main import main
+from dstrain.recipe_file import merge
+
+Tree = dict[str, Any]
+CORPUS = {"kind": "grammar", "split": "train", "num_pairs": 64}
+STEPS = 140
+
+STACK = {"depth": 1, "num_heads": 4, "ffn_dim": 128}
+ENCODER_DECODER: Tree = {
+    "kind": "encoder_decoder",
+    "model_dim": 64,
+    "encoder": STACK,
+    "decoder": STACK,
+    "norm_order": "pre",
+    "embedding": {"kind": "plain", "tie": "all"},
+    "dropout": 0.0,
+}
+DECODER_ONLY: Tree = {
+    "kind": "decoder_only",
+    "model_dim": 64,
+    "decoder": STACK,
+    "norm_order": "pre",
+    "embedding": {"kind": "plain", "tie": "decoder"},
+    "dropout": 0.0,
+}
+
+
+def both(**changes: Any) -> Tree:
+    """The same change of encoder and decoder."""
+    return {"encoder": changes, "decoder": changes}
+
+
+def rotary(**scaling: Any) -> Tree:
+    return {"position": {"kind": "rotary", "scaling": scaling or {"kind": "none"}}}
+
+
+PARTS: dict[str, Tree] = {
+    "rotary": rotary(),
+    "linear": rotary(kind="linear", factor=2.0),
+    "ntk": rotary(kind="dynamic_ntk", original_length=8, factor=2.0),
+    "yarn": rotary(kind="yarn", original_length=8, factor=4.0),
+    "dynamic_yarn": rotary(kind="dynamic_yarn", original_length=8),
+    "late_rotary": {"position": {"kind": "rotary", "layout": "interleaved", "fraction": 0.5}},
+    "alibi_symmetric": {"position": {"kind": "alibi", "encoder": "symmetric"}},
+    "alibi_asymmetric": {"position": {"kind": "alibi", "encoder": "asymmetric"}},
+    "learned": {"position": {"kind": "learned"}},
+    "stacked": both(depth=2, unique_layers=1),
+    "cycled": both(depth=3, unique_layers=2),
+    "factorized": {"embedding": {"kind": "factorized", "dim": 24, "activation": "gelu", "tie": "none"}},
+    "factorized_tied": {"embedding": {"kind": "factorized", "dim": 24, "tie": "all"}},
+    "output_activation": {"decoder": {"output_activation": "gelu"}},
+    "gqa": {"encoder": {"num_kv_heads": 2}, "decoder": {"num_kv_heads": 2, "num_cross_kv_heads": 2}},
+    "mqa": {"encoder": {"num_kv_heads": 1}, "decoder": {"num_kv_heads": 1, "num_cross_kv_heads": 1}},
+    "gated": {**both(feed_forward="gated"), "activation": "silu"},
+    "rms_norm": {"norm": {"kind": "rms_norm"}},
+    "post_norm": {"norm_order": "post"},
+    "embedding_norm": {"embedding": {"norm": True}},
+    "no_final_norm": both(final_norm="no"),
+}
+JOINED = [
+    ("rotary", "gated", "rms_norm"),
+    ("yarn", "stacked"),
+    ("alibi", "mqa", "post_norm"),
+    ("ntk", "factorized_tied", "cycled"),
+    ("learned", "gqa", "output_activation"),
+]
+FAST = {"yarn", "stacked"}
+
+
+def encoder_decoder(*names: str) -> Tree:
+    tree = ENCODER_DECODER
+    for name in names:
+        tree = merge(tree, PARTS[name])
+    return tree
+
+
+def decoder_only(*names: str) -> Tree:
+    tied = {"kind": "factorized", "dim": 24, "tie": "decoder"}
+    parts = {**PARTS, "alibi": {"position": {"kind": "alibi"}}, "factorized_tied": {"embedding": tied}}
+    tree = DECODER_ONLY
+    for name in names:
+        tree = merge(tree, {key: value for key, value in parts[name].items() if key != "encoder"})
+    return {**tree, "decoder": {key: value for key, value in tree["decoder"].items() if key != "num_cross_kv_heads"}}
+
+
+def independent(a: str, b: str) -> bool:
+    """Whether the two parts change different things, so that a model can have both."""
+    return a < b and encoder_decoder(a, b) == encoder_decoder(b, a)
+
+
+PAIRS = random.Random(5).sample([(a, b) for a in PARTS for b in PARTS if independent(a, b)], 8)
+
+
+def recipe(model: Tree, corpus: Tree, path: Path) -> Path:
+    """A recipe that shows the whole corpus at every step; written to `path`."""
+    tree = {
+        "version": 1,
+        "data": {"train": [corpus], "valid": [corpus], "tokenizer": {"kind": "sentencepiece", "vocab_size": 250}},
+        "batching": {"tokens_per_step": 4000, "max_tokens": 8000},
+        "model": model,
+        "objective": {"kind": "cross_entropy", "label_smoothing": 0.0},
+        "optimizer": {"kind": "adam", "learning_rate": 0.015, "betas": [0.9, 0.98]},
+        "schedule": {"kind": "linear", "total_steps": STEPS, "warmup_steps": 10},
+        "engine": {"deepspeed": "zero0"},
+        "training": {"max_steps": STEPS},
+        "validation": {"unit": "steps", "every": 10_000, "generation": None},
+        "checkpoint": {"unit": "steps", "every": 10_000},
+        "reporting": {"log_every": 1},
+        "generation": {"kind": "beam", "beam_size": 1},
+    }
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def verbs(log: Path, commands: Sequence[Sequence[str | Path]]) -> None:
+    """Run verbs one after the other in a forked process, whose output goes to `log`."""
+
+    def run() -> None:
+        with log.open("w") as out:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+            for words in commands:
+                code = main([str(word) for word in words])
+                if code != 0:
+                    os._exit(code)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    assert process.exitcode == 0, log.read_text()
+
+
+def learn(model: Tree, data: Path, corpus: Tree, directory: Path, *commands: Sequence[str | Path]) -> float:
+    """Train, and run further verbs; returns the loss of the last step. The bundle is RUN/bundles/last in `directory`."""
+    written, run = recipe(model, corpus, directory / "recipe.yaml"), directory / "run"
+    train = ["train", written, "--data", data, "--output", run, "--device", "cpu"]
+    verbs(directory / "log", [train, *commands])
+    return [float(event["loss"]) for event in map(json.loads, (run / "events.jsonl").open()) if event["kind"] == "train"][-1]
+
+
+def generate(directory: Path, source: Path, output: str, *options: str | Path) -> list[str | Path]:
+    """The words of a command that answers `source`."""
+    common = ["--input", source, "--output", directory / output, "--device", "cpu", "--threads", "1"]
+    return ["generate", directory / "run" / "bundles" / "last", *common, *options]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The 64 pairs, prepared; data/valid/source.txt and target.txt beside it."""
+    assert deepspeed.__version__, "imported before the processes fork"
+    directory = tmp_path_factory.mktemp("overfit")
+    written = recipe(encoder_decoder(), CORPUS, directory / "recipe.yaml")
+    assert main(["prepare", str(written), "--output", str(directory / "data"), "--workers", "1"]) == 0
+    assert main(["text", str(directory / "data"), "--split", "valid", "--output", str(directory / "text")]) == 0
+    return directory
+
+
+def says_its_targets_back(model: Tree, data: Path, directory: Path) -> None:
+    source, target = data / "text" / "source.txt", data / "text" / "target.txt"
+    assert learn(model, data / "data", CORPUS, directory, generate(directory, source, "output.txt")) < 0.05
+    found = (directory / "output.txt").read_text().splitlines()
+    assert len(found) == 64
+    assert sacrebleu.corpus_bleu(found, [target.read_text().splitlines()]).score == pytest.approx(100)
+
+
+@pytest.mark.parametrize(
+    "names", [pytest.param((name,), id=name, marks=() if name in FAST else pytest.mark.slow) for name in PARTS]
+)
+def test_each_part(names: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+    says_its_targets_back(encoder_decoder(*names), data, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", PAIRS, ids="-".join)
+def test_pairs_of_parts(names: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+    says_its_targets_back(encoder_decoder(*names), data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(names, id="-".join(names), marks=() if names == JOINED[0] else pytest.mark.slow) for names in JOINED],
+)
+def test_decoder_only(names: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+    says_its_targets_back(decoder_only(*names), data, tmp_path)
+
+
+def beginning(line: str, others: Sequence[str]) -> str:
+    """The first words of a line that no other line begins with."""
+    words = line.split()
+    starts = (" ".join(words[:count]) for count in range(1, len(words) + 1))
+    return next(start for start in starts if sum(other.startswith(start) for other in others) == 1)
+
+
+@pytest.mark.slow
+def test_a_language_model_goes_on_from_what_its_text_begins_with(data: Path, tmp_path: Path) -> None:
+    """Text without a source, blank lines in it: the beginning of each line, as input or as prefix, brings back the rest."""
+    lines = (data / "text" / "target.txt").read_text().splitlines()
+    text, begun, empty = tmp_path / "text.txt", tmp_path / "begun.txt", tmp_path / "empty.txt"
+    text.write_text("\n \n".join(lines) + "\n\n")
+    begun.write_text("".join(beginning(line, lines) + "\n" for line in lines))
+    empty.write_text("\n" * len(lines))
+    corpus = {"kind": "text", "path": str(text)}
+    model = decoder_only("rotary", "gqa", "gated", "rms_norm")
+    written = recipe(model, corpus, tmp_path / "recipe.yaml")
+    verbs(tmp_path / "prepared", [["prepare", written, "--output", tmp_path / "data", "--workers", "1"]])
+    assert "train: 64 lines" in (tmp_path / "prepared").read_text()
+    assert "dropped 64 of 128: empty 64" in (tmp_path / "prepared").read_text()
+    continue_, force = generate(tmp_path, begun, "continued.txt"), generate(tmp_path, empty, "forced.txt", "--prefix", begun)
+    validate = ["validate", tmp_path / "run" / "bundles" / "last", "--data", tmp_path / "data", "--device", "cpu"]
+    learn(model, tmp_path / "data", corpus, tmp_path, continue_, force, [*validate, "--no-generate"])
+    assert (tmp_path / "continued.txt").read_text().splitlines() == lines
+    assert (tmp_path / "forced.txt").read_text().splitlines() == lines
+    with pytest.raises(AssertionError, match="is text without a source, so there is nothing to translate: add --no-generate"):
+        verbs(tmp_path / "refused", [validate])
