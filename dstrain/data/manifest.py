@@ -6,6 +6,7 @@ from the size alone and an altered byte by reading.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -28,19 +29,17 @@ class FileRecord(Config):
     size: int
     sha256: str
 
-    def check(self, directory: Path, *, content: bool) -> None:
+    def check(self, directory: Path, *, content: bool, remedy: str = "prepare the data again") -> None:
         """Compare the file with this record: its size, and with `content` its SHA-256. Raises DataError naming the file."""
         path = directory / self.file
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}; the manifest lists this file: prepare the data again") from error
+            raise DataError(f"{path}: {error.strerror}; the manifest lists this file: {remedy}") from error
         if size != self.size:
-            raise DataError(
-                f"{path} holds {size} bytes, the manifest says {self.size}: it is truncated or altered; prepare the data again"
-            )
+            raise DataError(f"{path} holds {size} bytes, the manifest says {self.size}: it is truncated or altered; {remedy}")
         if content and sha256_of(path) != self.sha256:
-            raise DataError(f"{path}: the SHA-256 differs from the manifest's: the file was altered; prepare the data again")
+            raise DataError(f"{path}: the SHA-256 differs from the manifest's: the file was altered; {remedy}")
 
 
 class ShardRecord(FileRecord):
@@ -73,6 +72,11 @@ class SplitRecord(Config):
     def target_tokens(self) -> int:
         """Over all shards."""
         return sum(shard.target_tokens for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the content of all shards in order: what row numbers of this split stand for."""
+        return hashlib.sha256(" ".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
