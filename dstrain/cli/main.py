@@ -25,6 +25,7 @@ VERBS = {
     "merge": "merge an adapter bundle into its base, as a plain bundle",
     "report": "draw the curves of a run as PNG and HTML",
     "import": "bring what fairseq made: checkpoints, binarized data, command lines",
+    "inspect": "what a data directory, a bundle or dumped logits hold, and whether they are whole",
     "dump-logits": "keep on disk what a teacher says of every token, to distill from later",
 }
 EPILOG = """a first run:

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from dstrain.batch import Batch
 from dstrain.data.collate import NO_EXAMPLE
@@ -54,9 +55,7 @@ class LogitStore:
 
     def reduce_signal(self, batch: Batch, rows: object, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:
         """`reduce(signal)` on the batch's device; `rows` are all scored places, whose order the store has by itself."""
-        signal, device = self.signal(batch), batch.labels.device
-        moved = (tensor.to(device, non_blocking=True) for tensor in (signal.ids, signal.probs, signal.tail))
-        return reduce(SparseSignal(*moved))
+        return reduce(moved(self.signal(batch), batch.labels.device))
 
     def signal(self, batch: Batch) -> SparseSignal:
         """The signals of the batch's scored tokens in row-major order, on the CPU.
@@ -89,6 +88,11 @@ class LogitStore:
         if not places:
             return np.empty(0, self._codec.columns[name])
         return np.concatenate([shard[name].row(row) for shard, row in places])
+
+
+def moved(signal: SparseSignal, device: torch.device) -> SparseSignal:
+    """The same signal on `device`."""
+    return SparseSignal(*(tensor.to(device, non_blocking=True) for tensor in (signal.ids, signal.probs, signal.tail)))
 
 
 def renormalized(signal: SparseSignal) -> SparseSignal:

@@ -73,12 +73,18 @@ def dump(work: Dumper, share: Share = WHOLE) -> DumpReport:
 
 
 def stored(
-    data: Path, output: Path, method: Method, *, teacher: EncoderDecoder, tokens_per_shard: int | None = None
+    data: Path,
+    output: Path,
+    method: Method,
+    *,
+    teacher: EncoderDecoder,
+    tokens_per_shard: int | None = None,
+    renormalize: bool = False,
 ) -> LogitStore:
     """A complete store, opened."""
     dump(dumper(data, output, method, teacher=teacher, tokens_per_shard=tokens_per_shard))
     merge_store(output, "a test")
-    return open_store(output, data=data, manifest=load_manifest(data))
+    return open_store(output, data=data, manifest=load_manifest(data), renormalize=renormalize)
 
 
 def batch_of(dataset: Dataset, rows: Sequence[int]) -> Batch:
