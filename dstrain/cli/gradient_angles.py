@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dstrain.models.encoder_decoder import EncoderDecoder
     from dstrain.objectives.gradient_angle import Angle
 
-MAX_TOKENS = 2048
+MAX_TOKENS = 512
 
 
 def angles_of(args: argparse.Namespace) -> Iterator[Angle]:
