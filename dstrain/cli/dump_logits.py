@@ -37,6 +37,7 @@ METHOD: dict[str, tuple[Callable[[str], object], str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_work_arguments(parser, output="LOGITS", required=False)
+    parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument("--method", choices=("sample", "topk", "dense"), default="sample", help="default: sample")
     for name, (kind, text) in METHOD.items():
         parser.add_argument(f"--{name}", metavar="X" if kind is positive_float else "N", type=kind, help=text)

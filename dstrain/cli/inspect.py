@@ -46,17 +46,17 @@ def run(args: argparse.Namespace) -> int:
 
 def _facts(path: Path) -> list[str]:
     from dstrain.checkpoint.describe import describe_bundle
-    from dstrain.data.parts import JOB_FILE
+    from dstrain.data.manifest import MANIFEST_FILE, PARTS_FILE
     from dstrain.data.report import describe_data
     from dstrain.objectives.logit_manifest import STORE_FILE
     from dstrain.objectives.logit_store import describe_store
 
     if (path / "model.yaml").is_file():
         return describe_bundle(path)
-    if (path / STORE_FILE).is_file() or ((path / JOB_FILE).is_file() and not (path / "tokenizer").is_dir()):
-        return describe_store(path)
-    if (path / "manifest.json").is_file() or (path / "job.json").is_file():
+    if (path / MANIFEST_FILE).is_file() or (path / "job.json").is_file() or (path / "train").is_dir():
         return describe_data(path)
+    if (path / STORE_FILE).is_file() or (path / PARTS_FILE).is_file():
+        return describe_store(path)
     raise DataError(f"{path} is no prepared data, no bundle and no dumped logits; name a directory that dstrain wrote")
 
 

@@ -26,6 +26,7 @@ VERBS = {
     "report": "draw the curves of a run as PNG and HTML",
     "import": "bring what fairseq made: checkpoints, binarized data, command lines",
     "inspect": "what a data directory, a bundle or dumped logits hold, and whether they are whole",
+    "pseudo-label": "let a teacher translate the training sources: data for a student",
     "dump-logits": "keep on disk what a teacher says of every token, to distill from later",
 }
 EPILOG = """a first run:

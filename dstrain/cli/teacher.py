@@ -18,11 +18,10 @@ if TYPE_CHECKING:
 
 
 def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required: bool) -> None:
-    """--teacher, --data, --output, --split, --shard, --device. output: what its value is called."""
+    """--teacher, --data, --output, --shard, --device. output: what its value is called."""
     parser.add_argument("--teacher", metavar="BUNDLE", type=Path, required=required, help="model directory of the teacher")
     parser.add_argument("--data", metavar="DATA", type=Path, required=required, help="directory that `dstrain prepare` wrote")
     parser.add_argument("--output", metavar=output, type=Path, required=required, help="directory to write, or to go on with")
-    parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument(
         "--shard",
         metavar="I/N",

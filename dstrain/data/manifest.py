@@ -19,6 +19,8 @@ from dstrain.strict import Config
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+PARTS_FILE = "parts.json"
+"""Stands where the work is done in parts (`data/parts.py`)."""
 TOKENIZER_DIRECTORY = "tokenizer"
 
 
@@ -85,7 +87,10 @@ class SplitRecord(Config):
 
 
 class Manifest(Config):
-    """The whole directory. data: the recipe's data section; job: fingerprint of that section and of the corpora's content."""
+    """The whole directory. data: the recipe's data section; job: fingerprint of that section and of the corpora's content.
+
+    pseudo_labels: how a teacher made the targets of `train` (`data/derived.py`); `job` covers that, too. None: the corpus's own.
+    """
 
     format_version: int
     created_by: str
@@ -93,6 +98,7 @@ class Manifest(Config):
     tokenizer_fingerprint: str
     data: dict[str, Any]
     splits: dict[str, SplitRecord]
+    pseudo_labels: dict[str, Any] | None = None
 
     def require_tokenizer(self, fingerprint: str, owner: str) -> None:
         """Raise DataError where `owner` (a bundle, a run) reads ids of another tokenizer than this data's."""
@@ -114,6 +120,10 @@ def load_manifest(directory: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
+        if (path.parent / PARTS_FILE).is_file():
+            raise DataError(
+                f"{path} is missing: not all parts are done or merged; run `dstrain pseudo-label` again, then with --merge"
+            ) from error
         what = "the preparation was not finished" if path.parent.is_dir() else "there is no such directory"
         raise DataError(f"{path} is missing: {what}; run `dstrain prepare RECIPE --output {directory}`") from error
     except OSError as error:

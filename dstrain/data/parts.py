@@ -17,11 +17,9 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from dstrain.data.files import write_file
-from dstrain.data.manifest import FileRecord
+from dstrain.data.manifest import PARTS_FILE, FileRecord
 from dstrain.errors import DataError
 from dstrain.strict import Config
-
-JOB_FILE = "parts.json"
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def read_job(directory: Path, kind: type[J], maker: str) -> J | None:
 
     maker: the verb whose directory it must be. Raises DataError where it holds something else.
     """
-    path = directory / JOB_FILE
+    path = directory / PARTS_FILE
     try:
         return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError:
@@ -74,9 +72,9 @@ def settle_job(directory: Path, job: J, maker: str) -> None:
     """
     known = read_job(directory, type(job), maker)
     if known is None:
-        draft = directory / f".{JOB_FILE}.{socket.gethostname()}.{os.getpid()}"
+        draft = directory / f".{PARTS_FILE}.{socket.gethostname()}.{os.getpid()}"
         write_file(draft, (job.model_dump_json(indent=2) + "\n").encode())
-        draft.replace(directory / JOB_FILE)
+        draft.replace(directory / PARTS_FILE)
         known = read_job(directory, type(job), maker)
     if known != job and known is not None:
         old, new = known.model_dump(mode="json"), job.model_dump(mode="json")
@@ -105,7 +103,7 @@ def note_path(path: Path) -> Path:
 
 
 def _is_draft(path: Path) -> bool:
-    return path.name.startswith(f".{JOB_FILE}.")
+    return path.name.startswith(f".{PARTS_FILE}.")
 
 
 def _short(value: object) -> str:

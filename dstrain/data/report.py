@@ -82,8 +82,11 @@ def describe_data(directory: Path) -> list[str]:
     if tokenizers.fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids; prepare the data again")
     report = build_report(directory, manifest, tokenizers, {}, finished_before=True)
+    labels = manifest.pseudo_labels
     return [
-        "prepared data",
+        "prepared data"
+        if labels is None
+        else f"prepared data; training targets are the outputs of teacher {labels['teacher'][:12]}",
         *report.lines()[1:],
         f"tokenizer {manifest.tokenizer_fingerprint[:12]}, preparation {manifest.job[:12]}",
         f"complete; every checksum is right; written by {manifest.created_by}",

@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from dstrain.data.files import write_file
-from dstrain.data.manifest import FileRecord, Manifest
-from dstrain.data.parts import JOB_FILE, Note, finished_part, read_job
+from dstrain.data.manifest import PARTS_FILE, FileRecord, Manifest
+from dstrain.data.parts import Note, finished_part, read_job
 from dstrain.errors import DataError
 from dstrain.strict import Config
 
@@ -164,7 +164,7 @@ def merge_store(directory: Path, created_by: str) -> StoreManifest:
     directory = Path(directory)
     job = read_job(directory, DumpJob, MAKER)
     if job is None:
-        raise DataError(f"{directory} holds no dumped logits (no {JOB_FILE}); name the --output of `dstrain {MAKER}`")
+        raise DataError(f"{directory} holds no dumped logits (no {PARTS_FILE}); name the --output of `dstrain {MAKER}`")
     found = [finished_part(directory, shard_file(number), ShardNote) for number in range(job.shards)]
     missing = [number for number, note in enumerate(found) if note is None]
     if missing:
@@ -184,7 +184,7 @@ def load_store_manifest(directory: Path) -> StoreManifest:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        if (path.parent / JOB_FILE).is_file():
+        if (path.parent / PARTS_FILE).is_file():
             raise DataError(
                 f"{path} is missing: the dump was not finished; run it again, then `dstrain {MAKER} --merge {directory}`"
             ) from error

@@ -1,4 +1,7 @@
-"""Dumped logits through the command line: three shares, one of them killed, resumed, merged, inspected; a full disk."""
+"""The offline half of distillation through the command line.
+
+Logits dumped in three shares, one of them killed, resumed, merged, inspected; a full disk; a teacher's outputs trained on.
+"""
 
 from __future__ import annotations
 
@@ -90,3 +93,27 @@ def test_a_full_disk_loses_no_finished_shard(data: Path, teacher: Path, logits: 
         assert not list((disk / "logits").glob("*.tmp"))
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_student_trains_on_a_teachers_outputs(data: Path, teacher: Path, tmp_path: Path) -> None:
+    labeled, run = tmp_path / "labeled", tmp_path / "run"
+    words = ("pseudo-label", "--teacher", teacher, "--data", data, "--output", labeled, "--beam-size", "2", "--device", "cpu")
+    options = ("--pairs-per-shard", "50", "--max-repeats", "1000", "--keep-original")
+    command = [sys.executable, "-m", "dstrain", *map(str, words), *options]
+    with (tmp_path / "log").open("w") as log:
+        killed = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+        deadline = time.monotonic() + 60
+        while not (labeled / "train" / "00001.arrow").is_file():
+            assert killed.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(killed.pid, signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL
+    train = ("train", RECIPE, "--output", run, "--device", "cpu", *settings(*SMALL_DATA, *SMALL_TRAINING))
+    fails(dstrain(*train, "--data", labeled), "not all parts are done or merged")
+    done = succeeds(dstrain(*words, *options))
+    assert "parts were finished before" in done.stdout
+    assert "is complete: 480 of 480 pairs" in done.stdout
+    trained = succeeds(dstrain(*train, "--data", labeled))
+    assert "the training targets are the outputs of teacher" in trained.stderr
+    fails(dstrain(*train, "--data", data), "was begun on other data")

@@ -8,24 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.checkpoint.bundle import save_bundle
 from dstrain.cli.main import main
-from dstrain.data.tokenizer import load_tokenizers
-from dstrain.models.portable import to_portable
-from tests.unit.objectives.toy_store import MODEL, prepared, teacher_for
-
-
-def bundle_for(data: Path, directory: Path, *, seed: int, tokenizers: bool = True) -> Path:
-    model = teacher_for(data, seed=seed)
-    save_bundle(
-        directory,
-        model_config=MODEL,
-        vocabulary=model.vocabulary,
-        weights=to_portable(model),
-        tokenizers=load_tokenizers(data / "tokenizer") if tokenizers else None,
-        recipe=None,
-    )
-    return directory
+from tests.unit.cli.verbs import Verbs, bundle_for
+from tests.unit.objectives.toy_store import prepared
 
 
 @pytest.fixture(scope="module")
@@ -58,25 +43,6 @@ def flip(path: Path) -> None:
 
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
-
-
-class Verbs:
-    """Runs verbs in this process and reads what they print."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
-
-    def succeed(self, *arguments: str | Path) -> str:
-        assert main([str(word) for word in arguments]) == 0
-        return self._capsys.readouterr().out
-
-    def fail(self, *arguments: str | Path, code: int = 1) -> str:
-        try:
-            found = main([str(word) for word in arguments])
-        except SystemExit as usage:
-            found = int(usage.code or 0)
-        assert found == code
-        return self._capsys.readouterr().err
 
 
 @pytest.fixture
