@@ -16,13 +16,14 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from dstrain.batch import Batch
 from dstrain.data.collate import NO_EXAMPLE
 from dstrain.data.dataset import ALWAYS_HASHED_BYTES
 from dstrain.data.manifest import Manifest
 from dstrain.data.shard import ListView, list_view
-from dstrain.errors import DataError
+from dstrain.errors import DataError, RecipeError
 from dstrain.log import logger
 from dstrain.objectives.logit_codec import Codec, build_codec
 from dstrain.objectives.logit_manifest import DenseMethod, SampleMethod, StoreManifest, TopKMethod, load_store_manifest
@@ -53,8 +54,21 @@ class LogitStore:
         """What the teacher's logits were divided by; an objective must divide the student's by the same."""
         return self.manifest.job.method.temperature
 
-    def reduce_signal(self, batch: Batch, rows: object, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:
-        """`reduce(signal)` on the batch's device; `rows` are all scored places, whose order the store has by itself."""
+    def require(self, *, divergence: str, temperature: float) -> None:
+        """Raise RecipeError unless it is the forward divergence at the temperature of the dump."""
+        if divergence != "forward_kl":
+            raise RecipeError(
+                f"objective.divergence.kind = {divergence} needs the whole distribution, {self._directory} keeps a part of it: "
+                "choose forward_kl, or a teacher at work (--teacher)"
+            )
+        if temperature != self.temperature:
+            raise RecipeError(
+                f"objective.temperature = {temperature:g}, but the logits in {self._directory} are of temperature "
+                f"{self.temperature:g}: set that, or dump them again with --temperature {temperature:g}"
+            )
+
+    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:
+        """`reduce(signal)` on the batch's device; `rows` must be all scored places, whose order the store has by itself."""
         return reduce(moved(self.signal(batch), batch.labels.device))
 
     def signal(self, batch: Batch) -> SparseSignal:

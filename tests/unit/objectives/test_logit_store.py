@@ -19,13 +19,14 @@ from dstrain.data.loader import TrainLoader
 from dstrain.data.manifest import load_manifest
 from dstrain.data.parts import Share
 from dstrain.data.plan import StepPlan
-from dstrain.errors import DataError
+from dstrain.errors import DataError, RecipeError
 from dstrain.models.config import VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.objectives.logit_codec import build_codec
 from dstrain.objectives.logit_dump import plan_dump
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod, merge_store
 from dstrain.objectives.logit_store import describe_store, open_store, shard_starts
+from dstrain.protocols import SparseSignal
 from tests.unit.objectives.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for, teacher_probs
 
 METHODS = [SampleMethod(draws=20), TopKMethod(k=5), TopKMethod(k=5, dtype="float32", temperature=2.0), DenseMethod()]
@@ -169,7 +170,19 @@ def test_an_empty_micro_batch_has_no_signal(data: Path, teacher: EncoderDecoder,
     store = stored(data, tmp_path / "logits", SampleMethod(), teacher=teacher)
     empty = collate([], np.array([], np.int64), pad_id=1, eos_id=2)
     assert len(store.signal(empty).ids) == 0
-    assert store.reduce_signal(empty, None, lambda signal: signal.tail.shape) == (0,)
+    rows = torch.empty(0, dtype=torch.int64)
+    assert store.reduce_signal(empty, rows, lambda signal: signal.tail.shape if isinstance(signal, SparseSignal) else None) == (
+        0,
+    )
+
+
+def test_only_the_forward_divergence_at_the_dumps_temperature(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    store = stored(data, tmp_path / "logits", SampleMethod(temperature=2.0), teacher=teacher)
+    store.require(divergence="forward_kl", temperature=2.0)
+    with pytest.raises(RecipeError, match="objective.divergence.kind = reverse_kl needs the whole .* forward_kl"):
+        store.require(divergence="reverse_kl", temperature=2.0)
+    with pytest.raises(RecipeError, match=r"objective.temperature = 1, but the logits in .* are of temperature 2: set that, or"):
+        store.require(divergence="forward_kl", temperature=1.0)
 
 
 def test_renormalizing_is_biased_and_says_so(
