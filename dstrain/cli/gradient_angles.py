@@ -11,7 +11,7 @@ from dstrain.cli.teacher import Lesson, load_lesson
 from dstrain.errors import BundleError
 
 if TYPE_CHECKING:
-    from dstrain.models.encoder_decoder import EncoderDecoder
+    from dstrain.models.factory import Model
     from dstrain.objectives.gradient_angle import Angle
 
 MAX_TOKENS = 512
@@ -44,7 +44,7 @@ def angles_of(args: argparse.Namespace) -> Iterator[Angle]:
     )
 
 
-def _student(path: Path | None, lesson: Lesson) -> EncoderDecoder:
+def _student(path: Path | None, lesson: Lesson) -> Model:
     """The bundle's model, or a fresh one of the teacher's shape."""
     from dstrain.checkpoint.bundle import load_bundle
     from dstrain.models.factory import build_model

@@ -46,8 +46,7 @@ def build_labeler(args: argparse.Namespace) -> Labeler:
         bundle.model,
         search,
         SpecialIds.of(lesson.tokenizers.target),
-        max_source_length=bundle.model_config.max_source_length,
-        max_target_length=bundle.model_config.max_target_length,
+        limits=bundle.model_config.limits,
         device=lesson.device,
     )
     return Labeler(generator, lesson.dataset, job, limits, (bundle.vocabulary.source, bundle.vocabulary.target), args.output)

@@ -53,7 +53,7 @@ def test_targets_are_those_of_a_search_sentence_by_sentence(data: Path, teacher:
     assert "is complete: 30 of 30 pairs; dropped: none" in verbs.succeed("pseudo-label", "--merge", tmp_path / "labeled")
     bundle, ids = load_bundle(teacher), SpecialIds.of(load_tokenizers(data / "tokenizer").target)
     config = BeamSearchConfig(beam_size=3, length_penalty=0.5)
-    generator = Generator(bundle.model, config, ids, max_source_length=1024, max_target_length=1024)
+    generator = Generator(bundle.model, config, ids, limits=bundle.model_config.limits)
     original, labeled = open_dataset(data, "train"), open_dataset(tmp_path / "labeled", "train")
     for row in range(30):
         source = original[row].source.tolist()

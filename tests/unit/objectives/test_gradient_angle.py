@@ -15,7 +15,7 @@ from dstrain.data.config import BatchingConfig
 from dstrain.data.dataset import Dataset, open_dataset
 from dstrain.data.loader import TrainLoader
 from dstrain.data.plan import StepPlan
-from dstrain.models.config import EncoderDecoderConfig, PlainEmbedding, StackConfig
+from dstrain.models.config import EncoderDecoderConfig
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
@@ -102,8 +102,9 @@ def test_random_batches_hold_every_row_once(data: Path) -> None:
 def briefly_trained(data: Path, steps: int) -> EncoderDecoder:
     """A teacher that has seen a few batches: it knows which types are frequent, and little else."""
     dataset = open_dataset(data, "train")
-    stack = StackConfig(depth=1, num_heads=2, ffn_dim=64)
-    config = EncoderDecoderConfig(model_dim=64, encoder=stack, decoder=stack, dropout=0.0, embedding=PlainEmbedding(tie="all"))
+    stack = {"depth": 1, "num_heads": 2, "ffn_dim": 64}
+    parts = {"model_dim": 64, "encoder": stack, "decoder": stack, "dropout": 0.0, "embedding": {"kind": "plain", "tie": "all"}}
+    config = EncoderDecoderConfig.model_validate(parts)
     model = build_model(config, teacher_for(data).vocabulary, seed=5)
     objective, optimizer = CrossEntropy(CrossEntropyConfig()), torch.optim.Adam(model.parameters(), lr=1e-3)
     plan = StepPlan(dataset.source_lengths, dataset.target_lengths, BatchingConfig(tokens_per_step=1000, max_tokens=1000), seed=1)

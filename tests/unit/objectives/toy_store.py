@@ -17,15 +17,15 @@ from dstrain.data.manifest import load_manifest
 from dstrain.data.parts import Share
 from dstrain.data.prepare import prepare
 from dstrain.data.tokenizer import load_tokenizers
-from dstrain.models.config import EncoderDecoderConfig, StackConfig, VocabularySizes
+from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
-from dstrain.models.factory import build_model
+from dstrain.models.factory import Model, build_model
 from dstrain.objectives.logit_dump import Dumper, DumpReport, plan_dump
 from dstrain.objectives.logit_manifest import Method, merge_store
 from dstrain.objectives.logit_store import LogitStore, open_store
 
-STACK = StackConfig(depth=1, num_heads=2, ffn_dim=16)
-MODEL = EncoderDecoderConfig(model_dim=16, encoder=STACK, decoder=STACK)
+STACK = {"depth": 1, "num_heads": 2, "ffn_dim": 16}
+MODEL = EncoderDecoderConfig.model_validate({"model_dim": 16, "encoder": STACK, "decoder": STACK})
 PAD, EOS = 1, 2
 
 
@@ -53,7 +53,7 @@ def dumper(
     output: Path,
     method: Method,
     *,
-    teacher: EncoderDecoder,
+    teacher: Model,
     tokens_per_shard: int | None = None,
     max_tokens: int = 200,
     split: str = "train",
@@ -77,7 +77,7 @@ def stored(
     output: Path,
     method: Method,
     *,
-    teacher: EncoderDecoder,
+    teacher: Model,
     tokens_per_shard: int | None = None,
     renormalize: bool = False,
 ) -> LogitStore:
@@ -92,7 +92,7 @@ def batch_of(dataset: Dataset, rows: Sequence[int]) -> Batch:
 
 
 @torch.no_grad()
-def teacher_probs(teacher: EncoderDecoder, dataset: Dataset, rows: Sequence[int], temperature: float = 1.0) -> Tensor:
+def teacher_probs(teacher: Model, dataset: Dataset, rows: Sequence[int], temperature: float = 1.0) -> Tensor:
     """The plain way: one sentence at a time, all probabilities of its tokens; (n, V) in the order of rows and positions."""
     found = []
     for row in rows:
