@@ -82,6 +82,10 @@ class Corpora:
 
     def __init__(self, directory: Path, recipe: Recipe) -> None:
         self.manifest = load_manifest(directory)
+        if self.manifest.pseudo_labels is not None:
+            logger.info(
+                "%s: the training targets are the outputs of teacher %s", directory, self.manifest.pseudo_labels["teacher"][:12]
+            )
         prepared = {"data": _with_later_defaults(self.manifest.data)}
         differences = recipe_differences(prepared, {"data": recipe_tree(recipe)["data"]})
         if differences:

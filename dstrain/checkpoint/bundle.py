@@ -13,6 +13,8 @@ costs a pass over the file.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -255,6 +257,14 @@ def read_description(directory: Path) -> BundleDescription:
 def is_bundle(directory: Path) -> bool:
     """Whether a directory is a bundle, plain or with an adapter."""
     return (directory / MODEL).is_file() or is_adapter(directory)
+
+
+def bundle_fingerprint(directory: Path) -> str:
+    """SHA-256 over architecture, vocabulary and all weights, adapters included: which model this is."""
+    stored = find_bundle(directory)
+    content = _read_yaml(stored.root / MODEL)
+    facts = json.dumps([content["model"], content["vocabulary"], stored.fingerprint], sort_keys=True)
+    return hashlib.sha256(facts.encode()).hexdigest()
 
 
 def _refuse_to_replace_others(directory: Path) -> None:

@@ -26,6 +26,17 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     return load_recipe(args.recipe, args.overrides)
 
 
+def positive_float(text: str) -> float:
+    """A number above 0, for `type=` of an argument."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
+
+
 def positive_number(text: str) -> int:
     """A whole number from 1 on, for `type=` of an argument."""
     if not text.isdecimal() or int(text) < 1:

@@ -25,6 +25,9 @@ VERBS = {
     "merge": "merge an adapter bundle into its base, as a plain bundle",
     "report": "draw the curves of a run as PNG and HTML",
     "import": "bring what fairseq made: checkpoints, binarized data, command lines",
+    "inspect": "what a data directory, a bundle or dumped logits hold, and whether they are whole",
+    "pseudo-label": "let a teacher translate the training sources: data for a student",
+    "dump-logits": "keep on disk what a teacher says of every token, to distill from later",
 }
 EPILOG = """a first run:
   dstrain prepare translation/quickstart --output data/quickstart
@@ -52,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, summary in VERBS.items():
         subparser = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
         if name == chosen:
-            module = importlib.import_module(f"dstrain.cli.{'import_' if name == 'import' else name}")
+            module = importlib.import_module(f"dstrain.cli.{'import_' if name == 'import' else name.replace('-', '_')}")
             subparser.description = f"{module.__doc__}"
             subparser.formatter_class = argparse.RawDescriptionHelpFormatter
             module.add_arguments(subparser)

@@ -6,6 +6,7 @@ from the size alone and an altered byte by reading.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from dstrain.strict import Config
 
 FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+PARTS_FILE = "parts.json"
+"""Stands where the work is done in parts (`data/parts.py`)."""
 TOKENIZER_DIRECTORY = "tokenizer"
 
 
@@ -28,19 +31,17 @@ class FileRecord(Config):
     size: int
     sha256: str
 
-    def check(self, directory: Path, *, content: bool) -> None:
+    def check(self, directory: Path, *, content: bool, remedy: str = "prepare the data again") -> None:
         """Compare the file with this record: its size, and with `content` its SHA-256. Raises DataError naming the file."""
         path = directory / self.file
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise DataError(f"{path}: {error.strerror}; the manifest lists this file: prepare the data again") from error
+            raise DataError(f"{path}: {error.strerror}; the manifest lists this file: {remedy}") from error
         if size != self.size:
-            raise DataError(
-                f"{path} holds {size} bytes, the manifest says {self.size}: it is truncated or altered; prepare the data again"
-            )
+            raise DataError(f"{path} holds {size} bytes, the manifest says {self.size}: it is truncated or altered; {remedy}")
         if content and sha256_of(path) != self.sha256:
-            raise DataError(f"{path}: the SHA-256 differs from the manifest's: the file was altered; prepare the data again")
+            raise DataError(f"{path}: the SHA-256 differs from the manifest's: the file was altered; {remedy}")
 
 
 class ShardRecord(FileRecord):
@@ -75,13 +76,21 @@ class SplitRecord(Config):
         return sum(shard.target_tokens for shard in self.shards)
 
     @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the content of all shards in order: what row numbers of this split stand for."""
+        return hashlib.sha256(" ".join(shard.sha256 for shard in self.shards).encode()).hexdigest()
+
+    @property
     def files(self) -> tuple[FileRecord, ...]:
         """Everything on the disk."""
         return (*self.shards, self.lengths)
 
 
 class Manifest(Config):
-    """The whole directory. data: the recipe's data section; job: fingerprint of that section and of the corpora's content."""
+    """The whole directory. data: the recipe's data section; job: fingerprint of that section and of the corpora's content.
+
+    pseudo_labels: how a teacher made the targets of `train` (`data/derived.py`); `job` covers that, too. None: the corpus's own.
+    """
 
     format_version: int
     created_by: str
@@ -89,6 +98,7 @@ class Manifest(Config):
     tokenizer_fingerprint: str
     data: dict[str, Any]
     splits: dict[str, SplitRecord]
+    pseudo_labels: dict[str, Any] | None = None
 
     def require_tokenizer(self, fingerprint: str, owner: str) -> None:
         """Raise DataError where `owner` (a bundle, a run) reads ids of another tokenizer than this data's."""
@@ -110,6 +120,10 @@ def load_manifest(directory: Path) -> Manifest:
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
+        if (path.parent / PARTS_FILE).is_file():
+            raise DataError(
+                f"{path} is missing: not all parts are done or merged; run `dstrain pseudo-label` again, then with --merge"
+            ) from error
         what = "the preparation was not finished" if path.parent.is_dir() else "there is no such directory"
         raise DataError(f"{path} is missing: {what}; run `dstrain prepare RECIPE --output {directory}`") from error
     except OSError as error:

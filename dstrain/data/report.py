@@ -7,8 +7,9 @@ from pathlib import Path
 
 from dstrain.data.config import DataConfig, has_no_source
 from dstrain.data.corpora import splits_of
-from dstrain.data.manifest import Manifest, SplitRecord
-from dstrain.data.tokenizer import TokenizerPair
+from dstrain.data.manifest import TOKENIZER_DIRECTORY, Manifest, SplitRecord, load_manifest
+from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
+from dstrain.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,27 @@ def build_report(
         shared=tokenizers.shared,
         finished_before=finished_before,
     )
+
+
+def describe_data(directory: Path) -> list[str]:
+    """What prepared data holds, after a check of every byte. Raises DataError where something is wrong with it."""
+    manifest = load_manifest(directory)
+    for split in manifest.splits.values():
+        for file in split.files:
+            file.check(directory, content=True)
+    tokenizers = load_tokenizers(directory / TOKENIZER_DIRECTORY)
+    if tokenizers.fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids; prepare the data again")
+    report = build_report(directory, manifest, tokenizers, {}, finished_before=True)
+    labels = manifest.pseudo_labels
+    return [
+        "prepared data"
+        if labels is None
+        else f"prepared data; training targets are the outputs of teacher {labels['teacher'][:12]}",
+        *report.lines()[1:],
+        f"tokenizer {manifest.tokenizer_fingerprint[:12]}, preparation {manifest.job[:12]}",
+        f"complete; every checksum is right; written by {manifest.created_by}",
+    ]
 
 
 def _split_report(name: str, record: SplitRecord, pairs_encoded: int, seconds: float, *, has_source: bool) -> SplitReport:

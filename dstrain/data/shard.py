@@ -80,8 +80,8 @@ class ShardWriter:
         self._pending_rows = self._pending_tokens = 0
 
     def _columns(self) -> list[Any]:
-        source = _list_array([rows.source for rows in self._pending], [rows.source_lengths for rows in self._pending])
-        target = _list_array([rows.target for rows in self._pending], [rows.target_lengths for rows in self._pending])
+        source = list_array([rows.source for rows in self._pending], [rows.source_lengths for rows in self._pending])
+        target = list_array([rows.target for rows in self._pending], [rows.target_lengths for rows in self._pending])
         columns = [source, target]
         if len(self._schema) > len(SIDES):
             columns += [pa.array([text for rows in self._pending for text in rows.source_text or ()], pa.string())]
@@ -89,7 +89,8 @@ class ShardWriter:
         return columns
 
 
-def _list_array(values: Sequence[npt.NDArray[Any]], lengths: Sequence[npt.NDArray[np.int32]]) -> Any:
+def list_array(values: Sequence[npt.NDArray[Any]], lengths: Sequence[npt.NDArray[np.int32]]) -> Any:
+    """An Arrow list column. values: the items of all rows, in pieces; lengths: items of each row, in pieces."""
     counts = np.concatenate(lengths)
     offsets = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=offsets[1:])
@@ -142,12 +143,13 @@ def write_lengths(shards: Sequence[Path], rows: int, writer: HashingWriter) -> N
 def _batch_view(batch: Any) -> BatchView:
     with_text = len(batch.schema) > len(SIDES)
     return BatchView(
-        source=_list_view(batch.column("source")),
-        target=_list_view(batch.column("target")),
+        source=list_view(batch.column("source")),
+        target=list_view(batch.column("target")),
         source_text=batch.column("source_text") if with_text else None,
         target_text=batch.column("target_text") if with_text else None,
     )
 
 
-def _list_view(column: Any) -> ListView:
+def list_view(column: Any) -> ListView:
+    """A list column of a mapped record batch as numpy arrays, without a copy."""
     return ListView(column.offsets.to_numpy(zero_copy_only=True), column.values.to_numpy(zero_copy_only=True))

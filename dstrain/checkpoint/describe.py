@@ -1,0 +1,25 @@
+"""A bundle in words, after its checksums were compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dstrain.checkpoint.bundle import bundle_fingerprint, load_bundle
+from dstrain.models.config import EncoderDecoderConfig
+
+
+def describe_bundle(directory: Path) -> list[str]:
+    """What a bundle holds. Raises BundleError where something is wrong with it."""
+    bundle = load_bundle(directory)
+    config, parameters = bundle.model_config, sum(parameter.numel() for parameter in bundle.model.parameters())
+    encoder = f"{config.encoder.depth} + " if isinstance(config, EncoderDecoderConfig) else ""
+    notes = ", ".join(f"{name} {value}" for name, value in bundle.notes.items()) or "none"
+    tokenizer = "none" if bundle.tokenizers is None else bundle.tokenizers.fingerprint[:12]
+    description = "none" if bundle.recipe is None else " ".join(str(bundle.recipe.get("description", "")).split()) or "unnamed"
+    return [
+        f"bundle: {config.kind}, {parameters:,} parameters, {encoder}{config.decoder.depth} layers, model_dim {config.model_dim}",
+        f"vocabulary: {bundle.vocabulary.source:,} source and {bundle.vocabulary.target:,} target types; tokenizer {tokenizer}",
+        f"recipe: {description}",
+        f"notes: {notes}",
+        f"fingerprint {bundle_fingerprint(directory)[:12]}; the checksum of the weights is right",
+    ]

@@ -1,0 +1,77 @@
+"""dstrain dump-logits: write down what a teacher says of every target token, to distill from it later without the teacher.
+
+    dstrain dump-logits --teacher BUNDLE --data DATA --output LOGITS
+    dstrain dump-logits --teacher BUNDLE --data DATA --output LOGITS --method topk --k 64
+    dstrain inspect LOGITS
+
+Methods: sample draws from the teacher's distribution (about 40 bytes a token; unbiased: prefer it); topk keeps the likeliest
+types and the mass of the rest (about 3 bytes a type; biased for flat teachers); dense keeps everything, for small vocabularies.
+Signals belong to (row, position) of the data: batch size, order and number of ranks of the later training are free.
+
+The same command again goes on where it was interrupted. To share the work, run it once for every I in 0 .. N-1 with --shard I/N
+(a Slurm array: --shard $SLURM_ARRAY_TASK_ID/16), in any order, then check and finish:
+
+    dstrain dump-logits --merge LOGITS
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from dstrain import __version__
+from dstrain.cli.common import positive_float, positive_number
+from dstrain.cli.teacher import add_work_arguments, load_lesson
+from dstrain.errors import DataError
+
+METHOD: dict[str, tuple[Callable[[str], object], str]] = {
+    "draws": (positive_number, "sample: draws a token (default: 50)"),
+    "seed": (positive_number, "sample: decides the draws (default: 1)"),
+    "k": (positive_number, "topk: types a token (default: 64)"),
+    "dtype": (str, "topk: of log-probabilities: uint8, float16 or float32 (default: uint8)"),
+    "temperature": (positive_float, "divide the teacher's logits by this (default: 1)"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_work_arguments(parser, output="LOGITS", required=False)
+    parser.add_argument("--split", default="train", help="default: train")
+    parser.add_argument("--method", choices=("sample", "topk", "dense"), default="sample", help="default: sample")
+    for name, (kind, text) in METHOD.items():
+        parser.add_argument(f"--{name}", metavar="X" if kind is positive_float else "N", type=kind, help=text)
+    parser.add_argument("--max-tokens", metavar="N", type=positive_number, default=4096, help="padded tokens of a batch (4096)")
+    parser.add_argument("--tokens-per-shard", metavar="N", type=positive_number, help="size of a file (default: a 64th of all)")
+    parser.add_argument("--merge", metavar="LOGITS", type=Path, help="check that every shard is there and whole, and finish")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Dump this share, or merge."""
+    from dstrain.objectives.logit_manifest import merge_store
+
+    given = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
+    if given not in ([True, True, True, False], [False, False, False, True]):
+        raise DataError("dump-logits takes --teacher, --data and --output, or --merge LOGITS alone")
+    if args.merge is None:
+        _dump(args)
+    if args.merge is not None or args.shard.count == 1:
+        store = merge_store(args.merge or args.output, f"dstrain {__version__}")
+        print(f"{args.merge or args.output} is complete: {store.job.tokens:,} tokens, {store.bytes_per_token:.1f} bytes a token")
+    return 0
+
+
+def _dump(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dstrain.objectives.logit_dump import Dumper, plan_dump
+    from dstrain.objectives.logit_manifest import choose_method
+
+    method = choose_method(args.method, {name: vars(args)[name] for name in METHOD})
+    lesson = load_lesson(args.teacher, args.data, args.split, args.device)
+    sizes, identity = lesson.bundle.vocabulary, (args.split, lesson.fingerprint)
+    job = plan_dump(method, lesson.dataset, lesson.manifest, *identity, vocabulary=sizes, tokens_per_shard=args.tokens_per_shard)
+    work = Dumper(lesson.bundle.model, lesson.dataset, job, args.output, sizes, lesson.device, args.max_tokens)
+    with tqdm(unit=" tokens", unit_scale=True, disable=None, total=work.tokens_of(args.shard)) as bar:
+        report = work.run(args.shard, bar.update)
+    print(report.line())

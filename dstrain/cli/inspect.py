@@ -1,0 +1,68 @@
+"""dstrain inspect: what a directory holds, whether every byte of it is right, and how good dumped logits are.
+
+    dstrain inspect DATA
+    dstrain inspect BUNDLE
+    dstrain inspect LOGITS
+    dstrain inspect LOGITS --against-teacher BUNDLE --data DATA
+
+The last compares, on the same random tokens, the gradient that a student gets from the store with the one it would get from all
+of the teacher's probabilities: angle in degrees, and ratio of lengths. With a sampled store the angle falls like one over the
+root of the number of tokens; one that stays is a bias that no amount of data removes. Without --student it is a fresh model of
+the teacher's shape; gradients of a trained student are small, so its angles are larger.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dstrain.cli.common import positive_number
+from dstrain.errors import DataError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    parser.add_argument("path", metavar="PATH", type=Path, help="prepared data, a bundle, or dumped logits")
+    group = parser.add_argument_group("gradients of dumped logits")
+    group.add_argument("--against-teacher", metavar="BUNDLE", type=Path, help="the teacher that made them")
+    group.add_argument("--data", metavar="DATA", type=Path, help="the data that they were made of")
+    group.add_argument("--student", metavar="BUNDLE", type=Path, help="whose gradient (default: a fresh model)")
+    group.add_argument(
+        "--tokens", metavar="N", type=positive_number, nargs="+", default=[1024, 4096, 16384], help="default: 1024 4096 16384"
+    )
+    group.add_argument("--renormalize", action="store_true", help="topk: give the tail to the types that were kept (biased)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU where there is one (default: auto)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts; with a teacher, the angles."""
+    if (args.against_teacher is None) != (args.data is None):
+        raise DataError("inspect --against-teacher BUNDLE needs --data DATA beside it, and the other way round")
+    print("\n".join(_facts(args.path)))
+    if args.against_teacher is not None:
+        _print_angles(args)
+    return 0
+
+
+def _facts(path: Path) -> list[str]:
+    from dstrain.checkpoint.describe import describe_bundle
+    from dstrain.data.manifest import MANIFEST_FILE, PARTS_FILE
+    from dstrain.data.report import describe_data
+    from dstrain.objectives.logit_manifest import STORE_FILE
+    from dstrain.objectives.logit_store import describe_store
+
+    if (path / "model.yaml").is_file():
+        return describe_bundle(path)
+    if (path / MANIFEST_FILE).is_file() or (path / "job.json").is_file() or (path / "train").is_dir():
+        return describe_data(path)
+    if (path / STORE_FILE).is_file() or (path / PARTS_FILE).is_file():
+        return describe_store(path)
+    raise DataError(f"{path} is no prepared data, no bundle and no dumped logits; name a directory that dstrain wrote")
+
+
+def _print_angles(args: argparse.Namespace) -> None:
+    from dstrain.cli.gradient_angles import angles_of
+
+    print(f"{'tokens':>8} {'angle':>8} {'norm ratio':>11}")
+    for angle in angles_of(args):
+        print(f"{angle.tokens:8,} {angle.degrees:7.2f}° {angle.norm_ratio:11.3f}")

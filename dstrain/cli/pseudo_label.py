@@ -1,0 +1,74 @@
+"""dstrain pseudo-label: sequence-level distillation as data: a teacher translates the training sources, a student trains on that.
+
+    dstrain pseudo-label --teacher BUNDLE --data DATA --output DATA2 --beam-size 5
+    dstrain train RECIPE --data DATA2 --output RUN
+
+DATA2 is prepared data for the same recipe as DATA: its training targets are the teacher's outputs, the other splits and the
+tokenizer are those of DATA. --keep-original adds the original pairs. Outputs that are empty, longer than the recipe's filter
+allows, too many times longer or shorter than the source, or that repeat themselves are dropped, and counted by reason.
+
+The same command again goes on where it was interrupted. To share the work, run it once for every I in 0 .. N-1 with --shard I/N
+(a Slurm array: --shard $SLURM_ARRAY_TASK_ID/16), in any order, then check and finish:
+
+    dstrain pseudo-label --merge DATA2
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dstrain import __version__
+from dstrain.cli.common import positive_float, positive_number
+from dstrain.cli.teacher import add_work_arguments
+from dstrain.errors import DataError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the verb."""
+    add_work_arguments(parser, output="DATA2", required=False)
+    parser.add_argument("--beam-size", metavar="N", type=positive_number, help="1 is greedy (default: as in the bundle's recipe)")
+    parser.add_argument("--length-penalty", metavar="X", type=float, help="default: as in the bundle's recipe")
+    parser.add_argument("--max-tokens", metavar="N", type=positive_number, help="size of a batch: hypotheses x source length")
+    parser.add_argument("--max-ratio", metavar="X", type=positive_float, help="longer side / shorter (default: as DATA's filter)")
+    parser.add_argument(
+        "--max-repeats",
+        metavar="N",
+        type=positive_number,
+        default=3,
+        help="a group of 1 to 4 tokens, so often in a row (default: 3)",
+    )
+    parser.add_argument("--keep-original", action="store_true", help="train on the original pairs, too")
+    parser.add_argument("--pairs-per-shard", metavar="N", type=positive_number, help="size of a part (default: a 64th of all)")
+    parser.add_argument("--merge", metavar="DATA2", type=Path, help="check that every part is there and whole, and finish")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Label this share, or merge."""
+    from dstrain.data.derived import merge_labels
+
+    given = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
+    if given not in ([True, True, True, False], [False, False, False, True]):
+        raise DataError("pseudo-label takes --teacher, --data and --output, or --merge DATA2 alone")
+    if args.merge is None:
+        _label(args)
+    if args.merge is not None or args.shard.count == 1:
+        train = merge_labels(args.merge or args.output, f"dstrain {__version__}").splits["train"]
+        lost = ", ".join(f"{reason} {count:,}" for reason, count in train.dropped.items() if count) or "none"
+        print(f"{args.merge or args.output} is complete: {train.rows:,} of {train.pairs_read:,} pairs; dropped: {lost}")
+    return 0
+
+
+def _label(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dstrain.cli.labeling import build_labeler
+    from dstrain.data.derived import take_over
+
+    labeler = build_labeler(args)
+    total = sum(len(labeler.job.rows(number)) for number in args.shard.of(labeler.job.parts))
+    with tqdm(unit=" pairs", disable=None, total=total) as bar:
+        report = labeler.run(args.shard, bar.update)
+    if args.shard.index == 0:
+        take_over(args.data, args.output, labeler.job)
+    print(report.line())

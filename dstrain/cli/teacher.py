@@ -1,0 +1,74 @@
+"""What the verbs with a teacher share: which teacher, which data, which share of the work."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from dstrain.data.parts import Share
+
+if TYPE_CHECKING:
+    from dstrain.checkpoint.bundle import Bundle
+    from dstrain.data.dataset import Dataset
+    from dstrain.data.manifest import Manifest
+    from dstrain.data.tokenizer import TokenizerPair
+
+
+def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required: bool) -> None:
+    """--teacher, --data, --output, --shard, --device. output: what its value is called."""
+    parser.add_argument("--teacher", metavar="BUNDLE", type=Path, required=required, help="model directory of the teacher")
+    parser.add_argument("--data", metavar="DATA", type=Path, required=required, help="directory that `dstrain prepare` wrote")
+    parser.add_argument("--output", metavar=output, type=Path, required=required, help="directory to write, or to go on with")
+    parser.add_argument(
+        "--shard",
+        metavar="I/N",
+        type=share,
+        default=Share(0, 1),
+        help="do share I (from 0) of N shares of the work (default: 0/1)",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU where there is one (default: auto)")
+
+
+def share(text: str) -> Share:
+    """I/N, for `type=` of an argument."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share I/N of the work with I from 0 to N - 1; of two: 0/2 and 1/2")
+    return Share(int(found[1]), int(found[2]))
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A teacher on a device and the prepared split that it reads."""
+
+    bundle: Bundle
+    tokenizers: TokenizerPair
+    device: str
+    fingerprint: str
+    manifest: Manifest
+    dataset: Dataset
+
+
+def load_lesson(teacher: Path, data: Path, split: str, device: str) -> Lesson:
+    """Open both. DataError or BundleError where they do not fit together or cannot be read."""
+    from dstrain.api import usable_device
+    from dstrain.checkpoint.bundle import bundle_fingerprint, load_bundle
+    from dstrain.data.dataset import open_dataset
+    from dstrain.data.manifest import load_manifest
+    from dstrain.errors import BundleError
+    from dstrain.ops.allocator import keep_freed_memory
+    from dstrain.training.validator import check_split
+
+    chosen = usable_device(device)
+    if chosen == "cpu":
+        keep_freed_memory()
+    bundle, manifest = load_bundle(teacher, device=chosen), load_manifest(data)
+    if bundle.tokenizers is None:
+        raise BundleError(f"{teacher} has no tokenizer, so it cannot be told whether the ids of {data} are its own")
+    manifest.require_tokenizer(bundle.tokenizers.fingerprint, str(teacher))
+    dataset = open_dataset(data, split)
+    check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
+    return Lesson(bundle, bundle.tokenizers, chosen, bundle_fingerprint(teacher), manifest, dataset)

@@ -1,0 +1,133 @@
+"""Sequence-level distillation as data: a teacher's own translations of the training sources become the targets.
+
+After Kim and Rush 2016, "Sequence-Level Knowledge Distillation": the student is trained on the best hypothesis of the teacher's
+beam search. Outputs that would teach nonsense are left out and counted: those that the data's own filter drops (empty, too long,
+ratio of lengths) and those that repeat themselves. Parts of the work are done by any process (`data/parts.py`); a part's bytes
+depend on the job alone but for the last bits of the teacher's arithmetic.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import compress
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from dstrain.data.config import FilterConfig
+from dstrain.data.dataset import Dataset
+from dstrain.data.derived import MAKER, LabelJob, LabelNote, part_file
+from dstrain.data.encode import drop_reasons
+from dstrain.data.files import atomic_writer
+from dstrain.data.parts import Share, finished_part, settle_job, write_note
+from dstrain.data.rows import Rows, id_dtype
+from dstrain.data.shard import ShardWriter, shard_schema
+from dstrain.generation.generator import Generator
+from dstrain.log import logger
+
+LONGEST_GROUP = 4
+
+
+@dataclass
+class LabelReport:
+    """What one process did. pairs: sources that it translated; dropped: of these, by reason."""
+
+    parts: int = 0
+    found: int = 0
+    pairs: int = 0
+    seconds: float = 0.0
+    dropped: Counter[str] = field(default_factory=Counter)
+
+    def line(self) -> str:
+        """One line of text."""
+        if not self.parts:
+            return f"nothing to do: {self.found} parts were finished before"
+        lost = ", ".join(f"{reason} {count:,}" for reason, count in self.dropped.items() if count) or "none"
+        before = f"; {self.found} parts were finished before" if self.found else ""
+        rate = self.pairs / self.seconds
+        return (
+            f"wrote {self.parts} parts: {self.pairs:,} sources in {self.seconds:.1f} s ({rate:,.1f} per second), "
+            f"dropped {self.dropped.total():,}: {lost}{before}"
+        )
+
+
+@dataclass(frozen=True)
+class Labeler:
+    """Writes parts of `job` into `output`. limits: which outputs are dropped by their lengths."""
+
+    generator: Generator
+    dataset: Dataset
+    job: LabelJob
+    limits: FilterConfig
+    vocabulary: tuple[int, int]
+    output: Path
+
+    def run(self, share: Share, progress: Callable[[int], object]) -> LabelReport:
+        """Every part of `share` that is not whole yet. progress: told how many sources are done.
+
+        Raises DataError where `output` belongs to another job, or the disk is full; finished parts stay.
+        """
+        settle_job(self.output, self.job, MAKER)
+        report, begun = LabelReport(), time.perf_counter()
+        try:
+            for number in share.of(self.job.parts):
+                note = finished_part(self.output, part_file(number), LabelNote)
+                if note is None:
+                    self._write_part(number, report, progress)
+                else:
+                    report.found += 1
+                    progress(note.pairs_read)
+        except KeyboardInterrupt:
+            logger.warning("interrupted; finished parts stay in %s: run the same command again to go on", self.output)
+            raise
+        report.seconds = time.perf_counter() - begun
+        return report
+
+    def _write_part(self, number: int, report: LabelReport, progress: Callable[[int], object]) -> None:
+        rows = self.job.rows(number)
+        sources = [self.dataset[row].source.tolist() for row in rows]
+        answers = self.generator.translate_ids(sources, first_line=rows.start + 1, progress=progress)
+        targets = [hypotheses[0].tokens for hypotheses in answers]
+        reasons = self._reasons(sources, targets)
+        keep = ~np.logical_or.reduce(list(reasons.values()))
+        dropped = {reason: int(mask.sum()) for reason, mask in reasons.items()}
+        dtypes = [id_dtype(size) for size in self.vocabulary]
+        path = self.output / part_file(number)
+        with atomic_writer(path) as sink:
+            writer = ShardWriter(sink, shard_schema(dtypes[0], dtypes[1], with_text=False))
+            kept = list(compress(sources, keep)), list(compress(targets, keep))
+            if kept[0]:
+                writer.add(Rows(*_flat(kept[0], dtypes[0]), *_flat(kept[1], dtypes[1])))
+            write_note(path, LabelNote(record=writer.finish(part_file(number)), pairs_read=len(rows), dropped=dropped))
+        report.parts += 1
+        report.pairs += len(rows)
+        report.dropped.update(dropped)
+
+    def _reasons(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.bool_]]:
+        """Which outputs to drop, by reason; none has two. (N,) each"""
+        source_lengths, target_lengths = (np.fromiter(map(len, rows), np.int32, len(rows)) for rows in (sources, targets))
+        reasons = drop_reasons(source_lengths, target_lengths, self.limits)
+        limit = self.job.max_repeats
+        repetitive = np.array([limit is not None and repeats(target) > limit for target in targets], np.bool_)
+        return {**reasons, "repetition": repetitive & ~np.logical_or.reduce(list(reasons.values()))}
+
+
+def repeats(tokens: Sequence[int]) -> int:
+    """How many times in a row some group of 1 to 4 tokens stands at most; 1 where none follows itself."""
+    ids = np.asarray(tokens)
+    most = 1
+    for size in range(1, min(LONGEST_GROUP, len(ids) // 2) + 1):
+        same = np.concatenate(([False], ids[size:] == ids[:-size], [False]))
+        edges = np.flatnonzero(same[1:] != same[:-1])  # starts and ends of runs, in turn
+        longest = int((edges[1::2] - edges[::2]).max(initial=0))
+        most = max(most, longest // size + 1)
+    return most
+
+
+def _flat(rows: Sequence[Sequence[int]], dtype: np.dtype[np.generic]) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.int32]]:
+    """Ids of all rows one after another, and the rows' lengths."""
+    return np.concatenate([np.asarray(row, dtype) for row in rows]), np.fromiter(map(len, rows), np.int32, len(rows))

@@ -1,0 +1,189 @@
+"""Dumped logits as a source of signals: for every scored token of a batch what a teacher said of it, read from the disk.
+
+Signals are found by (row of the data, position), so batch size, order, packing and the number of ranks may be any. Shards are
+mapped, and all ranks of a node share the pages; a batch costs a few slices a row and one pass over what it needs, about a
+millisecond for 260 sentences.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from dstrain.batch import Batch
+from dstrain.data.collate import NO_EXAMPLE
+from dstrain.data.dataset import ALWAYS_HASHED_BYTES
+from dstrain.data.manifest import Manifest
+from dstrain.data.shard import ListView, list_view
+from dstrain.errors import DataError, RecipeError
+from dstrain.log import logger
+from dstrain.objectives.logit_codec import Codec, build_codec
+from dstrain.objectives.logit_manifest import DenseMethod, SampleMethod, StoreManifest, TopKMethod, load_store_manifest
+from dstrain.protocols import DenseSignal, SparseSignal
+
+R = TypeVar("R")
+REMEDY = "dump this shard again with the same command, then merge"
+
+
+class LogitStore:
+    """Implements `protocols.SignalSource` for the batches of one split.
+
+    shards: columns by name, shard after shard. renormalize: give the tail's mass to the types that are kept.
+    """
+
+    def __init__(
+        self, manifest: StoreManifest, shards: Sequence[Mapping[str, ListView]], directory: Path, *, renormalize: bool = False
+    ) -> None:
+        self.manifest = manifest
+        self._shards = shards
+        self._directory = directory
+        self._renormalize = renormalize
+        self._codec: Codec = build_codec(manifest.job.method, manifest.job.vocab_size)
+        self._starts = [note.first_row for note in manifest.shards]
+
+    @property
+    def temperature(self) -> float:
+        """What the teacher's logits were divided by; an objective must divide the student's by the same."""
+        return self.manifest.job.method.temperature
+
+    def require(self, *, divergence: str, temperature: float) -> None:
+        """Raise RecipeError unless it is the forward divergence at the temperature of the dump."""
+        if divergence != "forward_kl":
+            raise RecipeError(
+                f"objective.divergence.kind = {divergence} needs the whole distribution, {self._directory} keeps a part of it: "
+                "choose forward_kl, or a teacher at work (--teacher)"
+            )
+        if temperature != self.temperature:
+            raise RecipeError(
+                f"objective.temperature = {temperature:g}, but the logits in {self._directory} are of temperature "
+                f"{self.temperature:g}: set that, or dump them again with --temperature {temperature:g}"
+            )
+
+    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:
+        """`reduce(signal)` on the batch's device; `rows` must be all scored places, whose order the store has by itself."""
+        return reduce(moved(self.signal(batch), batch.labels.device))
+
+    def signal(self, batch: Batch) -> SparseSignal:
+        """The signals of the batch's scored tokens in row-major order, on the CPU.
+
+        Raises DataError where the batch is not of the split that was dumped.
+        """
+        examples = [row for row in batch.example_ids.tolist() if row != NO_EXAMPLE]
+        places = [self._locate(row) for row in examples]
+        columns = {name: self._gather(name, places) for name in self._codec.columns}
+        first = next(iter(columns.values()))
+        num_tokens = len(first) // self._codec.items_per_token
+        if num_tokens != batch.num_targets:
+            raise DataError(
+                f"{self._directory} holds {num_tokens} tokens for the rows of a batch of {batch.num_targets}: it is of other "
+                f"data or another split than {self.manifest.job.split!r}; dump the logits of this data"
+            )
+        signal = self._codec.unpack(columns, num_tokens)
+        return renormalized(signal) if self._renormalize else signal
+
+    def _locate(self, row: int) -> tuple[Mapping[str, ListView], int]:
+        if not 0 <= row < self.manifest.job.rows:
+            raise DataError(
+                f"{self._directory} holds {self.manifest.job.rows} rows of the split {self.manifest.job.split!r}, "
+                f"a batch asks for row {row}; dump the logits of this data"
+            )
+        number = bisect_right(self._starts, row) - 1
+        return self._shards[number], row - self._starts[number]
+
+    def _gather(self, name: str, places: Sequence[tuple[Mapping[str, ListView], int]]) -> np.ndarray:
+        if not places:
+            return np.empty(0, self._codec.columns[name])
+        return np.concatenate([shard[name].row(row) for shard, row in places])
+
+
+def moved(signal: SparseSignal, device: torch.device) -> SparseSignal:
+    """The same signal on `device`."""
+    return SparseSignal(*(tensor.to(device, non_blocking=True) for tensor in (signal.ids, signal.probs, signal.tail)))
+
+
+def renormalized(signal: SparseSignal) -> SparseSignal:
+    """The same with the tail's mass given to the types that are kept: biased, the more so the flatter the teacher."""
+    return SparseSignal(signal.ids, signal.probs / signal.probs.sum(1, keepdim=True), signal.tail.new_zeros(signal.tail.shape))
+
+
+def open_store(directory: Path, *, data: Path, manifest: Manifest, verify: bool = False, renormalize: bool = False) -> LogitStore:
+    """Open a complete store for batches of the data directory `data`, whose manifest is given.
+
+    verify: compare the SHA-256 of every file, whatever the size. renormalize: only for stores of the best types. Raises DataError
+    where the store is unfinished, of other data or another tokenizer, or where a file is missing, truncated or altered.
+    """
+    directory = Path(directory)
+    store = load_store_manifest(directory)
+    store.job.require_data(manifest, directory, data)
+    check_files(directory, store, verify=verify)
+    if renormalize:
+        _warn_of_bias(directory, store)
+    names = list(build_codec(store.job.method, store.job.vocab_size).columns)
+    shards = [_map_shard(directory / file.file, names) for file in store.files]
+    return LogitStore(store, shards, directory, renormalize=renormalize)
+
+
+def check_files(directory: Path, store: StoreManifest, *, verify: bool) -> None:
+    """Compare sizes, and checksums where there are at most 1 GiB or on request. Raises DataError naming the file."""
+    content = verify or sum(file.size for file in store.files) <= ALWAYS_HASHED_BYTES
+    for file in store.files:
+        file.check(directory, content=content, remedy=REMEDY)
+
+
+def describe_store(directory: Path) -> list[str]:
+    """What a complete store holds, after a check of every byte. Raises DataError where something is wrong with it."""
+    store = load_store_manifest(directory)
+    check_files(directory, store, verify=True)
+    job = store.job
+    match job.method:
+        case SampleMethod(draws=draws, seed=seed):
+            method = f"{draws} draws from the teacher's distribution (seed {seed}), unbiased"
+        case TopKMethod(k=k, dtype=dtype):
+            method = f"the {k} likeliest types in {dtype}, the mass of all others as one number"
+        case DenseMethod():
+            method = "all log-probabilities in float16"
+    size = sum(file.size for file in store.files)
+    return [
+        f"dumped logits: {method}; temperature {job.method.temperature:g}",
+        f"split {job.split}: {job.rows:,} rows, {job.tokens:,} tokens, {job.vocab_size:,} types, {job.shards} shards",
+        f"{size:,} bytes, {store.bytes_per_token:.1f} a token",
+        f"teacher {job.teacher[:12]}, data {job.data[:12]}, tokenizer {job.tokenizer[:12]}",
+        f"complete; every checksum is right; written by {store.created_by}",
+    ]
+
+
+def shard_starts(target_lengths: np.ndarray, tokens_per_shard: int) -> list[int]:
+    """First rows of the shards, and the number of rows: a shard ends with the row that reaches `tokens_per_shard`."""
+    totals = np.fromiter(accumulate(target_lengths.tolist()), np.int64, len(target_lengths))
+    starts, done = [0], 0
+    while starts[-1] < len(totals):
+        end = min(int(totals.searchsorted(done + tokens_per_shard)) + 1, len(totals))
+        starts.append(end)
+        done = int(totals[end - 1])
+    return starts
+
+
+def _map_shard(path: Path, names: Sequence[str]) -> dict[str, ListView]:
+    try:
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        return {name: list_view(batch.column(name)) for name in names}
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{path} cannot be read as dumped logits ({str(error).splitlines()[0]}); {REMEDY}") from error
+
+
+def _warn_of_bias(directory: Path, store: StoreManifest) -> None:
+    if not isinstance(store.job.method, TopKMethod):
+        raise DataError(f"{directory} is of method {store.job.method.kind}, which leaves no tail; only topk can be renormalized")
+    logger.warning(
+        "%s: the mass of all but the %d likeliest types is given to these: the gradient is biased; a sampled store is not",
+        directory,
+        store.job.method.k,
+    )

@@ -1,0 +1,119 @@
+"""The offline half of distillation through the command line.
+
+Logits dumped in three shares, one of them killed, resumed, merged, inspected; a full disk; a teacher's outputs trained on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.support import RECIPE, SMALL_DATA, SMALL_TRAINING, dstrain, environment, fails, settings, succeeds
+
+WORDS = ("--tokens-per-shard", "60", "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The last bundle of a short training."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    chosen = settings(*SMALL_DATA, *SMALL_TRAINING, "training.max_steps=3")
+    succeeds(dstrain("train", RECIPE, "--data", data, "--output", run, "--device", "cpu", *chosen))
+    return run / "bundles" / "last"
+
+
+@pytest.fixture(scope="module")
+def logits(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The whole, by one process."""
+    output = tmp_path_factory.mktemp("logits") / "logits"
+    done = succeeds(dstrain("dump-logits", "--teacher", teacher, "--data", data, "--output", output, *WORDS))
+    assert "is complete" in done.stdout
+    return output
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def test_three_shares_one_of_them_killed_make_the_same_bytes(data: Path, teacher: Path, logits: Path, tmp_path: Path) -> None:
+    output = tmp_path / "logits"
+    words = ("dump-logits", "--teacher", teacher, "--data", data, "--output", output, *WORDS)
+    command = [sys.executable, "-m", "dstrain", *map(str, words), "--shard", "1/3"]
+    with (tmp_path / "log").open("w") as log:
+        killed = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+        deadline = time.monotonic() + 60
+        while not list(output.glob("*.arrow")):
+            assert killed.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(killed.pid, signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL
+    before = len(list(output.glob("*.arrow")))
+    succeeds(dstrain(*words, "--shard", "2/3"))
+    fails(dstrain("dump-logits", "--merge", output), "is incomplete", "run the dump again")
+    succeeds(dstrain(*words, "--shard", "0/3"))
+    resumed = succeeds(dstrain(*words, "--shard", "1/3"))
+    assert f"{before} were finished before" in resumed.stdout or "nothing to do" in resumed.stdout
+    merged = succeeds(dstrain("dump-logits", "--merge", output))
+    assert "is complete" in merged.stdout
+    assert tree(output) == tree(logits)
+
+
+def test_inspect_tells_what_it_finds(data: Path, teacher: Path, logits: Path, tmp_path: Path) -> None:
+    assert "50 draws" in succeeds(dstrain("inspect", logits)).stdout
+    assert "prepared data" in succeeds(dstrain("inspect", data)).stdout
+    assert "parameters" in succeeds(dstrain("inspect", teacher)).stdout
+    fails(dstrain("inspect", tmp_path), "is no prepared data, no bundle and no dumped logits")
+    words = ("inspect", logits, "--against-teacher", teacher, "--data", data, "--tokens", "300", "1000")
+    lines = succeeds(dstrain(*words)).stdout.splitlines()
+    small, large = (float(line.split()[1].rstrip("°")) for line in lines[-2:])
+    assert 0 < large < small < 60
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/proc/mounts").exists(), reason="needs root to mount a full disk")
+def test_a_full_disk_loses_no_finished_shard(data: Path, teacher: Path, logits: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small file system is not permitted here")
+    try:
+        words = ("dump-logits", "--teacher", teacher, "--data", data, "--output", disk / "logits", *WORDS)
+        fails(dstrain(*words), "no space left to write", "finished files are kept")
+        there = list((disk / "logits").glob("*.arrow"))
+        assert there
+        for path in there:
+            assert path.read_bytes() == (logits / path.name).read_bytes()
+        assert not list((disk / "logits").glob("*.tmp"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_student_trains_on_a_teachers_outputs(data: Path, teacher: Path, tmp_path: Path) -> None:
+    labeled, run = tmp_path / "labeled", tmp_path / "run"
+    words = ("pseudo-label", "--teacher", teacher, "--data", data, "--output", labeled, "--beam-size", "2", "--device", "cpu")
+    options = ("--pairs-per-shard", "50", "--max-repeats", "1000", "--keep-original")
+    command = [sys.executable, "-m", "dstrain", *map(str, words), *options]
+    with (tmp_path / "log").open("w") as log:
+        killed = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+        deadline = time.monotonic() + 60
+        while not (labeled / "train" / "00001.arrow").is_file():
+            assert killed.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        os.kill(killed.pid, signal.SIGKILL)
+        assert killed.wait() == -signal.SIGKILL
+    train = ("train", RECIPE, "--output", run, "--device", "cpu", *settings(*SMALL_DATA, *SMALL_TRAINING))
+    fails(dstrain(*train, "--data", labeled), "not all parts are done or merged")
+    done = succeeds(dstrain(*words, *options))
+    assert "parts were finished before" in done.stdout
+    assert "is complete: 480 of 480 pairs" in done.stdout
+    trained = succeeds(dstrain(*train, "--data", labeled))
+    assert "the training targets are the outputs of teacher" in trained.stderr
+    fails(dstrain(*train, "--data", data), "was begun on other data")

@@ -1,0 +1,137 @@
+"""What dump-logits and inspect answer to a user's mistakes, and to damage."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dstrain.cli.main import main
+from tests.unit.cli.verbs import Verbs, bundle_for
+from tests.unit.objectives.toy_store import prepared
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("prepared") / "data")
+
+
+@pytest.fixture(scope="module")
+def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundle_for(data, tmp_path_factory.mktemp("teacher") / "bundle", seed=3)
+
+
+def words(teacher: Path, data: Path, output: Path, *more: str) -> list[str]:
+    given = ["dump-logits", "--teacher", str(teacher), "--data", str(data), "--output", str(output)]
+    return [*given, "--device", "cpu", "--tokens-per-shard", "100", *more]
+
+
+@pytest.fixture(scope="module")
+def logits(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("logits") / "logits"
+    assert main(words(teacher, data, output)) == 0
+    return output
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.fixture
+def verbs(capsys: pytest.CaptureFixture[str]) -> Verbs:
+    return Verbs(capsys)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=["truncated", "altered", "missing"])
+def test_a_damaged_store_is_refused_and_mended(
+    damage: Callable[[Path], None], logits: Path, tmp_path: Path, verbs: Verbs
+) -> None:
+    copy = Path(shutil.copytree(logits, tmp_path / "logits"))
+    damage(copy / "00002.arrow")
+    message = verbs.fail("inspect", copy)
+    assert "00002.arrow" in message
+    assert "dump this shard again" in message
+    assert "(2)" in verbs.fail("dump-logits", "--merge", copy)
+
+
+def test_strangers_are_refused(data: Path, teacher: Path, logits: Path, tmp_path: Path, verbs: Verbs) -> None:
+    other = prepared(tmp_path / "other", vocab_size=110)
+    newer = bundle_for(data, tmp_path / "newer", seed=4)
+    mute = bundle_for(data, tmp_path / "mute", seed=3, tokenizers=False)
+    stranger = bundle_for(other, tmp_path / "stranger", seed=3)
+    assert "ids would mean other words" in verbs.fail(*words(teacher, other, tmp_path / "new"))
+    assert "has no tokenizer" in verbs.fail(*words(mute, data, tmp_path / "new"))
+    assert "is not a bundle" in verbs.fail(*words(tmp_path / "none", data, tmp_path / "new"))
+    message = verbs.fail(*words(newer, data, logits))
+    assert "was begun with another job (teacher:" in message
+    angle = ("inspect", logits, "--device", "cpu")
+    assert "are of another teacher" in verbs.fail(*angle, "--against-teacher", newer, "--data", data)
+    assert "ids would mean other words" in verbs.fail(*angle, "--against-teacher", stranger, "--data", data)
+    assert "ids would mean other words" in verbs.fail(*angle, "--against-teacher", teacher, "--data", other)
+    assert "another vocabulary" in verbs.fail(*angle, "--against-teacher", teacher, "--data", data, "--student", stranger)
+    assert "needs --data" in verbs.fail(*angle, "--against-teacher", teacher)
+    assert "no tail" in verbs.fail(*angle, "--against-teacher", teacher, "--data", data, "--renormalize")
+    assert not (tmp_path / "new").exists()
+
+
+def test_other_sentences_are_refused(data: Path, teacher: Path, logits: Path, tmp_path: Path, verbs: Verbs) -> None:
+    """The same tokenizer, other rows."""
+    from dstrain.data.config import DataConfig, GivenTokenizer, GrammarText
+    from dstrain.data.prepare import prepare
+
+    config = DataConfig(
+        train=(GrammarText(split="train", num_pairs=60, seed=2),),
+        valid=(GrammarText(split="valid", num_pairs=7),),
+        tokenizer=GivenTokenizer(path=str(data / "tokenizer")),
+    )
+    prepare(config, tmp_path / "other", workers=1, progress=False)
+    message = verbs.fail("inspect", logits, "--against-teacher", teacher, "--data", tmp_path / "other", "--device", "cpu")
+    assert "are of other data" in message
+    assert "was begun with another job (data:" in verbs.fail(*words(teacher, tmp_path / "other", logits))
+
+
+@pytest.mark.parametrize(
+    ("options", "message", "code"),
+    [
+        (("--draws", "0"), "--draws: '0' is not a whole number from 1 on", 2),
+        (("--draws", "70000"), "--draws 70000", 1),
+        (("--temperature", "0"), "--temperature: '0' is not a number above 0", 2),
+        (("--temperature", "-1"), "is not a number above 0", 2),
+        (("--temperature", "nan"), "is not a number above 0", 2),
+        (("--method", "topk", "--k", "9999"), "k = 9999 exceeds the 120 types of the vocabulary; lower --k", 1),
+        (("--method", "topk", "--draws", "9"), "--draws does not go with --method topk; leave it out", 1),
+        (("--method", "topk", "--dtype", "int3"), "--dtype int3", 1),
+        (("--shard", "3/3"), "is no share I/N", 2),
+        (("--split", "nothing"), "has no split 'nothing'", 1),
+        (("--merge", "somewhere"), "or --merge LOGITS alone", 1),
+        (("--device", "tpu"), "device 'tpu' is unknown", 1),
+    ],
+)
+def test_options_that_cannot_be(
+    options: tuple[str, ...], message: str, code: int, *, data: Path, teacher: Path, tmp_path: Path, verbs: Verbs
+) -> None:
+    assert message in verbs.fail(*words(teacher, data, tmp_path / "logits"), *options, code=code)
+    assert not (tmp_path / "logits").exists()
+
+
+def test_a_dump_without_arguments_says_what_it_takes(verbs: Verbs) -> None:
+    assert "takes --teacher, --data and --output, or --merge" in verbs.fail("dump-logits")
+
+
+def test_every_method_dumps_and_is_described(data: Path, teacher: Path, tmp_path: Path, verbs: Verbs) -> None:
+    for method, fact in [("sample", "50 draws"), ("topk", "the 64 likeliest types in uint8"), ("dense", "in float16")]:
+        output = tmp_path / method
+        assert "is complete" in verbs.succeed(*words(teacher, data, output, "--method", method, "--temperature", "2"))
+        text = verbs.succeed("inspect", output)
+        assert fact in text
+        assert "temperature 2" in text
+        angle = verbs.succeed("inspect", output, "--against-teacher", teacher, "--data", data, "--tokens", "100")
+        assert "norm ratio" in angle

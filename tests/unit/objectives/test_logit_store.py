@@ -1,0 +1,412 @@
+"""A dumped store gives, for any batch, what the teacher says of its tokens; damage, strangers and unfinished work are refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dstrain.batch import IGNORE_INDEX
+from dstrain.data.collate import collate
+from dstrain.data.config import BatchingConfig
+from dstrain.data.dataset import open_dataset
+from dstrain.data.loader import TrainLoader
+from dstrain.data.manifest import load_manifest
+from dstrain.data.parts import Share
+from dstrain.data.plan import StepPlan, evaluation_batches
+from dstrain.errors import DataError, RecipeError
+from dstrain.models.config import DecoderOnlyConfig, DecoderOnlyStackConfig, EncoderDecoderConfig, VocabularySizes
+from dstrain.models.encoder_decoder import EncoderDecoder
+from dstrain.models.factory import build_model
+from dstrain.objectives.logit_codec import build_codec
+from dstrain.objectives.logit_dump import plan_dump
+from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod, merge_store
+from dstrain.objectives.logit_store import describe_store, open_store, shard_starts
+from dstrain.protocols import SparseSignal
+from tests.unit.objectives.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for, teacher_probs
+
+METHODS = [SampleMethod(draws=20), TopKMethod(k=5), TopKMethod(k=5, dtype="float32", temperature=2.0), DenseMethod()]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("prepared") / "data")
+
+
+@pytest.fixture(scope="module")
+def teacher(data: Path) -> EncoderDecoder:
+    return teacher_for(data)
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_all_best_types_are_the_teachers_distribution(
+    temperature: float, data: Path, teacher: EncoderDecoder, tmp_path: Path
+) -> None:
+    types = teacher.vocabulary.target
+    store = stored(data, tmp_path / "logits", TopKMethod(k=types, dtype="float32", temperature=temperature), teacher=teacher)
+    dataset = open_dataset(data, "train")
+    rows = [59, 3, 17, 0, 44]
+    signal = store.signal(batch_of(dataset, rows))
+    found = torch.zeros(len(signal.ids), types).scatter_(1, signal.ids, signal.probs)
+    torch.testing.assert_close(found, teacher_probs(teacher, dataset, rows, temperature), rtol=1e-5, atol=1e-8)
+    assert not signal.tail.any()
+    assert store.temperature == temperature
+
+
+def test_a_decoder_only_teacher_is_dumped_like_any_other(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    config = DecoderOnlyConfig(model_dim=16, decoder=DecoderOnlyStackConfig(depth=1, num_heads=2, ffn_dim=16))
+    model = build_model(config, teacher.vocabulary, seed=3).eval()
+    store = stored(data, tmp_path / "logits", TopKMethod(k=teacher.vocabulary.target, dtype="float32"), teacher=model)
+    dataset, rows = open_dataset(data, "train"), [59, 3, 17]
+    signal = store.signal(batch_of(dataset, rows))
+    found = torch.zeros(len(signal.ids), teacher.vocabulary.target).scatter_(1, signal.ids, signal.probs)
+    torch.testing.assert_close(found, teacher_probs(model, dataset, rows), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.kind}-{method.temperature}")
+def test_a_tokens_signal_is_independent_of_its_batch(method: Method, data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    store = stored(data, tmp_path / "logits", method, teacher=teacher, tokens_per_shard=90)
+    assert store.manifest.job.shards > 3
+    dataset = open_dataset(data, "train")
+    alone = {row: store.signal(batch_of(dataset, [row])) for row in range(len(dataset))}
+    plan = StepPlan(dataset.source_lengths, dataset.target_lengths, BatchingConfig(tokens_per_step=200, max_tokens=120), seed=1)
+    seen = 0
+    for rank in range(2):
+        with TrainLoader(dataset, plan, pad_id=1, eos_id=2, rank=rank, world_size=2) as loader:
+            for step, batches in loader:
+                for batch in batches:
+                    together, start = store.signal(batch), 0
+                    for row in batch.example_ids.tolist():
+                        one = alone[row]
+                        part, width = slice(start, start + len(one.ids)), one.ids.shape[1]
+                        assert torch.equal(together.ids[part, :width], one.ids)
+                        assert torch.equal(together.probs[part, :width], one.probs)
+                        assert torch.equal(together.tail[part], one.tail)
+                        assert not together.probs[part, width:].any()
+                        start += len(one.ids)
+                        seen += 1
+                if step.last_of_epoch:
+                    break
+    assert seen == len(dataset)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.kind}-{method.temperature}")
+def test_the_bytes_are_the_same_however_the_work_is_shared(
+    method: Method, data: Path, teacher: EncoderDecoder, tmp_path: Path
+) -> None:
+    dump(dumper(data, tmp_path / "whole", method, teacher=teacher, tokens_per_shard=100))
+    for index in (2, 0, 1):
+        dump(dumper(data, tmp_path / "shares", method, teacher=teacher, tokens_per_shard=100), Share(index, 3))
+    assert tree(tmp_path / "whole") == tree(tmp_path / "shares")
+    assert merge_store(tmp_path / "whole", "x") == merge_store(tmp_path / "shares", "x")
+
+
+def test_another_size_of_batches_or_shards_moves_no_draw_but_at_the_edge_of_rounding(
+    data: Path, teacher: EncoderDecoder, tmp_path: Path
+) -> None:
+    signals = []
+    for number, (max_tokens, per_shard) in enumerate([(30, 60), (200, None), (1000, 300)]):
+        output = tmp_path / str(number)
+        work = dumper(data, output, SampleMethod(), teacher=teacher, tokens_per_shard=per_shard, max_tokens=max_tokens)
+        dump(work)
+        merge_store(output, "a test")
+        dataset = open_dataset(data, "train")
+        store = open_store(output, data=data, manifest=load_manifest(data))
+        signal = store.signal(batch_of(dataset, range(len(dataset))))
+        types = teacher.vocabulary.target
+        signals.append(torch.zeros(len(signal.ids), types).scatter_add_(1, signal.ids.clamp_min(0), signal.probs))
+    for other in signals[1:]:
+        assert (other - signals[0]).abs().sum() / 2 / len(other) < 1e-3  # share of draws that moved
+
+
+def test_an_interrupted_dump_goes_on_and_mends_what_is_damaged(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    for output in (whole, torn):
+        dump(dumper(data, output, SampleMethod(), teacher=teacher, tokens_per_shard=100))
+    files = sorted(torn.glob("*.arrow"))
+    assert len(files) >= 5
+    files[0].unlink()
+    content = bytearray(files[1].read_bytes())
+    content[len(content) // 2] ^= 1
+    files[1].write_bytes(bytes(content))
+    files[2].with_suffix(".json").unlink()
+    files[3].with_suffix(".json").write_text("{")
+    with pytest.raises(DataError, match=r"4 of \d+ shards are missing or damaged \(0, 1, 2, 3\); run the dump again"):
+        merge_store(torn, "a test")
+    report = dump(dumper(data, torn, SampleMethod(), teacher=teacher, tokens_per_shard=100))
+    assert (report.shards, report.found) == (4, len(files) - 4)
+    assert tree(torn) == tree(whole)
+    again = dump(dumper(data, torn, SampleMethod(), teacher=teacher, tokens_per_shard=100))
+    assert again.shards == 0
+    assert "nothing to do" in again.line()
+
+
+def test_an_error_of_the_teacher_leaves_only_finished_shards(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    work = dumper(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=100)
+    calls = 0
+
+    def failing(tokens: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 6:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work.run(Share(0, 1), failing)
+    names = {path.name for path in (tmp_path / "logits").iterdir()}
+    assert not any(name.endswith(".tmp") for name in names)
+    done = sum(name.endswith(".arrow") for name in names)
+    assert 0 < done < work.job.shards
+    assert dump(work).found == done
+
+
+def test_shards_end_with_the_row_that_fills_them() -> None:
+    lengths = np.array([3, 4, 5, 1, 9, 2, 2], np.int32)
+    assert shard_starts(lengths, 7) == [0, 2, 5, 7]
+    assert shard_starts(lengths, 8) == [0, 3, 5, 7]
+    assert shard_starts(lengths, 1) == list(range(8))
+    assert shard_starts(lengths, 1000) == [0, 7]
+
+
+def test_an_empty_micro_batch_has_no_signal(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    store = stored(data, tmp_path / "logits", SampleMethod(), teacher=teacher)
+    empty = collate([], np.array([], np.int64), pad_id=1, eos_id=2)
+    assert len(store.signal(empty).ids) == 0
+    rows = torch.empty(0, dtype=torch.int64)
+    assert store.reduce_signal(empty, rows, lambda signal: signal.tail.shape if isinstance(signal, SparseSignal) else None) == (
+        0,
+    )
+
+
+def test_only_the_forward_divergence_at_the_dumps_temperature(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    store = stored(data, tmp_path / "logits", SampleMethod(temperature=2.0), teacher=teacher)
+    store.require(divergence="forward_kl", temperature=2.0)
+    with pytest.raises(RecipeError, match=r"objective.divergence.kind = reverse_kl needs the whole .* forward_kl"):
+        store.require(divergence="reverse_kl", temperature=2.0)
+    with pytest.raises(RecipeError, match=r"objective.temperature = 1, but the logits in .* are of temperature 2: set that, or"):
+        store.require(divergence="forward_kl", temperature=1.0)
+
+
+def test_renormalizing_is_biased_and_says_so(
+    data: Path, teacher: EncoderDecoder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import logging
+
+    logging.getLogger("dstrain").propagate = True
+    kept = stored(data, tmp_path / "logits", TopKMethod(k=5), teacher=teacher)
+    batch = batch_of(open_dataset(data, "train"), [1, 2])
+    assert (kept.signal(batch).tail > 0.1).all()
+    manifest = load_manifest(data)
+    scaled = open_store(tmp_path / "logits", data=data, manifest=manifest, renormalize=True)
+    assert "the gradient is biased" in caplog.text
+    torch.testing.assert_close(scaled.signal(batch).probs.sum(1), torch.ones(batch.num_targets))
+    assert not scaled.signal(batch).tail.any()
+    stored(data, tmp_path / "sampled", SampleMethod(), teacher=teacher)
+    with pytest.raises(DataError, match="method sample, which leaves no tail; only topk can be renormalized"):
+        open_store(tmp_path / "sampled", data=data, manifest=manifest, renormalize=True)
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-50])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("00001.arrow", flip, "00001.arrow: the SHA-256 differs .* dump this shard again with the same command"),
+        ("00001.arrow", truncate, "00001.arrow holds .* bytes, the manifest says .* dump this shard again"),
+        ("00001.arrow", Path.unlink, "00001.arrow: No such file .* dump this shard again"),
+        (
+            "logits.json",
+            Path.unlink,
+            "logits.json is missing: the dump was not finished; run it again",
+        ),
+        ("logits.json", truncate, "logits.json is not valid JSON .* run `dstrain dump-logits --merge` again"),
+    ],
+)
+def test_damage_is_named(file: str, damage: Callable[[Path], None], message: str, data: Path, tmp_path: Path) -> None:
+    stored(data, tmp_path / "logits", SampleMethod(), teacher=teacher_for(data), tokens_per_shard=100)
+    damage(tmp_path / "logits" / file)
+    with pytest.raises(DataError, match=message):
+        open_store(tmp_path / "logits", data=data, manifest=load_manifest(data))
+
+
+def test_a_changed_manifest_is_refused(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    stored(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=100)
+    path = tmp_path / "logits" / "logits.json"
+    whole = json.loads(path.read_text())
+    for change, message in [
+        (lambda c: c["shards"].pop(1), "shard 2 begins at row"),
+        (lambda c: c["shards"].pop(), "the job has"),
+        (lambda c: c["job"].update(format_version=2), "format_version 2, this dstrain reads 1"),
+        (lambda c: c["job"]["method"].update(draws=0), "draws"),
+        (lambda c: c.update(extra=1), "extra"),
+    ]:
+        content = json.loads(json.dumps(whole))
+        change(content)
+        path.write_text(json.dumps(content))
+        with pytest.raises(DataError, match=message):
+            open_store(tmp_path / "logits", data=data, manifest=load_manifest(data))
+
+
+def test_logits_of_other_data_another_tokenizer_or_teacher_are_refused(
+    data: Path, teacher: EncoderDecoder, tmp_path: Path
+) -> None:
+    store = stored(data, tmp_path / "logits", SampleMethod(), teacher=teacher)
+    other = prepared(tmp_path / "other", vocab_size=110)
+    with pytest.raises(DataError, match=r"are of tokenizer .* ids would mean other words; dump the logits of this data"):
+        open_store(tmp_path / "logits", data=other, manifest=load_manifest(other))
+    manifest = load_manifest(data)
+    valid = manifest.model_copy(update={"splits": {**manifest.splits, "train": manifest.splits["valid"]}})
+    with pytest.raises(DataError, match=r"are of other data .* than the split 'train' of .* rows would be other sentences"):
+        open_store(tmp_path / "logits", data=data, manifest=valid)
+    with pytest.raises(DataError, match=r"are of another teacher \(some teacher\) than bundle \(a newer one\); dump them again"):
+        store.manifest.job.require_teacher("a newer one", tmp_path / "logits", Path("bundle"))
+    with pytest.raises(DataError, match=r"was begun with another job .*method: .*draws.*; choose another --output"):
+        dump(dumper(data, tmp_path / "logits", SampleMethod(draws=51), teacher=teacher))
+    with pytest.raises(DataError, match=r"holds 7 rows|holds .* tokens for the rows|a batch asks for row"):
+        valid_rows = open_dataset(data, "valid")
+        store.signal(batch_of(valid_rows, range(7)))
+
+
+def test_a_directory_of_something_else_is_not_touched(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("precious")
+    with pytest.raises(DataError, match=r"holds files that `dstrain dump-logits` did not make \(chapter.tex\)"):
+        dump(dumper(data, tmp_path / "thesis", SampleMethod(), teacher=teacher))
+    with pytest.raises(DataError, match="holds no dumped logits"):
+        merge_store(tmp_path / "nothing", "a test")
+    with pytest.raises(DataError, match="holds no dumped logits; name a directory that `dstrain dump-logits` wrote"):
+        open_store(data, data=data, manifest=load_manifest(data))
+
+
+@pytest.mark.parametrize(
+    ("method", "vocab_size", "message"),
+    [
+        (TopKMethod(k=121), 120, "k = 121 exceeds the 120 types of the vocabulary; lower --k"),
+        (DenseMethod(), 65_536, "would keep 131,072 bytes a token .* use --method sample"),
+    ],
+)
+def test_what_does_not_fit_the_vocabulary_is_refused(method: Method, vocab_size: int, message: str, data: Path) -> None:
+    dataset, manifest = open_dataset(data, "train"), load_manifest(data)
+    with pytest.raises(DataError, match=message):
+        plan_dump(
+            method,
+            dataset,
+            manifest,
+            "train",
+            "t",
+            vocabulary=VocabularySizes(source=9, target=vocab_size),
+            tokens_per_shard=None,
+        )
+
+
+@pytest.mark.parametrize("wrong", [{"draws": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"draws": 70_000}])
+def test_draws_and_temperature_are_positive(wrong: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        SampleMethod.model_validate(wrong)
+
+
+def test_a_description_names_the_facts(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    stored(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=100)
+    text = "\n".join(describe_store(tmp_path / "logits"))
+    assert "50 draws" in text
+    assert "60 rows" in text
+    assert "every checksum is right" in text
+    flip(tmp_path / "logits" / "00000.arrow")
+    with pytest.raises(DataError, match=r"00000.arrow"):
+        describe_store(tmp_path / "logits")
+
+
+@pytest.mark.parametrize(
+    ("method", "distinct", "limit"), [(SampleMethod(), 12, 40.0), (TopKMethod(k=64), 64, 200.0)], ids=["sample", "topk"]
+)
+def test_bytes_per_token_at_a_vocabulary_of_65536(method: Method, distinct: int, limit: float, tmp_path: Path) -> None:
+    """Sentences of 12 tokens whose teacher has `distinct` likely types; the file, metadata and all."""
+    from dstrain.data.files import atomic_writer
+    from dstrain.objectives.logit_codec import TokenKeys
+    from dstrain.objectives.logit_dump import ShardDraft
+
+    generator = torch.Generator().manual_seed(1)
+    draft = ShardDraft(build_codec(method, 65_536))
+    rows, width = 50, 12
+    for batch_number in range(4):
+        examples = np.arange(rows) + batch_number * rows
+        pair = (np.arange(width), np.arange(width))
+        batch = collate([pair] * rows, examples, pad_id=1, eos_id=2)
+        logits = torch.full((rows * width, 65_536), -30.0)
+        logits.scatter_(1, torch.randint(65_536, (rows * width, distinct), generator=generator), 0.0)
+        draft.add(batch, draft.codec.select(logits, TokenKeys(examples.repeat(width), np.tile(np.arange(width), rows))))
+    with atomic_writer(tmp_path / "shard") as sink:
+        tokens = draft.finish(sink)
+    assert tokens == 4 * rows * width
+    assert sink.size / tokens <= limit
+
+
+def test_reading_costs_little_beside_a_step(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    """3,400 tokens, the size of a step on one CPU, which takes half a second and more."""
+    store = stored(data, tmp_path / "logits", SampleMethod(), teacher=teacher)
+    batch = batch_of(open_dataset(data, "train"), list(range(60)) * 7)
+    assert batch.num_targets > 3000
+    store.signal(batch)
+    start = time.process_time()
+    for _ in range(10):
+        store.signal(batch)
+    assert (time.process_time() - start) / 10 < 0.025
+
+
+@pytest.mark.slow
+def test_the_teacher_takes_nine_tenths_of_a_dump(tmp_path: Path) -> None:
+    """CPU time of a dump and of the bare forward pass with its softmax, on the same batches; a small teacher, 8,000 types."""
+    data = prepared(tmp_path / "data", num_pairs=400, vocab_size=600)
+    stack = {"depth": 6, "num_heads": 4, "ffn_dim": 1024}
+    config = EncoderDecoderConfig.model_validate({"model_dim": 256, "encoder": stack, "decoder": stack})
+    sizes = VocabularySizes(source=8000, target=8000)
+    teacher = build_model(config, sizes, seed=1).eval()
+    work = replace(dumper(data, tmp_path, SampleMethod(), teacher=teacher, max_tokens=4096), chunk_tokens=256)
+
+    def forward_alone() -> None:
+        with torch.inference_mode():
+            for group in evaluation_batches(work.dataset.source_lengths, work.dataset.target_lengths, 4096):
+                batch = batch_of(work.dataset, group.tolist())
+                hidden = teacher(batch.source, batch.target).hidden[batch.labels != IGNORE_INDEX]
+                for chunk in hidden.split(256):
+                    torch.softmax(teacher.project(chunk), 1)
+
+    def seconds(action: Callable[[], object]) -> float:
+        start = time.process_time()
+        action()
+        return time.process_time() - start
+
+    forward_alone()
+    alone, whole = [], []
+    for turn in range(4):  # in turns, and the best of each: the machine may be busy
+        alone.append(seconds(forward_alone))
+        whole.append(seconds(lambda turn=turn: dump(replace(work, output=tmp_path / f"logits{turn}"))))
+    assert min(alone) / min(whole) >= 0.9, (alone, whole)
+
+
+def test_a_copied_store_is_the_same_store(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    stored(data, tmp_path / "logits", SampleMethod(), teacher=teacher)
+    shutil.copytree(tmp_path / "logits", tmp_path / "copy")
+    batch = batch_of(open_dataset(data, "train"), [5])
+    manifest = load_manifest(data)
+    one, two = (open_store(tmp_path / name, data=data, manifest=manifest).signal(batch) for name in ("logits", "copy"))
+    assert torch.equal(one.ids, two.ids)
