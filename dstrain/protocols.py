@@ -118,6 +118,42 @@ class Generative(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SparseSignal:
+    """What a teacher says of n scored tokens, as far as it was kept: the first k of its types each, at the objective's temperature.
+
+    A sampled store has counts / draws in `probs` and no tail; the best types of a token leave the rest of its mass in `tail`.
+    Where `ids` hold every type there is, `tail` is 0.
+    """
+
+    ids: Tensor  # (n, k) int64, -1 where unused
+    probs: Tensor  # (n, k) float32, teacher probability mass of each id, 0 where unused
+    tail: Tensor  # (n,) float32, mass of all other types together (0 for sampled stores)
+
+
+@dataclass(frozen=True)
+class DenseSignal:
+    """What teachers say of n scored tokens, before their projections, one entry a teacher; their probabilities are averaged.
+
+    Valid only while the projections of the teachers run: under ZeRO-3 the weights are whole no longer than that.
+    """
+
+    features: Sequence[Tensor]  # (n, E) each
+    weights: Sequence[Tensor]  # (V, E) each
+
+
+class SignalSource(Protocol):
+    """Teachers as a distillation objective sees them: at work beside the student, or kept on disk."""
+
+    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:
+        """Call `reduce` with the signal for the batch's scored tokens and return what it returns; `reduce` may not keep the signal.
+
+        rows: (n,) places of the scored tokens in the flattened (B * T) labels. Under a sharded teacher collective, and then
+        called equally often on every rank.
+        """
+        ...
+
+
 class Objective(Protocol):
     """Turns hidden states and labels into a sum of losses."""
 
