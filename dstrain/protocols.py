@@ -120,7 +120,7 @@ class Generative(Protocol):
 
 @dataclass(frozen=True)
 class SparseSignal:
-    """What a teacher says of n scored tokens, as far as it was kept: the first k of its types each, at the objective's temperature.
+    """What a teacher says of n scored tokens, as far as it was kept: up to k types each, at the objective's temperature.
 
     A sampled store has counts / draws in `probs` and no tail; the best types of a token leave the rest of its mass in `tail`.
     Where `ids` hold every type there is, `tail` is 0.
@@ -146,7 +146,7 @@ class SignalSource(Protocol):
     """Teachers as a distillation objective sees them: at work beside the student, or kept on disk."""
 
     def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:
-        """Call `reduce` with the signal for the batch's scored tokens and return what it returns; `reduce` may not keep the signal.
+        """Call `reduce` with the signal for the batch's scored tokens and return what it returns; the signal is not to be kept.
 
         rows: (n,) places of the scored tokens in the flattened (B * T) labels. Under a sharded teacher collective, and then
         called equally often on every rank.

@@ -32,7 +32,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX
-from dstrain.ops.matmul import add_matmul, matmul
+from dstrain.ops.mixed_precision import accumulator, add_product, autocast, product
 
 
 def linear_cross_entropy(
@@ -44,7 +44,7 @@ def linear_cross_entropy(
     logits exist at one time; it moves no result beyond rounding.
     Returns loss_sum () with gradient to features and weight, nll_sum () without; both fp32 (fp64 for fp64 inputs).
     """
-    features, weight = _autocast(features), _autocast(weight)
+    features, weight = autocast(features), autocast(weight)
     with_grad = torch.is_grad_enabled()
     options = _Options(
         label_smoothing=label_smoothing,
@@ -61,8 +61,8 @@ def reference_linear_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """The same by all logits and autograd; `chunk_tokens` is not used."""
     scored = labels != IGNORE_INDEX
-    logits = F.linear(_autocast(features[scored]), _autocast(weight))  # (n, V)
-    log_probs = F.log_softmax(logits.to(_accumulator(logits.dtype)), dim=-1)
+    logits = F.linear(autocast(features[scored]), autocast(weight))  # (n, V)
+    log_probs = F.log_softmax(logits.to(accumulator(logits.dtype)), dim=-1)
     nll_sum = -log_probs.gather(1, labels[scored].unsqueeze(1)).sum()
     smooth_sum = -log_probs.sum()
     spread = label_smoothing / (weight.shape[0] - 1)
@@ -115,7 +115,7 @@ def _walk(
     labels = labels.unsqueeze(1).masked_fill(~scored, 0)
     features = features.masked_fill(~scored, 0)
 
-    wide = _accumulator(features.dtype)
+    wide = accumulator(features.dtype)
     logits = features.new_empty(min(options.chunk_tokens, num_rows), num_types, dtype=wide)
     nll, lse = features.new_empty(2, num_rows, 1, dtype=wide)
     features_gradient = torch.empty_like(features, dtype=wide) if options.features_learn else None
@@ -124,7 +124,7 @@ def _walk(
     for start in range(0, num_rows, options.chunk_tokens):
         rows = slice(start, start + options.chunk_tokens)
         chunk, label = features[rows], labels[rows]
-        probs = _product(chunk, weight.t(), out=logits[: len(chunk)])  # (c, V), logits until the softmax
+        probs = product(chunk, weight.t(), out=logits[: len(chunk)])  # (c, V), logits until the softmax
         label_logit, top_logit = probs.gather(1, label), probs.amax(1, keepdim=True)
         torch.softmax(probs, 1, out=probs)
         log_share = probs.amax(1, keepdim=True).log_()  # top_logit - lse: never -inf, as the label's log-probability may be
@@ -133,9 +133,9 @@ def _walk(
         if options.features_learn or options.weight_learns:
             slope = probs.scatter_add_(1, label, torch.full_like(log_share, -confidence)).to(features.dtype)
             if features_gradient is not None:
-                _product(slope, weight, out=features_gradient[rows])
+                product(slope, weight, out=features_gradient[rows])
             if weight_gradient is not None:
-                _add_product(weight_gradient, slope.t(), chunk)
+                add_product(weight_gradient, slope.t(), chunk)
 
     feature_sum, weight_sum = features.sum(0, dtype=wide), weight.sum(0, dtype=wide)  # (E,), (E,)
     if features_gradient is not None:
@@ -145,28 +145,3 @@ def _walk(
     nll_sum = nll.masked_fill_(~scored, 0).sum()
     smooth_sum = num_types * lse.masked_fill_(~scored, 0).sum() - feature_sum.dot(weight_sum)
     return (confidence * nll_sum + spread * smooth_sum, nll_sum), (features_gradient, weight_gradient)
-
-
-def _product(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
-    """`left @ right` into `out`, which may be of a wider dtype."""
-    if out.dtype == left.dtype:
-        return matmul(left, right, out=out)
-    return out.copy_(torch.mm(left, right))
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`, where `total` may be of a wider dtype."""
-    if total.dtype == left.dtype:
-        add_matmul(total, left, right)
-    else:
-        total.add_(torch.mm(left, right))
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _autocast(tensor: Tensor) -> Tensor:
-    """The tensor in autocast's dtype where autocast is on."""
-    device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
