@@ -6,10 +6,11 @@ Rooms that may not import one another meet here: `generation/` and `objectives/`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -145,6 +146,10 @@ class DenseSignal:
 class SignalSource(Protocol):
     """Teachers as a distillation objective sees them: at work beside the student, or kept on disk."""
 
+    def require(self, *, divergence: str, temperature: float) -> None:
+        """Raise a DstrainError where the signals cannot give this divergence at this temperature."""
+        ...
+
     def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:
         """Call `reduce` with the signal for the batch's scored tokens and return what it returns; the signal is not to be kept.
 
@@ -159,6 +164,26 @@ class Objective(Protocol):
 
     def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
         """The sum of losses over the batch's scored labels, with gradient."""
+        ...
+
+
+@runtime_checkable
+class Surveying(Protocol):
+    """An objective that weighs each token of a step against all others, so that it must see them before the first loss.
+
+    `objectives.distillation.SelectiveDistillation` says what the engine owes it.
+    """
+
+    def survey(self, gather: Callable[[Tensor], Tensor], /) -> AbstractContextManager[None]:
+        """Calls inside are looks at the micro-batches of a step; collective at its end."""
+        ...
+
+    def state(self) -> dict[int, Tensor]:
+        """What the next step needs of those before, the same on every rank."""
+        ...
+
+    def load_state(self, state: Mapping[int, Tensor], /) -> None:
+        """Take over what `state` gave."""
         ...
 
 

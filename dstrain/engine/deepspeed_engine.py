@@ -31,7 +31,7 @@ from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.portable import portable_layout, split
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
-from dstrain.protocols import Generative, LossOutput, StepReport
+from dstrain.protocols import Generative, LossOutput, StepReport, Surveying
 from dstrain.seeding import seed_everything
 
 SETTING = "setting.pt"
@@ -103,6 +103,7 @@ class TrainEngine:
             group["lr"] = rate
         seed_everything(self._seed, "dropout", self.step, self.rank)
         self.module.train()
+        self._survey(batches)
         means = self._accumulate(batches, num_targets)
         loss = means.pop("loss")
         if self._precision != "fp16" and not math.isfinite(loss):
@@ -122,6 +123,16 @@ class TrainEngine:
             if self._average is not None:
                 self._average.update(self.step)
         return report
+
+    @torch.no_grad()
+    def _survey(self, batches: Sequence[Batch]) -> None:
+        """Show the step to an objective that asks for it, under the dropout that training will draw again."""
+        objective = self.module.objective
+        if isinstance(objective, Surveying):
+            with objective.survey(self.world.gather_rows):
+                for batch in batches:
+                    self._engine(batch.to(self.device))
+            seed_everything(self._seed, "dropout", self.step, self.rank)
 
     def _accumulate(self, batches: Sequence[Batch], num_targets: int) -> dict[str, float]:
         """Gradients of all micro-batches; the loss and the reported sums per target token of the whole step."""
@@ -219,7 +230,9 @@ class TrainEngine:
         """
         if self.stage > 0 or self.rank == 0:
             average = [] if self._average is None else self._average.tensors
-            write_shard(self._shard(directory), {"step": self.step, "average": average, **self._masters.state()})
+            objective = self.module.objective.state() if isinstance(self.module.objective, Surveying) else {}
+            content = {"step": self.step, "average": average, "objective": objective, **self._masters.state()}
+            write_shard(self._shard(directory), content)
         if self.rank == 0:
             write_shard(directory / SETTING, self._setting())
 
@@ -240,6 +253,8 @@ class TrainEngine:
         self._masters.load_state(shard)
         if self._average is not None:
             self._average.load(shard["average"])
+        if isinstance(self.module.objective, Surveying):
+            self.module.objective.load_state(shard["objective"])
         self.step = shard["step"]
 
     def _shard(self, directory: Path) -> Path:
