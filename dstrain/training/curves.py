@@ -24,6 +24,8 @@ Events = Sequence[Mapping[str, Any]]
 
 PANELS = (
     ("loss, nats per target token", (("train", "loss"), ("train", "nll"), ("valid", "loss"), ("valid", "nll"))),
+    ("losses on labels and teacher", (("train", "hard"), ("train", "kd"))),
+    ("agreement with the teacher, tokens selected", (("train", "agreement"), ("train", "selected"))),
     ("validation scores", (("valid", "bleu"), ("valid", "chrf"))),
     ("validation perplexity", (("valid", "perplexity"),)),
     ("learning rate", (("train", "learning_rate"),)),

@@ -7,7 +7,7 @@ same objects.
 |---|---|
 | start | world_size, run_id, recipe |
 | train | epoch, steps, loss, nll, perplexity, learning_rate, grad_norm, num_targets, tokens_per_second, seconds, cpu_seconds, |
-| | padding, skipped, eta_seconds |
+| | padding, skipped, eta_seconds; of a distillation also hard, kd, agreement, selected |
 | valid | epoch, seconds, one number per score, best_score, best_step |
 | bundle | names |
 | checkpoint | path, seconds |
@@ -15,9 +15,10 @@ same objects.
 | failure | message, epoch, index, examples: place and data set rows of the step that failed |
 | end | reason, exit_code, elapsed_seconds, best_score, best_step |
 
-`train`: loss and nll are nats per target token over `steps` steps, tokens_per_second counts target tokens of all ranks, and
-seconds those spent in steps; cpu_seconds and padding (a share of label positions) are rank 0's own; learning_rate and grad_norm
-are those of the last step. A number that is not finite is null.
+`train`: loss and nll are nats per target token over `steps` steps, so are hard and kd, the losses on labels and on the teacher
+before their weights; agreement (with the teacher's best type) and selected (to learn from the teacher) are shares of the target
+tokens. tokens_per_second counts target tokens of all ranks, and seconds those spent in steps; cpu_seconds and padding (a share of
+label positions) are rank 0's own; learning_rate and grad_norm are those of the last step. A number that is not finite is null.
 """
 
 from __future__ import annotations

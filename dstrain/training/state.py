@@ -21,16 +21,16 @@ from dstrain.protocols import StepReport
 class Window:
     """Sums over the steps since the last training event, so that an event does not depend on where a run was cut.
 
-    loss_sum, nll_sum, num_targets: over steps that were applied. positions, filled: label positions of this rank's
-    micro-batches, and how many of them are no padding. seconds, cpu_seconds: of steps alone, without validation and saving;
-    cpu_seconds are those of this process.
+    loss_sum, num_targets, sums: over steps that were applied; sums holds what the objective reports, by name. positions,
+    filled: label positions of this rank's micro-batches, and how many of them are no padding. seconds, cpu_seconds: of steps
+    alone, without validation and saving; cpu_seconds are those of this process.
     """
 
     steps: int = 0
     skipped: int = 0
     num_targets: int = 0
     loss_sum: float = 0.0
-    nll_sum: float = 0.0
+    sums: dict[str, float] = field(default_factory=dict)
     positions: int = 0
     filled: int = 0
     seconds: float = 0.0
@@ -44,7 +44,9 @@ class Window:
             skipped=self.skipped + report.skipped,
             num_targets=self.num_targets + counted,
             loss_sum=self.loss_sum + (report.loss * counted if counted else 0.0),
-            nll_sum=self.nll_sum + (report.sums.get("nll", report.loss) * counted if counted else 0.0),
+            sums={name: self.sums.get(name, 0.0) + value * counted for name, value in report.sums.items()}
+            if counted
+            else self.sums,
             positions=self.positions + sum(batch.labels.numel() for batch in batches),
             filled=self.filled + sum(batch.num_targets for batch in batches),
             seconds=self.seconds + seconds,

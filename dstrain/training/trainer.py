@@ -291,7 +291,9 @@ def _is_due(config: ValidationConfig | CheckpointConfig, state: TrainingState) -
 
 def _train_fields(state: TrainingState, planned: PlannedStep, report: StepReport, eta_seconds: float | None) -> dict[str, Any]:
     window = state.window
-    loss, nll = (total / window.num_targets if window.num_targets else math.nan for total in (window.loss_sum, window.nll_sum))
+    loss = window.loss_sum / window.num_targets if window.num_targets else math.nan
+    sums = {name: total / window.num_targets for name, total in window.sums.items()}
+    nll = sums.pop("nll", loss)
     return {
         "epoch": planned.epoch,
         "steps": window.steps,
@@ -307,4 +309,5 @@ def _train_fields(state: TrainingState, planned: PlannedStep, report: StepReport
         "padding": 1 - window.filled / window.positions if window.positions else None,
         "skipped": window.skipped,
         "eta_seconds": eta_seconds,
+        **sums,
     }

@@ -1,8 +1,8 @@
 """Distillation gives the sums that the predecessor computed of a teacher, a student and three batches (golden/ref/kd).
 
-Its gates count padding: of n real and m padded tokens it takes the k hardest, k = ceil((n + m) rate). Where no gate is at work the
-objective must give its values as they are. Where one is, a rate is chosen here that gives the same k among the real tokens: so
-formula, selection, queue and gradients are compared through the objective itself.
+Its gates count padding: of n real and m padded tokens it takes the k hardest, k = ceil((n + m) rate). Where no gate is at work
+the objective must give its values as they are. Where one is, a rate is chosen here that gives the same k among the real tokens:
+so formula, selection, queue and gradients are compared through the objective itself.
 """
 
 import json

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from dstrain.errors import CheckpointError
+from dstrain.protocols import StepReport
 from dstrain.training.config import TrainingConfig, ValidationConfig
 from dstrain.training.limits import limit_reached, remaining_seconds
 from dstrain.training.state import TrainingState, Window, load_state
@@ -16,7 +17,7 @@ VALIDATION = ValidationConfig(patience=4)
 
 
 def test_json_and_back_is_the_same_state() -> None:
-    window = Window(steps=3, skipped=1, num_targets=99, loss_sum=0.1 + 0.2, nll_sum=1 / 3, seconds=1e-9)
+    window = Window(steps=3, skipped=1, num_targets=99, loss_sum=0.1 + 0.2, sums={"nll": 1 / 3}, seconds=1e-9)
     state = TrainingState(step=7, epoch=2, elapsed_seconds=1e17 / 3, best_score=2 / 3, best_step=5, window=window)
     assert load_state(json.loads(json.dumps(state.to_json()))) == state
 
@@ -67,3 +68,15 @@ def test_a_score_that_is_not_finite_is_never_best(score: float) -> None:
     state = TrainingState(step=5).after_validation(score, higher_is_better=False)
     assert (state.best_score, state.best_step, state.validations_without_improvement) == (None, None, 1)
     assert state.after_validation(1.0, higher_is_better=False).best_score == 1.0
+
+
+def test_every_reported_sum_adds_up_over_the_applied_steps_of_a_window() -> None:
+    window = Window()
+    for sums, targets, skipped in (
+        ({"kd": 2.0, "selected": 0.5}, 10, False),
+        ({"kd": 9.0, "selected": 1.0}, 10, True),
+        ({"kd": 1.0, "selected": 0.1}, 30, False),
+    ):
+        window = window.after(StepReport(1, 3.0, targets, 1.0, 0.1, skipped, sums), [], 0.1, 0.1)
+    assert window.sums == {"kd": pytest.approx(50.0), "selected": pytest.approx(8.0)}
+    assert (window.num_targets, window.skipped) == (40, 1)
