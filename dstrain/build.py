@@ -19,32 +19,38 @@ from dstrain.data.dataset import Dataset, open_dataset
 from dstrain.data.loader import TrainLoader, evaluation_loader
 from dstrain.data.manifest import load_manifest
 from dstrain.data.plan import StepPlan
+from dstrain.data.tags import locate_tags
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.engine.deepspeed_engine import TrainEngine
+from dstrain.engine.teacher_engine import Precision
 from dstrain.errors import DataError
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.objectives.factory import build_objective
+from dstrain.objectives.config import DistillationConfig, GlobalByLanguageSelection
+from dstrain.objectives.factory import build_objective, require_teacher, validation_objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import keep_freed_memory
 from dstrain.parallel.topology import DeviceChoice, World, finalize, initialize
+from dstrain.protocols import Objective
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
 from dstrain.training.bundles import BundleStore
 from dstrain.training.preemption import StopSignals
 from dstrain.training.reporting import build_reporter
 from dstrain.training.run_directory import Run, open_run, recipe_differences
+from dstrain.training.teachers import TeacherOptions, plan_teachers, signals_of, start_teachers
 from dstrain.training.trainer import Trainer
 from dstrain.training.translation import build_translation
 from dstrain.training.validator import Validator, check_split
 from dstrain.training.watchdog import Watchdog
 
 
-def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice) -> int:
+def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice, teachers: TeacherOptions) -> int:
     """Train `recipe` on prepared `data` into the run directory `output`, or resume what is there.
 
     Returns the exit code of the verb. Raises DstrainError where something does not fit together.
     """
+    require_teacher(recipe.objective, given=bool(teachers.bundles))
     world = initialize(device)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -52,13 +58,20 @@ def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice) -> 
     for split, dataset in (("train", corpora.train), ("valid", corpora.valid)):
         check_split(split, dataset.source_lengths, dataset.target_lengths, recipe.model)
     plan = StepPlan(corpora.train.source_lengths, corpora.train.target_lengths, recipe.batching, recipe.training.seed)
-    run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job)
+    planned = plan_teachers(teachers, corpora.tokenizers, corpora.vocabulary, corpora.train)
+    tag_place = _tag_place(recipe, corpora)
+    fingerprints = [teacher.fingerprint for teacher in planned]
+    run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job, teachers=fingerprints)
     try:
-        engine = build_engine(recipe, corpora.vocabulary, world)
+        teaching = start_teachers(planned, placement=teachers.placement, precision=_teacher_precision(recipe), world=world)
+        objective = build_objective(recipe.objective, signals_of(teaching), tag_place=tag_place)
+        engine = build_engine(recipe, corpora.vocabulary, world, objective)
         code = build_trainer(recipe, corpora, plan, run, engine).run()
     finally:
         run.close()
     engine.close()
+    for teacher in teaching:
+        teacher.close()
     finalize()  # in order only after a success: after a failure the other ranks may be inside a collective
     return code
 
@@ -86,10 +99,24 @@ class Corpora:
         return VocabularySizes(source=source.vocab_size, target=target.vocab_size, pad_id=target.pad_id, eos_id=target.eos_id)
 
 
-def build_engine(recipe: Recipe, vocabulary: VocabularySizes, world: World) -> TrainEngine:
+def _tag_place(recipe: Recipe, corpora: Corpora) -> int:
+    """Where the language tag stands in a source, for an objective that asks for it."""
+    objective = recipe.objective
+    if isinstance(objective, DistillationConfig) and isinstance(objective.selection, GlobalByLanguageSelection):
+        return locate_tags(objective.selection.tags, corpora.tokenizers.source, corpora.train)
+    return 0
+
+
+def _teacher_precision(recipe: Recipe) -> Precision:
+    own = recipe.objective.teacher_precision if isinstance(recipe.objective, DistillationConfig) else None
+    return own or recipe.engine.precision
+
+
+def build_engine(recipe: Recipe, vocabulary: VocabularySizes, world: World, objective: Objective) -> TrainEngine:
     """Model and objective under the engine, with initial weights from the seed."""
+    model = build_model(recipe.model, vocabulary, seed=recipe.training.seed)
     return TrainEngine(
-        TrainModule(build_model(recipe.model, vocabulary, seed=recipe.training.seed), build_objective(recipe.objective)),
+        TrainModule(model, objective, validation_objective(recipe.objective)),
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,
         engine=recipe.engine,

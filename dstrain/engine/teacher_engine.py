@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from dstrain.batch import Batch, Sequences
 from dstrain.engine.launch import load_deepspeed, require_precision
-from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.objectives.signals import Look
 from dstrain.parallel.topology import World
+from dstrain.protocols import TeacherForced
 
 Placement = Literal["replicated", "sharded", "offloaded"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -39,7 +39,7 @@ class VocabularyMap:
 class TeacherModule(nn.Module):
     """A model with the teacher's one forward: batch and rows in, features and projection shown to `look`, nothing out."""
 
-    def __init__(self, model: EncoderDecoder, vocabulary: VocabularyMap | None) -> None:
+    def __init__(self, model: TeacherForced, vocabulary: VocabularyMap | None) -> None:
         super().__init__()
         self.model = model
         self.vocabulary = vocabulary
@@ -61,14 +61,14 @@ class TeacherModule(nn.Module):
 
 
 class TeacherEngine:
-    """Implements `objectives.signals.Teacher`. model: in evaluation mode, the same on every rank; the engine takes it over.
+    """Implements `objectives.signals.Teacher`. model: an `nn.Module`, the same on every rank; the engine takes it over.
 
     Raises TrainingError where the device cannot compute in `precision`.
     """
 
     def __init__(
         self,
-        model: EncoderDecoder,
+        model: TeacherForced,
         *,
         placement: Placement,
         precision: Precision,
@@ -84,7 +84,9 @@ class TeacherEngine:
             module.to(world.device, DTYPES[precision])
             return
         config = _zero3(precision, world, offloaded=placement == "offloaded")
-        self._forward = self._engine = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
+        self._engine = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
+        self._engine.eval()
+        self._forward = self._engine
 
     @torch.no_grad()
     def teach(self, batch: Batch, rows: Tensor, look: Look) -> None:

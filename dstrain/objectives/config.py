@@ -91,7 +91,7 @@ class GlobalSelection(Config):
 class GlobalByLanguageSelection(Config):
     """As `global`, with a queue of `queue_size` for each language.
 
-    tags: the first source token of every sentence is one of these, and each of them is that of some sentence.
+    tags: every source sentence begins with one of these symbols, and each of them begins some sentence.
     """
 
     kind: Literal["global_by_language"] = "global_by_language"
@@ -110,8 +110,9 @@ class DistillationConfig(Config):
     """hard_weight x label-smoothed cross-entropy + kd_weight x temperature^2 x divergence from the teacher on selected tokens.
 
     temperature: divides the logits of both models in the divergence. hard_weight: 1, or 0 where `selection` is `word`;
-    label_smoothing: 0.1, or 0 where there is no hard loss to smooth. chunk_tokens: positions whose logits exist at one time;
-    memory is a few times chunk_tokens x vocabulary. It moves no result.
+    label_smoothing: 0.1, or 0 where there is no hard loss to smooth. teacher_precision: what a teacher at work computes in, None
+    for engine.precision. chunk_tokens: positions whose logits exist at one time; memory is a few times chunk_tokens x vocabulary.
+    It moves no result.
     """
 
     kind: Literal["distillation"] = "distillation"
@@ -121,6 +122,7 @@ class DistillationConfig(Config):
     hard_weight: NonNegativeFloat = 1.0
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     selection: SelectionConfig = Field(default_factory=WordAndSequenceSelection)
+    teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
     chunk_tokens: PositiveInt = 256
 
     @model_validator(mode="before")

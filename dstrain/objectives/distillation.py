@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dstrain.batch import Batch
 from dstrain.objectives.config import DistillationConfig, DivergenceConfig, JensenShannon, SkewKl
-from dstrain.objectives.selection import Selection, SelectiveConfig
+from dstrain.objectives.selection import Selection
 from dstrain.ops.divergence import Divergence
 from dstrain.ops.linear_cross_entropy import scored_rows
 from dstrain.ops.linear_distillation import DistillationSums, DistillationTerms, linear_distillation
@@ -85,9 +85,9 @@ class Distillation:
 class SelectiveDistillation(Distillation):
     """Implements `protocols.Surveying`: tokens that the student finds hard learn from the teacher."""
 
-    def __init__(self, config: DistillationConfig, signals: SignalSource, selective: SelectiveConfig) -> None:
+    def __init__(self, config: DistillationConfig, signals: SignalSource, selection: Selection) -> None:
         super().__init__(config, signals)
-        self.selection = Selection(selective)
+        self.selection = selection
         self._surveyed: list[Tensor] | None = None
         self._selected: deque[Tensor] = deque()
 

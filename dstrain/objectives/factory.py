@@ -11,26 +11,37 @@ from dstrain.objectives.config import (
 )
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.distillation import Distillation, SelectiveDistillation
+from dstrain.objectives.selection import Selection
 from dstrain.protocols import Objective, SignalSource
 
 
-def build_objective(config: ObjectiveConfig, signals: SignalSource | None = None) -> Objective:
-    """The objective of `config`. signals: the teacher of a distillation; RecipeError where it is missing or not wanted."""
-    if isinstance(config, DistillationConfig):
-        if signals is None:
-            raise RecipeError(
-                "objective.kind = distillation needs a teacher: add --teacher BUNDLE, or choose objective: {kind: cross_entropy}"
-            )
-        selection = config.selection
-        if isinstance(selection, BatchSelection | GlobalSelection | GlobalByLanguageSelection):
-            return SelectiveDistillation(config, signals, selection)
-        return Distillation(config, signals)
-    if signals is not None:
+def build_objective(config: ObjectiveConfig, signals: SignalSource | None = None, *, tag_place: int = 0) -> Objective:
+    """The objective of `config`. signals: the teacher of a distillation; RecipeError where it is missing or not wanted.
+
+    tag_place: of the language tag in a source, for a selection by language.
+    """
+    require_teacher(config, given=signals is not None)
+    if not isinstance(config, DistillationConfig) or signals is None:
+        assert isinstance(config, CrossEntropyConfig)
+        return CrossEntropy(config)
+    selection = config.selection
+    if isinstance(selection, BatchSelection | GlobalSelection | GlobalByLanguageSelection):
+        return SelectiveDistillation(config, signals, Selection(selection, tag_place))
+    return Distillation(config, signals)
+
+
+def require_teacher(config: ObjectiveConfig, *, given: bool) -> None:
+    """Raise RecipeError where a distillation has no teacher, or another objective has one."""
+    wanted = isinstance(config, DistillationConfig)
+    if wanted and not given:
+        raise RecipeError(
+            "objective.kind = distillation needs a teacher: add --teacher BUNDLE, or choose objective: {kind: cross_entropy}"
+        )
+    if given and not wanted:
         raise RecipeError(
             f"objective.kind = {config.kind} has no use for a teacher: leave --teacher out, or choose objective: "
             "{kind: distillation}"
         )
-    return CrossEntropy(config)
 
 
 def validation_objective(config: ObjectiveConfig) -> Objective:

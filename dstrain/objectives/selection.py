@@ -4,7 +4,7 @@ A token is selected where its negative log-likelihood reaches the gate g, the k-
 
     batch                the n values are those of the optimizer step
     global               ... of a queue, after the step's own values have entered it
-    global_by_language   ... of the queue of the sentence's language, its first source token
+    global_by_language   ... of the queue of the sentence's language, the tag that begins its source
 
 These are the predecessor's formulas (Wang et al., ACL 2021, "Selective Knowledge Distillation for NMT"), with its batch read as
 the optimizer step over all ranks, on real tokens: padding, validation and values that are not finite enter nowhere. The queue is
@@ -43,12 +43,16 @@ class Facts(NamedTuple):
 
 
 class Selection:
-    """The gates of one step after another, and the queues between them."""
+    """The gates of one step after another, and the queues between them.
 
-    def __init__(self, config: SelectiveConfig) -> None:
+    tag_place: where the language tag stands among the ids of a source.
+    """
+
+    def __init__(self, config: SelectiveConfig, tag_place: int = 0) -> None:
         self.rate = config.rate
         self.queue_size = None if isinstance(config, BatchSelection) else config.queue_size
         self.by_language = isinstance(config, GlobalByLanguageSelection)
+        self.tag_place = tag_place
         self.queues: dict[int, Tensor] = {}
         self._gates: dict[int, float] = {}
 
@@ -61,7 +65,8 @@ class Selection:
         if self.by_language:
             if batch.source is None:
                 raise ValueError("global_by_language reads the language from the source, but this model has none")
-            tag = batch.source.tokens[:, 0][sentences]
+            tokens = batch.source.tokens
+            tag = tokens[:, min(self.tag_place, tokens.shape[1] - 1)][sentences]  # an empty micro-batch may be narrower
         return torch.stack([order.double(), nll.double(), tag.double()], dim=1)
 
     def settle(self, step: Tensor) -> None:

@@ -26,6 +26,7 @@ from dstrain.models.portable import load_portable, to_portable
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
 from dstrain.protocols import LossOutput
+from tests.parallel.distilling import distilled, placements, resident, resumed_student  # noqa: F401
 from tests.parallel.setting import EOS, build_engine, build_module, collate, num_targets, padded, sentences, share
 from tests.parallel.trace import repeat
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX, Batch
 from dstrain.errors import RecipeError
-from dstrain.models.config import EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
+from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import (
@@ -26,6 +26,7 @@ from dstrain.objectives.config import (
 )
 from dstrain.objectives.distillation import Distillation, SelectiveDistillation
 from dstrain.objectives.factory import build_objective, validation_objective
+from dstrain.objectives.selection import Selection
 from dstrain.objectives.signals import TeacherSignals
 from dstrain.objectives.train_module import TrainModule
 from dstrain.protocols import LossOutput, SparseSignal
@@ -35,8 +36,13 @@ VOCABULARY = VocabularySizes(source=NUM_TYPES, target=NUM_TYPES, pad_id=PAD, eos
 
 
 def model_of(width: int, seed: int) -> EncoderDecoder:
-    stack = StackConfig(depth=1, num_heads=2, ffn_dim=24)
-    config = EncoderDecoderConfig(model_dim=width, encoder=stack, decoder=stack, embedding=PlainEmbedding(tie="all"), dropout=0.0)
+    config = EncoderDecoderConfig(
+        model_dim=width,
+        encoder=StackConfig(depth=1, num_heads=2, ffn_dim=24),
+        decoder=DecoderStackConfig(depth=1, num_heads=2, ffn_dim=24),
+        embedding=PlainEmbedding(tie="all"),
+        dropout=0.0,
+    )
     model = build_model(config, VOCABULARY, seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -162,7 +168,8 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("selection.queue_size", {"selection": {"kind": "global", "rate": 0.3, "queue_size": 5}}),
     ("selection", {"selection": {"kind": "global_by_language", "rate": 0.3, "tags": ["a"]}}),
 ]
-"""The remaining keys: chunk_tokens moves nothing (test_linear_distillation), tags are compared with the data (build)."""
+"""The remaining keys: chunk_tokens moves nothing (test_linear_distillation), tags are compared with the data (test_tags), and
+teacher_precision is the engine's (test_teachers)."""
 
 
 def losses_of(**changes: Any) -> list[float]:
@@ -180,7 +187,9 @@ def test_every_key_changes_the_loss() -> None:
     assert losses_of() == found[0]
     assert len({tuple(losses) for losses in found}) == len(found)
     keys = {key for key, _ in CHANGES}
-    assert {key.split(".")[0] for key in keys} | {"kind", "chunk_tokens"} == set(DistillationConfig.model_fields)
+    assert {key.split(".")[0] for key in keys} | {"kind", "chunk_tokens", "teacher_precision"} == set(
+        DistillationConfig.model_fields
+    )
     assert {key.split(".")[1] for key in keys if key.startswith("selection.")} | {"kind", "tags"} == set(
         GlobalByLanguageSelection.model_fields
     )
@@ -274,7 +283,7 @@ def test_the_teacher_learns_nothing() -> None:
 
 
 def test_a_queue_is_shared_by_the_batches_of_a_step() -> None:
-    objective = SelectiveDistillation(config_of(), TeacherSignals(TEACHERS[:1]), GlobalSelection(rate=0.5, queue_size=1000))
+    objective = SelectiveDistillation(config_of(), TeacherSignals(TEACHERS[:1]), Selection(GlobalSelection(queue_size=1000)))
     module = TrainModule(model_of(16, seed=1), objective)
     sizes = []
     for _ in range(2):
