@@ -63,7 +63,7 @@ class TeacherModule(nn.Module):
 class TeacherEngine:
     """Implements `objectives.signals.Teacher`. model: an `nn.Module`, the same on every rank; the engine takes it over.
 
-    Raises TrainingError where the device cannot compute in `precision`.
+    Raises TrainingError where DeepSpeed cannot compute in `precision` on this device.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class TeacherEngine:
         module = TeacherModule(model, vocabulary).eval().requires_grad_(False)
         self._forward: Any = module
         self._engine: Any = None
-        deepspeed = load_deepspeed(world)
-        require_precision(deepspeed, precision, world)
         if placement == "replicated":
             module.to(world.device, DTYPES[precision])
             return
+        deepspeed = load_deepspeed(world)
+        require_precision(deepspeed, precision, world)
         config = _zero3(precision, world, offloaded=placement == "offloaded")
         self._engine = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
         self._engine.eval()
