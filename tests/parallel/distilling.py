@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dstrain.batch import Batch
 from dstrain.engine.deepspeed_engine import TrainEngine
+from dstrain.engine.launch import load_deepspeed
 from dstrain.engine.shard_file import read_shard
 from dstrain.engine.teacher_engine import TeacherEngine
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
@@ -151,6 +152,7 @@ def resumed_student(world: World, *, shards: str, deepspeed: str, placement: str
 
 def resident(world: World, *, placement: str, dim: int, depth: int) -> Report:
     """Resident memory of this rank in MiB: before a teacher of some size, with it, and at the peak."""
+    load_deepspeed(world)  # every training process has it
     before = resident_mib()
     sizes = VocabularySizes(source=16000, target=16000)
     model = build_model(config_of(dim=dim, ffn_dim=4 * dim, depths=(depth, depth)), sizes, seed=1)

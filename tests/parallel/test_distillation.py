@@ -111,6 +111,5 @@ def test_a_rank_holds_three_quarters_of_a_whole_teacher_at_most(tmp_path: Path, 
         run_ranks("resident", 2, tmp_path / placement, placement=placement, **size) for placement in ("replicated", "sharded")
     )
     for one, other in zip(whole, shared, strict=True):
-        print(one, other)
         assert other["with"] <= 0.75 * one["with"]
         assert other["with"] - other["before"] < 0.6 * (one["with"] - one["before"])
