@@ -112,4 +112,4 @@ def test_a_rank_holds_three_quarters_of_a_whole_teacher_at_most(tmp_path: Path, 
     )
     for one, other in zip(whole, shared, strict=True):
         assert other["with"] <= 0.75 * one["with"]
-        assert other["with"] - other["before"] < 0.6 * (one["with"] - one["before"])
+        assert other["with"] - other["before"] <= 0.7 * (one["with"] - one["before"])
