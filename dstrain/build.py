@@ -21,16 +21,20 @@ from dstrain.data.dataset import Dataset, open_dataset
 from dstrain.data.loader import TrainLoader, evaluation_loader
 from dstrain.data.manifest import load_manifest
 from dstrain.data.plan import StepPlan
+from dstrain.data.tags import locate_tags
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.engine.deepspeed_engine import TrainEngine
+from dstrain.engine.teacher_engine import Precision
 from dstrain.errors import DataError, RecipeError
 from dstrain.log import logger
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.objectives.factory import build_objective
+from dstrain.objectives.config import DistillationConfig, GlobalByLanguageSelection
+from dstrain.objectives.factory import build_objective, require_teacher, validation_objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import keep_freed_memory
 from dstrain.parallel.topology import DeviceChoice, World, finalize, initialize
+from dstrain.protocols import Objective
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
 from dstrain.training.base import build_on_base, check_reloaded, find_base
@@ -38,18 +42,22 @@ from dstrain.training.bundles import BundleStore
 from dstrain.training.preemption import StopSignals
 from dstrain.training.reporting import build_reporter
 from dstrain.training.run_directory import Run, open_run, recipe_differences
+from dstrain.training.teachers import TeacherOptions, plan_teachers, signals_of, start_teachers
 from dstrain.training.trainer import Trainer
 from dstrain.training.translation import build_translation
 from dstrain.training.validator import Validator, check_split
 from dstrain.training.watchdog import Watchdog
 
 
-def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice, base: Path | None = None) -> int:
+def train(
+    recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice, teachers: TeacherOptions, base: Path | None = None
+) -> int:
     """Train `recipe` on prepared `data` into the run directory `output`, or resume what is there.
 
     base: the bundle whose weights training starts from; None for random ones. Returns the exit code of the verb. Raises
     DstrainError where something does not fit together.
     """
+    require_teacher(recipe.objective, given=bool(teachers.bundles))
     world = initialize(device)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -64,15 +72,22 @@ def train(recipe: Recipe, *, data: Path, output: Path, device: DeviceChoice, bas
         recipe.training.seed,
         sides=recipe.model.limits.sides,
     )
-    run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job)
+    planned = plan_teachers(teachers, corpora.tokenizers, corpora.vocabulary, corpora.train)
+    tag_place = _tag_place(recipe, corpora)
+    fingerprints = [teacher.fingerprint for teacher in planned]
+    run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job, teachers=fingerprints)
     try:
-        engine = build_engine(recipe, corpora.vocabulary, world, started_from)
+        teaching = start_teachers(planned, placement=teachers.placement, precision=_teacher_precision(recipe), world=world)
+        objective = build_objective(recipe.objective, signals_of(teaching), tag_place=tag_place)
+        engine = build_engine(recipe, corpora.vocabulary, world, objective, started_from)
         code = build_trainer(recipe, corpora, plan, run, engine, base=started_from).run()
         if code == 0 and recipe.adapter is not None:
             _check_last_bundle(recipe, corpora, run, engine)
     finally:
         run.close()
     engine.close()
+    for teacher in teaching:
+        teacher.close()
     finalize()  # in order only after a success: after a failure the other ranks may be inside a collective
     return code
 
@@ -113,7 +128,22 @@ def _with_later_defaults(section: dict[str, Any]) -> dict[str, Any]:
         return section
 
 
-def build_engine(recipe: Recipe, vocabulary: VocabularySizes, world: World, base: StoredBundle | None = None) -> TrainEngine:
+def _tag_place(recipe: Recipe, corpora: Corpora) -> int:
+    """Where the language tag stands in a source, for an objective that asks for it."""
+    objective = recipe.objective
+    if isinstance(objective, DistillationConfig) and isinstance(objective.selection, GlobalByLanguageSelection):
+        return locate_tags(objective.selection.tags, corpora.tokenizers.source, corpora.train)
+    return 0
+
+
+def _teacher_precision(recipe: Recipe) -> Precision:
+    own = recipe.objective.teacher_precision if isinstance(recipe.objective, DistillationConfig) else None
+    return own or recipe.engine.precision
+
+
+def build_engine(
+    recipe: Recipe, vocabulary: VocabularySizes, world: World, objective: Objective, base: StoredBundle | None = None
+) -> TrainEngine:
     """Model and objective under the engine, with the base's weights, or initial ones from the seed.
 
     Raises RecipeError for an adapter without a base, or one that does not suit the model.
@@ -129,7 +159,7 @@ def build_engine(recipe: Recipe, vocabulary: VocabularySizes, world: World, base
         trained = sum(size for size, is_trained in sizes if is_trained)
         logger.info("adapter: %d of %d parameters are trained", trained, sum(size for size, _ in sizes))
     return TrainEngine(
-        TrainModule(model, build_objective(recipe.objective)),
+        TrainModule(model, objective, validation_objective(recipe.objective)),
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,
         engine=recipe.engine,
@@ -209,7 +239,7 @@ def _build_validator(recipe: Recipe, corpora: Corpora, engine: TrainEngine, watc
         engine,
         world,
         batches=lambda: _valid_batches(recipe, corpora, world),
-        denominator=engine.module.objective.denominator,
+        denominator=engine.module.validation.denominator,
         averaged=recipe.training.ema is not None,
         translation=build_translation(generation, recipe.model, corpora.valid, corpora.tokenizers, world.device),
         beat=watchdog.beat,

@@ -6,10 +6,11 @@ Rooms that may not import one another meet here: `generation/` and `objectives/`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -177,6 +178,26 @@ class Objective(Protocol):
 
     def denominator(self, size: Size) -> int:
         """What the loss sums of a step or a split of this size are divided by, once and together."""
+        ...
+
+
+@runtime_checkable
+class Surveying(Protocol):
+    """An objective that weighs each token of a step against all others, so that it must see them before the first loss.
+
+    `objectives.distillation.SelectiveDistillation` says what the engine owes it.
+    """
+
+    def survey(self, gather: Callable[[Tensor], Tensor], /) -> AbstractContextManager[None]:
+        """Calls inside are looks at the micro-batches of a step; collective at its end."""
+        ...
+
+    def state(self) -> dict[int, Tensor]:
+        """What the next step needs of those before, the same on every rank."""
+        ...
+
+    def load_state(self, state: Mapping[int, Tensor], /) -> None:
+        """Take over what `state` gave."""
         ...
 
 

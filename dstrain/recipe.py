@@ -100,10 +100,11 @@ class Recipe(Config):
                 yield f"data.filter.{name} = {longest} keeps sentences that the model does not read (model.{name} = {limit})"
 
     def _dropout_problems(self) -> Iterator[str]:
-        if self.objective.r_drop is not None and not any(_dropouts(self.model.model_dump())):
+        r_drop = self.objective.r_drop if isinstance(self.objective, CrossEntropyConfig) else None
+        if r_drop is not None and not any(_dropouts(self.model.model_dump())):
             yield (
-                f"objective.r_drop.alpha = {self.objective.r_drop.alpha} has no effect: every dropout of the model is 0, so both "
-                "passes are the same; raise model.dropout, or remove objective.r_drop"
+                f"objective.r_drop.alpha = {r_drop.alpha} has no effect: every dropout of the model is 0, so both passes are the "
+                "same; raise model.dropout, or remove objective.r_drop"
             )
 
     def _vocabulary_problems(self) -> Iterator[str]:

@@ -6,6 +6,8 @@ torchrun:         torchrun --nproc_per_node 8 -m dstrain train RECIPE --data DAT
 Slurm:            sbatch --nodes 4 slurm/train.sbatch RECIPE DATA RUN
 Fine-tuning:      dstrain train RECIPE --data DATA --output RUN --base BUNDLE, with an `adapter` section in RECIPE or without
 
+Distillation:     dstrain train translation/multi30k_tiny_kd --data DATA --output RUN --teacher BUNDLE
+
 RUN holds recipe.yaml, events.jsonl, checkpoints/ (for resuming) and bundles/ (models: best, last, step_...). Starting again
 with the same RUN resumes, bit for bit; a recipe that differs is refused. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first.
 Exit codes: 0 finished, 1 a mistake or a failed step, 85 saved after SIGTERM or SIGUSR1 (start again), 130 saved after Ctrl-C.
@@ -28,6 +30,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--base", metavar="BUNDLE", type=Path, help="start from the weights of this bundle; what an adapter section adapts"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    parser.add_argument(
+        "--teacher",
+        dest="teachers",
+        metavar="BUNDLE",
+        type=Path,
+        action="append",
+        default=[],
+        help="bundle that a distillation learns from; again for an ensemble, whose probabilities are averaged",
+    )
+    parser.add_argument(
+        "--teacher-placement",
+        choices=("replicated", "sharded", "offloaded"),
+        help="whole on every rank (fast), shared out over the ranks (the default), or shared out in CPU memory; same results",
+    )
+    parser.add_argument(
+        "--vocabulary-map",
+        metavar="FILE",
+        type=Path,
+        help="which id of the teacher each id of the data is, for a teacher with a permuted or larger vocabulary",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
@@ -35,5 +57,12 @@ def run(args: argparse.Namespace) -> int:
     """Check the recipe, then build and run the trainer."""
     recipe = recipe_from(args)
     from dstrain.build import train
+    from dstrain.errors import RecipeError
+    from dstrain.training.teachers import TeacherOptions
 
-    return train(recipe, data=args.data, output=args.output, device=args.device, base=args.base)
+    if not args.teachers and (args.teacher_placement or args.vocabulary_map):
+        raise RecipeError(
+            "--teacher-placement and --vocabulary-map say how a teacher works: add --teacher BUNDLE, or leave them out"
+        )
+    teachers = TeacherOptions(tuple(args.teachers), args.teacher_placement or "sharded", args.vocabulary_map)
+    return train(recipe, data=args.data, output=args.output, device=args.device, base=args.base, teachers=teachers)

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace, world: World) -> dict[str, float]:
     from dstrain.api import generation_config
     from dstrain.checkpoint.bundle import load_bundle
-    from dstrain.objectives.factory import build_objective
+    from dstrain.objectives.factory import validation_objective
     from dstrain.training.bundle_validation import validate_bundle
 
     bundle = load_bundle(args.bundle, device=world.device)
@@ -59,7 +59,7 @@ def _score(args: argparse.Namespace, world: World) -> dict[str, float]:
         args.data,
         args.split,
         world,
-        objective=build_objective(objective),
+        objective=validation_objective(objective),
         generation=generation,
         max_tokens=args.max_tokens,
     )

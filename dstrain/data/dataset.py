@@ -11,7 +11,7 @@ altered byte in a small or middling set is always found, a truncated file in any
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +49,13 @@ class Dataset:
     def __getitem__(self, index: int) -> Example:
         batch, row = self._locate(index)
         return Example(batch.source.row(row), batch.target.row(row))
+
+    def source_column(self, place: int) -> Iterator[npt.NDArray[np.int64]]:
+        """The id at one place of every source, -1 where it is shorter; (rows,) each, in the order of the rows."""
+        for batch in self._batches:
+            starts, ends = batch.source.offsets[:-1].astype(np.int64) + place, batch.source.offsets[1:]
+            inside = starts < ends
+            yield np.where(inside, batch.source.values[np.where(inside, starts, 0)], -1)
 
     def source_text(self, index: int) -> str:
         """The raw source line. Only evaluation splits keep texts."""

@@ -32,7 +32,7 @@ from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.portable import portable_layout, split
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
-from dstrain.protocols import Generative, LossOutput, StepReport
+from dstrain.protocols import Generative, LossOutput, StepReport, Surveying
 from dstrain.seeding import seed_everything
 
 SETTING = "setting.pt"
@@ -110,6 +110,7 @@ class TrainEngine:
             group["lr"] = rate
         seed_everything(self._seed, "dropout", self.step, self.rank)
         self.module.train()
+        self._survey(batches)
         denominator = self.module.objective.denominator(size)
         sums = self._accumulate(batches, self.world_size / denominator)
         loss = sums.pop("loss") / denominator
@@ -131,6 +132,16 @@ class TrainEngine:
             if self._average is not None:
                 self._average.update(self.step)
         return report
+
+    @torch.no_grad()
+    def _survey(self, batches: Sequence[Batch]) -> None:
+        """Show the step to an objective that asks for it, under the dropout that training will draw again."""
+        objective = self.module.objective
+        if isinstance(objective, Surveying):
+            with objective.survey(self.world.gather_rows):
+                for batch in batches:
+                    self._engine(batch.to(self.device))
+            seed_everything(self._seed, "dropout", self.step, self.rank)
 
     def _accumulate(self, batches: Sequence[Batch], scale: float) -> dict[str, float]:
         """Gradients of all micro-batches, `scale` times; the sums of the loss and of what is reported, over all ranks."""
@@ -229,7 +240,9 @@ class TrainEngine:
         """
         if self.stage > 0 or self.rank == 0:
             average = [] if self._average is None else self._average.tensors
-            write_shard(self._shard(directory), {"step": self.step, "average": average, **self._masters.state()})
+            objective = self.module.objective.state() if isinstance(self.module.objective, Surveying) else {}
+            content = {"step": self.step, "average": average, "objective": objective, **self._masters.state()}
+            write_shard(self._shard(directory), content)
         if self.rank == 0:
             write_shard(directory / SETTING, self._setting())
 
@@ -250,6 +263,8 @@ class TrainEngine:
         self._masters.load_state(shard)
         if self._average is not None:
             self._average.load(shard["average"])
+        if isinstance(self.module.objective, Surveying):
+            self.module.objective.load_state(shard["objective"])
         self.step = shard["step"]
 
     def _shard(self, directory: Path) -> Path:

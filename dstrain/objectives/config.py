@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from dstrain.strict import Config
 
@@ -34,4 +35,138 @@ class CrossEntropyConfig(Config):
     chunk_tokens: PositiveInt = 1024
 
 
-ObjectiveConfig = Annotated[CrossEntropyConfig, Field()]
+class ForwardKl(Config):
+    """KL(teacher || student): the student must cover all that the teacher says. The one that kept signals can give."""
+
+    kind: Literal["forward_kl"] = "forward_kl"
+
+
+class ReverseKl(Config):
+    """KL(student || teacher): the student must say nothing that the teacher does not."""
+
+    kind: Literal["reverse_kl"] = "reverse_kl"
+
+
+class JensenShannon(Config):
+    """Between both; beta as in GKD: 0 is forward_kl, 1 is reverse_kl."""
+
+    kind: Literal["jensen_shannon"] = "jensen_shannon"
+    beta: float = Field(default=0.5, ge=0, le=1)
+
+
+class TotalVariation(Config):
+    """Half the sum of absolute differences."""
+
+    kind: Literal["total_variation"] = "total_variation"
+
+
+class SkewKl(Config):
+    """KL(teacher || alpha teacher + (1 - alpha) student), as in DistiLLM."""
+
+    kind: Literal["skew_kl"] = "skew_kl"
+    alpha: float = Field(default=0.1, gt=0, lt=1)
+
+
+DivergenceConfig = Annotated[
+    ForwardKl | ReverseKl | JensenShannon | TotalVariation | SkewKl,
+    Field(discriminator="kind"),
+]
+
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class WordSelection(Config):
+    """All tokens, from the teacher alone: the labels play no part, so hard_weight and label_smoothing are 0."""
+
+    kind: Literal["word"] = "word"
+
+
+class WordAndSequenceSelection(Config):
+    """All tokens, from the teacher beside the labels."""
+
+    kind: Literal["word_and_sequence"] = "word_and_sequence"
+
+
+class BatchSelection(Config):
+    """The share `rate` of each optimizer step's tokens that the student finds hardest."""
+
+    kind: Literal["batch"] = "batch"
+    rate: Rate = 0.5
+
+
+class GlobalSelection(Config):
+    """Tokens of a step that are as hard as the share `rate` of the last `queue_size` tokens, this step's included."""
+
+    kind: Literal["global"] = "global"
+    rate: Rate = 0.5
+    queue_size: PositiveInt = 30_000
+
+
+class GlobalByLanguageSelection(Config):
+    """As `global`, with a queue of `queue_size` for each language.
+
+    tags: every source sentence begins with one of these symbols, and each of them begins some sentence.
+    """
+
+    kind: Literal["global_by_language"] = "global_by_language"
+    rate: Rate = 0.5
+    queue_size: PositiveInt = 30_000
+    tags: list[str] = Field(min_length=1)
+
+
+SelectionConfig = Annotated[
+    WordSelection | WordAndSequenceSelection | BatchSelection | GlobalSelection | GlobalByLanguageSelection,
+    Field(discriminator="kind"),
+]
+
+
+class DistillationConfig(Config):
+    """hard_weight x label-smoothed cross-entropy + kd_weight x temperature^2 x divergence from the teacher on selected tokens.
+
+    temperature: divides the logits of both models in the divergence. hard_weight: 1, or 0 where `selection` is `word`;
+    label_smoothing: 0.1, or 0 where there is no hard loss to smooth. teacher_precision: what a teacher at work computes in, None
+    for engine.precision. chunk_tokens: positions whose logits exist at one time; memory is a few times chunk_tokens x vocabulary.
+    It moves no result.
+    """
+
+    kind: Literal["distillation"] = "distillation"
+    divergence: DivergenceConfig = Field(default_factory=ForwardKl)
+    temperature: PositiveFloat = 1.0
+    kd_weight: PositiveFloat = 1.0
+    hard_weight: NonNegativeFloat = 1.0
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    selection: SelectionConfig = Field(default_factory=WordAndSequenceSelection)
+    teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
+    chunk_tokens: PositiveInt = 256
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_labels(cls, data: Any) -> Any:
+        """What follows from `word` and from hard_weight = 0 where nothing else is said."""
+        if not isinstance(data, Mapping):
+            return data
+        selection = data.get("selection")
+        kind = selection.get("kind") if isinstance(selection, Mapping) else getattr(selection, "kind", None)
+        data = {"hard_weight": 0.0, **data} if kind == "word" else data
+        return {"label_smoothing": 0.0, **data} if data.get("hard_weight") == 0 else data
+
+    @model_validator(mode="after")
+    def _every_key_acts(self) -> DistillationConfig:
+        if self.selection.kind == "word" and self.hard_weight:
+            raise ValueError(
+                f"selection.kind = word learns from the teacher alone, but hard_weight = {self.hard_weight}; leave hard_weight "
+                "out, or choose selection: {kind: word_and_sequence}"
+            )
+        if self.selection.kind == "word_and_sequence" and not self.hard_weight:
+            raise ValueError(
+                "selection.kind = word_and_sequence learns from the labels too, but hard_weight = 0; choose selection: "
+                "{kind: word}, or raise hard_weight"
+            )
+        if self.label_smoothing and not self.hard_weight:
+            raise ValueError(
+                f"label_smoothing = {self.label_smoothing} smooths the hard loss, but hard_weight = 0; leave it out or at 0"
+            )
+        return self
+
+
+ObjectiveConfig = Annotated[CrossEntropyConfig | DistillationConfig, Field(discriminator="kind")]

@@ -9,13 +9,18 @@ from dstrain.protocols import LossOutput, Objective, TeacherForced
 
 
 class TrainModule(nn.Module):
-    """Batch in, sum of losses out. model: an `nn.Module`, whose parameters are this module's under the prefix `model.`"""
+    """Batch in, sum of losses out. model: an `nn.Module`, whose parameters are this module's under the prefix `model.`
 
-    def __init__(self, model: TeacherForced, objective: Objective) -> None:
+    validation: the objective in evaluation mode; None = the same as in training.
+    """
+
+    def __init__(self, model: TeacherForced, objective: Objective, validation: Objective | None = None) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
+        self.validation = objective if validation is None else validation
 
     def forward(self, batch: Batch) -> LossOutput:
         """The objective of the model on one micro-batch."""
-        return self.objective(self.model, batch)
+        objective = self.objective if self.training else self.validation
+        return objective(self.model, batch)

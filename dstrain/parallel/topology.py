@@ -79,6 +79,19 @@ class World:
         dist.all_gather_object(gathered, value)
         return gathered
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows of all ranks, in the order of ranks, on every rank. (n, ...) -> (N, ...); each rank has its own n."""
+        if self.world_size == 1:
+            return rows
+        mine = torch.zeros(self.world_size, dtype=torch.int64, device=rows.device)
+        mine[self.rank] = len(rows)
+        counts = self.all_reduce(mine).tolist()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded)
+        return torch.cat([share[:count] for share, count in zip(gathered, counts, strict=True)])
+
 
 def initialize(device: DeviceChoice = "auto") -> World:
     """Find this process's place, join the process group and choose device and thread count. Call once per process.

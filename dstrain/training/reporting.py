@@ -130,6 +130,8 @@ def describe(event: Event) -> str:
         ("grad_norm", "norm {:.2f}"),
     ):
         parts.append(form.format(event[name]) if event[name] is not None else f"{name} not finite")
+    if event.get("kd") is not None:
+        parts.append(f"kd {event['kd']:.3f} on {event['selected']:.0%} | agreement {event['agreement']:.1%}")
     parts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
     if event["eta_seconds"] is not None:
         parts.append(f"ETA {timedelta(seconds=round(event['eta_seconds']))}")

@@ -2,7 +2,7 @@
 
 ```
 RUN/recipe.yaml   the recipe the run was begun with, resolved
-RUN/run.json      format, run_id, fingerprint of the data
+RUN/run.json      format, run_id, fingerprints of the data and of the teachers, if any
 RUN/events.jsonl  what happened (events.py)
 RUN/checkpoints/  for resuming          RUN/bundles/   models: best, last, step_...
 RUN/.lock         held by rank 0 while it trains
@@ -18,7 +18,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -72,18 +72,18 @@ class Run:
             self._lock = None
 
 
-def open_run(directory: Path, recipe: Mapping[str, Any], ranks: Ranks, *, data: str) -> Run:
+def open_run(directory: Path, recipe: Mapping[str, Any], ranks: Ranks, *, data: str, teachers: Sequence[str] = ()) -> Run:
     """Make RUN, or open the one that is there to resume it. Collective; rank 0 holds the lock.
 
-    recipe: the resolved recipe as plain YAML values. data: fingerprint of the prepared data. Raises TrainingError where another
-    training holds the run or the directory is something else, CheckpointError where the recipe or the data differ or the run has
-    lost its checkpoints.
+    recipe: the resolved recipe as plain YAML values. data, teachers: fingerprints of the prepared data and of all that teaches.
+    Raises TrainingError where another training holds the run or the directory is something else, CheckpointError where the
+    recipe, the data or the teachers differ or the run has lost its checkpoints.
     """
     run = Run(directory, "")
 
     def on_first_rank() -> None:
         if ranks.rank == 0:
-            run._lock, run.run_id = _open(directory, recipe, data)
+            run._lock, run.run_id = _open(directory, recipe, {"data": data, "teachers": list(teachers)})
 
     together(ranks, TrainingError, f"opening {directory}", on_first_rank)
     run.run_id = ranks.broadcast_object(run.run_id)
@@ -117,7 +117,7 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, list(tree) if isinstance(tree, tuple) else tree
 
 
-def _open(directory: Path, recipe: Mapping[str, Any], data: str) -> tuple[IO[str], str]:
+def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[IO[str], str]:
     recipe_file = directory / "recipe.yaml"
     if directory.exists() and not directory.is_dir():
         raise TrainingError(f"--output {directory} is a file; name a directory")
@@ -131,9 +131,9 @@ def _open(directory: Path, recipe: Mapping[str, Any], data: str) -> tuple[IO[str
     lock = _lock(directory / ".lock")
     if recipe_file.is_file() and _has_begun(directory):
         _check_recipe(recipe_file, recipe)
-        return lock, _run_id(directory / "run.json", data)
+        return lock, _run_id(directory / "run.json", facts)
     run_id = uuid.uuid4().hex[:16]
-    write_durably(directory / "run.json", json.dumps({"format": FORMAT, "run_id": run_id, "data": data}).encode())
+    write_durably(directory / "run.json", json.dumps({"format": FORMAT, "run_id": run_id, **facts}).encode())
     write_durably(recipe_file, yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True).encode())
     return lock, run_id
 
@@ -190,18 +190,25 @@ def _has_begun(directory: Path) -> bool:
     return False
 
 
-def _run_id(path: Path, data: str) -> str:
+def _run_id(path: Path, facts: Mapping[str, Any]) -> str:
     try:
         content = json.loads(path.read_bytes())
         run_id, found, old_data = str(content["run_id"]), content["format"], str(content["data"])
+        old_teachers = content.get("teachers", [])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is missing or damaged: restore it, or choose another --output") from error
     if found != FORMAT:
         raise CheckpointError(f"{path} has format {found}; this dstrain reads {FORMAT}")
-    if old_data != data:
+    if old_data != facts["data"]:
         raise CheckpointError(
-            f"{path.parent} was begun on other data ({old_data[:12]}, this is {data[:12]}): "
+            f"{path.parent} was begun on other data ({old_data[:12]}, this is {facts['data'][:12]}): "
             "name the --data it was begun on, or choose another --output"
+        )
+    if old_teachers != facts["teachers"]:
+        then, now = (" ".join(name[:12] for name in names) or "none" for names in (old_teachers, facts["teachers"]))
+        raise CheckpointError(
+            f"{path.parent} was begun with another teacher ({then}, this is {now}): name the one it was begun with, in the same "
+            "order, or choose another --output"
         )
     return run_id
 

@@ -27,6 +27,7 @@ from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
 from dstrain.protocols import LossOutput
 from tests.parallel.adapting import adapted_curves, adapted_resume, other_base  # noqa: F401
+from tests.parallel.distilling import distilled, placements, resident, resumed_student  # noqa: F401
 from tests.parallel.setting import EOS, build_engine, build_module, collate, num_targets, padded, sentences, share
 from tests.parallel.trace import repeat
 

@@ -102,7 +102,7 @@ def test_a_bundle_is_scored_by_the_objective_of_its_recipe(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], average: str
 ) -> None:
     """R-Drop is for training alone: a bundle trained with it is scored by one pass."""
-    objective = f"objective={{label_smoothing: 0.2, average: {average}, r_drop: {{alpha: 5}}}}"
+    objective = f"objective={{kind: cross_entropy, label_smoothing: 0.2, average: {average}, r_drop: {{alpha: 5}}}}"
     recipe = recipe_tree(load_recipe("translation/quickstart", [objective]))
     bundle = bundle_for(data, tmp_path / "bundle", recipe=recipe)
     scores = scores_of(bundle, data, capsys, "--no-generate")

@@ -24,6 +24,12 @@ TRAIN = {
 VALID = {"kind": "valid", "step": 50, "time": 1.0, "epoch": 2, "seconds": 4.0, "loss": 3.0, "perplexity": 12.0, "bleu": 21.5}
 
 
+def test_a_distillation_shows_what_it_learns_from_the_teacher() -> None:
+    line = describe({**TRAIN, "hard": 3.1, "kd": 0.25, "agreement": 0.5, "selected": 0.5})
+    assert "kd 0.250 on 50% | agreement 50.0%" in line
+    assert "kd" not in describe(TRAIN)
+
+
 def test_events_are_lines_with_time_kind_and_step(tmp_path: Path) -> None:
     reporter = Reporter(EventFile(tmp_path / "run" / "events.jsonl"))
     reporter.emit("train", 1, loss=0.1 + 0.2, worst=float("nan"), norm=float("inf"))

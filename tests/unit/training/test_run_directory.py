@@ -179,3 +179,16 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"was begun on other data \(d1, this is d2\).*name the --data it was begun on"):
         open_run(tmp_path / "run", RECIPE, ALONE, data="d2")
     open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+
+
+def test_another_teacher_is_refused(tmp_path: Path) -> None:
+    directory = tmp_path / "run"
+    open_run(directory, RECIPE, ALONE, data="d1", teachers=["t1", "t2"]).close()
+    (directory / "checkpoints" / "step_00000001").mkdir(parents=True)
+    with pytest.raises(
+        CheckpointError, match=r"was begun with another teacher \(t1 t2, this is t2 t1\): name the one it was begun"
+    ):
+        open_run(directory, RECIPE, ALONE, data="d1", teachers=["t2", "t1"])
+    with pytest.raises(CheckpointError, match=r"another teacher \(t1 t2, this is none\)"):
+        open_run(directory, RECIPE, ALONE, data="d1")
+    open_run(directory, RECIPE, ALONE, data="d1", teachers=["t1", "t2"]).close()

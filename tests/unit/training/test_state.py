@@ -85,3 +85,25 @@ def test_a_score_that_is_not_finite_is_never_best(score: float) -> None:
     state = TrainingState(step=5).after_validation(score, higher_is_better=False)
     assert (state.best_score, state.best_step, state.validations_without_improvement) == (None, None, 1)
     assert state.after_validation(1.0, higher_is_better=False).best_score == 1.0
+
+
+def test_every_reported_sum_adds_up_over_the_applied_steps_of_a_window() -> None:
+    window = Window()
+    for sums, targets, skipped in (
+        ({"kd": 2.0, "selected": 0.5}, 10, False),
+        ({"kd": 9.0, "selected": 1.0}, 10, True),
+        ({"kd": 1.0, "selected": 0.1}, 30, False),
+    ):
+        report = StepReport(
+            step=1,
+            loss=3.0,
+            num_targets=targets,
+            denominator=targets,
+            grad_norm=1.0,
+            learning_rate=0.1,
+            skipped=skipped,
+            sums=sums,
+        )
+        window = window.after(report, [], 0.1, 0.1)
+    assert window.sums == {"kd": pytest.approx(50.0), "selected": pytest.approx(8.0)}
+    assert (window.num_targets, window.skipped) == (40, 1)

@@ -1,0 +1,146 @@
+"""Distillation: a student learns from labels and from what a teacher says of the same target tokens.
+
+The formula stands in `ops/linear_distillation.py`, the choice of tokens in `selection.py`. All sums are over scored target
+tokens, never padding, and are divided once by the step's number of them, selected or not, as is every reported figure:
+
+    nll        the student's negative log-likelihood of the labels, without smoothing: perplexity is made of it
+    hard, kd   the two losses before their weights
+    agreement  how often student and teacher find the same type best
+    selected   how many tokens learn from the teacher
+
+Where the signal comes from, teachers at work or a store, this objective does not know. It is for training; what is validated is
+plain cross-entropy (`factory.validation_objective`).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dstrain.batch import Batch, Size
+from dstrain.objectives.config import DistillationConfig, DivergenceConfig, JensenShannon, SkewKl
+from dstrain.objectives.selection import Selection
+from dstrain.ops.divergence import Divergence
+from dstrain.ops.linear_cross_entropy import scored_rows
+from dstrain.ops.linear_distillation import DistillationSums, DistillationTerms, linear_distillation
+from dstrain.ops.linear_nll import linear_nll
+from dstrain.protocols import DenseSignal, LossOutput, SignalSource, SparseSignal, TeacherForced
+
+
+class Scored(NamedTuple):
+    """hidden: (n, D), what the projection reads; rows: (n,) places in the flattened (B * T) labels; labels: (n,)."""
+
+    hidden: Tensor
+    rows: Tensor
+    labels: Tensor
+
+
+class Distillation:
+    """Implements `protocols.Objective`: every token learns from the teacher."""
+
+    def __init__(self, config: DistillationConfig, signals: SignalSource) -> None:
+        signals.require(divergence=config.divergence.kind, temperature=config.temperature)
+        self.config = config
+        self.signals = signals
+        self.terms = DistillationTerms(
+            divergence=divergence_of(config.divergence),
+            temperature=config.temperature,
+            hard_weight=config.hard_weight,
+            kd_weight=config.kd_weight,
+            label_smoothing=config.label_smoothing,
+        )
+
+    def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
+        """The sum of losses over the batch's scored labels; sums: those of the head of this file."""
+        return self.loss(model, batch, scored_tokens(model, batch), None)
+
+    def denominator(self, size: Size) -> int:
+        """Targets."""
+        return size.num_targets
+
+    def loss(self, model: TeacherForced, batch: Batch, scored: Scored, selected: Tensor | None) -> LossOutput:
+        """The losses of the scored tokens, of which the `selected` (n,) learn from the teacher."""
+
+        def reduce(features: Tensor, weight: Tensor) -> DistillationSums:
+            def learn(signal: DenseSignal | SparseSignal) -> DistillationSums:
+                return linear_distillation(
+                    features,
+                    weight,
+                    scored.labels,
+                    signal,
+                    terms=self.terms,
+                    chunk_tokens=self.config.chunk_tokens,
+                    selected=selected,
+                )
+
+            return self.signals.reduce_signal(batch, scored.rows, learn)
+
+        sums = model.reduce_projection(scored.hidden, reduce)
+        named = {name: getattr(sums, name) for name in ("nll", "hard", "kd", "agreement", "selected")}
+        return LossOutput(sums.loss, batch.size, named)
+
+
+class SelectiveDistillation(Distillation):
+    """Implements `protocols.Surveying`: tokens that the student finds hard learn from the teacher."""
+
+    def __init__(self, config: DistillationConfig, signals: SignalSource, selection: Selection) -> None:
+        super().__init__(config, signals)
+        self.selection = selection
+        self._surveyed: list[Tensor] | None = None
+        self._selected: deque[Tensor] = deque()
+
+    def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
+        """Within `survey` a look at the batch; afterwards the losses of the same batches in the same order."""
+        scored = scored_tokens(model, batch)
+        if self._surveyed is None:
+            return self.loss(model, batch, scored, self._selected.popleft())
+        reduce = partial(linear_nll, labels=scored.labels, chunk_tokens=self.config.chunk_tokens)
+        nll = model.reduce_projection(scored.hidden, reduce)
+        self._surveyed.append(self.selection.facts(batch, scored.rows, nll))
+        return LossOutput(nll.sum(), batch.size, {})
+
+    @contextmanager
+    def survey(self, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """What is called inside are looks at this rank's micro-batches of a step; at the end the step's tokens are selected.
+
+        gather: collective; (n, ...) of each rank -> (N, ...) of all.
+        """
+        self._surveyed, self._selected = [], deque()
+        try:
+            yield
+            self.selection.settle(gather(torch.cat(self._surveyed)))
+            self._selected.extend(self.selection.selected(facts) for facts in self._surveyed)
+        finally:
+            self._surveyed = None
+
+    def state(self) -> dict[int, Tensor]:
+        """What the next step needs of those before: the queues."""
+        return self.selection.state()
+
+    def load_state(self, state: Mapping[int, Tensor]) -> None:
+        """Take over what `state` gave."""
+        self.selection.load_state(state)
+
+
+def scored_tokens(model: TeacherForced, batch: Batch) -> Scored:
+    """The batch's scored tokens as the model sees them."""
+    hidden, labels = model(batch.source, batch.target).hidden.flatten(0, 1), batch.labels.flatten()
+    rows = scored_rows(labels, batch.num_targets)
+    return Scored(hidden.index_select(0, rows), rows, labels.index_select(0, rows))
+
+
+def divergence_of(config: DivergenceConfig) -> Divergence:
+    """The op's own description of a divergence."""
+    match config:
+        case JensenShannon():
+            return Divergence(config.kind, config.beta)
+        case SkewKl():
+            return Divergence(config.kind, config.alpha)
+        case _:
+            return Divergence(config.kind)

@@ -1,0 +1,138 @@
+"""How far a student's distribution p is from a teacher's q, with its slope; both over V types, both given as logarithms.
+
+| kind | value | source |
+|---|---|---|
+| forward_kl | sum q log(q / p) | Hinton et al. 2015 |
+| reverse_kl | sum p log(p / q) | Gu et al. 2024 (MiniLLM) |
+| jensen_shannon | b sum q log(q / m) + (1 - b) sum p log(p / m), m = b q + (1 - b) p | Agarwal et al. 2024 (GKD) |
+| total_variation | 1/2 sum abs(p - q) | Wen et al. 2023 (f-distill) |
+| skew_kl | sum q log(q / m), m = a q + (1 - a) p | Ko et al. 2024 (DistiLLM) |
+
+The convention of b = beta is GKD's: towards 0 the divergence behaves like forward_kl, towards 1 like reverse_kl. At both ends the
+formula itself is 0; there stand its limits after division by b or by 1 - b, which are forward_kl and reverse_kl themselves.
+
+The slope is the gradient with respect to the logits that p is the softmax of. With g = d value / d p it is p (g - sum p g).
+
+Of a sparse signal only forward_kl can be had, for it alone is linear in what is known of q: drawn types give it without bias, and
+types with a tail give it over k + 1 buckets, of which the last holds all other types. The others would compare p with zeros
+that are not the teacher's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dstrain.protocols import SparseSignal
+
+DivergenceKind = Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_kl"]
+
+
+class Divergence(NamedTuple):
+    """parameter: beta of jensen_shannon, alpha of skew_kl; the other kinds have none."""
+
+    kind: DivergenceKind
+    parameter: float = 0.0
+
+
+def value_and_slope(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """student, teacher: log-probabilities (c, V) -> value (c, 1), slope (c, V)."""
+    kind, mix = divergence
+    if kind == "forward_kl" or (kind, mix) in {("jensen_shannon", 0.0), ("skew_kl", 0.0)}:
+        probs = teacher.exp()
+        value = (teacher - student).mul_(probs).sum(1, keepdim=True)
+        return value, student.exp().sub_(probs)
+    probs = student.exp()
+    if kind == "reverse_kl" or (kind, mix) == ("jensen_shannon", 1.0):
+        gap = student - teacher
+        value = (gap * probs).sum(1, keepdim=True)
+        return value, gap.sub_(value).mul_(probs)
+    if kind == "total_variation":
+        difference = probs - teacher.exp()
+        value = difference.abs().sum(1, keepdim=True).mul_(0.5)
+        return value, _through_softmax(probs, difference.sign_().mul_(0.5))
+    middle = student + math.log1p(-mix)
+    torch.logaddexp(teacher + math.log(mix), middle, out=middle)
+    value = (teacher - middle).mul_(teacher.exp()).sum(1, keepdim=True)
+    if kind == "skew_kl":
+        share = middle.neg_().add_(student).add_(teacher).exp_().mul_(1 - mix)  # (1 - a) p q / m
+        return value, probs.mul_(share.sum(1, keepdim=True)).sub_(share)
+    gap = middle.neg_().add_(student)
+    value = mix * value + (1 - mix) * (gap * probs).sum(1, keepdim=True)
+    return value, _through_softmax(probs, gap.mul_(1 - mix))
+
+
+def _through_softmax(probs: Tensor, gradient: Tensor) -> Tensor:
+    """From the gradient with respect to probabilities to that with respect to logits, in place."""
+    return gradient.sub_((probs * gradient).sum(1, keepdim=True)).mul_(probs)
+
+
+def reference_value(divergence: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
+    """The table above in words of torch, for autograd. student, teacher: log-probabilities (n, V) -> (n,)"""
+    kind, mix = divergence
+    p, q = student.exp(), teacher.exp()
+    if kind == "jensen_shannon" and mix in (0.0, 1.0):
+        kind = "forward_kl" if mix == 0.0 else "reverse_kl"
+    match kind:
+        case "forward_kl":
+            terms = q * (teacher - student)
+        case "reverse_kl":
+            terms = p * (student - teacher)
+        case "jensen_shannon":
+            middle = (mix * q + (1 - mix) * p).log()
+            terms = mix * q * (teacher - middle) + (1 - mix) * p * (student - middle)
+        case "total_variation":
+            terms = (p - q).abs() / 2
+        case "skew_kl":
+            terms = q * (teacher - (mix * q + (1 - mix) * p).log())
+    return terms.sum(1)
+
+
+class SparseFit(NamedTuple):
+    """forward_kl to a sparse signal: value (c, 1), and its slope: factor (c, 1) times p, minus removed (c, k) at ids (c, k)."""
+
+    value: Tensor
+    factor: Tensor
+    ids: Tensor
+    removed: Tensor
+
+
+def sparse_fit(logits: Tensor, lse: Tensor, signal: SparseSignal, *, with_tail: bool) -> SparseFit:
+    """forward_kl of the kept types, and of one bucket for all others where there is a tail.
+
+    logits: (c, V), which lse (c, 1) makes log-probabilities when taken off; signal of c rows; with_tail: whether any row has one.
+    Over drawn types the slope is right on average, while the value exceeds the whole forward_kl by the entropy that the draws
+    lack.
+    """
+    used = signal.ids >= 0
+    ids = signal.ids.clamp_min(0)
+    probs = signal.probs.to(logits.dtype).masked_fill(~used, 0)  # (c, k)
+    kept = logits.gather(1, ids) - lse
+    value = (torch.xlogy(probs, probs) - probs * kept).sum(1, keepdim=True)
+    factor, removed = probs.sum(1, keepdim=True), probs
+    if with_tail:
+        tail = signal.tail.to(logits.dtype).unsqueeze(1)  # (c, 1)
+        others = logits.scatter_reduce(1, ids, torch.where(used, -math.inf, math.inf).to(logits.dtype), "amin")
+        rest = torch.where(tail > 0, others.logsumexp(1, keepdim=True) - lse, 0)  # log of the student's mass of other types
+        value += torch.xlogy(tail, tail) - tail * rest
+        pull = tail * torch.exp(-rest)
+        factor = factor + tail - pull
+        removed = probs - (pull * kept.exp()).masked_fill(~used, 0)
+    return SparseFit(value, factor, ids, removed)
+
+
+def reference_sparse_value(student: Tensor, signal: SparseSignal) -> Tensor:
+    """The same by a loop over rows, for autograd. -> (n,)"""
+    values = []
+    for row, ids, probs, tail in zip(student, signal.ids, signal.probs.to(student.dtype), signal.tail, strict=True):
+        ids, probs = ids[ids >= 0], probs[ids >= 0]
+        value = (torch.xlogy(probs, probs) - probs * row[ids]).sum()
+        if tail > 0:
+            others = torch.ones_like(row, dtype=torch.bool)
+            others[ids] = False
+            value = value + tail.to(row.dtype) * (tail.to(row.dtype).log() - row[others].exp().sum().log())
+        values.append(value)
+    return torch.stack(values) if values else student.sum(1)

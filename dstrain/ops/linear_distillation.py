@@ -1,0 +1,310 @@
+"""Vocabulary projections of student and teacher, cross-entropy and divergence in one, without logits for all tokens at once.
+
+As in `linear_cross_entropy`, the rows are walked in chunks; while a chunk's logits of both models exist, the losses are taken
+and at once their gradients with respect to the student's features and weight. Memory: some seven times chunk_tokens x V in fp32,
+whatever the number of tokens or teachers, plus the two gradients. Nothing of a teacher is kept or learns.
+
+With student logits z, teacher logits u, temperature T, label y, all sums over scored tokens:
+
+    hard = label-smoothed cross-entropy of softmax(z), as in `linear_cross_entropy`
+    kd   = T^2 D(softmax(u / T), softmax(z / T)) over selected tokens; D: see `divergence`
+    loss = hard_weight hard + kd_weight kd
+
+T^2 keeps the size of kd's gradient where T changes (Hinton et al. 2015). Several teachers are one whose probabilities at
+temperature T are the mean of theirs.
+
+Precision: products run in each model's own dtype; softmax, losses and the sum of the weight's gradient are fp32 (fp64 for fp64
+inputs). Under `torch.autocast` the student's inputs are cast to its dtype; the teacher's are as they come.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from dstrain.batch import IGNORE_INDEX
+from dstrain.ops.divergence import (
+    Divergence,
+    reference_sparse_value,
+    reference_value,
+    sparse_fit,
+    value_and_slope,
+)
+from dstrain.ops.mixed_precision import accumulator, add_product, autocast, product
+from dstrain.protocols import DenseSignal, SparseSignal
+
+
+class DistillationTerms(NamedTuple):
+    """What the loss is made of. temperature: of both models, already inside the probabilities of a sparse signal."""
+
+    divergence: Divergence
+    temperature: float
+    hard_weight: float
+    kd_weight: float
+    label_smoothing: float
+
+
+class DistillationSums(NamedTuple):
+    """() sums over scored rows, in nats. loss: with gradient to features and weight; the others have none.
+
+    kd: over selected rows. agreement: how often the best type of student and teacher is the same. selected: how many rows, or
+    the sum of their weights, learn from the teacher.
+    """
+
+    loss: Tensor
+    hard: Tensor
+    kd: Tensor
+    nll: Tensor
+    agreement: Tensor
+    selected: Tensor
+
+
+def linear_distillation(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    signal: DenseSignal | SparseSignal,
+    *,
+    terms: DistillationTerms,
+    chunk_tokens: int,
+    selected: Tensor | None,
+) -> DistillationSums:
+    """All sums of the head of this file.
+
+    features: (n, E), weight: (V, E), of one dtype; labels: (n,) int64 in [0, V) or `IGNORE_INDEX`, whose rows add exactly zero;
+    signal: of these n rows. selected: (n,) weights of the rows' kd, or whether they have any; None = all are 1. chunk_tokens:
+    rows whose logits exist at one time; it moves no result beyond rounding. ValueError where the signal cannot give the
+    divergence.
+    """
+    check_signal(signal, terms.divergence)
+    features, weight = autocast(features), autocast(weight)
+    with_grad = torch.is_grad_enabled()
+    plan = _Plan(
+        terms=terms,
+        chunk_tokens=chunk_tokens,
+        features_learn=with_grad and features.requires_grad,
+        weight_learns=with_grad and weight.requires_grad,
+    )
+    rows = _rows(labels, signal, selected, accumulator(features.dtype))
+    return DistillationSums(*_LinearDistillation.apply(features, weight, rows, plan))  # type: ignore[no-untyped-call]
+
+
+def reference_linear_distillation(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    signal: DenseSignal | SparseSignal,
+    *,
+    terms: DistillationTerms,
+    chunk_tokens: int,
+    selected: Tensor | None,
+) -> DistillationSums:
+    """The same by all logits and autograd; `chunk_tokens` is not used."""
+    check_signal(signal, terms.divergence)
+    scored = labels != IGNORE_INDEX
+    signal, label = _rows_of(signal, scored), labels[scored].unsqueeze(1)
+    logits = F.linear(autocast(features[scored]), autocast(weight)).to(accumulator(features.dtype))  # (n, V)
+    log_probs, cool = F.log_softmax(logits, dim=1), F.log_softmax(logits / terms.temperature, dim=1)
+    if isinstance(signal, SparseSignal):
+        values, best = reference_sparse_value(cool, signal), signal.ids.gather(1, signal.probs.argmax(1, keepdim=True))
+    else:
+        each = zip(signal.features, signal.weights, strict=True)
+        probs = [F.softmax(F.linear(*pair).to(logits.dtype) / terms.temperature, dim=1) for pair in each]
+        teacher = torch.stack(probs).mean(0).log()
+        values, best = reference_value(terms.divergence, cool, teacher), teacher.argmax(1, keepdim=True)
+    weights = torch.ones_like(values) if selected is None else selected[scored].to(values.dtype)
+    spread = terms.label_smoothing / (logits.shape[1] - 1)
+    nll = -log_probs.gather(1, label).sum()
+    hard = (1 - terms.label_smoothing - spread) * nll - spread * log_probs.sum()
+    kd = terms.temperature**2 * (weights * values).sum()
+    loss = terms.hard_weight * hard + terms.kd_weight * kd
+    agreement = (best == logits.argmax(1, keepdim=True)).sum().to(loss.dtype)
+    return DistillationSums(loss, hard.detach(), kd.detach(), nll.detach(), agreement, weights.sum())
+
+
+def check_signal(signal: DenseSignal | SparseSignal, divergence: Divergence) -> None:
+    """ValueError where a kept signal is asked for more than it holds."""
+    if isinstance(signal, SparseSignal) and divergence.kind != "forward_kl":
+        raise ValueError(f"{divergence.kind} needs the teacher's whole distribution, but a sparse signal holds some types of it")
+
+
+class _Plan(NamedTuple):
+    terms: DistillationTerms
+    chunk_tokens: int
+    features_learn: bool
+    weight_learns: bool
+
+
+class _Rows(NamedTuple):
+    """labels, scored (is no padding), taught (weight of kd): (n, 1). with_tail: whether any row of a sparse signal has one."""
+
+    labels: Tensor
+    scored: Tensor
+    taught: Tensor
+    signal: DenseSignal | SparseSignal
+    with_tail: bool
+
+    def part(self, rows: slice) -> _Rows:
+        """Some of the rows."""
+        signal = _rows_of(self.signal, rows)
+        return _Rows(self.labels[rows], self.scored[rows], self.taught[rows], signal, self.with_tail)
+
+
+def _rows(labels: Tensor, signal: DenseSignal | SparseSignal, selected: Tensor | None, wide: torch.dtype) -> _Rows:
+    """What a caller gives of the rows, with padding made harmless."""
+    scored = (labels != IGNORE_INDEX).unsqueeze(1)
+    return _Rows(
+        labels=labels.unsqueeze(1).masked_fill(~scored, 0),
+        scored=scored,
+        taught=scored.to(wide) if selected is None else selected.unsqueeze(1).to(wide) * scored,
+        signal=_cleared(signal, scored),
+        with_tail=isinstance(signal, SparseSignal) and bool((signal.tail > 0).any()),
+    )
+
+
+class _LinearDistillation(torch.autograd.Function):
+    """Gradients are made in forward and scaled in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, weight: Tensor, rows: _Rows, plan: _Plan) -> tuple[Tensor, ...]:
+        with torch.autocast(features.device.type, enabled=False):
+            sums, gradients = _walk(features, weight, rows, plan)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = features.dtype, weight.dtype
+        ctx.mark_non_differentiable(*sums[1:])
+        return tuple(sums)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        scaled = [None if gradient is None else (gradient * loss_gradient).to(dtype) for gradient, dtype in gradients]
+        return *scaled, None, None
+
+
+def _walk(
+    features: Tensor, weight: Tensor, rows: _Rows, plan: _Plan
+) -> tuple[DistillationSums, tuple[Tensor | None, Tensor | None]]:
+    """The sums and, as far as asked for, the gradients of the loss with respect to features and weight."""
+    num_rows, wide = features.shape[0], accumulator(features.dtype)
+    features = features.masked_fill(~rows.scored, 0)
+    logits = features.new_empty(min(plan.chunk_tokens, num_rows), weight.shape[0], dtype=wide)
+    figures = features.new_empty(len(_Figures._fields), num_rows, 1, dtype=wide)
+    features_gradient = torch.empty_like(features, dtype=wide) if plan.features_learn else None
+    weight_gradient = torch.zeros_like(weight, dtype=wide) if plan.weight_learns else None
+    for start in range(0, num_rows, plan.chunk_tokens):
+        place = slice(start, start + plan.chunk_tokens)
+        chunk = features[place]
+        product(chunk, weight.t(), out=logits[: len(chunk)])
+        found, slope = _chunk(logits[: len(chunk)], rows.part(place), plan.terms)
+        torch.stack(found, out=figures[:, place])
+        if plan.features_learn or plan.weight_learns:
+            slope = slope.to(features.dtype)
+            if features_gradient is not None:
+                product(slope, weight, out=features_gradient[place])
+            if weight_gradient is not None:
+                add_product(weight_gradient, slope.t(), chunk)
+    totals = _Figures(*figures.masked_fill_(~rows.scored, 0).sum((1, 2)))
+    terms = plan.terms
+    kd = terms.temperature**2 * totals.value
+    loss = terms.hard_weight * totals.hard + terms.kd_weight * kd
+    sums = DistillationSums(loss, totals.hard, kd, totals.nll, totals.agreement, rows.taught.sum())
+    return sums, (features_gradient, weight_gradient)
+
+
+class _Figures(NamedTuple):
+    """(c, 1) of a chunk, or () of all rows. value: of the divergence, weighted."""
+
+    hard: Tensor
+    value: Tensor
+    nll: Tensor
+    agreement: Tensor
+
+
+def _chunk(logits: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[_Figures, Tensor]:
+    """The figures of one chunk, and the slope of its loss with respect to the logits, (c, V); the logits are used up."""
+    if isinstance(rows.signal, SparseSignal) and terms.temperature == 1:
+        return _sparse_chunk(logits, rows, rows.signal, terms)
+    spread = terms.label_smoothing / (logits.shape[1] - 1)
+    confidence = 1 - terms.label_smoothing - spread
+    log_probs = cool = torch.log_softmax(logits, 1)
+    if terms.temperature != 1:
+        cool = torch.log_softmax(logits.div_(terms.temperature), 1, out=logits)
+    nll = -log_probs.gather(1, rows.labels)
+    hard = confidence * nll
+    if spread:
+        hard.sub_(log_probs.sum(1, keepdim=True), alpha=spread)
+    value, slope, best = _learn(cool, rows, terms)
+    agreement = log_probs.gather(1, best) >= log_probs.amax(1, keepdim=True)
+    slope.mul_(rows.taught * (terms.kd_weight * terms.temperature))
+    if terms.hard_weight:
+        hard_slope = log_probs.exp_().sub_(spread)
+        hard_slope.scatter_add_(1, rows.labels, hard_slope.new_full(nll.shape, -confidence))
+        slope.addcmul_(hard_slope, rows.scored.to(slope.dtype), value=terms.hard_weight)
+    return _Figures(hard, value.mul_(rows.taught), nll, agreement.to(nll.dtype)), slope
+
+
+def _sparse_chunk(logits: Tensor, rows: _Rows, signal: SparseSignal, terms: DistillationTerms) -> tuple[_Figures, Tensor]:
+    """The same where both slopes are multiples of one softmax and few numbers beside: as fast as cross-entropy alone."""
+    spread = terms.label_smoothing / (logits.shape[1] - 1)
+    confidence = 1 - terms.label_smoothing - spread
+    lse = logits.logsumexp(1, keepdim=True)
+    nll = lse - logits.gather(1, rows.labels)
+    hard = confidence * nll
+    if spread:
+        hard.add_(lse * logits.shape[1] - logits.sum(1, keepdim=True), alpha=spread)
+    best = logits.gather(1, _best(signal)) >= logits.amax(1, keepdim=True)
+    fit = sparse_fit(logits, lse, signal, with_tail=rows.with_tail)
+    taught, scored = rows.taught * terms.kd_weight, rows.scored.to(lse.dtype) * terms.hard_weight
+    slope = logits.sub_(lse).exp_().mul_(taught * fit.factor + scored)
+    if spread:
+        slope.sub_(scored * spread)
+    slope.scatter_add_(1, rows.labels, -confidence * scored)
+    slope.scatter_add_(1, fit.ids, -taught * fit.removed)
+    return _Figures(hard, fit.value.mul_(rows.taught), nll, best.to(nll.dtype)), slope
+
+
+def _learn(student: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[Tensor, Tensor, Tensor]:
+    """Divergence (c, 1) from a chunk's teacher, its slope (c, V), and the teacher's best type (c, 1)."""
+    signal = rows.signal
+    if isinstance(signal, SparseSignal):
+        fit = sparse_fit(student, student.new_zeros(()), signal, with_tail=rows.with_tail)
+        return fit.value, student.exp().mul_(fit.factor).scatter_add_(1, fit.ids, -fit.removed), _best(signal)
+    teacher = _teacher_log_probs(signal, terms.temperature, student.dtype)
+    return *value_and_slope(terms.divergence, student, teacher), teacher.argmax(1, keepdim=True)
+
+
+def _best(signal: SparseSignal) -> Tensor:
+    """The most probable type of each row. -> (c, 1)"""
+    return signal.ids.gather(1, signal.probs.argmax(1, keepdim=True)).clamp_min(0)
+
+
+def _teacher_log_probs(signal: DenseSignal, temperature: float, dtype: torch.dtype) -> Tensor:
+    """(c, V): of the mean of the teachers' probabilities."""
+    total: Tensor | None = None
+    for features, weight in zip(signal.features, signal.weights, strict=True):
+        logits = torch.empty(len(features), len(weight), dtype=dtype, device=features.device)
+        torch.log_softmax(product(features, weight.t(), out=logits).div_(temperature), 1, out=logits)
+        total = logits if total is None else torch.logaddexp(total, logits, out=total)
+    assert total is not None, "a dense signal has at least one teacher"
+    return total.sub_(math.log(len(signal.features))) if len(signal.features) > 1 else total
+
+
+def _rows_of(signal: DenseSignal | SparseSignal, rows: slice | Tensor) -> DenseSignal | SparseSignal:
+    """The signal of some of its rows."""
+    if isinstance(signal, SparseSignal):
+        return SparseSignal(signal.ids[rows], signal.probs[rows], signal.tail[rows])
+    return replace(signal, features=[features[rows] for features in signal.features])
+
+
+def _cleared(signal: DenseSignal | SparseSignal, scored: Tensor) -> DenseSignal | SparseSignal:
+    """The signal without what it says of rows that are not scored, which may be anything."""
+    if isinstance(signal, SparseSignal):
+        return replace(signal, probs=signal.probs.masked_fill(~scored, 0), tail=signal.tail.masked_fill(~scored.squeeze(1), 0))
+    return replace(signal, features=[features.masked_fill(~scored, 0) for features in signal.features])

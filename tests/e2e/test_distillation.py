@@ -1,0 +1,98 @@
+"""Distillation through the command line: a teacher, a student beside it on two processes, resumed, validated; bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.support import RECIPE, SMALL_DATA, SMALL_TRAINING, Ranks, dstrain, events, fails, settings, succeeds
+
+TEACHER = ("model.model_dim=48", "model.encoder={depth: 2, num_heads: 4, ffn_dim: 64}", "training.max_steps=40")
+OBJECTIVE = "objective={kind: distillation, temperature: 2.0, selection: {kind: global, rate: 0.5, queue_size: 900}}"
+
+
+def training(data: Path, output: Path, *words: str | Path, overrides: tuple[str, ...] = ()) -> list[str | Path]:
+    recipe = settings(*SMALL_DATA, *SMALL_TRAINING, "model.dropout=0", *overrides)
+    return ["train", RECIPE, "--data", data, "--output", output, *words, *recipe]
+
+
+@pytest.fixture(scope="module")
+def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wider and deeper model, trained a little longer."""
+    run = tmp_path_factory.mktemp("teacher") / "run"
+    succeeds(dstrain(*training(data, run, overrides=TEACHER)))
+    return run / "bundles" / "last"
+
+
+@pytest.fixture(scope="module")
+def student(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student trained by one process."""
+    run = tmp_path_factory.mktemp("student") / "run"
+    succeeds(dstrain(*training(data, run, "--teacher", teacher, overrides=(OBJECTIVE,))))
+    return run
+
+
+def test_the_events_tell_the_losses_apart(student: Path) -> None:
+    train = events(student, "train")
+    assert len(train) == 14
+    for event in train:
+        assert event["loss"] > event["hard"] > 0 < event["kd"]
+        assert 0 <= event["agreement"] <= 1
+        assert 0.3 < event["selected"] < 0.9
+    assert train[-1]["kd"] < train[0]["kd"]
+    valid = events(student, "valid")[-1]
+    assert "kd" not in valid
+    assert valid["perplexity"] > 1
+
+
+def test_the_bundle_is_a_plain_student(student: Path, teacher: Path, data: Path) -> None:
+    last = student / "bundles" / "last"
+    size = [(bundle / "model.safetensors").stat().st_size for bundle in (last, teacher)]
+    assert size[0] < size[1]
+    checked = succeeds(dstrain("validate", last, "--data", data, "--no-generate"))
+    assert json.loads(checked.stdout)["loss"] == pytest.approx(events(student, "valid")[-1]["loss"], rel=1e-5)
+
+
+def test_two_processes_with_a_sharded_teacher_killed_and_resumed_give_the_same_curve(
+    student: Path, teacher: Path, data: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = training(data, run, "--teacher", teacher, overrides=(OBJECTIVE,))
+    ranks = Ranks(words, 2, tmp_path / "log")
+    ranks.wait_until(lambda: len(events(run, "checkpoint")) > 1)
+    ranks.kill()
+    again = Ranks(words, 2, tmp_path / "again")
+    assert again.wait() == [0, 0], again.output()
+    names = ("step", "loss", "hard", "kd", "agreement", "selected", "grad_norm")
+    found, expected = ([[event[name] for name in names] for event in events(path, "train")] for path in (run, student))
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert events(run, "resume")
+
+
+def test_every_mistake_gets_one_message(student: Path, teacher: Path, data: Path, tmp_path: Path) -> None:
+    fresh = tmp_path / "run"
+    distil = (OBJECTIVE,)
+    fails(
+        dstrain(*training(data, fresh, overrides=distil)), "objective.kind = distillation needs a teacher: add --teacher BUNDLE"
+    )
+    fails(dstrain(*training(data, fresh, "--teacher", teacher)), "objective.kind = cross_entropy has no use for a teacher")
+    fails(dstrain(*training(data, fresh, "--teacher", tmp_path, overrides=distil)), "is not a bundle: it has no model.yaml")
+    fails(dstrain(*training(data, fresh, "--teacher-placement", "sharded")), "--teacher-placement and --vocabulary-map say how")
+    fails(
+        dstrain(*training(data, fresh, "--teacher", teacher, overrides=(*distil, "objective.temperature=0"))),
+        "objective.temperature: input should be greater than 0, not 0",
+    )
+    by_language = "objective.selection={kind: global_by_language, tags: [xx]}"
+    fails(
+        dstrain(*training(data, fresh, "--teacher", teacher, overrides=(*distil, by_language))),
+        "the language tag 'xx' is no symbol",
+    )
+    assert not fresh.exists()
+    fails(
+        dstrain(*training(data, student, "--teacher", student / "bundles" / "last", overrides=distil)),
+        "was begun with another teacher",
+    )

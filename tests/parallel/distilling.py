@@ -1,0 +1,172 @@
+"""What the ranks do with teachers; each scenario returns JSON, which the tests assert in the parent."""
+
+import gc
+import hashlib
+import resource
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from dstrain.batch import Batch, Size
+from dstrain.engine.deepspeed_engine import TrainEngine
+from dstrain.engine.launch import load_deepspeed
+from dstrain.engine.shard_file import read_shard
+from dstrain.engine.teacher_engine import TeacherEngine
+from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
+from dstrain.models.factory import build_model
+from dstrain.objectives.config import ObjectiveConfig
+from dstrain.objectives.factory import build_objective, validation_objective
+from dstrain.objectives.signals import TeacherSignals
+from dstrain.objectives.train_module import TrainModule
+from dstrain.parallel.topology import World
+from tests.parallel.setting import VOCABULARY, build_engine, build_module, collate, num_targets, sentences
+
+Report = dict[str, Any]
+
+
+def teacher(world: World, *, seed: int = 3, placement: str = "replicated", precision: str = "fp32") -> TeacherEngine:
+    """A teacher of another width and depth than the student; some of its matrices exceed ZeRO-3's threshold for sharing out."""
+    model = build_model(config_of(dim=72, ffn_dim=160, depths=(3, 2)), VOCABULARY, seed=seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2.0)
+    return TeacherEngine(model, placement=placement, precision=precision, world=world)
+
+
+def config_of(*, dim: int, ffn_dim: int, depths: tuple[int, int]) -> EncoderDecoderConfig:
+    return EncoderDecoderConfig(
+        model_dim=dim,
+        encoder=StackConfig(depth=depths[0], num_heads=4, ffn_dim=ffn_dim),
+        decoder=DecoderStackConfig(depth=depths[1], num_heads=4, ffn_dim=ffn_dim),
+        embedding=PlainEmbedding(tie="all"),
+    )
+
+
+def seen(engine: TeacherEngine, batch: Batch) -> list[Tensor]:
+    """Copies of features and weight."""
+    found: list[Tensor] = []
+    rows = (batch.labels.flatten() >= 0).nonzero().squeeze(1)
+    engine.teach(batch, rows, lambda features, weight: found.extend([features.clone(), weight.clone()]))
+    return found
+
+
+def placements(world: World) -> Report:
+    """What teachers show, by placement and precision, and how many numbers a rank holds of each; each rank has other batches."""
+    found: Report = {}
+    for precision in ("fp32", "bf16"):
+        for placement in ("replicated", "sharded", "offloaded"):
+            engine = teacher(world, placement=placement, precision=precision)
+            shown = [seen(engine, collate(sentences(10 * world.rank + step))) for step in range(3)]
+            found[f"{placement} {precision}"] = {
+                "digest": digest([value for pair in shown for value in pair]),
+                "held": held(engine),
+                "again": all(map(torch.equal, seen(engine, collate(sentences(10 * world.rank))), shown[0])),
+                "dtype": str(shown[0][0].dtype),
+                "training": next(engine._forward.children()).training,
+            }
+            engine.close()
+    return found
+
+
+def held(engine: TeacherEngine) -> int:
+    """Parameters in this rank's memory between two forwards."""
+    parameters = engine._forward.parameters()
+    return sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") and p.numel() == 0 else p.numel() for p in parameters)
+
+
+def digest(tensors: list[Tensor]) -> str:
+    """SHA-256 of all bytes."""
+    return hashlib.sha256(b"".join(tensor.float().numpy().tobytes() for tensor in tensors)).hexdigest()
+
+
+def student(
+    world: World, *, placement: str = "replicated", teachers: int = 1, dropout: float = 0.0, **options: Any
+) -> TrainEngine:
+    """An engine that distils; options: objective (its section), and those of `setting.build_engine`."""
+    section = {"kind": "distillation", "chunk_tokens": 16, **options.pop("objective", {})}
+    config = TypeAdapter(ObjectiveConfig).validate_python(section)
+    engines = [teacher(world, seed=3 + number, placement=placement) for number in range(teachers)]
+    objective = build_objective(config, TeacherSignals(engines))
+    module = TrainModule(build_module(dropout).model, objective, validation_objective(config))
+    return build_engine(world, module, **options)
+
+
+def distilled(world: World, *, runs: list[Report]) -> list[Report]:
+    """Reports, queue and weights of each run; a run is its options, with `steps` and `parts`."""
+    return [_distilled(world, **run) for run in runs]
+
+
+def _distilled(world: World, *, steps: int, parts: int, **options: Any) -> Report:
+    engine = student(world, **options)
+    reports = [asdict(engine.train_step(*share(step, world, parts))) for step in range(steps)]
+    validated = float(engine.evaluate(collate(sentences(99))).loss_sum)
+    found = {"reports": reports, "queues": queues(engine), "validated": validated}
+    engine.close()
+    return found
+
+
+def share(step: int, world: World, parts: int) -> tuple[list[Batch], Size]:
+    """This rank's micro-batches, with the number of each sentence in the data set."""
+    pairs = sentences(step)
+    numbers = list(range(parts))[world.rank :: world.world_size]
+    ids = {part: torch.arange(len(pairs))[part::parts] + 100 * step for part in numbers}
+    return [replace(collate(pairs[part::parts]), example_ids=ids[part]) for part in numbers], Size(num_targets(pairs), len(pairs))
+
+
+def queues(engine: TrainEngine) -> dict[str, list[float]]:
+    """What the objective carries from step to step."""
+    state = getattr(engine.module.objective, "state", dict)()
+    return {str(tag): queue.tolist() for tag, queue in state.items()}
+
+
+def resumed_student(world: World, *, shards: str, deepspeed: str, placement: str) -> Report:
+    """Six steps at once, and three steps saved and continued by another engine; dropout is on."""
+    options = {
+        "deepspeed": deepspeed,
+        "placement": placement,
+        "dropout": 0.3,
+        "objective": {"selection": {"kind": "global", "rate": 0.5, "queue_size": 150}},
+    }
+    straight, writer = student(world, **options), student(world, **options)
+    expected = [asdict(straight.train_step(*share(step, world, 4))) for step in range(6)]
+    found = [asdict(writer.train_step(*share(step, world, 4))) for step in range(3)]
+    writer.evaluate(collate(sentences(99)))
+    writer.save_shards(Path(shards))
+    world.barrier()
+    continued = student(world, **options)
+    continued.load_shards(Path(shards))
+    found += [asdict(continued.train_step(*share(step, world, 4))) for step in range(3, 6)]
+    shard = read_shard(Path(shards) / f"shard_{world.rank if straight.stage else 0:05d}.pt")
+    return {
+        "expected": expected,
+        "found": found,
+        "queues": [queues(straight), queues(continued)],
+        "saved_numbers": sum(master.numel() for master in shard["masters"]),
+        "student_numbers": sum(parameter.numel() for parameter in build_module().parameters()),
+    }
+
+
+def resident(world: World, *, placement: str, dim: int, depth: int) -> Report:
+    """Resident memory of this rank in MiB: before a teacher of some size, with it, and at the peak."""
+    load_deepspeed(world)  # every training process has it
+    before = resident_mib()
+    sizes = VocabularySizes(source=16000, target=16000)
+    model = build_model(config_of(dim=dim, ffn_dim=4 * dim, depths=(depth, depth)), sizes, seed=1)
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    engine = TeacherEngine(model, placement=placement, precision="fp32", world=world)
+    del model
+    for step in range(2):
+        seen(engine, collate(sentences(step)))
+    gc.collect()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"before": before, "with": resident_mib(), "peak": peak, "model": numbers * 4 / 2**20}
+
+
+def resident_mib() -> float:
+    """Resident memory of this process."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) / 1024

@@ -1,0 +1,115 @@
+"""Teachers whole and shared out, one queue for all ranks, steps that do not depend on their split, exact resume."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.parallel.launch import run_ranks
+
+SELECTIONS: list[dict[str, Any]] = [
+    {"kind": "word"},
+    {"kind": "word_and_sequence"},
+    {"kind": "batch", "rate": 0.4},
+    {"kind": "global", "rate": 0.4, "queue_size": 100},
+    {"kind": "global_by_language", "rate": 0.4, "queue_size": 20, "tags": ["a"]},
+]
+STEPS = 8
+RUNS = [{"objective": {"selection": selection}, "parts": 4, "steps": STEPS} for selection in SELECTIONS]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every selection in four micro-batches, then in one."""
+    runs = [*RUNS, *({**run, "parts": 1} for run in RUNS)]
+    found: list[dict[str, Any]] = run_ranks("distilled", 1, tmp_path_factory.mktemp("one"), runs=runs)[0]
+    return found
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    for name, tolerance in (("loss", 1e-5), ("grad_norm", 1e-4)):
+        assert [report[name] for report in found["reports"]] == pytest.approx(
+            [report[name] for report in expected["reports"]], rel=tolerance
+        )
+    for name in ("nll", "hard", "kd", "agreement", "selected"):
+        assert [report["sums"][name] for report in found["reports"]] == pytest.approx(
+            [report["sums"][name] for report in expected["reports"]], rel=1e-5
+        )
+    assert found["queues"].keys() == expected["queues"].keys()
+    for tag, queue in expected["queues"].items():
+        assert found["queues"][tag] == pytest.approx(queue, rel=1e-5)
+    assert found["validated"] == pytest.approx(expected["validated"], rel=1e-5)
+
+
+def test_placement_changes_no_bit(tmp_path: Path) -> None:
+    for rank in run_ranks("placements", 2, tmp_path):
+        for precision in ("fp32", "bf16"):
+            whole, *others = (rank[f"{placement} {precision}"] for placement in ("replicated", "sharded", "offloaded"))
+            assert all(other["digest"] == whole["digest"] for other in others)
+            assert all(other["held"] < 0.62 * whole["held"] for other in others), "some small vectors stay whole"
+            assert all(shown["again"] and not shown["training"] for shown in (whole, *others))
+        assert rank["sharded bf16"]["dtype"] == "torch.bfloat16"
+        assert rank["sharded bf16"]["digest"] != rank["sharded fp32"]["digest"]
+
+
+def test_the_student_learns_and_selection_is_at_work(one_rank: list[dict[str, Any]]) -> None:
+    for run, found in zip(RUNS, one_rank, strict=False):
+        first, *_, last = found["reports"]
+        assert last["sums"]["kd"] < 0.9 * first["sums"]["kd"]
+        rate = run["objective"]["selection"].get("rate")
+        if rate is None:
+            assert first["sums"]["selected"] == last["sums"]["selected"] == 1
+        else:
+            assert 0.2 < last["sums"]["selected"] < 0.6
+    assert len(one_rank[3]["queues"]["0"]) == 100
+    assert max(len(queue) for queue in one_rank[4]["queues"].values()) == 20
+    assert len(one_rank[4]["queues"]) > 5
+
+
+@pytest.mark.parametrize("index", range(len(SELECTIONS)), ids=lambda index: SELECTIONS[index]["kind"])
+def test_one_micro_batch_equals_four(one_rank: list[dict[str, Any]], index: int) -> None:
+    assert_same(one_rank[len(SELECTIONS) + index], one_rank[index])
+
+
+def test_two_ranks_and_every_stage_and_placement_equal_one_rank(one_rank: list[dict[str, Any]], tmp_path: Path) -> None:
+    ways = [("zero1", "sharded"), ("zero3", "sharded"), ("zero3", "replicated"), ("zero0", "offloaded"), ("zero2", "sharded")]
+    runs = [{**run, "deepspeed": stage, "placement": place} for run, (stage, place) in zip(RUNS, ways, strict=True)]
+    for rank in run_ranks("distilled", 2, tmp_path, runs=runs):
+        for found, expected in zip(rank, one_rank, strict=False):
+            assert_same(found, expected)
+
+
+def test_an_ensemble_sharded_equals_one_whole(tmp_path: Path) -> None:
+    run = {"teachers": 2, "parts": 4, "steps": 3, "objective": {"temperature": 2.0, "divergence": {"kind": "jensen_shannon"}}}
+    whole = run_ranks("distilled", 1, tmp_path, runs=[run])[0][0]
+    for rank in run_ranks("distilled", 2, tmp_path, runs=[{**run, "deepspeed": "zero3", "placement": "sharded"}]):
+        assert_same(rank[0], whole)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "deepspeed", "placement"),
+    [(1, "zero1", "replicated"), (2, "zero1", "sharded"), pytest.param(2, "zero3", "sharded", marks=pytest.mark.slow)],
+)
+def test_resume_is_bit_exact(world_size: int, deepspeed: str, placement: str, tmp_path: Path) -> None:
+    ranks = run_ranks("resumed_student", world_size, tmp_path, shards=str(tmp_path), deepspeed=deepspeed, placement=placement)
+    for rank in ranks:
+        assert rank["found"] == rank["expected"]
+        assert rank["queues"][0] == rank["queues"][1]
+        assert len(rank["queues"][0]["0"]) == 150
+        assert rank["queues"] == ranks[0]["queues"], "one queue for all ranks"
+    saved, own = sum(rank["saved_numbers"] for rank in ranks), ranks[0]["student_numbers"]
+    assert own <= saved < own + 64 * world_size, "the teacher is in no checkpoint"
+
+
+@pytest.mark.slow
+def test_a_rank_holds_three_quarters_of_a_whole_teacher_at_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher of 193 million parameters; the rest of a process's memory counts too. Freed memory must return to the system."""
+    for name, value in (("MMAP_THRESHOLD_", "65536"), ("TRIM_THRESHOLD_", "65536"), ("ARENA_MAX", "1")):
+        monkeypatch.setenv(f"MALLOC_{name}", value)
+    size = {"dim": 1024, "depth": 6}
+    whole, shared = (
+        run_ranks("resident", 2, tmp_path / placement, placement=placement, **size) for placement in ("replicated", "sharded")
+    )
+    for one, other in zip(whole, shared, strict=True):
+        assert other["with"] <= 0.75 * one["with"]
+        assert other["with"] - other["before"] <= 0.7 * (one["with"] - one["before"])

@@ -1,0 +1,341 @@
+"""The chunked projections and divergences against their full twin, formulas of torch and finite differences."""
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dstrain.batch import IGNORE_INDEX
+from dstrain.ops.divergence import Divergence
+from dstrain.ops.linear_cross_entropy import linear_cross_entropy
+from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation, reference_linear_distillation
+from dstrain.protocols import DenseSignal, SparseSignal
+
+DIVERGENCES = [
+    Divergence("forward_kl"),
+    Divergence("reverse_kl"),
+    Divergence("total_variation"),
+    *(Divergence("jensen_shannon", beta) for beta in (0.0, 0.1, 0.5, 0.9, 1.0)),
+    *(Divergence("skew_kl", alpha) for alpha in (0.1, 0.7)),
+]
+SHAPES = [(123, 16, 77), (5, 3, 2), (1, 1, 5)]
+
+
+def terms(divergence: Divergence = DIVERGENCES[0], **changes: float) -> DistillationTerms:
+    fields = {"temperature": 1.0, "hard_weight": 1.0, "kd_weight": 1.0, "label_smoothing": 0.1, **changes}
+    return DistillationTerms(divergence, **fields)
+
+
+def student(num_rows: int, width: int, num_types: int, dtype: torch.dtype = torch.float64, ignored: float = 0.3):
+    generator = torch.Generator().manual_seed(num_rows + num_types)
+    features = torch.randn(num_rows, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(num_types, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(num_types, (num_rows,), generator=generator)
+    labels[torch.rand(num_rows, generator=generator) < ignored] = IGNORE_INDEX
+    return features, weight, labels
+
+
+def dense(num_rows: int, num_types: int, dtype: torch.dtype = torch.float64, teachers: int = 1) -> DenseSignal:
+    generator = torch.Generator().manual_seed(99)
+    widths = range(7, 7 + teachers)
+    return DenseSignal(
+        features=[torch.randn(num_rows, width, generator=generator, dtype=torch.float64).to(dtype) for width in widths],
+        weights=[torch.randn(num_types, width, generator=generator, dtype=torch.float64).to(dtype) for width in widths],
+    )
+
+
+def probabilities(signal: DenseSignal, temperature: float = 1.0) -> Tensor:
+    pairs = zip(signal.features, signal.weights, strict=True)
+    return torch.stack([F.softmax(features @ weight.T / temperature, 1) for features, weight in pairs]).mean(0)
+
+
+def top_types(probs: Tensor, count: int, *, tail: bool) -> SparseSignal:
+    best = probs.topk(count, dim=1)
+    return SparseSignal(best.indices, best.values, (1 - best.values.sum(1)) * tail)
+
+
+def draws(probs: Tensor, number: int, seed: int = 5) -> SparseSignal:
+    """Sampled types with their shares, in slots of which some stay unused."""
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.zeros_like(probs)
+    drawn = torch.multinomial(probs, number, replacement=True, generator=generator)
+    counts.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=probs.dtype))
+    shares, ids = (counts / number).topk(min(number + 1, probs.shape[1]), dim=1)
+    return SparseSignal(ids.masked_fill(shares == 0, -1), shares, torch.zeros(len(probs), dtype=probs.dtype))
+
+
+def outcome(function, features, weight, labels, signal, *, scale: float = 1.0, selected: Tensor | None = None, **options):
+    sums = function(features, weight, labels, signal, selected=selected, **{"chunk_tokens": 50, **options})
+    return [*(value.detach() for value in sums), *torch.autograd.grad(scale * sums.loss, (features, weight))]
+
+
+def assert_twins(inputs, signal, *, rtol: float = 1e-11, **options) -> None:
+    found, expected = (
+        outcome(f, *inputs, signal, scale=0.37, **options) for f in (linear_distillation, reference_linear_distillation)
+    )
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_dense_equals_the_reference(shape, divergence, temperature) -> None:
+    for smoothing, chunk_tokens, teachers in ((0.0, 1, 1), (0.1, 50, 1), (0.2, 4096, 3)):
+        options = {"temperature": temperature, "label_smoothing": smoothing, "kd_weight": 0.7, "hard_weight": 0.4}
+        assert_twins(
+            student(*shape),
+            dense(shape[0], shape[2], teachers=teachers),
+            terms=terms(divergence, **options),
+            chunk_tokens=chunk_tokens,
+        )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
+def test_single_precision_keeps_five_digits(divergence) -> None:
+    inputs, signal = student(123, 16, 77, torch.float32), dense(123, 77, torch.float32)
+    assert_twins(inputs, signal, terms=terms(divergence, temperature=2.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["top", "all", "tail", "draws"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sparse_equals_the_reference(shape, smoothing, kind) -> None:
+    probs = probabilities(dense(shape[0], shape[2]))
+    count = shape[2] if kind == "all" else shape[2] // 2
+    signal = draws(probs, 9) if kind == "draws" else top_types(probs, count, tail=kind == "tail")
+    for chunk_tokens, temperature in ((1, 1.0), (50, 1.0), (50, 1.5)):
+        options = {"temperature": temperature, "label_smoothing": smoothing, "kd_weight": 0.7, "hard_weight": 0.4}
+        assert_twins(student(*shape), signal, terms=terms(**options), chunk_tokens=chunk_tokens)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_all_types_kept_are_the_dense_signal(temperature) -> None:
+    signal, options = dense(123, 77), {"terms": terms(temperature=temperature)}
+    expected = outcome(linear_distillation, *student(123, 16, 77), signal, **options)
+    kept = top_types(probabilities(signal, temperature), 77, tail=False)
+    found = outcome(linear_distillation, *student(123, 16, 77), kept, **options)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_drawn_types_give_the_dense_gradient_on_average() -> None:
+    inputs, signal = student(64, 8, 23), dense(64, 23)
+    probs, only_kd = probabilities(signal), terms(hard_weight=0.0, label_smoothing=0.0)
+    expected = outcome(linear_distillation, *inputs, signal, terms=only_kd)[-1]
+    drawn = [outcome(linear_distillation, *inputs, draws(probs, 12, seed), terms=only_kd)[-1] for seed in range(200)]
+    error = [(torch.stack(drawn[:n]).mean(0) - expected).norm() / expected.norm() for n in (2, 200)]
+    assert error[1] < 0.2 * error[0]
+    truncated = outcome(linear_distillation, *inputs, top_types(probs, 6, tail=False), terms=only_kd)[-1]
+    assert (truncated - expected).norm() / expected.norm() > 3 * error[1]
+
+
+def test_equals_torch() -> None:
+    """torch's own kl_div and cross_entropy, which smooths over V types instead of V - 1."""
+    features, weight, labels = student(123, 16, 77)
+    signal, scored = dense(123, 77), labels != IGNORE_INDEX
+    found = outcome(linear_distillation, features, weight, labels, signal, terms=terms(temperature=3.0, kd_weight=0.6))
+    logits, teacher = features @ weight.T, signal.features[0] @ signal.weights[0].T
+    hard = F.cross_entropy(logits, labels, label_smoothing=0.1 * 77 / 76, ignore_index=IGNORE_INDEX, reduction="sum")
+    cool = F.log_softmax(logits / 3, 1)[scored]
+    kd = 9 * F.kl_div(cool, F.log_softmax(teacher / 3, 1)[scored], log_target=True, reduction="sum")
+    nll = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    agreement = (logits.argmax(1) == teacher.argmax(1))[scored].sum()
+    expected = [hard + 0.6 * kd, hard, kd, nll, agreement.double(), scored.sum().double()]
+    gradients = torch.autograd.grad(expected[0], (features, weight))
+    torch.testing.assert_close(found, [*(value.detach() for value in expected), *gradients], rtol=1e-11, atol=1e-11)
+
+
+def test_jensen_shannon_tends_to_both_divergences() -> None:
+    """GKD: divided by beta it goes to forward KL at 0, divided by 1 - beta to reverse KL at 1."""
+    inputs, signal = student(23, 8, 19), dense(23, 19)
+
+    def kd(kind: str, parameter: float = 0.0) -> float:
+        return linear_distillation(
+            *inputs, signal, terms=terms(Divergence(kind, parameter)), chunk_tokens=50, selected=None
+        ).kd.item()
+
+    small = 1e-9
+    assert kd("jensen_shannon", small) / small == pytest.approx(kd("forward_kl"), rel=2e-3)
+    assert kd("jensen_shannon", 1 - small) / small == pytest.approx(kd("reverse_kl"), rel=2e-3)
+    assert kd("jensen_shannon", 0.0) == kd("forward_kl") != kd("reverse_kl") == kd("jensen_shannon", 1.0)
+    assert 0 < kd("jensen_shannon", 0.5) < 23 * math.log(2)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
+def test_a_student_equal_to_its_teacher_learns_nothing_from_it(divergence) -> None:
+    features, weight, labels = student(23, 8, 19, ignored=0)
+    signal = DenseSignal([features.detach()], [weight.detach()])
+    only_kd = terms(divergence, hard_weight=0.0, temperature=2.0, label_smoothing=0.0)
+    loss, _, kd, _, agreement, _, *gradients = outcome(linear_distillation, features, weight, labels, signal, terms=only_kd)
+    assert abs(loss) < 1e-12
+    assert abs(kd) < 1e-12
+    assert agreement == 23
+    assert all(gradient.abs().max() < 1e-12 for gradient in gradients)
+
+
+def test_the_teachers_of_an_ensemble_are_averaged_as_probabilities() -> None:
+    signal = dense(23, 19, teachers=2)
+    options = {"terms": terms(temperature=2.0)}
+    found = outcome(linear_distillation, *student(23, 8, 19), signal, **options)
+    kept = top_types(probabilities(signal, 2.0), 19, tail=False)
+    torch.testing.assert_close(found, outcome(linear_distillation, *student(23, 8, 19), kept, **options), rtol=1e-11, atol=1e-11)
+
+
+def test_only_selected_rows_learn_from_the_teacher() -> None:
+    features, weight, labels = student(60, 8, 19)
+    signal, chosen = dense(60, 19), torch.arange(60) % 3 == 0
+    weights = chosen * 0.5
+    for selected in (chosen, weights):
+        assert_twins((features, weight, labels), signal, terms=terms(), selected=selected)
+    found = outcome(linear_distillation, features, weight, labels, signal, terms=terms(), selected=chosen)
+    apart = replace(signal, features=[signal.features[0][chosen]])
+    part = linear_distillation(features[chosen], weight, labels[chosen], apart, terms=terms(), chunk_tokens=50, selected=None)
+    hard = linear_cross_entropy(features, weight, labels, label_smoothing=0.1, chunk_tokens=50)
+    assert found[2].item() == pytest.approx(part.kd.item())
+    assert found[5] == (chosen & (labels != IGNORE_INDEX)).sum() == part.selected
+    assert found[1].item() == pytest.approx(hard[0].item())
+    assert found[3].item() == pytest.approx(hard[1].item())
+    none = outcome(
+        linear_distillation, features, weight, labels, signal, terms=terms(), selected=torch.zeros(60, dtype=torch.bool)
+    )
+    plain = torch.autograd.grad(hard[0], (features, weight))
+    torch.testing.assert_close([none[0], *none[6:]], [hard[0].detach(), *plain])
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse"])
+def test_padding_never_learns_and_may_hold_anything(kind) -> None:
+    features, weight, labels = student(40, 8, 19)
+    padding = labels == IGNORE_INDEX
+    signal = dense(40, 19) if kind == "dense" else draws(probabilities(dense(40, 19)), 5)
+    expected = outcome(linear_distillation, features, weight, labels, signal, terms=terms())
+    poisoned = features.detach().clone()
+    poisoned[padding] = torch.nan
+    if isinstance(signal, DenseSignal):
+        signal.features[0][padding] = torch.nan
+    else:
+        signal.probs[padding] = torch.nan
+    found = outcome(linear_distillation, poisoned.requires_grad_(), weight, labels, signal, terms=terms())
+    torch.testing.assert_close(found, expected)
+    assert not found[6][padding].any()
+
+
+@pytest.mark.parametrize("num_rows", [0, 11])
+def test_no_scored_row_gives_exactly_zero(num_rows) -> None:
+    features, weight, _ = student(num_rows, 4, 9)
+    labels = torch.full((num_rows,), IGNORE_INDEX)
+    sparse = SparseSignal(torch.zeros(num_rows, 2, dtype=torch.int64), torch.ones(num_rows, 2), torch.ones(num_rows))
+    for signal in (dense(num_rows, 9), sparse):
+        for value in outcome(linear_distillation, features, weight, labels, signal, terms=terms(), chunk_tokens=4):
+            assert torch.equal(value, torch.zeros_like(value))
+
+
+@pytest.mark.parametrize("divergence", [*DIVERGENCES[:2], *DIVERGENCES[5:6], DIVERGENCES[-1]], ids=lambda d: d.kind)
+def test_gradients_equal_finite_differences(divergence) -> None:
+    features, weight, labels = student(7, 4, 9)
+    options = {"terms": terms(divergence, temperature=1.7), "chunk_tokens": 3, "selected": None}
+    function = lambda f, w: linear_distillation(f, w, labels, dense(7, 9), **options).loss  # noqa: E731
+    assert torch.autograd.gradcheck(function, (features, weight))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
+def test_certain_models_have_finite_losses(divergence) -> None:
+    """Logits 200 apart: probabilities that fp32 cannot tell from 0, on either side."""
+    features, weight = (
+        torch.tensor([[200.0], [-200.0]], requires_grad=True),
+        torch.tensor([[1.0], [-1.0], [0.5]], requires_grad=True),
+    )
+    signal = DenseSignal([torch.tensor([[-200.0], [-200.0]])], [weight.detach()])
+    values = outcome(
+        linear_distillation, features, weight, torch.tensor([0, 1]), signal, terms=terms(divergence, label_smoothing=0.0)
+    )
+    assert all(value.isfinite().all() for value in values)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_inputs_have_a_full_precision_loss(dtype) -> None:
+    features, weight, labels = student(123, 16, 77, torch.float32)
+    inputs = features.detach().to(dtype).requires_grad_(), (weight.detach() / 8).to(dtype).requires_grad_(), labels
+    signal = dense(123, 77, dtype)
+    found = outcome(linear_distillation, *inputs, signal, terms=terms(temperature=2.0))
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs[:2]]
+    wide_signal = DenseSignal([signal.features[0].double()], [signal.weights[0].double()])
+    expected = outcome(reference_linear_distillation, *wide, labels, wide_signal, terms=terms(temperature=2.0))
+    assert [value.dtype for value in found] == [torch.float32] * 6 + [dtype] * 2
+    step = torch.finfo(dtype).eps
+    for number, (value, target) in enumerate(zip(found, expected, strict=True)):
+        slack = 2 if number == 4 else step * target.abs().max().item()  # rounded logits may tie
+        torch.testing.assert_close(value.double(), target, rtol=2 * step, atol=slack)
+
+
+def test_autocast_is_the_students_alone() -> None:
+    inputs, signal = student(23, 16, 77, torch.float32), dense(23, 77, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = outcome(linear_distillation, *inputs, signal, terms=terms())
+    halves = [tensor.detach().bfloat16().requires_grad_() for tensor in inputs[:2]]
+    expected = outcome(linear_distillation, *halves, inputs[2], signal, terms=terms())
+    torch.testing.assert_close(found, [value.float() for value in expected], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("learns", [(True, True), (True, False), (False, True), (False, False)])
+def test_only_wanted_gradients_are_made(learns) -> None:
+    features, weight, labels = student(23, 8, 19)
+    signal = dense(23, 19)
+    expected = outcome(linear_distillation, features, weight, labels, signal, terms=terms())
+    features.requires_grad_(learns[0])
+    weight.requires_grad_(learns[1])
+    loss = linear_distillation(features, weight, labels, signal, terms=terms(), chunk_tokens=5, selected=None).loss
+    assert loss.requires_grad == any(learns)
+    if loss.requires_grad:
+        loss.backward()
+    for tensor, gradient, learnt in zip((features, weight), expected[6:], learns, strict=True):
+        assert (tensor.grad is None) == (not learnt)
+        if learnt:
+            torch.testing.assert_close(tensor.grad, gradient)
+    with torch.no_grad():
+        assert not linear_distillation(
+            features, weight, labels, signal, terms=terms(), chunk_tokens=5, selected=None
+        ).loss.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "jensen_shannon", "total_variation", "skew_kl"])
+def test_a_sparse_signal_gives_forward_kl_alone(kind) -> None:
+    signal = draws(probabilities(dense(5, 9)), 3)
+    message = f"{kind} needs the teacher's whole distribution, but a sparse signal holds some types of it"
+    for function in (linear_distillation, reference_linear_distillation):
+        with pytest.raises(ValueError, match=message):
+            function(*student(5, 4, 9), signal, terms=terms(Divergence(kind, 0.5)), chunk_tokens=3, selected=None)
+
+
+PEAK = """
+import torch
+from dstrain.ops.divergence import Divergence
+from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation
+from dstrain.protocols import DenseSignal
+
+def peak_kib():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+
+features, weight = torch.randn(4096, 16, requires_grad=True), torch.randn(32768, 16, requires_grad=True)
+labels, signal = torch.randint(32768, (4096,)), DenseSignal([torch.randn(4096, 8)], [torch.randn(32768, 8)])
+terms = DistillationTerms(Divergence("jensen_shannon", 0.5), 2.0, 1.0, 1.0, 0.1)
+(features[:64] @ weight[:64].T).sum().backward()
+before = peak_kib()
+linear_distillation(features, weight, labels, signal, terms=terms, chunk_tokens=128, selected=None).loss.backward()
+assert weight.grad.abs().sum() > 0
+print(peak_kib() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the resident memory is read from Linux's /proc")
+def test_logits_never_exist_in_full() -> None:
+    """4,096 tokens x 32,768 types are 512 MiB in fp32, for each of two models; 128 at a time are 16 MiB, held ten times."""
+    plain = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once, so that no hole is counted
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=120, env=plain)
+    assert run.returncode == 0, run.stderr
+    assert 64 < int(run.stdout) / 1024 < 200
