@@ -93,7 +93,8 @@ def test_r_drop_without_any_dropout_is_refused() -> None:
 
 
 def test_values_of_training_options_are_checked() -> None:
-    message = errors_of("objective={kind: cross_entropy, average: words, r_drop: {alpha: 0}}", "optimizer.kind=stable", "optimizer.betas=[0.9, 1]")
+    objective = "objective={kind: cross_entropy, average: words, r_drop: {alpha: 0}}"
+    message = errors_of(objective, "optimizer.kind=stable", "optimizer.betas=[0.9, 1]")
     assert "objective.average: input should be 'tokens' or 'sentences', not 'words'" in message
     assert "objective.r_drop.alpha: input should be greater than 0, not 0" in message
     assert "optimizer.kind: input should be 'adam', 'adamw' or 'stable_adamw', not 'stable'" in message
