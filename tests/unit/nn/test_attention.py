@@ -55,13 +55,14 @@ def test_heads_are_blocks_of_features(key_heads: int) -> None:
 def test_step_by_step_equals_at_once(key_heads: int, position: RotaryPosition | None) -> None:
     part = self_attention(key_heads)
     view = SelfView(causal=True, rotary=build_rotary(position, HEAD) if position else None)
-    x = torch.randn(2, 6, DIM)
+    x = torch.randn(2, 6, DIM, generator=torch.Generator().manual_seed(7))
     cache = KeyValueCache(depth=1, num_rows=2, num_heads=key_heads, max_length=6, head_dim=HEAD, like=x)
     whole = part(x, context=view.whole(Sequences(torch.zeros(2, 6), torch.tensor([6, 6])), x))
     for place in range(6):
         step = part(x[:, place : place + 1], context=view.step(place, 0, place + 1, None, x), cache=cache.at(0))
         cache.advance(1)
-        torch.testing.assert_close(step, whole[:, place : place + 1], rtol=1e-5, atol=1e-5)
+        expected = whole[:, place : place + 1]
+        torch.testing.assert_close(step, expected, rtol=1e-5, atol=1e-5 * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize("key_heads", [3, 1])
