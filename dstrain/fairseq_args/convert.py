@@ -13,10 +13,11 @@ import yaml
 from dstrain.data.config import DataConfig, FilterConfig
 from dstrain.data.fairseq_directory import fairseq_data, fairseq_data_by_name
 from dstrain.errors import ImportFormatError
+from dstrain.fairseq_args.adapter import adapter_section
 from dstrain.fairseq_args.architectures import Settings
 from dstrain.fairseq_args.command import Command, Notes, parse_command
 from dstrain.fairseq_args.flags import WITHOUT
-from dstrain.fairseq_args.model import adapter_section, model_section
+from dstrain.fairseq_args.model import model_section
 from dstrain.fairseq_args.objective import objective_section
 from dstrain.fairseq_args.optimization import batching_section, engine_section, optimizer_section, schedule_section
 from dstrain.fairseq_args.running import (

@@ -124,9 +124,10 @@ _REASONS = {
     "validation runs from the first time on that validation.every names": "validate-after-updates",
     "training ends at training.max_steps, max_epochs or max_hours": "stop-min-lr",
     "the run directory is `dstrain train --output RUN`": "save-dir",
-    "`dstrain train` resumes what RUN holds, bit for bit, and starts new runs from the seed": """
-        restore-file continue-once finetune-from-model reset-dataloader reset-lr-scheduler reset-meters reset-optimizer
-        reset-logging optimizer-overrides""",
+    "a new run starts from other weights by `dstrain train --base BUNDLE`; `dstrain import fairseq` makes the bundle": """
+        restore-file continue-once finetune-from-model""",
+    "`dstrain train` resumes what RUN holds, bit for bit; a new run has a new optimizer, schedule and order": """
+        reset-dataloader reset-lr-scheduler reset-meters reset-optimizer reset-logging optimizer-overrides""",
     "loading is strict; what does not fit is an error": "load-checkpoint-liberally",
     "checkpoints are whole, verified and written by all ranks": """
         no-save no-last-checkpoints no-save-optimizer-state keep-interval-updates-pattern checkpoint-suffix checkpoint-shard-count
@@ -136,7 +137,8 @@ _REASONS = {
     "every target token counts": "ignore-prefix-size",
     "alignments are not trained": "load-alignments alignment-lambda alignment-heads alignment-layer full-context-alignment",
     "Adam is torch's fused one, its state in fp32": "fp16-adam-stats use-old-adam use-bmuf",
-    "weights start from the seed": "encoder-embed-path decoder-embed-path decoder-layers-to-keep encoder-layers-to-keep",
+    "weights start from the seed or from a bundle (`--base`)": """
+        encoder-embed-path decoder-embed-path decoder-layers-to-keep encoder-layers-to-keep""",
     "adaptive input and softmax are not built; the vocabulary projection is chunked instead": """
         adaptive-input adaptive-softmax-cutoff adaptive-softmax-dropout adaptive-softmax-factor tie-adaptive-weights
         tie-adaptive-proj adaptive-input-factor adaptive-input-cutoff""",

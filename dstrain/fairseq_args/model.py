@@ -1,4 +1,4 @@
-"""The `model` and `adapter` sections of a recipe from fairseq's model options."""
+"""The `model` section of a recipe from fairseq's model options."""
 
 from __future__ import annotations
 
@@ -7,15 +7,12 @@ from typing import Any
 
 from dstrain.errors import ImportFormatError
 from dstrain.fairseq_args.architectures import REMARKS, Settings
-from dstrain.fairseq_args.command import Command, Notes
+from dstrain.fairseq_args.command import Notes
 from dstrain.fairseq_args.position import position_part
 from dstrain.models.interop.fairseq_config import ACTIVATION_NAMES
 
 Tree = dict[str, Any]
 
-TARGETS = {"fc1": "up_proj", "fc2": "down_proj"}
-"""Names of adapted modules that differ; q_proj, k_proj, v_proj and out_proj are the same."""
-ADAPTER_KEYS = {"r", "alpha", "dropout", "rank_scaled", "target_modules", "bias"}
 UNEQUAL = {
     "embed-dim": "model.model_dim is one number",
     "normalize-before": "model.norm_order is one for both sides",
@@ -47,30 +44,6 @@ def model_section(settings: Settings, notes: Notes) -> Tree:
         "attention_dropout": settings.number("attention-dropout"),
         "activation_dropout": settings.number("activation-dropout"),
         **_lengths(settings),
-    }
-
-
-def adapter_section(command: Command, notes: Notes) -> Tree | None:
-    """Low-rank adapters, or None."""
-    given = command.json("lora-args")
-    if given is None:
-        return None
-    notes.ignored("lora-args", given, ADAPTER_KEYS)
-    rank, names = given.get("r", 0), given.get("target_modules")
-    if not rank or not names:
-        raise ImportFormatError(
-            f"--lora-args: r = {rank!r} and target_modules = {names!r} make no adapter; give a rank and the names of modules"
-        )
-    notes.differ("--lora-args", "lora-args")
-    notes.reads("--lora-args", "lora-base")
-    return {
-        "kind": "lora",
-        "rank": rank,
-        "alpha": given.get("alpha", 1),
-        "dropout": given.get("dropout", 0.0),
-        "bias": given.get("bias", "none"),
-        "targets": [TARGETS.get(name.strip(), name.strip()) for name in names.split(",")],
-        "rank_scaled": bool(given.get("rank_scaled", False)),
     }
 
 

@@ -51,6 +51,7 @@ LACKING = {
     "unequal": "differs from --encoder-{name} = {encoder}: {reason}; the encoder's is taken",
     "width": "no projection between widths; model.model_dim is taken",
     "criterion": "label-smoothed cross-entropy instead",
+    "lora-absent": "there is no projection between widths to adapt",
     "sentence-avg": ("gradients are per token; Adam's steps are the same but for eps; --clip-norm was by sentence"),
     "update-freq": "steps keep one size; the last value is taken",
     "batch-size": "batches are counted in tokens; {assumed} a sentence are assumed",
@@ -76,7 +77,7 @@ LACKING = {
 READ = {
     "filter": "fairseq left longer training sentences out as well; data.filter is the smaller of the two",
     "attn-implementation": "how attention is computed is chosen by dstrain; every part works with every way",
-    "lora-base": "the base is a bundle that `dstrain import fairseq` makes; names of modules are exact",
+    "lora-base": "the base is a bundle that `dstrain import fairseq` makes; `dstrain train --base` takes it",
     "no-world-size": "counted as 1 process; fairseq took all visible GPUs, so multiply batching.tokens_per_step by their number",
     "step": (
         "batching.tokens_per_step = {tokens} (max_tokens) x {accumulation} (update-freq) x {ranks} (processes) = {step} target "

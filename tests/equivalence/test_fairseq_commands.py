@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from dstrain.adapters.lora import places, select
 from dstrain.data.tokenizer import DictionaryTokenizer
 from dstrain.engine.schedule import learning_rate
 from dstrain.fairseq_args.convert import recipe_from_command
@@ -47,15 +48,16 @@ def test_models_have_the_predecessor_s_number_of_parameters(model: Path, monkeyp
     meta = golden(GOLDEN / model / "meta.json")
     if "argv" not in meta:
         pytest.skip("no command line is recorded")
-    if "--lora-args" in meta["argv"] and "adapter" not in Recipe.model_fields:
-        pytest.skip("recipes have no adapter yet")
-    config = recipe_of(meta["argv"], monkeypatch).model
+    recipe = recipe_of(meta["argv"], monkeypatch)
+    config = recipe.model
     with torch.device("meta"):
-        built = build_model(config, vocabulary(GOLDEN / "data" / meta["argv"][0]), seed=None)
+        built = build_model(config, vocabulary(GOLDEN / "data" / meta["argv"][0]), projections="separate", seed=None)
     parameters = sum(parameter.numel() for parameter in built.parameters())
     if config.position.kind == "learned":  # the predecessor's tables have two rows that no position uses
         parameters += 2 * config.model_dim * (2 if isinstance(config, EncoderDecoderConfig) else 1)
     assert parameters == meta["n_params"]
+    adapted = [] if recipe.adapter is None else select(places(built), recipe.adapter.targets)
+    assert len(adapted) == sum(name.endswith(".lora_A") for name in meta["state_dict"])
 
 
 @pytest.mark.parametrize("trace", TRACES)

@@ -9,7 +9,7 @@ import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from dstrain.engine.config import OptimizerConfig
+from dstrain.adapters.lora import places, select
 from dstrain.errors import ImportFormatError, RecipeError
 from dstrain.fairseq_args.architectures import ARCHITECTURES
 from dstrain.fairseq_args.convert import recipe_from_command
@@ -54,13 +54,7 @@ def lacks(part: Any, content: dict[str, Any]) -> bool:
     return False
 
 
-WAITING = {
-    "adapter": "adapter" not in Recipe.model_fields,
-    "stable_adamw": lacks(OptimizerConfig, {"kind": "stable_adamw", "learning_rate": 1}),
-    "distillation": lacks(ObjectiveConfig, {"kind": "distillation"}),
-    "r_drop": lacks(ObjectiveConfig, {"kind": "cross_entropy", "r_drop": {"alpha": 1}}),
-    "average": lacks(ObjectiveConfig, {"kind": "cross_entropy", "average": "sentences"}),
-}
+WAITING = {"distillation": lacks(ObjectiveConfig, {"kind": "distillation"})}
 """Parts of a recipe that are not there yet; a command line that needs one is refused by name."""
 
 
@@ -158,10 +152,6 @@ CONTEXTS = {
     "decoder-use-rmsnorm": "--encoder-use-rmsnorm",
 }
 PARTS = {
-    "lora-args": "adapter",
-    "adam-stable": "stable_adamw",
-    "length-normalize-loss": "average",
-    "rdrop-alpha": "r_drop",
     **dict.fromkeys(("kd-args", "teacher-checkpoint-path"), "distillation"),
 }
 CHANGES_NOTHING = {
@@ -395,7 +385,6 @@ def test_validation_and_checkpoints(tmp_path: Path) -> None:
     assert recipe_of("", tmp_path).validation.generation is None
 
 
-@needs("adapter")
 def test_adapters(tmp_path: Path) -> None:
     given = {"r": 4, "alpha": 8, "rank_scaled": True, "target_modules": "q_proj, fc2", "bias": "lora_only", "x": 1}
     words = f"--lora-args '{json.dumps(given)}'"
@@ -407,13 +396,44 @@ def test_adapters(tmp_path: Path) -> None:
     recipe_of(words, tmp_path)
 
 
-@needs("stable_adamw")
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        ("q_proj", {"self_attention.q_proj", "cross_attention.q_proj"}),
+        ("fc1,fc2", {"feed_forward.up_proj", "feed_forward.down_proj"}),
+        ("kv_proj", {f"{side}_attention.{part}" for side in ("self", "cross") for part in ("k_proj", "v_proj")}),
+        ("encoder_attn", {f"cross_attention.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj")}),
+        ("encoder_attn.q_proj", {"cross_attention.q_proj"}),
+        ("decoder.layers.1.fc1", {"feed_forward.up_proj"}),
+        ("embed_tokens,output_projection", {"source_embedding.tokens", "target_embedding.tokens", "projection"}),
+        ("up_gate_proj --encoder-use-glu --decoder-use-glu", {"feed_forward.up_proj", "feed_forward.gate_proj"}),
+        (
+            "emb,up --encoder-factorized-embed-dim 64 --decoder-factorized-embed-dim 64",
+            {"tokens.table", "tokens.up_proj"},
+        ),
+    ],
+)
+def test_names_of_adapted_modules_are_found_in_the_model(names: str, parts: set[str], tmp_path: Path) -> None:
+    modules, _, more = names.partition(" ")
+    given = json.dumps({"r": 4, "target_modules": modules})
+    recipe = recipe_of(f"{more} --lora-args '{given}'", tmp_path)
+    assert recipe.adapter is not None
+    with torch.device("meta"):
+        model = build_model(recipe.model, VocabularySizes(source=64, target=64), projections="separate", seed=None)
+    found = {place.path for place in select(places(model), recipe.adapter.targets)}
+    assert {".".join(path.split(".")[-2:]) for path in found} == parts
+    assert all(path.startswith("decoder.layers.1.") for path in found) == modules.startswith("decoder.layers.1.")
+
+
+def test_a_target_that_dstrain_has_not_is_named() -> None:
+    given = json.dumps({"r": 4, "target_modules": "q_proj,project_out_dim"})
+    assert "- --lora-args: project_out_dim: there is no projection between widths to adapt" in notes_of(f"--lora-args '{given}'")
+
+
 def test_the_stable_optimizer(tmp_path: Path) -> None:
     assert recipe_of("--adam-stable", tmp_path).optimizer.kind == "stable_adamw"
 
 
-@needs("average")
-@needs("r_drop")
 def test_losses(tmp_path: Path) -> None:
     words = "--criterion label_smoothed_cross_entropy_with_rdrop --label-smoothing 0.1 --rdrop-alpha 5 --length-normalize-loss"
     objective = tree_of(words)["objective"]
