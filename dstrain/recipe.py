@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dstrain.adapters.config import AdapterConfig
-from dstrain.data.config import BatchingConfig, DataConfig, PlainText, TrainedSentencePiece, has_no_source
+from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece, has_no_source, is_text_alone
 from dstrain.engine.config import EngineConfig, FallingSchedule, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 from dstrain.models.config import ModelConfig
@@ -64,17 +64,18 @@ class Recipe(Config):
             )
 
     def _text_problems(self) -> Iterator[str]:
-        plain = [place for place, corpus in self.data.corpora() if isinstance(corpus, PlainText)]
+        plain = {place: corpus.kind for place, corpus in self.data.corpora() if is_text_alone(corpus)}
+        first = next(iter(plain), "")
         if plain and self.model.kind == "encoder_decoder":
             yield (
-                f"data.{plain[0]} is text without a source (kind: text), where an encoder has nothing to read; choose "
+                f"data.{first} is text without a source (kind: {plain[first]}), where an encoder has nothing to read; choose "
                 "model.kind: decoder_only, or a corpus of pairs"
             )
         untranslatable = [place for place in plain if place.startswith("valid.") or has_no_source(self.data.train)]
         if untranslatable and self.validation.generation is not None:
             yield (
                 f"validation.generation translates the valid split, but data.{untranslatable[0]} is text without a source (kind: "
-                "text), so there is nothing to translate; set validation.generation: null"
+                f"{plain[untranslatable[0]]}), so there is nothing to translate; set validation.generation: null"
             )
         if self.data.filter.max_ratio is not None and has_no_source(self.data.train):
             yield "data.filter.max_ratio compares the lengths of two sides, but data.train is text without a source; leave it out"

@@ -64,12 +64,26 @@ class PlainText(Config):
     path: str
 
 
-TextSource = Annotated[ParallelText | TsvText | JsonlText | GrammarText | FairseqIds | PlainText, Field(discriminator="kind")]
+class FairseqText(Config):
+    """What `fairseq-preprocess --only-source` wrote, PREFIX.bin and PREFIX.idx: ids of text without a source, as `text` is."""
+
+    kind: Literal["fairseq_text"] = "fairseq_text"
+    path: str
+
+
+TextSource = Annotated[
+    ParallelText | TsvText | JsonlText | GrammarText | FairseqIds | PlainText | FairseqText, Field(discriminator="kind")
+]
+
+
+def is_text_alone(source: TextSource) -> bool:
+    """Whether a corpus is text without a source."""
+    return isinstance(source, PlainText | FairseqText)
 
 
 def has_no_source(sources: Iterable[TextSource]) -> bool:
     """Whether these corpora are text without a source, all of them."""
-    return all(isinstance(source, PlainText) for source in sources)
+    return all(map(is_text_alone, sources))
 
 
 class TrainedSentencePiece(Config):
@@ -162,8 +176,8 @@ class DataConfig(Config):
 
     @model_validator(mode="after")
     def _ids_have_dictionaries(self) -> DataConfig:
-        sources = [*self.train, *self.valid, *(source for test in self.test.values() for source in test)]
-        if self.tokenizer.kind != "fairseq_dictionaries" and any(source.kind == "fairseq" for source in sources):
+        ids = any(isinstance(source, FairseqIds | FairseqText) for _, source in self.corpora())
+        if ids and self.tokenizer.kind != "fairseq_dictionaries":
             raise ValueError(
                 f"tokenizer.kind = {self.tokenizer.kind} does not know the ids of a fairseq corpus; choose fairseq_dictionaries"
             )

@@ -14,7 +14,17 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from dstrain.data.config import DataConfig, FairseqIds, GrammarText, JsonlText, ParallelText, PlainText, TextSource, TsvText
+from dstrain.data.config import (
+    DataConfig,
+    FairseqIds,
+    FairseqText,
+    GrammarText,
+    JsonlText,
+    ParallelText,
+    PlainText,
+    TextSource,
+    TsvText,
+)
 from dstrain.data.fairseq_binary import IdBlock, IdReader, files_of_prefix, scan_binary
 from dstrain.data.grammar import GrammarReader
 from dstrain.data.text import BlockReader, FileScan, TextBlock, decode_lines, expand_path, scan_file
@@ -53,6 +63,8 @@ def files_of(source: TextSource) -> tuple[Path, ...]:
             return (expand_path(source.path),)
         case FairseqIds():
             return (*files_of_prefix(expand_path(source.source)), *files_of_prefix(expand_path(source.target)))
+        case FairseqText():
+            return files_of_prefix(expand_path(source.path))
         case GrammarText():
             return ()
 
@@ -60,12 +72,12 @@ def files_of(source: TextSource) -> tuple[Path, ...]:
 def counted_files(source: TextSource) -> tuple[Path, ...]:
     """The files of a corpus that have an entry for every pair."""
     files = files_of(source)
-    return (files[0], files[2]) if isinstance(source, FairseqIds) else files
+    return files[::2] if isinstance(source, FairseqIds | FairseqText) else files
 
 
 def scan_of(source: TextSource) -> Callable[[Path], FileScan]:
     """How a file of this corpus is checked and counted."""
-    return scan_binary if isinstance(source, FairseqIds) else scan_file
+    return scan_binary if isinstance(source, FairseqIds | FairseqText) else scan_file
 
 
 def pairs_without_files(source: TextSource) -> int:
@@ -95,7 +107,9 @@ def _open(source: TextSource, start: int) -> AbstractContextManager[Reader]:
     if isinstance(source, GrammarText):
         return GrammarReader(source.split, source.num_pairs, source.seed, start)
     if isinstance(source, FairseqIds):
-        return IdReader(expand_path(source.source), expand_path(source.target), start)
+        return IdReader(expand_path(source.source), expand_path(source.target), start=start)
+    if isinstance(source, FairseqText):
+        return IdReader(None, expand_path(source.path), start=start)
     return BlockReader(files_of(source), start)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dstrain.data.config import DataConfig, FilterConfig, PlainText, TextSource
+from dstrain.data.config import DataConfig, FilterConfig, TextSource, is_text_alone
 from dstrain.data.corpora import Block, counted_files, parse, splits_of
 from dstrain.data.fairseq_binary import IdBlock, Sentences
 from dstrain.data.rows import Rows, id_dtype
@@ -60,7 +60,7 @@ class Encoder:
             rows = self._take_ids(corpus, block.text, with_text=evaluated)
         else:
             rows = self._encode_text(*parse(corpus, block.text))
-        alone = isinstance(corpus, PlainText)
+        alone = is_text_alone(corpus)
         reasons = drop_reasons(None if alone else rows.source_lengths, rows.target_lengths, self._filter)
         if evaluated:
             reasons = {"empty": reasons["empty"]} if alone else {}
@@ -83,9 +83,10 @@ class Encoder:
     def _take_ids(self, corpus: TextSource, block: IdBlock, *, with_text: bool) -> Rows:
         """Ids that are there already, checked against the dictionaries; the text of an evaluation split is made from them."""
         tokenizers, files = self._tokenizers, counted_files(corpus)
-        source = checked_ids(block.source, tokenizers.source, files[0], block.first)
-        target = checked_ids(block.target, tokenizers.target, files[1], block.first)
-        rows = Rows(source, block.source.lengths, target, block.target.lengths)
+        given = _empty_sentences(block.num_lines, tokenizers.source) if block.source is None else block.source
+        source = checked_ids(given, tokenizers.source, files[0], block.first)
+        target = checked_ids(block.target, tokenizers.target, files[-1], block.first)
+        rows = Rows(source, given.lengths, target, block.target.lengths)
         if not with_text:
             return rows
         return rows._replace(
@@ -104,6 +105,10 @@ def drop_reasons(source: Lengths | None, target: Lengths, limits: FilterConfig) 
         if limits.max_ratio is not None:
             ratio = np.maximum(source, target) > limits.max_ratio * np.minimum(source, target)
     return {"empty": empty, "too long": too_long & ~empty, "ratio": ratio & ~empty & ~too_long}
+
+
+def _empty_sentences(count: int, tokenizer: TextTokenizer) -> Sentences:
+    return Sentences(np.full(count, tokenizer.eos_id), np.ones(count, np.int32))
 
 
 def checked_ids(side: Sentences, tokenizer: TextTokenizer, index: Path, first: int) -> npt.NDArray[Any]:

@@ -36,11 +36,11 @@ class Sentences(NamedTuple):
 
 
 class IdBlock(NamedTuple):
-    """Consecutive pairs of one corpus. first: number of the first, from 0."""
+    """Consecutive pairs of one corpus. first: number of the first, from 0. source: None where the corpus has none."""
 
     first: int
     num_lines: int
-    source: Sentences
+    source: Sentences | None
     target: Sentences
 
 
@@ -86,18 +86,19 @@ class IndexedIds:
 
 
 class IdReader:
-    """Both sides of a corpus, open at pair `start`."""
+    """Both sides of a corpus, or a target alone, open at pair `start`."""
 
-    def __init__(self, source: Path, target: Path, start: int = 0) -> None:
-        self._sides = IndexedIds(source), IndexedIds(target)
+    def __init__(self, source: Path | None, target: Path, *, start: int = 0) -> None:
+        self._source = None if source is None else IndexedIds(source)
+        self._target = IndexedIds(target)
         self._next = start
 
     def read(self, max_lines: int) -> IdBlock:
         """The next pairs, at most `max_lines`; fewer where they are long."""
         count = min(max_lines, MAX_BLOCK_LINES)
-        count = min(side.fitting(self._next, count) for side in self._sides)
-        source, target = (side.read(self._next, count) for side in self._sides)
-        block = IdBlock(self._next, count, source, target)
+        count = min(side.fitting(self._next, count) for side in (self._source, self._target) if side is not None)
+        source = None if self._source is None else self._source.read(self._next, count)
+        block = IdBlock(self._next, count, source, self._target.read(self._next, count))
         self._next += count
         return block
 

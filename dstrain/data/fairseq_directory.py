@@ -2,17 +2,17 @@
 
 Pieces of the training text (train, train1, ...) of all directories become one training split; `valid` of the first directory is
 the validation split; valid1, test, test1 and so on are test sets of these names. Files of `a-b` are found as `b-a`, too. Only
-names are looked at here; reading the files checks them.
+names are looked at here; reading the files checks them. Files without languages (train.idx) are text for a language model.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import count
+from itertools import count, takewhile
 from pathlib import Path
 
-from dstrain.data.config import DataConfig, FairseqDictionaries, FairseqIds
+from dstrain.data.config import DataConfig, FairseqDictionaries, FairseqIds, FairseqText
 from dstrain.errors import DataError
 
 PAIR_FILE = re.compile(r"train\.([^.]+)-([^.]+)\.(\1|\2)\.idx")
@@ -35,6 +35,8 @@ def fairseq_data(
     for directory in directories:
         if not directory.is_dir():
             raise DataError(f"{directory} is no directory; give the --destdir of fairseq-preprocess")
+    if source is None and target is None and (directories[0] / "train.idx").exists():
+        return _text_data(directories, models, tags)
     source, target = _languages(directories[0], source, target)
     train = [piece for directory in directories for piece in _pieces(directory, "train", source, target).values()]
     if not train:
@@ -50,6 +52,46 @@ def fairseq_data(
     dictionaries = [_dictionary(directories[0], language) for language in (source, target)]
     _require_same(dictionaries, directories[1:])
     return _section(train, first[1], tests, dictionaries, models=models, tags=tags)
+
+
+def _text_data(directories: Sequence[Path], models: tuple[str, str] | None, tags: Sequence[str]) -> DataConfig:
+    """The section of monolingual directories, whose files have no languages in their names: text for a language model."""
+    valid = _text_pieces(directories[0], "valid")
+    if not valid:
+        raise DataError(f"{directories[0]} has no valid.idx; binarize a validation set with --validpref, training needs one")
+    train = [piece for directory in directories for piece in _text_pieces(directory, "train").values()]
+    first, *further = valid.items()
+    tests = {**dict(further), **_text_pieces(directories[0], "test")}
+    dictionary = _dictionary(directories[0], None)
+    _require_same([dictionary], directories[1:])
+    return _text_section(
+        train,
+        first[1],
+        tests,
+        FairseqDictionaries(source=str(dictionary), source_model=models[1] if models else None, tags=tuple(tags)),
+    )
+
+
+def fairseq_text_by_name(directories: Sequence[Path], *, model: str | None = None) -> DataConfig:
+    """As `fairseq_data_by_name`, of monolingual directories."""
+    train, valid = ([FairseqText(path=str(directory / split)) for directory in directories] for split in ("train", "valid"))
+    return _text_section(train, valid[0], {}, FairseqDictionaries(source=str(directories[0] / "dict.txt"), source_model=model))
+
+
+def _text_section(
+    train: Sequence[FairseqText], valid: FairseqText, tests: Mapping[str, FairseqText], tokenizer: FairseqDictionaries
+) -> DataConfig:
+    return DataConfig(
+        train=tuple(train),
+        valid=(valid,),
+        test={name: (corpus,) for name, corpus in tests.items()},
+        tokenizer=tokenizer,
+    )
+
+
+def _text_pieces(directory: Path, split: str) -> dict[str, FairseqText]:
+    names = takewhile(lambda name: (directory / f"{name}.idx").exists(), (f"{split}{number or ''}" for number in count()))
+    return {name: FairseqText(path=str(directory / name)) for name in names}
 
 
 def fairseq_data_by_name(
@@ -130,18 +172,14 @@ def _languages(directory: Path, source: str | None, target: str | None) -> tuple
     fitting = sorted(pair for pair in pairs if source in {None, pair[0]} and target in {None, pair[1]})
     if len(fitting) == 1:
         return fitting[0]
-    if not pairs and (directory / "train.idx").exists():
-        raise DataError(
-            f"{directory} is monolingual (train.idx without languages); dstrain's prepared data hold pairs of sentences, so "
-            "binarize source and target together"
-        )
     names = ", ".join("-".join(pair) for pair in sorted(pairs)) or "none"
     raise DataError(f"{directory} names no single language pair (found: {names}); give --source-lang and --target-lang")
 
 
-def _dictionary(directory: Path, language: str) -> Path:
-    """dict.LANGUAGE.txt, or dict.txt for both."""
-    for name in (f"dict.{language}.txt", "dict.txt"):
+def _dictionary(directory: Path, language: str | None) -> Path:
+    """dict.LANGUAGE.txt, or dict.txt for both and for text without a language."""
+    names = ["dict.txt"] if language is None else [f"dict.{language}.txt", "dict.txt"]
+    for name in names:
         if (directory / name).exists():
             return directory / name
-    raise DataError(f"{directory} has no dict.{language}.txt; copy the dictionary that fairseq-preprocess wrote beside the data")
+    raise DataError(f"{directory} has no {names[0]}; copy the dictionary that fairseq-preprocess wrote beside the data")

@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 
-from dstrain.data.config import DataConfig, FilterConfig
-from dstrain.data.fairseq_directory import fairseq_data, fairseq_data_by_name
+from dstrain.data.config import DataConfig
+from dstrain.data.fairseq_directory import fairseq_data, fairseq_data_by_name, fairseq_text_by_name
 from dstrain.errors import ImportFormatError
 from dstrain.fairseq_args.adapter import adapter_section
 from dstrain.fairseq_args.architectures import Settings
@@ -40,7 +40,6 @@ HEADINGS = {
     "lacking": "Options without a counterpart",
     "unknown": "Unknown, and not read",
 }
-SIDES = ("source", "target")
 WIDTH = 126
 
 
@@ -84,24 +83,27 @@ def _tree(command: Command, notes: Notes) -> Tree:
 def _data(settings: Settings, model: Tree, notes: Notes) -> Tree:
     """What `dstrain import fairseq-data` makes of the same directories, filtered by the limits of model and batch."""
     command = settings.command
-    task = command.text("task") or "translation"
+    task = command.text("task") or ("language_modeling" if settings.decoder_only else "translation")
     if command.text("valid-subset") not in {None, "valid"}:
         notes.lack(command.shown("valid-subset"), "valid-subset")
-    if settings.decoder_only or task not in PAIR_TASKS:
+    if settings.decoder_only:
+        notes.lack(f"--task {task}", "lines")
+        data = _text(command, notes)
+    elif task not in PAIR_TASKS:
         notes.lack(f"--task {task}", "task")
         return {"train": [PLACEHOLDER], "valid": [dict(PLACEHOLDER)], "filter": _filter(model, command, notes)}
-    data = _pairs(command, notes).model_copy(update={"filter": FilterConfig(**_filter(model, command, notes))})
+    else:
+        data = _pairs(command, notes)
     tree = data.model_dump(mode="json")
     tree["tokenizer"] = {name: value for name, value in tree["tokenizer"].items() if value}
+    tree["filter"] = _filter(model, command, notes)
     return {name: tree[name] for name in ("train", "valid", "test", "tokenizer", "filter") if tree[name]}
 
 
 def _filter(model: Tree, command: Command, notes: Notes) -> dict[str, int]:
-    """fairseq's limits of a training pair; a language model's limit is for both sides together."""
+    """fairseq's limits of a training example, by side."""
     most = command.integer("max-tokens") or math.inf
-    if model["kind"] == "decoder_only":
-        return {f"max_{side}_length": int(min(model["max_target_length"] // 2, most)) for side in SIDES}
-    limits = {f"max_{side}_length": model[f"max_{side}_length"] for side in SIDES}
+    limits = {name: model[name] for name in ("max_source_length", "max_target_length") if name in model}
     if any(most < limit for limit in limits.values()):
         notes.reads(command.shown("max-tokens"), "filter")
     return {name: int(min(limit, most)) for name, limit in limits.items()}
@@ -109,14 +111,9 @@ def _filter(model: Tree, command: Command, notes: Notes) -> dict[str, int]:
 
 def _pairs(command: Command, notes: Notes) -> DataConfig:
     source, target = command.text("source-lang"), command.text("target-lang")
-    directories = [Path(directory) for directory in command.data]
-    model = command.text("sentencepiece-model") if command.text("bpe") == "sentencepiece" else None
+    directories, model = _places(command, notes), _sentencepiece(command, notes)
     models = None if model is None else (model, model)
     tags = (command.text("language-tags") or "").split(",") if models and command.has("language-tags") else []
-    if len(directories) > 1:
-        notes.differ(":".join(command.data), "directories")
-    if command.text("bpe") not in {None, "sentencepiece"}:
-        notes.lack(command.shown("bpe"), "bpe")
     if all(directory.is_dir() for directory in directories):
         return fairseq_data(directories, source=source, target=target, models=models, tags=tags)
     if source is None or target is None:
@@ -125,6 +122,26 @@ def _pairs(command: Command, notes: Notes) -> DataConfig:
         )
     notes.reads(":".join(command.data), "elsewhere")
     return fairseq_data_by_name(directories, source=source, target=target, models=models, tags=tags)
+
+
+def _text(command: Command, notes: Notes) -> DataConfig:
+    directories, model = _places(command, notes), _sentencepiece(command, notes)
+    if all(directory.is_dir() for directory in directories):
+        return fairseq_data(directories, models=None if model is None else (model, model))
+    notes.reads(":".join(command.data), "elsewhere")
+    return fairseq_text_by_name(directories, model=model)
+
+
+def _places(command: Command, notes: Notes) -> list[Path]:
+    if len(command.data) > 1:
+        notes.differ(":".join(command.data), "directories")
+    return [Path(directory) for directory in command.data]
+
+
+def _sentencepiece(command: Command, notes: Notes) -> str | None:
+    if command.text("bpe") not in {None, "sentencepiece"}:
+        notes.lack(command.shown("bpe"), "bpe")
+    return command.text("sentencepiece-model") if command.text("bpe") == "sentencepiece" else None
 
 
 def _note_the_rest(command: Command, notes: Notes) -> None:

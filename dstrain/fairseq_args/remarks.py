@@ -71,7 +71,8 @@ LACKING = {
     "eval-bleu-remove-bpe": "`@@` stays in dictionary text, so BLEU is that of pieces; score files after `sed 's/@@ //g'`",
     "eval-tokenized-bleu": "BLEU is sacreBLEU's with its own tokenization",
     "valid-subset": "the split `valid` is validated; others are test sets",
-    "task": "dstrain's data are pairs, of a language model a text and what goes on from it; put yours in place of PAIRS.tsv",
+    "task": "dstrain's data are pairs, or text for a language model; put yours in the place of PAIRS.tsv",
+    "lines": "an example is a line of the text, not a block of --tokens-per-sample; blank lines are left out",
     "bpe": "text is split by dictionaries and SentencePiece alone; binarized data stay as they are",
 }
 READ = {

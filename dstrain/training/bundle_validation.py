@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dstrain.checkpoint.bundle import Bundle
-from dstrain.data.config import DataConfig, PlainText
+from dstrain.data.config import DataConfig, is_text_alone
 from dstrain.data.corpora import splits_of
 from dstrain.data.dataset import open_dataset
 from dstrain.data.loader import evaluation_loader
@@ -41,7 +41,7 @@ def validate_bundle(
     if split == "train" and generation is not None:
         raise DataError("the split 'train' keeps no raw text to score translations against: add --no-generate")
     dataset = open_dataset(data, split)
-    if any(isinstance(corpus, PlainText) for corpus in splits_of(DataConfig.model_validate(manifest.data))[split]):
+    if any(is_text_alone(corpus) for corpus in splits_of(DataConfig.model_validate(manifest.data))[split]):
         _check_plain_text(split, bundle, generation)
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
     translation = build_translation(generation, bundle.model_config, dataset, bundle.tokenizers, world.device)

@@ -18,17 +18,26 @@ fairseq-train {data} --arch transformer_tiny --share-all-embeddings --encoder-la
 """
 
 
-def test_a_command_line_becomes_a_recipe_that_trains(tmp_path: Path) -> None:
-    recipe, data, run = tmp_path / "recipe.yaml", tmp_path / "data", tmp_path / "run"
-    command = COMMAND.format(data=GOLDEN / "data/bin_joined")
-    said = succeeds(dstrain("import", "fairseq-args", command, "--output", recipe)).stderr
+LANGUAGE_MODEL = """
+fairseq-train {data} --task language_modeling --arch transformer_lm --decoder-layers 1 --decoder-embed-dim 32 \\
+    --decoder-input-dim 32 --decoder-output-dim 32 --decoder-ffn-embed-dim 64 --decoder-attention-heads 2 \\
+    --share-decoder-input-output-embed --tokens-per-sample 64 --optimizer adam --lr 0.001 --max-tokens 200 --update-freq 2 \\
+    --max-update 3 --log-interval 1 --no-epoch-checkpoints
+"""
+
+
+@pytest.mark.parametrize(("command", "data"), [(COMMAND, "bin_joined"), (LANGUAGE_MODEL, "bin_lm")], ids=["pairs", "text"])
+def test_a_command_line_becomes_a_recipe_that_trains(command: str, data: str, tmp_path: Path) -> None:
+    recipe, prepared, run = tmp_path / "recipe.yaml", tmp_path / "data", tmp_path / "run"
+    said = succeeds(dstrain("import", "fairseq-args", command.format(data=GOLDEN / "data" / data), "--output", recipe)).stderr
     assert "batching.tokens_per_step = 200 (max_tokens) x 2 (update-freq) x 1 (processes) = 400" in said
-    succeeds(dstrain("prepare", recipe, "--output", data))
-    succeeds(dstrain("train", recipe, "--data", data, "--output", run, "--device", "cpu"))
+    succeeds(dstrain("prepare", recipe, "--output", prepared))
+    succeeds(dstrain("train", recipe, "--data", prepared, "--output", run, "--device", "cpu"))
     assert [step for step, *_ in curve(run)] == [1, 2, 3]
-    scores = json.loads(succeeds(dstrain("validate", run / "bundles/last", "--data", data, "--split", "test")).stdout)
+    how = [] if command is COMMAND else ["--no-generate"]
+    scores = json.loads(succeeds(dstrain("validate", run / "bundles/last", "--data", prepared, "--split", "test", *how)).stdout)
     assert scores["loss"] > 0
-    assert 0 <= scores["bleu"] <= 100
+    assert command is LANGUAGE_MODEL or 0 <= scores["bleu"] <= 100
 
 
 def test_imported_data_train_under_a_recipe_that_extends_their_section(tmp_path: Path) -> None:
@@ -52,7 +61,7 @@ def test_imported_data_train_under_a_recipe_that_extends_their_section(tmp_path:
     ("arguments", "message"),
     [
         (("fairseq-data", "nowhere", "--output", "d"), "nowhere is no directory"),
-        (("fairseq-data", str(GOLDEN / "data/bin_lm"), "--output", "d"), "is monolingual"),
+        (("fairseq-data", str(GOLDEN / "data/bin_sep"), "-t", "fr", "--output", "d"), "names no single language pair"),
         (
             ("fairseq-data", str(GOLDEN / "data/bin_sep"), "--sentencepiece", "a", "b", "c", "--output", "d"),
             "takes one model or two",

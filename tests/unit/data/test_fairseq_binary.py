@@ -217,7 +217,10 @@ def test_directories_that_are_no_corpus_of_pairs(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"names no single language pair \(found: en-de\); give --source-lang"):
         fairseq_data([folder], target="fr")
     write_mmap(tmp_path / "lm/train", ROWS)
-    with pytest.raises(DataError, match=r"lm is monolingual \(train\.idx without languages\).* pairs of sentences"):
+    with pytest.raises(DataError, match=r"lm has no valid\.idx; binarize a validation set"):
+        fairseq_data([tmp_path / "lm"])
+    write_mmap(tmp_path / "lm/valid", ROWS)
+    with pytest.raises(DataError, match=r"lm has no dict\.txt; copy the dictionary"):
         fairseq_data([tmp_path / "lm"])
     (folder / "train.en-de.en.idx").unlink()
     (folder / "train.en-de.en").write_text("raw\n")
@@ -284,6 +287,32 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         assert load_manifest(tmp_path / f"data{number}").splits["train"].source_tokens == 120 * number
     assert peaks[1] < 1.1 * peaks[0] + 3e6, peaks
     assert peaks[1] < 30e6, peaks
+
+
+@needs_golden
+def test_golden_text_without_a_source(tmp_path: Path) -> None:
+    """A monolingual directory: the target is its text, the source an EOS."""
+    prepare(fairseq_data([GOLDEN / "data/bin_lm"]), tmp_path / "data", workers=1)
+    tokenizers = load_tokenizers(tmp_path / "data/tokenizer")
+    assert tokenizers.shared
+    for split in ("train", "valid", "test"):
+        dataset = open_dataset(tmp_path / "data", split)
+        lines = (GOLDEN / f"data/raw/{split}.en").read_text().splitlines()
+        kept = [[*row, 2] for row in tokenizers.target.encode(lines) if row]
+        assert rows_of(dataset, "target") == kept
+        assert rows_of(dataset, "source") == [[2]] * len(kept)
+
+
+def test_text_in_pieces_without_its_blank_lines(tmp_path: Path) -> None:
+    for name, rows in (("train", ROWS), ("train1", [[5, 2], [2]]), ("valid", [[6, 2], [2]]), ("valid1", ROWS)):
+        write_mmap(tmp_path / "lm" / name, rows)
+    write_dictionary(tmp_path / "lm/dict.txt", WORDS)
+    config = fairseq_data([tmp_path / "lm"])
+    prepare(config, tmp_path / "data", workers=1)
+    assert rows_of(open_dataset(tmp_path / "data", "train"), "target") == [*[row for row in ROWS if len(row) > 1], [5, 2]]
+    assert rows_of(open_dataset(tmp_path / "data", "valid"), "target") == [[6, 2]]
+    assert open_dataset(tmp_path / "data", "valid").target_text(0) == "dog"
+    assert list(config.test) == ["valid1"]
 
 
 @needs_golden

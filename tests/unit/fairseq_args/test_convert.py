@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from dstrain.adapters.lora import places, select
 from dstrain.errors import ImportFormatError, RecipeError
@@ -16,7 +15,6 @@ from dstrain.fairseq_args.convert import recipe_from_command
 from dstrain.fairseq_args.flags import MAPPED, MAY_BE_BARE, SWITCHES, WITHOUT
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.objectives.config import ObjectiveConfig
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import load_recipe
 from tests.paths import GOLDEN, needs_golden
@@ -43,23 +41,6 @@ def notes_of(words: str, base: str = BASE) -> str:
 def recipe_of(words: str, tmp_path: Path, base: str = BASE) -> Recipe:
     (tmp_path / "recipe.yaml").write_text(text_of(words, base), encoding="utf-8")
     return load_recipe(str(tmp_path / "recipe.yaml"))
-
-
-def lacks(part: Any, content: dict[str, Any]) -> bool:
-    """Whether a part of a recipe cannot be this."""
-    try:
-        TypeAdapter(part).validate_python(content)
-    except ValidationError:
-        return True
-    return False
-
-
-WAITING = {"distillation": lacks(ObjectiveConfig, {"kind": "distillation"})}
-"""Parts of a recipe that are not there yet; a command line that needs one is refused by name."""
-
-
-def needs(part: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(WAITING[part], reason=f"recipes have no {part} yet")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
@@ -151,9 +132,6 @@ CONTEXTS = {
     "decoder-learned-pos": "--encoder-learned-pos",
     "decoder-use-rmsnorm": "--encoder-use-rmsnorm",
 }
-PARTS = {
-    **dict.fromkeys(("kd-args", "teacher-checkpoint-path"), "distillation"),
-}
 CHANGES_NOTHING = {
     *("decoder-normalize-before", "decoder-learned-pos", "decoder-use-rmsnorm", "decoder-factorized-embed-dim"),
     "maximize-best-checkpoint-metric",
@@ -168,8 +146,6 @@ def with_option(name: str) -> str:
 
 @pytest.mark.parametrize("name", sorted(MAPPED))
 def test_every_option_that_is_read_changes_the_recipe_or_is_named(name: str, tmp_path: Path) -> None:
-    if name in PARTS and WAITING[PARTS[name]]:
-        pytest.skip(f"recipes have no {PARTS[name]} yet")
     context = CONTEXTS.get(name, "")
     before, after = text_of(context), text_of(f"{context} {with_option(name)}")
     assert before != after
@@ -448,7 +424,6 @@ KD = (
 )
 
 
-@needs("distillation")
 @pytest.mark.parametrize(
     ("given", "selection"),
     [
@@ -471,7 +446,6 @@ def test_distillation(given: str, selection: dict[str, Any], tmp_path: Path) -> 
     recipe_of(words, tmp_path)
 
 
-@needs("distillation")
 def test_late_distillation_names_what_was_never_read(tmp_path: Path) -> None:
     words = """--criterion lm_distillation_loss --kd-args '{"strategy": "on_policy", "lambda": 0.75}'"""
     assert (tree_of(words)["objective"]["kd_weight"], tree_of(words)["objective"]["hard_weight"]) == (0.75, 0.25)
@@ -543,10 +517,27 @@ def test_data_at_hand_are_looked_at() -> None:
     assert list(data["test"]) == ["test"]
 
 
-def test_language_models_ask_for_pairs(tmp_path: Path) -> None:
-    base = BASE.replace("transformer", "transformer_lm_gpt2_small").replace("-s en -t de", "--task language_modeling")
-    recipe = recipe_of("--tokens-per-sample 512 --share-decoder-input-output-embed", tmp_path, base)
+LM = BASE.replace("transformer", "transformer_lm_gpt2_small").replace("-s en -t de", "--task language_modeling")
+
+
+def test_language_models_read_text_without_a_source(tmp_path: Path) -> None:
+    recipe = recipe_of("--tokens-per-sample 512 --share-decoder-input-output-embed", tmp_path, LM)
     assert recipe.model.kind == "decoder_only"
     assert (recipe.model.max_target_length, recipe.model.embedding.tie, recipe.model.norm_order) == (512, "decoder", "pre")
-    assert tree_of("", base.replace("_gpt2_small", ""))["model"]["norm_order"] == "post"
-    assert "--task language_modeling: dstrain's data are pairs" in notes_of("", base)
+    assert tree_of("", LM.replace("_gpt2_small", ""))["model"]["norm_order"] == "post"
+    data = tree_of("", LM)["data"]
+    assert data["train"] == [{"kind": "fairseq_text", "path": "data-bin/train"}]
+    assert data["tokenizer"] == {"kind": "fairseq_dictionaries", "source": "data-bin/dict.txt"}
+    assert data["filter"] == {"max_target_length": 1024}
+    assert "--task language_modeling: an example is a line of the text, not a block" in notes_of("", LM)
+
+
+@needs_golden
+def test_text_at_hand_is_looked_at(tmp_path: Path) -> None:
+    recipe = recipe_of("", tmp_path, LM.replace("data-bin", str(GOLDEN / "data/bin_lm")))
+    assert list(recipe.data.test) == ["test"]
+
+
+def test_other_tasks_ask_for_pairs(tmp_path: Path) -> None:
+    assert "--task denoising: dstrain's data are pairs, or text for a language model" in notes_of("--task denoising")
+    recipe_of("--task denoising --arch bart_base", tmp_path)
