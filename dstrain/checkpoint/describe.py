@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dstrain.checkpoint.bundle import bundle_fingerprint, load_bundle
+from dstrain.checkpoint.bundle import bundle_fingerprint, find_bundle, load_bundle
 from dstrain.models.config import EncoderDecoderConfig
 
 
@@ -16,8 +16,10 @@ def describe_bundle(directory: Path) -> list[str]:
     notes = ", ".join(f"{name} {value}" for name, value in bundle.notes.items()) or "none"
     tokenizer = "none" if bundle.tokenizers is None else bundle.tokenizers.fingerprint[:12]
     description = "none" if bundle.recipe is None else " ".join(str(bundle.recipe.get("description", "")).split()) or "unnamed"
+    adapted = [f"adapters: {bundle.adapters}, over {find_bundle(directory).root.resolve()}"] if bundle.adapters else []
     return [
         f"bundle: {config.kind}, {parameters:,} parameters, {encoder}{config.decoder.depth} layers, model_dim {config.model_dim}",
+        *adapted,
         f"vocabulary: {bundle.vocabulary.source:,} source and {bundle.vocabulary.target:,} target types; tokenizer {tokenizer}",
         f"recipe: {description}",
         f"notes: {notes}",

@@ -45,13 +45,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _facts(path: Path) -> list[str]:
+    from dstrain.checkpoint.bundle import is_bundle
     from dstrain.checkpoint.describe import describe_bundle
     from dstrain.data.manifest import MANIFEST_FILE, PARTS_FILE
     from dstrain.data.report import describe_data
     from dstrain.objectives.logit_manifest import STORE_FILE
     from dstrain.objectives.logit_store import describe_store
 
-    if (path / "model.yaml").is_file():
+    if is_bundle(path):
         return describe_bundle(path)
     if (path / MANIFEST_FILE).is_file() or (path / "job.json").is_file() or (path / "train").is_dir():
         return describe_data(path)

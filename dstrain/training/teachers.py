@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 
-from dstrain.checkpoint.bundle import BundleDescription, load_bundle, read_description
+from dstrain.checkpoint.bundle import BundleDescription, find_bundle, load_bundle
 from dstrain.data.dataset import Dataset
 from dstrain.data.tokenizer import TokenizerPair
 from dstrain.engine.teacher_engine import Placement, Precision, TeacherEngine, VocabularyMap
@@ -52,14 +52,15 @@ class PlannedTeacher:
 def plan_teachers(
     options: TeacherOptions, tokenizers: TokenizerPair, sizes: VocabularySizes, dataset: Dataset
 ) -> list[PlannedTeacher]:
-    """Look at every teacher without reading its weights.
+    """Look at every teacher, adapter bundles among them, without building it.
 
     Raises BundleError where one is no bundle, has another vocabulary or reads shorter sentences than the data has; DataError for
     a vocabulary map that is not one or not needed.
     """
     planned = []
     for directory in options.bundles:
-        description = read_description(directory)
+        stored = find_bundle(directory)
+        description = stored.description
         _require_lengths(directory, description, dataset)
         same = description.tokenizer == tokenizers.fingerprint
         if not same and options.vocabulary_map is None:
@@ -68,7 +69,7 @@ def plan_teachers(
                 f"data ({tokenizers.fingerprint[:12]}): its ids would mean other words; choose a teacher trained with the data's "
                 "tokenizer, or say by --vocabulary-map FILE which id is which"
             )
-        vocabulary, fingerprint = None, description.sha256
+        vocabulary, fingerprint = None, stored.fingerprint
         if not same and options.vocabulary_map is not None:
             vocabulary = read_vocabulary_map(options.vocabulary_map, sizes, description.vocabulary)
             fingerprint += hashlib.sha256(options.vocabulary_map.read_bytes()).hexdigest()

@@ -207,6 +207,14 @@ def test_the_average_is_that_of_the_adapted_weights(place: Path) -> None:
         torch.testing.assert_close(tensor, sum(part[name] for part in parts) / 3, rtol=1e-6, atol=1e-6)
 
 
+def test_inspect_names_the_base(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(ADAPTED)]) == 0
+    printed = capsys.readouterr().out
+    assert f"adapters: 1, over {place / 'base'}" in printed
+    assert main(["inspect", "base"]) == 0
+    assert "adapters" not in capsys.readouterr().out
+
+
 def test_bundles_replace_each_other_and_nothing_else(place: Path) -> None:
     make(Path("base2"), Path("base"))
     save(Path("base2"), small_model())

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dstrain.adapters.config import LoraConfig
 from dstrain.batch import Batch
-from dstrain.checkpoint.bundle import load_bundle, save_bundle
+from dstrain.checkpoint.bundle import find_bundle, load_bundle, save_adapter_bundle, save_bundle
 from dstrain.data.dataset import Dataset, open_dataset
 from dstrain.data.loader import evaluation_loader
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
@@ -19,7 +20,9 @@ from dstrain.errors import BundleError, DataError
 from dstrain.models.config import VocabularySizes
 from dstrain.models.portable import to_portable
 from dstrain.protocols import DenseSignal
+from dstrain.training.base import build_on_base
 from dstrain.training.teachers import TeacherOptions, plan_teachers, signals_of, start_teachers
+from tests.unit.adapters.adapted import adapter_of, train
 from tests.unit.training.fakes import ALONE
 from tests.unit.training.test_bundle_validation import MODEL, bundle_for, prepared
 
@@ -91,6 +94,17 @@ def test_a_teacher_of_the_same_vocabulary_shows_what_its_bundle_computes(corpus:
     model = load_bundle(teacher).model
     assert torch.equal(signal.weights[0], model.projection.weight)
     assert corpus.signal(teacher, precision="bf16").features[0].dtype == torch.bfloat16
+
+
+def test_an_adapter_bundle_teaches_what_it_adapts(corpus: Corpus, teacher: Path, tmp_path: Path) -> None:
+    adapter, base = LoraConfig(rank=2, alpha=4, targets=("*",)), find_bundle(teacher)
+    model = build_on_base(base, MODEL, adapter, seed=1)
+    train(model)
+    adapted = tmp_path / "adapted"
+    save_adapter_bundle(adapted, adapter=adapter, base=base, weights=adapter_of(model), recipe=None, notes={})
+    assert torch.equal(corpus.signal(adapted).weights[0], load_bundle(adapted).model.projection.weight)
+    assert not torch.allclose(corpus.probabilities(adapted), corpus.probabilities(teacher), atol=1e-3)
+    assert corpus.plan(adapted)[0].fingerprint != corpus.plan(teacher)[0].fingerprint
 
 
 @pytest.mark.parametrize("size", [90, 95])
