@@ -23,7 +23,7 @@ from transformers import GenerationConfig, MarianConfig, MarianMTModel
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator
-from dstrain.models.config import EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
+from dstrain.models.config import EncoderDecoderConfig, LengthLimits, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.ops.allocator import keep_freed_memory
 
@@ -57,7 +57,7 @@ def dstrain_translator() -> Translate:
             max_length_offset=NEW_TOKENS - 1,
             max_tokens=batch_size * BEAM_SIZE * SOURCE_TOKENS,
         )
-        generator = Generator(model, config=search, ids=SpecialIds(PAD, EOS, UNK), max_source_length=64, max_target_length=64)
+        generator = Generator(model, config=search, ids=SpecialIds(PAD, EOS, UNK), limits=LengthLimits(64, 64, joint=False))
         return [best.tokens for best, *_ in generator.translate_ids(sources)]
 
     return translate

@@ -8,6 +8,8 @@ cli     `dstrain train translation/multi30k_tiny` on the real corpus with data p
 
 One thread each, fp32. The loops take turns in processes of their own; ratios are taken within a round, and the median counts.
 
+`--variants` compares variants of the architecture instead: see tools/variant_loop.py.
+
     DSTRAIN_DATA=... python tools/bench_train.py [--rounds 5] [--loops bare model cli] [--data DATA] [--set a.b=c ...]
 """
 
@@ -93,7 +95,13 @@ def main() -> None:
     parser.add_argument("--loops", nargs="+", choices=LOOPS, default=list(LOOPS))
     parser.add_argument("--data", type=Path, help="an already prepared DATA directory; default: prepare one from $DSTRAIN_DATA")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="for `dstrain train`")
+    parser.add_argument("--variants", nargs="+", type=int, metavar="LENGTH", help="variant_loop.py at these lengths instead")
     args = parser.parse_args()
+    if args.variants:
+        for length in args.variants:
+            command = [sys.executable, str(TOOLS / "variant_loop.py"), "--rounds", str(args.rounds), "--length", str(length)]
+            subprocess.run(command, env=ENVIRONMENT, check=True)
+        return
 
     with tempfile.TemporaryDirectory() as directory:
         data = args.data or (prepared(Path(directory) / "data") if "cli" in args.loops else Path(directory))

@@ -20,16 +20,17 @@ from dstrain.objectives.train_module import TrainModule
 from dstrain.recipe_file import load_recipe
 
 
-def random_batch() -> Batch:
-    """Pairs of equal length, as in the bare loop. Tensors are (B, S) and (B, T)."""
-    lengths = torch.full((NUM_PAIRS,), LENGTH)
-    target = torch.randint(4, NUM_TYPES, (NUM_PAIRS, LENGTH + 1))
+def random_batch(length: int = LENGTH) -> Batch:
+    """Pairs of equal length, as many tokens as in the bare loop. Tensors are (B, S) and (B, T)."""
+    pairs = NUM_PAIRS * LENGTH // length
+    lengths = torch.full((pairs,), length)
+    target = torch.randint(4, NUM_TYPES, (pairs, length + 1))
     return Batch(
-        source=Sequences(torch.randint(4, NUM_TYPES, (NUM_PAIRS, LENGTH)), lengths),
+        source=Sequences(torch.randint(4, NUM_TYPES, (pairs, length)), lengths),
         target=Sequences(target[:, :-1].contiguous(), lengths),
         labels=target[:, 1:].contiguous(),
-        num_targets=NUM_PAIRS * LENGTH,
-        example_ids=torch.arange(NUM_PAIRS),
+        num_targets=pairs * length,
+        example_ids=torch.arange(pairs),
     )
 
 
@@ -51,8 +52,8 @@ def main() -> None:
     optimizer = torch.optim.Adam(module.parameters(), 5e-4, betas=(0.9, 0.98), fused=True)
 
     def step() -> None:
-        output = module(random_batch())
-        (output.loss_sum / output.num_targets).backward()
+        batch = random_batch()
+        (module(batch).loss_sum / batch.num_targets).backward()
         optimizer.step()
         optimizer.zero_grad()
 

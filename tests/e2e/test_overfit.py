@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import random
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from dstrain.recipe_file import merge
 
 Tree = dict[str, Any]
 CORPUS = {"kind": "grammar", "split": "train", "num_pairs": 64}
-STEPS = 140
+STEPS = 200
 
 STACK = {"depth": 1, "num_heads": 4, "ffn_dim": 128}
 ENCODER_DECODER: Tree = {
@@ -62,17 +63,19 @@ def rotary(**scaling: Any) -> Tree:
 PARTS: dict[str, Tree] = {
     "rotary": rotary(),
     "linear": rotary(kind="linear", factor=2.0),
-    "ntk": rotary(kind="dynamic_ntk", original_length=8, factor=2.0),
     "yarn": rotary(kind="yarn", original_length=8, factor=4.0),
-    "dynamic_yarn": rotary(kind="dynamic_yarn", original_length=8),
+    # What follows the length of a sequence turns otherwise in training, which sees it whole, than in generation, which sees it
+    # grow; so these are learned within their original length.
+    "ntk": rotary(kind="dynamic_ntk", original_length=64, factor=2.0),
+    "dynamic_yarn": rotary(kind="dynamic_yarn", original_length=64),
     "late_rotary": {"position": {"kind": "rotary", "layout": "interleaved", "fraction": 0.5}},
     "alibi_symmetric": {"position": {"kind": "alibi", "encoder": "symmetric"}},
     "alibi_asymmetric": {"position": {"kind": "alibi", "encoder": "asymmetric"}},
     "learned": {"position": {"kind": "learned"}},
     "stacked": both(depth=2, unique_layers=1),
     "cycled": both(depth=3, unique_layers=2),
-    "factorized": {"embedding": {"kind": "factorized", "dim": 24, "activation": "gelu", "tie": "none"}},
-    "factorized_tied": {"embedding": {"kind": "factorized", "dim": 24, "tie": "all"}},
+    "factorized": {"embedding": {"kind": "factorized", "dim": 32, "activation": "gelu", "tie": "none"}},
+    "factorized_tied": {"embedding": {"kind": "factorized", "dim": 32, "tie": "all"}},
     "output_activation": {"decoder": {"output_activation": "gelu"}},
     "gqa": {"encoder": {"num_kv_heads": 2}, "decoder": {"num_kv_heads": 2, "num_cross_kv_heads": 2}},
     "mqa": {"encoder": {"num_kv_heads": 1}, "decoder": {"num_kv_heads": 1, "num_cross_kv_heads": 1}},
@@ -85,7 +88,7 @@ PARTS: dict[str, Tree] = {
 JOINED = [
     ("rotary", "gated", "rms_norm"),
     ("yarn", "stacked"),
-    ("alibi", "mqa", "post_norm"),
+    ("alibi", "mqa", "stacked"),
     ("ntk", "factorized_tied", "cycled"),
     ("learned", "gqa", "output_activation"),
 ]
@@ -100,7 +103,7 @@ def encoder_decoder(*names: str) -> Tree:
 
 
 def decoder_only(*names: str) -> Tree:
-    tied = {"kind": "factorized", "dim": 24, "tie": "decoder"}
+    tied = {"kind": "factorized", "dim": 32, "tie": "decoder"}
     parts = {**PARTS, "alibi": {"position": {"kind": "alibi"}}, "factorized_tied": {"embedding": tied}}
     tree = DECODER_ONLY
     for name in names:
@@ -124,14 +127,14 @@ def recipe(model: Tree, corpus: Tree, path: Path) -> Path:
         "batching": {"tokens_per_step": 4000, "max_tokens": 8000},
         "model": model,
         "objective": {"kind": "cross_entropy", "label_smoothing": 0.0},
-        "optimizer": {"kind": "adam", "learning_rate": 0.015, "betas": [0.9, 0.98]},
+        "optimizer": {"kind": "adam", "learning_rate": 0.01, "betas": [0.9, 0.98]},
         "schedule": {"kind": "linear", "total_steps": STEPS, "warmup_steps": 10},
         "engine": {"deepspeed": "zero0"},
         "training": {"max_steps": STEPS},
         "validation": {"unit": "steps", "every": 10_000, "generation": None},
         "checkpoint": {"unit": "steps", "every": 10_000},
         "reporting": {"log_every": 1},
-        "generation": {"kind": "beam", "beam_size": 1},
+        "generation": {"kind": "beam", "beam_size": 1, "max_length_offset": 60},
     }
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -141,13 +144,9 @@ def verbs(log: Path, commands: Sequence[Sequence[str | Path]]) -> None:
     """Run verbs one after the other in a forked process, whose output goes to `log`."""
 
     def run() -> None:
-        with log.open("w") as out:
-            os.dup2(out.fileno(), 1)
-            os.dup2(out.fileno(), 2)
-            for words in commands:
-                code = main([str(word) for word in words])
-                if code != 0:
-                    os._exit(code)
+        with log.open("w") as out, redirect_stdout(out), redirect_stderr(out):
+            codes = [main([str(word) for word in words]) for words in commands]
+        os._exit(max(codes))
 
     process = multiprocessing.get_context("fork").Process(target=run)
     process.start()

@@ -30,6 +30,7 @@ from tests.parallel.adapting import adapted_curves, adapted_resume, other_base  
 from tests.parallel.distilling import distilled, placements, resident, resumed_student  # noqa: F401
 from tests.parallel.setting import EOS, build_engine, build_module, collate, num_targets, padded, sentences, share
 from tests.parallel.trace import repeat
+from tests.parallel.variants import variant_curves  # noqa: F401
 
 Report = dict[str, Any]
 

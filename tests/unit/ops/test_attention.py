@@ -54,6 +54,15 @@ def test_values_and_gradients(shape: tuple[int, ...], masking: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads_of_bias", [1, 6])
+def test_one_step_with_grouped_heads_and_a_bias_of_each_head_or_of_all(heads_of_bias: int) -> None:
+    query, key, value = inputs((3, 6, 2, 1, 7, 16))
+    bias = torch.randn(3, heads_of_bias, 1, 7, generator=torch.Generator().manual_seed(2))
+    for own in (bias, bias[0]):
+        expected = attention_reference(query, key, value, bias=own)
+        torch.testing.assert_close(attention(query, key, value, bias=own), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("length", [3, 30])
 def test_a_row_that_sees_nothing_is_finite_in_values_and_gradients(length: int) -> None:
     query, key, value = inputs((2, 2, 2, length, length, 4))

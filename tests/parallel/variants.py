@@ -1,0 +1,34 @@
+"""Models of parts drawn at random, trained for a few steps under several ZeRO stages in one process group."""
+
+from typing import Any
+
+from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
+from dstrain.models.factory import build_model
+from dstrain.objectives.config import CrossEntropyConfig
+from dstrain.objectives.factory import build_objective
+from dstrain.objectives.train_module import TrainModule
+from dstrain.parallel.topology import World
+from tests.parallel.setting import VOCABULARY, build_engine, share
+from tests.unit.models.build import random_config
+
+
+def variant(seed: int) -> EncoderDecoderConfig | DecoderOnlyConfig:
+    """Without dropout, whose masks differ between ranks."""
+    return random_config(seed).model_copy(update={"dropout": 0.0})
+
+
+def variant_curves(world: World, *, seeds: list[int], stages: list[str], steps: int) -> dict[str, list[list[list[float]]]]:
+    """By stage and seed the loss and gradient norm of each step."""
+    found: dict[str, list[list[list[float]]]] = {}
+    for stage in stages:
+        found[stage] = [_curve(world, seed, stage, steps) for seed in seeds]
+    return found
+
+
+def _curve(world: World, seed: int, stage: str, steps: int) -> list[list[float]]:
+    model = build_model(variant(seed), VOCABULARY, seed=1)
+    objective: Any = build_objective(CrossEntropyConfig(chunk_tokens=16))
+    engine = build_engine(world, TrainModule(model, objective), deepspeed=stage)
+    reports = [engine.train_step(*share(step, world, 4)) for step in range(steps)]
+    engine.close()
+    return [[report.loss, report.grad_norm] for report in reports]
