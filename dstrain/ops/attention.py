@@ -38,7 +38,7 @@ def attention(
         mixed: Tensor = _BatchedAttention.apply(query, key, value, bias)  # type: ignore[no-untyped-call]
         return mixed
     if grouped and query.shape[2] == 1 and not causal and (bias is None or bias.ndim < 3 or bias.shape[-3] == 1):
-        folded = query.squeeze(2).unflatten(1, (key.shape[1], -1))  # (B, heads of keys, queries of each, K)
+        folded = query.squeeze(2).view(len(query), key.shape[1], -1, query.shape[3])  # (B, heads of keys, queries of each, K)
         mixed = F.scaled_dot_product_attention(folded, key, value, attn_mask=bias, dropout_p=dropout)
         return mixed.flatten(1, 2).unsqueeze(2)
     return F.scaled_dot_product_attention(
