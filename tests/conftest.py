@@ -19,9 +19,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # started in the backgrou
 
 @pytest.fixture(autouse=True)
 def same_logger_for_every_test() -> Iterator[None]:
-    """The command line points dstrain's logger at stderr; afterwards it is as it was."""
-    logger = logging.getLogger("dstrain")
-    before = list(logger.handlers), logger.propagate, logger.level
+    """The command line points dstrain's logger at stderr, in fixtures of a whole module too; every test begins without that."""
+    _untouched_logger()
     yield
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
+    _untouched_logger()
+
+
+def _untouched_logger() -> None:
+    logger = logging.getLogger("dstrain")
+    logger.handlers[:], logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
