@@ -20,6 +20,9 @@ SHORT = (
 )
 
 RUN_ELSEWHERE = {
+    "dstrain pseudo-label --teacher bundles/tiny_average --data data/multi30k --output data/pseudo --beam-size 5": (
+        "tests/e2e/test_logits.py"
+    ),
     "bash tools/quickstart.sh": "tests/e2e/test_quickstart.py",
     "bash tools/test.sh": ".ci/run",
     "bash tools/get_multi30k.sh data/raw/multi30k": "tests/e2e/test_get_multi30k.py",
@@ -43,7 +46,7 @@ def test_the_readme_is_short_and_its_commands_are_known() -> None:
     assert "@@" not in README
     assert set(RUN_ELSEWHERE) <= set(commands())
     for command, place in RUN_ELSEWHERE.items():
-        word = next(word for word in command.split() if word.endswith((".sh", ".sbatch")) or word == "import")
+        word = next(word for word in command.split() if word.endswith((".sh", ".sbatch")) or word in {"import", "pseudo-label"})
         assert Path(word).name in (ROOT / place).read_text(), f"{place} does not run {command}"
 
 
