@@ -102,10 +102,10 @@ class Recipe(Config):
 
     def _dropout_problems(self) -> Iterator[str]:
         r_drop = self.objective.r_drop if isinstance(self.objective, CrossEntropyConfig) else None
-        if r_drop is not None and not any(_dropouts(self.model.model_dump())):
+        if r_drop is not None and not any(_dropouts(self.model_dump(include={"model", "adapter"}))):
             yield (
-                f"objective.r_drop.alpha = {r_drop.alpha} has no effect: every dropout of the model is 0, so both passes are the "
-                "same; raise model.dropout, or remove objective.r_drop"
+                f"objective.r_drop.alpha = {r_drop.alpha} has no effect: every dropout of model and adapter is 0, so both passes "
+                "are the same; raise model.dropout, or remove objective.r_drop"
             )
 
     def _vocabulary_problems(self) -> Iterator[str]:
@@ -125,7 +125,7 @@ class Recipe(Config):
 
 
 def _dropouts(tree: Mapping[str, Any]) -> Iterator[float]:
-    """Every probability with which a part of the model is dropped in training: dropouts and layer_drop, at any depth."""
+    """Every probability with which something is dropped in training: dropouts and layer_drop, at any depth."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _dropouts(value)

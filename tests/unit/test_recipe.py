@@ -85,10 +85,11 @@ def test_sections_that_do_not_fit_together_are_refused(override: str, complaint:
 def test_r_drop_without_any_dropout_is_refused() -> None:
     recipe = ["objective.r_drop={alpha: 2}", "model.dropout=0"]
     assert (
-        "objective.r_drop.alpha = 2.0 has no effect: every dropout of the model is 0, so both passes are the same; raise "
-        "model.dropout, or remove objective.r_drop"
+        "objective.r_drop.alpha = 2.0 has no effect: every dropout of model and adapter is 0, so both passes are the same; "
+        "raise model.dropout, or remove objective.r_drop"
     ) in errors_of(*recipe)
-    for other in ("model.attention_dropout=0.1", "model.activation_dropout=0.1", "model.decoder.layer_drop=0.1"):
+    adapter = "adapter={kind: lora, rank: 2, alpha: 4, dropout: 0.1, targets: [q_proj]}"
+    for other in (adapter, "model.attention_dropout=0.1", "model.activation_dropout=0.1", "model.decoder.layer_drop=0.1"):
         assert load_recipe("translation/quickstart", [*recipe, other]).objective.r_drop is not None
 
 
