@@ -71,7 +71,8 @@ def _dump(args: argparse.Namespace) -> None:
     lesson = load_lesson(args.teacher, args.data, args.split, args.device)
     sizes, identity = lesson.bundle.vocabulary, (args.split, lesson.fingerprint)
     job = plan_dump(method, lesson.dataset, lesson.manifest, *identity, vocabulary=sizes, tokens_per_shard=args.tokens_per_shard)
-    work = Dumper(lesson.bundle.model, lesson.dataset, job, args.output, sizes, lesson.device, args.max_tokens)
+    sides = lesson.bundle.model_config.limits.sides
+    work = Dumper(lesson.bundle.model, lesson.dataset, job, args.output, sizes, lesson.device, args.max_tokens, sides=sides)
     with tqdm(unit=" tokens", unit_scale=True, disable=None, total=work.tokens_of(args.shard)) as bar:
         report = work.run(args.shard, bar.update)
     print(report.line())

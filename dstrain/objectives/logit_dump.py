@@ -27,7 +27,7 @@ from dstrain.data.dataset import Dataset
 from dstrain.data.files import HashingWriter, atomic_writer
 from dstrain.data.manifest import FileRecord, Manifest
 from dstrain.data.parts import Share, finished_part, settle_job, write_note
-from dstrain.data.plan import evaluation_batches
+from dstrain.data.plan import Sides, evaluation_batches
 from dstrain.data.shard import list_array
 from dstrain.errors import DataError
 from dstrain.log import logger
@@ -125,7 +125,7 @@ class Dumper:
     """Writes shards of `job` into `output`.
 
     teacher: in evaluation mode, on `device`. max_tokens: padded tokens of a batch. chunk_tokens: those whose logits exist at one
-    time.
+    time. sides: how the teacher reads a pair.
     """
 
     teacher: TeacherForced
@@ -136,6 +136,7 @@ class Dumper:
     device: str
     max_tokens: int = 4096
     chunk_tokens: int = 256
+    sides: Sides = "apart"
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -189,7 +190,8 @@ class Dumper:
 
     def _batches(self, rows: range) -> Iterator[Batch]:
         part, pad_id, eos_id = slice(rows.start, rows.stop), self.vocabulary.pad_id, self.vocabulary.eos_id
-        groups = evaluation_batches(self.dataset.source_lengths[part], self.dataset.target_lengths[part], self.max_tokens)
+        sources, targets = self.dataset.source_lengths[part], self.dataset.target_lengths[part]
+        groups = evaluation_batches(sources, targets, self.max_tokens, sides=self.sides)
         for group in groups:
             examples = group + rows.start
             yield collate([self.dataset[row] for row in examples], examples, pad_id=pad_id, eos_id=eos_id)

@@ -63,7 +63,8 @@ def test_the_commands_run_in_order(tmp_path: Path) -> None:
         return subprocess.run(words, cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=800, check=False)
 
     (tmp_path / "data" / "raw").mkdir(parents=True)
-    (tmp_path / "data" / "raw" / "multi30k").symlink_to(DATA / "multi30k")
+    for corpus in ("multi30k", "wikitext"):
+        (tmp_path / "data" / "raw" / corpus).symlink_to(DATA / corpus)
     script = ["set -euo pipefail"]
     for command in commands():
         if command in RUN_ELSEWHERE:
