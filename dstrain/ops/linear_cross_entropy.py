@@ -26,14 +26,15 @@ The weight is read in forward alone and never kept: under ZeRO-3 it is whole onl
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX
+from dstrain.ops.forward_gradients import sums_with_gradients
 from dstrain.ops.mixed_precision import accumulator, add_product, autocast, product
 
 
@@ -62,8 +63,8 @@ def linear_cross_entropy(
         features_learn=with_grad and features.requires_grad,
         weight_learns=with_grad and weight.requires_grad,
     )
-    sums: tuple[Tensor, Tensor] = _LinearCrossEntropy.apply(features, weight, labels, options)  # type: ignore[no-untyped-call]
-    return sums
+    loss_sum, nll_sum = sums_with_gradients(features, weight, partial(_walk, labels=labels, options=options))
+    return loss_sum, nll_sum
 
 
 def reference_linear_cross_entropy(
@@ -99,26 +100,6 @@ class _Options(NamedTuple):
     row_weights: Tensor | None
     features_learn: bool
     weight_learns: bool
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """Gradients are made in forward and scaled in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, options: _Options) -> tuple[Tensor, Tensor]:
-        with torch.autocast(features.device.type, enabled=False):
-            sums, gradients = _walk(features, weight, labels, options)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = features.dtype, weight.dtype
-        ctx.mark_non_differentiable(sums[1])
-        return sums
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, loss_gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = [None if gradient is None else (gradient * loss_gradient).to(dtype) for gradient, dtype in gradients]
-        return *scaled, None, None
 
 
 def _walk(

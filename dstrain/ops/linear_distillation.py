@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX
@@ -36,6 +36,7 @@ from dstrain.ops.divergence import (
     sparse_fit,
     value_and_slope,
 )
+from dstrain.ops.forward_gradients import sums_with_gradients
 from dstrain.ops.mixed_precision import accumulator, add_product, autocast, product
 from dstrain.protocols import DenseSignal, SparseSignal
 
@@ -92,7 +93,7 @@ def linear_distillation(
         weight_learns=with_grad and weight.requires_grad,
     )
     rows = _rows(labels, signal, selected, accumulator(features.dtype))
-    return DistillationSums(*_LinearDistillation.apply(features, weight, rows, plan))  # type: ignore[no-untyped-call]
+    return DistillationSums(*sums_with_gradients(features, weight, partial(_walk, rows=rows, plan=plan)))
 
 
 def reference_linear_distillation(
@@ -166,26 +167,6 @@ def _rows(labels: Tensor, signal: DenseSignal | SparseSignal, selected: Tensor |
         signal=_cleared(signal, scored),
         with_tail=isinstance(signal, SparseSignal) and bool((signal.tail > 0).any()),
     )
-
-
-class _LinearDistillation(torch.autograd.Function):
-    """Gradients are made in forward and scaled in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, rows: _Rows, plan: _Plan) -> tuple[Tensor, ...]:
-        with torch.autocast(features.device.type, enabled=False):
-            sums, gradients = _walk(features, weight, rows, plan)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = features.dtype, weight.dtype
-        ctx.mark_non_differentiable(*sums[1:])
-        return tuple(sums)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = [None if gradient is None else (gradient * loss_gradient).to(dtype) for gradient, dtype in gradients]
-        return *scaled, None, None
 
 
 def _walk(

@@ -18,14 +18,15 @@ Precision and ignored rows are as there. The weight is read in forward alone and
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX
+from dstrain.ops.forward_gradients import sums_with_gradients
 from dstrain.ops.mixed_precision import accumulator, add_product, autocast, product
 
 
@@ -64,7 +65,7 @@ def linear_r_drop(
         features_learn=with_grad and features.requires_grad,
         weight_learns=with_grad and weight.requires_grad,
     )
-    return RDropSums(*_LinearRDrop.apply(features, weight, labels, options))  # type: ignore[no-untyped-call]
+    return RDropSums(*sums_with_gradients(features, weight, partial(_walk, labels=labels, options=options)))
 
 
 def reference_linear_r_drop(
@@ -99,26 +100,6 @@ class _Options(NamedTuple):
     row_weights: Tensor | None
     features_learn: bool
     weight_learns: bool
-
-
-class _LinearRDrop(torch.autograd.Function):
-    """Gradients are made in forward and scaled in backward."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, labels: Tensor, options: _Options) -> tuple[Tensor, ...]:
-        with torch.autocast(features.device.type, enabled=False):
-            sums, gradients = _walk(features, weight, labels, options)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = features.dtype, weight.dtype
-        ctx.mark_non_differentiable(*sums[1:])
-        return tuple(sums)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, loss_gradient: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = [None if gradient is None else (gradient * loss_gradient).to(dtype) for gradient, dtype in gradients]
-        return *scaled, None, None
 
 
 def _walk(
