@@ -30,7 +30,8 @@ from dstrain.log import logger
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import DistillationConfig, GlobalByLanguageSelection
-from dstrain.objectives.factory import build_objective, require_teacher, validation_objective
+from dstrain.objectives.factory import build_objective, require_lesson, validation_objective
+from dstrain.objectives.logit_store import LogitStore
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import keep_freed_memory
 from dstrain.parallel.topology import DeviceChoice, World, finalize, initialize
@@ -42,7 +43,7 @@ from dstrain.training.bundles import BundleStore
 from dstrain.training.preemption import StopSignals
 from dstrain.training.reporting import build_reporter
 from dstrain.training.run_directory import Run, open_run, recipe_differences
-from dstrain.training.teachers import TeacherOptions, plan_teachers, signals_of, start_teachers
+from dstrain.training.teachers import TeacherOptions, open_logits, plan_teachers, signals_of, start_teachers
 from dstrain.training.trainer import Trainer
 from dstrain.training.translation import build_translation
 from dstrain.training.validator import Validator, check_split
@@ -57,7 +58,7 @@ def train(
     base: the bundle whose weights training starts from; None for random ones. Returns the exit code of the verb. Raises
     DstrainError where something does not fit together.
     """
-    require_teacher(recipe.objective, given=bool(teachers.bundles))
+    require_lesson(recipe.objective, teacher=bool(teachers.bundles), logits=teachers.logits is not None)
     world = initialize(device)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -74,11 +75,13 @@ def train(
     )
     planned = plan_teachers(teachers, corpora.tokenizers, corpora.vocabulary, corpora.train)
     tag_place = _tag_place(recipe, corpora)
-    fingerprints = [teacher.fingerprint for teacher in planned]
+    store = _store(recipe, teachers, data, corpora)
+    fingerprints = [teacher.fingerprint for teacher in planned] if store is None else [store.manifest.fingerprint]
     run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job, teachers=fingerprints)
     try:
         teaching = start_teachers(planned, placement=teachers.placement, precision=_teacher_precision(recipe), world=world)
-        objective = build_objective(recipe.objective, signals_of(teaching), tag_place=tag_place)
+        signals = signals_of(teaching) if store is None else store
+        objective = build_objective(recipe.objective, signals, tag_place=tag_place)
         engine = build_engine(recipe, corpora.vocabulary, world, objective, started_from)
         code = build_trainer(recipe, corpora, plan, run, engine, base=started_from).run()
         if code == 0 and recipe.adapter is not None:
@@ -134,6 +137,13 @@ def _tag_place(recipe: Recipe, corpora: Corpora) -> int:
     if isinstance(objective, DistillationConfig) and isinstance(objective.selection, GlobalByLanguageSelection):
         return locate_tags(objective.selection.tags, corpora.tokenizers.source, corpora.train)
     return 0
+
+
+def _store(recipe: Recipe, teachers: TeacherOptions, data: Path, corpora: Corpora) -> LogitStore | None:
+    """Dumped logits to distil from, where some are named."""
+    if teachers.logits is None or not isinstance(recipe.objective, DistillationConfig):
+        return None
+    return open_logits(teachers.logits, data, corpora.manifest, recipe.objective)
 
 
 def _teacher_precision(recipe: Recipe) -> Precision:

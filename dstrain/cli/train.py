@@ -7,6 +7,7 @@ Slurm:            sbatch --nodes 4 slurm/train.sbatch RECIPE DATA RUN
 Fine-tuning:      dstrain train RECIPE --data DATA --output RUN --base BUNDLE, with an `adapter` section in RECIPE or without
 
 Distillation:     dstrain train translation/multi30k_tiny_kd --data DATA --output RUN --teacher BUNDLE
+From disk:        dstrain train translation/multi30k_tiny_kd --data DATA --output RUN --logits LOGITS
 
 RUN holds recipe.yaml, events.jsonl, checkpoints/ (for resuming) and bundles/ (models: best, last, step_...). Starting again
 with the same RUN resumes, bit for bit; a recipe that differs is refused. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first.
@@ -40,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bundle that a distillation learns from; again for an ensemble, whose probabilities are averaged",
     )
     parser.add_argument(
+        "--logits", metavar="LOGITS", type=Path, help="what `dstrain dump-logits` wrote: distil from it, without the teacher"
+    )
+    parser.add_argument(
         "--teacher-placement",
         choices=("replicated", "sharded", "offloaded"),
         help="whole on every rank (fast), shared out over the ranks (the default), or shared out in CPU memory; same results",
@@ -64,5 +68,5 @@ def run(args: argparse.Namespace) -> int:
         raise RecipeError(
             "--teacher-placement and --vocabulary-map say how a teacher works: add --teacher BUNDLE, or leave them out"
         )
-    teachers = TeacherOptions(tuple(args.teachers), args.teacher_placement or "sharded", args.vocabulary_map)
+    teachers = TeacherOptions(tuple(args.teachers), args.teacher_placement or "sharded", args.vocabulary_map, logits=args.logits)
     return train(recipe, data=args.data, output=args.output, device=args.device, base=args.base, teachers=teachers)

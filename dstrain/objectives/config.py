@@ -125,8 +125,9 @@ class DistillationConfig(Config):
 
     temperature: divides the logits of both models in the divergence. hard_weight: 1, or 0 where `selection` is `word`;
     label_smoothing: 0.1, or 0 where there is no hard loss to smooth. teacher_precision: what a teacher at work computes in, None
-    for engine.precision. chunk_tokens: positions whose logits exist at one time; memory is a few times chunk_tokens x vocabulary.
-    It moves no result.
+    for engine.precision. renormalize: give the mass of the types that dumped logits of method topk leave out to those they keep,
+    which is biased. chunk_tokens: positions whose logits exist at one time; memory is a few times chunk_tokens x vocabulary. It
+    moves no result.
     """
 
     kind: Literal["distillation"] = "distillation"
@@ -137,6 +138,7 @@ class DistillationConfig(Config):
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     selection: SelectionConfig = Field(default_factory=WordAndSequenceSelection)
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
+    renormalize: bool = False
     chunk_tokens: PositiveInt = 256
 
     @model_validator(mode="before")

@@ -17,11 +17,10 @@ from dstrain.protocols import Objective, SignalSource
 
 
 def build_objective(config: ObjectiveConfig, signals: SignalSource | None = None, *, tag_place: int = 0) -> Objective:
-    """The objective of `config`. signals: the teacher of a distillation; RecipeError where it is missing or not wanted.
+    """The objective of `config`. signals: what a distillation learns from; None for other objectives (`require_lesson`).
 
     tag_place: of the language tag in a source, for a selection by language.
     """
-    require_teacher(config, given=signals is not None)
     if not isinstance(config, DistillationConfig) or signals is None:
         assert isinstance(config, CrossEntropyConfig)
         return CrossEntropy(config) if config.r_drop is None else RDrop(config, config.r_drop)
@@ -31,17 +30,34 @@ def build_objective(config: ObjectiveConfig, signals: SignalSource | None = None
     return Distillation(config, signals)
 
 
-def require_teacher(config: ObjectiveConfig, *, given: bool) -> None:
-    """Raise RecipeError where a distillation has no teacher, or another objective has one."""
-    wanted = isinstance(config, DistillationConfig)
-    if wanted and not given:
+def require_lesson(config: ObjectiveConfig, *, teacher: bool, logits: bool) -> None:
+    """Raise RecipeError unless a distillation has either teachers or dumped logits, and another objective neither.
+
+    Keys that only one of both has a use for are refused beside the other.
+    """
+    if not isinstance(config, DistillationConfig):
+        if teacher or logits:
+            raise RecipeError(
+                f"objective.kind = {config.kind} has no use for a teacher: leave {'--teacher' if teacher else '--logits'} out, "
+                "or choose objective: {kind: distillation}"
+            )
+        return
+    if teacher and logits:
+        raise RecipeError("--teacher and --logits are two ways to the same lesson: leave one of them out")
+    if not (teacher or logits):
         raise RecipeError(
-            "objective.kind = distillation needs a teacher: add --teacher BUNDLE, or choose objective: {kind: cross_entropy}"
+            "objective.kind = distillation needs a teacher: add --teacher BUNDLE, or --logits LOGITS for what `dstrain "
+            "dump-logits` wrote, or choose objective: {kind: cross_entropy}"
         )
-    if given and not wanted:
+    if logits and config.teacher_precision is not None:
         raise RecipeError(
-            f"objective.kind = {config.kind} has no use for a teacher: leave --teacher out, or choose objective: "
-            "{kind: distillation}"
+            f"objective.teacher_precision = {config.teacher_precision} is what a teacher at work computes in, dumped logits are "
+            "as they are: leave it out beside --logits"
+        )
+    if teacher and config.renormalize:
+        raise RecipeError(
+            "objective.renormalize is for dumped logits of method topk; a teacher at work gives its whole distribution: leave "
+            "it out beside --teacher"
         )
 
 

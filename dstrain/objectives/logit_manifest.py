@@ -9,6 +9,7 @@ A store belongs to one teacher, one split of prepared data and one tokenizer, al
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -144,6 +145,11 @@ class StoreManifest(Config):
     def files(self) -> tuple[FileRecord, ...]:
         """Every shard on the disk."""
         return tuple(note.record for note in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that is kept."""
+        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
 
     @property
     def bytes_per_token(self) -> float:

@@ -1,4 +1,6 @@
-"""From bundles named on the command line to teachers at work: checked before anything is built, loaded once the run is open.
+"""What a distillation learns from, as the command line names it: dumped logits, or bundles that become teachers at work.
+
+Everything is checked before anything is built; teachers are loaded once the run is open.
 
 A teacher must speak the student's vocabulary, which its tokenizer's fingerprint tells. Where it does not, a vocabulary map says
 which id of the teacher's each of the student's is, one to one:
@@ -23,21 +25,25 @@ import yaml
 
 from dstrain.checkpoint.bundle import BundleDescription, find_bundle, load_bundle
 from dstrain.data.dataset import Dataset
+from dstrain.data.manifest import Manifest
 from dstrain.data.tokenizer import TokenizerPair
 from dstrain.engine.teacher_engine import Placement, Precision, TeacherEngine, VocabularyMap
 from dstrain.errors import BundleError, DataError
 from dstrain.models.config import VocabularySizes
+from dstrain.objectives.config import DistillationConfig
+from dstrain.objectives.logit_store import LogitStore, open_store
 from dstrain.objectives.signals import TeacherSignals
 from dstrain.parallel.topology import World
 
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """What the command line says: bundles, where their parameters are kept, and a vocabulary map for those that need one."""
+    """What the command line says: dumped logits, or bundles, where their parameters are kept, and a vocabulary map if needed."""
 
     bundles: tuple[Path, ...] = ()
     placement: Placement = "sharded"
     vocabulary_map: Path | None = None
+    logits: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,21 @@ def plan_teachers(
     if options.vocabulary_map is not None and all(teacher.vocabulary is None for teacher in planned):
         raise DataError("--vocabulary-map is not needed: every teacher has the vocabulary of the data; leave it out")
     return planned
+
+
+def open_logits(directory: Path, data: Path, manifest: Manifest, objective: DistillationConfig) -> LogitStore:
+    """Dumped logits as the objective's source of signals.
+
+    data, manifest: what is trained on. Raises DataError where they are unfinished, damaged, of other data or another split than
+    train; RecipeError where they cannot give what the objective asks for.
+    """
+    store = open_store(directory, data=data, manifest=manifest, renormalize=objective.renormalize)
+    if store.manifest.job.split != "train":
+        raise DataError(
+            f"the logits in {directory} are of the split {store.manifest.job.split!r}, training reads 'train'; dump that one"
+        )
+    store.require(divergence=objective.divergence.kind, temperature=objective.temperature)
+    return store
 
 
 def start_teachers(

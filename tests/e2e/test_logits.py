@@ -1,6 +1,7 @@
 """The offline half of distillation through the command line.
 
-Logits dumped in three shares, one of them killed, resumed, merged, inspected; a full disk; a teacher's outputs trained on.
+Logits dumped in three shares, one of them killed, resumed, merged, inspected, learned from; a full disk; a teacher's outputs
+trained on.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.support import RECIPE, SMALL_DATA, SMALL_TRAINING, dstrain, environment, fails, settings, succeeds
+from tests.e2e.support import RECIPE, SMALL_DATA, SMALL_TRAINING, Ranks, dstrain, environment, events, fails, settings, succeeds
 
 WORDS = ("--tokens-per-shard", "60", "--device", "cpu")
 
@@ -63,6 +64,47 @@ def test_three_shares_one_of_them_killed_make_the_same_bytes(data: Path, teacher
     merged = succeeds(dstrain("dump-logits", "--merge", output))
     assert "is complete" in merged.stdout
     assert tree(output) == tree(logits)
+
+
+def test_a_student_trains_on_dumped_logits_as_beside_the_teacher(data: Path, teacher: Path, logits: Path, tmp_path: Path) -> None:
+    dense, runs = tmp_path / "dense", {name: tmp_path / name for name in ("store", "teacher", "sampled", "two")}
+    succeeds(dstrain("dump-logits", "--teacher", teacher, "--data", data, "--output", dense, "--method", "dense", *WORDS))
+
+    def words(run: Path, *lesson: str | Path, objective: str = "objective={kind: distillation}") -> list[str | Path]:
+        recipe = settings(*SMALL_DATA, *SMALL_TRAINING, "model.dropout=0", objective)
+        return ["train", RECIPE, "--data", data, "--output", run, *lesson, *recipe]
+
+    def curve(run: Path, *names: str) -> list[float]:
+        return [event[name] for event in events(run, "train") for name in names]
+
+    succeeds(dstrain(*words(runs["store"], "--logits", dense)))
+    succeeds(dstrain(*words(runs["teacher"], "--teacher", teacher)))
+    figures = ("loss", "hard", "kd", "agreement", "grad_norm")
+    assert curve(runs["store"], *figures) == pytest.approx(curve(runs["teacher"], *figures), rel=2e-3, abs=1e-6)
+    succeeds(dstrain(*words(runs["sampled"], "--logits", logits)))
+    assert curve(runs["sampled"], "hard") == pytest.approx(curve(runs["teacher"], "hard"), rel=0.05)
+    ranks = Ranks(words(runs["two"], "--logits", logits), 2, tmp_path / "log")
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert curve(runs["two"], *figures) == pytest.approx(curve(runs["sampled"], *figures), rel=1e-4)
+
+    fails(dstrain(*words(runs["store"], "--logits", logits)), "was begun with another teacher")
+    fresh = tmp_path / "fresh"
+    both = words(fresh, "--logits", logits, "--teacher", teacher)
+    fails(dstrain(*both), "--teacher and --logits are two ways to the same lesson")
+    plain = words(fresh, "--logits", logits, objective="objective={kind: cross_entropy}")
+    fails(dstrain(*plain), "objective.kind = cross_entropy has no use for a teacher: leave --logits out")
+    reverse = words(fresh, "--logits", logits, objective="objective={kind: distillation, divergence: {kind: reverse_kl}}")
+    fails(dstrain(*reverse), "objective.divergence.kind = reverse_kl needs the whole distribution")
+    assert not fresh.exists()
+
+
+def test_logits_of_another_split_are_refused(data: Path, teacher: Path, tmp_path: Path) -> None:
+    valid, run = tmp_path / "valid", tmp_path / "run"
+    succeeds(dstrain("dump-logits", "--teacher", teacher, "--data", data, "--output", valid, "--split", "valid", *WORDS))
+    recipe = settings(*SMALL_DATA, *SMALL_TRAINING, "objective={kind: distillation}")
+    done = dstrain("train", RECIPE, "--data", data, "--output", run, "--logits", valid, *recipe)
+    fails(done, "are of the split 'valid', training reads 'train'")
+    assert not run.exists()
 
 
 def test_inspect_tells_what_it_finds(data: Path, teacher: Path, logits: Path, tmp_path: Path) -> None:
