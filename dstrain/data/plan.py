@@ -1,11 +1,12 @@
 """Which examples make up each optimizer step, and how a step is cut into micro-batches.
 
 Choice: a step is a number of target tokens, whatever the number of devices. An epoch walks through the examples in a computed
-random order (`permutation.py`), window by window. Within a window the examples are sorted by their longer side and cut into
-buckets of sentences of similar length, all about equally full; a step takes `tokens_per_step / bucket_tokens` of them, drawn at
-random from as many ranges of length, so that every step holds short and long sentences and its micro-batches little padding. A
-step of one bucket holds one length only, and the length of what such a model writes swings from step to step. The steps change
-places at random. A window is used up before the next begins: no example is dropped, none waits, and no step is a mere remainder.
+random order (`permutation.py`), window by window. Within a window the examples are sorted by their longer side, then by how much
+longer the source is than the target, and cut into buckets of sentences of similar lengths, all about equally full; a step takes
+`tokens_per_step / bucket_tokens` of them, drawn at random from as many ranges of length, so that every step holds short and long
+sentences and its micro-batches little padding. A step of one bucket holds one length only, and the length of what such a model
+writes swings from step to step; a moving average of the weights (training.ema) stills that. The steps change places at random. A
+window is used up before the next begins: no example is dropped, none waits, and no step is a mere remainder.
 The steps depend on (seed, epoch, lengths, tokens_per_step, bucket_tokens, shuffle_window) alone; the number of ranks and
 `max_tokens` only decide how each is cut into micro-batches.
 
@@ -104,7 +105,7 @@ class StepPlan:
     def _steps_of_window(self, examples: IntArray, seed: int) -> list[IntArray]:
         """The steps that the examples of a window, given in random order, make."""
         sources, targets = self.source_lengths[examples], self.target_lengths[examples]
-        order = np.argsort(_narrow(np.maximum(sources, targets)), kind="stable")
+        order = _sorted_by(sources.astype(np.int64) - targets, np.maximum(sources, targets))
         examples, targets = examples[order], targets[order]
         totals = np.concatenate(([0], np.cumsum(targets, dtype=np.int64)))
         wanted = -(-self.config.tokens_per_step // self.config.bucket_tokens)
@@ -237,6 +238,11 @@ def _fill(widths: list[int], capacity: int, at_least: int = 0) -> list[int]:
     return ends
 
 
-def _narrow(lengths: Lengths) -> Lengths:
-    """The same numbers in 16 bits where they fit: numpy sorts those in linear time."""
-    return lengths.astype(np.uint16) if lengths.max() < 2**16 else lengths
+def _sorted_by(*keys: Lengths) -> IntArray:
+    """The stable order by the last key, then by the one before: `np.lexsort`, but fast where numbers fit into 16 bits."""
+    order: IntArray = np.arange(len(keys[0]))
+    for key in keys:
+        low, high = int(key.min()), int(key.max())
+        narrow = (key - low).astype(np.uint16) if high - low < 2**16 else key
+        order = order[np.argsort(narrow[order], kind="stable")]
+    return order
