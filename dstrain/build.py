@@ -6,10 +6,10 @@ Cheap checks come first: recipe, DeepSpeed file, data directory and run director
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from torch import Tensor
 
 from dstrain import __version__
@@ -38,6 +38,7 @@ from dstrain.parallel.topology import DeviceChoice, World, finalize, initialize
 from dstrain.protocols import Objective
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
+from dstrain.strict import with_later_defaults
 from dstrain.training.base import build_on_base, check_reloaded, find_base
 from dstrain.training.bundles import BundleStore
 from dstrain.training.preemption import StopSignals
@@ -77,7 +78,8 @@ def train(
     tag_place = _tag_place(recipe, corpora)
     store = _store(recipe, teachers, data, corpora)
     fingerprints = [teacher.fingerprint for teacher in planned] if store is None else [store.manifest.fingerprint]
-    run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job, teachers=fingerprints)
+    renewed = partial(with_later_defaults, Recipe)
+    run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job, teachers=fingerprints, renewed=renewed)
     try:
         teaching = start_teachers(planned, placement=teachers.placement, precision=_teacher_precision(recipe), world=world)
         signals = signals_of(teaching) if store is None else store
@@ -104,7 +106,7 @@ class Corpora:
             logger.info(
                 "%s: the training targets are the outputs of teacher %s", directory, self.manifest.pseudo_labels["teacher"][:12]
             )
-        prepared = {"data": _with_later_defaults(self.manifest.data)}
+        prepared = {"data": with_later_defaults(DataConfig, self.manifest.data)}
         differences = recipe_differences(prepared, {"data": recipe_tree(recipe)["data"]})
         if differences:
             raise DataError(
@@ -121,14 +123,6 @@ class Corpora:
         """Sizes and special ids for the model."""
         source, target = self.tokenizers.source, self.tokenizers.target
         return VocabularySizes(source=source.vocab_size, target=target.vocab_size, pad_id=target.pad_id, eos_id=target.eos_id)
-
-
-def _with_later_defaults(section: dict[str, Any]) -> dict[str, Any]:
-    """A data section as it would be written today: keys that came after it have their defaults."""
-    try:
-        return DataConfig.model_validate(section).model_dump(mode="json")
-    except ValidationError:
-        return section
 
 
 def _tag_place(recipe: Recipe, corpora: Corpora) -> int:

@@ -4,10 +4,24 @@ Torch-free, so that a recipe can be checked on a login node. Choices are enums o
 that come in pairs.
 """
 
-from pydantic import BaseModel, ConfigDict
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 
 class Config(BaseModel):
     """A frozen configuration that refuses unknown keys and values that do not convert to the declared type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+def with_later_defaults(kind: type[Config], tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A resolved configuration as it would be written today: keys that came after it have their defaults.
+
+    As it is where it is not valid today.
+    """
+    try:
+        return kind.model_validate(tree).model_dump(mode="json")
+    except ValidationError:
+        return tree

@@ -18,7 +18,7 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +31,7 @@ from dstrain.log import logger
 from dstrain.protocols import Ranks
 
 FORMAT = 1
+Renewed = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 MAY_CHANGE = {
     "description",
     "batching.max_tokens",
@@ -72,10 +73,19 @@ class Run:
             self._lock = None
 
 
-def open_run(directory: Path, recipe: Mapping[str, Any], ranks: Ranks, *, data: str, teachers: Sequence[str] = ()) -> Run:
+def open_run(
+    directory: Path,
+    recipe: Mapping[str, Any],
+    ranks: Ranks,
+    *,
+    data: str,
+    teachers: Sequence[str] = (),
+    renewed: Renewed = dict,
+) -> Run:
     """Make RUN, or open the one that is there to resume it. Collective; rank 0 holds the lock.
 
     recipe: the resolved recipe as plain YAML values. data, teachers: fingerprints of the prepared data and of all that teaches.
+    renewed: makes of a recipe that an earlier version resolved what this one would.
     Raises TrainingError where another training holds the run or the directory is something else, CheckpointError where the
     recipe, the data or the teachers differ or the run has lost its checkpoints.
     """
@@ -83,7 +93,7 @@ def open_run(directory: Path, recipe: Mapping[str, Any], ranks: Ranks, *, data: 
 
     def on_first_rank() -> None:
         if ranks.rank == 0:
-            run._lock, run.run_id = _open(directory, recipe, {"data": data, "teachers": list(teachers)})
+            run._lock, run.run_id = _open(directory, recipe, {"data": data, "teachers": list(teachers)}, renewed)
 
     together(ranks, TrainingError, f"opening {directory}", on_first_rank)
     run.run_id = ranks.broadcast_object(run.run_id)
@@ -117,7 +127,7 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, list(tree) if isinstance(tree, tuple) else tree
 
 
-def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) -> tuple[IO[str], str]:
+def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], renewed: Renewed) -> tuple[IO[str], str]:
     recipe_file = directory / "recipe.yaml"
     if directory.exists() and not directory.is_dir():
         raise TrainingError(f"--output {directory} is a file; name a directory")
@@ -130,7 +140,7 @@ def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any]) 
     directory.mkdir(parents=True, exist_ok=True)
     lock = _lock(directory / ".lock")
     if recipe_file.is_file() and _has_begun(directory):
-        _check_recipe(recipe_file, recipe)
+        _check_recipe(recipe_file, recipe, renewed)
         return lock, _run_id(directory / "run.json", facts)
     run_id = uuid.uuid4().hex[:16]
     write_durably(directory / "run.json", json.dumps({"format": FORMAT, "run_id": run_id, **facts}).encode())
@@ -156,12 +166,12 @@ def _lock(path: Path) -> IO[str]:
     return file
 
 
-def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any]) -> None:
+def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any], renewed: Renewed) -> None:
     try:
         old = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{recipe_file} is damaged: {error}; restore it, or choose another --output") from error
-    differences = recipe_differences(old if isinstance(old, dict) else {}, _plain(recipe))
+    differences = recipe_differences(renewed(old) if isinstance(old, dict) else {}, _plain(recipe))
     if differences:
         raise CheckpointError(
             f"{recipe_file.parent} was begun with another recipe; it is not resumed with this one:\n"
