@@ -25,7 +25,7 @@ from dstrain.objectives.config import (
     SkewKl,
 )
 from dstrain.objectives.distillation import Distillation, SelectiveDistillation
-from dstrain.objectives.factory import build_objective, validation_objective
+from dstrain.objectives.factory import build_objective, require_lesson, validation_objective
 from dstrain.objectives.selection import Selection
 from dstrain.objectives.signals import TeacherSignals
 from dstrain.objectives.train_module import TrainModule
@@ -236,11 +236,29 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
     assert message in str(caught.value)
 
 
-def test_a_missing_and_a_superfluous_teacher_are_refused() -> None:
-    with pytest.raises(RecipeError, match=r"objective\.kind = distillation needs a teacher: add --teacher BUNDLE"):
-        build_objective(config_of())
-    with pytest.raises(RecipeError, match=r"objective\.kind = cross_entropy has no use for a teacher: leave --teacher out"):
-        build_objective(CrossEntropyConfig(), TeacherSignals(TEACHERS))
+@pytest.mark.parametrize(
+    ("config", "teacher", "logits", "message"),
+    [
+        (config_of(), False, False, "objective.kind = distillation needs a teacher: add --teacher BUNDLE, or --logits LOGITS"),
+        (config_of(), True, True, "--teacher and --logits are two ways to the same lesson"),
+        (CrossEntropyConfig(), True, False, "objective.kind = cross_entropy has no use for a teacher: leave --teacher out"),
+        (CrossEntropyConfig(), False, True, "objective.kind = cross_entropy has no use for a teacher: leave --logits out"),
+        (config_of(teacher_precision="bf16"), False, True, "objective.teacher_precision = bf16 is what a teacher at work"),
+        (config_of(renormalize=True), True, False, "objective.renormalize is for dumped logits of method topk"),
+    ],
+)
+def test_a_missing_and_a_superfluous_lesson_are_refused(
+    config: DistillationConfig | CrossEntropyConfig, teacher: bool, logits: bool, message: str
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        require_lesson(config, teacher=teacher, logits=logits)
+    assert message in str(caught.value)
+
+
+def test_a_lesson_that_suits_is_accepted() -> None:
+    require_lesson(config_of(teacher_precision="bf16"), teacher=True, logits=False)
+    require_lesson(config_of(renormalize=True), teacher=False, logits=True)
+    require_lesson(CrossEntropyConfig(), teacher=False, logits=False)
 
 
 class Kept:
