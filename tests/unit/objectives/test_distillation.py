@@ -168,8 +168,8 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("selection.queue_size", {"selection": {"kind": "global", "rate": 0.3, "queue_size": 5}}),
     ("selection", {"selection": {"kind": "global_by_language", "rate": 0.3, "tags": ["a"]}}),
 ]
-"""The remaining keys: chunk_tokens moves nothing (test_linear_distillation), tags are compared with the data (test_tags), and
-teacher_precision is the engine's (test_teachers)."""
+"""The remaining keys: chunk_tokens moves nothing (test_linear_distillation), tags are compared with the data (test_tags),
+teacher_precision is the engine's and renormalize the store's (test_teachers)."""
 
 
 def losses_of(**changes: Any) -> list[float]:
@@ -187,7 +187,7 @@ def test_every_key_changes_the_loss() -> None:
     assert losses_of() == found[0]
     assert len({tuple(losses) for losses in found}) == len(found)
     keys = {key for key, _ in CHANGES}
-    assert {key.split(".")[0] for key in keys} | {"kind", "chunk_tokens", "teacher_precision"} == set(
+    assert {key.split(".")[0] for key in keys} | {"kind", "chunk_tokens", "teacher_precision", "renormalize"} == set(
         DistillationConfig.model_fields
     )
     assert {key.split(".")[1] for key in keys if key.startswith("selection.")} | {"kind", "tags"} == set(

@@ -15,14 +15,18 @@ from dstrain.batch import Batch
 from dstrain.checkpoint.bundle import find_bundle, load_bundle, save_adapter_bundle, save_bundle
 from dstrain.data.dataset import Dataset, open_dataset
 from dstrain.data.loader import evaluation_loader
+from dstrain.data.manifest import load_manifest
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
-from dstrain.errors import BundleError, DataError
+from dstrain.errors import BundleError, DataError, RecipeError
 from dstrain.models.config import VocabularySizes
 from dstrain.models.portable import to_portable
+from dstrain.objectives.config import DistillationConfig
+from dstrain.objectives.logit_manifest import TopKMethod
 from dstrain.protocols import DenseSignal
 from dstrain.training.base import build_on_base
-from dstrain.training.teachers import TeacherOptions, plan_teachers, signals_of, start_teachers
+from dstrain.training.teachers import TeacherOptions, open_logits, plan_teachers, signals_of, start_teachers
 from tests.unit.adapters.adapted import adapter_of, train
+from tests.unit.objectives import toy_store
 from tests.unit.training.fakes import ALONE
 from tests.unit.training.test_bundle_validation import MODEL, bundle_for, prepared
 
@@ -186,3 +190,18 @@ def test_the_fingerprint_is_that_of_the_weights(corpus: Corpus, teacher: Path, t
     weights = {name: weight + 1e-3 for name, weight in to_portable(bundle.model).items()}
     save_bundle(again, model_config=MODEL, vocabulary=corpus.sizes, weights=weights, tokenizers=corpus.tokenizers, recipe=None)
     assert corpus.plan(teacher)[0].fingerprint != corpus.plan(again)[0].fingerprint
+
+
+def test_dumped_logits_are_opened_as_the_recipe_wants_them(tmp_path: Path) -> None:
+    data = toy_store.prepared(tmp_path / "data")
+    teacher, batch = toy_store.teacher_for(data), toy_store.batch_of(open_dataset(data, "train"), [1, 2])
+    toy_store.stored(data, tmp_path / "logits", TopKMethod(k=5), teacher=teacher)
+
+    def tails(**keys: Any) -> Tensor:
+        objective = DistillationConfig.model_validate(keys)
+        return open_logits(tmp_path / "logits", data, load_manifest(data), objective).signal(batch).tail
+
+    assert (tails() > 0.1).all()
+    assert not tails(renormalize=True).any()
+    with pytest.raises(RecipeError, match=r"objective\.temperature = 2, but the logits"):
+        tails(temperature=2)
