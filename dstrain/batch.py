@@ -55,6 +55,8 @@ class Batch:
     labels: (B, T) int64, the target tokens ending in EOS; `IGNORE_INDEX` at padding.
     num_targets: number of scored labels, known on the CPU. 0 for an empty micro-batch, which adds exactly zero.
     example_ids: (B,) int64, row numbers of the data set.
+    sampled: whether the targets are samples of the model that is trained, not those of the data; alike in a whole step. One that
+    was cut has no EOS at its end.
     """
 
     source: Sequences | None
@@ -62,6 +64,7 @@ class Batch:
     labels: Tensor
     num_targets: int
     example_ids: Tensor
+    sampled: bool = False
 
     @property
     def size(self) -> Size:
@@ -76,4 +79,5 @@ class Batch:
             labels=self.labels.to(device, non_blocking=True),
             num_targets=self.num_targets,
             example_ids=self.example_ids.to(device, non_blocking=True),
+            sampled=self.sampled,
         )

@@ -5,7 +5,7 @@ Cheap checks come first: recipe, DeepSpeed file, data directory and run director
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.engine.deepspeed_engine import TrainEngine
 from dstrain.engine.teacher_engine import Precision
 from dstrain.errors import DataError, RecipeError
+from dstrain.generation.constraints import SpecialIds
 from dstrain.log import logger
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
@@ -41,11 +42,19 @@ from dstrain.recipe_file import recipe_tree
 from dstrain.strict import with_later_defaults
 from dstrain.training.base import build_on_base, check_reloaded, find_base
 from dstrain.training.bundles import BundleStore
+from dstrain.training.on_policy import OnPolicySteps, OwnSamples, room_for_samples
 from dstrain.training.preemption import StopSignals
 from dstrain.training.reporting import build_reporter
 from dstrain.training.run_directory import Run, open_run, recipe_differences
-from dstrain.training.teachers import TeacherOptions, open_logits, plan_teachers, signals_of, start_teachers
-from dstrain.training.trainer import Trainer
+from dstrain.training.teachers import (
+    PlannedTeacher,
+    TeacherOptions,
+    open_logits,
+    plan_teachers,
+    signals_of,
+    start_teachers,
+)
+from dstrain.training.trainer import Steps, Trainer
 from dstrain.training.translation import build_translation
 from dstrain.training.validator import Validator, check_split
 from dstrain.training.watchdog import Watchdog
@@ -85,7 +94,7 @@ def train(
         signals = signals_of(teaching) if store is None else store
         objective = build_objective(recipe.objective, signals, tag_place=tag_place)
         engine = build_engine(recipe, corpora.vocabulary, world, objective, started_from)
-        code = build_trainer(recipe, corpora, plan, run, engine, base=started_from).run()
+        code = build_trainer(recipe, corpora, plan, run, engine, base=started_from, teachers=planned).run()
         if code == 0 and recipe.adapter is not None:
             _check_last_bundle(recipe, corpora, run, engine)
     finally:
@@ -175,14 +184,22 @@ def build_engine(
 
 
 def build_trainer(
-    recipe: Recipe, corpora: Corpora, plan: StepPlan, run: Run, engine: TrainEngine, *, base: StoredBundle | None = None
+    recipe: Recipe,
+    corpora: Corpora,
+    plan: StepPlan,
+    run: Run,
+    engine: TrainEngine,
+    *,
+    base: StoredBundle | None = None,
+    teachers: Sequence[PlannedTeacher] = (),
 ) -> Trainer:
     """All parts of a training, put together."""
     vocabulary, world = corpora.vocabulary, engine.world
     watchdog = Watchdog(recipe.training.hang_seconds, rank=world.rank)
+    own_samples = _build_own_samples(recipe, corpora, engine, teachers, watchdog)
 
-    def steps(epoch: int, index: int) -> TrainLoader:
-        return TrainLoader(
+    def steps(epoch: int, index: int) -> Steps:
+        loader = TrainLoader(
             corpora.train,
             plan,
             pad_id=vocabulary.pad_id,
@@ -191,6 +208,7 @@ def build_trainer(
             world_size=world.world_size,
             start=(epoch, index),
         )
+        return loader if own_samples is None else OnPolicySteps(loader, own_samples)
 
     return Trainer(
         training=recipe.training,
@@ -209,6 +227,31 @@ def build_trainer(
         signals=StopSignals(),
         watchdog=watchdog,
         header={"dstrain": __version__, "run_id": run.run_id, "recipe": recipe_tree(recipe)},
+    )
+
+
+def _build_own_samples(
+    recipe: Recipe, corpora: Corpora, engine: TrainEngine, teachers: Sequence[PlannedTeacher], watchdog: Watchdog
+) -> OwnSamples | None:
+    """What writes the targets of on-policy steps, where the objective has any."""
+    on_policy = recipe.objective.on_policy if isinstance(recipe.objective, DistillationConfig) else None
+    if on_policy is None:
+        return None
+    return OwnSamples(
+        config=on_policy,
+        student=lambda: engine.generation_model(averaged=False),
+        ranks=engine.world,
+        ids=SpecialIds.of(corpora.tokenizers.target),
+        room=room_for_samples(
+            [recipe.model.limits, *(teacher.limits for teacher in teachers)],
+            longest_source=int(corpora.train.source_lengths.max()),
+            max_tokens=recipe.batching.max_tokens,
+        ),
+        sides=recipe.model.limits.sides,
+        max_tokens=recipe.batching.max_tokens,
+        seed=recipe.training.seed,
+        device=engine.device,
+        beat=watchdog.beat,
     )
 
 

@@ -156,8 +156,11 @@ class DenseSignal:
 class SignalSource(Protocol):
     """Teachers as a distillation objective sees them: at work beside the student, or kept on disk."""
 
-    def require(self, *, divergence: str, temperature: float) -> None:
-        """Raise a DstrainError where the signals cannot give this divergence at this temperature."""
+    def require(self, *, divergence: str, temperature: float, on_policy: bool) -> None:
+        """Raise a DstrainError where the signals cannot give this divergence at this temperature.
+
+        on_policy: of targets that are not in the data, too.
+        """
         ...
 
     def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:

@@ -16,7 +16,7 @@ from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece
 from dstrain.engine.config import EngineConfig, FallingSchedule, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 from dstrain.models.config import ModelConfig
-from dstrain.objectives.config import CrossEntropyConfig, ObjectiveConfig
+from dstrain.objectives.config import CrossEntropyConfig, DistillationConfig, ObjectiveConfig
 from dstrain.strict import Config
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
 
@@ -76,6 +76,13 @@ class Recipe(Config):
             yield (
                 f"validation.generation translates the valid split, but data.{untranslatable[0]} is text without a source (kind: "
                 f"{plain[untranslatable[0]]}), so there is nothing to translate; set validation.generation: null"
+            )
+        on_policy = self.objective.on_policy if isinstance(self.objective, DistillationConfig) else None
+        sourceless = [place for place in plain if place.startswith("train.")]
+        if on_policy is not None and sourceless:
+            yield (
+                f"objective.on_policy samples a target for each source, but data.{sourceless[0]} is text without a source (kind: "
+                f"{plain[sourceless[0]]}); remove objective.on_policy, or choose corpora of pairs"
             )
         if self.data.filter.max_ratio is not None and has_no_source(self.data.train):
             yield "data.filter.max_ratio compares the lengths of two sides, but data.train is text without a source; leave it out"

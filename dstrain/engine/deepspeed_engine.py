@@ -135,9 +135,12 @@ class TrainEngine:
 
     @torch.no_grad()
     def _survey(self, batches: Sequence[Batch]) -> None:
-        """Show the step to an objective that asks for it, under the dropout that training will draw again."""
+        """Show the step to an objective that asks for it, under the dropout that training will draw again.
+
+        A step of samples has no labels to be weighed by, and is not shown.
+        """
         objective = self.module.objective
-        if isinstance(objective, Surveying):
+        if isinstance(objective, Surveying) and not any(batch.sampled for batch in batches):
             with objective.survey(self.world.gather_rows):
                 for batch in batches:
                     self._engine(batch.to(self.device))

@@ -120,14 +120,32 @@ SelectionConfig = Annotated[
 ]
 
 
+class OnPolicyConfig(Config):
+    """On-policy distillation: on some steps the student learns from what the teacher says of the student's own samples.
+
+    After Agarwal et al., ICLR 2024, "On-Policy Distillation of Language Models". fraction: the chance of each optimizer step, as
+    a whole, to be such a step (the paper's lambda). temperature, top_k, top_p: how the student samples, as in `generation`.
+    max_length_ratio, max_length_offset: a sample has at most ratio x source length + offset tokens (source with its EOS), and
+    never more than the models and batching.max_tokens allow; what has not ended by then is cut, without an EOS.
+    """
+
+    fraction: Rate = 0.5
+    temperature: PositiveFloat = 1.0
+    top_k: PositiveInt | None = None
+    top_p: Rate | None = None
+    max_length_ratio: NonNegativeFloat = 1.2
+    max_length_offset: PositiveInt = 10
+
+
 class DistillationConfig(Config):
     """hard_weight x label-smoothed cross-entropy + kd_weight x temperature^2 x divergence from the teacher on selected tokens.
 
     temperature: divides the logits of both models in the divergence. hard_weight: 1, or 0 where `selection` is `word`;
     label_smoothing: 0.1, or 0 where there is no hard loss to smooth. teacher_precision: what a teacher at work computes in, None
     for engine.precision. renormalize: give the mass of the types that dumped logits of method topk leave out to those they keep,
-    which is biased. chunk_tokens: positions whose logits exist at one time; memory is a few times chunk_tokens x vocabulary. It
-    moves no result.
+    which is biased. on_policy: steps on the student's own samples, None for none. On these there are no labels: no hard loss, and
+    every token learns from the teacher whatever `selection` says, whose queues stay as they are. chunk_tokens: positions whose
+    logits exist at one time; memory is a few times chunk_tokens x vocabulary. It moves no result.
     """
 
     kind: Literal["distillation"] = "distillation"
@@ -139,6 +157,7 @@ class DistillationConfig(Config):
     selection: SelectionConfig = Field(default_factory=WordAndSequenceSelection)
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
     renormalize: bool = False
+    on_policy: OnPolicyConfig | None = None
     chunk_tokens: PositiveInt = 256
 
     @model_validator(mode="before")
@@ -167,6 +186,11 @@ class DistillationConfig(Config):
         if self.label_smoothing and not self.hard_weight:
             raise ValueError(
                 f"label_smoothing = {self.label_smoothing} smooths the hard loss, but hard_weight = 0; leave it out or at 0"
+            )
+        if self.on_policy is not None and self.on_policy.fraction == 1 and self.selection.kind != "word":
+            raise ValueError(
+                f"on_policy.fraction = 1 leaves no step with labels, which selection.kind = {self.selection.kind} needs; choose "
+                "selection: {kind: word}, or a smaller fraction"
             )
         return self
 

@@ -7,6 +7,11 @@ tokens, never padding, and are divided once by the step's number of them, select
     hard, kd   the two losses before their weights
     agreement  how often student and teacher find the same type best
     selected   how many tokens learn from the teacher
+    on_policy  how many tokens the student has written itself
+
+On a step of the student's own samples the loss is the divergence alone, of every token: there is no label to learn, to smooth or
+to select by. What such steps report besides is named apart (on_policy_nll, on_policy_kd, on_policy_agreement): the log-likelihood
+of one's own samples says nothing about perplexity.
 
 Where the signal comes from, teachers at work or a store, this objective does not know. It is for training; what is validated is
 plain cross-entropy (`factory.validation_objective`).
@@ -45,7 +50,8 @@ class Distillation:
     """Implements `protocols.Objective`: every token learns from the teacher."""
 
     def __init__(self, config: DistillationConfig, signals: SignalSource) -> None:
-        signals.require(divergence=config.divergence.kind, temperature=config.temperature)
+        on_policy = config.on_policy is not None
+        signals.require(divergence=config.divergence.kind, temperature=config.temperature, on_policy=on_policy)
         self.config = config
         self.signals = signals
         self.terms = DistillationTerms(
@@ -55,6 +61,7 @@ class Distillation:
             kd_weight=config.kd_weight,
             label_smoothing=config.label_smoothing,
         )
+        self.terms_on_policy = self.terms._replace(hard_weight=0.0, label_smoothing=0.0)
 
     def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
         """The sum of losses over the batch's scored labels; sums: those of the head of this file."""
@@ -74,7 +81,7 @@ class Distillation:
                     weight,
                     scored.labels,
                     signal,
-                    terms=self.terms,
+                    terms=self.terms_on_policy if batch.sampled else self.terms,
                     chunk_tokens=self.config.chunk_tokens,
                     selected=selected,
                 )
@@ -82,8 +89,15 @@ class Distillation:
             return self.signals.reduce_signal(batch, scored.rows, learn)
 
         sums = model.reduce_projection(scored.hidden, reduce)
-        named = {name: getattr(sums, name) for name in ("nll", "hard", "kd", "agreement", "selected")}
-        return LossOutput(sums.loss, batch.size, named)
+        return LossOutput(sums.loss, batch.size, self._named(sums, sampled=batch.sampled))
+
+    def _named(self, sums: DistillationSums, *, sampled: bool) -> dict[str, Tensor]:
+        """What is reported, by name."""
+        if sampled:
+            own = {f"on_policy_{name}": getattr(sums, name) for name in ("nll", "kd", "agreement")}
+            return {**own, "on_policy": sums.selected}
+        given = {name: getattr(sums, name) for name in ("nll", "hard", "kd", "agreement", "selected")}
+        return given if self.config.on_policy is None else {**given, "on_policy": torch.zeros_like(sums.selected)}
 
 
 class SelectiveDistillation(Distillation):
@@ -96,8 +110,13 @@ class SelectiveDistillation(Distillation):
         self._selected: deque[Tensor] = deque()
 
     def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
-        """Within `survey` a look at the batch; afterwards the losses of the same batches in the same order."""
+        """Within `survey` a look at the batch; afterwards the losses of the same batches in the same order.
+
+        A step of samples is not surveyed.
+        """
         scored = scored_tokens(model, batch)
+        if batch.sampled:
+            return self.loss(model, batch, scored, None)
         if self._surveyed is None:
             return self.loss(model, batch, scored, self._selected.popleft())
         reduce = partial(linear_nll, labels=scored.labels, chunk_tokens=self.config.chunk_tokens)

@@ -54,8 +54,13 @@ class LogitStore:
         """What the teacher's logits were divided by; an objective must divide the student's by the same."""
         return self.manifest.job.method.temperature
 
-    def require(self, *, divergence: str, temperature: float) -> None:
-        """Raise RecipeError unless it is the forward divergence at the temperature of the dump."""
+    def require(self, *, divergence: str, temperature: float, on_policy: bool) -> None:
+        """Raise RecipeError unless it is the forward divergence at the temperature of the dump, on the targets of the data."""
+        if on_policy:
+            raise RecipeError(
+                f"objective.on_policy has a teacher score what the student writes, {self._directory} keeps what one said of the "
+                "data: remove objective.on_policy, or name a teacher at work (--teacher)"
+            )
         if divergence != "forward_kl":
             raise RecipeError(
                 f"objective.divergence.kind = {divergence} needs the whole distribution, {self._directory} keeps a part of it: "

@@ -34,8 +34,8 @@ class TeacherSignals:
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.teachers = list(teachers)
 
-    def require(self, *, divergence: str, temperature: float) -> None:
-        """Nothing: the whole distribution is at hand, so every divergence is, at every temperature."""
+    def require(self, *, divergence: str, temperature: float, on_policy: bool) -> None:
+        """Nothing: the whole distribution is at hand, so every divergence is, at every temperature, of any targets."""
 
     def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:
         """`reduce` of the features and weights of all teachers, inside all their projections."""

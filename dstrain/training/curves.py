@@ -25,8 +25,11 @@ Events = Sequence[Mapping[str, Any]]
 PANELS = (
     ("loss, nats per target token", (("train", "loss"), ("train", "nll"), ("valid", "loss"), ("valid", "nll"))),
     ("divergence of two passes, nats per target token", (("train", "kl"),)),
-    ("losses on labels and teacher", (("train", "hard"), ("train", "kd"))),
-    ("agreement with the teacher, tokens selected", (("train", "agreement"), ("train", "selected"))),
+    ("losses on labels and teacher", (("train", "hard"), ("train", "kd"), ("train", "on_policy_kd"))),
+    (
+        "agreement with the teacher, tokens selected",
+        (("train", "agreement"), ("train", "on_policy_agreement"), ("train", "selected")),
+    ),
     ("validation scores", (("valid", "bleu"), ("valid", "chrf"))),
     ("validation perplexity", (("valid", "perplexity"),)),
     ("learning rate", (("train", "learning_rate"),)),

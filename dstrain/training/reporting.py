@@ -129,9 +129,13 @@ def describe(event: Event) -> str:
         ("learning_rate", "lr {:.2e}"),
         ("grad_norm", "norm {:.2f}"),
     ):
+        if name == "perplexity" and event.get("on_policy") == 1:
+            continue  # there were no labels
         parts.append(form.format(event[name]) if event[name] is not None else f"{name} not finite")
     if event.get("kd") is not None:
         parts.append(f"kd {event['kd']:.3f} on {event['selected']:.0%} | agreement {event['agreement']:.1%}")
+    if event.get("on_policy_kd") is not None:
+        parts.append(f"on-policy kd {event['on_policy_kd']:.3f} | agreement {event['on_policy_agreement']:.1%}")
     parts.append(f"{event['tokens_per_second']:,.0f} tokens/s")
     if event["eta_seconds"] is not None:
         parts.append(f"ETA {timedelta(seconds=round(event['eta_seconds']))}")

@@ -22,9 +22,9 @@ class Window:
     """Sums over the steps since the last training event, so that an event does not depend on where a run was cut.
 
     num_targets, denominator, loss_sum: over steps that were applied. sums: the objective's further sums over their targets, by
-    name. positions, filled: label positions of this rank's
-    micro-batches, and how many of them are no padding. seconds, cpu_seconds: of steps alone, without validation and saving;
-    cpu_seconds are those of this process.
+    name. targets: over how many targets each of these sums is, those of the steps that report it. positions, filled: label
+    positions of this rank's micro-batches, and how many of them are no padding. seconds, cpu_seconds: of steps alone, without
+    validation and saving; cpu_seconds are those of this process.
     """
 
     steps: int = 0
@@ -33,6 +33,7 @@ class Window:
     denominator: int = 0
     loss_sum: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
+    targets: dict[str, int] = field(default_factory=dict)
     positions: int = 0
     filled: int = 0
     seconds: float = 0.0
@@ -49,11 +50,16 @@ class Window:
             denominator=self.denominator + (report.denominator if applied else 0),
             loss_sum=self.loss_sum + (report.loss * report.denominator if applied else 0.0),
             sums=self.sums | {name: self.sums.get(name, 0.0) + total for name, total in added.items()},
+            targets=self.targets | {name: self.targets.get(name, 0) + report.num_targets for name in added},
             positions=self.positions + sum(batch.labels.numel() for batch in batches),
             filled=self.filled + sum(batch.num_targets for batch in batches),
             seconds=self.seconds + seconds,
             cpu_seconds=self.cpu_seconds + cpu_seconds,
         )
+
+    def means(self) -> dict[str, float]:
+        """Each further sum per target of the steps that report it."""
+        return {name: total / self.targets[name] for name, total in self.sums.items()}
 
 
 @dataclass(frozen=True)

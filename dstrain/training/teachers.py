@@ -29,7 +29,7 @@ from dstrain.data.manifest import Manifest
 from dstrain.data.tokenizer import TokenizerPair
 from dstrain.engine.teacher_engine import Placement, Precision, TeacherEngine, VocabularyMap
 from dstrain.errors import BundleError, DataError
-from dstrain.models.config import VocabularySizes
+from dstrain.models.config import LengthLimits, VocabularySizes
 from dstrain.objectives.config import DistillationConfig
 from dstrain.objectives.logit_store import LogitStore, open_store
 from dstrain.objectives.signals import TeacherSignals
@@ -48,11 +48,12 @@ class TeacherOptions:
 
 @dataclass(frozen=True)
 class PlannedTeacher:
-    """A teacher that fits. fingerprint: of its weights and, where one is used, of the vocabulary map."""
+    """A teacher that fits. fingerprint: of its weights and, where one is used, the vocabulary map. limits: what it can read."""
 
     directory: Path
     fingerprint: str
     vocabulary: VocabularyMap | None
+    limits: LengthLimits
 
 
 def plan_teachers(
@@ -79,7 +80,7 @@ def plan_teachers(
         if not same and options.vocabulary_map is not None:
             vocabulary = read_vocabulary_map(options.vocabulary_map, sizes, description.vocabulary)
             fingerprint += hashlib.sha256(options.vocabulary_map.read_bytes()).hexdigest()
-        planned.append(PlannedTeacher(directory, fingerprint, vocabulary))
+        planned.append(PlannedTeacher(directory, fingerprint, vocabulary, description.model.limits))
     if options.vocabulary_map is not None and all(teacher.vocabulary is None for teacher in planned):
         raise DataError("--vocabulary-map is not needed: every teacher has the vocabulary of the data; leave it out")
     return planned

@@ -292,7 +292,7 @@ def _is_due(config: ValidationConfig | CheckpointConfig, state: TrainingState) -
 def _train_fields(state: TrainingState, planned: PlannedStep, report: StepReport, eta_seconds: float | None) -> dict[str, Any]:
     window = state.window
     loss = window.loss_sum / window.denominator if window.denominator else math.nan
-    means = {name: total / window.num_targets for name, total in window.sums.items()}
+    means = window.means()
     nll = means.pop("nll", math.nan)
     return {
         "epoch": planned.epoch,

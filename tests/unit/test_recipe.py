@@ -123,6 +123,16 @@ def test_text_without_a_source_is_not_translated(overrides: list[str]) -> None:
         load_recipe(LANGUAGE_MODEL, ["validation.generation={kind: beam}", *overrides])
 
 
+def test_a_target_is_sampled_for_a_source_alone() -> None:
+    on_policy = "objective={kind: distillation, on_policy: {fraction: 0.3}}"
+    assert load_recipe("translation/quickstart", [on_policy]).objective.on_policy.max_length_offset == 10
+    with pytest.raises(RecipeError, match=r"objective\.on_policy samples a target for each source, but data\.train\.0 is text w"):
+        load_recipe(LANGUAGE_MODEL, [on_policy])
+    message = errors_of("objective={kind: distillation, on_policy: {fraction: 1.5, temperature: 0}}")
+    assert "objective.on_policy.fraction: input should be less than or equal to 1, not 1.5" in message
+    assert "objective.on_policy.temperature: input should be greater than 0, not 0" in message
+
+
 def test_the_length_filter_of_a_decoder_only_model_minds_what_it_reads() -> None:
     def error(name: str, *overrides: str) -> str:
         with pytest.raises(RecipeError) as caught:

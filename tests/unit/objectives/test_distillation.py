@@ -1,6 +1,7 @@
 """The objective: the plain formula, padding and splits, every key acts, no key is inert, selection over a whole step."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -169,7 +170,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("selection", {"selection": {"kind": "global_by_language", "rate": 0.3, "tags": ["a"]}}),
 ]
 """The remaining keys: chunk_tokens moves nothing (test_linear_distillation), tags are compared with the data (test_tags),
-teacher_precision is the engine's and renormalize the store's (test_teachers)."""
+teacher_precision is the engine's and renormalize the store's (test_teachers), on_policy changes the batches (test_on_policy)."""
 
 
 def losses_of(**changes: Any) -> list[float]:
@@ -187,9 +188,8 @@ def test_every_key_changes_the_loss() -> None:
     assert losses_of() == found[0]
     assert len({tuple(losses) for losses in found}) == len(found)
     keys = {key for key, _ in CHANGES}
-    assert {key.split(".")[0] for key in keys} | {"kind", "chunk_tokens", "teacher_precision", "renormalize"} == set(
-        DistillationConfig.model_fields
-    )
+    elsewhere = {"kind", "chunk_tokens", "teacher_precision", "renormalize", "on_policy"}
+    assert {key.split(".")[0] for key in keys} | elsewhere == set(DistillationConfig.model_fields)
     assert {key.split(".")[1] for key in keys if key.startswith("selection.")} | {"kind", "tags"} == set(
         GlobalByLanguageSelection.model_fields
     )
@@ -228,6 +228,19 @@ def test_word_learns_from_the_teacher_alone() -> None:
         ({"divergence": {"kind": "jensen_shannon", "beta": 1.1}}, "less than or equal to 1"),
         ({"divergence": {"kind": "skew_kl", "alpha": 0}}, "greater than 0"),
         ({"divergence": {"kind": "forward_kl", "beta": 0.5}}, "Extra inputs"),
+        ({"on_policy": {"fraction": 0}}, "greater than 0"),
+        ({"on_policy": {"fraction": 1.5}}, "less than or equal to 1"),
+        ({"on_policy": {"temperature": 0}}, "greater than 0"),
+        ({"on_policy": {"temperature": -1}}, "greater than 0"),
+        ({"on_policy": {"top_k": 0}}, "greater than 0"),
+        ({"on_policy": {"top_p": 0}}, "greater than 0"),
+        ({"on_policy": {"max_length_ratio": -1}}, "greater than or equal to 0"),
+        ({"on_policy": {"max_length_offset": 0}}, "greater than 0"),
+        ({"on_policy": {"lambda": 0.5}}, "Extra inputs"),
+        (
+            {"on_policy": {"fraction": 1}, "selection": {"kind": "batch"}},
+            "on_policy.fraction = 1 leaves no step with labels, which selection.kind = batch needs; choose selection",
+        ),
     ],
 )
 def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -264,16 +277,18 @@ def test_a_lesson_that_suits_is_accepted() -> None:
 class Kept:
     """A source that refuses."""
 
-    def require(self, *, divergence: str, temperature: float) -> None:
-        raise RecipeError(f"no {divergence} at {temperature}")
+    def require(self, *, divergence: str, temperature: float, on_policy: bool) -> None:
+        raise RecipeError(f"no {divergence} at {temperature}, on_policy = {on_policy}")
 
     def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[SparseSignal], Any]) -> Any:
         raise NotImplementedError
 
 
 def test_a_source_is_asked_for_what_the_recipe_wants() -> None:
-    with pytest.raises(RecipeError, match=r"no skew_kl at 2\.0"):
+    with pytest.raises(RecipeError, match=r"no skew_kl at 2\.0, on_policy = False"):
         Distillation(config_of(divergence={"kind": "skew_kl"}, temperature=2), Kept())
+    with pytest.raises(RecipeError, match=r"no forward_kl at 1\.0, on_policy = True"):
+        Distillation(config_of(on_policy={"fraction": 0.1}), Kept())
 
 
 def test_validation_is_the_students_own_loss_and_leaves_the_queue() -> None:
@@ -298,6 +313,31 @@ def test_the_teacher_learns_nothing() -> None:
     assert all(parameter.grad is None for parameter in after)
     assert all(map(torch.equal, before, after))
     assert len(list(module.parameters())) == len(list(module.model.parameters()))
+
+
+@pytest.mark.parametrize("kind", ["word", "word_and_sequence", "batch", "global", "global_by_language"])
+def test_a_step_of_samples_learns_from_the_teacher_alone(kind: str) -> None:
+    """Every token, whatever the selection, with its queue left as it was; a sample without an EOS is scored as any other."""
+    tags = {"tags": ["a"]} if kind == "global_by_language" else {}
+    module = module_of(temperature=2.0, kd_weight=0.7, on_policy={}, selection={"kind": kind, **tags})
+    sources, targets = pairs(5, 1, 9)
+    (given,) = step(module, [batch_of(sources, targets)])
+    assert given.sums["on_policy"] == 0
+    before = getattr(module.objective, "state", dict)()
+    batch = replace(batch_of(sources, [targets[0], targets[1][:-1], targets[2]]), sampled=True)
+    output = module(batch)
+    _, kd = plain_losses(module, batch, 2.0, 1)
+    assert output.size.num_targets == output.sums["on_policy"] == 23
+    assert set(output.sums) == {"on_policy_nll", "on_policy_kd", "on_policy_agreement", "on_policy"}
+    torch.testing.assert_close(output.loss_sum, 0.7 * kd.sum())
+    torch.testing.assert_close(output.sums["on_policy_kd"], kd.sum().detach())
+    torch.testing.assert_close(gradients(module, output.loss_sum), gradients(module, 0.7 * kd.sum()), rtol=1e-4, atol=1e-5)
+    after = getattr(module.objective, "state", dict)()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[tag], after[tag]) for tag in before)
+    empty = module(replace(empty_batch(), sampled=True))
+    assert empty.loss_sum == 0
+    assert empty.sums.keys() == output.sums.keys()
 
 
 def test_a_queue_is_shared_by_the_batches_of_a_step() -> None:

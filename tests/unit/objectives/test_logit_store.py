@@ -191,11 +191,13 @@ def test_an_empty_micro_batch_has_no_signal(data: Path, teacher: EncoderDecoder,
 
 def test_only_the_forward_divergence_at_the_dumps_temperature(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
     store = stored(data, tmp_path / "logits", SampleMethod(temperature=2.0), teacher=teacher)
-    store.require(divergence="forward_kl", temperature=2.0)
+    store.require(divergence="forward_kl", temperature=2.0, on_policy=False)
     with pytest.raises(RecipeError, match=r"objective.divergence.kind = reverse_kl needs the whole .* forward_kl"):
-        store.require(divergence="reverse_kl", temperature=2.0)
+        store.require(divergence="reverse_kl", temperature=2.0, on_policy=False)
     with pytest.raises(RecipeError, match=r"objective.temperature = 1, but the logits in .* are of temperature 2: set that, or"):
-        store.require(divergence="forward_kl", temperature=1.0)
+        store.require(divergence="forward_kl", temperature=1.0, on_policy=False)
+    with pytest.raises(RecipeError, match=r"objective.on_policy has a teacher score what the student writes, .* remove objec"):
+        store.require(divergence="forward_kl", temperature=2.0, on_policy=True)
 
 
 def test_renormalizing_is_biased_and_says_so(

@@ -30,6 +30,17 @@ def test_a_distillation_shows_what_it_learns_from_the_teacher() -> None:
     assert "kd" not in describe(TRAIN)
 
 
+def test_steps_on_the_students_own_samples_are_told_apart() -> None:
+    own = {"on_policy_nll": 2.0, "on_policy_kd": 0.125, "on_policy_agreement": 0.25}
+    mixed = describe({**TRAIN, "kd": 0.5, "agreement": 0.5, "selected": 0.5, "on_policy": 0.3, **own})
+    assert "ppl 20.08" in mixed
+    assert "kd 0.500 on 50% | agreement 50.0% | on-policy kd 0.125 | agreement 25.0%" in mixed
+    alone = describe({**TRAIN, "nll": None, "perplexity": None, "on_policy": 1.0, **own})
+    assert "perplexity" not in alone
+    assert "ppl" not in alone
+    assert "loss 3.250 | lr" in alone
+
+
 def test_events_are_lines_with_time_kind_and_step(tmp_path: Path) -> None:
     reporter = Reporter(EventFile(tmp_path / "run" / "events.jsonl"))
     reporter.emit("train", 1, loss=0.1 + 0.2, worst=float("nan"), norm=float("inf"))

@@ -37,6 +37,18 @@ def test_a_window_keeps_a_loss_per_sentence_apart_from_sums_per_token() -> None:
     assert (window.steps, window.skipped, window.num_targets, window.denominator) == (3, 1, 100, 5)
     assert window.loss_sum == 5.0 * 2 + 3.0 * 3
     assert window.sums == {"nll": 4.0 * 10 + 2.0 * 90, "kl": 1.0 * 10 + 0.5 * 90}
+    assert window.means() == {"nll": 2.2, "kl": 0.55}
+
+
+def test_a_sum_is_divided_by_the_targets_of_the_steps_that_report_it() -> None:
+    rest: dict[str, float] = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}
+    window = Window()
+    for number, sums in ((10, {"nll": 4.0, "on_policy": 0.0}), (30, {"on_policy_nll": 2.0, "on_policy": 1.0})):
+        report = StepReport(step=1, num_targets=number, denominator=number, sums=sums, **rest)
+        window = window.after(report, [], 1.0, 1.0)
+    assert window.means() == {"nll": 4.0, "on_policy": 0.75, "on_policy_nll": 2.0}
+    state = TrainingState(window=window)
+    assert load_state(json.loads(json.dumps(state.to_json()))) == state
 
 
 @pytest.mark.parametrize("change", [{"unknown": 1}, {"step": None}, {"window": {"steps": 1}}])
