@@ -47,6 +47,7 @@ class Recipe(Config):
         problems = [
             *self._schedule_problems(),
             *self._text_problems(),
+            *self._source_problems(),
             *self._length_problems(),
             *self._vocabulary_problems(),
             *self._dropout_problems(),
@@ -77,15 +78,22 @@ class Recipe(Config):
                 f"validation.generation translates the valid split, but data.{untranslatable[0]} is text without a source (kind: "
                 f"{plain[untranslatable[0]]}), so there is nothing to translate; set validation.generation: null"
             )
-        on_policy = self.objective.on_policy if isinstance(self.objective, DistillationConfig) else None
-        sourceless = [place for place in plain if place.startswith("train.")]
-        if on_policy is not None and sourceless:
-            yield (
-                f"objective.on_policy samples a target for each source, but data.{sourceless[0]} is text without a source (kind: "
-                f"{plain[sourceless[0]]}); remove objective.on_policy, or choose corpora of pairs"
-            )
         if self.data.filter.max_ratio is not None and has_no_source(self.data.train):
             yield "data.filter.max_ratio compares the lengths of two sides, but data.train is text without a source; leave it out"
+
+    def _source_problems(self) -> Iterator[str]:
+        """What the objective reads from a source, where training data has none."""
+        plain = next(((number, corpus.kind) for number, corpus in enumerate(self.data.train) if is_text_alone(corpus)), None)
+        if plain is None or not isinstance(self.objective, DistillationConfig):
+            return
+        without = f"but data.train.{plain[0]} is text without a source (kind: {plain[1]})"
+        if self.objective.on_policy is not None:
+            yield f"objective.on_policy samples a target for each source, {without}; remove it, or choose corpora of pairs"
+        if self.objective.selection.kind == "global_by_language":
+            yield (
+                f"objective.selection.kind = global_by_language reads the language from the source, {without}; choose selection: "
+                "{kind: global}, or corpora of pairs"
+            )
 
     def _length_problems(self) -> Iterator[str]:
         kept, limits = self.data.filter, self.model.limits

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Batch
+from dstrain.errors import DataError
 from dstrain.objectives.config import BatchSelection, GlobalByLanguageSelection, GlobalSelection
 
 SelectiveConfig = BatchSelection | GlobalSelection | GlobalByLanguageSelection
@@ -64,7 +65,10 @@ class Selection:
         tag = torch.full_like(rows, ONE_QUEUE)
         if self.by_language:
             if batch.source is None:
-                raise ValueError("global_by_language reads the language from the source, but this model has none")
+                raise DataError(
+                    "objective.selection.kind = global_by_language reads the language from the source, but there is none; choose "
+                    "selection: {kind: global}"
+                )
             tokens = batch.source.tokens
             tag = tokens[:, min(self.tag_place, tokens.shape[1] - 1)][sentences]  # an empty micro-batch may be narrower
         return torch.stack([order.double(), nll.double(), tag.double()], dim=1)

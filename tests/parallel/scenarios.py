@@ -28,6 +28,7 @@ from dstrain.parallel.topology import World
 from dstrain.protocols import LossOutput
 from tests.parallel.adapting import adapted_curves, adapted_resume, other_base  # noqa: F401
 from tests.parallel.distilling import distilled, placements, resident, resumed_student  # noqa: F401
+from tests.parallel.on_policy import on_policy  # noqa: F401
 from tests.parallel.setting import EOS, build_engine, build_module, collate, num_targets, padded, sentences, share
 from tests.parallel.trace import repeat
 from tests.parallel.variants import variant_curves  # noqa: F401

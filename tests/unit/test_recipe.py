@@ -123,11 +123,15 @@ def test_text_without_a_source_is_not_translated(overrides: list[str]) -> None:
         load_recipe(LANGUAGE_MODEL, ["validation.generation={kind: beam}", *overrides])
 
 
-def test_a_target_is_sampled_for_a_source_alone() -> None:
+def test_an_objective_that_reads_a_source_needs_one() -> None:
     on_policy = "objective={kind: distillation, on_policy: {fraction: 0.3}}"
     assert load_recipe("translation/quickstart", [on_policy]).objective.on_policy.max_length_offset == 10
     with pytest.raises(RecipeError, match=r"objective\.on_policy samples a target for each source, but data\.train\.0 is text w"):
         load_recipe(LANGUAGE_MODEL, [on_policy])
+    by_language = "objective={kind: distillation, selection: {kind: global_by_language, tags: [a]}}"
+    with pytest.raises(RecipeError, match=r"by_language reads the language from the source, but data\.train\.0 is text without"):
+        load_recipe(LANGUAGE_MODEL, [by_language])
+    load_recipe("translation/multi30k_tiny_decoder_only", [by_language])
     message = errors_of("objective={kind: distillation, on_policy: {fraction: 1.5, temperature: 0}}")
     assert "objective.on_policy.fraction: input should be less than or equal to 1, not 1.5" in message
     assert "objective.on_policy.temperature: input should be greater than 0, not 0" in message

@@ -1,12 +1,14 @@
 """Which tokens learn from the teacher: the formulas written out, queues that keep their size, and no trace of a split."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from dstrain.batch import IGNORE_INDEX, Batch, Sequences
+from dstrain.errors import DataError
 from dstrain.objectives.config import BatchSelection, GlobalByLanguageSelection, GlobalSelection
 from dstrain.objectives.selection import Selection, gate
 
@@ -131,3 +133,11 @@ def test_padding_has_no_facts() -> None:
     assert IGNORE_INDEX not in padded.labels
     found = Selection(BatchSelection()).facts(padded, torch.tensor([1, 8]), torch.zeros(2))
     assert len(found) == 2
+
+
+def test_a_language_is_read_from_a_source() -> None:
+    selection = Selection(GlobalByLanguageSelection(tags=["a"]))
+    with pytest.raises(
+        DataError, match=r"reads the language from the source, but there is none; choose selection: \{kind: global\}"
+    ):
+        selection.facts(replace(batch([1, 2]), source=None), torch.arange(14), torch.ones(14))

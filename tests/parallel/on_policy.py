@@ -1,0 +1,84 @@
+"""What the ranks do with steps on the student's own samples; each scenario returns JSON, which the tests assert in the parent."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from dstrain.batch import Batch
+from dstrain.data.plan import PlannedStep
+from dstrain.engine.deepspeed_engine import TrainEngine
+from dstrain.generation.constraints import SpecialIds
+from dstrain.objectives.config import OnPolicyConfig
+from dstrain.parallel.topology import World
+from dstrain.training.on_policy import OnPolicySteps, OwnSamples
+from tests.parallel.distilling import queues, student
+from tests.parallel.setting import EOS, PAD, collate, num_targets, sentences
+
+Report = dict[str, Any]
+KEYS: dict[str, Any] = {"fraction": 0.5, "max_length_ratio": 1.0, "max_length_offset": 6}
+OBJECTIVE: dict[str, Any] = {"on_policy": KEYS, "selection": {"kind": "global", "rate": 0.5, "queue_size": 150}}
+
+
+class Steps:
+    """Steps `first` to `last`; the last of two ranks holds one sentence and an empty micro-batch, the first all others."""
+
+    def __init__(self, world: World, first: int, last: int) -> None:
+        self.world, self.range = world, range(first, last)
+
+    def __iter__(self) -> Iterator[tuple[PlannedStep, Sequence[Batch]]]:
+        for step in self.range:
+            pairs = sentences(step)
+            rows = list(range(len(pairs)))
+            held = [[rows[0:6], rows[6:]]] if self.world.world_size == 1 else [[rows[0:6], rows[6:-1]], [rows[-1:], []]]
+            batches = [
+                replace(collate([pairs[row] for row in part]), example_ids=torch.tensor(part, dtype=torch.int64) + 100 * step)
+                for part in held[self.world.rank]
+            ]
+            yield PlannedStep(1, step, np.arange(len(pairs)), num_targets(pairs), last_of_epoch=False), batches
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def train(world: World, engine: TrainEngine, first: int, last: int) -> list[Report]:
+    """Reports of the steps, each with whether it was on samples, this rank's micro-batches, and its samples by example."""
+    own_samples = OwnSamples(
+        config=OnPolicyConfig(**KEYS),
+        student=lambda: engine.generation_model(averaged=False),
+        ranks=world,
+        ids=SpecialIds(pad=PAD, eos=EOS, unk=3),
+        room=30,
+        sides="apart",
+        max_tokens=40,
+        seed=11,
+        device=world.device,
+        beat=lambda phase: None,
+    )
+    found = []
+    for planned, batches in OnPolicySteps(Steps(world, first, last), own_samples):
+        report = asdict(engine.train_step(batches, planned.size))
+        samples = {
+            str(number): row[row >= 0].tolist()
+            for batch in batches
+            if batch.sampled and batch.num_targets
+            for number, row in zip(batch.example_ids.tolist(), batch.labels, strict=True)
+        }
+        found.append({**report, "micro_batches": len(batches), "sampled": batches[0].sampled, "samples": samples})
+    return found
+
+
+def on_policy(world: World, *, shards: str, deepspeed: str, placement: str) -> Report:
+    """Six steps at once, and three saved and continued by another engine."""
+    options = {"objective": OBJECTIVE, "deepspeed": deepspeed, "placement": placement, "ema": {"decay": 0.7}}
+    straight, writer = student(world, **options), student(world, **options)
+    curve, found = train(world, straight, 0, 6), train(world, writer, 0, 3)
+    writer.save_shards(Path(shards))
+    world.barrier()
+    continued = student(world, **options)
+    continued.load_shards(Path(shards))
+    found += train(world, continued, 3, 6)
+    return {"curve": curve, "queue": queues(straight)["0"], "resumed": found, "resumed_queue": queues(continued)["0"]}
