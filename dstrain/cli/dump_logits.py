@@ -8,7 +8,8 @@ Methods: sample draws from the teacher's distribution (about 40 bytes a token; u
 types and the mass of the rest (about 3 bytes a type; biased for flat teachers); dense keeps everything, for small vocabularies.
 Signals belong to (row, position) of the data: batch size, order and number of ranks of the later training are free.
 
-The same command again goes on where it was interrupted. To share the work, run it once for every I in 0 .. N-1 with --shard I/N
+The same command again goes on where it was interrupted. Under a launcher (deepspeed --num_gpus 8 --module dstrain dump-logits
+...) the ranks share the work, each on its own GPU. To share it among jobs, run it once for every I in 0 .. N-1 with --shard I/N
 (a Slurm array: --shard $SLURM_ARRAY_TASK_ID/16), in any order, then check and finish:
 
     dstrain dump-logits --merge LOGITS
@@ -18,10 +19,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from dstrain import __version__
 from dstrain.cli.common import positive_float, positive_number
+from dstrain.cli.ranks import Task, do_share
 from dstrain.cli.teacher import add_work_arguments, load_lesson
 from dstrain.errors import DataError
 
@@ -53,26 +56,25 @@ def run(args: argparse.Namespace) -> int:
     given = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
     if given not in ([True, True, True, False], [False, False, False, True]):
         raise DataError("dump-logits takes --teacher, --data and --output, or --merge LOGITS alone")
-    if args.merge is None:
-        _dump(args)
-    if args.merge is not None or args.shard.count == 1:
+    if args.merge is not None or do_share(args, partial(_dump, args)):
         store = merge_store(args.merge or args.output, f"dstrain {__version__}")
         print(f"{args.merge or args.output} is complete: {store.job.tokens:,} tokens, {store.bytes_per_token:.1f} bytes a token")
     return 0
 
 
-def _dump(args: argparse.Namespace) -> None:
+def _dump(args: argparse.Namespace, task: Task) -> str:
     from tqdm import tqdm
 
     from dstrain.objectives.logit_dump import Dumper, plan_dump
     from dstrain.objectives.logit_manifest import choose_method
 
     method = choose_method(args.method, {name: vars(args)[name] for name in METHOD})
-    lesson = load_lesson(args.teacher, args.data, args.split, args.device)
+    lesson = load_lesson(args.teacher, args.data, args.split, task.device)
     sizes, identity = lesson.bundle.vocabulary, (args.split, lesson.fingerprint)
     job = plan_dump(method, lesson.dataset, lesson.manifest, *identity, vocabulary=sizes, tokens_per_shard=args.tokens_per_shard)
     sides = lesson.bundle.model_config.limits.sides
     work = Dumper(lesson.bundle.model, lesson.dataset, job, args.output, sizes, lesson.device, args.max_tokens, sides=sides)
-    with tqdm(unit=" tokens", unit_scale=True, disable=None, total=work.tokens_of(args.shard)) as bar:
-        report = work.run(args.shard, bar.update)
-    print(report.line())
+    hidden = None if task.is_first else True
+    with tqdm(unit=" tokens", unit_scale=True, disable=hidden, total=work.tokens_of(task.share)) as bar:
+        report = work.run(task.share, bar.update)
+    return report.line()

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from dstrain.generation.pseudo_label import Labeler
 
 
-def build_labeler(args: argparse.Namespace) -> Labeler:
+def build_labeler(args: argparse.Namespace, device: str) -> Labeler:
     """Teacher, data and job. DataError where they do not fit together."""
     from dstrain.api import generation_config
     from dstrain.data.config import DataConfig
@@ -21,7 +21,7 @@ def build_labeler(args: argparse.Namespace) -> Labeler:
     from dstrain.generation.generator import Generator
     from dstrain.generation.pseudo_label import Labeler
 
-    lesson = load_lesson(args.teacher, args.data, "train", args.device)
+    lesson = load_lesson(args.teacher, args.data, "train", device)
     bundle, pairs = lesson.bundle, len(lesson.dataset)
     options = {name: vars(args)[name] for name in ("beam_size", "length_penalty", "max_tokens")}
     search = generation_config(bundle.recipe, {**options, "kind": "beam", "num_best": 1})

@@ -7,8 +7,12 @@ DATA2 is prepared data for the same recipe as DATA: its training targets are the
 tokenizer are those of DATA. --keep-original adds the original pairs. Outputs that are empty, longer than the recipe's filter
 allows, too many times longer or shorter than the source, or that repeat themselves are dropped, and counted by reason.
 
-The same command again goes on where it was interrupted. To share the work, run it once for every I in 0 .. N-1 with --shard I/N
-(a Slurm array: --shard $SLURM_ARRAY_TASK_ID/16), in any order, then check and finish:
+The same command again goes on where it was interrupted. Under a launcher the ranks share the work, each on its own GPU:
+
+    deepspeed --num_gpus 8 --module dstrain pseudo-label --teacher BUNDLE --data DATA --output DATA2
+
+To share it among jobs, run it once for every I in 0 .. N-1 with --shard I/N (a Slurm array: --shard $SLURM_ARRAY_TASK_ID/16), in
+any order, then check and finish:
 
     dstrain pseudo-label --merge DATA2
 """
@@ -16,10 +20,12 @@ The same command again goes on where it was interrupted. To share the work, run 
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 from dstrain import __version__
 from dstrain.cli.common import positive_float, positive_number
+from dstrain.cli.ranks import Task, do_share
 from dstrain.cli.teacher import add_work_arguments
 from dstrain.errors import DataError
 
@@ -50,25 +56,23 @@ def run(args: argparse.Namespace) -> int:
     given = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
     if given not in ([True, True, True, False], [False, False, False, True]):
         raise DataError("pseudo-label takes --teacher, --data and --output, or --merge DATA2 alone")
-    if args.merge is None:
-        _label(args)
-    if args.merge is not None or args.shard.count == 1:
+    if args.merge is not None or do_share(args, partial(_label, args)):
         train = merge_labels(args.merge or args.output, f"dstrain {__version__}").splits["train"]
         lost = ", ".join(f"{reason} {count:,}" for reason, count in train.dropped.items() if count) or "none"
         print(f"{args.merge or args.output} is complete: {train.rows:,} of {train.pairs_read:,} pairs; dropped: {lost}")
     return 0
 
 
-def _label(args: argparse.Namespace) -> None:
+def _label(args: argparse.Namespace, task: Task) -> str:
     from tqdm import tqdm
 
     from dstrain.cli.labeling import build_labeler
     from dstrain.data.derived import take_over
 
-    labeler = build_labeler(args)
-    total = sum(len(labeler.job.rows(number)) for number in args.shard.of(labeler.job.parts))
-    with tqdm(unit=" pairs", disable=None, total=total) as bar:
-        report = labeler.run(args.shard, bar.update)
-    if args.shard.index == 0:
+    labeler = build_labeler(args, task.device)
+    total = sum(len(labeler.job.rows(number)) for number in task.share.of(labeler.job.parts))
+    with tqdm(unit=" pairs", disable=None if task.is_first else True, total=total) as bar:
+        report = labeler.run(task.share, bar.update)
+    if task.share.index == 0:
         take_over(args.data, args.output, labeler.job)
-    print(report.line())
+    return report.line()

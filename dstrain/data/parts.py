@@ -33,6 +33,10 @@ class Share:
         """Its numbers among 0..parts-1."""
         return range(self.index, parts, self.count)
 
+    def part(self, index: int, count: int) -> Share:
+        """The part `index` of `count` of this share."""
+        return Share(self.index + index * self.count, self.count * count)
+
 
 class Note(Config):
     """What stands beside a part's file; each kind of work adds what it has to say."""

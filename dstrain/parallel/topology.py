@@ -31,6 +31,9 @@ PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 TIMEOUT = timedelta(minutes=30)
 """How long a collective may wait. Long, because other ranks wait while one of them writes a checkpoint."""
 
+PATIENCE = timedelta(days=365)
+"""How long a rank that is done with its share waits for those that are not."""
+
 
 @dataclass(frozen=True)
 class World:
@@ -93,10 +96,11 @@ class World:
         return torch.cat([share[:count] for share, count in zip(gathered, counts, strict=True)])
 
 
-def initialize(device: DeviceChoice = "auto") -> World:
+def initialize(device: DeviceChoice = "auto", *, backend: Literal["gloo", "nccl"] | None = None) -> World:
     """Find this process's place, join the process group and choose device and thread count. Call once per process.
 
-    RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* are in the environment afterwards, where DeepSpeed looks for them.
+    backend: None for the one that suits the device. RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* are in the environment afterwards,
+    where DeepSpeed looks for them.
     Raises TrainingError where the environment is contradictory, a device is missing or the port is taken.
     """
     place = find_place(os.environ)
@@ -111,8 +115,27 @@ def initialize(device: DeviceChoice = "auto") -> World:
         torch.set_num_threads(max(1, _cores() // local_world_size))
     world = World(rank, local_rank, world_size, local_world_size, chosen)
     if not dist.is_initialized():
-        _join(world)
+        _join(world, backend or ("nccl" if world.device.type == "cuda" else "gloo"))
     return world
+
+
+def num_ranks(environment: Mapping[str, str]) -> int:
+    """How many processes a launcher has started; 1 without one. Raises TrainingError where the environment is contradictory."""
+    return _number(find_place(environment), "WORLD_SIZE")
+
+
+def wait_for_all() -> None:
+    """Wait until every rank has come here, for as long as it takes; the group must speak gloo.
+
+    Raises TrainingError, on every rank, where one has ended before.
+    """
+    try:
+        dist.monitored_barrier(timeout=PATIENCE)
+    except RuntimeError as error:
+        raise TrainingError(
+            "another rank has ended before its share was done, see its message; what is finished stays: run the same command "
+            "again to go on"
+        ) from error
 
 
 def finalize() -> None:
@@ -133,8 +156,7 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _join(world: World) -> None:
-    backend = "nccl" if world.device.type == "cuda" else "gloo"
+def _join(world: World, backend: Literal["gloo", "nccl"]) -> None:
     if world.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)  # type: ignore[attr-defined]
         return

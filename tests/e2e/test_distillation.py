@@ -12,6 +12,8 @@ from tests.e2e.support import RECIPE, SMALL_DATA, SMALL_TRAINING, Ranks, dstrain
 TEACHER = ("model.model_dim=48", "model.encoder={depth: 2, num_heads: 4, ffn_dim: 64}", "training.max_steps=40")
 OBJECTIVE = "objective={kind: distillation, temperature: 2.0, selection: {kind: global, rate: 0.5, queue_size: 900}}"
 
+ON_POLICY = "objective.on_policy={fraction: 0.5, max_length_ratio: 2.0}"
+
 
 def training(data: Path, output: Path, *words: str | Path, overrides: tuple[str, ...] = ()) -> list[str | Path]:
     recipe = settings(*SMALL_DATA, *SMALL_TRAINING, "model.dropout=0", *overrides)
@@ -73,6 +75,26 @@ def test_two_processes_with_a_sharded_teacher_killed_and_resumed_give_the_same_c
     assert events(run, "resume")
 
 
+def test_some_steps_are_on_the_students_own_samples(teacher: Path, data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    succeeds(dstrain(*training(data, run, "--teacher", teacher, overrides=(OBJECTIVE, ON_POLICY))))
+    train = events(run, "train")
+    own, given = ([event for event in train if event["on_policy"] == share] for share in (1, 0))
+    assert len(own) > 3 < len(given)
+    assert len(own) + len(given) == len(train) == 14
+    for event in own:
+        assert event["loss"] == pytest.approx(event["on_policy_kd"], rel=1e-5)
+        assert 0 <= event["on_policy_agreement"] <= 1
+        assert event["nll"] is event["perplexity"] is None
+        assert "hard" not in event
+        assert event["tokens_per_second"] == pytest.approx(event["num_targets"] / event["seconds"])
+        assert event["num_targets"] > 700, "a student that knows nothing goes on to the limit, beyond tokens_per_step"
+    for event in given:
+        assert event["loss"] > event["hard"] > 0 < event["kd"]
+        assert event["perplexity"] > 1
+        assert event["num_targets"] <= 700
+
+
 def test_every_mistake_gets_one_message(student: Path, teacher: Path, data: Path, tmp_path: Path) -> None:
     fresh = tmp_path / "run"
     distil = (OBJECTIVE,)
@@ -85,6 +107,10 @@ def test_every_mistake_gets_one_message(student: Path, teacher: Path, data: Path
     fails(
         dstrain(*training(data, fresh, "--teacher", teacher, overrides=(*distil, "objective.temperature=0"))),
         "objective.temperature: input should be greater than 0, not 0",
+    )
+    fails(
+        dstrain(*training(data, fresh, "--teacher", teacher, overrides=(*distil, "objective.on_policy={fraction: 1.5}"))),
+        "objective.on_policy.fraction: input should be less than or equal to 1, not 1.5",
     )
     by_language = "objective.selection={kind: global_by_language, tags: [xx]}"
     fails(

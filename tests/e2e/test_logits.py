@@ -107,6 +107,37 @@ def test_logits_of_another_split_are_refused(data: Path, teacher: Path, tmp_path
     assert not run.exists()
 
 
+def test_two_ranks_dump_what_one_process_dumps(data: Path, teacher: Path, logits: Path, tmp_path: Path) -> None:
+    output = tmp_path / "logits"
+    ranks = Ranks(("dump-logits", "--teacher", teacher, "--data", data, "--output", output, *WORDS), 2, tmp_path / "log")
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert "rank 1: wrote" in ranks.output()
+    assert ranks.output().count("is complete") == 1
+    assert tree(output) == tree(logits)
+
+
+def test_ranks_share_the_labeling_and_go_on_after_a_kill(data: Path, teacher: Path, tmp_path: Path) -> None:
+    alone, output = tmp_path / "alone", tmp_path / "shared"
+    options = ("--beam-size", "2", "--max-repeats", "1000", "--device", "cpu", "--pairs-per-shard", "5")
+    words = ("pseudo-label", "--teacher", teacher, "--data", data, *options)
+    assert "is complete" in succeeds(dstrain(*words, "--output", alone)).stdout
+    ranks = Ranks((*words, "--output", output), 2, tmp_path / "log")
+    ranks.wait_until(lambda: len(list(output.glob("train/*.arrow"))) > 3)
+    ranks.processes[1].kill()
+    assert ranks.wait() == [1, -signal.SIGKILL]
+    assert "another rank has ended before its share was done" in ranks.output()
+    assert "Traceback" not in ranks.output()
+    before = len(list(output.glob("train/*.arrow")))
+    assert not (output / "manifest.json").exists()
+    again = Ranks((*words, "--output", output), 2, tmp_path / "again")
+    assert again.wait() == [0, 0], again.output()
+    assert "finished before" in again.output()
+    assert again.output().count("is complete") == 1
+    assert before < 48 == len(list(output.glob("train/*.arrow")))
+    files = {path.relative_to(alone): path.read_bytes() for path in sorted(alone.rglob("*")) if path.is_file()}
+    assert files == {path.relative_to(output): path.read_bytes() for path in sorted(output.rglob("*")) if path.is_file()}
+
+
 def test_inspect_tells_what_it_finds(data: Path, teacher: Path, logits: Path, tmp_path: Path) -> None:
     assert "50 draws" in succeeds(dstrain("inspect", logits)).stdout
     assert "prepared data" in succeeds(dstrain("inspect", data)).stdout

@@ -1,0 +1,46 @@
+"""Numbered parts of work under a launcher: each rank of deepspeed, torchrun or srun does its part of what --shard names.
+
+On a node with GPUs every rank has one of its own. Ranks do not talk while they work; at the end they wait for one another, and
+the first one finishes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dstrain.data.parts import Share
+from dstrain.errors import DataError
+
+
+@dataclass(frozen=True)
+class Task:
+    """What this process has to do, and on which device. is_first: whether it alone shows progress."""
+
+    share: Share
+    device: str
+    is_first: bool = True
+
+
+def do_share(args: argparse.Namespace, work: Callable[[Task], str]) -> bool:
+    """Let `work` do what is this process's, and print what it says of that.
+
+    Returns whether this process is the one to finish: the first rank, where --shard leaves no work to others. Raises
+    TrainingError where another rank has failed.
+    """
+    from dstrain.parallel.topology import finalize, initialize, num_ranks, wait_for_all
+
+    share: Share = args.shard
+    if num_ranks(os.environ) == 1:
+        print(work(Task(share, args.device)))
+        return share.count == 1
+    if args.device not in ("auto", "cpu", "cuda"):
+        raise DataError(f"--device {args.device} is one device, but every rank needs its own; use --device cuda")
+    world = initialize(args.device, backend="gloo")
+    task = Task(share.part(world.rank, world.world_size), str(world.device), is_first=world.rank == 0)
+    print(f"rank {world.rank}: {work(task)}", flush=True)
+    wait_for_all()
+    finalize()
+    return share.count == 1 and task.is_first

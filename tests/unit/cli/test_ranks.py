@@ -1,0 +1,41 @@
+"""Work under a launcher: who does what, who finishes, and what a launcher cannot be told. Real ranks: e2e/test_logits.py."""
+
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from dstrain.cli.ranks import Task, do_share
+from dstrain.data.parts import Share
+from dstrain.errors import DataError, TrainingError
+
+
+def args_of(share: Share, device: str = "cpu") -> argparse.Namespace:
+    return argparse.Namespace(shard=share, device=device)
+
+
+@pytest.mark.parametrize(("share", "finishes"), [(Share(0, 1), True), (Share(0, 2), False), (Share(1, 2), False)])
+def test_without_a_launcher_it_is_the_share_itself(
+    share: Share, finishes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    tasks: list[Task] = []
+
+    def work(task: Task) -> str:
+        tasks.append(task)
+        return "done"
+
+    assert do_share(args_of(share), work) is finishes
+    assert tasks == [Task(share, "cpu")]
+    assert capsys.readouterr().out == "done\n"
+
+
+def test_one_device_is_not_for_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(DataError, match=r"--device cuda:1 is one device, but every rank needs its own; use --device cuda"):
+        do_share(args_of(Share(0, 1), "cuda:1"), lambda task: "")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(TrainingError, match=r"WORLD_SIZE='two' in the environment is not a number"):
+        do_share(args_of(Share(0, 1)), lambda task: "")
