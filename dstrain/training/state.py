@@ -114,12 +114,18 @@ class TrainingState:
 
 
 def load_state(content: Mapping[str, Any]) -> TrainingState:
-    """The state that `to_json` gave. Raises CheckpointError where fields are missing or unknown."""
+    """The state that `to_json` gave. Raises CheckpointError where fields are missing or unknown.
+
+    A window without `targets` is of a time when every step reported every sum.
+    """
     expected, found = {entry.name for entry in fields(TrainingState)}, set(content)
     windows = {entry.name for entry in fields(Window)}
-    if found != expected or set(content["window"]) != windows:
+    window = content["window"]
+    if "targets" not in window:
+        window = {**window, "targets": dict.fromkeys(window.get("sums", {}), window.get("num_targets"))}
+    if found != expected or set(window) != windows:
         raise CheckpointError(
             f"the training state of this checkpoint has the fields {sorted(found)}, but this dstrain expects {sorted(expected)}: "
             "resume with the version that wrote it, or start again from a bundle"
         )
-    return TrainingState(**{**content, "window": Window(**content["window"])})
+    return TrainingState(**{**content, "window": Window(**window)})

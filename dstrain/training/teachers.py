@@ -97,7 +97,8 @@ def open_logits(directory: Path, data: Path, manifest: Manifest, objective: Dist
         raise DataError(
             f"the logits in {directory} are of the split {store.manifest.job.split!r}, training reads 'train'; dump that one"
         )
-    store.require(divergence=objective.divergence.kind, temperature=objective.temperature)
+    on_policy = objective.on_policy is not None
+    store.require(divergence=objective.divergence.kind, temperature=objective.temperature, on_policy=on_policy)
     return store
 
 

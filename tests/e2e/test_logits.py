@@ -95,6 +95,8 @@ def test_a_student_trains_on_dumped_logits_as_beside_the_teacher(data: Path, tea
     fails(dstrain(*plain), "objective.kind = cross_entropy has no use for a teacher: leave --logits out")
     reverse = words(fresh, "--logits", logits, objective="objective={kind: distillation, divergence: {kind: reverse_kl}}")
     fails(dstrain(*reverse), "objective.divergence.kind = reverse_kl needs the whole distribution")
+    on_policy = words(fresh, "--logits", logits, objective="objective={kind: distillation, on_policy: {}}")
+    fails(dstrain(*on_policy), "objective.on_policy has a teacher score what the student writes", "remove objective.on_policy")
     assert not fresh.exists()
 
 

@@ -51,6 +51,13 @@ def test_a_sum_is_divided_by_the_targets_of_the_steps_that_report_it() -> None:
     assert load_state(json.loads(json.dumps(state.to_json()))) == state
 
 
+def test_a_window_saved_before_steps_differed_in_what_they_report_goes_on() -> None:
+    window = Window(steps=2, num_targets=40, sums={"nll": 80.0, "kd": 20.0}, targets={"nll": 40, "kd": 40})
+    content = TrainingState(window=window).to_json()
+    del content["window"]["targets"]
+    assert load_state(content).window == window
+
+
 @pytest.mark.parametrize("change", [{"unknown": 1}, {"step": None}, {"window": {"steps": 1}}])
 def test_a_state_of_another_version_is_refused(change: dict[str, object]) -> None:
     content = {**TrainingState().to_json(), **change}
