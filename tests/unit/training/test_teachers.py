@@ -93,6 +93,7 @@ def written(path: Path, **sides: Any) -> Path:
 
 def test_a_teacher_of_the_same_vocabulary_shows_what_its_bundle_computes(corpus: Corpus, teacher: Path) -> None:
     (planned,) = corpus.plan(teacher)
+    assert planned.limits == MODEL.limits
     assert planned.vocabulary is None
     signal = corpus.signal(teacher)
     model = load_bundle(teacher).model
