@@ -27,7 +27,7 @@ from dstrain.errors import DataError, RecipeError
 from dstrain.log import logger
 from dstrain.objectives.logit_codec import Codec, build_codec
 from dstrain.objectives.logit_manifest import DenseMethod, SampleMethod, StoreManifest, TopKMethod, load_store_manifest
-from dstrain.protocols import DenseSignal, SparseSignal
+from dstrain.protocols import DenseSignal, Record, SparseSignal
 
 R = TypeVar("R")
 REMEDY = "dump this shard again with the same command, then merge"
@@ -54,8 +54,13 @@ class LogitStore:
         """What the teacher's logits were divided by; an objective must divide the student's by the same."""
         return self.manifest.job.method.temperature
 
-    def require(self, *, divergence: str, temperature: float) -> None:
-        """Raise RecipeError unless it is the forward divergence at the temperature of the dump."""
+    def require(self, *, divergence: str, temperature: float, features: bool) -> None:
+        """Raise RecipeError unless it is the forward divergence at the temperature of the dump, and nothing besides."""
+        if features:
+            raise RecipeError(
+                f"objective.features learns from inside a teacher, but {self._directory} keeps its probabilities alone: leave "
+                "objective.features out, or choose a teacher at work (--teacher)"
+            )
         if divergence != "forward_kl":
             raise RecipeError(
                 f"objective.divergence.kind = {divergence} needs the whole distribution, {self._directory} keeps a part of it: "
@@ -67,8 +72,13 @@ class LogitStore:
                 f"{self.temperature:g}: set that, or dump them again with --temperature {temperature:g}"
             )
 
-    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:
-        """`reduce(signal)` on the batch's device; `rows` must be all scored places, whose order the store has by itself."""
+    def reduce_signal(
+        self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R], record: Record | None = None
+    ) -> R:
+        """`reduce(signal)` on the batch's device; `rows` must be all scored places, whose order the store has by itself.
+
+        record: stays empty, for there is no forward; see `require`.
+        """
         return reduce(moved(self.signal(batch), batch.labels.device))
 
     def signal(self, batch: Batch) -> SparseSignal:

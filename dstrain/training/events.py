@@ -17,8 +17,9 @@ same objects.
 
 `train` and `valid`: loss is in nats, the mean over target tokens or over sentences that the objective minimizes; nll, perplexity
 and the objective's further sums (kl: the divergence of R-Drop; hard and kd: the losses of a distillation on labels and on the
-teacher before their weights) are per target token, whatever the loss is a mean over; agreement (with the teacher's best type) and
-selected (to learn from the teacher) are shares of the target tokens.
+teacher before their weights; feature_...: what it learns from inside the teacher, by side, kind and loss, before its weight) are
+per target token, whatever the loss is a mean over; agreement (with the teacher's best type) and selected (to learn from the
+teacher) are shares of the target tokens.
 
 `train`: means are over `steps` steps, tokens_per_second counts target tokens of all ranks, and seconds those spent in steps;
 cpu_seconds and padding (a share of label positions) are rank 0's own; learning_rate and grad_norm are those of the last step. A

@@ -29,7 +29,7 @@ from dstrain.data.manifest import Manifest
 from dstrain.data.tokenizer import TokenizerPair
 from dstrain.engine.teacher_engine import Placement, Precision, TeacherEngine, VocabularyMap
 from dstrain.errors import BundleError, DataError
-from dstrain.models.config import VocabularySizes
+from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.objectives.config import DistillationConfig
 from dstrain.objectives.logit_store import LogitStore, open_store
 from dstrain.objectives.signals import TeacherSignals
@@ -51,6 +51,7 @@ class PlannedTeacher:
     """A teacher that fits. fingerprint: of its weights and, where one is used, of the vocabulary map."""
 
     directory: Path
+    model: ModelConfig
     fingerprint: str
     vocabulary: VocabularyMap | None
 
@@ -79,7 +80,7 @@ def plan_teachers(
         if not same and options.vocabulary_map is not None:
             vocabulary = read_vocabulary_map(options.vocabulary_map, sizes, description.vocabulary)
             fingerprint += hashlib.sha256(options.vocabulary_map.read_bytes()).hexdigest()
-        planned.append(PlannedTeacher(directory, fingerprint, vocabulary))
+        planned.append(PlannedTeacher(directory, description.model, fingerprint, vocabulary))
     if options.vocabulary_map is not None and all(teacher.vocabulary is None for teacher in planned):
         raise DataError("--vocabulary-map is not needed: every teacher has the vocabulary of the data; leave it out")
     return planned
@@ -96,7 +97,7 @@ def open_logits(directory: Path, data: Path, manifest: Manifest, objective: Dist
         raise DataError(
             f"the logits in {directory} are of the split {store.manifest.job.split!r}, training reads 'train'; dump that one"
         )
-    store.require(divergence=objective.divergence.kind, temperature=objective.temperature)
+    store.require(divergence=objective.divergence.kind, temperature=objective.temperature, features=bool(objective.features))
     return store
 
 

@@ -191,11 +191,15 @@ def test_an_empty_micro_batch_has_no_signal(data: Path, teacher: EncoderDecoder,
 
 def test_only_the_forward_divergence_at_the_dumps_temperature(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
     store = stored(data, tmp_path / "logits", SampleMethod(temperature=2.0), teacher=teacher)
-    store.require(divergence="forward_kl", temperature=2.0)
+    store.require(divergence="forward_kl", temperature=2.0, features=False)
     with pytest.raises(RecipeError, match=r"objective.divergence.kind = reverse_kl needs the whole .* forward_kl"):
-        store.require(divergence="reverse_kl", temperature=2.0)
+        store.require(divergence="reverse_kl", temperature=2.0, features=False)
     with pytest.raises(RecipeError, match=r"objective.temperature = 1, but the logits in .* are of temperature 2: set that, or"):
-        store.require(divergence="forward_kl", temperature=1.0)
+        store.require(divergence="forward_kl", temperature=1.0, features=False)
+    with pytest.raises(
+        RecipeError, match=r"objective.features learns from inside a teacher, but .*logits keeps its probabilities"
+    ):
+        store.require(divergence="forward_kl", temperature=2.0, features=True)
 
 
 def test_renormalizing_is_biased_and_says_so(
