@@ -32,6 +32,7 @@ from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import DistillationConfig, GlobalByLanguageSelection
 from dstrain.objectives.factory import build_objective, require_lesson, validation_objective
+from dstrain.objectives.feature_plan import plan_features
 from dstrain.objectives.logit_store import LogitStore
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import keep_freed_memory
@@ -85,6 +86,7 @@ def train(
     )
     planned = plan_teachers(teachers, corpora.tokenizers, corpora.vocabulary, corpora.train)
     tag_place = _tag_place(recipe, corpora)
+    features = plan_features(recipe.objective, recipe.model, [teacher.model for teacher in planned])
     store = _store(recipe, teachers, data, corpora)
     fingerprints = [teacher.fingerprint for teacher in planned] if store is None else [store.manifest.fingerprint]
     renewed = partial(with_later_defaults, Recipe)
@@ -92,7 +94,8 @@ def train(
     try:
         teaching = start_teachers(planned, placement=teachers.placement, precision=_teacher_precision(recipe), world=world)
         signals = signals_of(teaching) if store is None else store
-        objective = build_objective(recipe.objective, signals, tag_place=tag_place)
+        seed = recipe.training.seed
+        objective = build_objective(recipe.objective, signals, tag_place=tag_place, features=features, seed=seed)
         engine = build_engine(recipe, corpora.vocabulary, world, objective, started_from)
         code = build_trainer(recipe, corpora, plan, run, engine, base=started_from, teachers=planned).run()
         if code == 0 and recipe.adapter is not None:
@@ -243,7 +246,7 @@ def _build_own_samples(
         ranks=engine.world,
         ids=SpecialIds.of(corpora.tokenizers.target),
         room=room_for_samples(
-            [recipe.model.limits, *(teacher.limits for teacher in teachers)],
+            [recipe.model.limits, *(teacher.model.limits for teacher in teachers)],
             longest_source=int(corpora.train.source_lengths.max()),
             max_tokens=recipe.batching.max_tokens,
         ),

@@ -6,11 +6,11 @@ Rooms that may not import one another meet here: `generation/` and `objectives/`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -31,6 +31,40 @@ class ModelOutput(NamedTuple):
 
     hidden: Tensor
     memory: Memory | None
+
+
+class Place(NamedTuple):
+    """A place inside a model.
+
+    side: a stack, or `cross`, the decoder's attention to the encoder. layer: counted in passes of the stack, from 1; hidden
+    states of layer 0 are what the stack reads, those of the last layer what it gives, its final norm included.
+    """
+
+    kind: Literal["hidden_states", "attention"]
+    side: Literal["encoder", "decoder", "cross"]
+    layer: int
+
+
+class Record:
+    """What a model shows of one forward beside its output, at the places that are wanted; in training with gradient.
+
+    hidden_states: (B, S or T, D). attention: (B, queries, keys) float32, the probabilities before dropout, averaged over the
+    heads. Keys are the tokens that the stack reads; of a decoder-only model these are source and target in one, its queries and
+    hidden states those of the target alone.
+    """
+
+    def __init__(self, wanted: Iterable[Place]) -> None:
+        self.wanted = frozenset(wanted)
+        self.shown: dict[Place, Tensor] = {}
+
+    def show(self, place: Place, value: Tensor) -> None:
+        """Keep what a place holds, if it is wanted."""
+        if place in self.wanted:
+            self.shown[place] = value
+
+    def narrow(self, take: Callable[[Tensor], Tensor]) -> None:
+        """Keep `take` of everything that is shown: of (B, L, ...) the positions that count."""
+        self.shown = {place: take(value) for place, value in self.shown.items()}
 
 
 class LossOutput(NamedTuple):
@@ -85,8 +119,8 @@ class TeacherForced(Protocol):
         """Whether dropout is on."""
         ...
 
-    def __call__(self, source: Sequences | None, target: Sequences) -> ModelOutput:
-        """All target positions at once."""
+    def __call__(self, source: Sequences | None, target: Sequences, record: Record | None = None) -> ModelOutput:
+        """All target positions at once. record: takes what it wants of the way there."""
         ...
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -153,21 +187,32 @@ class DenseSignal:
     weights: Sequence[Tensor]  # (V, E) each
 
 
+class Wanted(NamedTuple):
+    """What a distillation asks of its signals.
+
+    on_policy: signals of targets that are not in the data, too. features: what is inside a teacher, too.
+    """
+
+    divergence: str
+    temperature: float
+    on_policy: bool = False
+    features: bool = False
+
+
 class SignalSource(Protocol):
     """Teachers as a distillation objective sees them: at work beside the student, or kept on disk."""
 
-    def require(self, *, divergence: str, temperature: float, on_policy: bool) -> None:
-        """Raise a DstrainError where the signals cannot give this divergence at this temperature.
-
-        on_policy: of targets that are not in the data, too.
-        """
+    def require(self, wanted: Wanted) -> None:
+        """Raise a DstrainError where the signals cannot give it."""
         ...
 
-    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:
+    def reduce_signal(
+        self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R], record: Record | None = None
+    ) -> R:
         """Call `reduce` with the signal for the batch's scored tokens and return what it returns; the signal is not to be kept.
 
-        rows: (n,) places of the scored tokens in the flattened (B * T) labels. Under a sharded teacher collective, and then
-        called equally often on every rank.
+        rows: (n,) places of the scored tokens in the flattened (B * T) labels. record: filled by the teacher's forward, where
+        `require` allows features. Under a sharded teacher collective, and then called equally often on every rank.
         """
         ...
 

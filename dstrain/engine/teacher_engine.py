@@ -21,7 +21,7 @@ from dstrain.batch import Batch, Sequences
 from dstrain.engine.launch import load_deepspeed, require_precision
 from dstrain.objectives.signals import Look
 from dstrain.parallel.topology import World
-from dstrain.protocols import TeacherForced
+from dstrain.protocols import Record, TeacherForced
 
 Placement = Literal["replicated", "sharded", "offloaded"]
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -44,13 +44,13 @@ class TeacherModule(nn.Module):
         self.model = model
         self.vocabulary = vocabulary
 
-    def forward(self, batch: Batch, rows: Tensor, look: Look) -> Tensor:
+    def forward(self, batch: Batch, rows: Tensor, look: Look, record: Record | None) -> Tensor:
         """`look(features, weight)` over the student's vocabulary: types that only the teacher has are left out."""
         source, target = batch.source, batch.target
         if self.vocabulary is not None:
             source = None if source is None else _renamed(source, self.vocabulary.source)
             target = _renamed(target, self.vocabulary.target)
-        hidden = self.model(source, target).hidden.flatten(0, 1).index_select(0, rows)
+        hidden = self.model(source, target, record).hidden.flatten(0, 1).index_select(0, rows)
 
         def show(features: Tensor, weight: Tensor) -> Tensor:
             ids = None if self.vocabulary is None else self.vocabulary.target.to(weight.device)
@@ -89,9 +89,12 @@ class TeacherEngine:
         self._forward = self._engine
 
     @torch.no_grad()
-    def teach(self, batch: Batch, rows: Tensor, look: Look) -> None:
-        """Call `look` with the features (n, E) of the scored tokens and the projection's weight (V, E). Collective if sharded."""
-        self._forward(batch, rows, look)
+    def teach(self, batch: Batch, rows: Tensor, look: Look, record: Record | None = None) -> None:
+        """Call `look` with the features (n, E) of the scored tokens and the projection's weight (V, E). Collective if sharded.
+
+        record: takes what it wants of the same forward.
+        """
+        self._forward(batch, rows, look, record)
 
     def close(self) -> None:
         """Let go of DeepSpeed's engine, if there is one."""

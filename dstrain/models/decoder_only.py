@@ -21,9 +21,10 @@ from dstrain.nn.embedding import InputEmbedding, Projection
 from dstrain.nn.layers import EncoderLayer
 from dstrain.nn.position import Positions
 from dstrain.nn.stack import LayerStack
+from dstrain.nn.watching import StackWatch
 from dstrain.ops.bias import causal_bias, hide
 from dstrain.ops.matmul import linear
-from dstrain.protocols import DecodingState, ModelOutput
+from dstrain.protocols import DecodingState, ModelOutput, Record
 
 R = TypeVar("R")
 
@@ -81,26 +82,37 @@ class DecoderOnly(nn.Module):
         self.decoder = decoder
         self.projection = projection
 
-    def forward(self, source: Sequences | None, target: Sequences) -> ModelOutput:
-        """All target positions at once."""
+    def forward(self, source: Sequences | None, target: Sequences, record: Record | None = None) -> ModelOutput:
+        """All target positions at once. record: takes what it wants of the way there."""
         if source is None:
-            return ModelOutput(self._whole(target), None)
+            return ModelOutput(self._whole(target, record), None)
         before = source.lengths - 1  # (B,)
-        hidden = self._whole(join(source, target))
+        hidden = self._whole(join(source, target), record)
         places = before[:, None] + torch.arange(target.tokens.shape[1], device=before.device)  # (B, T)
-        return ModelOutput(hidden.gather(1, places[:, :, None].expand(-1, -1, hidden.shape[2])), None)
 
-    def _whole(self, sequences: Sequences) -> Tensor:
+        def of_targets(x: Tensor) -> Tensor:
+            return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+
+        if record is not None:
+            record.narrow(of_targets)
+        return ModelOutput(of_targets(hidden), None)
+
+    def _whole(self, sequences: Sequences, record: Record | None) -> Tensor:
         """(B, L) -> (B, L, D)"""
         x = self.target_embedding(sequences.tokens, 0 if sequences.positions is None else sequences.positions)
-        return self._run(x, self.target_view.whole(sequences, x))
+        return self._run(x, self.target_view.whole(sequences, x), record=record)
 
-    def _run(self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None) -> Tensor:
+    def _run(
+        self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None, record: Record | None = None
+    ) -> Tensor:
+        watch = StackWatch(record, "decoder")
+
         def run(depth: int, layer: EncoderLayer, x: Tensor) -> Tensor:
-            passed: Tensor = layer(x, context=context, cache=None if cache is None else cache.at(depth))
+            kept = None if cache is None else cache.at(depth)
+            passed: Tensor = layer(x, context=context, cache=kept, watch=watch.layer(depth))
             return passed
 
-        hidden: Tensor = self.decoder(x, run)
+        hidden: Tensor = self.decoder(x, run, watch)
         return hidden
 
     def project(self, hidden: Tensor) -> Tensor:

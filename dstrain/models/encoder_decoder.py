@@ -18,9 +18,10 @@ from dstrain.nn.context import SelfView
 from dstrain.nn.embedding import InputEmbedding, Projection
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
+from dstrain.nn.watching import StackWatch
 from dstrain.ops.bias import causal_bias, padding_bias, segment_bias
 from dstrain.ops.matmul import linear
-from dstrain.protocols import DecodingState, Memory, ModelOutput
+from dstrain.protocols import DecodingState, Memory, ModelOutput, Record
 
 R = TypeVar("R")
 
@@ -78,33 +79,33 @@ class EncoderDecoder(nn.Module):
         self.decoder = decoder
         self.projection = projection
 
-    def forward(self, source: Sequences | None, target: Sequences) -> ModelOutput:
-        """All target positions at once."""
+    def forward(self, source: Sequences | None, target: Sequences, record: Record | None = None) -> ModelOutput:
+        """All target positions at once. record: takes what it wants of the way there."""
         source = required(source)
-        memory = self.encode(source)
+        memory = self.encode(source, record)
         memory_bias = padding_bias(source.lengths, source.tokens.shape[1], memory.hidden.dtype)
         if source.segments is not None and target.segments is not None:
             memory_bias = segment_bias(target.segments, source.segments, memory.hidden.dtype)
         x = self.target_embedding(target.tokens, 0 if target.positions is None else target.positions)
-        context = self.target_view.whole(target, x)
+        context, watch = self.target_view.whole(target, x), StackWatch(record, "decoder")
 
-        def run(_: int, layer: DecoderLayer, x: Tensor) -> Tensor:
+        def run(depth: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             key, value = layer.cross_attention.project_memory(memory.hidden)
-            passed: Tensor = layer(x, key, value, context=context, memory_bias=memory_bias)
+            passed: Tensor = layer(x, key, value, context=context, memory_bias=memory_bias, watch=watch.layer(depth))
             return passed
 
-        return ModelOutput(self.decoder(x, run), memory)
+        return ModelOutput(self.decoder(x, run, watch), memory)
 
-    def encode(self, source: Sequences) -> Memory:
+    def encode(self, source: Sequences, record: Record | None = None) -> Memory:
         """(B, S) -> the encoder's output, (B, S, D); positions after a row's length hold no meaning."""
         x = self.source_embedding(source.tokens, 0 if source.positions is None else source.positions)
-        context = self.source_view.whole(source, x)
+        context, watch = self.source_view.whole(source, x), StackWatch(record, "encoder")
 
-        def run(_: int, layer: EncoderLayer, x: Tensor) -> Tensor:
-            passed: Tensor = layer(x, context=context)
+        def run(depth: int, layer: EncoderLayer, x: Tensor) -> Tensor:
+            passed: Tensor = layer(x, context=context, watch=watch.layer(depth))
             return passed
 
-        return Memory(self.encoder(x, run), source.lengths)
+        return Memory(self.encoder(x, run, watch), source.lengths)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits. (..., D) -> (..., V)"""

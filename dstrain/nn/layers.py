@@ -11,6 +11,7 @@ from dstrain.nn.attention import CrossAttention, SelfAttention
 from dstrain.nn.cache import LayerCache
 from dstrain.nn.context import AttentionContext
 from dstrain.nn.dropout import Dropout
+from dstrain.nn.watching import UNWATCHED, LayerWatch
 
 NormOrder = Literal["pre", "post"]
 
@@ -50,9 +51,16 @@ class EncoderLayer(ResidualLayer):
         self.feed_forward = feed_forward
         self.feed_forward_norm = feed_forward_norm
 
-    def forward(self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None, watch: LayerWatch = UNWATCHED
+    ) -> Tensor:
         """(B, S, D) -> (B, S, D)"""
-        x = self.residual(x, self.self_attention_norm, lambda x: self.self_attention(x, context=context, cache=cache))
+
+        def attend(x: Tensor) -> Tensor:
+            attended: Tensor = self.self_attention(x, context=context, cache=cache, watch=watch.own)
+            return attended
+
+        x = self.residual(x, self.self_attention_norm, attend)
         return self.residual(x, self.feed_forward_norm, self.feed_forward)
 
 
@@ -88,8 +96,18 @@ class DecoderLayer(ResidualLayer):
         context: AttentionContext,
         memory_bias: Tensor | None,
         cache: LayerCache | None = None,
+        watch: LayerWatch = UNWATCHED,
     ) -> Tensor:
         """(N, T, D) -> (N, T, D). key, value: what `cross_attention.project_memory` made; memory_bias: hides padding there."""
-        x = self.residual(x, self.self_attention_norm, lambda x: self.self_attention(x, context=context, cache=cache))
-        x = self.residual(x, self.cross_attention_norm, lambda x: self.cross_attention(x, key, value, bias=memory_bias))
+
+        def attend(x: Tensor) -> Tensor:
+            attended: Tensor = self.self_attention(x, context=context, cache=cache, watch=watch.own)
+            return attended
+
+        def attend_to_source(x: Tensor) -> Tensor:
+            attended: Tensor = self.cross_attention(x, key, value, bias=memory_bias, watch=watch.cross)
+            return attended
+
+        x = self.residual(x, self.self_attention_norm, attend)
+        x = self.residual(x, self.cross_attention_norm, attend_to_source)
         return self.residual(x, self.feed_forward_norm, self.feed_forward)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from dstrain.strict import Config
 
@@ -137,9 +137,44 @@ class OnPolicyConfig(Config):
     max_length_offset: PositiveInt = 10
 
 
+class HiddenStatesFeature(Config):
+    """Hidden states of the student resemble the teacher's; see `objectives/features.py`.
+
+    side: of the encoder at all source tokens, of the decoder at all target tokens. loss: `mse`, the mean squared difference of a
+    state's numbers; `cosine`, 1 - the cosine. layers: the teacher's layer for each of the student's that learns, counted in
+    passes from 1, 0 for what the first one reads; left out, the student's are spread evenly over the teacher's, last to last,
+    without 0. Where the models are not equally wide, the student's states are projected first, by one learned matrix.
+    """
+
+    kind: Literal["hidden_states"] = "hidden_states"
+    side: Literal["encoder", "decoder"]
+    loss: Literal["mse", "cosine"] = "mse"
+    weight: PositiveFloat = 1.0
+    layers: dict[NonNegativeInt, NonNegativeInt] | None = Field(default=None, min_length=1)
+
+
+class AttentionFeature(Config):
+    """Tokens of the student look where those of the teacher look; see `objectives/features.py`.
+
+    side: self-attention of encoder or decoder, or the decoder's `cross` attention to the source. loss, of the probabilities
+    averaged over the heads: `squared_error` and `kl`, KL(teacher || student), are sums over the keys; `cosine` is 1 - the cosine.
+    layers: as those of hidden states, without 0.
+    """
+
+    kind: Literal["attention"] = "attention"
+    side: Literal["encoder", "decoder", "cross"]
+    loss: Literal["squared_error", "kl", "cosine"] = "kl"
+    weight: PositiveFloat = 1.0
+    layers: dict[PositiveInt, PositiveInt] | None = Field(default=None, min_length=1)
+
+
+FeatureConfig = Annotated[HiddenStatesFeature | AttentionFeature, Field(discriminator="kind")]
+
+
 class DistillationConfig(Config):
     """hard_weight x label-smoothed cross-entropy + kd_weight x temperature^2 x divergence from the teacher on selected tokens.
 
+    features: what is learned besides from inside one teacher at work, each `weight` times, on all tokens whatever is selected.
     temperature: divides the logits of both models in the divergence. hard_weight: 1, or 0 where `selection` is `word`;
     label_smoothing: 0.1, or 0 where there is no hard loss to smooth. teacher_precision: what a teacher at work computes in, None
     for engine.precision. renormalize: give the mass of the types that dumped logits of method topk leave out to those they keep,
@@ -155,6 +190,7 @@ class DistillationConfig(Config):
     hard_weight: NonNegativeFloat = 1.0
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     selection: SelectionConfig = Field(default_factory=WordAndSequenceSelection)
+    features: tuple[FeatureConfig, ...] = ()
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
     renormalize: bool = False
     on_policy: OnPolicyConfig | None = None
@@ -192,6 +228,18 @@ class DistillationConfig(Config):
                 f"on_policy.fraction = 1 leaves no step with labels, which selection.kind = {self.selection.kind} needs; choose "
                 "selection: {kind: word}, or a smaller fraction"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _features_differ(self) -> DistillationConfig:
+        seen: dict[tuple[str, str, str], int] = {}
+        for number, feature in enumerate(self.features):
+            first = seen.setdefault((feature.kind, feature.side, feature.loss), number)
+            if first != number:
+                raise ValueError(
+                    f"features.{first} and features.{number} are both {feature.kind} of side {feature.side} by {feature.loss}, "
+                    "and would be reported as one; put their layers into one map"
+                )
         return self
 
 

@@ -7,11 +7,12 @@ tokens, never padding, and are divided once by the step's number of them, select
     hard, kd   the two losses before their weights
     agreement  how often student and teacher find the same type best
     selected   how many tokens learn from the teacher
+    feature_*  what is learned from inside the teacher, if anything; `features.py`
     on_policy  how many tokens the student has written itself
 
-On a step of the student's own samples the loss is the divergence alone, of every token: there is no label to learn, to smooth or
-to select by. What such steps report besides is named apart (on_policy_nll, on_policy_kd, on_policy_agreement): the log-likelihood
-of one's own samples says nothing about perplexity.
+On a step of the student's own samples the loss is the divergence alone, of every token, and that of the features: there is no
+label to learn, to smooth or to select by. What such steps report besides is named apart (on_policy_nll, on_policy_kd,
+on_policy_agreement): the log-likelihood of one's own samples says nothing about perplexity.
 
 Where the signal comes from, teachers at work or a store, this objective does not know. It is for training; what is validated is
 plain cross-entropy (`factory.validation_objective`).
@@ -26,16 +27,17 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dstrain.batch import Batch, Size
 from dstrain.objectives.config import DistillationConfig, DivergenceConfig, JensenShannon, SkewKl
+from dstrain.objectives.features import FeatureLosses
 from dstrain.objectives.selection import Selection
 from dstrain.ops.divergence import Divergence
 from dstrain.ops.linear_cross_entropy import scored_rows
 from dstrain.ops.linear_distillation import DistillationSums, DistillationTerms, linear_distillation
 from dstrain.ops.linear_nll import linear_nll
-from dstrain.protocols import DenseSignal, LossOutput, SignalSource, SparseSignal, TeacherForced
+from dstrain.protocols import DenseSignal, LossOutput, Record, SignalSource, SparseSignal, TeacherForced, Wanted
 
 
 class Scored(NamedTuple):
@@ -46,14 +48,20 @@ class Scored(NamedTuple):
     labels: Tensor
 
 
-class Distillation:
-    """Implements `protocols.Objective`: every token learns from the teacher."""
+class Distillation(nn.Module):
+    """Implements `protocols.Objective`: every token learns from the teacher.
 
-    def __init__(self, config: DistillationConfig, signals: SignalSource) -> None:
-        on_policy = config.on_policy is not None
-        signals.require(divergence=config.divergence.kind, temperature=config.temperature, on_policy=on_policy)
+    features: those of `config`, None where it has none. A module, for features may have weights of their own.
+    """
+
+    def __init__(self, config: DistillationConfig, signals: SignalSource, features: FeatureLosses | None = None) -> None:
+        super().__init__()
+        if bool(config.features) != (features is not None):
+            raise ValueError("the features of the configuration and those given must be the same; build them from its plan")
+        signals.require(wanted_by(config))
         self.config = config
         self.signals = signals
+        self.features = features
         self.terms = DistillationTerms(
             divergence=divergence_of(config.divergence),
             temperature=config.temperature,
@@ -63,16 +71,20 @@ class Distillation:
         )
         self.terms_on_policy = self.terms._replace(hard_weight=0.0, label_smoothing=0.0)
 
-    def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
+    def forward(self, model: TeacherForced, batch: Batch) -> LossOutput:
         """The sum of losses over the batch's scored labels; sums: those of the head of this file."""
-        return self.loss(model, batch, scored_tokens(model, batch), None)
+        return self.loss(model, batch, None)
 
     def denominator(self, size: Size) -> int:
         """Targets."""
         return size.num_targets
 
-    def loss(self, model: TeacherForced, batch: Batch, scored: Scored, selected: Tensor | None) -> LossOutput:
-        """The losses of the scored tokens, of which the `selected` (n,) learn from the teacher."""
+    def loss(self, model: TeacherForced, batch: Batch, selected: Tensor | None) -> LossOutput:
+        """The losses of the scored tokens, of which the `selected` (n,) learn from the teacher's distribution."""
+        own = taught = None
+        if self.features is not None:
+            own, taught = Record(self.features.student_places), Record(self.features.teacher_places)
+        scored = scored_tokens(model, batch, own)
 
         def reduce(features: Tensor, weight: Tensor) -> DistillationSums:
             def learn(signal: DenseSignal | SparseSignal) -> DistillationSums:
@@ -86,10 +98,14 @@ class Distillation:
                     selected=selected,
                 )
 
-            return self.signals.reduce_signal(batch, scored.rows, learn)
+            return self.signals.reduce_signal(batch, scored.rows, learn, taught)
 
         sums = model.reduce_projection(scored.hidden, reduce)
-        return LossOutput(sums.loss, batch.size, self._named(sums, sampled=batch.sampled))
+        named = self._named(sums, sampled=batch.sampled)
+        if self.features is None or own is None or taught is None:
+            return LossOutput(sums.loss, batch.size, named)
+        inside, features = self.features(batch, scored.rows, own, taught)
+        return LossOutput(sums.loss + inside, batch.size, {**named, **features})
 
     def _named(self, sums: DistillationSums, *, sampled: bool) -> dict[str, Tensor]:
         """What is reported, by name."""
@@ -103,22 +119,28 @@ class Distillation:
 class SelectiveDistillation(Distillation):
     """Implements `protocols.Surveying`: tokens that the student finds hard learn from the teacher."""
 
-    def __init__(self, config: DistillationConfig, signals: SignalSource, selection: Selection) -> None:
-        super().__init__(config, signals)
+    def __init__(
+        self,
+        config: DistillationConfig,
+        signals: SignalSource,
+        selection: Selection,
+        features: FeatureLosses | None = None,
+    ) -> None:
+        super().__init__(config, signals, features)
         self.selection = selection
         self._surveyed: list[Tensor] | None = None
         self._selected: deque[Tensor] = deque()
 
-    def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
+    def forward(self, model: TeacherForced, batch: Batch) -> LossOutput:
         """Within `survey` a look at the batch; afterwards the losses of the same batches in the same order.
 
         A step of samples is not surveyed.
         """
-        scored = scored_tokens(model, batch)
         if batch.sampled:
-            return self.loss(model, batch, scored, None)
+            return self.loss(model, batch, None)
         if self._surveyed is None:
-            return self.loss(model, batch, scored, self._selected.popleft())
+            return self.loss(model, batch, self._selected.popleft())
+        scored = scored_tokens(model, batch)
         reduce = partial(linear_nll, labels=scored.labels, chunk_tokens=self.config.chunk_tokens)
         nll = model.reduce_projection(scored.hidden, reduce)
         self._surveyed.append(self.selection.facts(batch, scored.rows, nll))
@@ -147,9 +169,16 @@ class SelectiveDistillation(Distillation):
         self.selection.load_state(state)
 
 
-def scored_tokens(model: TeacherForced, batch: Batch) -> Scored:
-    """The batch's scored tokens as the model sees them."""
-    hidden, labels = model(batch.source, batch.target).hidden.flatten(0, 1), batch.labels.flatten()
+def wanted_by(config: DistillationConfig) -> Wanted:
+    """What the source of signals must be able to give."""
+    return Wanted(
+        config.divergence.kind, config.temperature, on_policy=config.on_policy is not None, features=bool(config.features)
+    )
+
+
+def scored_tokens(model: TeacherForced, batch: Batch, record: Record | None = None) -> Scored:
+    """The batch's scored tokens as the model sees them. record: takes what it wants of the way there."""
+    hidden, labels = model(batch.source, batch.target, record).hidden.flatten(0, 1), batch.labels.flatten()
     rows = scored_rows(labels, batch.num_targets)
     return Scored(hidden.index_select(0, rows), rows, labels.index_select(0, rows))
 

@@ -1,5 +1,7 @@
 """From an objective's configuration to the objective."""
 
+from collections.abc import Sequence
+
 from dstrain.errors import RecipeError
 from dstrain.objectives.config import (
     BatchSelection,
@@ -11,23 +13,34 @@ from dstrain.objectives.config import (
 )
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.distillation import Distillation, SelectiveDistillation
+from dstrain.objectives.feature_plan import PlannedFeature
+from dstrain.objectives.features import FeatureLosses
 from dstrain.objectives.r_drop import RDrop
 from dstrain.objectives.selection import Selection
 from dstrain.protocols import Objective, SignalSource
 
 
-def build_objective(config: ObjectiveConfig, signals: SignalSource | None = None, *, tag_place: int = 0) -> Objective:
+def build_objective(
+    config: ObjectiveConfig,
+    signals: SignalSource | None = None,
+    *,
+    tag_place: int = 0,
+    features: Sequence[PlannedFeature] = (),
+    seed: int = 0,
+) -> Objective:
     """The objective of `config`. signals: what a distillation learns from; None for other objectives (`require_lesson`).
 
-    tag_place: of the language tag in a source, for a selection by language.
+    tag_place: of the language tag in a source, for a selection by language. features: those of `config`, planned; seed: decides
+    the initial values of what they learn by.
     """
     if not isinstance(config, DistillationConfig) or signals is None:
         assert isinstance(config, CrossEntropyConfig)
         return CrossEntropy(config) if config.r_drop is None else RDrop(config, config.r_drop)
+    inside = FeatureLosses(features, seed=seed) if features else None
     selection = config.selection
     if isinstance(selection, BatchSelection | GlobalSelection | GlobalByLanguageSelection):
-        return SelectiveDistillation(config, signals, Selection(selection, tag_place))
-    return Distillation(config, signals)
+        return SelectiveDistillation(config, signals, Selection(selection, tag_place), inside)
+    return Distillation(config, signals, inside)
 
 
 def require_lesson(config: ObjectiveConfig, *, teacher: bool, logits: bool) -> None:
@@ -53,6 +66,11 @@ def require_lesson(config: ObjectiveConfig, *, teacher: bool, logits: bool) -> N
         raise RecipeError(
             f"objective.teacher_precision = {config.teacher_precision} is what a teacher at work computes in, dumped logits are "
             "as they are: leave it out beside --logits"
+        )
+    if logits and config.features:
+        raise RecipeError(
+            "objective.features learns from inside a teacher at work, dumped logits keep its probabilities alone: leave it out "
+            "beside --logits"
         )
     if teacher and config.renormalize:
         raise RecipeError(

@@ -27,7 +27,7 @@ from dstrain.errors import DataError, RecipeError
 from dstrain.log import logger
 from dstrain.objectives.logit_codec import Codec, build_codec
 from dstrain.objectives.logit_manifest import DenseMethod, SampleMethod, StoreManifest, TopKMethod, load_store_manifest
-from dstrain.protocols import DenseSignal, SparseSignal
+from dstrain.protocols import DenseSignal, Record, SparseSignal, Wanted
 
 R = TypeVar("R")
 REMEDY = "dump this shard again with the same command, then merge"
@@ -54,26 +54,36 @@ class LogitStore:
         """What the teacher's logits were divided by; an objective must divide the student's by the same."""
         return self.manifest.job.method.temperature
 
-    def require(self, *, divergence: str, temperature: float, on_policy: bool) -> None:
-        """Raise RecipeError unless it is the forward divergence at the temperature of the dump, on the targets of the data."""
-        if on_policy:
+    def require(self, wanted: Wanted) -> None:
+        """Raise RecipeError unless it is the forward divergence at the dump's temperature, of the data, and no more."""
+        if wanted.on_policy:
             raise RecipeError(
                 f"objective.on_policy has a teacher score what the student writes, {self._directory} keeps what one said of the "
                 "data: remove objective.on_policy, or name a teacher at work (--teacher)"
             )
-        if divergence != "forward_kl":
+        if wanted.features:
             raise RecipeError(
-                f"objective.divergence.kind = {divergence} needs the whole distribution, {self._directory} keeps a part of it: "
-                "choose forward_kl, or a teacher at work (--teacher)"
+                f"objective.features learns from inside a teacher, but {self._directory} keeps its probabilities alone: leave "
+                "objective.features out, or choose a teacher at work (--teacher)"
             )
-        if temperature != self.temperature:
+        if wanted.divergence != "forward_kl":
             raise RecipeError(
-                f"objective.temperature = {temperature:g}, but the logits in {self._directory} are of temperature "
-                f"{self.temperature:g}: set that, or dump them again with --temperature {temperature:g}"
+                f"objective.divergence.kind = {wanted.divergence} needs the whole distribution, {self._directory} keeps a part "
+                "of it: choose forward_kl, or a teacher at work (--teacher)"
+            )
+        if wanted.temperature != self.temperature:
+            raise RecipeError(
+                f"objective.temperature = {wanted.temperature:g}, but the logits in {self._directory} are of temperature "
+                f"{self.temperature:g}: set that, or dump them again with --temperature {wanted.temperature:g}"
             )
 
-    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:
-        """`reduce(signal)` on the batch's device; `rows` must be all scored places, whose order the store has by itself."""
+    def reduce_signal(
+        self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R], record: Record | None = None
+    ) -> R:
+        """`reduce(signal)` on the batch's device; `rows` must be all scored places, whose order the store has by itself.
+
+        record: stays empty, for there is no forward; see `require`.
+        """
         return reduce(moved(self.signal(batch), batch.labels.device))
 
     def signal(self, batch: Batch) -> SparseSignal:

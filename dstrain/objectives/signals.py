@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Batch
-from dstrain.protocols import DenseSignal, SparseSignal
+from dstrain.objectives.feature_plan import require_one_teacher
+from dstrain.protocols import DenseSignal, Record, SparseSignal, Wanted
 
 R = TypeVar("R")
 Look = Callable[[Tensor, Tensor], None]
@@ -23,8 +24,11 @@ Look = Callable[[Tensor, Tensor], None]
 class Teacher(Protocol):
     """A model that teaches (`engine.teacher_engine.TeacherEngine`)."""
 
-    def teach(self, batch: Batch, rows: Tensor, look: Look) -> None:
-        """Call `look` once for the batch's scored tokens, rows: (n,) places in the flattened (B * T) labels."""
+    def teach(self, batch: Batch, rows: Tensor, look: Look, record: Record | None = None) -> None:
+        """Call `look` once for the batch's scored tokens, rows: (n,) places in the flattened (B * T) labels.
+
+        record: takes what it wants of the same forward.
+        """
         ...
 
 
@@ -34,17 +38,21 @@ class TeacherSignals:
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.teachers = list(teachers)
 
-    def require(self, *, divergence: str, temperature: float, on_policy: bool) -> None:
-        """Nothing: the whole distribution is at hand, so every divergence is, at every temperature, of any targets."""
+    def require(self, wanted: Wanted) -> None:
+        """RecipeError for features of several; every divergence is at hand, at every temperature, of any targets."""
+        if wanted.features:
+            require_one_teacher(len(self.teachers))
 
-    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R]) -> R:
+    def reduce_signal(
+        self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R], record: Record | None = None
+    ) -> R:
         """`reduce` of the features and weights of all teachers, inside all their projections."""
         with_grad = torch.is_grad_enabled()
         results: list[R] = []
 
         def nest(waiting: list[Teacher], features: list[Tensor], weights: list[Tensor]) -> None:
             if waiting:
-                waiting[0].teach(batch, rows, lambda f, w: nest(waiting[1:], [*features, f], [*weights, w]))
+                waiting[0].teach(batch, rows, lambda f, w: nest(waiting[1:], [*features, f], [*weights, w]), record)
                 return
             with torch.set_grad_enabled(with_grad):
                 results.append(reduce(DenseSignal(features, weights)))

@@ -11,6 +11,7 @@ from dstrain.protocols import LossOutput, Objective, TeacherForced
 class TrainModule(nn.Module):
     """Batch in, sum of losses out. model: an `nn.Module`, whose parameters are this module's under the prefix `model.`
 
+    objective: one that learns parameters of its own is an `nn.Module` too, and they are this module's under `objective.`
     validation: the objective in evaluation mode; None = the same as in training.
     """
 

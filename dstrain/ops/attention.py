@@ -62,6 +62,21 @@ def attention_reference(
     return probabilities @ value
 
 
+def mean_probabilities(query: Tensor, key: Tensor, *, bias: Tensor | None = None, causal: bool = False) -> Tensor:
+    """The probabilities by which `attention` mixes, which it never shows, averaged over the heads and before dropout.
+
+    query: (B, H, T, K); key: (B, H or fewer, S, K) -> (B, T, S) float32, computed in it as kernels do inside. Costs a second
+    product and H T S numbers a sentence.
+    """
+    if causal:
+        bias = causal_bias(query.shape[2], key.shape[2], query.dtype, query.device)
+    grouped = query.float().view(len(query), key.shape[1], -1, *query.shape[2:])  # (B, heads of keys, queries of each, T, K)
+    scores = (grouped @ key.float().unsqueeze(2).transpose(-1, -2)).flatten(1, 2) / math.sqrt(query.shape[-1])  # (B, H, T, S)
+    if bias is not None:
+        scores = scores + bias
+    return scores.softmax(-1).mean(1)
+
+
 def _short_training_on_cpu(query: Tensor, key: Tensor) -> bool:
     learns = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad)
     return learns and query.device.type == "cpu" and query.dtype == torch.float32 and query.shape[2] * key.shape[2] <= SHORT

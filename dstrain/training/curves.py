@@ -82,7 +82,10 @@ def draw(events: Events, title: str) -> bytes:
 
 
 def _panels(events: Events) -> list[tuple[str, Sequence[tuple[str, str]]]]:
-    return [(name, curves) for name, curves in PANELS if any(series(events, *curve)[0] for curve in curves)]
+    trained = (event for event in events if event["kind"] == "train")
+    features = sorted({field for event in trained for field in event if field.startswith("feature_")})
+    panels = (*PANELS, ("distances from inside the teacher", [("train", field) for field in features]))
+    return [(name, curves) for name, curves in panels if any(series(events, *curve)[0] for curve in curves)]
 
 
 def series(events: Events, kind: str, field: str) -> tuple[list[int], list[float]]:

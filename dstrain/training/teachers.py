@@ -29,8 +29,9 @@ from dstrain.data.manifest import Manifest
 from dstrain.data.tokenizer import TokenizerPair
 from dstrain.engine.teacher_engine import Placement, Precision, TeacherEngine, VocabularyMap
 from dstrain.errors import BundleError, DataError
-from dstrain.models.config import LengthLimits, VocabularySizes
+from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.objectives.config import DistillationConfig
+from dstrain.objectives.distillation import wanted_by
 from dstrain.objectives.logit_store import LogitStore, open_store
 from dstrain.objectives.signals import TeacherSignals
 from dstrain.parallel.topology import World
@@ -48,12 +49,12 @@ class TeacherOptions:
 
 @dataclass(frozen=True)
 class PlannedTeacher:
-    """A teacher that fits. fingerprint: of its weights and, where one is used, the vocabulary map. limits: what it can read."""
+    """A teacher that fits. fingerprint: of its weights and, where one is used, of the vocabulary map."""
 
     directory: Path
+    model: ModelConfig
     fingerprint: str
     vocabulary: VocabularyMap | None
-    limits: LengthLimits
 
 
 def plan_teachers(
@@ -80,7 +81,7 @@ def plan_teachers(
         if not same and options.vocabulary_map is not None:
             vocabulary = read_vocabulary_map(options.vocabulary_map, sizes, description.vocabulary)
             fingerprint += hashlib.sha256(options.vocabulary_map.read_bytes()).hexdigest()
-        planned.append(PlannedTeacher(directory, fingerprint, vocabulary, description.model.limits))
+        planned.append(PlannedTeacher(directory, description.model, fingerprint, vocabulary))
     if options.vocabulary_map is not None and all(teacher.vocabulary is None for teacher in planned):
         raise DataError("--vocabulary-map is not needed: every teacher has the vocabulary of the data; leave it out")
     return planned
@@ -97,8 +98,7 @@ def open_logits(directory: Path, data: Path, manifest: Manifest, objective: Dist
         raise DataError(
             f"the logits in {directory} are of the split {store.manifest.job.split!r}, training reads 'train'; dump that one"
         )
-    on_policy = objective.on_policy is not None
-    store.require(divergence=objective.divergence.kind, temperature=objective.temperature, on_policy=on_policy)
+    store.require(wanted_by(objective))
     return store
 
 

@@ -10,7 +10,12 @@ import pytest
 from tests.e2e.support import RECIPE, SMALL_DATA, SMALL_TRAINING, Ranks, dstrain, events, fails, settings, succeeds
 
 TEACHER = ("model.model_dim=48", "model.encoder={depth: 2, num_heads: 4, ffn_dim: 64}", "training.max_steps=40")
-OBJECTIVE = "objective={kind: distillation, temperature: 2.0, selection: {kind: global, rate: 0.5, queue_size: 900}}"
+FEATURES = "[{kind: hidden_states, side: encoder}, {kind: attention, side: cross, weight: 0.5}]"
+OBJECTIVE = (
+    "objective={kind: distillation, temperature: 2.0, selection: {kind: global, rate: 0.5, queue_size: 900}, "
+    f"features: {FEATURES}}}"
+)
+INSIDE = ("feature_encoder_hidden_states_mse", "feature_cross_attention_kl")
 
 ON_POLICY = "objective.on_policy={fraction: 0.5, max_length_ratio: 2.0}"
 
@@ -43,7 +48,7 @@ def test_the_events_tell_the_losses_apart(student: Path) -> None:
         assert event["loss"] > event["hard"] > 0 < event["kd"]
         assert 0 <= event["agreement"] <= 1
         assert 0.3 < event["selected"] < 0.9
-    assert train[-1]["kd"] < train[0]["kd"]
+    assert all(train[-1][name] < train[0][name] for name in ("kd", *INSIDE))
     valid = events(student, "valid")[-1]
     assert "kd" not in valid
     assert valid["perplexity"] > 1
@@ -67,7 +72,7 @@ def test_two_processes_with_a_sharded_teacher_killed_and_resumed_give_the_same_c
     ranks.kill()
     again = Ranks(words, 2, tmp_path / "again")
     assert again.wait() == [0, 0], again.output()
-    names = ("step", "loss", "hard", "kd", "agreement", "selected", "grad_norm")
+    names = ("step", "loss", "hard", "kd", *INSIDE, "agreement", "selected", "grad_norm")
     found, expected = ([[event[name] for name in names] for event in events(path, "train")] for path in (run, student))
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
@@ -117,6 +122,15 @@ def test_every_mistake_gets_one_message(student: Path, teacher: Path, data: Path
     fails(
         dstrain(*training(data, fresh, "--teacher", teacher, overrides=(*distil, by_language))),
         "the language tag 'xx' is no symbol",
+    )
+    deep = "objective.features=[{kind: hidden_states, side: encoder, layers: {1: 3}}]"
+    fails(
+        dstrain(*training(data, fresh, "--teacher", teacher, overrides=(*distil, deep))),
+        "objective.features.0.layers names layer 3 of the teacher, whose encoder has 2; choose from 0 to 2",
+    )
+    fails(
+        dstrain(*training(data, fresh, "--teacher", teacher, "--teacher", teacher, overrides=distil)),
+        "objective.features learns from inside one teacher at work, but there are 2",
     )
     assert not fresh.exists()
     fails(

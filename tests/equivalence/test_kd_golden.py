@@ -27,7 +27,7 @@ from dstrain.objectives.factory import build_objective
 from dstrain.objectives.selection import gate
 from dstrain.objectives.signals import TeacherSignals
 from dstrain.objectives.train_module import TrainModule
-from dstrain.protocols import LossOutput
+from dstrain.protocols import LossOutput, Record
 from tests.parallel.trace import recorded_batches
 from tests.paths import GOLDEN, needs_golden
 
@@ -46,8 +46,8 @@ class PlainTeacher:
     def __init__(self, teacher: EncoderDecoder) -> None:
         self.teacher = teacher
 
-    def teach(self, batch: Batch, rows: Tensor, look: Callable[[Tensor, Tensor], None]) -> None:
-        hidden = self.teacher(batch.source, batch.target).hidden.flatten(0, 1)[rows]
+    def teach(self, batch: Batch, rows: Tensor, look: Callable[[Tensor, Tensor], None], record: Record | None = None) -> None:
+        hidden = self.teacher(batch.source, batch.target, record).hidden.flatten(0, 1)[rows]
         self.teacher.reduce_projection(hidden, look)
 
 

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import resource
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, Plai
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import ObjectiveConfig
 from dstrain.objectives.factory import build_objective, validation_objective
+from dstrain.objectives.feature_plan import plan_features
 from dstrain.objectives.signals import TeacherSignals
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
+from dstrain.protocols import Place, Record
 from tests.parallel.setting import VOCABULARY, build_engine, build_module, collate, num_targets, sentences
 
 Report = dict[str, Any]
@@ -30,7 +33,7 @@ Report = dict[str, Any]
 
 def teacher(world: World, *, seed: int = 3, placement: str = "replicated", precision: str = "fp32") -> TeacherEngine:
     """A teacher of another width and depth than the student; some of its matrices exceed ZeRO-3's threshold for sharing out."""
-    model = build_model(config_of(dim=72, ffn_dim=160, depths=(3, 2)), VOCABULARY, seed=seed)
+    model = build_model(TEACHER, VOCABULARY, seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0)
@@ -46,12 +49,17 @@ def config_of(*, dim: int, ffn_dim: int, depths: tuple[int, int]) -> EncoderDeco
     )
 
 
+TEACHER = config_of(dim=72, ffn_dim=160, depths=(3, 2))
+INSIDE = (Place("hidden_states", "encoder", 2), Place("attention", "decoder", 1), Place("attention", "cross", 2))
+
+
 def seen(engine: TeacherEngine, batch: Batch) -> list[Tensor]:
-    """Copies of features and weight."""
+    """Copies of features and weight, and of what stands inside."""
     found: list[Tensor] = []
     rows = (batch.labels.flatten() >= 0).nonzero().squeeze(1)
-    engine.teach(batch, rows, lambda features, weight: found.extend([features.clone(), weight.clone()]))
-    return found
+    record = Record(INSIDE)
+    engine.teach(batch, rows, lambda features, weight: found.extend([features.clone(), weight.clone()]), record)
+    return [*found, *(record.shown[place] for place in INSIDE)]
 
 
 def placements(world: World) -> Report:
@@ -90,8 +98,10 @@ def student(
     section = {"kind": "distillation", "chunk_tokens": 16, **options.pop("objective", {})}
     config = TypeAdapter(ObjectiveConfig).validate_python(section)
     engines = [teacher(world, seed=3 + number, placement=placement) for number in range(teachers)]
-    objective = build_objective(config, TeacherSignals(engines))
-    module = TrainModule(build_module(dropout).model, objective, validation_objective(config))
+    model = build_module(dropout).model
+    plans = plan_features(config, model.config, [TEACHER] * teachers)
+    objective = build_objective(config, TeacherSignals(engines), features=plans, seed=5)
+    module = TrainModule(model, objective, validation_objective(config))
     return build_engine(world, module, **options)
 
 
@@ -102,9 +112,16 @@ def distilled(world: World, *, runs: list[Report]) -> list[Report]:
 
 def _distilled(world: World, *, steps: int, parts: int, **options: Any) -> Report:
     engine = student(world, **options)
+    initial = held_weights(world, engine)["projections"]
     reports = [asdict(engine.train_step(*share(step, world, parts))) for step in range(steps)]
     validated = float(engine.evaluate(collate(sentences(99))).loss_sum)
-    found = {"reports": reports, "queues": queues(engine), "validated": validated}
+    found = {
+        "reports": reports,
+        "queues": queues(engine),
+        "validated": validated,
+        "initial": initial,
+        **held_weights(world, engine),
+    }
     engine.close()
     return found
 
@@ -117,19 +134,27 @@ def share(step: int, world: World, parts: int) -> tuple[list[Batch], Size]:
     return [replace(collate(pairs[part::parts]), example_ids=ids[part]) for part in numbers], Size(num_targets(pairs), len(pairs))
 
 
+def held_weights(world: World, engine: TrainEngine) -> Report:
+    """What a bundle would hold, and the projections that the objective learns, whole."""
+    weights = engine.gather_weights(averaged=False) or {}
+    own = dict(engine.module.objective.named_parameters())
+    projections = {name: engine._masters.full(parameter).flatten().tolist() for name, parameter in own.items()}
+    return {"bundle": world.broadcast_object(sorted(weights)), "projections": projections}
+
+
 def queues(engine: TrainEngine) -> dict[str, list[float]]:
     """What the objective carries from step to step."""
     state = getattr(engine.module.objective, "state", dict)()
     return {str(tag): queue.tolist() for tag, queue in state.items()}
 
 
-def resumed_student(world: World, *, shards: str, deepspeed: str, placement: str) -> Report:
+def resumed_student(world: World, *, shards: str, deepspeed: str, placement: str, features: Sequence[Report] = ()) -> Report:
     """Six steps at once, and three steps saved and continued by another engine; dropout is on."""
     options = {
         "deepspeed": deepspeed,
         "placement": placement,
         "dropout": 0.3,
-        "objective": {"selection": {"kind": "global", "rate": 0.5, "queue_size": 150}},
+        "objective": {"selection": {"kind": "global", "rate": 0.5, "queue_size": 150}, "features": features},
     }
     straight, writer = student(world, **options), student(world, **options)
     expected = [asdict(straight.train_step(*share(step, world, 4))) for step in range(6)]
@@ -147,6 +172,7 @@ def resumed_student(world: World, *, shards: str, deepspeed: str, placement: str
         "queues": [queues(straight), queues(continued)],
         "saved_numbers": sum(master.numel() for master in shard["masters"]),
         "student_numbers": sum(parameter.numel() for parameter in build_module().parameters()),
+        "held": [held_weights(world, engine) for engine in (straight, continued)],
     }
 
 

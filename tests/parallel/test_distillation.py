@@ -14,6 +14,18 @@ SELECTIONS: list[dict[str, Any]] = [
     {"kind": "global", "rate": 0.4, "queue_size": 100},
     {"kind": "global_by_language", "rate": 0.4, "queue_size": 20, "tags": ["a"]},
 ]
+FEATURES: list[dict[str, Any]] = [
+    {"kind": "hidden_states", "side": "encoder", "layers": {0: 0, 1: 3}},
+    {"kind": "hidden_states", "side": "decoder", "loss": "cosine", "weight": 0.5},
+    {"kind": "attention", "side": "encoder", "loss": "squared_error"},
+    {"kind": "attention", "side": "cross"},
+]
+FEATURE_NAMES = [
+    "feature_encoder_hidden_states_mse",
+    "feature_decoder_hidden_states_cosine",
+    "feature_encoder_attention_squared_error",
+    "feature_cross_attention_kl",
+]
 STEPS = 8
 RUNS = [{"objective": {"selection": selection}, "parts": 4, "steps": STEPS} for selection in SELECTIONS]
 
@@ -86,19 +98,84 @@ def test_an_ensemble_sharded_equals_one_whole(tmp_path: Path) -> None:
         assert_same(rank[0], whole)
 
 
+@pytest.fixture(scope="module")
+def features_on_one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Features with projections in four micro-batches, in one, and at every other stage."""
+    section = {"selection": {"kind": "batch", "rate": 0.4}, "features": FEATURES}
+    ways = [{"parts": 4}, {"parts": 1}, *({"parts": 4, "deepspeed": f"zero{stage}"} for stage in (1, 2, 3))]
+    runs = [{"objective": section, "steps": 5, **way} for way in ways]
+    found: list[dict[str, Any]] = run_ranks("distilled", 1, tmp_path_factory.mktemp("features"), runs=runs)[0]
+    return found
+
+
+def assert_same_features(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert_same(found, expected)
+    for name in FEATURE_NAMES:
+        values, wanted = ([report["sums"][name] for report in run["reports"]] for run in (found, expected))
+        assert values == pytest.approx(wanted, rel=1e-5)
+    assert found["bundle"] == expected["bundle"]
+    assert found["projections"].keys() == expected["projections"].keys()
+    for name, weights in expected["projections"].items():
+        assert found["projections"][name] == pytest.approx(weights, rel=1e-3, abs=1e-4)
+
+
+def test_features_are_learned_by_weights_that_no_bundle_holds(
+    features_on_one_rank: list[dict[str, Any]], one_rank: list[dict[str, Any]]
+) -> None:
+    found = features_on_one_rank[0]
+    first, *_, last = found["reports"]
+    assert all(last["sums"][name] < first["sums"][name] for name in FEATURE_NAMES[:2])
+    assert found["bundle"] == one_rank[0]["bundle"]
+    assert list(found["projections"]) == ["features.losses.0.projection.weight", "features.losses.1.projection.weight"]
+    for name, weights in found["projections"].items():
+        moves = [abs(weight - initial) for weight, initial in zip(weights, found["initial"][name], strict=True)]
+        assert len(moves) == 24 * 72
+        assert sum(move > 1e-3 for move in moves) > 1000
+
+
+@pytest.mark.parametrize("way", [1, 2, 3, 4], ids=["one micro-batch", "zero1", "zero2", "zero3"])
+def test_features_do_not_depend_on_micro_batches_and_stages(features_on_one_rank: list[dict[str, Any]], way: int) -> None:
+    assert_same_features(features_on_one_rank[way], features_on_one_rank[0])
+
+
+def test_features_of_a_sharded_teacher_on_two_ranks_are_those_on_one(
+    features_on_one_rank: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    section = {"selection": {"kind": "batch", "rate": 0.4}, "features": FEATURES}
+    ways = [("zero3", "sharded"), ("zero1", "sharded"), ("zero0", "replicated")]
+    runs = [
+        {"objective": section, "steps": 5, "parts": 4, "deepspeed": stage, "placement": placement} for stage, placement in ways
+    ]
+    for rank in run_ranks("distilled", 2, tmp_path, runs=runs):
+        for found in rank:
+            assert_same_features(found, features_on_one_rank[0])
+
+
 @pytest.mark.parametrize(
-    ("world_size", "deepspeed", "placement"),
-    [(1, "zero1", "replicated"), (2, "zero1", "sharded"), pytest.param(2, "zero3", "sharded", marks=pytest.mark.slow)],
+    ("world_size", "deepspeed", "placement", "features"),
+    [
+        (1, "zero1", "replicated", []),
+        (2, "zero1", "sharded", []),
+        (2, "zero3", "sharded", FEATURES),
+        pytest.param(1, "zero0", "replicated", FEATURES, marks=pytest.mark.slow),
+        pytest.param(2, "zero2", "sharded", FEATURES, marks=pytest.mark.slow),
+        pytest.param(2, "zero3", "sharded", [], marks=pytest.mark.slow),
+    ],
 )
-def test_resume_is_bit_exact(world_size: int, deepspeed: str, placement: str, tmp_path: Path) -> None:
-    ranks = run_ranks("resumed_student", world_size, tmp_path, shards=str(tmp_path), deepspeed=deepspeed, placement=placement)
+def test_resume_is_bit_exact(
+    world_size: int, deepspeed: str, placement: str, features: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    setting = {"deepspeed": deepspeed, "placement": placement, "features": features}
+    ranks = run_ranks("resumed_student", world_size, tmp_path, shards=str(tmp_path), **setting)
     for rank in ranks:
         assert rank["found"] == rank["expected"]
+        assert rank["held"][0] == rank["held"][1]
         assert rank["queues"][0] == rank["queues"][1]
         assert len(rank["queues"][0]["0"]) == 150
         assert rank["queues"] == ranks[0]["queues"], "one queue for all ranks"
     saved, own = sum(rank["saved_numbers"] for rank in ranks), ranks[0]["student_numbers"]
-    assert own <= saved < own + 64 * world_size, "the teacher is in no checkpoint"
+    own += sum(len(weights) for weights in ranks[0]["held"][0]["projections"].values())
+    assert own <= saved < own + 64 * world_size, "the teacher is in no checkpoint, projections are"
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ from dstrain.objectives.factory import build_objective, require_lesson, validati
 from dstrain.objectives.selection import Selection
 from dstrain.objectives.signals import TeacherSignals
 from dstrain.objectives.train_module import TrainModule
-from dstrain.protocols import LossOutput, SparseSignal
+from dstrain.protocols import LossOutput, Record, SparseSignal, Wanted
 from tests.unit.objectives.test_cross_entropy import EOS, NUM_TYPES, PAD, batch_of, empty_batch, gradients, pairs
 
 VOCABULARY = VocabularySizes(source=NUM_TYPES, target=NUM_TYPES, pad_id=PAD, eos_id=EOS)
@@ -57,9 +57,9 @@ class PlainTeacher:
     def __init__(self, model: EncoderDecoder) -> None:
         self.model = model.eval()
 
-    def teach(self, batch: Batch, rows: Tensor, look: Callable[[Tensor, Tensor], None]) -> None:
+    def teach(self, batch: Batch, rows: Tensor, look: Callable[[Tensor, Tensor], None], record: Record | None = None) -> None:
         assert not torch.is_grad_enabled()
-        hidden = self.model(batch.source, batch.target).hidden.flatten(0, 1)[rows]
+        hidden = self.model(batch.source, batch.target, record).hidden.flatten(0, 1)[rows]
         self.model.reduce_projection(hidden, look)
 
 
@@ -170,7 +170,8 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("selection", {"selection": {"kind": "global_by_language", "rate": 0.3, "tags": ["a"]}}),
 ]
 """The remaining keys: chunk_tokens moves nothing (test_linear_distillation), tags are compared with the data (test_tags),
-teacher_precision is the engine's and renormalize the store's (test_teachers), on_policy changes the batches (test_on_policy)."""
+teacher_precision is the engine's and renormalize the store's (test_teachers), on_policy changes the batches (test_on_policy), and
+features have a file of their own (test_features)."""
 
 
 def losses_of(**changes: Any) -> list[float]:
@@ -188,7 +189,7 @@ def test_every_key_changes_the_loss() -> None:
     assert losses_of() == found[0]
     assert len({tuple(losses) for losses in found}) == len(found)
     keys = {key for key, _ in CHANGES}
-    elsewhere = {"kind", "chunk_tokens", "teacher_precision", "renormalize", "on_policy"}
+    elsewhere = {"kind", "chunk_tokens", "teacher_precision", "renormalize", "on_policy", "features"}
     assert {key.split(".")[0] for key in keys} | elsewhere == set(DistillationConfig.model_fields)
     assert {key.split(".")[1] for key in keys if key.startswith("selection.")} | {"kind", "tags"} == set(
         GlobalByLanguageSelection.model_fields
@@ -258,6 +259,12 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
         (CrossEntropyConfig(), False, True, "objective.kind = cross_entropy has no use for a teacher: leave --logits out"),
         (config_of(teacher_precision="bf16"), False, True, "objective.teacher_precision = bf16 is what a teacher at work"),
         (config_of(renormalize=True), True, False, "objective.renormalize is for dumped logits of method topk"),
+        (
+            config_of(features=[{"kind": "attention", "side": "cross"}]),
+            False,
+            True,
+            "objective.features learns from inside a teacher at work, dumped logits keep its probabilities alone",
+        ),
     ],
 )
 def test_a_missing_and_a_superfluous_lesson_are_refused(
@@ -277,10 +284,12 @@ def test_a_lesson_that_suits_is_accepted() -> None:
 class Kept:
     """A source that refuses."""
 
-    def require(self, *, divergence: str, temperature: float, on_policy: bool) -> None:
-        raise RecipeError(f"no {divergence} at {temperature}, on_policy = {on_policy}")
+    def require(self, wanted: Wanted) -> None:
+        raise RecipeError(f"no {wanted.divergence} at {wanted.temperature}, on_policy = {wanted.on_policy}")
 
-    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[SparseSignal], Any]) -> Any:
+    def reduce_signal(
+        self, batch: Batch, rows: Tensor, reduce: Callable[[SparseSignal], Any], record: Record | None = None
+    ) -> Any:
         raise NotImplementedError
 
 

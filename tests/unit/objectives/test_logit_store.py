@@ -29,7 +29,7 @@ from dstrain.objectives.logit_codec import build_codec
 from dstrain.objectives.logit_dump import plan_dump
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod, merge_store
 from dstrain.objectives.logit_store import describe_store, open_store, shard_starts
-from dstrain.protocols import SparseSignal
+from dstrain.protocols import SparseSignal, Wanted
 from tests.unit.objectives.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for, teacher_probs
 
 METHODS = [SampleMethod(draws=20), TopKMethod(k=5), TopKMethod(k=5, dtype="float32", temperature=2.0), DenseMethod()]
@@ -191,13 +191,18 @@ def test_an_empty_micro_batch_has_no_signal(data: Path, teacher: EncoderDecoder,
 
 def test_only_the_forward_divergence_at_the_dumps_temperature(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
     store = stored(data, tmp_path / "logits", SampleMethod(temperature=2.0), teacher=teacher)
-    store.require(divergence="forward_kl", temperature=2.0, on_policy=False)
+    fitting = Wanted("forward_kl", 2.0)
+    store.require(fitting)
     with pytest.raises(RecipeError, match=r"objective.divergence.kind = reverse_kl needs the whole .* forward_kl"):
-        store.require(divergence="reverse_kl", temperature=2.0, on_policy=False)
+        store.require(fitting._replace(divergence="reverse_kl"))
     with pytest.raises(RecipeError, match=r"objective.temperature = 1, but the logits in .* are of temperature 2: set that, or"):
-        store.require(divergence="forward_kl", temperature=1.0, on_policy=False)
+        store.require(fitting._replace(temperature=1.0))
     with pytest.raises(RecipeError, match=r"objective.on_policy has a teacher score what the student writes, .* remove objec"):
-        store.require(divergence="forward_kl", temperature=2.0, on_policy=True)
+        store.require(fitting._replace(on_policy=True))
+    with pytest.raises(
+        RecipeError, match=r"objective.features learns from inside a teacher, but .*logits keeps its probabilities"
+    ):
+        store.require(fitting._replace(features=True))
 
 
 def test_renormalizing_is_biased_and_says_so(

@@ -17,7 +17,7 @@ from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.distillation import Distillation
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod
 from dstrain.objectives.signals import Look, TeacherSignals
-from dstrain.protocols import Objective
+from dstrain.protocols import Objective, Record
 from tests.unit.objectives.toy_store import batch_of, prepared, stored, teacher_for
 
 
@@ -32,8 +32,8 @@ class AtWork:
     def __init__(self, model: Model) -> None:
         self.model = model
 
-    def teach(self, batch: Batch, rows: Tensor, look: Look) -> None:
-        hidden = self.model(batch.source, batch.target).hidden.flatten(0, 1).index_select(0, rows)
+    def teach(self, batch: Batch, rows: Tensor, look: Look, record: Record | None = None) -> None:
+        hidden = self.model(batch.source, batch.target, record).hidden.flatten(0, 1).index_select(0, rows)
         self.model.reduce_projection(hidden, look)
 
 

@@ -48,6 +48,12 @@ def test_a_real_run_is_drawn(tmp_path: Path) -> None:
     assert alt in text
 
 
+def test_features_share_a_panel(tmp_path: Path) -> None:
+    write(tmp_path, [train(1, feature_cross_attention_kl=0.5, feature_encoder_hidden_states_mse=0.25)])
+    _, page = write_report(tmp_path, tmp_path)
+    assert "; target tokens per second; distances from inside the teacher" in page.read_text()
+
+
 def test_the_page_is_self_contained(tmp_path: Path) -> None:
     write(tmp_path, EVENTS)
     text = write_report(tmp_path, tmp_path)[1].read_text()

@@ -22,7 +22,7 @@ from dstrain.models.config import VocabularySizes
 from dstrain.models.portable import to_portable
 from dstrain.objectives.config import DistillationConfig
 from dstrain.objectives.logit_manifest import TopKMethod
-from dstrain.protocols import DenseSignal
+from dstrain.protocols import DenseSignal, Place, Record
 from dstrain.training.base import build_on_base
 from dstrain.training.teachers import TeacherOptions, open_logits, plan_teachers, signals_of, start_teachers
 from tests.unit.adapters.adapted import adapter_of, train
@@ -44,13 +44,19 @@ class Corpus:
         options = TeacherOptions(bundles, vocabulary_map=vocabulary_map)
         return plan_teachers(options, self.tokenizers, self.sizes, self.train)
 
-    def signal(self, *bundles: Path, vocabulary_map: Path | None = None, precision: str = "fp32") -> DenseSignal:
+    def signal(
+        self,
+        *bundles: Path,
+        vocabulary_map: Path | None = None,
+        precision: str = "fp32",
+        record: Record | None = None,
+    ) -> DenseSignal:
         """What the teachers show of the first batch of `valid`."""
         planned = self.plan(*bundles, vocabulary_map=vocabulary_map)
         signals = signals_of(start_teachers(planned, placement="sharded", precision=precision, world=ALONE))
         assert signals is not None
         batch = next(evaluation_loader(open_dataset(self.directory, "valid"), 200, pad_id=1, eos_id=2, rank=0, world_size=1))
-        return signals.reduce_signal(batch, scored(batch), lambda signal: signal)
+        return signals.reduce_signal(batch, scored(batch), lambda signal: signal, record)
 
     def probabilities(self, *bundles: Path, vocabulary_map: Path | None = None) -> Tensor:
         signal = self.signal(*bundles, vocabulary_map=vocabulary_map)
@@ -93,8 +99,9 @@ def written(path: Path, **sides: Any) -> Path:
 
 def test_a_teacher_of_the_same_vocabulary_shows_what_its_bundle_computes(corpus: Corpus, teacher: Path) -> None:
     (planned,) = corpus.plan(teacher)
-    assert planned.limits == MODEL.limits
+    assert planned.model.limits == MODEL.limits
     assert planned.vocabulary is None
+    assert planned.model == MODEL
     signal = corpus.signal(teacher)
     model = load_bundle(teacher).model
     assert torch.equal(signal.weights[0], model.projection.weight)
@@ -119,6 +126,12 @@ def test_a_permuted_or_larger_vocabulary_teaches_the_same(corpus: Corpus, teache
     vocabulary_map = written(tmp_path / "map.json", source=places.tolist())
     expected, found = corpus.probabilities(teacher), corpus.probabilities(other, vocabulary_map=vocabulary_map)
     torch.testing.assert_close(found, expected)
+    inside = (Place("hidden_states", "encoder", 1), Place("attention", "decoder", 1))
+    records = Record(inside), Record(inside)
+    corpus.signal(teacher, record=records[0])
+    corpus.signal(other, vocabulary_map=vocabulary_map, record=records[1])
+    for place in inside:
+        torch.testing.assert_close(records[1].shown[place], records[0].shown[place])
     plain, mapped = corpus.plan(teacher), corpus.plan(other, vocabulary_map=vocabulary_map)
     assert len(plain[0].fingerprint) < len(mapped[0].fingerprint), "the map belongs to what taught"
     both = written(tmp_path / "both.json", source=places.tolist(), target=places.tolist())
