@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,6 +154,13 @@ def test_sums_and_gradients_are_those_of_loops_over_sentences_and_tokens() -> No
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert all(gradient.any() for name, gradient in found.items() if name.startswith("objective"))
     assert list(module.model.state_dict()) == list(plain.model.state_dict())
+
+
+def test_a_step_of_own_samples_learns_features_too() -> None:
+    module, _ = module_of(*ALL, on_policy={"fraction": 0.5})
+    (output,) = step(module, [replace(batch_of(*pairs(5, 1, 9)), sampled=True)])
+    features = sum(feature["weight"] * output.sums[name] for name, feature in zip(NAMES, ALL, strict=True))
+    torch.testing.assert_close(output.loss_sum.detach(), output.sums["on_policy_kd"] + features)
 
 
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
