@@ -83,6 +83,8 @@ ARCHITECTURES: Mapping[str, Values] = {
     "transformer_2x": _arch(6, 1024, 4096, 16),
     "transformer_4x": _arch(6, 1536, 4096, 16),
     "transformer_9x": _arch(6, 2048, 8192, 16),
+    "transformer_12e12d_9xeq": _arch(12, 1536, 4096, 16),
+    "transformer_24_24": _arch(24, 1024, 8192, 16, **PRE_NORM),
     "bart_base": _arch(6, 768, 3072, 12, **BART, no_scale_embedding=True),
     "bart_large": _arch(12, 1024, 4096, 16, **BART, no_scale_embedding=True),
     "mbart_base": _arch(6, 768, 3072, 12, **BART),
@@ -111,11 +113,24 @@ ARCHITECTURES: Mapping[str, Values] = {
 }
 ARCHITECTURE_ALIASES = {"bart": "bart_large", "mbart": "mbart_large"}
 
+_PLUG_IN = ("2x", "4x", "9x", "12e12d_9xeq", "18_18", "24_24", "base18L")
+PRESETS_OF = {
+    "transformer": "base",
+    "transformer_wmt_en_de": "base",
+    "transformer_vaswani_wmt_en_de_big": "big",
+    "transformer_IT2": "it2",
+    "transformer_IT2_dist": "it2_dist",
+    "roformer_IT2": "roformer_it2",
+    "roformer_IT2_dist": "roformer_it2_dist",
+    "aliformer_IT2": "aliformer_it2",
+    "aliformer_IT2_dist": "aliformer_it2_dist",
+    **{f"transformer_{size}": f"transformer_{size}" for size in _PLUG_IN},
+}
+"""Architectures that are presets of dstrain's."""
+
 REMARKS = {
     "transformer_align": "alignment heads have no counterpart: the model is without them",
     "transformer_wmt_en_de_big_align": "alignment heads have no counterpart: the model is without them",
-    "transformer_18_18": "this plug-in's name says nothing of the activation: give --activation-fn as the training did",
-    "transformer_base18L": "this plug-in's name says nothing of activation and sharing: give them as the training did",
     "roformer_IT2": "until 2024-06 this name gave no positions at all without --rope-args; dstrain rotates",
     "roformer_IT2_dist": "until 2024-06 this name gave no positions at all without --rope-args; dstrain rotates",
     "aliformer_IT2": "this name gave no positions at all without --alibi-args; dstrain applies ALiBi",
@@ -123,8 +138,8 @@ REMARKS = {
     "transformer_lm_wiki103": "adaptive input and softmax have no counterpart: one matrix each instead",
     "transformer_lm_baevski_wiki103": "adaptive input and softmax have no counterpart: one matrix each instead",
     **{
-        f"transformer_{size}": "of this plug-in's name only the widths are known: give depth and norms as the training did"
-        for size in ("2x", "4x", "9x")
+        f"transformer_{size}": "this plug-in's name says nothing of activation and sharing: give them as the training did"
+        for size in _PLUG_IN
     },
 }
 

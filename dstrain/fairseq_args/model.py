@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dstrain.errors import ImportFormatError
-from dstrain.fairseq_args.architectures import REMARKS, Settings
+from dstrain.fairseq_args.architectures import PRESETS_OF, REMARKS, Settings
 from dstrain.fairseq_args.command import Notes
 from dstrain.fairseq_args.position import position_part
 from dstrain.models.interop.fairseq_config import ACTIVATION_NAMES
@@ -26,6 +26,8 @@ def model_section(settings: Settings, notes: Notes) -> Tree:
     """The architecture. What the command line asks for and a recipe cannot say is noted."""
     if settings.arch in REMARKS:
         notes.differs.append(f"--arch {settings.arch}: {REMARKS[settings.arch]}")
+    if settings.arch in PRESETS_OF:
+        notes.reads(f"--arch {settings.arch}", "preset", name=PRESETS_OF[settings.arch])
     sides = ["decoder"] if settings.decoder_only else ["encoder", "decoder"]
     _note_unequal(settings, notes)
     for name in ("attn-implementation", "use-native-attention"):

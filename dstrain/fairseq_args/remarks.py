@@ -76,6 +76,7 @@ LACKING = {
     "bpe": "text is split by dictionaries and SentencePiece alone; binarized data stay as they are",
 }
 READ = {
+    "preset": "the preset {name}, written out below with what the other options change",
     "filter": "fairseq left longer training sentences out as well; data.filter is the smaller of the two",
     "attn-implementation": "how attention is computed is chosen by dstrain; every part works with every way",
     "lora-base": "the base is a bundle that `dstrain import fairseq` makes; `dstrain train --base` takes it",

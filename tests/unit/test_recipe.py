@@ -167,6 +167,7 @@ def test_a_preset_brings_a_whole_model_and_other_keys_go_over_it() -> None:
     recipe = load_recipe("translation/quickstart", ["model.preset=it2_dist", "model.dropout=0.2"])
     assert recipe.model == PRESETS["it2_dist"].model_copy(update={"dropout": 0.2})
     assert "no preset 'it3'; did you mean it2?" in errors_of("model={preset: it3}")
+    assert f"no preset 'zz'; valid: {', '.join(sorted(PRESETS))}" in errors_of("model={preset: zz}")
 
 
 def test_a_preset_in_a_file_replaces_the_model_that_it_extends(tmp_path: Path) -> None:

@@ -10,11 +10,12 @@ import yaml
 
 from dstrain.adapters.lora import places, select
 from dstrain.errors import ImportFormatError, RecipeError
-from dstrain.fairseq_args.architectures import ARCHITECTURES
+from dstrain.fairseq_args.architectures import ARCHITECTURES, PRESETS_OF
 from dstrain.fairseq_args.convert import recipe_from_command
 from dstrain.fairseq_args.flags import MAPPED, MAY_BE_BARE, SWITCHES, WITHOUT
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
+from dstrain.models.presets import PRESETS
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import load_recipe
 from tests.paths import GOLDEN, needs_golden
@@ -66,6 +67,23 @@ def test_architectures_have_the_predecessor_s_sizes(arch: str, parameters: int, 
     with torch.device("meta"):
         model = build_model(config, VocabularySizes(source=64, target=64), seed=None)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("arch", PRESETS_OF)
+def test_an_architecture_that_is_a_preset_becomes_it(arch: str, tmp_path: Path) -> None:
+    base, preset = BASE.replace("transformer", arch), PRESETS_OF[arch]
+    assert f"--arch {arch}: the preset {preset}, written out below" in notes_of("", base)
+    assert recipe_of("", tmp_path, base).model == PRESETS[preset]
+    assert recipe_of("--dropout 0.25", tmp_path, base).model == PRESETS[preset].model_copy(update={"dropout": 0.25})
+
+
+def test_all_of_indictrans2_s_architectures_are_presets() -> None:
+    plug_in = {f"transformer_{size}" for size in ("2x", "4x", "9x", "12e12d_9xeq", "18_18", "24_24", "base18L")}
+    fork = {name for name in ARCHITECTURES if "IT2" in name}
+    assert len(fork) == 6
+    assert plug_in | fork <= PRESETS_OF.keys()
+    assert set(PRESETS) - set(PRESETS_OF.values()) == {"tiny", "iwslt"}
+    assert "says nothing of activation and sharing" in notes_of("", BASE.replace("transformer", "transformer_2x"))
 
 
 VALUES = {
