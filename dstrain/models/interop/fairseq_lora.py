@@ -64,7 +64,7 @@ def convert_adapted(
         for name, (a, b) in pairs.items():
             weights[f"{name}.weight"] = torch.addmm(weights[f"{name}.weight"].float(), b, a, alpha=-scale)
     config, vocabulary, portable = convert(plain, tokenizers)
-    adapter = _portable(pairs, config)
+    adapter = _without_cut_rows(_portable(pairs, config), portable)
     settings = {
         "kind": "lora",
         "rank": given["r"],
@@ -86,7 +86,13 @@ def _pairs(weights: Mapping[str, Tensor]) -> Pairs:
         if lacking:
             raise ImportFormatError(f"the checkpoint has {name} but no {path}.{lacking[0]}; it is incomplete")
         a, b = weights[f"{path}.lora_A"].float(), weights[f"{path}.lora_B"].float()
-        pairs[path] = (b.t().contiguous(), a.t().contiguous()) if path.rpartition(".")[2] in TABLES else (a, b)
+        a, b = (b.t().contiguous(), a.t().contiguous()) if path.rpartition(".")[2] in TABLES else (a, b)
+        shape, found = tuple(weights[f"{path}.weight"].shape), (len(b), a.shape[1])
+        if found != shape:
+            raise ImportFormatError(
+                f"the checkpoint's adapter of {path} is for a matrix of {found}, but it has {shape}; it is damaged"
+            )
+        pairs[path] = (a, b)
     return pairs
 
 
@@ -130,6 +136,16 @@ def _portable(pairs: Pairs, config: ModelConfig) -> dict[str, Tensor]:
     if config.kind == "encoder_decoder":
         tensors = unstack(tensors, "encoder", config.encoder.schedule)
     return {portable_name(name): tensor for name, tensor in tensors.items()}
+
+
+def _without_cut_rows(adapter: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter of the weights as `convert` leaves them: of a table whose row for `<mask>` it cut off, without this row."""
+    kept = dict(adapter)
+    for name in adapter:
+        path, _, kind = name.rpartition(".")
+        if kind == "lora_b":
+            kept[name] = adapter[name][: len(weights[f"{path}.weight"])]
+    return kept
 
 
 def _targets(adapted: set[str], weights: Mapping[str, Tensor]) -> list[str]:

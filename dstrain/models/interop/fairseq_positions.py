@@ -99,8 +99,8 @@ def _yarn(yarn: Mapping[str, Any]) -> RotaryPosition:
         raise refusal("yarn_args", yarn, "its type is none of vanilla, dynamic")
     if "beta_slow" not in yarn:
         logger.warning(
-            "yarn_args name no beta_slow: 2 is taken, the predecessor's default until June 2024; later versions meant 1, so set "
-            "model.position.scaling.beta_slow by hand if the model was trained with one of these"
+            "yarn_args name no beta_slow: 2 is taken, the predecessor's default until 2024-06-11; from then on it was 1, so set "
+            "model.position.scaling.beta_slow by hand if the model was trained later"
         )
     original, reached = (
         int(yarn.get(name, default))

@@ -1,5 +1,6 @@
 """The reader of fairseq's adapters: settings, fused and stacked layers, token tables, and what it refuses by name."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,9 @@ from torch import Tensor
 from dstrain.adapters.config import LoraConfig
 from dstrain.adapters.lora import merged
 from dstrain.errors import ImportFormatError
-from dstrain.models.interop.fairseq import FairseqCheckpoint, convert
+from dstrain.models.interop.fairseq import FairseqCheckpoint, convert, read_dictionaries
 from dstrain.models.interop.fairseq_lora import convert_adapted
-from tests.unit.models.test_fairseq_reader import checkpoint, small_weights
+from tests.unit.models.test_fairseq_reader import checkpoint, dictionaries, small_weights
 
 ARGS = '{"r": 2, "alpha": 3, "target_modules": "q_proj"}'
 FC1 = "encoder.layers.0.fc1"
@@ -78,6 +79,33 @@ def test_token_tables_stand_the_other_way_round() -> None:
     weights = small_weights()
     saved = merge(weights, adapters(weights, "encoder.embed_tokens", "decoder.embed_tokens", table=True), 1.5)
     assert assert_read(checkpoint(saved, lora_args=ARGS), weights).targets == ("tokens",)
+
+
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_the_adapter_of_barts_table_loses_the_mask_row_too(side: str, tmp_path: Path) -> None:
+    weights, table = small_weights(), f"{side}.embed_tokens"
+    saved = checkpoint(merge(weights, adapters(weights, table, table=True), 1.5), arch="bart_base", lora_args=ARGS)
+    tokenizers = read_dictionaries(dictionaries(tmp_path, 10, 12), saved)
+    _, vocabulary, base, adapter = convert_adapted(saved, tokenizers, unmerged=False)
+    assert adapter is not None
+    name = "source_embedding.tokens" if side == "encoder" else "target_embedding.tokens"
+    rows = {"encoder": vocabulary.source, "decoder": vocabulary.target}[side]
+    assert {key: tuple(value.shape) for key, value in adapter.weights.items()} == {
+        f"{name}.lora_a": (2, 8),
+        f"{name}.lora_b": (rows, 2),
+    }
+    torch.testing.assert_close(base[f"{name}.weight"], weights[f"{table}.weight"][:-1], rtol=1e-5, atol=1e-5)
+    whole = merged(f"{name}.weight", base[f"{name}.weight"], adapter.weights, LoraConfig(**adapter.settings))
+    torch.testing.assert_close(whole, saved.weights[f"{table}.weight"][:-1], rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_of_another_shape_is_named() -> None:
+    weights = small_weights()
+    weights |= adapters(weights, FC1)
+    weights[f"{FC1}.lora_B"] = torch.randn(15, 2)
+    message = r"adapter of encoder\.layers\.0\.fc1 is for a matrix of \(15, 8\), but it has \(16, 8\); it is damaged"
+    with pytest.raises(ImportFormatError, match=message):
+        convert_adapted(checkpoint(weights, lora_args=ARGS), unmerged=True)
 
 
 def test_fused_projections_are_split() -> None:

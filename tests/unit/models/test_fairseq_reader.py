@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 
 from dstrain.errors import ImportFormatError
-from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, NoPosition, PlainEmbedding, StackConfig
+from dstrain.models.config import (
+    DecoderStackConfig,
+    EncoderDecoderConfig,
+    NoPosition,
+    PlainEmbedding,
+    RotaryPosition,
+    StackConfig,
+    YarnScaling,
+)
 from dstrain.models.interop.fairseq import FairseqCheckpoint, convert, read_dictionaries, read_fairseq_checkpoint
 from dstrain.models.interop.fairseq_config import UNSUPPORTED, convert_config
 from dstrain.models.interop.fairseq_lora import convert_adapted
@@ -100,6 +108,22 @@ def test_settings() -> None:
         max_source_length=100,
         max_target_length=200,
     )
+
+
+@pytest.mark.parametrize(
+    ("more", "slow", "warns"), [("", 2.0, True), (', "beta_slow": 1', 1.0, False), (', "beta_slow": 2', 2.0, False)]
+)
+@pytest.mark.parametrize("kind", ["vanilla", "dynamic"])
+def test_yarn_without_beta_slow_has_the_default_of_its_time(
+    kind: str, more: str, slow: float, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """2 until 2024-06-11, whatever the documentation said; nothing in a file tells its day."""
+    given = {"yarn_args": f'{{"type": "{kind}", "scale": 4{more}}}', "no_token_positional_embeddings": True}
+    config = convert_config(given, keeps_final_norm=KEEPS)
+    assert isinstance(config.position, RotaryPosition)
+    assert isinstance(config.position.scaling, YarnScaling)
+    assert config.position.scaling.beta_slow == slow
+    assert ("name no beta_slow: 2 is taken, the predecessor's default until 2024-06-11" in caplog.text) == warns
 
 
 def test_missing_settings_take_fairseqs_defaults() -> None:
