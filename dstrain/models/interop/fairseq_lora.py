@@ -98,7 +98,7 @@ def _pairs(weights: Mapping[str, Tensor]) -> Pairs:
 
 def _refuse_tied(model: Mapping[str, Any], pairs: Pairs) -> None:
     for name, side in (("share_all_embeddings", ""), ("share_decoder_input_output_embed", "decoder.")):
-        tables = [path for path in pairs if path.startswith(side) and path.endswith("embed_tokens")]
+        tables = [path for path in pairs if path.startswith(side) and path.endswith(("embed_tokens", "output_projection"))]
         if model.get(name) and tables:
             raise ImportFormatError(
                 f"the checkpoint has {name} and an adapter of {tables[0]}: fairseq trained it for one use of the matrix and "

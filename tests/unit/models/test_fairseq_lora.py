@@ -146,6 +146,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"lora_args": ARGS, "share_decoder_input_output_embed": True},
         r"has share_decoder_input_output_embed and an adapter of decoder\.embed_tokens: .*two different models; train",
     ),
+    "a tied projection": (
+        PROJECTION,
+        {"lora_args": ARGS, "share_all_embeddings": True},
+        r"has share_all_embeddings and an adapter of decoder\.output_projection: .*two different models; train",
+    ),
     "no settings": (FC1, {}, r"has adapters but lora_args = None, which is no JSON object, so their scale is unknown"),
     "no JSON": (FC1, {"lora_args": "{r: 2}"}, r"lora_args = '{r: 2}', which is no JSON object"),
     "an unknown setting": (
