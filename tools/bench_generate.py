@@ -23,7 +23,14 @@ from transformers import GenerationConfig, MarianConfig, MarianMTModel
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator
-from dstrain.models.config import EncoderDecoderConfig, LengthLimits, PlainEmbedding, StackConfig, VocabularySizes
+from dstrain.models.config import (
+    DecoderStackConfig,
+    EncoderDecoderConfig,
+    LengthLimits,
+    PlainEmbedding,
+    StackConfig,
+    VocabularySizes,
+)
 from dstrain.models.factory import build_model
 from dstrain.ops.allocator import keep_freed_memory
 
@@ -42,9 +49,12 @@ def cpu_seconds() -> float:
 
 def dstrain_translator() -> Translate:
     """dstrain's own generator, as the verbs use it."""
-    stack = StackConfig(depth=LAYERS, num_heads=HEADS, ffn_dim=FFN_DIM)
     config = EncoderDecoderConfig(
-        model_dim=MODEL_DIM, encoder=stack, decoder=stack, embedding=PlainEmbedding(tie="all"), norm_order="post"
+        model_dim=MODEL_DIM,
+        encoder=StackConfig(depth=LAYERS, num_heads=HEADS, ffn_dim=FFN_DIM),
+        decoder=DecoderStackConfig(depth=LAYERS, num_heads=HEADS, ffn_dim=FFN_DIM),
+        embedding=PlainEmbedding(tie="all"),
+        norm_order="post",
     )
     sizes = VocabularySizes(source=VOCAB_SIZE, target=VOCAB_SIZE, pad_id=PAD, eos_id=EOS)
     model = build_model(config, sizes, seed=1).eval()
