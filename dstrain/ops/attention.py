@@ -3,7 +3,7 @@
 The fast version is torch's `scaled_dot_product_attention`, which picks the kernel; it takes strided views, so no input needs
 to be copied into place. With fewer key than query heads, each key head serves a block of query heads (GQA, MQA); where a
 decoder takes one step these become queries of that head, so that its keys are read once (on a CPU 2.4 times as fast with one
-head for four, 1,024 keys).
+head for four, 1,024 keys). A bias gets all four dimensions, without which torch's kernel for the CPU does not take it.
 
 Training on a CPU with sentences of a few words is the exception. There the kernel multiplies one tiny matrix at a time, and
 the same by batched products, with a backward pass of its own, takes three quarters of the time (13 words, K = 32; the two meet
@@ -35,15 +35,19 @@ def attention(
     if dropout == 0 and not grouped and _short_training_on_cpu(query, key):
         if causal:
             bias = causal_bias(query.shape[2], key.shape[2], query.dtype, query.device)
-        mixed: Tensor = _BatchedAttention.apply(query, key, value, bias)  # type: ignore[no-untyped-call]
-        return mixed
-    if grouped and query.shape[2] == 1 and not causal and (bias is None or bias.ndim < 3 or bias.shape[-3] == 1):
-        folded = query.squeeze(2).view(len(query), key.shape[1], -1, query.shape[3])  # (B, heads of keys, queries of each, K)
-        mixed = F.scaled_dot_product_attention(folded, key, value, attn_mask=bias, dropout_p=dropout)
-        return mixed.flatten(1, 2).unsqueeze(2)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+        product: Tensor = _BatchedAttention.apply(query, key, value, bias)  # type: ignore[no-untyped-call]
+        return product
+    folded = grouped and query.shape[2] == 1 and not causal
+    if folded:
+        query = query.squeeze(2).view(len(query), key.shape[1], -1, query.shape[3])  # (B, heads of keys, queries of each, K)
+        if bias is not None and bias.ndim > 2 and bias.shape[-3] > 1:
+            bias = bias.reshape(*bias.shape[:-3], key.shape[1], -1, bias.shape[-1])
+    if bias is not None and bias.ndim == 3:
+        bias = bias.unsqueeze(0)
+    mixed = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=causal, enable_gqa=grouped and not folded
     )
+    return mixed.flatten(1, 2).unsqueeze(2) if folded else mixed
 
 
 def attention_reference(
