@@ -1,0 +1,80 @@
+"""A cache whose rows continue one another holds what a plain copy would, and moves little where rows descend from one another."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dstrain.nn.cache import KeyValueCache
+
+DEPTH, HEADS, DIM, ROOM = 2, 3, 4, 40
+
+
+class Beside:
+    """The cache and a plain tensor of what it must hold, (depth, 2, N, H, length, K)."""
+
+    def __init__(self, rows: int) -> None:
+        self.cache = KeyValueCache(
+            depth=DEPTH, num_rows=rows, num_heads=HEADS, max_length=ROOM, head_dim=DIM, like=torch.empty(0)
+        )
+        self.expected = torch.empty(DEPTH, 2, rows, HEADS, 0, DIM)
+        self.generator = torch.Generator().manual_seed(5)
+
+    def step(self, width: int = 1) -> None:
+        """Append, and look at all that is there."""
+        new = torch.randn(DEPTH, 2, self.cache.num_rows, HEADS, width, DIM, generator=self.generator)
+        self.expected = torch.cat([self.expected, new], dim=4)
+        for depth in range(DEPTH):
+            seen = torch.stack(self.cache.at(depth).append(new[depth, 0], new[depth, 1]))
+            assert torch.equal(seen, self.expected[depth])
+        self.cache.advance(width)
+
+    def select(self, rows: Tensor) -> None:
+        self.cache.select(rows)
+        self.expected = self.expected[:, :, rows]
+
+    def parents(self, beams: int) -> Tensor:
+        """Each row continues one of its sentence's, drawn at random."""
+        count = self.cache.num_rows
+        return torch.arange(count) // beams * beams + torch.randint(beams, (count,), generator=self.generator)
+
+
+@pytest.mark.parametrize("beams", [1, 2, 5])
+def test_a_long_search_with_sentences_that_leave(beams: int) -> None:
+    pair = Beside(3)
+    pair.step()
+    pair.select(torch.arange(3).repeat_interleave(beams))
+    for number in range(24):
+        pair.step(2 if number == 9 else 1)
+        pair.select(pair.parents(beams))
+        if number in {7, 15}:
+            pair.select(torch.arange(beams, pair.cache.num_rows))
+    pair.step()
+
+
+def test_after_a_rewind_all_entries_are_new() -> None:
+    pair = Beside(4)
+    pair.step(3)
+    pair.select(torch.tensor([1, 1, 2, 2]))
+    pair.cache.length, pair.expected = 0, pair.expected[:, :, :, :, :0]
+    pair.step(5)
+    pair.select(torch.tensor([0, 0, 2, 3]))
+    pair.step()
+
+
+def test_what_rows_have_in_common_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that were one three tokens ago, three tokens move at most, however long they are."""
+    pair, moved = Beside(4), []
+    move = pair.cache._move
+    monkeypatch.setattr(pair.cache, "_move", lambda *given: (moved.append(given[2].tolist()), move(*given)))
+    monkeypatch.setattr(pair.cache, "_copy", lambda rows: pytest.fail(f"all was copied for {rows}"))
+    pair.step(20)
+    pair.select(torch.tensor([0, 1, 2, 2]))
+    assert set(moved.pop()) == set(range(20))
+    monkeypatch.undo()
+    pair.select(torch.zeros(4, dtype=torch.long))
+    monkeypatch.setattr(pair.cache, "_move", lambda *given: (moved.append(given[2].tolist()), move(*given)))
+    for rows, positions in (([1, 0, 2, 3], [20, 20]), ([0, 0, 0, 1], [20, 20, 20, 21, 21, 21]), ([0, 1, 2, 3], [])):
+        pair.step()
+        pair.select(torch.tensor(rows))
+        assert sorted(moved.pop()) == positions
+    pair.step()
