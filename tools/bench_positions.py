@@ -1,11 +1,11 @@
 """Does decoding slow down with position by more than attention itself costs? Tokens per CPU-second at 64 and at 1,024 tokens.
 
 For each kind of model: the CPU time of single decoder steps when the cache holds so many tokens (random weights and tokens, 4
-layers of 128 features, 16 rows), and the time that attention alone takes over the very views of that cache. `beyond` is what a
-step at the far position costs beside the near one and what attention costs more there, in percent: 0 where nothing but attention
-grows. With beams, each row continues a row of its sentence drawn at random at every step, as in a search; `strangers` is the
-worst case, rows that change places and never descend from one another. Near and far take turns, and the fastest round of each
-counts, as other work on the machine takes memory bandwidth.
+layers of 128 features, 16 rows), and the part of it that is spent in the kernel of self-attention. `beyond` is by how much more
+a step at the far position costs than if attention alone had grown, in percent: 0 where nothing else does. With beams, each row
+continues a row of its sentence drawn at random at every step, as in a search; `strangers` is the worst case, rows that change
+places and never descend from one another. Near and far take turns, and the fastest round of each counts, as other work on the
+machine takes memory bandwidth.
 
     OMP_NUM_THREADS=1 python tools/bench_positions.py [--near 64] [--far 1024] [--rounds 9]
 """
@@ -13,18 +13,18 @@ counts, as other work on the machine takes memory bandwidth.
 from __future__ import annotations
 
 import argparse
+import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from bare_loop import cpu_seconds
 from pydantic import TypeAdapter
 from torch import Tensor
 
+import dstrain.nn.attention
 from dstrain.batch import Sequences
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
-from dstrain.nn.cache import KeyValueCache
 from dstrain.ops.allocator import keep_freed_memory
 from dstrain.ops.attention import attention
 
@@ -62,34 +62,36 @@ MODELS: dict[str, tuple[dict[str, Any], Parents]] = {
 }
 
 
-def step_seconds(model: Model, length: int, parents: Parents) -> float:
-    """CPU time of a step with about `length` tokens in the cache, the last few of which were decoded step by step."""
+class Watch:
+    """Takes the place of `attention` in the layers and adds up what self-attention takes."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        """As `attention`."""
+        start = time.thread_time()
+        mixed = attention(query, key, value, **options)
+        self.seconds += (time.thread_time() - start) * (key.shape[2] != SOURCE)
+        return mixed
+
+
+def step_seconds(model: Model, length: int, parents: Parents, watch: Watch) -> tuple[float, float]:
+    """CPU time of a step with about `length` tokens in the cache, the last few of which were decoded step by step.
+
+    The second number is the part of self-attention.
+    """
     beams = 1 if parents is alone else BEAMS
     source = Sequences(torch.randint(4, TYPES, (ROWS // beams, SOURCE)), torch.full((ROWS // beams,), SOURCE))
     state = model.start(source, num_sentences=ROWS // beams, rows_per_sentence=beams, max_length=length + STEPS)
     model.step(torch.randint(4, TYPES, (ROWS, length - STEPS - STEPS // 2)), state)
     tokens = torch.randint(4, TYPES, (ROWS, 1))
     for _ in range(2):
-        start = cpu_seconds()
+        start, watch.seconds = time.thread_time(), 0.0
         for _ in range(STEPS):
             model.step(tokens, state)
             state.reorder(parents())
-    return (cpu_seconds() - start) / STEPS
-
-
-def attention_seconds(length: int, kv_heads: int) -> float:
-    """CPU time of attention alone in all layers of such a step."""
-    cache = KeyValueCache(
-        depth=DEPTH, num_rows=ROWS, num_heads=kv_heads, max_length=length + STEPS, head_dim=DIM // HEADS, like=torch.empty(0)
-    )
-    new = torch.randn(ROWS, kv_heads, length, DIM // HEADS)
-    layers = [cache.at(depth).append(new, new) for depth in range(DEPTH)]
-    query = torch.randn(ROWS, HEADS, 1, DIM // HEADS)
-    start = cpu_seconds()
-    for _ in range(STEPS):
-        for keys, values in layers:
-            attention(query, keys, values)
-    return (cpu_seconds() - start) / STEPS
+    return (time.thread_time() - start) / STEPS, watch.seconds / STEPS
 
 
 @torch.inference_mode()
@@ -102,24 +104,21 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    lengths = (args.near, args.far)
+    lengths, watch = (args.near, args.far), Watch()
+    dstrain.nn.attention.attention = watch  # type: ignore[assignment]
     print(f"| model | tokens per CPU-second at {args.near:,} | at {args.far:,} | attention's part | beyond |")
     print("|---|---|---|---|---|")
     for name, (tree, parents) in MODELS.items():
         config: Any = TypeAdapter(ModelConfig).validate_python(tree)
         model = build_model(config, VocabularySizes(source=TYPES, target=TYPES), seed=1).eval()
-        kv_heads = config.decoder.num_kv_heads or HEADS
-        steps: dict[int, list[float]] = {length: [] for length in lengths}
-        attending: dict[int, list[float]] = {length: [] for length in lengths}
+        rounds: dict[int, list[tuple[float, float]]] = {length: [] for length in lengths}
         for _ in range(args.rounds + 1):
             for length in lengths:
-                steps[length].append(step_seconds(model, length, parents))
-                attending[length].append(attention_seconds(length, kv_heads))
-        near, far = (min(steps[length][1:]) for length in lengths)
-        near_alone, far_alone = (min(attending[length][1:]) for length in lengths)
-        beyond = far / (near + far_alone - near_alone) - 1
+                rounds[length].append(step_seconds(model, length, parents, watch))
+        (near, near_attention), (far, far_attention) = (min(rounds[length][1:]) for length in lengths)
+        beyond = far / (near + far_attention - near_attention) - 1
         speeds = f"{ROWS / near:,.0f} | {ROWS / far:,.0f}"
-        print(f"| {name} | {speeds} | {far_alone / far:.0%} of a step | {beyond:+.0%} |", flush=True)
+        print(f"| {name} | {speeds} | {far_attention / far:.0%} of a step | {beyond:+.0%} |", flush=True)
 
 
 if __name__ == "__main__":
