@@ -88,7 +88,8 @@ def test_some_steps_are_on_the_students_own_samples(teacher: Path, data: Path, t
     assert len(own) > 3 < len(given)
     assert len(own) + len(given) == len(train) == 14
     for event in own:
-        assert event["loss"] == pytest.approx(event["on_policy_kd"], rel=1e-5)
+        inside = event[INSIDE[0]] + 0.5 * event[INSIDE[1]]
+        assert event["loss"] == pytest.approx(event["on_policy_kd"] + inside, rel=1e-5)
         assert 0 <= event["on_policy_agreement"] <= 1
         assert event["nll"] is event["perplexity"] is None
         assert "hard" not in event
