@@ -1,7 +1,8 @@
 """Twelve updates equal those that the predecessor recorded: learning rate, loss and gradient norm as printed, final weights.
 
 The recorded losses and norms are its meters' running means since the first update, so running means are compared.
-`golden/ref/trace/adam_sentence_avg` has no counterpart: dstrain divides by target tokens, never by sentences. Of `adam_cosine`
+`golden/ref/trace/adam_sentence_avg` has no counterpart: it divides the sum over tokens by the number of
+sentences, where dstrain takes the mean over tokens or over each sentence's mean. Of `adam_cosine`
 the first nine updates have one; then the predecessor starts another, lower cycle.
 """
 
