@@ -86,8 +86,8 @@ def train(
     )
     planned = plan_teachers(teachers, corpora.tokenizers, corpora.vocabulary, corpora.train)
     tag_place = _tag_place(recipe, corpora)
-    features = plan_features(recipe.objective, recipe.model, [teacher.model for teacher in planned])
     store = _store(recipe, teachers, data, corpora)
+    features = plan_features(recipe.objective, recipe.model, [teacher.model for teacher in planned])
     fingerprints = [teacher.fingerprint for teacher in planned] if store is None else [store.manifest.fingerprint]
     renewed = partial(with_later_defaults, Recipe)
     run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job, teachers=fingerprints, renewed=renewed)

@@ -46,9 +46,8 @@ score() { # bundle -> its BLEU on both test sets
 mkdir -p "$WORK/runs"
 [ -f "$WORK/teacher.score" ] || score "$TEACHER" >"$WORK/teacher.score"
 printf '| teacher%s |\n' "$(cat "$WORK/teacher.score")"
-for row in "${@:-none word batch global sequence sampled top12}"; do
-  for name in $row; do
-    student "$name" >&2
-    printf '| %s%s |\n' "$name" "$(score "$WORK/runs/$name/bundles/last")"
-  done
+[ $# -gt 0 ] || set -- none word batch global sequence sampled top12
+for row in "$@"; do
+  student "$row" >&2
+  printf '| %s%s |\n' "$row" "$(score "$WORK/runs/$row/bundles/last")"
 done

@@ -67,11 +67,6 @@ def require_lesson(config: ObjectiveConfig, *, teacher: bool, logits: bool) -> N
             f"objective.teacher_precision = {config.teacher_precision} is what a teacher at work computes in, dumped logits are "
             "as they are: leave it out beside --logits"
         )
-    if logits and config.features:
-        raise RecipeError(
-            "objective.features learns from inside a teacher at work, dumped logits keep its probabilities alone: leave it out "
-            "beside --logits"
-        )
     if teacher and config.renormalize:
         raise RecipeError(
             "objective.renormalize is for dumped logits of method topk; a teacher at work gives its whole distribution: leave "

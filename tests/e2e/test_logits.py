@@ -97,6 +97,8 @@ def test_a_student_trains_on_dumped_logits_as_beside_the_teacher(data: Path, tea
     fails(dstrain(*reverse), "objective.divergence.kind = reverse_kl needs the whole distribution")
     on_policy = words(fresh, "--logits", logits, objective="objective={kind: distillation, on_policy: {}}")
     fails(dstrain(*on_policy), "objective.on_policy has a teacher score what the student writes", "remove objective.on_policy")
+    inside = "objective={kind: distillation, features: [{kind: hidden_states, side: encoder}]}"
+    fails(dstrain(*words(fresh, "--logits", logits, objective=inside)), "objective.features learns from inside a teacher, but")
     assert not fresh.exists()
 
 

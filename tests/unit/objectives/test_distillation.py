@@ -259,12 +259,6 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
         (CrossEntropyConfig(), False, True, "objective.kind = cross_entropy has no use for a teacher: leave --logits out"),
         (config_of(teacher_precision="bf16"), False, True, "objective.teacher_precision = bf16 is what a teacher at work"),
         (config_of(renormalize=True), True, False, "objective.renormalize is for dumped logits of method topk"),
-        (
-            config_of(features=[{"kind": "attention", "side": "cross"}]),
-            False,
-            True,
-            "objective.features learns from inside a teacher at work, dumped logits keep its probabilities alone",
-        ),
     ],
 )
 def test_a_missing_and_a_superfluous_lesson_are_refused(
