@@ -5,9 +5,8 @@
     dstrain inspect LOGITS
 
 Methods: sample draws from the teacher's distribution (about 40 bytes a token; unbiased: prefer it); topk keeps the likeliest
-types and the mass of the rest (about 3 bytes a type; biased for flat teachers, the more so with objective.renormalize: true in
-the student's recipe, which gives that mass to the types kept); dense keeps everything, for small vocabularies.
-Signals belong to (row, position) of the data: batch size, order and number of ranks of the later training are free.
+types (about 3 bytes each) and the mass of the rest, which a student's objective.renormalize gives to these (biased); dense
+keeps everything, for small vocabularies. Batch size, order and number of ranks of the later training are free.
 
 The same command again goes on where it was interrupted. Under a launcher (deepspeed --num_gpus 8 --module dstrain dump-logits
 ...) the ranks share the work, each on its own GPU. To share it among jobs, run it once for every I in 0 .. N-1 with --shard I/N
