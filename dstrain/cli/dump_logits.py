@@ -4,7 +4,7 @@
     dstrain dump-logits --teacher BUNDLE --data DATA --output LOGITS --method topk --k 64
     dstrain inspect LOGITS
 
-Methods: sample draws from the teacher's distribution (about 40 bytes a token; unbiased: prefer it); topk keeps the likeliest
+Methods: sample draws from the teacher's distribution (about 35 bytes a token; unbiased: prefer it); topk keeps the likeliest
 types (about 3 bytes each) and the mass of the rest, which a student's objective.renormalize gives to these (biased); dense
 keeps everything, for small vocabularies. Batch size, order and number of ranks of the later training are free.
 
