@@ -54,6 +54,19 @@ def test_values_and_gradients(shape: tuple[int, ...], masking: str) -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(2, 4, 4, 5, 5, 8), (2, 3, 3, 123, 123, 5)])
+def test_bfloat16_rounds_results_alone(shape: tuple[int, ...]) -> None:
+    """Values and gradients are those of float32 on the same numbers, each rounded once."""
+    exact = [part.detach().bfloat16().float().requires_grad_() for part in inputs(shape)]
+    rounded = [part.detach().bfloat16().requires_grad_() for part in exact]
+    results = []
+    for parts in (rounded, exact):
+        mixed = attention(*parts, causal=True)
+        mixed.sum().backward()
+        results.append([part.float() for part in (mixed, *(part.grad for part in parts)) if part is not None])
+    torch.testing.assert_close(*results, rtol=2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize("heads_of_bias", [1, 6])
 def test_one_step_with_grouped_heads_and_a_bias_of_each_head_or_of_all(heads_of_bias: int) -> None:
     query, key, value = inputs((3, 6, 2, 1, 7, 16))
