@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
 from dstrain.batch import Batch, Sequences, Size
@@ -175,6 +177,10 @@ class SparseSignal:
     probs: Tensor  # (n, k) float32, teacher probability mass of each id, 0 where unused
     tail: Tensor  # (n,) float32, mass of all other types together (0 for sampled stores)
 
+    def part(self, rows: slice | Tensor) -> SparseSignal:
+        """Of some of the tokens, by place or by a mask."""
+        return replace(self, ids=self.ids[rows], probs=self.probs[rows], tail=self.tail[rows])
+
 
 @dataclass(frozen=True)
 class DenseSignal:
@@ -185,6 +191,36 @@ class DenseSignal:
 
     features: Sequence[Tensor]  # (n, E) each
     weights: Sequence[Tensor]  # (V, E) each
+
+    def part(self, rows: slice | Tensor) -> DenseSignal:
+        """Of some of the tokens, by place or by a mask."""
+        return replace(self, features=[features[rows] for features in self.features])
+
+
+@dataclass(frozen=True)
+class LogProbsSignal:
+    """All that a teacher said of n scored tokens, as it is kept: in pieces that may be parts of mapped files, hence of numpy.
+
+    It becomes the teacher's distribution at any temperature a few rows at a time, for all of them would take n x V numbers.
+    """
+
+    log_probs: Sequence[npt.NDArray[np.floating[Any]]]  # (rows of a piece, V) each, pieces one after another; finite
+    temperature: float  # what the teacher's logits were divided by
+
+    def part(self, rows: slice | Tensor) -> LogProbsSignal:
+        """Of some of the tokens, by place, where nothing is copied, or by a mask."""
+        if isinstance(rows, Tensor):
+            return replace(self, log_probs=[np.concatenate(self.log_probs)[rows.numpy()]])
+        found, start = [], 0
+        for piece in self.log_probs:
+            if start < rows.stop and start + len(piece) > rows.start:
+                found.append(piece[max(rows.start - start, 0) : rows.stop - start])
+            start += len(piece)
+        return replace(self, log_probs=found)
+
+
+KeptSignal = SparseSignal | LogProbsSignal
+Signal = DenseSignal | KeptSignal
 
 
 class Wanted(NamedTuple):
@@ -206,9 +242,7 @@ class SignalSource(Protocol):
         """Raise a DstrainError where the signals cannot give it."""
         ...
 
-    def reduce_signal(
-        self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R], record: Record | None = None
-    ) -> R:
+    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], record: Record | None = None) -> R:
         """Call `reduce` with the signal for the batch's scored tokens and return what it returns; the signal is not to be kept.
 
         rows: (n,) places of the scored tokens in the flattened (B * T) labels. record: filled by the teacher's forward, where

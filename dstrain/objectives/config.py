@@ -36,7 +36,7 @@ class CrossEntropyConfig(Config):
 
 
 class ForwardKl(Config):
-    """KL(teacher || student): the student must cover all that the teacher says. The one that kept signals can give."""
+    """KL(teacher || student): the student must cover all that the teacher says. A store of drawn or best types can give it alone."""
 
     kind: Literal["forward_kl"] = "forward_kl"
 

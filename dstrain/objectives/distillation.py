@@ -37,7 +37,7 @@ from dstrain.ops.divergence import Divergence
 from dstrain.ops.linear_cross_entropy import scored_rows
 from dstrain.ops.linear_distillation import DistillationSums, DistillationTerms, linear_distillation
 from dstrain.ops.linear_nll import linear_nll
-from dstrain.protocols import DenseSignal, LossOutput, Record, SignalSource, SparseSignal, TeacherForced, Wanted
+from dstrain.protocols import LossOutput, Record, Signal, SignalSource, TeacherForced, Wanted
 
 
 class Scored(NamedTuple):
@@ -87,7 +87,7 @@ class Distillation(nn.Module):
         scored = scored_tokens(model, batch, own)
 
         def reduce(features: Tensor, weight: Tensor) -> DistillationSums:
-            def learn(signal: DenseSignal | SparseSignal) -> DistillationSums:
+            def learn(signal: Signal) -> DistillationSums:
                 return linear_distillation(
                     features,
                     weight,
@@ -171,9 +171,8 @@ class SelectiveDistillation(Distillation):
 
 def wanted_by(config: DistillationConfig) -> Wanted:
     """What the source of signals must be able to give."""
-    return Wanted(
-        config.divergence.kind, config.temperature, on_policy=config.on_policy is not None, features=bool(config.features)
-    )
+    divergence, on_policy = divergence_of(config.divergence).kind, config.on_policy is not None
+    return Wanted(divergence, config.temperature, on_policy=on_policy, features=bool(config.features))
 
 
 def scored_tokens(model: TeacherForced, batch: Batch, record: Record | None = None) -> Scored:
@@ -186,6 +185,8 @@ def scored_tokens(model: TeacherForced, batch: Batch, record: Record | None = No
 def divergence_of(config: DivergenceConfig) -> Divergence:
     """The op's own description of a divergence."""
     match config:
+        case JensenShannon(beta=0):
+            return Divergence("forward_kl")
         case JensenShannon():
             return Divergence(config.kind, config.beta)
         case SkewKl():

@@ -22,7 +22,8 @@ from dstrain.data.collate import collate
 from dstrain.data.dataset import Dataset
 from dstrain.data.permutation import Permutation
 from dstrain.ops.linear_cross_entropy import scored_rows
-from dstrain.protocols import SparseSignal, TeacherForced
+from dstrain.ops.linear_distillation import teacher_log_probs
+from dstrain.protocols import KeptSignal, SparseSignal, TeacherForced
 
 CHUNK = 256
 """Tokens whose logits exist at one time."""
@@ -40,7 +41,7 @@ def gradient_angles(
     student: TeacherForced,
     parameters: Sequence[Tensor],
     teacher: TeacherForced,
-    signal_of: Callable[[Batch], SparseSignal],
+    signal_of: Callable[[Batch], KeptSignal],
     batches: Iterable[Batch],
     *,
     tokens: Sequence[int],
@@ -93,12 +94,19 @@ def reached_target(student_probs: Tensor, signal: SparseSignal) -> Tensor:
     return rest.scatter_add_(1, ids, signal.probs)
 
 
+def _target(student_probs: Tensor, signal: KeptSignal, temperature: float) -> Tensor:
+    """Towards which a signal of any kind pulls. (n, V)"""
+    if isinstance(signal, SparseSignal):
+        return reached_target(student_probs, signal)
+    return teacher_log_probs(signal, temperature, like=student_probs).exp_()
+
+
 def _both_gradients(
     student: TeacherForced,
     parameters: Sequence[Tensor],
     teacher: TeacherForced,
     batch: Batch,
-    signal: SparseSignal,
+    signal: KeptSignal,
     *,
     temperature: float,
 ) -> list[tuple[Tensor, ...]]:
@@ -123,7 +131,7 @@ def _both_gradients(
 
 @torch.no_grad()
 def _slopes(
-    features: Tensor, weight: Tensor, *, student: tuple[Tensor, Tensor], signal: SparseSignal, temperature: float
+    features: Tensor, weight: Tensor, *, student: tuple[Tensor, Tensor], signal: KeptSignal, temperature: float
 ) -> list[tuple[Tensor, Tensor]]:
     """Slopes of both losses with respect to the student's features (n, E) and weight (V, E). features, weight: the teacher's."""
     own, projection = student
@@ -132,7 +140,7 @@ def _slopes(
         part = slice(start, start + CHUNK)
         whole = torch.softmax(features[part] @ weight.t() / temperature, 1)
         probs = torch.softmax(own[part] @ projection.t() / temperature, 1)
-        kept = reached_target(probs, SparseSignal(signal.ids[part], signal.probs[part], signal.tail[part]))
+        kept = _target(probs, signal.part(part), temperature)
         for (own_slope, projection_slope), target in zip(found, (kept, whole), strict=True):
             slope = (probs - target) / temperature  # (c, V)
             own_slope[part] = slope @ projection

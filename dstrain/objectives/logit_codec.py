@@ -1,7 +1,7 @@
-"""From a teacher's logits to what is kept of them, and back to a `SparseSignal`; one codec a method.
+"""From a teacher's logits to what is kept of them, and back to a `KeptSignal`; one codec a method.
 
 `select` works on the teacher's device, chunk by chunk, and is all that the teacher waits for; `pack` makes the columns of a shard
-of it, in numpy; `unpack` reads columns of any tokens, put one after another.
+of it, in numpy; `unpack` reads columns of any tokens, in pieces that stand one after another.
 
 Sampling is systematic: the n draws of a token are the points (u + j) / n of its cumulative distribution, j = 0 .. n - 1, with one
 u, uniform in (0, 1]. Each draw has the teacher's distribution, so counts / n is unbiased, and a count differs from its mean by
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dstrain.data.rows import id_dtype
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod
-from dstrain.protocols import SparseSignal
+from dstrain.protocols import KeptSignal, LogProbsSignal, SparseSignal
 from dstrain.seeding import derive_seed
 
 Array = npt.NDArray[Any]
@@ -74,8 +74,8 @@ class Codec(Protocol):
         """The columns of what `select` gave."""
         ...
 
-    def unpack(self, columns: Mapping[str, Array], num_tokens: int) -> SparseSignal:
-        """The signals of tokens whose items stand one after another in `columns`."""
+    def unpack(self, columns: Mapping[str, Sequence[Array]], num_tokens: int) -> KeptSignal:
+        """The signals of tokens whose items stand one after another in the pieces of `columns`, each of whole tokens."""
         ...
 
 
@@ -87,7 +87,7 @@ def build_codec(method: Method, vocab_size: int) -> Codec:
         case TopKMethod():
             return TopKCodec(method, vocab_size)
         case DenseMethod():
-            return DenseCodec(vocab_size)
+            return DenseCodec(method, vocab_size)
 
 
 class SampleCodec:
@@ -126,15 +126,16 @@ class SampleCodec:
         }
         return {name: Column(values[name].values.astype(dtype), values[name].widths) for name, dtype in self.columns.items()}
 
-    def unpack(self, columns: Mapping[str, Array], num_tokens: int) -> SparseSignal:
+    def unpack(self, columns: Mapping[str, Sequence[Array]], num_tokens: int) -> SparseSignal:
         """Probabilities are counts / draws; no tail."""
-        distinct = columns["distinct"]
+        whole = joined(columns, self.columns)
+        distinct = whole["distinct"]
         places = np.arange(distinct.max(initial=1))
-        used, many = (places < columns[name][:, None] for name in ("distinct", "repeated"))  # (n, k)
+        used, many = (places < whole[name][:, None] for name in ("distinct", "repeated"))  # (n, k)
         ids = np.full(used.shape, -1, np.int64)
-        ids[used] = columns["ids"]
+        ids[used] = whole["ids"]
         counts = used.astype(np.float32)
-        counts[many] = columns["counts"]
+        counts[many] = whole["counts"]
         return SparseSignal(torch.from_numpy(ids), torch.from_numpy(counts / np.float32(self._draws)), torch.zeros(num_tokens))
 
 
@@ -170,40 +171,45 @@ class TopKCodec:
             parts |= {"log_probs": np.rint(255 * np.sqrt(share)), "span": span}
         return {name: fixed_width(parts[name].astype(dtype)) for name, dtype in self.columns.items()}
 
-    def unpack(self, columns: Mapping[str, Array], num_tokens: int) -> SparseSignal:
+    def unpack(self, columns: Mapping[str, Sequence[Array]], num_tokens: int) -> SparseSignal:
         """Masses scaled to 1 - tail, which rounding has moved."""
-        stored, tail = columns["log_probs"].reshape(num_tokens, self._k), columns["tail"]
+        whole = joined(columns, self.columns)
+        stored, tail = whole["log_probs"].reshape(num_tokens, self._k), whole["tail"]
         if self._coded:
-            span = columns["span"].astype(np.float32)[:, None] / SPAN_STEPS
+            span = whole["span"].astype(np.float32)[:, None] / SPAN_STEPS
             probs = np.exp(-span * np.square(stored.astype(np.float32) / 255))
         else:
             probs = np.exp(stored, dtype=np.float32)
         probs *= ((1 - tail) / probs.sum(1))[:, None]
-        ids = columns["ids"].reshape(num_tokens, self._k).astype(np.int64)
+        ids = whole["ids"].reshape(num_tokens, self._k).astype(np.int64)
         return SparseSignal(torch.from_numpy(ids), torch.from_numpy(probs), torch.from_numpy(np.array(tail, np.float32)))
 
 
 class DenseCodec:
     """log_probs: of all types in the order of ids."""
 
-    def __init__(self, vocab_size: int) -> None:
+    def __init__(self, method: DenseMethod, vocab_size: int) -> None:
+        self._temperature = method.temperature
         self.columns = {"log_probs": np.dtype(np.float16)}
         self.items_per_token = vocab_size
         self.bytes_per_token = 2 * vocab_size
 
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
-        """(n, V) float16"""
-        return (torch.log_softmax(logits, 1).half(),)
+        """(n, V) float16, finite"""
+        return (torch.log_softmax(logits, 1).clamp_min_(torch.finfo(torch.float16).min).half(),)
 
     def pack(self, selected: Sequence[Array]) -> dict[str, Column]:
         """As they are."""
         return {"log_probs": fixed_width(selected[0])}
 
-    def unpack(self, columns: Mapping[str, Array], num_tokens: int) -> SparseSignal:
-        """All types, scaled to 1; `ids` takes no memory."""
-        stored = torch.from_numpy(columns["log_probs"].reshape(num_tokens, self.items_per_token).astype(np.float32))
-        ids = torch.arange(self.items_per_token).expand(num_tokens, -1)
-        return SparseSignal(ids, torch.softmax(stored, 1), torch.zeros(num_tokens))
+    def unpack(self, columns: Mapping[str, Sequence[Array]], num_tokens: int) -> LogProbsSignal:
+        """The pieces as they are, without a copy."""
+        return LogProbsSignal([piece.reshape(-1, self.items_per_token) for piece in columns["log_probs"]], self._temperature)
+
+
+def joined(columns: Mapping[str, Sequence[Array]], dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, Array]:
+    """Each column in one piece."""
+    return {name: np.concatenate([np.empty(0, dtype), *columns[name]]) for name, dtype in dtypes.items()}
 
 
 def fixed_width(values: Array) -> Column:

@@ -55,7 +55,10 @@ class TopKMethod(Config):
 
 
 class DenseMethod(Config):
-    """All log-probabilities in float16, for small vocabularies."""
+    """All log-probabilities in float16, for small vocabularies; they teach every divergence at every temperature.
+
+    temperature: divides the teacher's logits before they are rounded; a student's may be another.
+    """
 
     kind: Literal["dense"] = "dense"
     temperature: PositiveFloat = 1.0

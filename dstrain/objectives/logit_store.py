@@ -27,7 +27,7 @@ from dstrain.errors import DataError, RecipeError
 from dstrain.log import logger
 from dstrain.objectives.logit_codec import Codec, build_codec
 from dstrain.objectives.logit_manifest import DenseMethod, SampleMethod, StoreManifest, TopKMethod, load_store_manifest
-from dstrain.protocols import DenseSignal, Record, SparseSignal, Wanted
+from dstrain.protocols import KeptSignal, Record, Signal, SparseSignal, Wanted
 
 R = TypeVar("R")
 REMEDY = "dump this shard again with the same command, then merge"
@@ -51,11 +51,12 @@ class LogitStore:
 
     @property
     def temperature(self) -> float:
-        """What the teacher's logits were divided by; an objective must divide the student's by the same."""
+        """What the teacher's logits were divided by."""
         return self.manifest.job.method.temperature
 
     def require(self, wanted: Wanted) -> None:
-        """Raise RecipeError unless it is the forward divergence at the dump's temperature, of the data, and no more."""
+        """Raise RecipeError unless it is of the data, of the distribution alone, and, where a part of that is kept, the forward
+        divergence at the dump's temperature."""
         if wanted.on_policy:
             raise RecipeError(
                 f"objective.on_policy has a teacher score what the student writes, {self._directory} keeps what one said of the "
@@ -66,10 +67,12 @@ class LogitStore:
                 f"objective.features learns from inside a teacher, but {self._directory} keeps its probabilities alone: leave "
                 "objective.features out, or choose a teacher at work (--teacher)"
             )
+        if isinstance(self.manifest.job.method, DenseMethod):
+            return
         if wanted.divergence != "forward_kl":
             raise RecipeError(
                 f"objective.divergence.kind = {wanted.divergence} needs the whole distribution, {self._directory} keeps a part "
-                "of it: choose forward_kl, or a teacher at work (--teacher)"
+                "of it: choose forward_kl, a dump of all types (dump-logits --method dense), or a teacher at work (--teacher)"
             )
         if wanted.temperature != self.temperature:
             raise RecipeError(
@@ -77,32 +80,30 @@ class LogitStore:
                 f"{self.temperature:g}: set that, or dump them again with --temperature {wanted.temperature:g}"
             )
 
-    def reduce_signal(
-        self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R], record: Record | None = None
-    ) -> R:
+    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], record: Record | None = None) -> R:
         """`reduce(signal)` on the batch's device; `rows` must be all scored places, whose order the store has by itself.
 
         record: stays empty, for there is no forward; see `require`.
         """
         return reduce(moved(self.signal(batch), batch.labels.device))
 
-    def signal(self, batch: Batch) -> SparseSignal:
+    def signal(self, batch: Batch) -> KeptSignal:
         """The signals of the batch's scored tokens in row-major order, on the CPU.
 
         Raises DataError where the batch is not of the split that was dumped.
         """
         examples = [row for row in batch.example_ids.tolist() if row != NO_EXAMPLE]
         places = [self._locate(row) for row in examples]
-        columns = {name: self._gather(name, places) for name in self._codec.columns}
+        columns = {name: [shard[name].row(row) for shard, row in places] for name in self._codec.columns}
         first = next(iter(columns.values()))
-        num_tokens = len(first) // self._codec.items_per_token
+        num_tokens = sum(map(len, first)) // self._codec.items_per_token
         if num_tokens != batch.num_targets:
             raise DataError(
                 f"{self._directory} holds {num_tokens} tokens for the rows of a batch of {batch.num_targets}: it is of other "
                 f"data or another split than {self.manifest.job.split!r}; dump the logits of this data"
             )
         signal = self._codec.unpack(columns, num_tokens)
-        return renormalized(signal) if self._renormalize else signal
+        return renormalized(signal) if self._renormalize and isinstance(signal, SparseSignal) else signal
 
     def _locate(self, row: int) -> tuple[Mapping[str, ListView], int]:
         if not 0 <= row < self.manifest.job.rows:
@@ -113,14 +114,11 @@ class LogitStore:
         number = bisect_right(self._starts, row) - 1
         return self._shards[number], row - self._starts[number]
 
-    def _gather(self, name: str, places: Sequence[tuple[Mapping[str, ListView], int]]) -> np.ndarray:
-        if not places:
-            return np.empty(0, self._codec.columns[name])
-        return np.concatenate([shard[name].row(row) for shard, row in places])
 
-
-def moved(signal: SparseSignal, device: torch.device) -> SparseSignal:
-    """The same signal on `device`."""
+def moved(signal: KeptSignal, device: torch.device) -> KeptSignal:
+    """The same signal on `device`; log-probabilities of all types stay on the disk until a chunk of them is wanted."""
+    if not isinstance(signal, SparseSignal):
+        return signal
     return SparseSignal(*(tensor.to(device, non_blocking=True) for tensor in (signal.ids, signal.probs, signal.tail)))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dstrain.batch import Batch
 from dstrain.objectives.feature_plan import require_one_teacher
-from dstrain.protocols import DenseSignal, Record, SparseSignal, Wanted
+from dstrain.protocols import DenseSignal, Record, Signal, Wanted
 
 R = TypeVar("R")
 Look = Callable[[Tensor, Tensor], None]
@@ -43,9 +43,7 @@ class TeacherSignals:
         if wanted.features:
             require_one_teacher(len(self.teachers))
 
-    def reduce_signal(
-        self, batch: Batch, rows: Tensor, reduce: Callable[[DenseSignal | SparseSignal], R], record: Record | None = None
-    ) -> R:
+    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], record: Record | None = None) -> R:
         """`reduce` of the features and weights of all teachers, inside all their projections."""
         with_grad = torch.is_grad_enabled()
         results: list[R] = []

@@ -13,9 +13,9 @@ formula itself is 0; there stand its limits after division by b or by 1 - b, whi
 
 The slope is the gradient with respect to the logits that p is the softmax of. With g = d value / d p it is p (g - sum p g).
 
-Of a sparse signal only forward_kl can be had, for it alone is linear in what is known of q: drawn types give it without bias, and
-types with a tail give it over k + 1 buckets, of which the last holds all other types. The others would compare p with zeros
-that are not the teacher's.
+Of a signal of some types only forward_kl can be had, for it alone is linear in what is known of q: drawn types give it without
+bias, and types with a tail give it over k + 1 buckets, of which the last holds all other types. The others would compare p with
+zeros that are not the teacher's.
 """
 
 from __future__ import annotations

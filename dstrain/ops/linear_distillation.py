@@ -24,6 +24,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -38,7 +39,7 @@ from dstrain.ops.divergence import (
 )
 from dstrain.ops.forward_gradients import sums_with_gradients
 from dstrain.ops.mixed_precision import accumulator, add_product, autocast, product
-from dstrain.protocols import DenseSignal, SparseSignal
+from dstrain.protocols import DenseSignal, LogProbsSignal, Signal, SparseSignal
 
 
 class DistillationTerms(NamedTuple):
@@ -70,7 +71,7 @@ def linear_distillation(
     features: Tensor,
     weight: Tensor,
     labels: Tensor,
-    signal: DenseSignal | SparseSignal,
+    signal: Signal,
     *,
     terms: DistillationTerms,
     chunk_tokens: int,
@@ -100,7 +101,7 @@ def reference_linear_distillation(
     features: Tensor,
     weight: Tensor,
     labels: Tensor,
-    signal: DenseSignal | SparseSignal,
+    signal: Signal,
     *,
     terms: DistillationTerms,
     chunk_tokens: int,
@@ -109,15 +110,13 @@ def reference_linear_distillation(
     """The same by all logits and autograd; `chunk_tokens` is not used."""
     check_signal(signal, terms.divergence)
     scored = labels != IGNORE_INDEX
-    signal, label = _rows_of(signal, scored), labels[scored].unsqueeze(1)
+    signal, label = signal.part(scored), labels[scored].unsqueeze(1)
     logits = F.linear(autocast(features[scored]), autocast(weight)).to(accumulator(features.dtype))  # (n, V)
     log_probs, cool = F.log_softmax(logits, dim=1), F.log_softmax(logits / terms.temperature, dim=1)
     if isinstance(signal, SparseSignal):
         values, best = reference_sparse_value(cool, signal), signal.ids.gather(1, signal.probs.argmax(1, keepdim=True))
     else:
-        each = zip(signal.features, signal.weights, strict=True)
-        probs = [F.softmax(F.linear(*pair).to(logits.dtype) / terms.temperature, dim=1) for pair in each]
-        teacher = torch.stack(probs).mean(0).log()
+        teacher = _reference_log_probs(signal, terms.temperature, logits.dtype)
         values, best = reference_value(terms.divergence, cool, teacher), teacher.argmax(1, keepdim=True)
     weights = torch.ones_like(values) if selected is None else selected[scored].to(values.dtype)
     spread = terms.label_smoothing / (logits.shape[1] - 1)
@@ -129,7 +128,16 @@ def reference_linear_distillation(
     return DistillationSums(loss, hard.detach(), kd.detach(), nll.detach(), agreement, weights.sum())
 
 
-def check_signal(signal: DenseSignal | SparseSignal, divergence: Divergence) -> None:
+def _reference_log_probs(signal: DenseSignal | LogProbsSignal, temperature: float, dtype: torch.dtype) -> Tensor:
+    """(n, V): of the mean of the teachers' probabilities."""
+    if isinstance(signal, LogProbsSignal):
+        kept = torch.from_numpy(np.concatenate(signal.log_probs)).to(dtype)
+        return F.log_softmax(kept * signal.temperature / temperature, dim=1)
+    pairs = zip(signal.features, signal.weights, strict=True)
+    return torch.stack([F.softmax(F.linear(*pair).to(dtype) / temperature, dim=1) for pair in pairs]).mean(0).log()
+
+
+def check_signal(signal: Signal, divergence: Divergence) -> None:
     """ValueError where a kept signal is asked for more than it holds."""
     if isinstance(signal, SparseSignal) and divergence.kind != "forward_kl":
         raise ValueError(f"{divergence.kind} needs the teacher's whole distribution, but a sparse signal holds some types of it")
@@ -148,16 +156,16 @@ class _Rows(NamedTuple):
     labels: Tensor
     scored: Tensor
     taught: Tensor
-    signal: DenseSignal | SparseSignal
+    signal: Signal
     with_tail: bool
 
     def part(self, rows: slice) -> _Rows:
         """Some of the rows."""
-        signal = _rows_of(self.signal, rows)
-        return _Rows(self.labels[rows], self.scored[rows], self.taught[rows], signal, self.with_tail)
+        parts = self.labels[rows], self.scored[rows], self.taught[rows], self.signal.part(rows)
+        return _Rows(*parts, self.with_tail)
 
 
-def _rows(labels: Tensor, signal: DenseSignal | SparseSignal, selected: Tensor | None, wide: torch.dtype) -> _Rows:
+def _rows(labels: Tensor, signal: Signal, selected: Tensor | None, wide: torch.dtype) -> _Rows:
     """What a caller gives of the rows, with padding made harmless."""
     scored = (labels != IGNORE_INDEX).unsqueeze(1)
     return _Rows(
@@ -256,7 +264,9 @@ def _learn(student: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[Tens
     if isinstance(signal, SparseSignal):
         fit = sparse_fit(student, student.new_zeros(()), signal, with_tail=rows.with_tail)
         return fit.value, fit.slope(student), _best(signal)
-    teacher = _teacher_log_probs(signal, terms.temperature, student.dtype)
+    teacher = teacher_log_probs(signal, terms.temperature, like=student)
+    if isinstance(signal, LogProbsSignal):
+        teacher.masked_fill_(~rows.scored, 0)
     return *value_and_slope(terms.divergence, student, teacher), teacher.argmax(1, keepdim=True)
 
 
@@ -265,26 +275,24 @@ def _best(signal: SparseSignal) -> Tensor:
     return signal.ids.gather(1, signal.probs.argmax(1, keepdim=True)).clamp_min(0)
 
 
-def _teacher_log_probs(signal: DenseSignal, temperature: float, dtype: torch.dtype) -> Tensor:
-    """(c, V): of the mean of the teachers' probabilities."""
+def teacher_log_probs(signal: DenseSignal | LogProbsSignal, temperature: float, *, like: Tensor) -> Tensor:
+    """At that temperature, of the mean of the teachers' probabilities. (n, V), of the dtype and on the device of `like`."""
+    if isinstance(signal, LogProbsSignal):
+        kept = torch.from_numpy(np.concatenate(signal.log_probs)).to(like.device).to(like.dtype)
+        return torch.log_softmax(kept.mul_(signal.temperature / temperature), 1, out=kept)
     total: Tensor | None = None
     for features, weight in zip(signal.features, signal.weights, strict=True):
-        logits = torch.empty(len(features), len(weight), dtype=dtype, device=features.device)
+        logits = like.new_empty(len(features), len(weight))
         torch.log_softmax(product(features, weight.t(), out=logits).div_(temperature), 1, out=logits)
         total = logits if total is None else torch.logaddexp(total, logits, out=total)
     assert total is not None, "a dense signal has at least one teacher"
     return total.sub_(math.log(len(signal.features))) if len(signal.features) > 1 else total
 
 
-def _rows_of(signal: DenseSignal | SparseSignal, rows: slice | Tensor) -> DenseSignal | SparseSignal:
-    """The signal of some of its rows."""
-    if isinstance(signal, SparseSignal):
-        return SparseSignal(signal.ids[rows], signal.probs[rows], signal.tail[rows])
-    return replace(signal, features=[features[rows] for features in signal.features])
-
-
-def _cleared(signal: DenseSignal | SparseSignal, scored: Tensor) -> DenseSignal | SparseSignal:
+def _cleared(signal: Signal, scored: Tensor) -> Signal:
     """The signal without what it says of rows that are not scored, which may be anything."""
     if isinstance(signal, SparseSignal):
         return replace(signal, probs=signal.probs.masked_fill(~scored, 0), tail=signal.tail.masked_fill(~scored.squeeze(1), 0))
+    if isinstance(signal, LogProbsSignal):
+        return signal  # cleared chunk by chunk
     return replace(signal, features=[features.masked_fill(~scored, 0) for features in signal.features])

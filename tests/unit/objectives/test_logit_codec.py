@@ -11,18 +11,24 @@ from torch import Tensor
 
 from dstrain.objectives.logit_codec import Codec, TokenKeys, build_codec, uniform
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod
-from dstrain.protocols import SparseSignal
+from dstrain.protocols import KeptSignal, LogProbsSignal, SparseSignal
 
 
 def keys(num_tokens: int, example: int = 7) -> TokenKeys:
     return TokenKeys(np.full(num_tokens, example), np.arange(num_tokens))
 
 
-def through(method: Method, logits: Tensor, tokens: TokenKeys | None = None) -> SparseSignal:
-    """What comes out of a store for these logits."""
+def through(method: SampleMethod | TopKMethod, logits: Tensor, tokens: TokenKeys | None = None) -> SparseSignal:
+    """What comes out of a store of some types for these logits."""
+    signal = kept(method, logits, tokens)
+    assert isinstance(signal, SparseSignal)
+    return signal
+
+
+def kept(method: Method, logits: Tensor, tokens: TokenKeys | None = None) -> KeptSignal:
     codec = build_codec(method, logits.shape[1])
     columns = packed(codec, logits, tokens or keys(len(logits)))
-    return codec.unpack(columns, len(logits))
+    return codec.unpack({name: [values] for name, values in columns.items()}, len(logits))
 
 
 def packed(codec: Codec, logits: Tensor, tokens: TokenKeys) -> dict[str, np.ndarray]:
@@ -124,7 +130,7 @@ def test_the_code_of_8_bits_errs_as_little_as_it_says() -> None:
 def test_extreme_distributions_survive() -> None:
     logits = torch.zeros(3, 40)
     logits[1, 5], logits[2, 7] = 80.0, 3e4
-    for method in (TopKMethod(k=8), TopKMethod(k=40), TopKMethod(k=8, dtype="float16"), SampleMethod(), DenseMethod()):
+    for method in (TopKMethod(k=8), TopKMethod(k=40), TopKMethod(k=8, dtype="float16"), SampleMethod()):
         signal = through(method, logits)
         assert torch.isfinite(signal.probs).all()
         assert (signal.probs >= 0).all()
@@ -134,16 +140,38 @@ def test_extreme_distributions_survive() -> None:
 
 def test_dense_keeps_everything() -> None:
     logits = random_logits(7, 123)
-    signal = through(DenseMethod(), logits)
-    assert torch.equal(signal.ids, torch.arange(123).expand(7, 123))
-    torch.testing.assert_close(signal.probs, torch.softmax(logits, 1), rtol=5e-3, atol=1e-7)
-    assert not signal.tail.any()
+    signal = kept(DenseMethod(temperature=2.0), logits)
+    assert isinstance(signal, LogProbsSignal)
+    assert signal.temperature == 2.0
+    found = torch.from_numpy(np.concatenate(signal.log_probs))
+    assert found.dtype == torch.float16
+    torch.testing.assert_close(found.float(), torch.log_softmax(logits, 1), rtol=5e-4, atol=0)
+    logits[3, 5] = 1e5
+    signal = kept(DenseMethod(), logits)
+    assert isinstance(signal, LogProbsSignal)
+    assert np.isfinite(signal.log_probs[0]).all()
 
 
-@pytest.mark.parametrize("method", [SampleMethod(), TopKMethod(k=3), DenseMethod()])
+def test_dense_is_handed_down_as_it_lies() -> None:
+    """Pieces of mapped files are read only, and no copy of them is made; their parts are pieces of these."""
+    codec = build_codec(DenseMethod(), 6)
+    values = np.arange(30, dtype=np.float16)
+    values.flags.writeable = False
+    signal = codec.unpack({"log_probs": [values[:12], values[12:18], values[18:]]}, 5)
+    assert isinstance(signal, LogProbsSignal)
+    assert [len(piece) for piece in signal.log_probs] == [2, 1, 2]
+    for start, stop, lengths in [(0, 2, [2]), (1, 4, [1, 1, 1]), (3, 99, [2]), (2, 3, [1])]:
+        part = signal.part(slice(start, stop)).log_probs
+        assert [len(piece) for piece in part] == lengths
+        assert all(np.shares_memory(piece, values) for piece in part)
+        assert np.array_equal(np.concatenate(part), values.reshape(5, 6)[start:stop])
+
+
+@pytest.mark.parametrize("method", [SampleMethod(), TopKMethod(k=3)])
 def test_no_tokens_give_an_empty_signal(method: Method) -> None:
     codec = build_codec(method, 5)
-    signal = codec.unpack({name: np.empty(0, dtype) for name, dtype in codec.columns.items()}, 0)
+    signal = codec.unpack({name: [] for name in codec.columns}, 0)
+    assert isinstance(signal, SparseSignal)
     assert signal.ids.shape == signal.probs.shape
     assert len(signal.ids) == len(signal.tail) == 0
     assert signal.ids.dtype == torch.int64

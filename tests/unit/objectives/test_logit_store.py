@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from dstrain.batch import IGNORE_INDEX
 from dstrain.data.collate import collate
@@ -25,11 +26,13 @@ from dstrain.errors import DataError, RecipeError
 from dstrain.models.config import DecoderOnlyConfig, DecoderOnlyStackConfig, EncoderDecoderConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
+from dstrain.objectives.config import DistillationConfig, JensenShannon
+from dstrain.objectives.distillation import wanted_by
 from dstrain.objectives.logit_codec import build_codec
 from dstrain.objectives.logit_dump import plan_dump
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod, merge_store
 from dstrain.objectives.logit_store import describe_store, open_store, shard_starts
-from dstrain.protocols import SparseSignal, Wanted
+from dstrain.protocols import KeptSignal, LogProbsSignal, SparseSignal, Wanted
 from tests.unit.objectives.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for, teacher_probs
 
 METHODS = [SampleMethod(draws=20), TopKMethod(k=5), TopKMethod(k=5, dtype="float32", temperature=2.0), DenseMethod()]
@@ -47,6 +50,13 @@ def teacher(data: Path) -> EncoderDecoder:
 
 def tree(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def parts_of(signal: KeptSignal) -> list[Tensor]:
+    """(n, ...) each."""
+    if isinstance(signal, SparseSignal):
+        return [signal.probs, signal.ids, signal.tail[:, None]]
+    return [torch.from_numpy(np.concatenate(signal.log_probs))]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
@@ -79,22 +89,21 @@ def test_a_tokens_signal_is_independent_of_its_batch(method: Method, data: Path,
     store = stored(data, tmp_path / "logits", method, teacher=teacher, tokens_per_shard=90)
     assert store.manifest.job.shards > 3
     dataset = open_dataset(data, "train")
-    alone = {row: store.signal(batch_of(dataset, [row])) for row in range(len(dataset))}
+    alone = {row: parts_of(store.signal(batch_of(dataset, [row]))) for row in range(len(dataset))}
     plan = StepPlan(dataset.source_lengths, dataset.target_lengths, BatchingConfig(tokens_per_step=200, max_tokens=120), seed=1)
     seen = 0
     for rank in range(2):
         with TrainLoader(dataset, plan, pad_id=1, eos_id=2, rank=rank, world_size=2) as loader:
             for step, batches in loader:
                 for batch in batches:
-                    together, start = store.signal(batch), 0
+                    together, start = parts_of(store.signal(batch)), 0
                     for row in batch.example_ids.tolist():
                         one = alone[row]
-                        part, width = slice(start, start + len(one.ids)), one.ids.shape[1]
-                        assert torch.equal(together.ids[part, :width], one.ids)
-                        assert torch.equal(together.probs[part, :width], one.probs)
-                        assert torch.equal(together.tail[part], one.tail)
-                        assert not together.probs[part, width:].any()
-                        start += len(one.ids)
+                        part, width = slice(start, start + len(one[0])), one[0].shape[1]
+                        for whole, own in zip(together, one, strict=True):
+                            assert torch.equal(whole[part, :width], own)
+                        assert not together[0][part, width:].any()
+                        start += len(one[0])
                         seen += 1
                 if step.last_of_epoch:
                     break
@@ -189,11 +198,32 @@ def test_an_empty_micro_batch_has_no_signal(data: Path, teacher: EncoderDecoder,
     )
 
 
+def test_an_empty_micro_batch_has_no_log_probabilities(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    store = stored(data, tmp_path / "logits", DenseMethod(), teacher=teacher)
+    signal = store.signal(collate([], np.array([], np.int64), pad_id=1, eos_id=2))
+    assert isinstance(signal, LogProbsSignal)
+    assert sum(map(len, signal.log_probs)) == 0
+
+
+def test_all_types_can_teach_anything_of_the_data(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    store = stored(data, tmp_path / "logits", DenseMethod(temperature=2.0), teacher=teacher)
+    for divergence in ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_kl"):
+        for temperature in (1.0, 2.0):
+            store.require(Wanted(divergence, temperature))
+    with pytest.raises(RecipeError, match=r"objective.on_policy has a teacher score what the student writes"):
+        store.require(Wanted("forward_kl", 2.0, on_policy=True))
+    with pytest.raises(RecipeError, match=r"objective.features learns from inside a teacher"):
+        store.require(Wanted("forward_kl", 2.0, features=True))
+
+
 def test_only_the_forward_divergence_at_the_dumps_temperature(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
     store = stored(data, tmp_path / "logits", SampleMethod(temperature=2.0), teacher=teacher)
     fitting = Wanted("forward_kl", 2.0)
     store.require(fitting)
-    with pytest.raises(RecipeError, match=r"objective.divergence.kind = reverse_kl needs the whole .* forward_kl"):
+    store.require(wanted_by(DistillationConfig(divergence=JensenShannon(beta=0), temperature=2.0)))
+    with pytest.raises(
+        RecipeError, match=r"objective.divergence.kind = reverse_kl needs the whole .* forward_kl, a dump of all types"
+    ):
         store.require(fitting._replace(divergence="reverse_kl"))
     with pytest.raises(RecipeError, match=r"objective.temperature = 1, but the logits in .* are of temperature 2: set that, or"):
         store.require(fitting._replace(temperature=1.0))

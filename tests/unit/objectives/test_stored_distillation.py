@@ -12,10 +12,21 @@ from torch import Tensor
 from dstrain.batch import Batch
 from dstrain.data.dataset import open_dataset
 from dstrain.models.factory import Model
-from dstrain.objectives.config import CrossEntropyConfig, DistillationConfig
+from dstrain.objectives.config import (
+    CrossEntropyConfig,
+    DistillationConfig,
+    DivergenceConfig,
+    ForwardKl,
+    JensenShannon,
+    ReverseKl,
+    SkewKl,
+    TotalVariation,
+    WordSelection,
+)
 from dstrain.objectives.cross_entropy import CrossEntropy
-from dstrain.objectives.distillation import Distillation
+from dstrain.objectives.distillation import Distillation, wanted_by
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod
+from dstrain.objectives.logit_store import LogitStore
 from dstrain.objectives.signals import Look, TeacherSignals
 from dstrain.protocols import Objective, Record
 from tests.unit.objectives.toy_store import batch_of, prepared, stored, teacher_for
@@ -61,6 +72,38 @@ def test_all_types_kept_teach_what_the_teacher_at_work_teaches(kind: str, temper
     for found, expected in zip(offline[1], online[1], strict=True):
         scale = float(expected.abs().max())
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=(1e-5 if exact else 5e-3) * scale + 1e-7)
+
+
+@pytest.fixture(scope="module")
+def dense_stores(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[float, LogitStore]:
+    """By the temperature of the dump."""
+    directory, teacher = tmp_path_factory.mktemp("dense"), teacher_for(data)
+    return {
+        temperature: stored(data, directory / f"{temperature:g}", DenseMethod(temperature=temperature), teacher=teacher)
+        for temperature in (1.0, 2.0)
+    }
+
+
+@pytest.mark.parametrize("dumped_at", [1.0, 2.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize(
+    "divergence", [ForwardKl(), ReverseKl(), JensenShannon(), TotalVariation(), SkewKl()], ids=lambda d: d.kind
+)
+def test_a_dense_store_teaches_every_divergence_at_every_temperature(
+    divergence: DivergenceConfig, temperature: float, dumped_at: float, data: Path, dense_stores: dict[float, LogitStore]
+) -> None:
+    alone = {"selection": WordSelection(), "hard_weight": 0, "label_smoothing": 0}
+    config = DistillationConfig(divergence=divergence, temperature=temperature, chunk_tokens=7, **alone)
+    student, batch = teacher_for(data, seed=4), batch_of(open_dataset(data, "train"), [59, 3, 17, 0])
+    dense_stores[dumped_at].require(wanted_by(config))
+    at_work = TeacherSignals([AtWork(teacher_for(data))])
+    online, offline = (
+        loss_and_gradients(Distillation(config, source), student, batch) for source in (at_work, dense_stores[dumped_at])
+    )
+    torch.testing.assert_close(offline[0], online[0], rtol=2e-3, atol=1e-3)
+    most = 5e-2 if divergence.kind == "total_variation" else 3e-3  # its slope jumps where both probabilities are the same
+    for found, expected in zip(offline[1], online[1], strict=True):
+        assert (found - expected).norm() <= most * expected.norm() + 1e-6
 
 
 @pytest.mark.slow
