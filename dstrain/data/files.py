@@ -52,7 +52,7 @@ class HashingWriter(io.RawIOBase):
 def atomic_writer(path: Path) -> Iterator[HashingWriter]:
     """Open `path` for writing; it appears only when the block ends without an error.
 
-    Raises DataError where the disk is full.
+    Raises DataError where the disk is full, or where another process writes the same file.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -63,6 +63,10 @@ def atomic_writer(path: Path) -> Iterator[HashingWriter]:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_directory(path.parent)
+    except FileNotFoundError as error:
+        if error.filename != str(temporary) or not path.parent.is_dir():
+            raise
+        raise DataError(f"another process has written {path} at the same time; give every process work of its own") from error
     except OSError as error:
         if error.errno in NO_SPACE:
             raise DataError(
