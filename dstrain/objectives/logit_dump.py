@@ -176,13 +176,15 @@ class Dumper:
             pending: Future[None] | None = None
             for batch in self._batches(rows):
                 begun = time.perf_counter()
-                selected = self._select(batch.to(torch.device(self.device)), draft.codec)
+                selected = self._select(batch, draft.codec)
                 report.teacher_seconds += time.perf_counter() - begun
                 if pending is not None:
                     pending.result()
-                pending = writer.submit(draft.add, batch, selected)
+                pending = writer.submit(self._keep, batch, selected, draft)
                 report.tokens += batch.num_targets
                 progress(batch.num_targets)
+            if pending is not None:
+                pending.result()
             tokens = writer.submit(draft.finish, sink).result()
             record = FileRecord(file=path.name, size=sink.size, sha256=sink.sha256)
             write_note(path, ShardNote(record=record, number=number, first_row=rows.start, rows=len(rows), tokens=tokens))
@@ -197,28 +199,51 @@ class Dumper:
             yield collate([self.dataset[row] for row in examples], examples, pad_id=pad_id, eos_id=eos_id)
 
     @torch.inference_mode()
-    def _select(self, batch: Batch, codec: Codec) -> tuple[Tensor, ...]:
+    def _select(self, batch: Batch, codec: Codec) -> Selected:
         """What is kept of the batch's scored tokens, on the teacher's device."""
+        keys, batch = token_keys(batch), batch.to(torch.device(self.device))
         hidden = self.teacher(batch.source, batch.target).hidden.flatten(0, 1)  # (B * T, D)
         rows = scored_rows(batch.labels.flatten(), batch.num_targets)
         choose = partial(
-            select_in_chunks, codec=codec, keys=token_keys(batch), temperature=self.job.method.temperature, size=self.chunk_tokens
+            select_in_chunks, codec=codec, keys=keys, temperature=self.job.method.temperature, size=self.chunk_tokens
         )
         return self.teacher.reduce_projection(hidden.index_select(0, rows), choose)
+
+    def _keep(self, batch: Batch, selected: Selected, draft: ShardDraft) -> None:
+        """Put it into the draft: the writer's thread alone waits for the device.
+
+        Raises DataError where the teacher's logits are not finite.
+        """
+        broken = np.flatnonzero(~selected.finite.cpu().numpy())
+        if broken.size:
+            row = token_keys(batch).examples[broken[0]]
+            raise DataError(
+                f"the logits of teacher {self.job.teacher[:12]} are not finite for row {row} of the split {self.job.split!r}: "
+                "choose another --precision (fp32 has the widest range), or check the bundle"
+            )
+        draft.add(batch, selected.kept)
+
+
+class Selected(NamedTuple):
+    """kept: what a codec keeps of n tokens, (n, ...) each; finite: (n,) whether all their logits were."""
+
+    kept: tuple[Tensor, ...]
+    finite: Tensor
 
 
 def select_in_chunks(
     features: Tensor, weight: Tensor, *, codec: Codec, keys: TokenKeys, temperature: float, size: int
-) -> tuple[Tensor, ...]:
+) -> Selected:
     """`codec.select` of the logits `features @ weight.T / temperature`, `size` tokens at a time."""
-    chunks = []
+    chunks, finite = [], []
     for start in range(0, len(features), size):
         part = slice(start, start + size)
         logits = linear(features[part], weight).float()
+        finite.append(logits.sum(1).isfinite())  # one that is not finite makes the sum so
         if temperature != 1.0:
             logits.div_(temperature)
         chunks.append(codec.select(logits, TokenKeys(keys.examples[part], keys.positions[part])))
-    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return Selected(tuple(torch.cat(parts) for parts in zip(*chunks, strict=True)), torch.cat(finite))
 
 
 def token_keys(batch: Batch) -> TokenKeys:

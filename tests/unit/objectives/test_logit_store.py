@@ -25,8 +25,8 @@ from dstrain.errors import DataError, RecipeError
 from dstrain.models.config import DecoderOnlyConfig, DecoderOnlyStackConfig, EncoderDecoderConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
-from dstrain.objectives.logit_codec import build_codec
-from dstrain.objectives.logit_dump import plan_dump
+from dstrain.objectives.logit_codec import TokenKeys, build_codec
+from dstrain.objectives.logit_dump import plan_dump, select_in_chunks
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod, merge_store
 from dstrain.objectives.logit_store import describe_store, open_store, shard_starts
 from dstrain.protocols import SparseSignal, Wanted
@@ -169,6 +169,30 @@ def test_an_error_of_the_teacher_leaves_only_finished_shards(data: Path, teacher
     done = sum(name.endswith(".arrow") for name in names)
     assert 0 < done < work.job.shards
     assert dump(work).found == done
+
+
+@pytest.mark.parametrize("method", [SampleMethod(), TopKMethod(k=5), DenseMethod()], ids=lambda method: method.kind)
+def test_logits_that_are_not_finite_are_refused(method: Method, data: Path, tmp_path: Path) -> None:
+    """A shard a row, so that the batch which is wrong is also the last of its shard."""
+    dataset, broken = open_dataset(data, "train"), teacher_for(data)
+    last = len(dataset) - 1
+    earlier = {int(id_) for row in range(last) for id_ in dataset[row].source}
+    word = next((int(id_) for id_ in dataset[last].source if int(id_) not in earlier), int(dataset[last].source[0]))
+    first = next(row for row in range(len(dataset)) if word in dataset[row].source)
+    with torch.no_grad():
+        broken.source_embedding.tokens.weight[word] = torch.nan
+    with pytest.raises(DataError, match=rf"teacher some teacher are not finite for row {first} of the split 'train': .*--preci"):
+        dump(dumper(data, tmp_path / "logits", method, teacher=broken, tokens_per_shard=1))
+    assert not (tmp_path / "logits" / f"{first:05d}.arrow").exists()
+    assert (tmp_path / "logits" / f"{first - 1:05d}.arrow").exists() == (first > 0)
+
+
+def test_one_logit_that_overflows_marks_its_token() -> None:
+    features, weight = torch.tensor([[0.0], [2.0], [1.0], [-2.0], [torch.nan]]), torch.ones(9, 1)
+    weight[4] = 3e38
+    codec, keys = build_codec(TopKMethod(k=2), 9), TokenKeys(np.arange(5), np.arange(5))
+    found = select_in_chunks(features, weight, codec=codec, keys=keys, temperature=2.0, size=2)
+    assert found.finite.tolist() == [True, False, True, False, False]
 
 
 def test_shards_end_with_the_row_that_fills_them() -> None:
@@ -348,7 +372,6 @@ def test_a_description_names_the_facts(data: Path, teacher: EncoderDecoder, tmp_
 def test_bytes_per_token_at_a_vocabulary_of_65536(method: Method, distinct: int, limit: float, tmp_path: Path) -> None:
     """Sentences of 12 tokens whose teacher has `distinct` likely types; the file, metadata and all."""
     from dstrain.data.files import atomic_writer
-    from dstrain.objectives.logit_codec import TokenKeys
     from dstrain.objectives.logit_dump import ShardDraft
 
     generator = torch.Generator().manual_seed(1)
