@@ -63,7 +63,7 @@ class Codec(Protocol):
 
     @property
     def bytes_per_token(self) -> int:
-        """About so many, for the size of shards."""
+        """At most so many, for the size of shards."""
         ...
 
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
@@ -99,7 +99,8 @@ class SampleCodec:
         number = np.dtype(np.uint8 if method.draws < 1 << 8 else np.uint16)
         self.columns = {"distinct": number, "repeated": number, "ids": id_dtype(vocab_size), "counts": number}
         self.items_per_token = 1
-        self.bytes_per_token = 40
+        widths = {name: dtype.itemsize for name, dtype in self.columns.items()}
+        self.bytes_per_token = min(method.draws, vocab_size) * (widths["ids"] + widths["counts"]) + 2 * number.itemsize
 
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
         """The type of each draw, ascending. (n, V) -> (n, draws) int32"""

@@ -28,7 +28,7 @@ from dstrain.data.files import HashingWriter, atomic_writer
 from dstrain.data.manifest import FileRecord, Manifest
 from dstrain.data.parts import Share, finished_part, settle_job, write_note
 from dstrain.data.plan import Sides, evaluation_batches
-from dstrain.data.shard import list_array
+from dstrain.data.shard import MAX_ITEMS, list_array
 from dstrain.errors import DataError
 from dstrain.log import logger
 from dstrain.models.config import VocabularySizes
@@ -50,8 +50,6 @@ from dstrain.protocols import TeacherForced
 
 SHARD_BYTES = 1 << 26
 SMALLEST_SHARD = 4096
-MAX_ITEMS = (1 << 31) - 1
-"""Of one column of a shard: Arrow's list offsets have 32 bits."""
 
 
 def plan_dump(

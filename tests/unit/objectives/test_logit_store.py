@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import torch
 from dstrain.batch import IGNORE_INDEX
 from dstrain.data.collate import collate
 from dstrain.data.config import BatchingConfig
-from dstrain.data.dataset import open_dataset
+from dstrain.data.dataset import Dataset, open_dataset
 from dstrain.data.loader import TrainLoader
 from dstrain.data.manifest import load_manifest
 from dstrain.data.parts import Share
@@ -27,7 +28,7 @@ from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.objectives.logit_codec import TokenKeys, build_codec
 from dstrain.objectives.logit_dump import plan_dump, select_in_chunks
-from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod, merge_store
+from dstrain.objectives.logit_manifest import DenseMethod, DumpJob, Method, SampleMethod, TopKMethod, merge_store
 from dstrain.objectives.logit_store import describe_store, open_store, shard_starts
 from dstrain.protocols import SparseSignal, Wanted
 from tests.unit.objectives.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for, teacher_probs
@@ -347,6 +348,29 @@ def test_what_does_not_fit_the_vocabulary_is_refused(method: Method, vocab_size:
             vocabulary=VocabularySizes(source=9, target=vocab_size),
             tokens_per_shard=None,
         )
+
+
+class ManyRows:
+    """400,000 rows of 500 tokens."""
+
+    target_lengths = np.full(400_000, 500, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.target_lengths)
+
+
+def plan_of_many_rows(method: Method, vocab_size: int, data: Path, tokens_per_shard: int | None = None) -> DumpJob:
+    sizes, rows = VocabularySizes(source=9, target=vocab_size), cast(Dataset, ManyRows())
+    return plan_dump(method, rows, load_manifest(data), "train", "t", vocabulary=sizes, tokens_per_shard=tokens_per_shard)
+
+
+@pytest.mark.parametrize(("draws", "vocab_size", "distinct"), [(50, 32_000, 50), (5000, 32_000, 5000), (65_535, 400, 400)])
+def test_a_shard_has_room_for_draws_that_are_all_distinct(draws: int, vocab_size: int, distinct: int, data: Path) -> None:
+    job = plan_of_many_rows(SampleMethod(draws=draws), vocab_size, data)
+    assert job.tokens_per_shard >= 4096
+    assert (job.tokens_per_shard + 500) * distinct < 2**31
+    with pytest.raises(DataError, match=r"20,000,000 tokens a shard make files of .* bytes; lower --tokens-per-shard"):
+        plan_of_many_rows(SampleMethod(draws=draws), vocab_size, data, tokens_per_shard=20_000_000)
 
 
 @pytest.mark.parametrize("wrong", [{"draws": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"draws": 70_000}])
