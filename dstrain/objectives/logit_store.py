@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import TypeVar
 
@@ -177,7 +176,7 @@ def describe_store(directory: Path) -> list[str]:
 
 def shard_starts(target_lengths: np.ndarray, tokens_per_shard: int) -> list[int]:
     """First rows of the shards, and the number of rows: a shard ends with the row that reaches `tokens_per_shard`."""
-    totals = np.fromiter(accumulate(target_lengths.tolist()), np.int64, len(target_lengths))
+    totals = np.cumsum(target_lengths, dtype=np.int64)
     starts, done = [0], 0
     while starts[-1] < len(totals):
         end = min(int(totals.searchsorted(done + tokens_per_shard)) + 1, len(totals))

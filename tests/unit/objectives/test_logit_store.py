@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -202,6 +203,16 @@ def test_shards_end_with_the_row_that_fills_them() -> None:
     assert shard_starts(lengths, 8) == [0, 3, 5, 7]
     assert shard_starts(lengths, 1) == list(range(8))
     assert shard_starts(lengths, 1000) == [0, 7]
+
+
+def test_shards_are_found_without_an_object_a_row() -> None:
+    lengths = np.full(200_000, 1000, np.int32)
+    tracemalloc.start()
+    starts = shard_starts(lengths, 1_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert starts == list(range(0, 200_001, 1000))
+    assert peak < 20 * len(lengths)
 
 
 def test_an_empty_micro_batch_has_no_signal(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
