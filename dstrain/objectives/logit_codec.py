@@ -136,7 +136,8 @@ class SampleCodec:
         ids[used] = columns["ids"]
         counts = used.astype(np.float32)
         counts[many] = columns["counts"]
-        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(counts / np.float32(self._draws)), torch.zeros(num_tokens))
+        probs = torch.from_numpy(counts / np.float32(self._draws))
+        return SparseSignal(torch.from_numpy(ids), probs, torch.zeros(num_tokens), with_tail=False)
 
 
 class TopKCodec:
@@ -181,7 +182,8 @@ class TopKCodec:
             probs = np.exp(stored, dtype=np.float32)
         probs *= ((1 - tail) / probs.sum(1))[:, None]
         ids = columns["ids"].reshape(num_tokens, self._k).astype(np.int64)
-        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(probs), torch.from_numpy(np.array(tail, np.float32)))
+        rest = torch.from_numpy(np.array(tail, np.float32))
+        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(probs), rest, with_tail=not self._complete)
 
 
 class DenseCodec:
@@ -204,7 +206,7 @@ class DenseCodec:
         """All types, scaled to 1; `ids` takes no memory."""
         stored = torch.from_numpy(columns["log_probs"].reshape(num_tokens, self.items_per_token).astype(np.float32))
         ids = torch.arange(self.items_per_token).expand(num_tokens, -1)
-        return SparseSignal(ids, torch.softmax(stored, 1), torch.zeros(num_tokens))
+        return SparseSignal(ids, torch.softmax(stored, 1), torch.zeros(num_tokens), with_tail=False)
 
 
 def fixed_width(values: Array) -> Column:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dstrain.batch import Batch
+from dstrain.batch import Batch, sent
 from dstrain.data.collate import NO_EXAMPLE
 from dstrain.data.dataset import ALWAYS_HASHED_BYTES
 from dstrain.data.manifest import Manifest
@@ -120,12 +121,13 @@ class LogitStore:
 
 def moved(signal: SparseSignal, device: torch.device) -> SparseSignal:
     """The same signal on `device`."""
-    return SparseSignal(*(tensor.to(device, non_blocking=True) for tensor in (signal.ids, signal.probs, signal.tail)))
+    return replace(signal, ids=sent(signal.ids, device), probs=sent(signal.probs, device), tail=sent(signal.tail, device))
 
 
 def renormalized(signal: SparseSignal) -> SparseSignal:
     """The same with the tail's mass given to the types that are kept: biased, the more so the flatter the teacher."""
-    return SparseSignal(signal.ids, signal.probs / signal.probs.sum(1, keepdim=True), signal.tail.new_zeros(signal.tail.shape))
+    probs = signal.probs / signal.probs.sum(1, keepdim=True)
+    return SparseSignal(signal.ids, probs, torch.zeros_like(signal.tail), with_tail=False)
 
 
 def open_store(directory: Path, *, data: Path, manifest: Manifest, verify: bool = False, renormalize: bool = False) -> LogitStore:
