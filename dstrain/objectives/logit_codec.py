@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dstrain.batch import sent
 from dstrain.data.rows import id_dtype
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod
 from dstrain.protocols import SparseSignal
@@ -105,7 +106,7 @@ class SampleCodec:
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
         """The type of each draw, ascending. (n, V) -> (n, draws) int32"""
         cumulative = torch.softmax(logits, 1, out=logits).cumsum(1)  # (n, V)
-        offsets = torch.from_numpy(uniform(self._seed, keys)).to(logits.device)[:, None]
+        offsets = sent(torch.from_numpy(uniform(self._seed, keys)), logits.device)[:, None]
         points = (torch.arange(self._draws, device=logits.device) + offsets) / self._draws  # (n, draws)
         drawn = torch.searchsorted(cumulative, points.to(cumulative.dtype) * cumulative[:, -1:], out_int32=True)
         return (drawn,)

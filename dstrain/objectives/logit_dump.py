@@ -44,6 +44,7 @@ from dstrain.objectives.logit_manifest import (
     shard_file,
 )
 from dstrain.objectives.logit_store import shard_starts
+from dstrain.ops.device_time import Mark, mark, seconds_between
 from dstrain.ops.linear_cross_entropy import scored_rows
 from dstrain.ops.matmul import linear
 from dstrain.protocols import TeacherForced
@@ -97,7 +98,7 @@ def plan_dump(
 
 @dataclass
 class DumpReport:
-    """What one process did. seconds: in all; teacher_seconds: of these, the main thread with the teacher and its softmax."""
+    """What one process did. seconds: in all; teacher_seconds: of these, its device with the teacher and softmax."""
 
     shards: int = 0
     found: int = 0
@@ -171,18 +172,16 @@ class Dumper:
         path = self.output / shard_file(number)
         draft = ShardDraft(build_codec(self.job.method, self.job.vocab_size))
         with atomic_writer(path) as sink, ThreadPoolExecutor(1) as writer:
-            pending: Future[None] | None = None
+            pending: Future[float] | None = None
             for batch in self._batches(rows):
-                begun = time.perf_counter()
                 selected = self._select(batch, draft.codec)
-                report.teacher_seconds += time.perf_counter() - begun
                 if pending is not None:
-                    pending.result()
+                    report.teacher_seconds += pending.result()
                 pending = writer.submit(self._keep, batch, selected, draft)
                 report.tokens += batch.num_targets
                 progress(batch.num_targets)
             if pending is not None:
-                pending.result()
+                report.teacher_seconds += pending.result()
             tokens = writer.submit(draft.finish, sink).result()
             record = FileRecord(file=path.name, size=sink.size, sha256=sink.sha256)
             write_note(path, ShardNote(record=record, number=number, first_row=rows.start, rows=len(rows), tokens=tokens))
@@ -199,16 +198,18 @@ class Dumper:
     @torch.inference_mode()
     def _select(self, batch: Batch, codec: Codec) -> Selected:
         """What is kept of the batch's scored tokens, on the teacher's device."""
-        keys, batch = token_keys(batch), batch.to(torch.device(self.device))
+        keys, device = token_keys(batch), torch.device(self.device)
+        begin, batch = mark(device), batch.to(device)
         hidden = self.teacher(batch.source, batch.target).hidden.flatten(0, 1)  # (B * T, D)
         rows = scored_rows(batch.labels.flatten(), batch.num_targets)
         choose = partial(
             select_in_chunks, codec=codec, keys=keys, temperature=self.job.method.temperature, size=self.chunk_tokens
         )
-        return self.teacher.reduce_projection(hidden.index_select(0, rows), choose)
+        kept, finite = self.teacher.reduce_projection(hidden.index_select(0, rows), choose)
+        return Selected(kept, finite, begin, mark(device))
 
-    def _keep(self, batch: Batch, selected: Selected, draft: ShardDraft) -> None:
-        """Put it into the draft: the writer's thread alone waits for the device.
+    def _keep(self, batch: Batch, selected: Selected, draft: ShardDraft) -> float:
+        """Put it into the draft: the writer's thread alone waits for the device, whose seconds this returns.
 
         Raises DataError where the teacher's logits are not finite.
         """
@@ -220,19 +221,25 @@ class Dumper:
                 "choose another --precision (fp32 has the widest range), or check the bundle"
             )
         draft.add(batch, selected.kept)
+        return seconds_between(selected.begin, selected.end)
 
 
 class Selected(NamedTuple):
-    """kept: what a codec keeps of n tokens, (n, ...) each; finite: (n,) whether all their logits were."""
+    """kept, finite: as of `select_in_chunks`; begin, end: of the work that the device had with it."""
 
     kept: tuple[Tensor, ...]
     finite: Tensor
+    begin: Mark
+    end: Mark
 
 
 def select_in_chunks(
     features: Tensor, weight: Tensor, *, codec: Codec, keys: TokenKeys, temperature: float, size: int
-) -> Selected:
-    """`codec.select` of the logits `features @ weight.T / temperature`, `size` tokens at a time."""
+) -> tuple[tuple[Tensor, ...], Tensor]:
+    """`codec.select` of the logits `features @ weight.T / temperature`, `size` tokens at a time, and whether these are finite.
+
+    features: (n, E), weight: (V, E) -> what the codec keeps of n tokens, (n, ...) each, and (n,) bool.
+    """
     chunks, finite = [], []
     for start in range(0, len(features), size):
         part = slice(start, start + size)
@@ -241,7 +248,7 @@ def select_in_chunks(
         if temperature != 1.0:
             logits.div_(temperature)
         chunks.append(codec.select(logits, TokenKeys(keys.examples[part], keys.positions[part])))
-    return Selected(tuple(torch.cat(parts) for parts in zip(*chunks, strict=True)), torch.cat(finite))
+    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True)), torch.cat(finite)
 
 
 def token_keys(batch: Batch) -> TokenKeys:

@@ -27,6 +27,7 @@ from dstrain.errors import DataError, RecipeError
 from dstrain.models.config import DecoderOnlyConfig, DecoderOnlyStackConfig, EncoderDecoderConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
+from dstrain.objectives import logit_dump
 from dstrain.objectives.logit_codec import TokenKeys, build_codec
 from dstrain.objectives.logit_dump import plan_dump, select_in_chunks
 from dstrain.objectives.logit_manifest import DenseMethod, DumpJob, Method, SampleMethod, TopKMethod, merge_store
@@ -189,12 +190,23 @@ def test_logits_that_are_not_finite_are_refused(method: Method, data: Path, tmp_
     assert (tmp_path / "logits" / f"{first - 1:05d}.arrow").exists() == (first > 0)
 
 
+def test_the_report_adds_up_what_the_device_worked(
+    data: Path, teacher: EncoderDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that jumps 7 seconds a look, of which there are two a batch."""
+    looks: list[float] = []
+    monkeypatch.setattr(logit_dump, "mark", lambda device: looks.append(7.0 * len(looks)) or looks[-1])
+    report = dump(dumper(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=100))
+    assert report.shards > 3
+    assert report.teacher_seconds == 7.0 * len(looks) / 2
+
+
 def test_one_logit_that_overflows_marks_its_token() -> None:
     features, weight = torch.tensor([[0.0], [2.0], [1.0], [-2.0], [torch.nan]]), torch.ones(9, 1)
     weight[4] = 3e38
     codec, keys = build_codec(TopKMethod(k=2), 9), TokenKeys(np.arange(5), np.arange(5))
-    found = select_in_chunks(features, weight, codec=codec, keys=keys, temperature=2.0, size=2)
-    assert found.finite.tolist() == [True, False, True, False, False]
+    _, finite = select_in_chunks(features, weight, codec=codec, keys=keys, temperature=2.0, size=2)
+    assert finite.tolist() == [True, False, True, False, False]
 
 
 def test_shards_end_with_the_row_that_fills_them() -> None:
