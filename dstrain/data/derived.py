@@ -17,7 +17,7 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
@@ -47,6 +47,7 @@ class LabelJob(Config):
     """How training targets are made. teacher, original: fingerprints of the model and of the data; generation: the search.
 
     max_ratio, max_repeats: which outputs are dropped; None for no limit. keep_original: whether the original pairs stay, too.
+    precision: what the teacher computes in.
     """
 
     teacher: str
@@ -58,6 +59,7 @@ class LabelJob(Config):
     pairs: PositiveInt
     parts: PositiveInt
     pairs_per_part: PositiveInt
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     def rows(self, number: int) -> range:
         """The rows of the original that a part takes."""
@@ -117,7 +119,7 @@ def merge_labels(output: Path, created_by: str) -> Manifest:
     manifest = Manifest(
         format_version=original.format_version,
         created_by=created_by,
-        job=hashlib.sha256(f"{job.model_dump_json()} {train.fingerprint}".encode()).hexdigest(),
+        job=hashlib.sha256(f"{job.model_dump_json(exclude_defaults=True)} {train.fingerprint}".encode()).hexdigest(),
         tokenizer_fingerprint=original.tokenizer_fingerprint,
         data=original.data,
         splits={**original.splits, TRAIN: train},

@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -62,11 +62,12 @@ def plan_dump(
     *,
     vocabulary: VocabularySizes,
     tokens_per_shard: int | None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
 ) -> DumpJob:
     """The job of a dump.
 
-    teacher: its fingerprint. tokens_per_shard: None for a 64th of the split, no more than 64 MiB and no less than 4096 tokens.
-    Raises DataError where the vocabulary is too small for k, or too large to be kept whole.
+    teacher: its fingerprint; precision: of its parameters. tokens_per_shard: None for a 64th of the split, no more than 64 MiB
+    and no less than 4096 tokens. Raises DataError where the vocabulary is too small for k, or too large to be kept whole.
     """
     vocab_size = vocabulary.target
     if isinstance(method, TopKMethod) and method.k > vocab_size:
@@ -93,6 +94,7 @@ def plan_dump(
         tokens=tokens,
         shards=len(shard_starts(dataset.target_lengths, per_shard)) - 1,
         tokens_per_shard=per_shard,
+        precision=precision,
     )
 
 

@@ -86,7 +86,8 @@ def choose_method(kind: str, options: Mapping[str, Any]) -> Method:
 class DumpJob(Config):
     """What is dumped. teacher, data, tokenizer: fingerprints. rows, tokens: of the split; tokens: scored ones, with every EOS.
 
-    tokens_per_shard: a shard ends with the first row that reaches so many.
+    tokens_per_shard: a shard ends with the first row that reaches so many. precision: what the teacher computes in; its
+    log-probabilities are float32.
     """
 
     format_version: int = FORMAT_VERSION
@@ -100,6 +101,7 @@ class DumpJob(Config):
     tokens: PositiveInt
     shards: PositiveInt
     tokens_per_shard: PositiveInt
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     def require_data(self, manifest: Manifest, place: Path, owner: Path) -> None:
         """Raise DataError where the store `place` was made from other text than that of `owner`, or by another tokenizer."""

@@ -171,7 +171,7 @@ def describe_store(directory: Path) -> list[str]:
         f"dumped logits: {method}; temperature {job.method.temperature:g}",
         f"split {job.split}: {job.rows:,} rows, {job.tokens:,} tokens, {job.vocab_size:,} types, {job.shards} shards",
         f"{size:,} bytes, {store.bytes_per_token:.1f} a token",
-        f"teacher {job.teacher[:12]}, data {job.data[:12]}, tokenizer {job.tokenizer[:12]}",
+        f"teacher {job.teacher[:12]} in {job.precision}, data {job.data[:12]}, tokenizer {job.tokenizer[:12]}",
         f"complete; every checksum is right; written by {store.created_by}",
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -245,6 +247,18 @@ def test_repeats_equal_a_plain_search() -> None:
         tokens = [draw.randrange(3) for _ in range(draw.randrange(1, 14))]
         assert repeats(tokens) == plain(tokens), tokens
     assert repeats(np.array([3, 3])) == 2  # type: ignore[arg-type]
+
+
+def test_a_job_from_before_precisions_makes_the_same_data(data: Path, tmp_path: Path) -> None:
+    label(data, tmp_path / "labeled", Share(0, 1))
+    job = tmp_path / "labeled" / "parts.json"
+    merged = merge_labels(tmp_path / "labeled", "a test")
+    fields = json.loads(job.read_text())
+    assert fields.pop("precision") == "fp32"
+    job.write_text(json.dumps(fields))
+    assert merge_labels(tmp_path / "labeled", "a test") == merged
+    known = f"{json.dumps(fields, separators=(',', ':'))} {merged.splits['train'].fingerprint}"
+    assert merged.job == hashlib.sha256(known.encode()).hexdigest()
 
 
 def test_part_names_sort() -> None:
