@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dstrain.cli.ranks import share
 from dstrain.data.parts import Share
 
 if TYPE_CHECKING:
@@ -35,16 +35,8 @@ def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required
         "--precision",
         choices=("fp32", "bf16", "fp16"),
         default="fp32",
-        help="what the teacher computes in; on a GPU bf16 is several times as fast (default: fp32)",
+        help="what the teacher computes in; bf16 for speed on a GPU (default: fp32)",
     )
-
-
-def share(text: str) -> Share:
-    """I/N, for `type=` of an argument."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or int(found[1]) >= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share I/N of the work with I from 0 to N - 1; of two: 0/2 and 1/2")
-    return Share(int(found[1]), int(found[2]))
 
 
 @dataclass(frozen=True)
