@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from dstrain.data.files import atomic_writer, sync_directory, write_file
+from dstrain.data.files import atomic_writer, checking, sync_directory, write_file
 from dstrain.data.manifest import (
     MANIFEST_FILE,
     PARTS_FILE,
@@ -102,7 +102,7 @@ def merge_labels(output: Path, created_by: str) -> Manifest:
     job = read_job(output, LabelJob, MAKER)
     if job is None:
         raise DataError(f"{output} holds no labeled data (no {PARTS_FILE}); name the --output of `dstrain {MAKER}`")
-    found = [finished_part(output, part_file(number), LabelNote) for number in range(job.parts)]
+    found = [finished_part(output, part_file(number), LabelNote) for number in checking(range(job.parts))]
     missing = [number for number, note in enumerate(found) if note is None]
     if missing or not (output / ORIGINAL / MANIFEST_FILE).is_file():
         first = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from dstrain.data.files import write_file
+from dstrain.data.files import checking, write_file
 from dstrain.data.manifest import PARTS_FILE, FileRecord, Manifest
 from dstrain.data.parts import Note, finished_part, read_job
 from dstrain.errors import DataError
@@ -173,7 +173,7 @@ def merge_store(directory: Path, created_by: str) -> StoreManifest:
     job = read_job(directory, DumpJob, MAKER)
     if job is None:
         raise DataError(f"{directory} holds no dumped logits (no {PARTS_FILE}); name the --output of `dstrain {MAKER}`")
-    found = [finished_part(directory, shard_file(number), ShardNote) for number in range(job.shards)]
+    found = [finished_part(directory, shard_file(number), ShardNote) for number in checking(range(job.shards))]
     missing = [number for number, note in enumerate(found) if note is None]
     if missing:
         raise DataError(

@@ -21,6 +21,7 @@ from torch import Tensor
 from dstrain.batch import Batch, sent
 from dstrain.data.collate import NO_EXAMPLE
 from dstrain.data.dataset import ALWAYS_HASHED_BYTES
+from dstrain.data.files import checking
 from dstrain.data.manifest import Manifest
 from dstrain.data.shard import ListView, list_view
 from dstrain.errors import DataError, RecipeError
@@ -150,7 +151,7 @@ def open_store(directory: Path, *, data: Path, manifest: Manifest, verify: bool 
 def check_files(directory: Path, store: StoreManifest, *, verify: bool) -> None:
     """Compare sizes, and checksums where there are at most 1 GiB or on request. Raises DataError naming the file."""
     content = verify or sum(file.size for file in store.files) <= ALWAYS_HASHED_BYTES
-    for file in store.files:
+    for file in checking(store.files) if verify else store.files:
         file.check(directory, content=content, remedy=REMEDY)
 
 

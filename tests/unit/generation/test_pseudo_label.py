@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import random
+import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -133,6 +135,15 @@ def test_lengths_and_ratios_are_filtered_and_counted(data: Path, tmp_path: Path)
     assert dropped["too long"] == sum(len(target) > 30 for _, target in everything)
     assert dropped["ratio"] > 0
     assert sum(dropped.values()) == PAIRS - len(found)
+
+
+def test_a_person_who_looks_on_sees_checksums_being_compared(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label(data, tmp_path / "labeled", Share(0, 1))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    merge_labels(tmp_path / "labeled", "a test")
+    assert re.search(r"checking: 100%.* 4/4 ", capsys.readouterr().err)
 
 
 def test_the_original_pairs_stay_on_request(data: Path, tmp_path: Path) -> None:

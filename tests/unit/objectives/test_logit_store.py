@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -153,6 +155,24 @@ def test_an_interrupted_dump_goes_on_and_mends_what_is_damaged(data: Path, teach
     again = dump(dumper(data, torn, SampleMethod(), teacher=teacher, tokens_per_shard=100))
     assert again.shards == 0
     assert "nothing to do" in again.line()
+
+
+def test_a_person_who_looks_on_sees_checksums_being_compared(
+    data: Path, teacher: EncoderDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = dumper(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=300)
+    dump(work)
+    checks: list[Callable[[], object]] = [
+        lambda: merge_store(tmp_path / "logits", "a test"),
+        lambda: describe_store(tmp_path / "logits"),
+    ]
+    for check in checks:
+        check()
+        assert capsys.readouterr().err == ""  # into a file
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for check in checks:
+        check()
+        assert re.search(rf"checking: 100%.* {work.job.shards}/{work.job.shards} ", capsys.readouterr().err)
 
 
 def test_an_error_of_the_teacher_leaves_only_finished_shards(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
