@@ -24,7 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return bundle_for(data, tmp_path_factory.mktemp("teacher") / "bundle", seed=3)
+    return bundle_for(data, tmp_path_factory.mktemp("teacher") / "bundle", seed=3, eos_scale=4.0)
 
 
 @pytest.fixture
