@@ -138,7 +138,7 @@ def _train_record(output: Path, notes: list[LabelNote], originals: tuple[ShardRe
     if rows == sum(record.rows for record in originals):
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items() if count)
         raise DataError(
-            f"every output of the teacher was dropped ({reasons}); relax --max-ratio and --max-repeats, or train it on"
+            f"every output of the teacher was dropped ({reasons}); relax --max-ratio and --max-repeats, or train it longer"
         )
     file = f"{TRAIN}/lengths.npy"
     with atomic_writer(output / file) as sink:
