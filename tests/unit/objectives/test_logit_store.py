@@ -31,7 +31,7 @@ from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.objectives import logit_dump
 from dstrain.objectives.logit_codec import TokenKeys, build_codec
-from dstrain.objectives.logit_dump import plan_dump, select_in_chunks
+from dstrain.objectives.logit_dump import plan_dump, select_in_chunks, token_keys
 from dstrain.objectives.logit_manifest import DenseMethod, DumpJob, Method, SampleMethod, TopKMethod, merge_store
 from dstrain.objectives.logit_store import describe_store, open_store, shard_starts
 from dstrain.protocols import SparseSignal, Wanted
@@ -437,24 +437,41 @@ def test_a_description_names_the_facts(data: Path, teacher: EncoderDecoder, tmp_
     ("method", "distinct", "limit"), [(SampleMethod(), 12, 40.0), (TopKMethod(k=64), 64, 200.0)], ids=["sample", "topk"]
 )
 def test_bytes_per_token_at_a_vocabulary_of_65536(method: Method, distinct: int, limit: float, tmp_path: Path) -> None:
-    """Sentences of 12 tokens whose teacher has `distinct` likely types; the file, metadata and all."""
+    """Sentences of 25 tokens in the median, one in twelve of 3, whose teacher has `distinct` likely types; the file, with all."""
     from dstrain.data.files import atomic_writer
     from dstrain.objectives.logit_dump import ShardDraft
 
-    generator = torch.Generator().manual_seed(1)
+    generator, draw = torch.Generator().manual_seed(1), np.random.default_rng(1)
+    lengths = np.exp(draw.normal(np.log(25), 0.6, 120)).clip(3, 100).astype(int)
+    lengths[::12] = 3
+    assert 23 <= np.median(lengths) <= 27
     draft = ShardDraft(build_codec(method, 65_536))
-    rows, width = 50, 12
-    for batch_number in range(4):
-        examples = np.arange(rows) + batch_number * rows
-        pair = (np.arange(width), np.arange(width))
-        batch = collate([pair] * rows, examples, pad_id=1, eos_id=2)
-        logits = torch.full((rows * width, 65_536), -30.0)
-        logits.scatter_(1, torch.randint(65_536, (rows * width, distinct), generator=generator), 0.0)
-        draft.add(batch, draft.codec.select(logits, TokenKeys(examples.repeat(width), np.tile(np.arange(width), rows))))
+    for examples in np.arange(len(lengths)).reshape(-1, 10):
+        pairs = [(np.arange(lengths[row]), np.arange(lengths[row])) for row in examples]
+        batch = collate(pairs, examples, pad_id=1, eos_id=2)
+        logits = torch.full((batch.num_targets, 65_536), -30.0)
+        logits.scatter_(1, torch.randint(65_536, (len(logits), distinct), generator=generator), 0.0)
+        draft.add(batch, draft.codec.select(logits, token_keys(batch)))
     with atomic_writer(tmp_path / "shard") as sink:
         tokens = draft.finish(sink)
-    assert tokens == 4 * rows * width
+    print(f"{sink.size / tokens:.1f} bytes a token")
+    assert tokens == lengths.sum()
     assert sink.size / tokens <= limit
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.kind}-{method.temperature}")
+def test_a_store_is_mapped_and_never_copied(method: Method, data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    store = stored(data, tmp_path / "logits", method, teacher=teacher, tokens_per_shard=300)
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    for note, shard in zip(store.manifest.shards, store._shards, strict=True):
+        file = str(tmp_path / "logits" / note.record.file)
+        places = [range(*(int(end, 16) for end in line[0].split("-"))) for line in mapped if line[-1] == file]
+        for column in shard.values():
+            for array in (column.offsets, column.values, column.row(1)):
+                assert not array.flags.owndata
+                assert not array.flags.writeable
+                assert any(array.ctypes.data in place for place in places)
 
 
 def test_reading_costs_little_beside_a_step(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
