@@ -10,13 +10,16 @@ import errno
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+from tqdm import tqdm
 
 from dstrain.errors import DataError
 
+T = TypeVar("T")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 HASH_CHUNK = 1 << 22
 
@@ -91,6 +94,11 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checking(items: Sequence[T]) -> Iterable[T]:
+    """The items, with a bar where a person looks on: the checksums of hundreds of gigabytes take minutes."""
+    return tqdm(items, desc="checking", unit=" files", disable=None)
 
 
 def sha256_of(path: Path) -> str:

@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dstrain.batch import sent
 from dstrain.data.rows import id_dtype
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod
 from dstrain.protocols import SparseSignal
@@ -63,7 +64,7 @@ class Codec(Protocol):
 
     @property
     def bytes_per_token(self) -> int:
-        """About so many, for the size of shards."""
+        """At most so many, for the size of shards."""
         ...
 
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
@@ -99,12 +100,13 @@ class SampleCodec:
         number = np.dtype(np.uint8 if method.draws < 1 << 8 else np.uint16)
         self.columns = {"distinct": number, "repeated": number, "ids": id_dtype(vocab_size), "counts": number}
         self.items_per_token = 1
-        self.bytes_per_token = 40
+        widths = {name: dtype.itemsize for name, dtype in self.columns.items()}
+        self.bytes_per_token = min(method.draws, vocab_size) * (widths["ids"] + widths["counts"]) + 2 * number.itemsize
 
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
         """The type of each draw, ascending. (n, V) -> (n, draws) int32"""
         cumulative = torch.softmax(logits, 1, out=logits).cumsum(1)  # (n, V)
-        offsets = torch.from_numpy(uniform(self._seed, keys)).to(logits.device)[:, None]
+        offsets = sent(torch.from_numpy(uniform(self._seed, keys)), logits.device)[:, None]
         points = (torch.arange(self._draws, device=logits.device) + offsets) / self._draws  # (n, draws)
         drawn = torch.searchsorted(cumulative, points.to(cumulative.dtype) * cumulative[:, -1:], out_int32=True)
         return (drawn,)
@@ -135,7 +137,8 @@ class SampleCodec:
         ids[used] = columns["ids"]
         counts = used.astype(np.float32)
         counts[many] = columns["counts"]
-        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(counts / np.float32(self._draws)), torch.zeros(num_tokens))
+        probs = torch.from_numpy(counts / np.float32(self._draws))
+        return SparseSignal(torch.from_numpy(ids), probs, torch.zeros(num_tokens), with_tail=False)
 
 
 class TopKCodec:
@@ -180,7 +183,8 @@ class TopKCodec:
             probs = np.exp(stored, dtype=np.float32)
         probs *= ((1 - tail) / probs.sum(1))[:, None]
         ids = columns["ids"].reshape(num_tokens, self._k).astype(np.int64)
-        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(probs), torch.from_numpy(np.array(tail, np.float32)))
+        rest = torch.from_numpy(np.array(tail, np.float32))
+        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(probs), rest, with_tail=not self._complete)
 
 
 class DenseCodec:
@@ -203,7 +207,7 @@ class DenseCodec:
         """All types, scaled to 1; `ids` takes no memory."""
         stored = torch.from_numpy(columns["log_probs"].reshape(num_tokens, self.items_per_token).astype(np.float32))
         ids = torch.arange(self.items_per_token).expand(num_tokens, -1)
-        return SparseSignal(ids, torch.softmax(stored, 1), torch.zeros(num_tokens))
+        return SparseSignal(ids, torch.softmax(stored, 1), torch.zeros(num_tokens), with_tail=False)
 
 
 def fixed_width(values: Array) -> Column:

@@ -143,7 +143,7 @@ class _Plan(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """labels, scored (is no padding), taught (weight of kd): (n, 1). with_tail: whether any row of a sparse signal has one."""
+    """labels, scored (is no padding), taught (weight of kd): (n, 1). with_tail: whether a row of a sparse signal may have one."""
 
     labels: Tensor
     scored: Tensor
@@ -165,7 +165,7 @@ def _rows(labels: Tensor, signal: DenseSignal | SparseSignal, selected: Tensor |
         scored=scored,
         taught=scored.to(wide) if selected is None else selected.unsqueeze(1).to(wide) * scored,
         signal=_cleared(signal, scored),
-        with_tail=isinstance(signal, SparseSignal) and bool((signal.tail > 0).any()),
+        with_tail=isinstance(signal, SparseSignal) and signal.with_tail,
     )
 
 

@@ -132,6 +132,14 @@ def test_extreme_distributions_survive() -> None:
         assert dense(signal, 40)[1, 5] > 0.999
 
 
+@pytest.mark.parametrize(
+    "method", [SampleMethod(), SampleMethod(draws=300), TopKMethod(k=8), TopKMethod(k=40), TopKMethod(k=40, dtype="float16")]
+)
+def test_a_signal_knows_whether_it_has_a_tail(method: Method) -> None:
+    signal = through(method, random_logits(11, 40))
+    assert signal.with_tail == bool((signal.tail > 0).any())
+
+
 def test_dense_keeps_everything() -> None:
     logits = random_logits(7, 123)
     signal = through(DenseMethod(), logits)

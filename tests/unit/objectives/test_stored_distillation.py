@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.distillation import Distillation
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod
 from dstrain.objectives.signals import Look, TeacherSignals
-from dstrain.protocols import Objective, Record
+from dstrain.protocols import Objective, Record, SignalSource
 from tests.unit.objectives.toy_store import batch_of, prepared, stored, teacher_for
 
 
@@ -61,6 +62,25 @@ def test_all_types_kept_teach_what_the_teacher_at_work_teaches(kind: str, temper
     for found, expected in zip(offline[1], online[1], strict=True):
         scale = float(expected.abs().max())
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=(1e-5 if exact else 5e-3) * scale + 1e-7)
+
+
+@pytest.mark.parametrize("method", [None, SampleMethod(), TopKMethod(k=5), DenseMethod()], ids=str)
+def test_a_step_asks_nothing_of_its_device(
+    method: Method | None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device without memory, which cannot answer; a GPU would have to be waited for. None: a teacher at work."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # this device has no autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, enabled: nullcontext())
+    elsewhere, teacher, student = torch.device("meta"), teacher_for(data), teacher_for(data, seed=4).train()
+    signals: SignalSource = TeacherSignals([AtWork(teacher.to(elsewhere))])
+    if method is not None:
+        signals = stored(data, tmp_path / "logits", method, teacher=teacher_for(data))
+    batch = batch_of(open_dataset(data, "train"), [59, 3, 17, 0])
+    output = Distillation(DistillationConfig(), signals)(student.to(elsewhere), batch.to(elsewhere))
+    output.loss_sum.backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    with pytest.raises(RuntimeError, match="meta tensor"):
+        output.loss_sum.item()
 
 
 @pytest.mark.slow
