@@ -92,36 +92,51 @@ def reference_value(divergence: Divergence, student: Tensor, teacher: Tensor) ->
 
 
 class SparseFit(NamedTuple):
-    """forward_kl to a sparse signal: value (c, 1), and its slope: factor (c, 1) times p, minus removed (c, k) at ids (c, k)."""
+    """forward_kl to a sparse signal, by what is needed of the softmax p for its slope; (c, 1) but for those of the kept types.
+
+    Apart from the kept types p is share exp(logits - shift), and the slope factor exp(logits - shift). ids, probs, slopes: the
+    kept types with their p and slope, (c, k), 0 where unused.
+    """
 
     value: Tensor
+    shift: Tensor
+    share: Tensor
     factor: Tensor
     ids: Tensor
-    removed: Tensor
+    probs: Tensor
+    slopes: Tensor
+
+    def slope(self, logits: Tensor, taught: Tensor | float = 1.0, scored: Tensor | float = 0.0) -> Tensor:
+        """`taught` times the slope plus `scored` times p, (c, V), in the place of the logits that `sparse_fit` has left."""
+        others = logits.sub_(self.shift).exp_().mul_(taught * self.factor + scored * self.share)
+        return others.scatter_add_(1, self.ids, taught * self.slopes + scored * self.probs)
 
 
 def sparse_fit(logits: Tensor, lse: Tensor, signal: SparseSignal, *, with_tail: bool) -> SparseFit:
     """forward_kl of the kept types, and of one bucket for all others where there is a tail.
 
-    logits: (c, V), which lse (c, 1) makes log-probabilities when taken off; signal of c rows; with_tail: whether any row has one.
-    Over drawn types the slope is right on average, while the value exceeds the whole forward_kl by the entropy that the draws
-    lack.
+    logits: (c, V), which lse (c, 1) makes log-probabilities when taken off; those of the kept types become -inf. signal: of c
+    rows, no type twice in one. with_tail: whether any row has one. Over drawn types the slope is right on average, while the
+    value exceeds the whole forward_kl by the entropy that the draws lack.
+
+    With q the kept masses and F their sum, r the student's mass of all other types, the slope is p (F + tail) - q at kept types
+    and p (F + tail) - tail p / r elsewhere. p / r is made of logarithms, for a student surer than its teacher has an r of 0.
     """
     used = signal.ids >= 0
     ids = signal.ids.clamp_min(0)
-    probs = signal.probs.to(logits.dtype).masked_fill(~used, 0)  # (c, k)
+    masses = signal.probs.to(logits.dtype).masked_fill(~used, 0)  # (c, k)
     kept = logits.gather(1, ids) - lse
-    value = (torch.xlogy(probs, probs) - probs * kept).sum(1, keepdim=True)
-    factor, removed = probs.sum(1, keepdim=True), probs
-    if with_tail:
-        tail = signal.tail.to(logits.dtype).unsqueeze(1)  # (c, 1)
-        others = logits.scatter_reduce(1, ids, torch.where(used, -math.inf, math.inf).to(logits.dtype), "amin")
-        rest = torch.where(tail > 0, others.logsumexp(1, keepdim=True) - lse, 0)  # log of the student's mass of other types
-        value += torch.xlogy(tail, tail) - tail * rest
-        pull = tail * torch.exp(-rest)
-        factor = factor + tail - pull
-        removed = probs - (pull * kept.exp()).masked_fill(~used, 0)
-    return SparseFit(value, factor, ids, removed)
+    probs = kept.exp().masked_fill_(~used, 0)
+    value = (torch.xlogy(masses, masses) - masses * kept).sum(1, keepdim=True)
+    total = masses.sum(1, keepdim=True)
+    logits.scatter_reduce_(1, ids, torch.where(used, -math.inf, math.inf).to(logits.dtype), "amin")
+    if not with_tail:
+        return SparseFit(value, lse, torch.ones_like(total), total, ids, probs, total * probs - masses)
+    tail = signal.tail.to(logits.dtype).unsqueeze(1)  # (c, 1)
+    rest = torch.where(tail > 0, logits.logsumexp(1, keepdim=True) - lse, 0)  # log of r
+    value += torch.xlogy(tail, tail) - tail * rest
+    total, share = total + tail, rest.exp()
+    return SparseFit(value, lse + rest, share, share * total - tail, ids, probs, total * probs - masses)
 
 
 def reference_sparse_value(student: Tensor, signal: SparseSignal) -> Tensor:

@@ -243,11 +243,10 @@ def _sparse_chunk(logits: Tensor, rows: _Rows, signal: SparseSignal, terms: Dist
     best = logits.gather(1, _best(signal)) >= logits.amax(1, keepdim=True)
     fit = sparse_fit(logits, lse, signal, with_tail=rows.with_tail)
     taught, scored = rows.taught * terms.kd_weight, rows.scored.to(lse.dtype) * terms.hard_weight
-    slope = logits.sub_(lse).exp_().mul_(taught * fit.factor + scored)
+    slope = fit.slope(logits, taught, scored)
     if spread:
         slope.sub_(scored * spread)
     slope.scatter_add_(1, rows.labels, -confidence * scored)
-    slope.scatter_add_(1, fit.ids, -taught * fit.removed)
     return _Figures(hard, fit.value.mul_(rows.taught), nll, best.to(nll.dtype)), slope
 
 
@@ -256,7 +255,7 @@ def _learn(student: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[Tens
     signal = rows.signal
     if isinstance(signal, SparseSignal):
         fit = sparse_fit(student, student.new_zeros(()), signal, with_tail=rows.with_tail)
-        return fit.value, student.exp().mul_(fit.factor).scatter_add_(1, fit.ids, -fit.removed), _best(signal)
+        return fit.value, fit.slope(student), _best(signal)
     teacher = _teacher_log_probs(signal, terms.temperature, student.dtype)
     return *value_and_slope(terms.divergence, student, teacher), teacher.argmax(1, keepdim=True)
 

@@ -257,6 +257,32 @@ def test_certain_models_have_finite_losses(divergence) -> None:
     assert all(value.isfinite().all() for value in values)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_student_surer_than_its_teacher_is_still_pulled_back(smoothing, temperature) -> None:
+    """Best types 5 to 95 nats above all others, so that these have masses of e^-5 to 0 in fp32; the slopes are those of fp64."""
+    gaps, generator = torch.arange(5.0, 96.0, 5.0), torch.Generator().manual_seed(2)
+    logits = torch.randn(len(gaps), 1000, generator=generator)
+    signal = top_types(torch.softmax(torch.randn(len(gaps), 1000, generator=generator), 1), 12, tail=True)
+    ids, probs, tail = signal.ids, signal.probs, torch.where(torch.arange(len(gaps)) % 4 == 3, 0.0, 0.05)
+    probs[:, 1], tail[2] = probs[:, 0], 1e-4
+    probs[1::2, 5], ids[1::2, 5] = 0.0, -1  # a slot that is not used
+    signal = SparseSignal(ids, probs * ((1 - tail) / probs.sum(1))[:, None], tail)
+    for row, gap in enumerate(gaps):
+        logits[row, ids[row][ids[row] >= 0]] += gap
+    logits *= temperature
+    labels = torch.randint(1000, (len(gaps),), generator=generator)
+    options = {"terms": terms(temperature=temperature, hard_weight=0.3, label_smoothing=smoothing), "chunk_tokens": 5}
+    identity = torch.eye(1000)
+    found = outcome(linear_distillation, logits.requires_grad_(), identity.requires_grad_(), labels, signal, **options)
+    wide = logits.detach().double().requires_grad_(), identity.detach().double().requires_grad_()
+    expected = outcome(reference_linear_distillation, *wide, labels, signal, **options)
+    torch.testing.assert_close([value.double() for value in found[:4]], expected[:4], rtol=1e-5, atol=0)
+    others = torch.ones(len(gaps), 1000).scatter_(1, ids.clamp_min(0), 0.0).scatter_(1, labels[:, None], 0.0).bool()
+    torch.testing.assert_close(found[6].double(), expected[6], rtol=1e-5, atol=5e-6)
+    torch.testing.assert_close(found[6].double()[others], expected[6][others], rtol=1e-4, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_have_a_full_precision_loss(dtype) -> None:
     features, weight, labels = student(123, 16, 77, torch.float32)
