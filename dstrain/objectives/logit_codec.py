@@ -71,6 +71,13 @@ class Codec(Protocol):
         """What is kept of some tokens. logits: (n, V) float32, divided by the temperature, overwritten -> (n, ...) each."""
         ...
 
+    def is_whole(self, selected: Sequence[Array]) -> Array:
+        """Which tokens have a distribution: logits that are no number, or infinite, have none. (n,) bool
+
+        Told from what `select` gave, for one more look at all logits would cost a tenth of a dump.
+        """
+        ...
+
     def pack(self, selected: Sequence[Array]) -> dict[str, Column]:
         """The columns of what `select` gave."""
         ...
@@ -96,6 +103,7 @@ class SampleCodec:
 
     def __init__(self, method: SampleMethod, vocab_size: int) -> None:
         self._draws = method.draws
+        self._vocab_size = vocab_size
         self._seed = method.seed
         number = np.dtype(np.uint8 if method.draws < 1 << 8 else np.uint16)
         self.columns = {"distinct": number, "repeated": number, "ids": id_dtype(vocab_size), "counts": number}
@@ -110,6 +118,11 @@ class SampleCodec:
         points = (torch.arange(self._draws, device=logits.device) + offsets) / self._draws  # (n, draws)
         drawn = torch.searchsorted(cumulative, points.to(cumulative.dtype) * cumulative[:, -1:], out_int32=True)
         return (drawn,)
+
+    def is_whole(self, selected: Sequence[Array]) -> Array:
+        """A sum that is no number draws the type behind the last."""
+        whole: Array = selected[0][:, -1] < self._vocab_size
+        return whole
 
     def pack(self, selected: Sequence[Array]) -> dict[str, Column]:
         """Runs of equal draws become one id and, where they are longer than 1, a count."""
@@ -162,6 +175,11 @@ class TopKCodec:
         tail = torch.zeros_like(best[:, 0]) if self._complete else (1 - log_probs.exp().sum(1)).clamp_min_(0)
         return ids.to(torch.int32), log_probs, tail
 
+    def is_whole(self, selected: Sequence[Array]) -> Array:
+        """By the likeliest type."""
+        whole: Array = np.isfinite(selected[1][:, 0])
+        return whole
+
     def pack(self, selected: Sequence[Array]) -> dict[str, Column]:
         """As they are, or coded in 8 bits."""
         ids, log_probs, tail = selected
@@ -198,6 +216,11 @@ class DenseCodec:
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
         """(n, V) float16"""
         return (torch.log_softmax(logits, 1).half(),)
+
+    def is_whole(self, selected: Sequence[Array]) -> Array:
+        """By the likeliest type."""
+        whole: Array = np.isfinite(selected[0].max(1))
+        return whole
 
     def pack(self, selected: Sequence[Array]) -> dict[str, Column]:
         """As they are."""

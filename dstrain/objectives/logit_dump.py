@@ -207,50 +207,46 @@ class Dumper:
         choose = partial(
             select_in_chunks, codec=codec, keys=keys, temperature=self.job.method.temperature, size=self.chunk_tokens
         )
-        kept, finite = self.teacher.reduce_projection(hidden.index_select(0, rows), choose)
-        return Selected(kept, finite, begin, mark(device))
+        kept = self.teacher.reduce_projection(hidden.index_select(0, rows), choose)
+        return Selected(kept, begin, mark(device))
 
     def _keep(self, batch: Batch, selected: Selected, draft: ShardDraft) -> float:
         """Put it into the draft: the writer's thread alone waits for the device, whose seconds this returns.
 
         Raises DataError where the teacher's logits are not finite.
         """
-        broken = np.flatnonzero(~selected.finite.cpu().numpy())
+        kept = [tensor.cpu().numpy() for tensor in selected.kept]
+        broken = np.flatnonzero(~draft.codec.is_whole(kept))
         if broken.size:
             row = token_keys(batch).examples[broken[0]]
             raise DataError(
                 f"the logits of teacher {self.job.teacher[:12]} are not finite for row {row} of the split {self.job.split!r}: "
                 "choose another --precision (fp32 has the widest range), or check the bundle"
             )
-        draft.add(batch, selected.kept)
+        draft.add(batch, kept)
         return seconds_between(selected.begin, selected.end)
 
 
 class Selected(NamedTuple):
-    """kept, finite: as of `select_in_chunks`; begin, end: of the work that the device had with it."""
+    """kept: of a batch's scored tokens; begin, end: of the work that the device had with it."""
 
     kept: tuple[Tensor, ...]
-    finite: Tensor
     begin: Mark
     end: Mark
 
 
 def select_in_chunks(
     features: Tensor, weight: Tensor, *, codec: Codec, keys: TokenKeys, temperature: float, size: int
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """`codec.select` of the logits `features @ weight.T / temperature`, `size` tokens at a time, and whether these are finite.
-
-    features: (n, E), weight: (V, E) -> what the codec keeps of n tokens, (n, ...) each, and (n,) bool.
-    """
-    chunks, finite = [], []
+) -> tuple[Tensor, ...]:
+    """`codec.select` of the logits `features @ weight.T / temperature`, `size` tokens at a time."""
+    chunks = []
     for start in range(0, len(features), size):
         part = slice(start, start + size)
         logits = linear(features[part], weight).float()
-        finite.append(logits.sum(1).isfinite())  # one that is not finite makes the sum so
         if temperature != 1.0:
             logits.div_(temperature)
         chunks.append(codec.select(logits, TokenKeys(keys.examples[part], keys.positions[part])))
-    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True)), torch.cat(finite)
+    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 
 def token_keys(batch: Batch) -> TokenKeys:
@@ -275,11 +271,11 @@ class ShardDraft:
         self._pieces: dict[str, list[Piece]] = {name: [] for name in codec.columns}
         self._tokens = 0
 
-    def add(self, batch: Batch, selected: Sequence[Tensor]) -> None:
+    def add(self, batch: Batch, selected: Sequence[Array]) -> None:
         """Take what was selected of a batch."""
         lengths = batch.target.lengths.numpy()  # (B,)
         row_starts = np.cumsum(lengths) - lengths
-        for name, column in self.codec.pack([tensor.cpu().numpy() for tensor in selected]).items():
+        for name, column in self.codec.pack(selected).items():
             self._pieces[name].append(Piece(column.values, np.add.reduceat(column.widths, row_starts)))
         self._examples.append(batch.example_ids.numpy())
         self._tokens += int(lengths.sum())

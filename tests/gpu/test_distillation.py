@@ -125,10 +125,12 @@ def test_choosing_what_is_kept_never_waits(method: Method) -> None:
     codec, keys = build_codec(method, 77), TokenKeys(np.arange(123), np.arange(123))
     for mode in ("default", "error"):
         torch.cuda.set_sync_debug_mode(mode)
-        kept, finite = select_in_chunks(features, weight, codec=codec, keys=keys, temperature=2.0, size=50)
+        kept = select_in_chunks(features, weight, codec=codec, keys=keys, temperature=2.0, size=50)
     torch.cuda.set_sync_debug_mode("default")
-    assert finite.all()
-    assert all(len(part) == 123 for part in kept)
+    assert codec.is_whole([part.cpu().numpy() for part in kept]).all()
+    features[7, 3] = torch.nan
+    kept = select_in_chunks(features, weight, codec=codec, keys=keys, temperature=2.0, size=50)
+    assert (~codec.is_whole([part.cpu().numpy() for part in kept])).nonzero()[0].tolist() == [7]
 
 
 def test_a_dump_equals_the_cpus(data: Path, tmp_path: Path) -> None:

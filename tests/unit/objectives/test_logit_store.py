@@ -30,8 +30,8 @@ from dstrain.models.config import DecoderOnlyConfig, DecoderOnlyStackConfig, Enc
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.objectives import logit_dump
-from dstrain.objectives.logit_codec import TokenKeys, build_codec
-from dstrain.objectives.logit_dump import plan_dump, select_in_chunks, token_keys
+from dstrain.objectives.logit_codec import build_codec
+from dstrain.objectives.logit_dump import plan_dump, token_keys
 from dstrain.objectives.logit_manifest import DenseMethod, DumpJob, Method, SampleMethod, TopKMethod, merge_store
 from dstrain.objectives.logit_store import describe_store, open_store, shard_starts
 from dstrain.protocols import SparseSignal, Wanted
@@ -219,14 +219,6 @@ def test_the_report_adds_up_what_the_device_worked(
     report = dump(dumper(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=100))
     assert report.shards > 3
     assert report.teacher_seconds == 7.0 * len(looks) / 2
-
-
-def test_one_logit_that_overflows_marks_its_token() -> None:
-    features, weight = torch.tensor([[0.0], [2.0], [1.0], [-2.0], [torch.nan]]), torch.ones(9, 1)
-    weight[4] = 3e38
-    codec, keys = build_codec(TopKMethod(k=2), 9), TokenKeys(np.arange(5), np.arange(5))
-    _, finite = select_in_chunks(features, weight, codec=codec, keys=keys, temperature=2.0, size=2)
-    assert finite.tolist() == [True, False, True, False, False]
 
 
 def test_shards_end_with_the_row_that_fills_them() -> None:
@@ -451,7 +443,7 @@ def test_bytes_per_token_at_a_vocabulary_of_65536(method: Method, distinct: int,
         batch = collate(pairs, examples, pad_id=1, eos_id=2)
         logits = torch.full((batch.num_targets, 65_536), -30.0)
         logits.scatter_(1, torch.randint(65_536, (len(logits), distinct), generator=generator), 0.0)
-        draft.add(batch, draft.codec.select(logits, token_keys(batch)))
+        draft.add(batch, [tensor.numpy() for tensor in draft.codec.select(logits, token_keys(batch))])
     with atomic_writer(tmp_path / "shard") as sink:
         tokens = draft.finish(sink)
     print(f"{sink.size / tokens:.1f} bytes a token")
