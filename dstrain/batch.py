@@ -25,6 +25,13 @@ class Size(NamedTuple):
     num_sentences: int
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`. From the CPU to a GPU it goes through pinned memory, so that nothing waits for the copy."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Sequences:
     """Right-padded token sequences.
@@ -42,7 +49,7 @@ class Sequences:
 
     def to(self, device: torch.device) -> Sequences:
         """The same sequences on `device`."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved = {name: sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **moved)
 
 
@@ -54,7 +61,7 @@ class Batch:
     target: what the decoder reads: EOS, then the target tokens without their final EOS.
     labels: (B, T) int64, the target tokens ending in EOS; `IGNORE_INDEX` at padding.
     num_targets: number of scored labels, known on the CPU. 0 for an empty micro-batch, which adds exactly zero.
-    example_ids: (B,) int64, row numbers of the data set.
+    example_ids: (B,) int64, row numbers of the data set; always on the CPU, where rows are looked up.
     sampled: whether the targets are samples of the model that is trained, not those of the data; alike in a whole step. One that
     was cut has no EOS at its end.
     """
@@ -72,12 +79,6 @@ class Batch:
         return Size(self.num_targets, len(self.example_ids) if self.num_targets else 0)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        return Batch(
-            source=None if self.source is None else self.source.to(device),
-            target=self.target.to(device),
-            labels=self.labels.to(device, non_blocking=True),
-            num_targets=self.num_targets,
-            example_ids=self.example_ids.to(device, non_blocking=True),
-            sampled=self.sampled,
-        )
+        """The same batch on `device`, but for the example ids."""
+        source = None if self.source is None else self.source.to(device)
+        return replace(self, source=source, target=self.target.to(device), labels=sent(self.labels, device))

@@ -176,6 +176,7 @@ class SparseSignal:
     ids: Tensor  # (n, k) int64, -1 where unused
     probs: Tensor  # (n, k) float32, teacher probability mass of each id, 0 where unused
     tail: Tensor  # (n,) float32, mass of all other types together (0 for sampled stores)
+    with_tail: bool = True  # False where every tail is known to be 0, which a GPU would have to be asked
 
     def part(self, rows: slice | Tensor) -> SparseSignal:
         """Of some of the tokens, by place or by a mask."""

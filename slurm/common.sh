@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Shared by the job templates of this folder. A batch script sources it right after its #SBATCH lines; the variables that
-# change its behavior stand in README.md. Nothing here knows what is trained: a template gives the words for `deepspeed`.
+# change its behavior stand in README.md. Nothing here knows what is trained: a template gives the words for `deepspeed` or `dstrain`.
 #
 # One srun task per node starts `deepspeed --no_ssh`, which starts the ranks. srun signals every process of a step, so the
 # launchers ignore USR1 and leave it to the ranks, which finish their step, save and exit with REQUEUE_CODE. They ignore TERM too: it
@@ -65,6 +65,17 @@ deepspeed_on_all_nodes() {
   end_job "$code" "$log"
 }
 
+# one_share I/N WORD...   runs `dstrain WORD... --shard I/N` as one task, then ends the job as above. What stops it loses no finished
+# part, so USR1 may end it at once.
+one_share() {
+  local share=$1 code=0
+  shift
+  say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): share $share on $SLURM_JOB_NODELIST"
+  # shellcheck disable=SC2086  # the words before the program
+  run_step srun --ntasks=1 --cpu-bind=none ${DSTRAIN_CONTAINER:-} dstrain "$@" --shard "$share" || code=$?
+  end_job "$code"
+}
+
 # Runs COMMAND in the background, because bash handles a signal only while it waits; returns COMMAND's exit code.
 run_step() {
   "$@" &
@@ -82,15 +93,15 @@ ask_to_stop() {
 }
 
 end_job() {
-  local code=$1 log=$2
+  local code=$1 log=${2:-}
   if [ "$code" = 0 ]; then
     say "done"
   elif [ "$code" = "$REQUEUE_CODE" ] || [ -n "$stop_requested" ]; then
     say "stopped with exit code $code: back into the queue"
     scontrol requeue "$SLURM_JOB_ID"
   else
-    say "failed with exit code $code; the last lines of $log:"
-    tail -n 20 "$log"
+    say "failed with exit code $code${log:+; the last lines of $log:}"
+    [ -z "$log" ] || tail -n 20 "$log"
   fi
   exit "$code"
 }

@@ -19,23 +19,15 @@ The same command again goes on where it was interrupted. Under a launcher (deeps
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from dstrain import __version__
 from dstrain.cli.common import positive_float, positive_number
+from dstrain.cli.dumping import METHOD, build_dumper
 from dstrain.cli.ranks import Task, do_share
-from dstrain.cli.teacher import add_work_arguments, load_lesson
+from dstrain.cli.teacher import add_work_arguments
 from dstrain.errors import DataError
-
-METHOD: dict[str, tuple[Callable[[str], object], str]] = {
-    "draws": (positive_number, "sample: draws a token (default: 50)"),
-    "seed": (positive_number, "sample: decides the draws (default: 1)"),
-    "k": (positive_number, "topk: types a token (default: 64)"),
-    "dtype": (str, "topk: of log-probabilities: uint8, float16 or float32 (default: uint8)"),
-    "temperature": (positive_float, "divide the teacher's logits by this (default: 1)"),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,15 +58,7 @@ def run(args: argparse.Namespace) -> int:
 def _dump(args: argparse.Namespace, task: Task) -> str:
     from tqdm import tqdm
 
-    from dstrain.objectives.logit_dump import Dumper, plan_dump
-    from dstrain.objectives.logit_manifest import choose_method
-
-    method = choose_method(args.method, {name: vars(args)[name] for name in METHOD})
-    lesson = load_lesson(args.teacher, args.data, args.split, task.device)
-    sizes, identity = lesson.bundle.vocabulary, (args.split, lesson.fingerprint)
-    job = plan_dump(method, lesson.dataset, lesson.manifest, *identity, vocabulary=sizes, tokens_per_shard=args.tokens_per_shard)
-    sides = lesson.bundle.model_config.limits.sides
-    work = Dumper(lesson.bundle.model, lesson.dataset, job, args.output, sizes, lesson.device, args.max_tokens, sides=sides)
+    work = build_dumper(args, task.device)
     hidden = None if task.is_first else True
     with tqdm(unit=" tokens", unit_scale=True, disable=hidden, total=work.tokens_of(task.share)) as bar:
         report = work.run(task.share, bar.update)

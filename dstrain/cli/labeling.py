@@ -21,7 +21,7 @@ def build_labeler(args: argparse.Namespace, device: str) -> Labeler:
     from dstrain.generation.generator import Generator
     from dstrain.generation.pseudo_label import Labeler
 
-    lesson = load_lesson(args.teacher, args.data, "train", device)
+    lesson = load_lesson(args.teacher, args.data, "train", device, args.precision)
     bundle, pairs = lesson.bundle, len(lesson.dataset)
     options = {name: vars(args)[name] for name in ("beam_size", "length_penalty", "max_tokens")}
     search = generation_config(bundle.recipe, {**options, "kind": "beam", "num_best": 1})
@@ -41,6 +41,7 @@ def build_labeler(args: argparse.Namespace, device: str) -> Labeler:
         pairs=pairs,
         parts=-(-pairs // pairs_per_part),
         pairs_per_part=pairs_per_part,
+        precision=args.precision,
     )
     generator = Generator(
         bundle.model,

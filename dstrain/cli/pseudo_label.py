@@ -5,7 +5,8 @@
 
 DATA2 is prepared data for the same recipe as DATA: its training targets are the teacher's outputs, the other splits and the
 tokenizer are those of DATA. --keep-original adds the original pairs. Outputs that are empty, longer than the recipe's filter
-allows, too many times longer or shorter than the source, or that repeat themselves are dropped, and counted by reason.
+allows, too many times longer or shorter than the source, that repeat themselves, or that were cut at the length limit of the
+search (unfinished) are dropped, and counted by reason.
 
 The same command again goes on where it was interrupted. Under a launcher the ranks share the work, each on its own GPU:
 

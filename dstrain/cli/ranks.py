@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +23,14 @@ class Task:
     share: Share
     device: str
     is_first: bool = True
+
+
+def share(text: str) -> Share:
+    """I/N, for `type=` of an argument."""
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if found is None or int(found[1]) >= int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share I/N of the work with I from 0 to N - 1; of two: 0/2 and 1/2")
+    return Share(int(found[1]), int(found[2]))
 
 
 def do_share(args: argparse.Namespace, work: Callable[[Task], str]) -> bool:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dstrain.cli.ranks import share
 from dstrain.data.parts import Share
 
 if TYPE_CHECKING:
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
     from dstrain.data.dataset import Dataset
     from dstrain.data.manifest import Manifest
     from dstrain.data.tokenizer import TokenizerPair
+    from dstrain.engine.teacher_engine import Precision
 
 
 def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required: bool) -> None:
-    """--teacher, --data, --output, --shard, --device. output: what its value is called."""
+    """--teacher, --data, --output, --shard, --device, --precision. output: what its value is called."""
     parser.add_argument("--teacher", metavar="BUNDLE", type=Path, required=required, help="model directory of the teacher")
     parser.add_argument("--data", metavar="DATA", type=Path, required=required, help="directory that `dstrain prepare` wrote")
     parser.add_argument("--output", metavar=output, type=Path, required=required, help="directory to write, or to go on with")
@@ -30,14 +31,12 @@ def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required
         help="do share I (from 0) of N shares of the work (default: 0/1)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU where there is one (default: auto)")
-
-
-def share(text: str) -> Share:
-    """I/N, for `type=` of an argument."""
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if found is None or int(found[1]) >= int(found[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is no share I/N of the work with I from 0 to N - 1; of two: 0/2 and 1/2")
-    return Share(int(found[1]), int(found[2]))
+    parser.add_argument(
+        "--precision",
+        choices=("fp32", "bf16", "fp16"),
+        default="fp32",
+        help="what the teacher computes in; bf16 for speed on a GPU (default: fp32)",
+    )
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,16 @@ class Lesson:
     dataset: Dataset
 
 
-def load_lesson(teacher: Path, data: Path, split: str, device: str) -> Lesson:
-    """Open both. DataError or BundleError where they do not fit together or cannot be read."""
+def load_lesson(teacher: Path, data: Path, split: str, device: str, precision: Precision = "fp32") -> Lesson:
+    """Open both; the teacher then computes in `precision`.
+
+    DataError or BundleError where they do not fit together or cannot be read.
+    """
     from dstrain.api import usable_device
     from dstrain.checkpoint.bundle import bundle_fingerprint, load_bundle
     from dstrain.data.dataset import open_dataset
     from dstrain.data.manifest import load_manifest
+    from dstrain.engine.teacher_engine import DTYPES
     from dstrain.errors import BundleError
     from dstrain.ops.allocator import keep_freed_memory
     from dstrain.training.validator import check_split
@@ -69,6 +72,7 @@ def load_lesson(teacher: Path, data: Path, split: str, device: str) -> Lesson:
     if bundle.tokenizers is None:
         raise BundleError(f"{teacher} has no tokenizer, so it cannot be told whether the ids of {data} are its own")
     manifest.require_tokenizer(bundle.tokenizers.fingerprint, str(teacher))
+    bundle.model.to(DTYPES[precision])
     dataset = open_dataset(data, split)
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
     return Lesson(bundle, bundle.tokenizers, chosen, bundle_fingerprint(teacher), manifest, dataset)

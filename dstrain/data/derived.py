@@ -17,11 +17,11 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import PositiveFloat, PositiveInt
 
-from dstrain.data.files import atomic_writer, sync_directory, write_file
+from dstrain.data.files import atomic_writer, checking, sync_directory, write_file
 from dstrain.data.manifest import (
     MANIFEST_FILE,
     PARTS_FILE,
@@ -47,6 +47,7 @@ class LabelJob(Config):
     """How training targets are made. teacher, original: fingerprints of the model and of the data; generation: the search.
 
     max_ratio, max_repeats: which outputs are dropped; None for no limit. keep_original: whether the original pairs stay, too.
+    precision: what the teacher computes in.
     """
 
     teacher: str
@@ -58,6 +59,7 @@ class LabelJob(Config):
     pairs: PositiveInt
     parts: PositiveInt
     pairs_per_part: PositiveInt
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     def rows(self, number: int) -> range:
         """The rows of the original that a part takes."""
@@ -100,7 +102,7 @@ def merge_labels(output: Path, created_by: str) -> Manifest:
     job = read_job(output, LabelJob, MAKER)
     if job is None:
         raise DataError(f"{output} holds no labeled data (no {PARTS_FILE}); name the --output of `dstrain {MAKER}`")
-    found = [finished_part(output, part_file(number), LabelNote) for number in range(job.parts)]
+    found = [finished_part(output, part_file(number), LabelNote) for number in checking(range(job.parts))]
     missing = [number for number, note in enumerate(found) if note is None]
     if missing or not (output / ORIGINAL / MANIFEST_FILE).is_file():
         first = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
@@ -117,7 +119,7 @@ def merge_labels(output: Path, created_by: str) -> Manifest:
     manifest = Manifest(
         format_version=original.format_version,
         created_by=created_by,
-        job=hashlib.sha256(f"{job.model_dump_json()} {train.fingerprint}".encode()).hexdigest(),
+        job=hashlib.sha256(f"{job.model_dump_json(exclude_defaults=True)} {train.fingerprint}".encode()).hexdigest(),
         tokenizer_fingerprint=original.tokenizer_fingerprint,
         data=original.data,
         splits={**original.splits, TRAIN: train},
@@ -135,7 +137,9 @@ def _train_record(output: Path, notes: list[LabelNote], originals: tuple[ShardRe
     rows = sum(record.rows for record in records)
     if rows == sum(record.rows for record in originals):
         reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items() if count)
-        raise DataError(f"every output of the teacher was dropped ({reasons}); relax --max-ratio and --max-repeats")
+        raise DataError(
+            f"every output of the teacher was dropped ({reasons}); relax --max-ratio and --max-repeats, or train it longer"
+        )
     file = f"{TRAIN}/lengths.npy"
     with atomic_writer(output / file) as sink:
         write_lengths([output / record.file for record in records], rows, sink)

@@ -10,13 +10,16 @@ import errno
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+from tqdm import tqdm
 
 from dstrain.errors import DataError
 
+T = TypeVar("T")
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 HASH_CHUNK = 1 << 22
 
@@ -52,7 +55,7 @@ class HashingWriter(io.RawIOBase):
 def atomic_writer(path: Path) -> Iterator[HashingWriter]:
     """Open `path` for writing; it appears only when the block ends without an error.
 
-    Raises DataError where the disk is full.
+    Raises DataError where the disk is full, or where another process writes the same file.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -63,6 +66,10 @@ def atomic_writer(path: Path) -> Iterator[HashingWriter]:
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_directory(path.parent)
+    except FileNotFoundError as error:
+        if error.filename != str(temporary) or not path.parent.is_dir():
+            raise
+        raise DataError(f"another process has written {path} at the same time; give every process work of its own") from error
     except OSError as error:
         if error.errno in NO_SPACE:
             raise DataError(
@@ -87,6 +94,11 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checking(items: Sequence[T]) -> Iterable[T]:
+    """The items, with a bar where a person looks on: the checksums of hundreds of gigabytes take minutes."""
+    return tqdm(items, desc="checking", unit=" files", disable=None)
 
 
 def sha256_of(path: Path) -> str:

@@ -54,10 +54,11 @@ def read_job(directory: Path, kind: type[J], maker: str) -> J | None:
     maker: the verb whose directory it must be. Raises DataError where it holds something else.
     """
     path = directory / PARTS_FILE
+    # Looked at before the job is: where another process begins in between, its first file is younger than its job.
+    strangers = sorted(item.name for item in directory.iterdir() if PARTS_FILE not in item.name) if directory.is_dir() else []
     try:
         return kind.model_validate_json(path.read_bytes())
     except FileNotFoundError:
-        strangers = sorted(item.name for item in directory.iterdir() if not _is_draft(item)) if directory.is_dir() else []
         if strangers:
             raise DataError(
                 f"{directory} holds files that `dstrain {maker}` did not make ({', '.join(strangers[:3])}); choose another place"
@@ -104,10 +105,6 @@ def write_note(path: Path, note: Note) -> None:
 def note_path(path: Path) -> Path:
     """Where the note of a part's file stands."""
     return path.with_suffix(".json")
-
-
-def _is_draft(path: Path) -> bool:
-    return path.name.startswith(f".{PARTS_FILE}.")
 
 
 def _short(value: object) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from dstrain.data.config import DataConfig, has_no_source
 from dstrain.data.corpora import splits_of
+from dstrain.data.files import checking
 from dstrain.data.manifest import TOKENIZER_DIRECTORY, Manifest, SplitRecord, load_manifest
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.errors import DataError
@@ -87,9 +88,8 @@ def build_report(
 def describe_data(directory: Path) -> list[str]:
     """What prepared data holds, after a check of every byte. Raises DataError where something is wrong with it."""
     manifest = load_manifest(directory)
-    for split in manifest.splits.values():
-        for file in split.files:
-            file.check(directory, content=True)
+    for file in checking([file for split in manifest.splits.values() for file in split.files]):
+        file.check(directory, content=True)
     tokenizers = load_tokenizers(directory / TOKENIZER_DIRECTORY)
     if tokenizers.fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids; prepare the data again")

@@ -23,6 +23,8 @@ from dstrain.errors import DataError
 
 MAX_BATCH_ROWS = 16_384
 MAX_BATCH_TOKENS = 1 << 22
+MAX_ITEMS = (1 << 31) - 1
+"""Of one list column of a record batch: Arrow's list offsets have 32 bits."""
 SIDES = ("source", "target")
 
 
@@ -89,9 +91,18 @@ class ShardWriter:
         return columns
 
 
-def list_array(values: Sequence[npt.NDArray[Any]], lengths: Sequence[npt.NDArray[np.int32]]) -> Any:
-    """An Arrow list column. values: the items of all rows, in pieces; lengths: items of each row, in pieces."""
+def list_array(values: Sequence[npt.NDArray[Any]], lengths: Sequence[npt.NDArray[Any]]) -> Any:
+    """An Arrow list column. values: the items of all rows, in pieces; lengths: items of each row, in pieces.
+
+    Raises DataError where there are more items than its offsets can count.
+    """
     counts = np.concatenate(lengths)
+    items = int(counts.sum(dtype=np.int64))
+    if items > MAX_ITEMS:
+        raise DataError(
+            f"{len(counts):,} rows have {items:,} items, a column of a file holds at most {MAX_ITEMS:,}: make smaller parts "
+            "(--tokens-per-shard, --pairs-per-shard)"
+        )
     offsets = np.zeros(len(counts) + 1, np.int32)
     np.cumsum(counts, out=offsets[1:])
     starts: Any = pa.array(offsets)

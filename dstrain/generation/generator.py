@@ -106,6 +106,15 @@ class Generator:
         texts = iter(target.decode([hypothesis.tokens for hypotheses in found for hypothesis in hypotheses]))
         return [[TextHypothesis(h.tokens, h.score, h.token_scores, next(texts)) for h in hypotheses] for hypotheses in found]
 
+    def max_length(self, source_length: int, prefix_length: int = 0) -> int:
+        """The most tokens before EOS, never fewer than the prefix has; a hypothesis of so many is cut, its EOS is forced.
+
+        source_length: with EOS. The model reads the start token in front of them.
+        """
+        given = source_length if source_length > 1 else prefix_length + 1
+        wanted = int(self.config.max_length_ratio * given) + self.config.max_length_offset
+        return min(max(wanted, prefix_length), self.limits.target_after(source_length) - 1)
+
     def _generate(
         self, sources: Sequence[Sequence[int]], lines: Sequence[int], prefixes: Sequence[Sequence[int]]
     ) -> list[list[Hypothesis]]:
@@ -113,7 +122,7 @@ class Generator:
         device = torch.device(self.device)
         batch = Sequences(*pad(sources, self.ids.pad)).to(device)
         prefix = pad(prefixes, self.ids.pad)[0].to(device) if any(prefixes) else None
-        limits = [self._max_length(len(source), len(first)) for source, first in zip(sources, prefixes, strict=True)]
+        limits = [self.max_length(len(source), len(first)) for source, first in zip(sources, prefixes, strict=True)]
         match self.config:
             case BeamSearchConfig() as config:
                 return beam_search(self.model, batch, config=config, ids=self.ids, max_lengths=limits, prefix=prefix)
@@ -128,12 +137,6 @@ class Generator:
         limits = [self.limits.target_after(len(source)) for source in sources]
         kept = fitting(ended, limits, truncate=self.truncate_source, first_line=first_line, what="prefix")
         return [prefix[:-1] for prefix in kept]
-
-    def _max_length(self, source_length: int, prefix_length: int) -> int:
-        """The most tokens before EOS, never fewer than the prefix has; the model reads the start token in front of them."""
-        given = source_length if source_length > 1 else prefix_length + 1
-        wanted = int(self.config.max_length_ratio * given) + self.config.max_length_offset
-        return min(max(wanted, prefix_length), self.limits.target_after(source_length) - 1)
 
 
 def fitting(

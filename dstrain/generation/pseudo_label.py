@@ -2,8 +2,9 @@
 
 After Kim and Rush 2016, "Sequence-Level Knowledge Distillation": the student is trained on the best hypothesis of the teacher's
 beam search. Outputs that would teach nonsense are left out and counted: those that the data's own filter drops (empty, too long,
-ratio of lengths) and those that repeat themselves. Parts of the work are done by any process (`data/parts.py`); a part's bytes
-depend on the job alone but for the last bits of the teacher's arithmetic.
+ratio of lengths), those that repeat themselves, and those that the search has cut at its length limit (unfinished). Parts of the
+work are done by any process (`data/parts.py`); a part's bytes depend on the job alone but for the last bits of the teacher's
+arithmetic.
 """
 
 from __future__ import annotations
@@ -110,10 +111,13 @@ class Labeler:
     def _reasons(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.bool_]]:
         """Which outputs to drop, by reason; none has two. (N,) each"""
         source_lengths, target_lengths = (np.fromiter(map(len, rows), np.int32, len(rows)) for rows in (sources, targets))
-        reasons = drop_reasons(source_lengths, target_lengths, self.limits)
+        reasons = dict(drop_reasons(source_lengths, target_lengths, self.limits))
         limit = self.job.max_repeats
         repetitive = np.array([limit is not None and repeats(target) > limit for target in targets], np.bool_)
-        return {**reasons, "repetition": repetitive & ~np.logical_or.reduce(list(reasons.values()))}
+        cut = [len(target) > self.generator.max_length(len(source)) for source, target in zip(sources, targets, strict=True)]
+        for reason, found in (("repetition", repetitive), ("unfinished", np.array(cut, np.bool_))):
+            reasons[reason] = found & ~np.logical_or.reduce(list(reasons.values()))
+        return reasons
 
 
 def repeats(tokens: Sequence[int]) -> int:

@@ -36,7 +36,7 @@ class CrossEntropyConfig(Config):
 
 
 class ForwardKl(Config):
-    """KL(teacher || student): the student must cover all that the teacher says. A store of drawn or best types can give it alone."""
+    """KL(teacher || student): the student must cover all that the teacher says. A store of some types gives it alone."""
 
     kind: Literal["forward_kl"] = "forward_kl"
 

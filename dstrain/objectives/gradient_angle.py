@@ -27,6 +27,8 @@ from dstrain.protocols import KeptSignal, SparseSignal, TeacherForced
 
 CHUNK = 256
 """Tokens whose logits exist at one time."""
+ROWS_AT_A_TIME = 4096
+"""Of the random order."""
 
 
 class Angle(NamedTuple):
@@ -69,10 +71,9 @@ def gradient_angles(
 
 def random_batches(dataset: Dataset, max_tokens: int, *, pad_id: int, eos_id: int, seed: int = 1) -> Iterator[Batch]:
     """The rows of a split in random order, in batches of at most `max_tokens` padded tokens, once through."""
-    order = Permutation(len(dataset), seed)
     group: list[int] = []
     widest = 0
-    for row in order.elements(0, len(dataset)).tolist():
+    for row in _shuffled(len(dataset), seed):
         width = max(widest, int(dataset.source_lengths[row]), int(dataset.target_lengths[row]))
         if group and width * (len(group) + 1) > max_tokens:
             yield collate([dataset[member] for member in group], np.array(group), pad_id=pad_id, eos_id=eos_id)
@@ -80,6 +81,13 @@ def random_batches(dataset: Dataset, max_tokens: int, *, pad_id: int, eos_id: in
         group.append(row)
         widest = width
     yield collate([dataset[member] for member in group], np.array(group), pad_id=pad_id, eos_id=eos_id)
+
+
+def _shuffled(count: int, seed: int) -> Iterator[int]:
+    """0 .. count - 1 in random order, of which few exist at one time."""
+    order = Permutation(count, seed)
+    for start in range(0, count, ROWS_AT_A_TIME):
+        yield from order.elements(start, min(start + ROWS_AT_A_TIME, count)).tolist()
 
 
 def reached_target(student_probs: Tensor, signal: SparseSignal) -> Tensor:

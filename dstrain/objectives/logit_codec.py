@@ -24,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dstrain.batch import sent
 from dstrain.data.rows import id_dtype
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod
 from dstrain.protocols import KeptSignal, LogProbsSignal, SparseSignal
@@ -63,11 +64,18 @@ class Codec(Protocol):
 
     @property
     def bytes_per_token(self) -> int:
-        """About so many, for the size of shards."""
+        """At most so many, for the size of shards."""
         ...
 
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
         """What is kept of some tokens. logits: (n, V) float32, divided by the temperature, overwritten -> (n, ...) each."""
+        ...
+
+    def is_whole(self, selected: Sequence[Array]) -> Array:
+        """Which tokens have a distribution: logits that are no number, or infinite, have none. (n,) bool
+
+        Told from what `select` gave, for one more look at all logits would cost a tenth of a dump.
+        """
         ...
 
     def pack(self, selected: Sequence[Array]) -> dict[str, Column]:
@@ -95,19 +103,26 @@ class SampleCodec:
 
     def __init__(self, method: SampleMethod, vocab_size: int) -> None:
         self._draws = method.draws
+        self._vocab_size = vocab_size
         self._seed = method.seed
         number = np.dtype(np.uint8 if method.draws < 1 << 8 else np.uint16)
         self.columns = {"distinct": number, "repeated": number, "ids": id_dtype(vocab_size), "counts": number}
         self.items_per_token = 1
-        self.bytes_per_token = 40
+        widths = {name: dtype.itemsize for name, dtype in self.columns.items()}
+        self.bytes_per_token = min(method.draws, vocab_size) * (widths["ids"] + widths["counts"]) + 2 * number.itemsize
 
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
         """The type of each draw, ascending. (n, V) -> (n, draws) int32"""
         cumulative = torch.softmax(logits, 1, out=logits).cumsum(1)  # (n, V)
-        offsets = torch.from_numpy(uniform(self._seed, keys)).to(logits.device)[:, None]
+        offsets = sent(torch.from_numpy(uniform(self._seed, keys)), logits.device)[:, None]
         points = (torch.arange(self._draws, device=logits.device) + offsets) / self._draws  # (n, draws)
         drawn = torch.searchsorted(cumulative, points.to(cumulative.dtype) * cumulative[:, -1:], out_int32=True)
         return (drawn,)
+
+    def is_whole(self, selected: Sequence[Array]) -> Array:
+        """A sum that is no number draws the type behind the last."""
+        whole: Array = selected[0][:, -1] < self._vocab_size
+        return whole
 
     def pack(self, selected: Sequence[Array]) -> dict[str, Column]:
         """Runs of equal draws become one id and, where they are longer than 1, a count."""
@@ -136,7 +151,8 @@ class SampleCodec:
         ids[used] = whole["ids"]
         counts = used.astype(np.float32)
         counts[many] = whole["counts"]
-        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(counts / np.float32(self._draws)), torch.zeros(num_tokens))
+        probs = torch.from_numpy(counts / np.float32(self._draws))
+        return SparseSignal(torch.from_numpy(ids), probs, torch.zeros(num_tokens), with_tail=False)
 
 
 class TopKCodec:
@@ -160,6 +176,11 @@ class TopKCodec:
         tail = torch.zeros_like(best[:, 0]) if self._complete else (1 - log_probs.exp().sum(1)).clamp_min_(0)
         return ids.to(torch.int32), log_probs, tail
 
+    def is_whole(self, selected: Sequence[Array]) -> Array:
+        """By the likeliest type."""
+        whole: Array = np.isfinite(selected[1][:, 0])
+        return whole
+
     def pack(self, selected: Sequence[Array]) -> dict[str, Column]:
         """As they are, or coded in 8 bits."""
         ids, log_probs, tail = selected
@@ -182,7 +203,8 @@ class TopKCodec:
             probs = np.exp(stored, dtype=np.float32)
         probs *= ((1 - tail) / probs.sum(1))[:, None]
         ids = whole["ids"].reshape(num_tokens, self._k).astype(np.int64)
-        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(probs), torch.from_numpy(np.array(tail, np.float32)))
+        rest = torch.from_numpy(np.array(tail, np.float32))
+        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(probs), rest, with_tail=not self._complete)
 
 
 class DenseCodec:
@@ -197,6 +219,11 @@ class DenseCodec:
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
         """(n, V) float16, finite"""
         return (torch.log_softmax(logits, 1).clamp_min_(torch.finfo(torch.float16).min).half(),)
+
+    def is_whole(self, selected: Sequence[Array]) -> Array:
+        """By the likeliest type."""
+        whole: Array = np.isfinite(selected[0].max(1))
+        return whole
 
     def pack(self, selected: Sequence[Array]) -> dict[str, Column]:
         """As they are."""

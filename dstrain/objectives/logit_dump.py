@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -28,7 +28,7 @@ from dstrain.data.files import HashingWriter, atomic_writer
 from dstrain.data.manifest import FileRecord, Manifest
 from dstrain.data.parts import Share, finished_part, settle_job, write_note
 from dstrain.data.plan import Sides, evaluation_batches
-from dstrain.data.shard import list_array
+from dstrain.data.shard import MAX_ITEMS, list_array
 from dstrain.errors import DataError
 from dstrain.log import logger
 from dstrain.models.config import VocabularySizes
@@ -44,14 +44,13 @@ from dstrain.objectives.logit_manifest import (
     shard_file,
 )
 from dstrain.objectives.logit_store import shard_starts
+from dstrain.ops.device_time import Mark, mark, seconds_between
 from dstrain.ops.linear_cross_entropy import scored_rows
 from dstrain.ops.matmul import linear
 from dstrain.protocols import TeacherForced
 
 SHARD_BYTES = 1 << 26
 SMALLEST_SHARD = 4096
-MAX_ITEMS = (1 << 31) - 1
-"""Of one column of a shard: Arrow's list offsets have 32 bits."""
 
 
 def plan_dump(
@@ -63,11 +62,12 @@ def plan_dump(
     *,
     vocabulary: VocabularySizes,
     tokens_per_shard: int | None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
 ) -> DumpJob:
     """The job of a dump.
 
-    teacher: its fingerprint. tokens_per_shard: None for a 64th of the split, no more than 64 MiB and no less than 4096 tokens.
-    Raises DataError where the vocabulary is too small for k, or too large to be kept whole.
+    teacher: its fingerprint; precision: of its parameters. tokens_per_shard: None for a 64th of the split, no more than 64 MiB
+    and no less than 4096 tokens. Raises DataError where the vocabulary is too small for k, or too large to be kept whole.
     """
     vocab_size = vocabulary.target
     if isinstance(method, TopKMethod) and method.k > vocab_size:
@@ -94,12 +94,13 @@ def plan_dump(
         tokens=tokens,
         shards=len(shard_starts(dataset.target_lengths, per_shard)) - 1,
         tokens_per_shard=per_shard,
+        precision=precision,
     )
 
 
 @dataclass
 class DumpReport:
-    """What one process did. seconds: in all; teacher_seconds: of these, the main thread with the teacher and its softmax."""
+    """What one process did. seconds: in all; teacher_seconds: of these, its device with the teacher and softmax."""
 
     shards: int = 0
     found: int = 0
@@ -173,16 +174,16 @@ class Dumper:
         path = self.output / shard_file(number)
         draft = ShardDraft(build_codec(self.job.method, self.job.vocab_size))
         with atomic_writer(path) as sink, ThreadPoolExecutor(1) as writer:
-            pending: Future[None] | None = None
+            pending: Future[float] | None = None
             for batch in self._batches(rows):
-                begun = time.perf_counter()
-                selected = self._select(batch.to(torch.device(self.device)), draft.codec)
-                report.teacher_seconds += time.perf_counter() - begun
+                selected = self._select(batch, draft.codec)
                 if pending is not None:
-                    pending.result()
-                pending = writer.submit(draft.add, batch, selected)
+                    report.teacher_seconds += pending.result()
+                pending = writer.submit(self._keep, batch, selected, draft)
                 report.tokens += batch.num_targets
                 progress(batch.num_targets)
+            if pending is not None:
+                report.teacher_seconds += pending.result()
             tokens = writer.submit(draft.finish, sink).result()
             record = FileRecord(file=path.name, size=sink.size, sha256=sink.sha256)
             write_note(path, ShardNote(record=record, number=number, first_row=rows.start, rows=len(rows), tokens=tokens))
@@ -197,14 +198,41 @@ class Dumper:
             yield collate([self.dataset[row] for row in examples], examples, pad_id=pad_id, eos_id=eos_id)
 
     @torch.inference_mode()
-    def _select(self, batch: Batch, codec: Codec) -> tuple[Tensor, ...]:
+    def _select(self, batch: Batch, codec: Codec) -> Selected:
         """What is kept of the batch's scored tokens, on the teacher's device."""
+        keys, device = token_keys(batch), torch.device(self.device)
+        begin, batch = mark(device), batch.to(device)
         hidden = self.teacher(batch.source, batch.target).hidden.flatten(0, 1)  # (B * T, D)
         rows = scored_rows(batch.labels.flatten(), batch.num_targets)
         choose = partial(
-            select_in_chunks, codec=codec, keys=token_keys(batch), temperature=self.job.method.temperature, size=self.chunk_tokens
+            select_in_chunks, codec=codec, keys=keys, temperature=self.job.method.temperature, size=self.chunk_tokens
         )
-        return self.teacher.reduce_projection(hidden.index_select(0, rows), choose)
+        kept = self.teacher.reduce_projection(hidden.index_select(0, rows), choose)
+        return Selected(kept, begin, mark(device))
+
+    def _keep(self, batch: Batch, selected: Selected, draft: ShardDraft) -> float:
+        """Put it into the draft: the writer's thread alone waits for the device, whose seconds this returns.
+
+        Raises DataError where the teacher's logits are not finite.
+        """
+        kept = [tensor.cpu().numpy() for tensor in selected.kept]
+        broken = np.flatnonzero(~draft.codec.is_whole(kept))
+        if broken.size:
+            row = token_keys(batch).examples[broken[0]]
+            raise DataError(
+                f"the logits of teacher {self.job.teacher[:12]} are not finite for row {row} of the split {self.job.split!r}: "
+                "choose another --precision (fp32 has the widest range), or check the bundle"
+            )
+        draft.add(batch, kept)
+        return seconds_between(selected.begin, selected.end)
+
+
+class Selected(NamedTuple):
+    """kept: of a batch's scored tokens; begin, end: of the work that the device had with it."""
+
+    kept: tuple[Tensor, ...]
+    begin: Mark
+    end: Mark
 
 
 def select_in_chunks(
@@ -243,11 +271,11 @@ class ShardDraft:
         self._pieces: dict[str, list[Piece]] = {name: [] for name in codec.columns}
         self._tokens = 0
 
-    def add(self, batch: Batch, selected: Sequence[Tensor]) -> None:
+    def add(self, batch: Batch, selected: Sequence[Array]) -> None:
         """Take what was selected of a batch."""
         lengths = batch.target.lengths.numpy()  # (B,)
         row_starts = np.cumsum(lengths) - lengths
-        for name, column in self.codec.pack([tensor.cpu().numpy() for tensor in selected]).items():
+        for name, column in self.codec.pack(selected).items():
             self._pieces[name].append(Piece(column.values, np.add.reduceat(column.widths, row_starts)))
         self._examples.append(batch.example_ids.numpy())
         self._tokens += int(lengths.sum())

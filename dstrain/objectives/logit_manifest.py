@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
-from dstrain.data.files import write_file
+from dstrain.data.files import checking, write_file
 from dstrain.data.manifest import PARTS_FILE, FileRecord, Manifest
 from dstrain.data.parts import Note, finished_part, read_job
 from dstrain.errors import DataError
@@ -89,7 +89,8 @@ def choose_method(kind: str, options: Mapping[str, Any]) -> Method:
 class DumpJob(Config):
     """What is dumped. teacher, data, tokenizer: fingerprints. rows, tokens: of the split; tokens: scored ones, with every EOS.
 
-    tokens_per_shard: a shard ends with the first row that reaches so many.
+    tokens_per_shard: a shard ends with the first row that reaches so many. precision: what the teacher computes in; its
+    log-probabilities are float32.
     """
 
     format_version: int = FORMAT_VERSION
@@ -103,6 +104,7 @@ class DumpJob(Config):
     tokens: PositiveInt
     shards: PositiveInt
     tokens_per_shard: PositiveInt
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     def require_data(self, manifest: Manifest, place: Path, owner: Path) -> None:
         """Raise DataError where the store `place` was made from other text than that of `owner`, or by another tokenizer."""
@@ -174,7 +176,7 @@ def merge_store(directory: Path, created_by: str) -> StoreManifest:
     job = read_job(directory, DumpJob, MAKER)
     if job is None:
         raise DataError(f"{directory} holds no dumped logits (no {PARTS_FILE}); name the --output of `dstrain {MAKER}`")
-    found = [finished_part(directory, shard_file(number), ShardNote) for number in range(job.shards)]
+    found = [finished_part(directory, shard_file(number), ShardNote) for number in checking(range(job.shards))]
     missing = [number for number, note in enumerate(found) if note is None]
     if missing:
         raise DataError(

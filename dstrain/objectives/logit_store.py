@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,9 +18,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dstrain.batch import Batch
+from dstrain.batch import Batch, sent
 from dstrain.data.collate import NO_EXAMPLE
 from dstrain.data.dataset import ALWAYS_HASHED_BYTES
+from dstrain.data.files import checking
 from dstrain.data.manifest import Manifest
 from dstrain.data.shard import ListView, list_view
 from dstrain.errors import DataError, RecipeError
@@ -119,12 +120,13 @@ def moved(signal: KeptSignal, device: torch.device) -> KeptSignal:
     """The same signal on `device`; log-probabilities of all types stay on the disk until a chunk of them is wanted."""
     if not isinstance(signal, SparseSignal):
         return signal
-    return SparseSignal(*(tensor.to(device, non_blocking=True) for tensor in (signal.ids, signal.probs, signal.tail)))
+    return replace(signal, ids=sent(signal.ids, device), probs=sent(signal.probs, device), tail=sent(signal.tail, device))
 
 
 def renormalized(signal: SparseSignal) -> SparseSignal:
     """The same with the tail's mass given to the types that are kept: biased, the more so the flatter the teacher."""
-    return SparseSignal(signal.ids, signal.probs / signal.probs.sum(1, keepdim=True), signal.tail.new_zeros(signal.tail.shape))
+    probs = signal.probs / signal.probs.sum(1, keepdim=True)
+    return SparseSignal(signal.ids, probs, torch.zeros_like(signal.tail), with_tail=False)
 
 
 def open_store(directory: Path, *, data: Path, manifest: Manifest, verify: bool = False, renormalize: bool = False) -> LogitStore:
@@ -147,7 +149,7 @@ def open_store(directory: Path, *, data: Path, manifest: Manifest, verify: bool 
 def check_files(directory: Path, store: StoreManifest, *, verify: bool) -> None:
     """Compare sizes, and checksums where there are at most 1 GiB or on request. Raises DataError naming the file."""
     content = verify or sum(file.size for file in store.files) <= ALWAYS_HASHED_BYTES
-    for file in store.files:
+    for file in checking(store.files) if verify else store.files:
         file.check(directory, content=content, remedy=REMEDY)
 
 
@@ -168,14 +170,14 @@ def describe_store(directory: Path) -> list[str]:
         f"dumped logits: {method}; temperature {job.method.temperature:g}",
         f"split {job.split}: {job.rows:,} rows, {job.tokens:,} tokens, {job.vocab_size:,} types, {job.shards} shards",
         f"{size:,} bytes, {store.bytes_per_token:.1f} a token",
-        f"teacher {job.teacher[:12]}, data {job.data[:12]}, tokenizer {job.tokenizer[:12]}",
+        f"teacher {job.teacher[:12]} in {job.precision}, data {job.data[:12]}, tokenizer {job.tokenizer[:12]}",
         f"complete; every checksum is right; written by {store.created_by}",
     ]
 
 
 def shard_starts(target_lengths: np.ndarray, tokens_per_shard: int) -> list[int]:
     """First rows of the shards, and the number of rows: a shard ends with the row that reaches `tokens_per_shard`."""
-    totals = np.fromiter(accumulate(target_lengths.tolist()), np.int64, len(target_lengths))
+    totals = np.cumsum(target_lengths, dtype=np.int64)
     starts, done = [0], 0
     while starts[-1] < len(totals):
         end = min(int(totals.searchsorted(done + tokens_per_shard)) + 1, len(totals))

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dstrain.batch import Batch
+from dstrain.batch import Batch, sent
 from dstrain.errors import DataError
 from dstrain.objectives.config import BatchSelection, GlobalByLanguageSelection, GlobalSelection
 
@@ -61,7 +61,7 @@ class Selection:
         """Of the batch's scored tokens. rows: (n,) places in the flattened (B * T) labels; nll: (n,) -> (n, 3), as `Facts`"""
         width = batch.labels.shape[1]
         sentences = rows // width
-        order = _scattered(batch.example_ids[sentences], rows % width)
+        order = _scattered(sent(batch.example_ids, rows.device)[sentences], rows % width)
         tag = torch.full_like(rows, ONE_QUEUE)
         if self.by_language:
             if batch.source is None:

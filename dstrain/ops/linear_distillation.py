@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dstrain.batch import IGNORE_INDEX
+from dstrain.batch import IGNORE_INDEX, sent
 from dstrain.ops.divergence import (
     Divergence,
     reference_sparse_value,
@@ -151,7 +151,7 @@ class _Plan(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """labels, scored (is no padding), taught (weight of kd): (n, 1). with_tail: whether any row of a sparse signal has one."""
+    """labels, scored (is no padding), taught (weight of kd): (n, 1). with_tail: whether a row of a sparse signal may have one."""
 
     labels: Tensor
     scored: Tensor
@@ -173,7 +173,7 @@ def _rows(labels: Tensor, signal: Signal, selected: Tensor | None, wide: torch.d
         scored=scored,
         taught=scored.to(wide) if selected is None else selected.unsqueeze(1).to(wide) * scored,
         signal=_cleared(signal, scored),
-        with_tail=isinstance(signal, SparseSignal) and bool((signal.tail > 0).any()),
+        with_tail=isinstance(signal, SparseSignal) and signal.with_tail,
     )
 
 
@@ -278,7 +278,7 @@ def _best(signal: SparseSignal) -> Tensor:
 def teacher_log_probs(signal: DenseSignal | LogProbsSignal, temperature: float, *, like: Tensor) -> Tensor:
     """At that temperature, of the mean of the teachers' probabilities. (n, V), of the dtype and on the device of `like`."""
     if isinstance(signal, LogProbsSignal):
-        kept = torch.from_numpy(np.concatenate(signal.log_probs)).to(like.device).to(like.dtype)
+        kept = sent(torch.from_numpy(np.concatenate(signal.log_probs)), like.device).to(like.dtype)
         return torch.log_softmax(kept.mul_(signal.temperature / temperature), 1, out=kept)
     total: Tensor | None = None
     for features, weight in zip(signal.features, signal.weights, strict=True):

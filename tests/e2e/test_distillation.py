@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from dstrain.checkpoint.bundle import load_bundle, save_bundle
+from dstrain.models.portable import to_portable
 from tests.e2e.support import RECIPE, SMALL_DATA, SMALL_TRAINING, Ranks, dstrain, events, fails, settings, succeeds
 
 TEACHER = ("model.model_dim=48", "model.encoder={depth: 2, num_heads: 4, ffn_dim: 64}", "training.max_steps=40")
@@ -100,6 +103,50 @@ def test_some_steps_are_on_the_students_own_samples(teacher: Path, data: Path, t
         assert event["loss"] > event["hard"] > 0 < event["kd"]
         assert event["perplexity"] > 1
         assert event["num_targets"] <= 700
+
+
+PLAIN = "objective={kind: distillation, temperature: 2.0, divergence: {kind: reverse_kl}}"
+
+
+def first_steps(data: Path, run: Path, *words: str | Path) -> list[tuple[float, float, float]]:
+    """The hard and the distillation loss and the agreement of two steps."""
+    succeeds(dstrain(*training(data, run, *words, overrides=(PLAIN, "training={seed: 1, max_steps: 2}"))))
+    return [(event["hard"], event["kd"], event["agreement"]) for event in events(run, "train")]
+
+
+def test_every_way_to_place_a_teacher_teaches_the_same(teacher: Path, data: Path, tmp_path: Path) -> None:
+    """One, the same twice, in CPU memory, and with other ids: the words in another order and some that the student has not."""
+    expected = first_steps(data, tmp_path / "one", "--teacher", teacher)
+    assert len(expected) == 2
+    twice = first_steps(data, tmp_path / "twice", "--teacher", teacher, "--teacher", teacher)
+    assert twice == [pytest.approx(step, rel=1e-5) for step in expected]
+    offloaded = first_steps(data, tmp_path / "offloaded", "--teacher", teacher, "--teacher-placement", "offloaded")
+    assert offloaded == [pytest.approx(step, rel=1e-6) for step in expected]
+    foreign, ids = with_other_ids(teacher, tmp_path)
+    for placement in ("replicated", "offloaded"):
+        run = tmp_path / placement
+        mapped = first_steps(data, run, "--teacher", foreign, "--vocabulary-map", ids, "--teacher-placement", placement)
+        assert mapped == [pytest.approx(step, rel=1e-5) for step in expected]
+    fails(dstrain(*training(data, tmp_path / "run", "--teacher", foreign, overrides=(PLAIN,))), "has another vocabulary")
+
+
+def with_other_ids(teacher: Path, directory: Path) -> tuple[Path, Path]:
+    """The teacher with all ids but the special ones in reverse and seven types more; the map from the student's ids to these."""
+    bundle = load_bundle(teacher)
+    special, size = 4, bundle.vocabulary.target
+    ids = torch.cat([torch.arange(special), torch.arange(size + 6, special + 6, -1)])
+    weights = {}
+    for name, tensor in to_portable(bundle.model).items():
+        weights[name] = tensor
+        if len(tensor) == size:
+            weights[name] = torch.full((size + 7, *tensor.shape[1:]), 0.5)
+            weights[name][ids] = tensor
+    sizes = bundle.vocabulary.model_copy(update={"source": size + 7, "target": size + 7})
+    save_bundle(
+        directory / "foreign", model_config=bundle.model_config, vocabulary=sizes, weights=weights, tokenizers=None, recipe=None
+    )
+    (directory / "ids.yaml").write_text(json.dumps({"source": ids.tolist()}))
+    return directory / "foreign", directory / "ids.yaml"
 
 
 def test_every_mistake_gets_one_message(student: Path, teacher: Path, data: Path, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """A user of fairseq: its binarized data and its command line, through the command line of dstrain."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.e2e.support import RECIPE, SMALL_TRAINING, curve, dstrain, fails, settings, succeeds
+from tests.e2e.support import RECIPE, SMALL_TRAINING, curve, dstrain, events, fails, settings, succeeds
 from tests.paths import GOLDEN, needs_golden
 
 pytestmark = needs_golden
@@ -53,6 +54,17 @@ def test_imported_data_train_under_a_recipe_that_extends_their_section(tmp_path:
     assert [step for step, *_ in curve(run)] == [1, 2, 3]
     scores = json.loads(succeeds(dstrain("validate", run / "bundles/last", "--data", data, "--no-generate")).stdout)
     assert scores["loss"] > 0
+
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    checkpoint = GOLDEN / "ref/toy_train/checkpoint_last.pt"
+    succeeds(dstrain("import", "fairseq", checkpoint, "--dictionary", GOLDEN / "data/bin_sep", "--output", teacher))
+    distil = ["--teacher", teacher, *settings("objective={kind: distillation}")]
+    succeeds(dstrain("train", recipe, "--data", data, "--output", student, "--device", "cpu", *distil))
+    teaching = events(student, "train")
+    assert [event["step"] for event in teaching] == [1, 2, 3]
+    knows = json.loads(succeeds(dstrain("validate", teacher, "--data", data, "--split", "train", "--no-generate")).stdout)
+    uniform = math.log(yaml.safe_load((teacher / "model.yaml").read_text())["vocabulary"]["target"])
+    assert 0.5 * (uniform - knows["nll"]) < teaching[0]["kd"] < 2 * uniform, "the teacher is sure, the student knows nothing"
     other = dstrain("train", recipe, "--data", data, "--output", tmp_path / "other", "--set", "data.filter.max_ratio=3")
     fails(other, "was prepared from another data section than this recipe's", "data.filter.max_ratio: null -> 3.0")
 

@@ -18,15 +18,26 @@ import pytest
 from tests.e2e.support import RECIPE, SMALL_DATA, SMALL_TRAINING, Ranks, dstrain, environment, events, fails, settings, succeeds
 
 WORDS = ("--tokens-per-shard", "60", "--device", "cpu")
+SHORT = ("--beam-size", "5", "--length-penalty", "0")
+"""A search that prefers outputs which have ended."""
+
+
+def trained(run: Path, data: Path, steps: int) -> Path:
+    """The last bundle of a short training."""
+    chosen = settings(*SMALL_DATA, *SMALL_TRAINING, f"training.max_steps={steps}")
+    succeeds(dstrain("train", RECIPE, "--data", data, "--output", run, "--device", "cpu", *chosen))
+    return run / "bundles" / "last"
 
 
 @pytest.fixture(scope="module")
 def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The last bundle of a short training."""
-    run = tmp_path_factory.mktemp("teacher") / "run"
-    chosen = settings(*SMALL_DATA, *SMALL_TRAINING, "training.max_steps=3")
-    succeeds(dstrain("train", RECIPE, "--data", data, "--output", run, "--device", "cpu", *chosen))
-    return run / "bundles" / "last"
+    return trained(tmp_path_factory.mktemp("teacher") / "run", data, steps=3)
+
+
+@pytest.fixture(scope="module")
+def speaker(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher that has learned to end what it says."""
+    return trained(tmp_path_factory.mktemp("speaker") / "run", data, steps=30)
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +131,10 @@ def test_two_ranks_dump_what_one_process_dumps(data: Path, teacher: Path, logits
     assert tree(output) == tree(logits)
 
 
-def test_ranks_share_the_labeling_and_go_on_after_a_kill(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_ranks_share_the_labeling_and_go_on_after_a_kill(data: Path, speaker: Path, tmp_path: Path) -> None:
     alone, output = tmp_path / "alone", tmp_path / "shared"
-    options = ("--beam-size", "2", "--max-repeats", "1000", "--device", "cpu", "--pairs-per-shard", "5")
-    words = ("pseudo-label", "--teacher", teacher, "--data", data, *options)
+    options = (*SHORT, "--max-repeats", "1000", "--device", "cpu", "--pairs-per-shard", "5")
+    words = ("pseudo-label", "--teacher", speaker, "--data", data, *options)
     assert "is complete" in succeeds(dstrain(*words, "--output", alone)).stdout
     ranks = Ranks((*words, "--output", output), 2, tmp_path / "log")
     ranks.wait_until(lambda: len(list(output.glob("train/*.arrow"))) > 3)
@@ -172,9 +183,9 @@ def test_a_full_disk_loses_no_finished_shard(data: Path, teacher: Path, logits: 
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_student_trains_on_a_teachers_outputs(data: Path, teacher: Path, tmp_path: Path) -> None:
+def test_a_student_trains_on_a_teachers_outputs(data: Path, speaker: Path, tmp_path: Path) -> None:
     labeled, run = tmp_path / "labeled", tmp_path / "run"
-    words = ("pseudo-label", "--teacher", teacher, "--data", data, "--output", labeled, "--beam-size", "2", "--device", "cpu")
+    words = ("pseudo-label", "--teacher", speaker, "--data", data, "--output", labeled, *SHORT, "--device", "cpu")
     options = ("--pairs-per-shard", "50", "--max-repeats", "1000", "--keep-original")
     command = [sys.executable, "-m", "dstrain", *map(str, words), *options]
     with (tmp_path / "log").open("w") as log:

@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from dstrain.batch import Batch
+from dstrain.batch import Batch, Size
 from dstrain.engine.config import ScheduleConfig
 from dstrain.engine.deepspeed_engine import SETTING, TrainEngine
 from dstrain.engine.launch import load_deepspeed
@@ -257,6 +257,17 @@ def empty_micro_batches(world: World, *, deepspeed: str) -> Report:
         reports["with"].append(asdict(padded_out.train_step([batches[0], collate([]), *batches[1:], collate([])], targets)))
     same = digest(lean.gather_weights(averaged=False)) == digest(padded_out.gather_weights(averaged=False))
     return {**reports, "same_weights": same}
+
+
+def repeated(world: World, *, files: list[str], precision: str) -> list[list[float]]:
+    """For each DeepSpeed file the gradient's norm of one micro-batch, and of it 32 times over."""
+    (batch,), size = share(0, world, 1)
+    norms = []
+    for file in files:
+        engines = [build_engine(world, build_module(), deepspeed=file, precision=precision) for _ in range(2)]
+        many = Size(32 * size.num_targets, 32 * size.num_sentences)
+        norms.append([engines[0].train_step([batch], size).grad_norm, engines[1].train_step([batch] * 32, many).grad_norm])
+    return norms
 
 
 def against_torch(world: World, *, deepspeed: str) -> Report:

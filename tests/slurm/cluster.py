@@ -99,11 +99,11 @@ class Cluster:
         """`sbatch` with these words and environment variables -> the job's id."""
         return int(self.run("sbatch", "--parsable", *words, **variables))
 
-    def job(self, job: int) -> dict[str, str]:
-        """The fields of `scontrol show job`, such as JobState, Restarts and ExitCode."""
+    def job(self, job: int | str) -> dict[str, str]:
+        """The fields of `scontrol show job`, such as JobState, Restarts and ExitCode. job: its id, or JOB_TASK of an array."""
         return dict(re.findall(r"(\w+)=(\S*)", self.run("scontrol", "--oneliner", "show", "job", str(job))))
 
-    def wait(self, job: int, timeout: float) -> dict[str, str]:
+    def wait(self, job: int | str, timeout: float) -> dict[str, str]:
         """The job's fields once it is over for good: a job that goes back into the queue is not."""
         return wait_for(lambda: fields if (fields := self.job(job))["JobState"] in OVER else None, timeout, f"end of job {job}")
 

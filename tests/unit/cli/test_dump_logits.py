@@ -7,10 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from dstrain.cli.main import main
+from dstrain.data.dataset import open_dataset
+from dstrain.data.manifest import load_manifest
+from dstrain.objectives.logit_store import open_store
 from tests.unit.cli.verbs import Verbs, bundle_for
-from tests.unit.objectives.toy_store import prepared
+from tests.unit.objectives.toy_store import batch_of, prepared
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +107,8 @@ def test_other_sentences_are_refused(data: Path, teacher: Path, logits: Path, tm
     [
         (("--draws", "0"), "--draws: '0' is not a whole number from 1 on", 2),
         (("--draws", "70000"), "--draws 70000", 1),
+        (("--seed", "-1"), "--seed: '-1' is not a whole number from 0 on", 2),
+        (("--precision", "fp8"), "--precision: invalid choice: 'fp8'", 2),
         (("--temperature", "0"), "--temperature: '0' is not a number above 0", 2),
         (("--temperature", "-1"), "is not a number above 0", 2),
         (("--temperature", "nan"), "is not a number above 0", 2),
@@ -135,3 +141,44 @@ def test_every_method_dumps_and_is_described(data: Path, teacher: Path, tmp_path
         assert "temperature 2" in text
         angle = verbs.succeed("inspect", output, "--against-teacher", teacher, "--data", data, "--tokens", "100")
         assert "norm ratio" in angle
+
+
+def test_every_seed_from_0_on_is_a_seed(data: Path, teacher: Path, logits: Path, tmp_path: Path, verbs: Verbs) -> None:
+    verbs.succeed(*words(teacher, data, tmp_path / "logits", "--seed", "0"))
+    assert "(seed 0)" in verbs.succeed("inspect", tmp_path / "logits")
+    assert (tmp_path / "logits" / "00000.arrow").read_bytes() != (logits / "00000.arrow").read_bytes()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_teacher_in_half_precision_says_nearly_the_same(
+    precision: str, data: Path, teacher: Path, tmp_path: Path, verbs: Verbs
+) -> None:
+    """And what it says is another job than that of the same teacher in fp32."""
+    signals = []
+    for name in ("fp32", precision):
+        verbs.succeed(
+            *words(teacher, data, tmp_path / name, "--method", "topk", "--k", "120", "--dtype", "float32", "--precision", name)
+        )
+        assert f"in {name}, data" in verbs.succeed("inspect", tmp_path / name)
+        signal = open_store(tmp_path / name, data=data, manifest=load_manifest(data)).signal(
+            batch_of(open_dataset(data, "train"), range(60))
+        )
+        signals.append(torch.zeros_like(signal.probs).scatter_(1, signal.ids, signal.probs))
+    exact, half = signals
+    assert not torch.equal(exact, half)
+    torch.testing.assert_close(half, exact, rtol=0.05, atol=1e-4)
+    torch.testing.assert_close(half.sum(1), torch.ones(len(half)), rtol=0, atol=1e-5)
+    message = verbs.fail(
+        *words(teacher, data, tmp_path / "fp32", "--method", "topk", "--k", "120", "--dtype", "float32", "--precision", precision)
+    )
+    assert f"was begun with another job (precision: fp32 -> {precision})" in message
+
+
+def test_a_dump_from_before_precisions_is_in_fp32(data: Path, teacher: Path, logits: Path, tmp_path: Path, verbs: Verbs) -> None:
+    copy = Path(shutil.copytree(logits, tmp_path / "logits"))
+    for name in ("parts.json", "logits.json"):
+        content = (copy / name).read_text().replace('"precision": "fp32"', "").replace(",\n  \n", "\n").replace(",\n    \n", "\n")
+        assert "precision" not in content
+        (copy / name).write_text(content)
+    assert "in fp32, data" in verbs.succeed("inspect", copy)
+    assert "nothing to do" in verbs.succeed(*words(teacher, data, copy))

@@ -8,6 +8,7 @@ import pytest
 
 from dstrain.checkpoint.bundle import load_bundle
 from dstrain.data.dataset import open_dataset
+from dstrain.data.manifest import load_manifest
 from dstrain.data.tokenizer import load_tokenizers
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import SpecialIds
@@ -23,7 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return bundle_for(data, tmp_path_factory.mktemp("teacher") / "bundle", seed=3)
+    return bundle_for(data, tmp_path_factory.mktemp("teacher") / "bundle", seed=3, eos_scale=4.0)
 
 
 @pytest.fixture
@@ -78,3 +79,19 @@ def test_strangers_and_options_that_cannot_be(data: Path, teacher: Path, tmp_pat
     verbs.succeed(*words(teacher, data, output, "--shard", "1/2", "--pairs-per-shard", "10", "--beam-size", "1"))
     assert "not all parts are done or merged" in verbs.fail("inspect", output)
     assert "generation:" in verbs.fail(*words(teacher, data, output, "--pairs-per-shard", "10", "--beam-size", "2"))
+
+
+def test_a_teacher_in_half_precision_labels_another_job(data: Path, teacher: Path, tmp_path: Path, verbs: Verbs) -> None:
+    options = ("--max-repeats", "1000", "--beam-size", "2")
+    for name in ("fp32", "bf16"):
+        verbs.succeed(*words(teacher, data, tmp_path / name, *options, "--precision", name))
+        labels = load_manifest(tmp_path / name).pseudo_labels
+        assert labels is not None
+        assert labels["precision"] == name
+    exact, half = (open_dataset(tmp_path / name, "train") for name in ("fp32", "bf16"))
+    assert load_manifest(tmp_path / "fp32").job != load_manifest(tmp_path / "bf16").job
+    assert len(exact) == len(half) == 30
+    alike = sum(exact[row].target.tolist() == half[row].target.tolist() for row in range(30))
+    assert 10 <= alike < 30  # an untrained teacher decides by little
+    message = verbs.fail(*words(teacher, data, tmp_path / "fp32", *options, "--precision", "bf16"))
+    assert "was begun with another job (precision: fp32 -> bf16)" in message

@@ -13,8 +13,8 @@ from dstrain.models.portable import to_portable
 from tests.unit.objectives.toy_store import MODEL, teacher_for
 
 
-def bundle_for(data: Path, directory: Path, *, seed: int, tokenizers: bool = True) -> Path:
-    model = teacher_for(data, seed=seed)
+def bundle_for(data: Path, directory: Path, *, seed: int, tokenizers: bool = True, eos_scale: float = 1.0) -> Path:
+    model = teacher_for(data, seed=seed, eos_scale=eos_scale)
     save_bundle(
         directory,
         model_config=MODEL,

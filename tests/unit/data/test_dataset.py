@@ -12,7 +12,7 @@ from dstrain.data.files import atomic_writer
 from dstrain.data.manifest import load_manifest
 from dstrain.data.prepare import prepare
 from dstrain.data.rows import Rows, id_dtype
-from dstrain.data.shard import ShardWriter, read_shard, shard_schema, write_lengths
+from dstrain.data.shard import ShardWriter, list_array, read_shard, shard_schema, write_lengths
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import DataError
 from tests.unit.data.corpus import data_config, parallel, sentences
@@ -223,3 +223,9 @@ def test_inconsistent_lengths_are_refused(prepared: Path) -> None:
     record = load_manifest(prepared).splits["train"]
     with pytest.raises(DataError, match=r"describes 300 pairs, the shards hold 0, the manifest says 300"):
         dataset_module._assemble(prepared, record, [])
+
+
+def test_a_column_beyond_the_reach_of_its_offsets_is_refused() -> None:
+    lengths = [np.array([2**30, 2**30 - 1], np.int32), np.array([1], np.int64)]
+    with pytest.raises(DataError, match=r"3 rows have 2,147,483,648 items, .* at most 2,147,483,647: make smaller parts"):
+        list_array([np.zeros(0, np.uint16)], lengths)

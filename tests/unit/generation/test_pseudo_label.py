@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
+import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +22,12 @@ from dstrain.data.manifest import load_manifest
 from dstrain.data.parts import Share
 from dstrain.data.report import describe_data
 from dstrain.errors import DataError
+from dstrain.generation.config import BeamSearchConfig
+from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator
 from dstrain.generation.pseudo_label import Labeler, LabelReport, repeats
 from dstrain.protocols import Hypothesis
-from tests.unit.objectives.toy_store import EOS, prepared
+from tests.unit.objectives.toy_store import EOS, PAD, prepared, teacher_for
 
 PAIRS = 60
 
@@ -34,8 +40,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Scripted:
     """Says the source backwards; but every tenth row nothing, a long text, or the same word again and again."""
 
-    def __init__(self) -> None:
+    def __init__(self, longest: float = 9.0) -> None:
         self.calls: list[int] = []
+        self.longest = longest
+
+    def max_length(self, source_length: int) -> int:
+        return int(self.longest * source_length)
 
     def translate_ids(
         self, sources: Sequence[Sequence[int]], *, first_line: int, progress: Callable[[int], object]
@@ -72,11 +82,18 @@ def job_for(data: Path, **changes: Any) -> LabelJob:
 
 
 def label(
-    data: Path, output: Path, share: Share, *, max_target_length: int = 1024, max_ratio: float | None = None, **changes: Any
+    data: Path,
+    output: Path,
+    share: Share,
+    *,
+    max_target_length: int = 1024,
+    max_ratio: float | None = None,
+    longest: float = 9.0,
+    **changes: Any,
 ) -> LabelReport:
     job = job_for(data, **changes)
     limits = FilterConfig(max_target_length=max_target_length, max_ratio=max_ratio)
-    labeler = Labeler(cast(Generator, Scripted()), open_dataset(data, "train"), job, limits, (120, 120), output)
+    labeler = Labeler(cast(Generator, Scripted(longest)), open_dataset(data, "train"), job, limits, (120, 120), output)
     report = labeler.run(share, lambda pairs: None)
     if share.index == 0:
         take_over(data, output, job)
@@ -103,7 +120,7 @@ def test_targets_are_the_teachers_and_all_else_stays(data: Path, tmp_path: Path)
     original = load_manifest(data)
     labeled = open_dataset(tmp_path / "labeled", "train")
     assert pairs_of(labeled) == expected(open_dataset(data, "train"), lambda row: row % 10 not in (3, 7))
-    assert manifest.splits["train"].dropped == {"empty": 6, "too long": 0, "ratio": 0, "repetition": 6}
+    assert manifest.splits["train"].dropped == {"empty": 6, "too long": 0, "ratio": 0, "repetition": 6, "unfinished": 0}
     assert dict(report.dropped) == manifest.splits["train"].dropped
     assert "dropped 12: empty 6, repetition 6" in report.line()
     assert manifest.splits["train"].pairs_read == PAIRS
@@ -131,6 +148,37 @@ def test_lengths_and_ratios_are_filtered_and_counted(data: Path, tmp_path: Path)
     assert dropped["too long"] == sum(len(target) > 30 for _, target in everything)
     assert dropped["ratio"] > 0
     assert sum(dropped.values()) == PAIRS - len(found)
+
+
+@pytest.mark.parametrize(("longest", "cut"), [(4.1, 0), (4.0, 6)])
+def test_outputs_that_reach_the_length_limit_are_unfinished(longest: float, cut: int, data: Path, tmp_path: Path) -> None:
+    """Every tenth output has four times the tokens of its source."""
+    report = label(data, tmp_path / "labeled", Share(0, 1), longest=longest)
+    train = merge_labels(tmp_path / "labeled", "a test").splits["train"]
+    assert train.dropped["unfinished"] == report.dropped["unfinished"] == cut
+    assert train.rows == PAIRS - 12 - cut
+    assert ("unfinished 6" in report.line()) == (cut > 0)
+
+
+def test_a_search_that_is_cut_short_gives_no_targets_of_its_full_length(data: Path, tmp_path: Path) -> None:
+    teacher, dataset = teacher_for(data, eos_scale=4.0), open_dataset(data, "train")
+    config = BeamSearchConfig(beam_size=2, length_penalty=1.0, max_length_ratio=0.0, max_length_offset=5)
+    generator = Generator(teacher, config, SpecialIds(pad=PAD, eos=EOS, unk=0), limits=teacher.config.limits)
+    job = job_for(data, max_repeats=None)
+    report = Labeler(generator, dataset, job, FilterConfig(), (120, 120), tmp_path / "labeled").run(Share(0, 1), lambda n: None)
+    found = generator.translate_ids([dataset[row].source.tolist() for row in range(PAIRS)])
+    cut = sum(len(hypotheses[0].tokens) == 6 for hypotheses in found)
+    assert 0 < cut < PAIRS
+    assert report.dropped["unfinished"] == cut
+
+
+def test_a_person_who_looks_on_sees_checksums_being_compared(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label(data, tmp_path / "labeled", Share(0, 1))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    merge_labels(tmp_path / "labeled", "a test")
+    assert re.search(r"checking: 100%.* 4/4 ", capsys.readouterr().err)
 
 
 def test_the_original_pairs_stay_on_request(data: Path, tmp_path: Path) -> None:
@@ -245,6 +293,18 @@ def test_repeats_equal_a_plain_search() -> None:
         tokens = [draw.randrange(3) for _ in range(draw.randrange(1, 14))]
         assert repeats(tokens) == plain(tokens), tokens
     assert repeats(np.array([3, 3])) == 2  # type: ignore[arg-type]
+
+
+def test_a_job_from_before_precisions_makes_the_same_data(data: Path, tmp_path: Path) -> None:
+    label(data, tmp_path / "labeled", Share(0, 1))
+    job = tmp_path / "labeled" / "parts.json"
+    merged = merge_labels(tmp_path / "labeled", "a test")
+    fields = json.loads(job.read_text())
+    assert fields.pop("precision") == "fp32"
+    job.write_text(json.dumps(fields))
+    assert merge_labels(tmp_path / "labeled", "a test") == merged
+    known = f"{json.dumps(fields, separators=(',', ':'))} {merged.splits['train'].fingerprint}"
+    assert merged.job == hashlib.sha256(known.encode()).hexdigest()
 
 
 def test_part_names_sort() -> None:

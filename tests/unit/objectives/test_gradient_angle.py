@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -97,6 +100,26 @@ def test_random_batches_hold_every_row_once(data: Path) -> None:
     assert rows != sorted(rows)
     for batch in batches:
         assert max(batch.labels.numel(), batch.source.tokens.numel()) <= 90 or len(batch.labels) == 1
+
+
+class ManyRows:
+    """Half a million rows of one token."""
+
+    source_lengths = target_lengths = np.ones(500_000, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.target_lengths)
+
+    def __getitem__(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        return np.array([EOS]), np.array([EOS])
+
+
+def test_the_first_batch_does_not_wait_for_the_order_of_all_rows() -> None:
+    tracemalloc.start()
+    next(random_batches(cast(Dataset, ManyRows()), 10, pad_id=PAD, eos_id=EOS))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2 * len(ManyRows())
 
 
 def briefly_trained(data: Path, steps: int) -> EncoderDecoder:

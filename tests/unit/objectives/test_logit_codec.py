@@ -138,6 +138,26 @@ def test_extreme_distributions_survive() -> None:
         assert dense(signal, 40)[1, 5] > 0.999
 
 
+@pytest.mark.parametrize(
+    "method", [SampleMethod(), SampleMethod(draws=300), TopKMethod(k=8), TopKMethod(k=40), TopKMethod(k=40, dtype="float16")]
+)
+def test_a_signal_knows_whether_it_has_a_tail(method: Method) -> None:
+    signal = through(method, random_logits(11, 40))
+    assert signal.with_tail == bool((signal.tail > 0).any())
+
+
+@pytest.mark.parametrize("method", [SampleMethod(), SampleMethod(draws=1), TopKMethod(k=1), TopKMethod(k=40), DenseMethod()])
+def test_a_token_without_a_distribution_is_told_from_what_is_kept(method: Method) -> None:
+    """Rows 1 to 5 have none; in rows 6 and 7 some types have no mass."""
+    logits = random_logits(9, 40)
+    logits[1, 3], logits[2, 39], logits[3, 0] = torch.nan, torch.nan, torch.inf
+    logits[4], logits[5] = -torch.inf, torch.nan
+    logits[6, 0], logits[7, 1:] = -torch.inf, -1e30
+    codec = build_codec(method, 40)
+    selected = [tensor.numpy() for tensor in codec.select(logits, keys(9))]
+    assert codec.is_whole(selected).tolist() == [True, *[False] * 5, True, True, True]
+
+
 def test_dense_keeps_everything() -> None:
     logits = random_logits(7, 123)
     signal = kept(DenseMethod(temperature=2.0), logits)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -17,7 +21,7 @@ from torch import Tensor
 from dstrain.batch import IGNORE_INDEX
 from dstrain.data.collate import collate
 from dstrain.data.config import BatchingConfig
-from dstrain.data.dataset import open_dataset
+from dstrain.data.dataset import Dataset, open_dataset
 from dstrain.data.loader import TrainLoader
 from dstrain.data.manifest import load_manifest
 from dstrain.data.parts import Share
@@ -26,11 +30,12 @@ from dstrain.errors import DataError, RecipeError
 from dstrain.models.config import DecoderOnlyConfig, DecoderOnlyStackConfig, EncoderDecoderConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
+from dstrain.objectives import logit_dump
 from dstrain.objectives.config import DistillationConfig, JensenShannon
 from dstrain.objectives.distillation import wanted_by
 from dstrain.objectives.logit_codec import build_codec
-from dstrain.objectives.logit_dump import plan_dump
-from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod, merge_store
+from dstrain.objectives.logit_dump import plan_dump, token_keys
+from dstrain.objectives.logit_manifest import DenseMethod, DumpJob, Method, SampleMethod, TopKMethod, merge_store
 from dstrain.objectives.logit_store import describe_store, open_store, shard_starts
 from dstrain.protocols import KeptSignal, LogProbsSignal, SparseSignal, Wanted
 from tests.unit.objectives.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for, teacher_probs
@@ -161,6 +166,24 @@ def test_an_interrupted_dump_goes_on_and_mends_what_is_damaged(data: Path, teach
     assert "nothing to do" in again.line()
 
 
+def test_a_person_who_looks_on_sees_checksums_being_compared(
+    data: Path, teacher: EncoderDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = dumper(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=300)
+    dump(work)
+    checks: list[Callable[[], object]] = [
+        lambda: merge_store(tmp_path / "logits", "a test"),
+        lambda: describe_store(tmp_path / "logits"),
+    ]
+    for check in checks:
+        check()
+        assert capsys.readouterr().err == ""  # into a file
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    for check in checks:
+        check()
+        assert re.search(rf"checking: 100%.* {work.job.shards}/{work.job.shards} ", capsys.readouterr().err)
+
+
 def test_an_error_of_the_teacher_leaves_only_finished_shards(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
     work = dumper(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=100)
     calls = 0
@@ -180,12 +203,49 @@ def test_an_error_of_the_teacher_leaves_only_finished_shards(data: Path, teacher
     assert dump(work).found == done
 
 
+@pytest.mark.parametrize("method", [SampleMethod(), TopKMethod(k=5), DenseMethod()], ids=lambda method: method.kind)
+def test_logits_that_are_not_finite_are_refused(method: Method, data: Path, tmp_path: Path) -> None:
+    """A shard a row, so that the batch which is wrong is also the last of its shard."""
+    dataset, broken = open_dataset(data, "train"), teacher_for(data)
+    last = len(dataset) - 1
+    earlier = {int(id_) for row in range(last) for id_ in dataset[row].source}
+    word = next((int(id_) for id_ in dataset[last].source if int(id_) not in earlier), int(dataset[last].source[0]))
+    first = next(row for row in range(len(dataset)) if word in dataset[row].source)
+    with torch.no_grad():
+        broken.source_embedding.tokens.weight[word] = torch.nan
+    with pytest.raises(DataError, match=rf"teacher some teacher are not finite for row {first} of the split 'train': .*--preci"):
+        dump(dumper(data, tmp_path / "logits", method, teacher=broken, tokens_per_shard=1))
+    assert not (tmp_path / "logits" / f"{first:05d}.arrow").exists()
+    assert (tmp_path / "logits" / f"{first - 1:05d}.arrow").exists() == (first > 0)
+
+
+def test_the_report_adds_up_what_the_device_worked(
+    data: Path, teacher: EncoderDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that jumps 7 seconds a look, of which there are two a batch."""
+    looks: list[float] = []
+    monkeypatch.setattr(logit_dump, "mark", lambda device: looks.append(7.0 * len(looks)) or looks[-1])
+    report = dump(dumper(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=100))
+    assert report.shards > 3
+    assert report.teacher_seconds == 7.0 * len(looks) / 2
+
+
 def test_shards_end_with_the_row_that_fills_them() -> None:
     lengths = np.array([3, 4, 5, 1, 9, 2, 2], np.int32)
     assert shard_starts(lengths, 7) == [0, 2, 5, 7]
     assert shard_starts(lengths, 8) == [0, 3, 5, 7]
     assert shard_starts(lengths, 1) == list(range(8))
     assert shard_starts(lengths, 1000) == [0, 7]
+
+
+def test_shards_are_found_without_an_object_a_row() -> None:
+    lengths = np.full(200_000, 1000, np.int32)
+    tracemalloc.start()
+    starts = shard_starts(lengths, 1_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert starts == list(range(0, 200_001, 1000))
+    assert peak < 20 * len(lengths)
 
 
 def test_an_empty_micro_batch_has_no_signal(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
@@ -355,6 +415,29 @@ def test_what_does_not_fit_the_vocabulary_is_refused(method: Method, vocab_size:
         )
 
 
+class ManyRows:
+    """400,000 rows of 500 tokens."""
+
+    target_lengths = np.full(400_000, 500, np.int32)
+
+    def __len__(self) -> int:
+        return len(self.target_lengths)
+
+
+def plan_of_many_rows(method: Method, vocab_size: int, data: Path, tokens_per_shard: int | None = None) -> DumpJob:
+    sizes, rows = VocabularySizes(source=9, target=vocab_size), cast(Dataset, ManyRows())
+    return plan_dump(method, rows, load_manifest(data), "train", "t", vocabulary=sizes, tokens_per_shard=tokens_per_shard)
+
+
+@pytest.mark.parametrize(("draws", "vocab_size", "distinct"), [(50, 32_000, 50), (5000, 32_000, 5000), (65_535, 400, 400)])
+def test_a_shard_has_room_for_draws_that_are_all_distinct(draws: int, vocab_size: int, distinct: int, data: Path) -> None:
+    job = plan_of_many_rows(SampleMethod(draws=draws), vocab_size, data)
+    assert job.tokens_per_shard >= 4096
+    assert (job.tokens_per_shard + 500) * distinct < 2**31
+    with pytest.raises(DataError, match=r"20,000,000 tokens a shard make files of .* bytes; lower --tokens-per-shard"):
+        plan_of_many_rows(SampleMethod(draws=draws), vocab_size, data, tokens_per_shard=20_000_000)
+
+
 @pytest.mark.parametrize("wrong", [{"draws": 0}, {"temperature": 0.0}, {"temperature": -1.0}, {"draws": 70_000}])
 def test_draws_and_temperature_are_positive(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -376,25 +459,41 @@ def test_a_description_names_the_facts(data: Path, teacher: EncoderDecoder, tmp_
     ("method", "distinct", "limit"), [(SampleMethod(), 12, 40.0), (TopKMethod(k=64), 64, 200.0)], ids=["sample", "topk"]
 )
 def test_bytes_per_token_at_a_vocabulary_of_65536(method: Method, distinct: int, limit: float, tmp_path: Path) -> None:
-    """Sentences of 12 tokens whose teacher has `distinct` likely types; the file, metadata and all."""
+    """Sentences of 25 tokens in the median, one in twelve of 3, whose teacher has `distinct` likely types; the file, with all."""
     from dstrain.data.files import atomic_writer
-    from dstrain.objectives.logit_codec import TokenKeys
     from dstrain.objectives.logit_dump import ShardDraft
 
-    generator = torch.Generator().manual_seed(1)
+    generator, draw = torch.Generator().manual_seed(1), np.random.default_rng(1)
+    lengths = np.exp(draw.normal(np.log(25), 0.6, 120)).clip(3, 100).astype(int)
+    lengths[::12] = 3
+    assert 23 <= np.median(lengths) <= 27
     draft = ShardDraft(build_codec(method, 65_536))
-    rows, width = 50, 12
-    for batch_number in range(4):
-        examples = np.arange(rows) + batch_number * rows
-        pair = (np.arange(width), np.arange(width))
-        batch = collate([pair] * rows, examples, pad_id=1, eos_id=2)
-        logits = torch.full((rows * width, 65_536), -30.0)
-        logits.scatter_(1, torch.randint(65_536, (rows * width, distinct), generator=generator), 0.0)
-        draft.add(batch, draft.codec.select(logits, TokenKeys(examples.repeat(width), np.tile(np.arange(width), rows))))
+    for examples in np.arange(len(lengths)).reshape(-1, 10):
+        pairs = [(np.arange(lengths[row]), np.arange(lengths[row])) for row in examples]
+        batch = collate(pairs, examples, pad_id=1, eos_id=2)
+        logits = torch.full((batch.num_targets, 65_536), -30.0)
+        logits.scatter_(1, torch.randint(65_536, (len(logits), distinct), generator=generator), 0.0)
+        draft.add(batch, [tensor.numpy() for tensor in draft.codec.select(logits, token_keys(batch))])
     with atomic_writer(tmp_path / "shard") as sink:
         tokens = draft.finish(sink)
-    assert tokens == 4 * rows * width
+    print(f"{sink.size / tokens:.1f} bytes a token")
+    assert tokens == lengths.sum()
     assert sink.size / tokens <= limit
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: f"{method.kind}-{method.temperature}")
+def test_a_store_is_mapped_and_never_copied(method: Method, data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+    store = stored(data, tmp_path / "logits", method, teacher=teacher, tokens_per_shard=300)
+    mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    for note, shard in zip(store.manifest.shards, store._shards, strict=True):
+        file = str(tmp_path / "logits" / note.record.file)
+        places = [range(*(int(end, 16) for end in line[0].split("-"))) for line in mapped if line[-1] == file]
+        for column in shard.values():
+            for array in (column.offsets, column.values, column.row(1)):
+                assert not array.flags.owndata
+                assert not array.flags.writeable
+                assert any(array.ctypes.data in place for place in places)
 
 
 def test_reading_costs_little_beside_a_step(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:

@@ -36,6 +36,14 @@ def test_the_gate_is_the_kth_largest_value(number: int, rate: float, rank: int) 
     assert gate(values[:0], rate) == math.inf
 
 
+def test_facts_are_taken_on_the_batchs_device() -> None:
+    elsewhere, whole = torch.device("meta"), batch([4, 9])
+    found = Selection(BatchSelection()).facts(
+        whole.to(elsewhere), torch.arange(14, device=elsewhere), torch.ones(14, device=elsewhere)
+    )
+    assert (found.device, found.shape) == (elsewhere, (14, 3))
+
+
 def test_batch_forgets_every_step() -> None:
     selection = Selection(BatchSelection(rate=0.5))
     for values, expected in (([5, 1, 3, 2], [1, 0, 1, 0]), ([0.1, 0.3, 0.2], [0, 1, 1]), ([7], [1])):

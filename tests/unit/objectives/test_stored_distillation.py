@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from dstrain.objectives.distillation import Distillation, wanted_by
 from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod
 from dstrain.objectives.logit_store import LogitStore
 from dstrain.objectives.signals import Look, TeacherSignals
-from dstrain.protocols import Objective, Record
+from dstrain.protocols import Objective, Record, SignalSource
 from tests.unit.objectives.toy_store import batch_of, prepared, stored, teacher_for
 
 
@@ -104,6 +105,25 @@ def test_a_dense_store_teaches_every_divergence_at_every_temperature(
     most = 5e-2 if divergence.kind == "total_variation" else 3e-3  # its slope jumps where both probabilities are the same
     for found, expected in zip(offline[1], online[1], strict=True):
         assert (found - expected).norm() <= most * expected.norm() + 1e-6
+
+
+@pytest.mark.parametrize("method", [None, SampleMethod(), TopKMethod(k=5), DenseMethod()], ids=str)
+def test_a_step_asks_nothing_of_its_device(
+    method: Method | None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device without memory, which cannot answer; a GPU would have to be waited for. None: a teacher at work."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # this device has no autocast
+    monkeypatch.setattr(torch, "autocast", lambda device, enabled: nullcontext())
+    elsewhere, teacher, student = torch.device("meta"), teacher_for(data), teacher_for(data, seed=4).train()
+    signals: SignalSource = TeacherSignals([AtWork(teacher.to(elsewhere))])
+    if method is not None:
+        signals = stored(data, tmp_path / "logits", method, teacher=teacher_for(data))
+    batch = batch_of(open_dataset(data, "train"), [59, 3, 17, 0])
+    output = Distillation(DistillationConfig(), signals)(student.to(elsewhere), batch.to(elsewhere))
+    output.loss_sum.backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    with pytest.raises(RuntimeError, match="meta tensor"):
+        output.loss_sum.item()
 
 
 @pytest.mark.slow

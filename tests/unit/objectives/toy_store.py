@@ -39,12 +39,13 @@ def prepared(directory: Path, *, num_pairs: int = 60, vocab_size: int = 120) -> 
     return directory
 
 
-def teacher_for(data: Path, seed: int = 3, sharpness: float = 1.0) -> EncoderDecoder:
-    """A random teacher whose logits are multiplied by `sharpness`."""
+def teacher_for(data: Path, seed: int = 3, sharpness: float = 1.0, eos_scale: float = 1.0) -> EncoderDecoder:
+    """A random teacher whose logits are multiplied by `sharpness`, that of EOS by `eos_scale`: with 4 its outputs mostly end."""
     size = load_tokenizers(data / "tokenizer").target.vocab_size
     model = build_model(MODEL, VocabularySizes(source=size, target=size), seed=seed).eval()
     with torch.no_grad():
         model.projection.weight.mul_(sharpness)
+        model.projection.weight[EOS].mul_(eos_scale)
     return model
 
 
