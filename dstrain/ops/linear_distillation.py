@@ -14,7 +14,9 @@ T^2 keeps the size of kd's gradient where T changes (Hinton et al. 2015). Severa
 temperature T are the mean of theirs.
 
 Precision: products run in each model's own dtype; softmax, losses and the sum of the weight's gradient are fp32 (fp64 for fp64
-inputs). Under `torch.autocast` the student's inputs are cast to its dtype; the teacher's are as they come.
+inputs). Under `torch.autocast` the student's inputs are cast to its dtype; the teacher's are as they come. In fp16 a slope is
+rounded before backward multiplies it by the scale of the loss, so what is under 6e-8 of it is lost, as most types' part is where
+V is 100,000 and more: prefer bf16. A scale inside would have to fit into fp16 through a sum over all types or rows as well.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX, sent
+from dstrain.ops.best_types import best_types
 from dstrain.ops.divergence import (
     Divergence,
     reference_sparse_value,
@@ -55,8 +58,8 @@ class DistillationTerms(NamedTuple):
 class DistillationSums(NamedTuple):
     """() sums over scored rows, in nats. loss: with gradient to features and weight; the others have none.
 
-    kd: over selected rows. agreement: how often the best type of student and teacher is the same. selected: how many rows, or
-    the sum of their weights, learn from the teacher.
+    kd: over selected rows. agreement: how often the best type of student and teacher is the same, the first of equally good ones.
+    selected: how many rows, or the sum of their weights, learn from the teacher.
     """
 
     loss: Tensor
@@ -230,7 +233,7 @@ def _chunk(logits: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[_Figu
     if spread:
         hard.sub_(log_probs.sum(1, keepdim=True), alpha=spread)
     value, slope, best = _learn(cool, rows, terms)
-    agreement = log_probs.gather(1, best) >= log_probs.amax(1, keepdim=True)
+    agreement = best == best_types(log_probs)
     slope.mul_(rows.taught * (terms.kd_weight * terms.temperature))
     if terms.hard_weight:
         hard_slope = log_probs.exp_().sub_(spread)
@@ -248,14 +251,14 @@ def _sparse_chunk(logits: Tensor, rows: _Rows, signal: SparseSignal, terms: Dist
     hard = confidence * nll
     if spread:
         hard.add_(lse * logits.shape[1] - logits.sum(1, keepdim=True), alpha=spread)
-    best = logits.gather(1, _best(signal)) >= logits.amax(1, keepdim=True)
+    agreement = _best(signal) == best_types(logits)
     fit = sparse_fit(logits, lse, signal, with_tail=rows.with_tail)
     taught, scored = rows.taught * terms.kd_weight, rows.scored.to(lse.dtype) * terms.hard_weight
     slope = fit.slope(logits, taught, scored)
     if spread:
         slope.sub_(scored * spread)
     slope.scatter_add_(1, rows.labels, -confidence * scored)
-    return _Figures(hard, fit.value.mul_(rows.taught), nll, best.to(nll.dtype)), slope
+    return _Figures(hard, fit.value.mul_(rows.taught), nll, agreement.to(nll.dtype)), slope
 
 
 def _learn(student: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,7 +270,8 @@ def _learn(student: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[Tens
     teacher = teacher_log_probs(signal, terms.temperature, like=student)
     if isinstance(signal, LogProbsSignal):
         teacher.masked_fill_(~rows.scored, 0)
-    return *value_and_slope(terms.divergence, student, teacher), teacher.argmax(1, keepdim=True)
+    best = best_types(teacher)
+    return *value_and_slope(terms.divergence, student, teacher), best
 
 
 def _best(signal: SparseSignal) -> Tensor:
