@@ -17,8 +17,15 @@ from dstrain.engine.deepspeed_engine import TrainEngine
 from dstrain.engine.launch import load_deepspeed
 from dstrain.engine.shard_file import read_shard
 from dstrain.engine.teacher_engine import TeacherEngine
-from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
-from dstrain.models.factory import build_model
+from dstrain.models.config import (
+    DecoderStackConfig,
+    EncoderDecoderConfig,
+    FactorizedEmbedding,
+    PlainEmbedding,
+    StackConfig,
+    VocabularySizes,
+)
+from dstrain.models.factory import Model, build_model
 from dstrain.objectives.config import ObjectiveConfig
 from dstrain.objectives.factory import build_objective, validation_objective
 from dstrain.objectives.feature_plan import plan_features
@@ -26,17 +33,25 @@ from dstrain.objectives.signals import TeacherSignals
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
 from dstrain.protocols import Place, Record
-from tests.parallel.setting import VOCABULARY, build_engine, build_module, collate, num_targets, sentences
+from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module, collate, num_targets, sentences
 
 Report = dict[str, Any]
 
 
-def teacher(world: World, *, seed: int = 3, placement: str = "replicated", precision: str = "fp32") -> TeacherEngine:
-    """A teacher of another width and depth than the student; some of its matrices exceed ZeRO-3's threshold for sharing out."""
-    model = build_model(TEACHER, VOCABULARY, seed=seed)
+def teacher_model(config: EncoderDecoderConfig, *, seed: int = 3) -> Model:
+    """Of another width and depth than the student; some of its matrices exceed ZeRO-3's threshold for sharing out."""
+    model = build_model(config, VOCABULARY, seed=seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0)
+    return model
+
+
+def teacher(
+    world: World, *, seed: int = 3, placement: str = "replicated", precision: str = "fp32", factorized: bool = False
+) -> TeacherEngine:
+    """Such a teacher at work."""
+    model = teacher_model(FACTORIZED_TEACHER if factorized else TEACHER, seed=seed)
     return TeacherEngine(model, placement=placement, precision=precision, world=world)
 
 
@@ -50,6 +65,9 @@ def config_of(*, dim: int, ffn_dim: int, depths: tuple[int, int]) -> EncoderDeco
 
 
 TEACHER = config_of(dim=72, ffn_dim=160, depths=(3, 2))
+FACTORIZED_TEACHER = TEACHER.model_copy(update={"embedding": FactorizedEmbedding(tie="all", dim=288)})
+FACTORIZED = FactorizedEmbedding(tie="all", dim=12, activation="gelu")
+"""Of the student; the teacher's is wide enough for both factors to be shared out."""
 INSIDE = (Place("hidden_states", "encoder", 2), Place("attention", "decoder", 1), Place("attention", "cross", 2))
 
 
@@ -86,19 +104,56 @@ def held(engine: TeacherEngine) -> int:
     return sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") and p.numel() == 0 else p.numel() for p in parameters)
 
 
+def held_by_teachers(engine: TrainEngine) -> list[str]:
+    """A digest of what this rank holds of each teacher's parameters, and of what the teacher shows. Collective."""
+    teachers = engine.module.objective.signals.teachers
+    held = [[getattr(p, "ds_tensor", p.data) for p in one._forward.parameters()] for one in teachers]
+    return [digest([*own, *seen(one, collate(sentences(98)))]) for own, one in zip(held, teachers, strict=True)]
+
+
+def naively_distilled(steps: int, *, temperature: float, hard_weight: float) -> tuple[list[float], list[float]]:
+    """Losses and gradient norms of a bare loop: all logits at once, reverse KL written out, torch's Adam, a whole teacher."""
+    student, teacher = build_module(embedding=FACTORIZED).model, teacher_model(FACTORIZED_TEACHER).eval()
+    adam = torch.optim.Adam(student.parameters(), betas=(0.9, 0.98))
+    losses, norms = [], []
+    for step in range(steps):
+        batch = collate(sentences(step))
+        scored = batch.labels >= 0
+        logits = student.project(student(batch.source, batch.target).hidden[scored])
+        with torch.no_grad():
+            taught = teacher.project(teacher(batch.source, batch.target).hidden[scored]).div(temperature).log_softmax(1)
+        cool = (logits / temperature).log_softmax(1)
+        kd = temperature**2 * (cool.exp() * (cool - taught)).sum()
+        hard = torch.nn.functional.cross_entropy(logits, batch.labels[scored], reduction="sum")
+        loss = (hard_weight * hard + (1 - hard_weight) * kd) / batch.num_targets
+        adam.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in student.parameters() if p.grad is not None])))
+        losses.append(loss.item())
+        adam.param_groups[0]["lr"] = 0.005 * min(step / 4, 1)
+        adam.step()
+    return losses, norms
+
+
 def digest(tensors: list[Tensor]) -> str:
     """SHA-256 of all bytes."""
     return hashlib.sha256(b"".join(tensor.float().numpy().tobytes() for tensor in tensors)).hexdigest()
 
 
 def student(
-    world: World, *, placement: str = "replicated", teachers: int = 1, dropout: float = 0.0, **options: Any
+    world: World,
+    *,
+    placement: str = "replicated",
+    teachers: int = 1,
+    dropout: float = 0.0,
+    factorized: bool = False,
+    **options: Any,
 ) -> TrainEngine:
     """An engine that distils; options: objective (its section), and those of `setting.build_engine`."""
     section = {"kind": "distillation", "chunk_tokens": 16, **options.pop("objective", {})}
     config = TypeAdapter(ObjectiveConfig).validate_python(section)
-    engines = [teacher(world, seed=3 + number, placement=placement) for number in range(teachers)]
-    model = build_module(dropout).model
+    engines = [teacher(world, seed=3 + number, placement=placement, factorized=factorized) for number in range(teachers)]
+    model = build_module(dropout, FACTORIZED if factorized else TIED).model
     plans = plan_features(config, model.config, [TEACHER] * teachers)
     objective = build_objective(config, TeacherSignals(engines), features=plans, seed=5)
     module = TrainModule(model, objective, validation_objective(config))
@@ -112,7 +167,7 @@ def distilled(world: World, *, runs: list[Report]) -> list[Report]:
 
 def _distilled(world: World, *, steps: int, parts: int, **options: Any) -> Report:
     engine = student(world, **options)
-    initial = held_weights(world, engine)["projections"]
+    initial, taught_by = held_weights(world, engine)["projections"], held_by_teachers(engine)
     reports = [asdict(engine.train_step(*share(step, world, parts))) for step in range(steps)]
     validated = float(engine.evaluate(collate(sentences(99))).loss_sum)
     found = {
@@ -120,6 +175,7 @@ def _distilled(world: World, *, steps: int, parts: int, **options: Any) -> Repor
         "queues": queues(engine),
         "validated": validated,
         "initial": initial,
+        "teachers": [taught_by, held_by_teachers(engine)],
         **held_weights(world, engine),
     }
     engine.close()

@@ -8,7 +8,14 @@ import torch
 from dstrain.batch import IGNORE_INDEX, Batch, Sequences, Size
 from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
 from dstrain.engine.deepspeed_engine import TrainEngine
-from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
+from dstrain.models.config import (
+    DecoderStackConfig,
+    EmbeddingConfig,
+    EncoderDecoderConfig,
+    PlainEmbedding,
+    StackConfig,
+    VocabularySizes,
+)
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.factory import build_objective
@@ -20,7 +27,10 @@ PAD, EOS = VOCABULARY.pad_id, VOCABULARY.eos_id
 SENTENCES = 12
 
 
-def build_module(dropout: float = 0.0, **objective: Any) -> TrainModule:
+TIED = PlainEmbedding(tie="all")
+
+
+def build_module(dropout: float = 0.0, embedding: EmbeddingConfig = TIED, **objective: Any) -> TrainModule:
     """The same weights on every call. objective: what differs from plain cross-entropy."""
     stack: dict[str, Any] = {"depth": 1, "num_heads": 2, "ffn_dim": 48}
     config = EncoderDecoderConfig(
@@ -29,7 +39,7 @@ def build_module(dropout: float = 0.0, **objective: Any) -> TrainModule:
         decoder=DecoderStackConfig(**stack),
         norm_order="pre",
         dropout=dropout,
-        embedding=PlainEmbedding(tie="all"),
+        embedding=embedding,
     )
     return TrainModule(
         build_model(config, VOCABULARY, seed=1), build_objective(CrossEntropyConfig(**{"chunk_tokens": 16, **objective}))

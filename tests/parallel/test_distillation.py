@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.parallel.distilling import naively_distilled
 from tests.parallel.launch import run_ranks
 
 SELECTIONS: list[dict[str, Any]] = [
@@ -89,6 +90,22 @@ def test_two_ranks_and_every_stage_and_placement_equal_one_rank(one_rank: list[d
     for rank in run_ranks("distilled", 2, tmp_path, runs=runs):
         for found, expected in zip(rank, one_rank, strict=False):
             assert_same(found, expected)
+
+
+def test_both_factors_of_student_and_teacher_by_another_divergence_are_a_bare_loops(tmp_path: Path) -> None:
+    """At every stage; and no teacher, whole or shared out, is moved by the steps of its student."""
+    section = {"divergence": {"kind": "reverse_kl"}, "temperature": 2.0, "label_smoothing": 0}
+    section |= {"hard_weight": 0.3, "kd_weight": 0.7}
+    ways = [("zero0", "sharded"), ("zero1", "replicated"), ("zero2", "sharded"), ("zero3", "sharded")]
+    run = {"factorized": True, "objective": section, "steps": 3, "parts": 4}
+    runs = [{**run, "deepspeed": stage, "placement": placement} for stage, placement in ways]
+    losses, norms = naively_distilled(3, temperature=2.0, hard_weight=0.3)
+    for rank in run_ranks("distilled", 2, tmp_path, runs=runs):
+        for found in rank:
+            assert [report["loss"] for report in found["reports"]] == pytest.approx(losses, rel=1e-5)
+            assert [report["grad_norm"] for report in found["reports"]] == pytest.approx(norms, rel=1e-4)
+            before, after = found["teachers"]
+            assert before == after
 
 
 def test_an_ensemble_sharded_equals_one_whole(tmp_path: Path) -> None:
