@@ -210,9 +210,11 @@ def test_every_folder_with_gradients_is_compared() -> None:
 
 @pytest.mark.parametrize(("variant", "projections"), GRADIENTS)
 def test_loss_and_gradients(variant: str, projections: Projections) -> None:
+    """Ours in float64: what float32 sums to depends on the processor. Theirs are rounded by sums of many terms, so what may
+    differ is a share of a gradient's largest number."""
     folder: Path = GOLDEN / variant
     golden = arrays(variant)
-    model = imported(variant, projections)
+    model = imported(variant, projections).double()
     if variant in LANGUAGE_MODELS:
         source, target, smoothing = None, right_padded(golden["src_tokens"]), 0.0
     else:
@@ -229,7 +231,10 @@ def test_loss_and_gradients(variant: str, projections: Projections) -> None:
         theirs = {
             name.replace("lora_A", "lora_a").replace("lora_B", "lora_b"): torch.from_numpy(file[name]) for name in file.files
         }
-    torch.testing.assert_close(ours, theirs, **CLOSE)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        most = CLOSE["atol"] + CLOSE["rtol"] * float(gradient.abs().max())
+        torch.testing.assert_close(ours[name], gradient.double(), rtol=0, atol=most)
 
 
 @pytest.mark.parametrize(("name", "unmerged"), [("checkpoint.pt", False), ("checkpoint_unmerged.pt", True)])

@@ -61,7 +61,8 @@ def test_nothing_at_the_start_and_equal_when_merged(name: str, dora: bool) -> No
 
     model = adapted(adapter, config)
     assert (logits(model) - logits(base)).abs().max() > 0.5
-    torch.testing.assert_close(logits(merged_model(model, adapter, config)), logits(model), rtol=1e-5, atol=3e-5)
+    plain = merged_model(model, adapter, config).double()  # what float32 sums to depends on the processor
+    torch.testing.assert_close(logits(plain), logits(model.double()), rtol=1e-5, atol=3e-5)
     assert not list(strangers(adapter_of(model), before))
 
 
