@@ -124,7 +124,7 @@ def test_every_way_to_place_a_teacher_teaches_the_same(teacher: Path, data: Path
     assert offloaded == [pytest.approx(step, rel=1e-6) for step in expected]
     foreign, ids = with_other_ids(teacher, tmp_path)
     for placement in ("replicated", "offloaded"):
-        run = tmp_path / placement
+        run = tmp_path / f"mapped_{placement}"
         mapped = first_steps(data, run, "--teacher", foreign, "--vocabulary-map", ids, "--teacher-placement", placement)
         assert mapped == [pytest.approx(step, rel=1e-5) for step in expected]
     fails(dstrain(*training(data, tmp_path / "run", "--teacher", foreign, overrides=(PLAIN,))), "has another vocabulary")
