@@ -24,7 +24,6 @@ from dstrain.data.plan import StepPlan
 from dstrain.data.tags import locate_tags
 from dstrain.data.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.engine.deepspeed_engine import TrainEngine
-from dstrain.engine.teacher_engine import Precision
 from dstrain.errors import DataError, RecipeError
 from dstrain.generation.constraints import SpecialIds
 from dstrain.log import logger
@@ -40,7 +39,7 @@ from dstrain.parallel.topology import DeviceChoice, World, finalize, initialize
 from dstrain.protocols import Objective
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
-from dstrain.strict import with_later_defaults
+from dstrain.strict import Precision, with_later_defaults
 from dstrain.training.base import build_on_base, check_reloaded, find_base
 from dstrain.training.bundles import BundleStore
 from dstrain.training.on_policy import OnPolicySteps, OwnSamples, room_for_samples

@@ -5,9 +5,12 @@ that come in pairs.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+"""What a model computes in."""
 
 
 class Config(BaseModel):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Mapping
 
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import load_recipe
@@ -35,6 +36,13 @@ def positive_float(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
+
+
+def add_options(parser: argparse._ActionsContainer, options: Mapping[str, tuple[Callable[[str], object], str]]) -> None:
+    """`--some-name` for each some_name, by its type and help."""
+    for name, (kind, text) in options.items():
+        metavar = "X" if kind in {float, positive_float} else "N"
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, type=kind, help=text)
 
 
 def positive_number(text: str) -> int:

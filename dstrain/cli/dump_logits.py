@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 from dstrain import __version__
-from dstrain.cli.common import positive_float, positive_number
+from dstrain.cli.common import add_options, positive_number
 from dstrain.cli.dumping import METHOD, build_dumper
 from dstrain.cli.ranks import Task, do_share
 from dstrain.cli.teacher import add_work_arguments
@@ -35,8 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_work_arguments(parser, output="LOGITS", required=False)
     parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument("--method", choices=("sample", "topk", "dense"), default="sample", help="default: sample")
-    for name, (kind, text) in METHOD.items():
-        parser.add_argument(f"--{name}", metavar="X" if kind is positive_float else "N", type=kind, help=text)
+    add_options(parser, METHOD)
     parser.add_argument("--max-tokens", metavar="N", type=positive_number, default=4096, help="padded tokens of a batch (4096)")
     parser.add_argument("--tokens-per-shard", metavar="N", type=positive_number, help="size of a file (default: a 64th of all)")
     parser.add_argument("--merge", metavar="LOGITS", type=Path, help="check that every shard is there and whole, and finish")

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, get_args
 
-from dstrain.cli.common import positive_number
+from dstrain.cli.common import add_options, positive_number
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.formats import FORMATS
 
@@ -45,8 +45,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate", action="store_true", help="cut lines longer than the model reads instead of refusing them")
     group = parser.add_argument_group("method, by default as in the bundle's recipe")
     group.add_argument("--sampling", dest="kind", action="store_const", const="sampling", help="draw instead of searching")
-    for name, (kind, text) in OPTIONS.items():
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="X" if kind is float else "N", help=text)
+    add_options(group, OPTIONS)
     scores = get_args(BeamSearchConfig.model_fields["score"].annotation)
     group.add_argument("--score", choices=scores, help="log-probability by length ** length penalty, or the bare sum")
 

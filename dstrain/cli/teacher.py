@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from dstrain.cli.ranks import share
 from dstrain.data.parts import Share
+from dstrain.strict import Precision
 
 if TYPE_CHECKING:
     from dstrain.checkpoint.bundle import Bundle
     from dstrain.data.dataset import Dataset
     from dstrain.data.manifest import Manifest
     from dstrain.data.tokenizer import TokenizerPair
-    from dstrain.engine.teacher_engine import Precision
 
 
 def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required: bool) -> None:
@@ -33,7 +33,7 @@ def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU where there is one (default: auto)")
     parser.add_argument(
         "--precision",
-        choices=("fp32", "bf16", "fp16"),
+        choices=get_args(Precision),
         default="fp32",
         help="what the teacher computes in; bf16 for speed on a GPU (default: fp32)",
     )

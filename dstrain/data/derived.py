@@ -17,7 +17,7 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import PositiveFloat, PositiveInt
 
@@ -36,7 +36,7 @@ from dstrain.data.manifest import (
 from dstrain.data.parts import Note, finished_part, read_job
 from dstrain.data.shard import write_lengths
 from dstrain.errors import DataError
-from dstrain.strict import Config
+from dstrain.strict import Config, Precision
 
 MAKER = "pseudo-label"
 ORIGINAL = "original"
@@ -59,7 +59,7 @@ class LabelJob(Config):
     pairs: PositiveInt
     parts: PositiveInt
     pairs_per_part: PositiveInt
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
 
     def rows(self, number: int) -> range:
         """The rows of the original that a part takes."""

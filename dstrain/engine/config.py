@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dstrain.strict import Config
+from dstrain.strict import Config, Precision
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -110,7 +110,7 @@ class EngineConfig(Config):
     """deepspeed: name of a file in ds_configs/ (`zero1`) or a path. clip_norm: 0 = no clipping."""
 
     deepspeed: str = "zero1"
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     clip_norm: NonNegativeFloat = 0.0
 
 

@@ -22,9 +22,9 @@ from dstrain.engine.launch import load_deepspeed, require_precision
 from dstrain.objectives.signals import Look
 from dstrain.parallel.topology import World
 from dstrain.protocols import Record, TeacherForced
+from dstrain.strict import Precision
 
 Placement = Literal["replicated", "sharded", "offloaded"]
-Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dstrain.strict import Config
+from dstrain.strict import Config, Precision
 
 
 class RDropConfig(Config):
@@ -191,7 +191,7 @@ class DistillationConfig(Config):
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     selection: SelectionConfig = Field(default_factory=WordAndSequenceSelection)
     features: tuple[FeatureConfig, ...] = ()
-    teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
+    teacher_precision: Precision | None = None
     renormalize: bool = False
     on_policy: OnPolicyConfig | None = None
     chunk_tokens: PositiveInt = 256

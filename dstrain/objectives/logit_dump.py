@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +48,7 @@ from dstrain.ops.device_time import Mark, mark, seconds_between
 from dstrain.ops.linear_cross_entropy import scored_rows
 from dstrain.ops.matmul import linear
 from dstrain.protocols import TeacherForced
+from dstrain.strict import Precision
 
 SHARD_BYTES = 1 << 26
 SMALLEST_SHARD = 4096
@@ -62,7 +63,7 @@ def plan_dump(
     *,
     vocabulary: VocabularySizes,
     tokens_per_shard: int | None,
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    precision: Precision = "fp32",
 ) -> DumpJob:
     """The job of a dump.
 

@@ -21,7 +21,7 @@ from dstrain.data.files import checking, write_file
 from dstrain.data.manifest import PARTS_FILE, FileRecord, Manifest
 from dstrain.data.parts import Note, finished_part, read_job
 from dstrain.errors import DataError
-from dstrain.strict import Config
+from dstrain.strict import Config, Precision
 
 FORMAT_VERSION = 1
 STORE_FILE = "logits.json"
@@ -104,7 +104,7 @@ class DumpJob(Config):
     tokens: PositiveInt
     shards: PositiveInt
     tokens_per_shard: PositiveInt
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
 
     def require_data(self, manifest: Manifest, place: Path, owner: Path) -> None:
         """Raise DataError where the store `place` was made from other text than that of `owner`, or by another tokenizer."""

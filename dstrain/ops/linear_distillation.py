@@ -267,9 +267,7 @@ def _learn(student: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[Tens
     if isinstance(signal, SparseSignal):
         fit = sparse_fit(student, student.new_zeros(()), signal, with_tail=rows.with_tail)
         return fit.value, fit.slope(student), _best(signal)
-    teacher = teacher_log_probs(signal, terms.temperature, like=student)
-    if isinstance(signal, LogProbsSignal):
-        teacher.masked_fill_(~rows.scored, 0)
+    teacher = teacher_log_probs(signal, terms.temperature, like=student).masked_fill_(~rows.scored, 0)
     best = best_types(teacher)
     return *value_and_slope(terms.divergence, student, teacher), best
 
@@ -297,6 +295,4 @@ def _cleared(signal: Signal, scored: Tensor) -> Signal:
     """The signal without what it says of rows that are not scored, which may be anything."""
     if isinstance(signal, SparseSignal):
         return replace(signal, probs=signal.probs.masked_fill(~scored, 0), tail=signal.tail.masked_fill(~scored.squeeze(1), 0))
-    if isinstance(signal, LogProbsSignal):
-        return signal  # cleared chunk by chunk
-    return replace(signal, features=[features.masked_fill(~scored, 0) for features in signal.features])
+    return signal  # of all types: cleared chunk by chunk

@@ -27,7 +27,7 @@ from dstrain.checkpoint.bundle import BundleDescription, find_bundle, load_bundl
 from dstrain.data.dataset import Dataset
 from dstrain.data.manifest import Manifest
 from dstrain.data.tokenizer import TokenizerPair
-from dstrain.engine.teacher_engine import Placement, Precision, TeacherEngine, VocabularyMap
+from dstrain.engine.teacher_engine import Placement, TeacherEngine, VocabularyMap
 from dstrain.errors import BundleError, DataError
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.objectives.config import DistillationConfig
@@ -35,6 +35,7 @@ from dstrain.objectives.distillation import wanted_by
 from dstrain.objectives.logit_store import LogitStore, open_store
 from dstrain.objectives.signals import TeacherSignals
 from dstrain.parallel.topology import World
+from dstrain.strict import Precision
 
 
 @dataclass(frozen=True)
