@@ -64,6 +64,7 @@ def _facts(path: Path) -> list[str]:
 def _print_angles(args: argparse.Namespace) -> None:
     from dstrain.cli.gradient_angles import angles_of
 
+    angles = angles_of(args)
     print(f"{'tokens':>8} {'angle':>8} {'norm ratio':>11}")
-    for angle in angles_of(args):
+    for angle in angles:
         print(f"{angle.tokens:8,} {angle.degrees:7.2f}° {angle.norm_ratio:11.3f}")
