@@ -170,13 +170,13 @@ class SparseSignal:
     """What a teacher says of n scored tokens, as far as it was kept: up to k types each, at the objective's temperature.
 
     A sampled store has counts / draws in `probs` and no tail; the best types of a token leave the rest of its mass in `tail`.
-    Where `ids` hold every type there is, `tail` is 0.
+    Where `ids` hold every type there is, `tail` is 0. A row's `probs` and `tail` add up to 1.
     """
 
     ids: Tensor  # (n, k) int64, -1 where unused
     probs: Tensor  # (n, k) float32, teacher probability mass of each id, 0 where unused
-    tail: Tensor  # (n,) float32, mass of all other types together (0 for sampled stores)
-    with_tail: bool = True  # False where every tail is known to be 0, which a GPU would have to be asked
+    tail: Tensor  # (n,) float32, mass of all other types together, 0 where nothing is said of them
+    with_tail: bool = True  # False where nothing is said of other types: then the signal teaches forward_kl alone
 
     def part(self, rows: slice | Tensor) -> SparseSignal:
         """Of some of the tokens, by place or by a mask."""

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from dstrain.data.files import HashingWriter
 from dstrain.objectives.logit_codec import TokenKeys, build_codec
 from dstrain.objectives.logit_dump import ShardDraft
 from dstrain.objectives.logit_manifest import Method, SampleMethod, TopKMethod
-from dstrain.ops.divergence import Divergence
+from dstrain.ops.divergence import Divergence, DivergenceKind
 from dstrain.ops.linear_cross_entropy import linear_cross_entropy
 from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation, reference_linear_distillation
 from dstrain.protocols import DenseSignal, SparseSignal
@@ -77,8 +78,9 @@ def stored(method: Method, types: int = 65536, sentences: int = 40, length: int 
         examples = np.arange(first, first + 4)
         batch = collate([(np.arange(length), np.arange(length))] * 4, examples, pad_id=1, eos_id=2)
         logits = 7.0 * torch.randn(4 * length, types)
-        chosen = draft.codec.select(logits, TokenKeys(examples.repeat(length), np.tile(np.arange(length), 4)))
-        kept += sum(len(row.unique()) for row in chosen[0])
+        keys = TokenKeys(examples.repeat(length), np.tile(np.arange(length), 4))
+        chosen = [tensor.numpy() for tensor in draft.codec.select(logits, keys)]
+        kept += sum(len(np.unique(row)) for row in chosen[0])
         draft.add(batch, chosen)
     with tempfile.TemporaryFile() as file:
         sink = HashingWriter(file)
@@ -92,7 +94,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--types", type=int, default=131072)
     parser.add_argument("--chunk-tokens", type=int, default=256)
-    parser.add_argument("--divergence", default="forward_kl")
+    parser.add_argument("--divergence", choices=get_args(DivergenceKind), default="forward_kl")
     parser.add_argument("--limit-percent", type=float)
     parser.add_argument("--way", choices=WAYS, help="run this one alone and print JSON")
     args = parser.parse_args()
@@ -100,7 +102,7 @@ def main() -> int:
         print(json.dumps(one(args)))
         return 0
     found = {}
-    for way in WAYS if args.divergence == "forward_kl" else ("naive", "dense"):
+    for way in WAYS if args.divergence == "forward_kl" else ("naive", "dense", "top"):
         command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
         run = subprocess.run(command, capture_output=True, text=True, check=True)
         found[way] = json.loads(run.stdout)

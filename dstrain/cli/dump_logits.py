@@ -4,10 +4,10 @@
     dstrain dump-logits --teacher BUNDLE --data DATA --output LOGITS --method topk --k 64
     dstrain inspect LOGITS
 
-Methods: sample draws from the teacher's distribution (about 35 bytes a token; unbiased: prefer it); topk keeps the likeliest
-types (about 3 bytes each) and the mass of the rest, which a student's objective.renormalize gives to these (biased); dense
-keeps everything, for small vocabularies, and teaches every divergence at every temperature, the others forward_kl at their own.
-Batch size, order and number of ranks of the later training are free.
+Methods: sample draws from the teacher's distribution (about 35 bytes a token; unbiased: prefer it) and teaches forward_kl; topk
+keeps the likeliest types (about 3 bytes each) and the mass of the rest, and teaches every divergence, the rest being one type to
+it (a student's objective.renormalize gives it to the others: biased); dense keeps everything, for small vocabularies, and
+teaches at every temperature, the others at their own. Batch size, order and number of ranks of the later training are free.
 
 The same command again goes on where it was interrupted. Under a launcher (deepspeed --num_gpus 8 --module dstrain dump-logits
 ...) the ranks share the work, each on its own GPU. To share it among jobs, run it once for every I in 0 .. N-1 with --shard I/N

@@ -33,6 +33,8 @@ from dstrain.seeding import derive_seed
 Array = npt.NDArray[Any]
 SPAN_STEPS = 8
 """Steps of a nat in which the greatest distance is stored."""
+LEAST_TAIL = np.float32(2.0**-24)
+"""What float32 does not tell from 0 beside 1; a mass of 0 would be infinitely far away for reverse_kl."""
 
 
 class TokenKeys(NamedTuple):
@@ -193,9 +195,11 @@ class TopKCodec:
         return {name: fixed_width(parts[name].astype(dtype)) for name, dtype in self.columns.items()}
 
     def unpack(self, columns: Mapping[str, Sequence[Array]], num_tokens: int) -> SparseSignal:
-        """Masses scaled to 1 - tail, which rounding has moved."""
+        """Masses scaled to 1 - tail, which rounding has moved; a tail that rounding has made 0 is `LEAST_TAIL`."""
         whole = joined(columns, self.columns)
         stored, tail = whole["log_probs"].reshape(num_tokens, self._k), whole["tail"]
+        if not self._complete:
+            tail = np.maximum(tail, LEAST_TAIL)
         if self._coded:
             span = whole["span"].astype(np.float32)[:, None] / SPAN_STEPS
             probs = np.exp(-span * np.square(stored.astype(np.float32) / 255))
@@ -204,7 +208,7 @@ class TopKCodec:
         probs *= ((1 - tail) / probs.sum(1))[:, None]
         ids = whole["ids"].reshape(num_tokens, self._k).astype(np.int64)
         rest = torch.from_numpy(np.array(tail, np.float32))
-        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(probs), rest, with_tail=not self._complete)
+        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(probs), rest, with_tail=True)
 
 
 class DenseCodec:

@@ -56,8 +56,8 @@ class LogitStore:
         return self.manifest.job.method.temperature
 
     def require(self, wanted: Wanted) -> None:
-        """Raise RecipeError unless it is of the data, of the distribution alone, and, where a part of that is kept, the forward
-        divergence at the dump's temperature."""
+        """Raise RecipeError unless it is of the data, of the distribution alone, and, where a part of that is kept, at the dump's
+        temperature; forward_kl alone where nothing is known of the other types."""
         if wanted.on_policy:
             raise RecipeError(
                 f"objective.on_policy has a teacher score what the student writes, {self._directory} keeps what one said of the "
@@ -68,12 +68,15 @@ class LogitStore:
                 f"objective.features learns from inside a teacher, but {self._directory} keeps its probabilities alone: leave "
                 "objective.features out, or choose a teacher at work (--teacher)"
             )
-        if isinstance(self.manifest.job.method, DenseMethod):
+        method = self.manifest.job.method
+        if isinstance(method, DenseMethod):
             return
-        if wanted.divergence != "forward_kl":
+        if wanted.divergence != "forward_kl" and (self._renormalize or isinstance(method, SampleMethod)):
+            kept = "gives the tail to the kept types" if self._renormalize else "keeps draws"
             raise RecipeError(
-                f"objective.divergence.kind = {wanted.divergence} needs the whole distribution, {self._directory} keeps a part "
-                "of it: choose forward_kl, a dump of all types (dump-logits --method dense), or a teacher at work (--teacher)"
+                f"objective.divergence.kind = {wanted.divergence} needs the mass of all types, {self._directory} {kept}: choose "
+                "forward_kl, a dump with a tail (dump-logits --method topk) or of all types (--method dense), or a teacher at "
+                "work (--teacher)"
             )
         if wanted.temperature != self.temperature:
             raise RecipeError(

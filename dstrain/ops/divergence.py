@@ -13,9 +13,9 @@ formula itself is 0; there stand its limits after division by b or by 1 - b, whi
 
 The slope is the gradient with respect to the logits that p is the softmax of. With g = d value / d p it is p (g - sum p g).
 
-Of a signal of some types only forward_kl can be had, for it alone is linear in what is known of q: drawn types give it without
-bias, and types with a tail give it over k + 1 buckets, of which the last holds all other types. The others would compare p with
-zeros that are not the teacher's.
+Types with a tail teach every divergence, over k + 1 buckets of which the last holds all other types; joining types never makes
+a divergence greater (data processing; Csiszar 1967). Drawn types teach forward_kl alone, for it is linear in q, so that they
+give its slope without bias; the others would compare p with zeros that are not the teacher's.
 """
 
 from __future__ import annotations
@@ -91,63 +91,68 @@ def reference_value(divergence: Divergence, student: Tensor, teacher: Tensor) ->
     return terms.sum(1)
 
 
-class SparseFit(NamedTuple):
-    """forward_kl to a sparse signal, by what is needed of the softmax p for its slope; (c, 1) but for those of the kept types.
+ABSENT = -1e9
+"""A logit that no type has."""
 
-    Apart from the kept types p is share exp(logits - shift), and the slope factor exp(logits - shift). ids, probs, slopes: the
-    kept types with their p and slope, (c, k), 0 where unused.
+
+class SparseFit(NamedTuple):
+    """A divergence from a sparse signal, by what is needed of the softmax p for its slope; (c, 1) but for those of the types.
+
+    lse: what makes log-probabilities of logits when taken off. others: the softmax among the types that were not kept, (c, V), 0
+    at those that were; they have p = share others and the slope factor others. ids, probs, slopes: the kept types with their p
+    and slope, (c, k), 0 where unused.
     """
 
     value: Tensor
-    shift: Tensor
+    lse: Tensor
+    others: Tensor
     share: Tensor
     factor: Tensor
     ids: Tensor
     probs: Tensor
     slopes: Tensor
 
-    def slope(self, logits: Tensor, taught: Tensor | float = 1.0, scored: Tensor | float = 0.0) -> Tensor:
-        """`taught` times the slope plus `scored` times p, (c, V), in the place of the logits that `sparse_fit` has left."""
-        others = logits.sub_(self.shift).exp_().mul_(taught * self.factor + scored * self.share)
-        return others.scatter_add_(1, self.ids, taught * self.slopes + scored * self.probs)
+    def slope(self, taught: Tensor | float = 1.0, scored: Tensor | float = 0.0) -> Tensor:
+        """`taught` times the slope plus `scored` times p, (c, V), in the place of `others`."""
+        slope = self.others.mul_(taught * self.factor + scored * self.share)
+        return slope.scatter_add_(1, self.ids, taught * self.slopes + scored * self.probs)
 
 
-def sparse_fit(logits: Tensor, lse: Tensor, signal: SparseSignal, *, with_tail: bool) -> SparseFit:
-    """forward_kl of the kept types, and of one bucket for all others where there is a tail.
+def sparse_fit(divergence: Divergence, logits: Tensor, signal: SparseSignal) -> SparseFit:
+    """The divergence over the kept types and one bucket of all others.
 
-    logits: (c, V), which lse (c, 1) makes log-probabilities when taken off; those of the kept types become -inf. signal: of c
-    rows, no type twice in one. with_tail: whether any row has one. Over drawn types the slope is right on average, while the
-    value exceeds the whole forward_kl by the entropy that the draws lack.
+    logits: (c, V), which become `others`. signal: of c rows, no type twice in one. Over drawn types the slope is right on
+    average, while the value exceeds the whole forward_kl by the entropy that the draws lack.
 
-    With q the kept masses and F their sum, r the student's mass of all other types, the slope is p (F + tail) - q at kept types
-    and p (F + tail) - tail p / r elsewhere. p / r is made of logarithms, for a student surer than its teacher has an r of 0.
+    The slope of the bucket falls to its types by their softmax among themselves: nothing is divided by the bucket's p, which is 0
+    in fp32 where a student is surer than its teacher.
     """
     used = signal.ids >= 0
     ids = signal.ids.clamp_min(0)
-    masses = signal.probs.to(logits.dtype).masked_fill(~used, 0)  # (c, k)
-    kept = logits.gather(1, ids) - lse
-    probs = kept.exp().masked_fill_(~used, 0)
-    value = (torch.xlogy(masses, masses) - masses * kept).sum(1, keepdim=True)
-    total = masses.sum(1, keepdim=True)
-    logits.scatter_reduce_(1, ids, torch.where(used, -math.inf, math.inf).to(logits.dtype), "amin")
-    if not with_tail:
-        return SparseFit(value, lse, torch.ones_like(total), total, ids, probs, total * probs - masses)
-    tail = signal.tail.to(logits.dtype).unsqueeze(1)  # (c, 1)
-    rest = torch.where(tail > 0, logits.logsumexp(1, keepdim=True) - lse, 0)  # log of r
-    value += torch.xlogy(tail, tail) - tail * rest
-    total, share = total + tail, rest.exp()
-    return SparseFit(value, lse + rest, share, share * total - tail, ids, probs, total * probs - masses)
+    kept = logits.gather(1, ids).masked_fill_(~used, ABSENT)  # (c, k)
+    logits.scatter_reduce_(1, ids, torch.where(used, ABSENT, math.inf).to(logits.dtype), "amin")
+    top = logits.amax(1, keepdim=True)
+    others = torch.softmax(logits, 1, out=logits)
+    rest = top - others.amax(1, keepdim=True).log_()  # (c, 1): logsumexp of the others
+    buckets = torch.cat([kept, rest], 1)  # (c, k + 1)
+    lse = buckets.logsumexp(1, keepdim=True)
+    buckets -= lse
+    masses = torch.cat([signal.probs, signal.tail.unsqueeze(1)], 1).to(logits.dtype)
+    teacher = masses.clamp_min_(torch.finfo(logits.dtype).tiny).log_()
+    value, slopes = value_and_slope(divergence, buckets, teacher)
+    probs = buckets.exp()
+    return SparseFit(value, lse, others, probs[:, -1:], slopes[:, -1:], ids, probs[:, :-1], slopes[:, :-1])
 
 
-def reference_sparse_value(student: Tensor, signal: SparseSignal) -> Tensor:
-    """The same by a loop over rows, for autograd. -> (n,)"""
+def reference_sparse_value(divergence: Divergence, student: Tensor, signal: SparseSignal) -> Tensor:
+    """The same by a loop over rows, for autograd. student: log-probabilities (n, V) -> (n,)"""
     values = []
     for row, ids, probs, tail in zip(student, signal.ids, signal.probs.to(student.dtype), signal.tail, strict=True):
-        ids, probs = ids[ids >= 0], probs[ids >= 0]
-        value = (torch.xlogy(probs, probs) - probs * row[ids]).sum()
+        buckets, masses = row[ids[ids >= 0]], probs[ids >= 0]
         if tail > 0:
             others = torch.ones_like(row, dtype=torch.bool)
-            others[ids] = False
-            value = value + tail.to(row.dtype) * (tail.to(row.dtype).log() - row[others].exp().sum().log())
-        values.append(value)
-    return torch.stack(values) if values else student.sum(1)
+            others[ids[ids >= 0]] = False
+            buckets = torch.cat([buckets, row[others].exp().sum().log()[None]])
+            masses = torch.cat([masses, tail.to(row.dtype)[None]])
+        values.append(reference_value(divergence, buckets[None], masses.log()[None]))
+    return torch.cat(values) if values else student.sum(1)

@@ -117,7 +117,7 @@ def reference_linear_distillation(
     logits = F.linear(autocast(features[scored]), autocast(weight)).to(accumulator(features.dtype))  # (n, V)
     log_probs, cool = F.log_softmax(logits, dim=1), F.log_softmax(logits / terms.temperature, dim=1)
     if isinstance(signal, SparseSignal):
-        values, best = reference_sparse_value(cool, signal), signal.ids.gather(1, signal.probs.argmax(1, keepdim=True))
+        values, best = reference_sparse_value(terms.divergence, cool, signal), _best(signal)
     else:
         teacher = _reference_log_probs(signal, terms.temperature, logits.dtype)
         values, best = reference_value(terms.divergence, cool, teacher), teacher.argmax(1, keepdim=True)
@@ -142,8 +142,8 @@ def _reference_log_probs(signal: DenseSignal | LogProbsSignal, temperature: floa
 
 def check_signal(signal: Signal, divergence: Divergence) -> None:
     """ValueError where a kept signal is asked for more than it holds."""
-    if isinstance(signal, SparseSignal) and divergence.kind != "forward_kl":
-        raise ValueError(f"{divergence.kind} needs the teacher's whole distribution, but a sparse signal holds some types of it")
+    if isinstance(signal, SparseSignal) and not signal.with_tail and divergence.kind != "forward_kl":
+        raise ValueError(f"{divergence.kind} needs the mass of all types, but this signal says nothing of those it does not hold")
 
 
 class _Plan(NamedTuple):
@@ -154,18 +154,16 @@ class _Plan(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """labels, scored (is no padding), taught (weight of kd): (n, 1). with_tail: whether a row of a sparse signal may have one."""
+    """labels, scored (is no padding), taught (weight of kd): (n, 1)"""
 
     labels: Tensor
     scored: Tensor
     taught: Tensor
     signal: Signal
-    with_tail: bool
 
     def part(self, rows: slice) -> _Rows:
         """Some of the rows."""
-        parts = self.labels[rows], self.scored[rows], self.taught[rows], self.signal.part(rows)
-        return _Rows(*parts, self.with_tail)
+        return _Rows(self.labels[rows], self.scored[rows], self.taught[rows], self.signal.part(rows))
 
 
 def _rows(labels: Tensor, signal: Signal, selected: Tensor | None, wide: torch.dtype) -> _Rows:
@@ -176,7 +174,6 @@ def _rows(labels: Tensor, signal: Signal, selected: Tensor | None, wide: torch.d
         scored=scored,
         taught=scored.to(wide) if selected is None else selected.unsqueeze(1).to(wide) * scored,
         signal=_cleared(signal, scored),
-        with_tail=isinstance(signal, SparseSignal) and signal.with_tail,
     )
 
 
@@ -244,18 +241,18 @@ def _chunk(logits: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[_Figu
 
 def _sparse_chunk(logits: Tensor, rows: _Rows, signal: SparseSignal, terms: DistillationTerms) -> tuple[_Figures, Tensor]:
     """The same where both slopes are multiples of one softmax and few numbers beside: as fast as cross-entropy alone."""
-    spread = terms.label_smoothing / (logits.shape[1] - 1)
+    num_types = logits.shape[1]
+    spread = terms.label_smoothing / (num_types - 1)
     confidence = 1 - terms.label_smoothing - spread
-    lse = logits.logsumexp(1, keepdim=True)
-    nll = lse - logits.gather(1, rows.labels)
-    hard = confidence * nll
-    if spread:
-        hard.add_(lse * logits.shape[1] - logits.sum(1, keepdim=True), alpha=spread)
     agreement = _best(signal) == best_types(logits)
-    fit = sparse_fit(logits, lse, signal, with_tail=rows.with_tail)
-    taught, scored = rows.taught * terms.kd_weight, rows.scored.to(lse.dtype) * terms.hard_weight
-    slope = fit.slope(logits, taught, scored)
-    if spread:
+    label_logit, total = logits.gather(1, rows.labels), logits.sum(1, keepdim=True) if spread else None
+    fit = sparse_fit(terms.divergence, logits, signal)
+    nll = fit.lse - label_logit
+    taught, scored = rows.taught * terms.kd_weight, rows.scored.to(nll.dtype) * terms.hard_weight
+    slope = fit.slope(taught, scored)
+    hard = confidence * nll
+    if total is not None:
+        hard.add_(fit.lse * num_types - total, alpha=spread)
         slope.sub_(scored * spread)
     slope.scatter_add_(1, rows.labels, -confidence * scored)
     return _Figures(hard, fit.value.mul_(rows.taught), nll, agreement.to(nll.dtype)), slope
@@ -265,8 +262,8 @@ def _learn(student: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[Tens
     """Divergence (c, 1) from a chunk's teacher, its slope (c, V), and the teacher's best type (c, 1)."""
     signal = rows.signal
     if isinstance(signal, SparseSignal):
-        fit = sparse_fit(student, student.new_zeros(()), signal, with_tail=rows.with_tail)
-        return fit.value, fit.slope(student), _best(signal)
+        fit = sparse_fit(terms.divergence, student, signal)
+        return fit.value, fit.slope(), _best(signal)
     teacher = teacher_log_probs(signal, terms.temperature, like=student).masked_fill_(~rows.scored, 0)
     best = best_types(teacher)
     return *value_and_slope(terms.divergence, student, teacher), best

@@ -137,6 +137,12 @@ def test_mistakes_are_named_before_anything_starts(cluster: Cluster, venv: Path,
 
 def test_sbatch_accepts_the_options_of_every_template(cluster: Cluster) -> None:
     for template in sorted((ROOT / "slurm").glob("*.sbatch")):
-        cluster.run("sbatch", "--test-only", "--nodes=2", template)
-        with pytest.raises(ClusterError, match="Requested node configuration is not available"):
-            cluster.run("sbatch", "--test-only", "--nodes=3", template)
+        cluster.run("sbatch", "--test-only", template)
+        with pytest.raises(ClusterError, match="invalid partition specified: nowhere"):
+            cluster.run("sbatch", "--test-only", "--partition=nowhere", template)
+
+
+def test_the_template_takes_the_nodes_that_there_are(cluster: Cluster) -> None:
+    cluster.run("sbatch", "--test-only", "--nodes=2", TEMPLATE)
+    with pytest.raises(ClusterError, match="Requested node configuration is not available"):
+        cluster.run("sbatch", "--test-only", "--nodes=3", TEMPLATE)

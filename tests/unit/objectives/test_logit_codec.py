@@ -141,9 +141,18 @@ def test_extreme_distributions_survive() -> None:
 @pytest.mark.parametrize(
     "method", [SampleMethod(), SampleMethod(draws=300), TopKMethod(k=8), TopKMethod(k=40), TopKMethod(k=40, dtype="float16")]
 )
-def test_a_signal_knows_whether_it_has_a_tail(method: Method) -> None:
+def test_a_signal_knows_whether_its_masses_are_those_of_all_types(method: Method) -> None:
     signal = through(method, random_logits(11, 40))
-    assert signal.with_tail == bool((signal.tail > 0).any())
+    assert signal.with_tail == isinstance(method, TopKMethod)
+    torch.testing.assert_close(signal.probs.sum(1) + signal.tail, torch.ones(11), rtol=1e-6, atol=0)
+
+
+def test_a_tail_is_0_where_there_are_no_other_types_alone() -> None:
+    """Row 1 has 80 nats between its best type and all others, whose mass float32 loses beside 1."""
+    logits = torch.zeros(2, 40)
+    logits[1, 5] = 80.0
+    assert (through(TopKMethod(k=40), logits).tail == 0).all()
+    assert through(TopKMethod(k=8), logits).tail.tolist() == [pytest.approx(32 / 40), 2.0**-24]
 
 
 @pytest.mark.parametrize("method", [SampleMethod(), SampleMethod(draws=1), TopKMethod(k=1), TopKMethod(k=40), DenseMethod()])

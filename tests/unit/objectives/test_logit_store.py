@@ -276,14 +276,14 @@ def test_all_types_can_teach_anything_of_the_data(data: Path, teacher: EncoderDe
         store.require(Wanted("forward_kl", 2.0, features=True))
 
 
-def test_only_the_forward_divergence_at_the_dumps_temperature(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+def test_draws_teach_the_forward_divergence_alone_at_the_dumps_temperature(
+    data: Path, teacher: EncoderDecoder, tmp_path: Path
+) -> None:
     store = stored(data, tmp_path / "logits", SampleMethod(temperature=2.0), teacher=teacher)
     fitting = Wanted("forward_kl", 2.0)
     store.require(fitting)
     store.require(wanted_by(DistillationConfig(divergence=JensenShannon(beta=0), temperature=2.0)))
-    with pytest.raises(
-        RecipeError, match=r"objective.divergence.kind = reverse_kl needs the whole .* forward_kl, a dump of all types"
-    ):
+    with pytest.raises(RecipeError, match=r"kind = reverse_kl needs the mass of all types, .* keeps draws: choose forward_kl, a"):
         store.require(fitting._replace(divergence="reverse_kl"))
     with pytest.raises(RecipeError, match=r"objective.temperature = 1, but the logits in .* are of temperature 2: set that, or"):
         store.require(fitting._replace(temperature=1.0))
@@ -293,6 +293,16 @@ def test_only_the_forward_divergence_at_the_dumps_temperature(data: Path, teache
         RecipeError, match=r"objective.features learns from inside a teacher, but .*logits keeps its probabilities"
     ):
         store.require(fitting._replace(features=True))
+
+
+def test_likely_types_with_a_tail_teach_every_divergence_at_the_dumps_temperature(
+    data: Path, teacher: EncoderDecoder, tmp_path: Path
+) -> None:
+    store = stored(data, tmp_path / "logits", TopKMethod(k=4, temperature=2.0), teacher=teacher)
+    for divergence in ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_kl"):
+        store.require(Wanted(divergence, 2.0))
+        with pytest.raises(RecipeError, match=r"objective.temperature = 1, but the logits"):
+            store.require(Wanted(divergence, 1.0))
 
 
 def test_renormalizing_is_biased_and_says_so(

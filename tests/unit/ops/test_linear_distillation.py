@@ -58,8 +58,10 @@ def probabilities(signal: DenseSignal, temperature: float = 1.0) -> Tensor:
 
 
 def top_types(probs: Tensor, count: int, *, tail: bool) -> SparseSignal:
+    """Without a tail, its mass goes to the types that are kept."""
     best = probs.topk(count, dim=1)
-    return SparseSignal(best.indices, best.values, (1 - best.values.sum(1)) * tail)
+    kept = best.values.sum(1)
+    return SparseSignal(best.indices, best.values if tail else best.values / kept[:, None], (1 - kept) * tail)
 
 
 def log_probs(signal: DenseSignal, kept_at: float = 1.0, dtype: type[np.floating] = np.float64) -> LogProbsSignal:
@@ -137,8 +139,31 @@ def test_sparse_equals_the_reference(shape, smoothing, kind) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
-def test_all_types_kept_are_the_dense_signal(temperature) -> None:
-    signal, options = dense(123, 77), {"terms": terms(temperature=temperature)}
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_types_with_a_tail_give_every_divergence_over_buckets(shape, divergence, temperature) -> None:
+    signal = top_types(probabilities(dense(shape[0], shape[2]), temperature), shape[2] // 2, tail=True)
+    for smoothing, chunk_tokens in ((0.0, 1), (0.1, 50)):
+        options = {"temperature": temperature, "label_smoothing": smoothing, "kd_weight": 0.7, "hard_weight": 0.4}
+        assert_twins(student(*shape), signal, terms=terms(divergence, **options), chunk_tokens=chunk_tokens)
+    single = top_types(probabilities(dense(shape[0], shape[2], torch.float32), temperature), shape[2] // 2, tail=True)
+    assert_twins(student(*shape, torch.float32), single, terms=terms(divergence, temperature=temperature), rtol=2e-5)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
+def test_the_more_types_are_kept_the_nearer_the_divergence_to_the_whole_from_below(divergence) -> None:
+    inputs, signal = student(123, 16, 77), dense(123, 77)
+    kept = [top_types(probabilities(signal), count, tail=True) for count in (1, 4, 16, 64)]
+    values = [outcome(linear_distillation, *inputs, each, terms=terms(divergence))[2].item() for each in (*kept, signal)]
+    assert values == sorted(values)
+    assert 0 < values[0] < 0.7 * values[-1]
+    assert values[-2] > 0.9 * values[-1]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
+def test_all_types_kept_are_the_dense_signal(divergence, temperature) -> None:
+    signal, options = dense(123, 77), {"terms": terms(divergence, temperature=temperature)}
     expected = outcome(linear_distillation, *student(123, 16, 77), signal, **options)
     kept = top_types(probabilities(signal, temperature), 77, tail=False)
     found = outcome(linear_distillation, *student(123, 16, 77), kept, **options)
@@ -287,7 +312,8 @@ def test_certain_models_have_finite_losses(divergence) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_a_student_surer_than_its_teacher_is_still_pulled_back(smoothing, temperature) -> None:
+@pytest.mark.parametrize("divergence", [Divergence("forward_kl"), Divergence("skew_kl", 1e-3)], ids=lambda d: d.kind)
+def test_a_student_surer_than_its_teacher_is_still_pulled_back(divergence, smoothing, temperature) -> None:
     """Best types 5 to 95 nats above all others, so that these have masses of e^-5 to 0 in fp32; the slopes are those of fp64."""
     gaps, generator = torch.arange(5.0, 96.0, 5.0), torch.Generator().manual_seed(2)
     logits = torch.randn(len(gaps), 1000, generator=generator)
@@ -300,7 +326,7 @@ def test_a_student_surer_than_its_teacher_is_still_pulled_back(smoothing, temper
         logits[row, ids[row][ids[row] >= 0]] += gap
     logits *= temperature
     labels = torch.randint(1000, (len(gaps),), generator=generator)
-    options = {"terms": terms(temperature=temperature, hard_weight=0.3, label_smoothing=smoothing), "chunk_tokens": 5}
+    options = {"terms": terms(divergence, temperature=temperature, hard_weight=0.3, label_smoothing=smoothing), "chunk_tokens": 5}
     identity = torch.eye(1000)
     found = outcome(linear_distillation, logits.requires_grad_(), identity.requires_grad_(), labels, signal, **options)
     wide = logits.detach().double().requires_grad_(), identity.detach().double().requires_grad_()
@@ -378,9 +404,9 @@ def test_types_that_tie_agree_once(kind, temperature) -> None:
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "jensen_shannon", "total_variation", "skew_kl"])
-def test_a_sparse_signal_gives_forward_kl_alone(kind) -> None:
-    signal = draws(probabilities(dense(5, 9)), 3)
-    message = f"{kind} needs the teacher's whole distribution, but a sparse signal holds some types of it"
+def test_a_signal_without_the_mass_of_other_types_gives_forward_kl_alone(kind) -> None:
+    signal = replace(draws(probabilities(dense(5, 9)), 3), with_tail=False)
+    message = f"{kind} needs the mass of all types, but this signal says nothing of those it does not hold"
     for function in (linear_distillation, reference_linear_distillation):
         with pytest.raises(ValueError, match=message):
             function(*student(5, 4, 9), signal, terms=terms(Divergence(kind, 0.5)), chunk_tokens=3, selected=None)
@@ -407,7 +433,7 @@ signal = {
     "sampled": SparseSignal(ids, torch.full(ids.shape, 1 / 12), tail),
     "top": SparseSignal(ids, torch.full(ids.shape, 0.05), tail),
 }[kind]
-divergence = Divergence("jensen_shannon", 0.5) if kind in {"dense", "log_probs"} else Divergence("forward_kl")
+divergence = Divergence("forward_kl") if kind == "sampled" else Divergence("jensen_shannon", 0.5)
 terms = DistillationTerms(divergence, temperature, 1.0, 1.0, 0.1)
 (features[:64] @ weight[:64].T).sum().backward()
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew from what is resident now
