@@ -45,15 +45,13 @@ def add_options(parser: argparse._ActionsContainer, options: Mapping[str, tuple[
         parser.add_argument(f"--{name.replace('_', '-')}", metavar=metavar, type=kind, help=text)
 
 
+def whole_number(text: str, least: int = 0) -> int:
+    """A whole number from `least` on, for `type=` of an argument."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} on")
+    return int(text)
+
+
 def positive_number(text: str) -> int:
     """A whole number from 1 on, for `type=` of an argument."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return int(text)
-
-
-def whole_number(text: str) -> int:
-    """A whole number from 0 on, for `type=` of an argument."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 on")
-    return int(text)
+    return whole_number(text, 1)

@@ -36,7 +36,7 @@ class CrossEntropyConfig(Config):
 
 
 class ForwardKl(Config):
-    """KL(teacher || student): the student must cover all that the teacher says. A store of some types gives it alone."""
+    """KL(teacher || student): the student must cover all that the teacher says. Stores of drawn types give it alone."""
 
     kind: Literal["forward_kl"] = "forward_kl"
 

@@ -33,7 +33,7 @@ from dstrain.batch import Batch, Size
 from dstrain.objectives.config import DistillationConfig, DivergenceConfig, JensenShannon, SkewKl
 from dstrain.objectives.features import FeatureLosses
 from dstrain.objectives.selection import Selection
-from dstrain.ops.divergence import Divergence
+from dstrain.ops.divergence import Divergence, kind_of
 from dstrain.ops.linear_cross_entropy import scored_rows
 from dstrain.ops.linear_distillation import DistillationSums, DistillationTerms, linear_distillation
 from dstrain.ops.linear_nll import linear_nll
@@ -171,8 +171,8 @@ class SelectiveDistillation(Distillation):
 
 def wanted_by(config: DistillationConfig) -> Wanted:
     """What the source of signals must be able to give."""
-    divergence, on_policy = divergence_of(config.divergence).kind, config.on_policy is not None
-    return Wanted(divergence, config.temperature, on_policy=on_policy, features=bool(config.features))
+    kind, on_policy = kind_of(divergence_of(config.divergence)), config.on_policy is not None
+    return Wanted(kind, config.temperature, on_policy=on_policy, features=bool(config.features))
 
 
 def scored_tokens(model: TeacherForced, batch: Batch, record: Record | None = None) -> Scored:
@@ -185,8 +185,6 @@ def scored_tokens(model: TeacherForced, batch: Batch, record: Record | None = No
 def divergence_of(config: DivergenceConfig) -> Divergence:
     """The op's own description of a divergence."""
     match config:
-        case JensenShannon(beta=0):
-            return Divergence("forward_kl")
         case JensenShannon():
             return Divergence(config.kind, config.beta)
         case SkewKl():

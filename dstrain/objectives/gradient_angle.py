@@ -2,8 +2,8 @@
 
 For the same tokens the student's gradient is taken twice, over all its parameters: from what the store kept, and from all of the
 teacher's probabilities. An unbiased store has an angle that falls like one over the root of the number of tokens; the angle of a
-biased one stays, however many there are. The loss is the cross-entropy to the teacher (the forward divergence but for a constant)
-with both logits divided by the store's temperature.
+biased one stays, however many there are. The loss is the forward divergence at the store's temperature, by the very op that
+trains.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from dstrain.batch import Batch
 from dstrain.data.collate import collate
 from dstrain.data.dataset import Dataset
 from dstrain.data.permutation import Permutation
-from dstrain.ops.linear_cross_entropy import scored_rows
-from dstrain.ops.linear_distillation import teacher_log_probs
-from dstrain.protocols import KeptSignal, SparseSignal, TeacherForced
+from dstrain.objectives.distillation import scored_tokens
+from dstrain.ops.divergence import Divergence
+from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation
+from dstrain.protocols import DenseSignal, KeptSignal, TeacherForced
 
 CHUNK = 256
 """Tokens whose logits exist at one time."""
@@ -90,25 +91,6 @@ def _shuffled(count: int, seed: int) -> Iterator[int]:
         yield from order.elements(start, min(start + ROWS_AT_A_TIME, count)).tolist()
 
 
-def reached_target(student_probs: Tensor, signal: SparseSignal) -> Tensor:
-    """The distribution towards which a sparse signal pulls: where the student's logits have the slope probs - target. (n, V)
-
-    Types that were kept are pulled to their masses; the tail is one bucket, so its mass goes to the others as the student has it.
-    """
-    used = signal.ids >= 0
-    ids = signal.ids.clamp_min(0)
-    rest = student_probs.scatter(1, ids, student_probs.gather(1, ids).masked_fill(used, 0.0))
-    rest *= (signal.tail / rest.sum(1).clamp_min(torch.finfo(rest.dtype).tiny))[:, None]
-    return rest.scatter_add_(1, ids, signal.probs)
-
-
-def _target(student_probs: Tensor, signal: KeptSignal, temperature: float) -> Tensor:
-    """Towards which a signal of any kind pulls. (n, V)"""
-    if isinstance(signal, SparseSignal):
-        return reached_target(student_probs, signal)
-    return teacher_log_probs(signal, temperature, like=student_probs).exp_()
-
-
 def _both_gradients(
     student: TeacherForced,
     parameters: Sequence[Tensor],
@@ -119,41 +101,24 @@ def _both_gradients(
     temperature: float,
 ) -> list[tuple[Tensor, ...]]:
     """The student's gradients from the store and from the whole distribution."""
-    rows = scored_rows(batch.labels.flatten(), batch.num_targets)
     with torch.no_grad():
-        taught = teacher(batch.source, batch.target).hidden.flatten(0, 1).index_select(0, rows)
-    hidden = student(batch.source, batch.target).hidden.flatten(0, 1).index_select(0, rows)
+        taught = scored_tokens(teacher, batch).hidden
+    scored = scored_tokens(student, batch)
+    terms = DistillationTerms(Divergence("forward_kl"), temperature, hard_weight=0.0, kd_weight=1.0, label_smoothing=0.0)
+    learn = partial(linear_distillation, labels=scored.labels, terms=terms, chunk_tokens=CHUNK, selected=None)
 
     def compare(features: Tensor, weight: Tensor) -> list[tuple[Tensor, ...]]:
-        slopes = teacher.reduce_projection(
-            taught, partial(_slopes, student=(features.detach(), weight.detach()), signal=signal, temperature=temperature)
-        )
-        ends = (features, weight)
-        return [
-            torch.autograd.grad(ends, parameters, slope, retain_graph=True, allow_unused=True, materialize_grads=True)
-            for slope in slopes
-        ]
+        def learn_both(teacher_features: Tensor, teacher_weight: Tensor) -> list[tuple[Tensor, ...]]:
+            signals = signal, DenseSignal([teacher_features], [teacher_weight])
+            losses = [learn(features, weight, signal=each).loss for each in signals]
+            return [
+                torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+                for loss in losses
+            ]
 
-    return student.reduce_projection(hidden, compare)
+        return teacher.reduce_projection(taught, learn_both)
 
-
-@torch.no_grad()
-def _slopes(
-    features: Tensor, weight: Tensor, *, student: tuple[Tensor, Tensor], signal: KeptSignal, temperature: float
-) -> list[tuple[Tensor, Tensor]]:
-    """Slopes of both losses with respect to the student's features (n, E) and weight (V, E). features, weight: the teacher's."""
-    own, projection = student
-    found = [(torch.empty_like(own), torch.zeros_like(projection)) for _ in range(2)]
-    for start in range(0, len(own), CHUNK):
-        part = slice(start, start + CHUNK)
-        whole = torch.softmax(features[part] @ weight.t() / temperature, 1)
-        probs = torch.softmax(own[part] @ projection.t() / temperature, 1)
-        kept = _target(probs, signal.part(part), temperature)
-        for (own_slope, projection_slope), target in zip(found, (kept, whole), strict=True):
-            slope = (probs - target) / temperature  # (c, V)
-            own_slope[part] = slope @ projection
-            projection_slope.addmm_(slope.t(), own[part])
-    return found
+    return student.reduce_projection(scored.hidden, compare)
 
 
 def _angle(tokens: int, kept: Sequence[Tensor], whole: Sequence[Tensor]) -> Angle:

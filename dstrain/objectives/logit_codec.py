@@ -208,7 +208,7 @@ class TopKCodec:
         probs *= ((1 - tail) / probs.sum(1))[:, None]
         ids = whole["ids"].reshape(num_tokens, self._k).astype(np.int64)
         rest = torch.from_numpy(np.array(tail, np.float32))
-        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(probs), rest, with_tail=True)
+        return SparseSignal(torch.from_numpy(ids), torch.from_numpy(probs), rest)
 
 
 class DenseCodec:

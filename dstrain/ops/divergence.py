@@ -38,15 +38,27 @@ class Divergence(NamedTuple):
     parameter: float = 0.0
 
 
+ENDS: dict[tuple[str, float], DivergenceKind] = {
+    ("jensen_shannon", 0.0): "forward_kl",
+    ("jensen_shannon", 1.0): "reverse_kl",
+    ("skew_kl", 0.0): "forward_kl",
+}
+
+
+def kind_of(divergence: Divergence) -> DivergenceKind:
+    """Its kind, which at an end of its parameter is another one."""
+    return ENDS.get(divergence, divergence.kind)
+
+
 def value_and_slope(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     """student, teacher: log-probabilities (c, V) -> value (c, 1), slope (c, V)."""
-    kind, mix = divergence
-    if kind == "forward_kl" or (kind, mix) in {("jensen_shannon", 0.0), ("skew_kl", 0.0)}:
+    kind, mix = kind_of(divergence), divergence.parameter
+    if kind == "forward_kl":
         probs = teacher.exp()
         value = (teacher - student).mul_(probs).sum(1, keepdim=True)
         return value, student.exp().sub_(probs)
     probs = student.exp()
-    if kind == "reverse_kl" or (kind, mix) == ("jensen_shannon", 1.0):
+    if kind == "reverse_kl":
         gap = student - teacher
         value = (gap * probs).sum(1, keepdim=True)
         return value, gap.sub_(value).mul_(probs)
@@ -72,11 +84,8 @@ def _through_softmax(probs: Tensor, gradient: Tensor) -> Tensor:
 
 def reference_value(divergence: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
     """The table above in words of torch, for autograd. student, teacher: log-probabilities (n, V) -> (n,)"""
-    kind, mix = divergence
-    p, q = student.exp(), teacher.exp()
-    if kind == "jensen_shannon" and mix in (0.0, 1.0):
-        kind = "forward_kl" if mix == 0.0 else "reverse_kl"
-    match kind:
+    p, q, mix = student.exp(), teacher.exp(), divergence.parameter
+    match kind_of(divergence):
         case "forward_kl":
             terms = q * (teacher - student)
         case "reverse_kl":

@@ -35,6 +35,7 @@ from dstrain.batch import IGNORE_INDEX, sent
 from dstrain.ops.best_types import best_types
 from dstrain.ops.divergence import (
     Divergence,
+    kind_of,
     reference_sparse_value,
     reference_value,
     sparse_fit,
@@ -142,7 +143,7 @@ def _reference_log_probs(signal: DenseSignal | LogProbsSignal, temperature: floa
 
 def check_signal(signal: Signal, divergence: Divergence) -> None:
     """ValueError where a kept signal is asked for more than it holds."""
-    if isinstance(signal, SparseSignal) and not signal.with_tail and divergence.kind != "forward_kl":
+    if isinstance(signal, SparseSignal) and not signal.with_tail and kind_of(divergence) != "forward_kl":
         raise ValueError(f"{divergence.kind} needs the mass of all types, but this signal says nothing of those it does not hold")
 
 
@@ -264,7 +265,7 @@ def _learn(student: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[Tens
     if isinstance(signal, SparseSignal):
         fit = sparse_fit(terms.divergence, student, signal)
         return fit.value, fit.slope(), _best(signal)
-    teacher = teacher_log_probs(signal, terms.temperature, like=student).masked_fill_(~rows.scored, 0)
+    teacher = _teacher_log_probs(signal, terms.temperature, like=student).masked_fill_(~rows.scored, 0)
     best = best_types(teacher)
     return *value_and_slope(terms.divergence, student, teacher), best
 
@@ -274,7 +275,7 @@ def _best(signal: SparseSignal) -> Tensor:
     return signal.ids.gather(1, signal.probs.argmax(1, keepdim=True)).clamp_min(0)
 
 
-def teacher_log_probs(signal: DenseSignal | LogProbsSignal, temperature: float, *, like: Tensor) -> Tensor:
+def _teacher_log_probs(signal: DenseSignal | LogProbsSignal, temperature: float, *, like: Tensor) -> Tensor:
     """At that temperature, of the mean of the teachers' probabilities. (n, V), of the dtype and on the device of `like`."""
     if isinstance(signal, LogProbsSignal):
         kept = sent(torch.from_numpy(np.concatenate(signal.log_probs)), like.device).to(like.dtype)

@@ -23,10 +23,9 @@ from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
-from dstrain.objectives.gradient_angle import Angle, gradient_angles, random_batches, reached_target
+from dstrain.objectives.gradient_angle import Angle, gradient_angles, random_batches
 from dstrain.objectives.logit_manifest import Method, SampleMethod, TopKMethod
 from dstrain.objectives.logit_store import LogitStore
-from dstrain.protocols import SparseSignal
 from tests.unit.objectives.toy_store import EOS, PAD, prepared, stored, teacher_for
 
 
@@ -83,13 +82,6 @@ def test_angle_and_ratio_are_those_of_autograd(method: Method, data: Path, tmp_p
     cosine = F.cosine_similarity(vectors[0].double(), vectors[1].double(), dim=0)
     assert found.degrees == pytest.approx(math.degrees(math.acos(cosine)), rel=1e-3)
     assert found.norm_ratio == pytest.approx(float(vectors[0].norm() / vectors[1].norm()), rel=1e-4)
-
-
-def test_a_tail_goes_to_the_others_as_the_student_has_them() -> None:
-    student = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
-    signal = SparseSignal(torch.tensor([[3, 0], [1, -1]]), torch.tensor([[0.5, 0.2], [1.0, 0.0]]), torch.tensor([0.3, 0.0]))
-    expected = torch.tensor([[0.2, 0.3 * 0.4, 0.3 * 0.6, 0.5], [0.0, 1.0, 0.0, 0.0]])
-    torch.testing.assert_close(reached_target(student, signal), expected)
 
 
 def test_random_batches_hold_every_row_once(data: Path) -> None:

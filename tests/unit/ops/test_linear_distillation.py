@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX
-from dstrain.ops.divergence import Divergence
+from dstrain.ops.divergence import Divergence, sparse_fit
 from dstrain.ops.linear_cross_entropy import linear_cross_entropy
 from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation, reference_linear_distillation
 from dstrain.protocols import DenseSignal, LogProbsSignal, SparseSignal
@@ -148,6 +148,15 @@ def test_types_with_a_tail_give_every_divergence_over_buckets(shape, divergence,
         assert_twins(student(*shape), signal, terms=terms(divergence, **options), chunk_tokens=chunk_tokens)
     single = top_types(probabilities(dense(shape[0], shape[2], torch.float32), temperature), shape[2] // 2, tail=True)
     assert_twins(student(*shape, torch.float32), single, terms=terms(divergence, temperature=temperature), rtol=2e-5)
+
+
+def test_a_tail_goes_to_the_others_as_the_student_has_them() -> None:
+    """The slope of forward_kl is p less the distribution towards which it pulls."""
+    own = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
+    signal = SparseSignal(torch.tensor([[3, 0], [1, -1]]), torch.tensor([[0.5, 0.2], [1.0, 0.0]]), torch.tensor([0.3, 0.0]))
+    expected = torch.tensor([[0.2, 0.3 * 0.4, 0.3 * 0.6, 0.5], [0.0, 1.0, 0.0, 0.0]])
+    slope = sparse_fit(Divergence("forward_kl"), own.log(), signal).slope()
+    torch.testing.assert_close(own - slope, expected)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
@@ -417,7 +426,7 @@ import sys
 
 import numpy as np
 import torch
-from dstrain.ops.divergence import Divergence
+from dstrain.ops.divergence import Divergence, sparse_fit
 from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation
 from dstrain.protocols import DenseSignal, LogProbsSignal, SparseSignal
 
