@@ -1,4 +1,4 @@
-"""Two-tag source lines (`eng_Latn deu_Latn text`), from text to translation, with both kinds of tokenizer."""
+"""Two-tag source lines (`eng_Latn deu_Latn text`), from text to translation and distillation, with both kinds of tokenizer."""
 
 import random
 from pathlib import Path
@@ -12,7 +12,7 @@ from dstrain.data.config import TrainedSentencePiece
 from dstrain.data.dataset import open_dataset
 from dstrain.data.tokenizer import SentencePieceTokenizer, load_tokenizers
 from dstrain.data.tokenizer_training import train_sentencepiece
-from tests.e2e.support import RECIPE, SMALL_TRAINING, dstrain, settings, succeeds
+from tests.e2e.support import RECIPE, SMALL_TRAINING, dstrain, events, settings, succeeds
 from tests.unit.data.corpus import sentences, write_lines
 
 TAGS = ["eng_Latn", "deu_Latn", "hin_Deva"]
@@ -24,7 +24,7 @@ def corpus(folder: Path, name: str, number: int) -> dict[str, str]:
     source, target = [], []
     for sentence in sentences(number):
         tag = choose.choice(TAGS[1:])
-        source.append(f"eng_Latn {tag} {sentence}")
+        source.append(f"{choose.choice(TAGS[:2])} {tag} {sentence}")
         target.append(sentence if tag == "deu_Latn" else " ".join(sentence.split()[::-1]))
     paths = [write_lines(folder / f"{name}.{side}", lines) for side, lines in (("source", source), ("target", target))]
     return {"kind": "parallel", "source": str(paths[0]), "target": str(paths[1])}
@@ -67,3 +67,11 @@ def test_tags_are_single_first_tokens_from_text_to_translation(tmp_path: Path, k
     result = dstrain("generate", run / "bundles/last", "--input", tmp_path / "valid.source", "--output", tmp_path / "out")
     succeeds(result)
     assert len((tmp_path / "out").read_text().splitlines()) == 20
+
+    by_language = "{kind: global_by_language, rate: 0.5, queue_size: 30, tags: [eng_Latn, deu_Latn]}"
+    distil = settings(f"objective={{kind: distillation, selection: {by_language}}}", "training.max_steps=4")
+    student = ("--data", data, "--output", tmp_path / "student", "--teacher", run / "bundles/last", "--device", "cpu")
+    succeeds(dstrain("train", recipe, *student, *distil))
+    selected = [event["selected"] for event in events(tmp_path / "student", "train")]
+    assert len(selected) == 4
+    assert all(0 < share < 1 for share in selected)
