@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from dstrain.batch import Sequences
 from dstrain.checkpoint.bundle import Bundle, load_bundle
-from dstrain.data.tokenizer import TokenizerPair
+from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.errors import BundleError, DataError, DstrainError, RecipeError
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.constraints import SpecialIds

@@ -19,6 +19,8 @@ from torch import Tensor
 from dstrain.batch import Batch, Sequences, Size
 
 R = TypeVar("R")
+Look = Callable[[Tensor, Tensor], None]
+"""Takes features (n, E) and a projection's weight (V, E), over the student's vocabulary."""
 
 
 class Memory(NamedTuple):

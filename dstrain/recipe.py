@@ -12,12 +12,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from dstrain.adapters.config import AdapterConfig
+from dstrain.config_base import Config
 from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece, has_no_source, is_text_alone
+from dstrain.distillation.config import DistillationConfig, ObjectiveConfig
 from dstrain.engine.config import EngineConfig, FallingSchedule, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 from dstrain.models.config import ModelConfig
-from dstrain.objectives.config import CrossEntropyConfig, DistillationConfig, ObjectiveConfig
-from dstrain.strict import Config
+from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
 
 RECIPE_VERSION = 1

@@ -25,11 +25,11 @@ from typing import get_args
 import numpy as np
 import torch
 
-from dstrain.data.collate import collate
+from dstrain.data.batching.collate import collate
 from dstrain.data.files import HashingWriter
-from dstrain.objectives.logit_codec import TokenKeys, build_codec
-from dstrain.objectives.logit_dump import ShardDraft
-from dstrain.objectives.logit_manifest import Method, SampleMethod, TopKMethod
+from dstrain.distillation.store.codec import TokenKeys, build_codec
+from dstrain.distillation.store.dump import ShardDraft
+from dstrain.distillation.store.manifest import Method, SampleMethod, TopKMethod
 from dstrain.ops.divergence import Divergence, DivergenceKind
 from dstrain.ops.linear_cross_entropy import linear_cross_entropy
 from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation, reference_linear_distillation

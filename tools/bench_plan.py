@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from dstrain.data.batching.plan import Lengths, StepPlan, micro_batches
 from dstrain.data.config import BatchingConfig
-from dstrain.data.dataset import open_dataset
-from dstrain.data.plan import Lengths, StepPlan, micro_batches
+from dstrain.data.prepared.dataset import open_dataset
 
 
 def synthetic_lengths(size: int) -> tuple[Lengths, Lengths]:

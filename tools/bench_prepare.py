@@ -21,8 +21,8 @@ from pathlib import Path
 import sentencepiece
 
 from dstrain.data.config import DataConfig, TrainedSentencePiece
-from dstrain.data.prepare import prepare
-from dstrain.data.tokenizer_training import train_sentencepiece
+from dstrain.data.prepared.prepare import prepare
+from dstrain.data.tokenizers.training import train_sentencepiece
 
 CORPUS = Path(os.environ.get("DSTRAIN_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "multi30k"
 

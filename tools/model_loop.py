@@ -13,9 +13,9 @@ import torch
 from bare_loop import LENGTH, NUM_PAIRS, NUM_TYPES, cpu_seconds
 
 from dstrain.batch import Batch, Sequences
+from dstrain.build.objective import build_objective
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.objectives.factory import build_objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.recipe_file import load_recipe
 

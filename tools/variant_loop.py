@@ -20,12 +20,12 @@ from model_loop import random_batch
 from pydantic import TypeAdapter
 from torch import nn
 
+from dstrain.build.objective import build_objective
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.nn.attention import CrossAttention, SelfAttention
 from dstrain.nn.embedding import Projection
 from dstrain.nn.linear import FusedLinear, Linear
-from dstrain.objectives.factory import build_objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import keep_freed_memory
 from dstrain.recipe import Recipe

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from dstrain.strict import Config
+from dstrain.config_base import Config
 
 
 class LoraConfig(Config):

@@ -27,8 +27,8 @@ from torch import Tensor
 from dstrain.adapters.config import AdapterConfig
 from dstrain.adapters.lora import merged, strangers
 from dstrain.checkpoint.files import sha256
+from dstrain.config_base import Config
 from dstrain.errors import BundleError
-from dstrain.strict import Config
 
 FORMAT = 1
 ADAPTER, DESCRIPTION, WEIGHTS = "adapter", "adapter.yaml", "adapter.safetensors"

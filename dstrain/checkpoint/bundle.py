@@ -39,12 +39,12 @@ from dstrain.checkpoint.adapter_files import (
     write_adapter,
 )
 from dstrain.checkpoint.files import replace_directory, sha256, sync
-from dstrain.data.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
+from dstrain.config_base import Config
+from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import BundleError
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
-from dstrain.models.portable import check_portable, load_portable
-from dstrain.strict import Config
+from dstrain.models.weights import check_portable, load_portable
 
 FORMAT = 1
 MODEL, WEIGHTS, TOKENIZER, RECIPE = "model.yaml", "model.safetensors", "tokenizer", "recipe.yaml"

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Dump this share, or merge."""
-    from dstrain.objectives.logit_manifest import merge_store
+    from dstrain.distillation.store.manifest import merge_store
 
     given = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
     if given not in ([True, True, True, False], [False, False, False, True]):

@@ -10,7 +10,7 @@ from dstrain.cli.common import positive_float, positive_number, whole_number
 from dstrain.cli.teacher import load_lesson
 
 if TYPE_CHECKING:
-    from dstrain.objectives.logit_dump import Dumper
+    from dstrain.distillation.store.dump import Dumper
 
 METHOD: dict[str, tuple[Callable[[str], object], str]] = {
     "draws": (positive_number, "sample: draws a token (default: 50)"),
@@ -23,8 +23,8 @@ METHOD: dict[str, tuple[Callable[[str], object], str]] = {
 
 def build_dumper(args: argparse.Namespace, device: str) -> Dumper:
     """Teacher, data and job. DataError where they do not fit together."""
-    from dstrain.objectives.logit_dump import Dumper, plan_dump
-    from dstrain.objectives.logit_manifest import choose_method
+    from dstrain.distillation.store.dump import Dumper, plan_dump
+    from dstrain.distillation.store.manifest import choose_method
 
     method = choose_method(args.method, {name: vars(args)[name] for name in METHOD})
     lesson = load_lesson(args.teacher, args.data, args.split, device, args.precision)

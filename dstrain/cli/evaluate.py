@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a line for each score: its name, value and signature."""
-    from dstrain.data.text import read_lines
+    from dstrain.data.sources.text import read_lines
     from dstrain.errors import DataError
-    from dstrain.metrics.corpus import corpus_scores
+    from dstrain.evaluation.metrics.corpus import corpus_scores
 
     hypotheses = read_lines(args.hypothesis)
     references = [read_lines(path) for path in args.reference]

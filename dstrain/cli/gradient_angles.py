@@ -11,8 +11,8 @@ from dstrain.cli.teacher import Lesson, load_lesson
 from dstrain.errors import BundleError
 
 if TYPE_CHECKING:
+    from dstrain.distillation.store.gradient_angle import Angle
     from dstrain.models.factory import Model
-    from dstrain.objectives.gradient_angle import Angle
 
 MAX_TOKENS = 512
 
@@ -21,9 +21,9 @@ def angles_of(args: argparse.Namespace) -> Iterator[Angle]:
     """The angles of the store `args.path`. DataError where it was not made by this teacher or of this data."""
     import torch
 
-    from dstrain.objectives.gradient_angle import gradient_angles, random_batches
-    from dstrain.objectives.logit_manifest import load_store_manifest
-    from dstrain.objectives.logit_store import moved, open_store
+    from dstrain.distillation.store.gradient_angle import gradient_angles, random_batches
+    from dstrain.distillation.store.manifest import load_store_manifest
+    from dstrain.distillation.store.store import moved, open_store
 
     job = load_store_manifest(args.path).job
     lesson = load_lesson(args.against_teacher, args.data, job.split, args.device)

@@ -44,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, convert, write."""
-    from dstrain.checkpoint.imported import save_imported
-    from dstrain.data.tokenizer import with_tags
+    from dstrain.data.tokenizers.tokenizer import with_tags
     from dstrain.errors import ImportFormatError
+    from dstrain.interop.fairseq.bundle import save_imported
+    from dstrain.interop.fairseq.checkpoint import read_dictionaries, read_fairseq_checkpoint
+    from dstrain.interop.fairseq.lora import convert_adapted
     from dstrain.log import logger
-    from dstrain.models.interop.fairseq import read_dictionaries, read_fairseq_checkpoint
-    from dstrain.models.interop.fairseq_lora import convert_adapted
 
     models = args.sentencepiece
     if models and len(models) > 2:

@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert, check, write."""
-    from dstrain.fairseq_args.convert import recipe_from_command
+    from dstrain.interop.fairseq.command_line.convert import recipe_from_command
 
     recipe = recipe_from_command(args.command)
     if args.output is None:

@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """Find the files, write the data, print its section."""
     import yaml
 
-    from dstrain.data.fairseq_directory import fairseq_data
-    from dstrain.data.prepare import prepare
+    from dstrain.data.prepared.prepare import prepare
+    from dstrain.data.sources.fairseq_directory import fairseq_data
     from dstrain.errors import ImportFormatError
 
     models = args.sentencepiece

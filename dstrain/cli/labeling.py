@@ -16,7 +16,7 @@ def build_labeler(args: argparse.Namespace, device: str) -> Labeler:
     """Teacher, data and job. DataError where they do not fit together."""
     from dstrain.api import generation_config
     from dstrain.data.config import DataConfig
-    from dstrain.data.derived import LabelJob
+    from dstrain.data.prepared.derived import LabelJob
     from dstrain.generation.constraints import SpecialIds
     from dstrain.generation.generator import Generator
     from dstrain.generation.pseudo_label import Labeler

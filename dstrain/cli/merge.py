@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     """Read, merge, write."""
     from dstrain.checkpoint.bundle import load_bundle, save_bundle
     from dstrain.errors import BundleError
-    from dstrain.models.portable import to_portable
+    from dstrain.models.weights import to_portable
 
     bundle = load_bundle(args.bundle)
     if not bundle.adapters:

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare, and print what was done."""
-    from dstrain.data.prepare import prepare
+    from dstrain.data.prepared.prepare import prepare
 
     recipe = recipe_from(args)
     workers = args.workers or len(os.sched_getaffinity(0))

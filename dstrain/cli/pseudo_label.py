@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Label this share, or merge."""
-    from dstrain.data.derived import merge_labels
+    from dstrain.data.prepared.derived import merge_labels
 
     given = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
     if given not in ([True, True, True, False], [False, False, False, True]):
@@ -68,7 +68,7 @@ def _label(args: argparse.Namespace, task: Task) -> str:
     from tqdm import tqdm
 
     from dstrain.cli.labeling import build_labeler
-    from dstrain.data.derived import take_over
+    from dstrain.data.prepared.derived import take_over
 
     labeler = build_labeler(args, task.device)
     total = sum(len(labeler.job.rows(number)) for number in task.share.of(labeler.job.parts))

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from dstrain.cli.ranks import share
+from dstrain.config_base import Precision
 from dstrain.data.parts import Share
-from dstrain.strict import Precision
 
 if TYPE_CHECKING:
     from dstrain.checkpoint.bundle import Bundle
-    from dstrain.data.dataset import Dataset
-    from dstrain.data.manifest import Manifest
-    from dstrain.data.tokenizer import TokenizerPair
+    from dstrain.data.prepared.dataset import Dataset
+    from dstrain.data.prepared.manifest import Manifest
+    from dstrain.data.tokenizers.tokenizer import TokenizerPair
 
 
 def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required: bool) -> None:
@@ -58,12 +58,12 @@ def load_lesson(teacher: Path, data: Path, split: str, device: str, precision: P
     """
     from dstrain.api import usable_device
     from dstrain.checkpoint.bundle import bundle_fingerprint, load_bundle
-    from dstrain.data.dataset import open_dataset
-    from dstrain.data.manifest import load_manifest
+    from dstrain.data.prepared.dataset import open_dataset
+    from dstrain.data.prepared.manifest import load_manifest
     from dstrain.engine.teacher_engine import DTYPES
     from dstrain.errors import BundleError
+    from dstrain.evaluation.validator import check_split
     from dstrain.ops.allocator import keep_freed_memory
-    from dstrain.training.validator import check_split
 
     chosen = usable_device(device)
     if chosen == "cpu":

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write both sides, one line a pair."""
-    from dstrain.data.dataset import open_dataset
+    from dstrain.data.prepared.dataset import open_dataset
 
     dataset = open_dataset(args.data, args.split)
     args.output.mkdir(parents=True, exist_ok=True)

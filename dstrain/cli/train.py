@@ -60,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the recipe, then build and run the trainer."""
     recipe = recipe_from(args)
-    from dstrain.build import train
+    from dstrain.build.teachers import TeacherOptions
+    from dstrain.build.training import train
     from dstrain.errors import RecipeError
-    from dstrain.training.teachers import TeacherOptions
 
     if not args.teachers and (args.teacher_placement or args.vocabulary_map):
         raise RecipeError(

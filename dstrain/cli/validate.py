@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dstrain.cli.common import positive_number
 
 if TYPE_CHECKING:
-    from dstrain.objectives.config import ObjectiveConfig
+    from dstrain.distillation.config import ObjectiveConfig
     from dstrain.parallel.topology import World
 
 
@@ -47,9 +47,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace, world: World) -> dict[str, float]:
     from dstrain.api import generation_config
+    from dstrain.build.objective import validation_objective
     from dstrain.checkpoint.bundle import load_bundle
-    from dstrain.objectives.factory import validation_objective
-    from dstrain.training.bundle_validation import validate_bundle
+    from dstrain.evaluation.bundle_validation import validate_bundle
 
     bundle = load_bundle(args.bundle, device=world.device)
     objective = _objective(bundle.recipe or {})

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from dstrain.strict import Config
+from dstrain.config_base import Config
 
 
 class ParallelText(Config):

@@ -16,10 +16,10 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from dstrain.config_base import Config
 from dstrain.data.files import write_file
-from dstrain.data.manifest import PARTS_FILE, FileRecord
+from dstrain.data.prepared.manifest import PARTS_FILE, FileRecord
 from dstrain.errors import DataError
-from dstrain.strict import Config
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dstrain.data.dataset import Dataset
+from dstrain.data.prepared.dataset import Dataset
 from dstrain.errors import DataError
 from dstrain.protocols import TextTokenizer
 

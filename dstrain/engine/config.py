@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dstrain.strict import Config, Precision
+from dstrain.config_base import Config, Precision
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from dstrain.strict import Config
+from dstrain.config_base import Config
 
 Auto = Literal["auto"]
 

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dstrain.engine.masters import Layout
+from dstrain.engine.master_weights import Layout
 
 
 class StableAdamW(torch.optim.Optimizer):

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.batch import Batch, Sequences
+from dstrain.config_base import Precision
 from dstrain.engine.launch import load_deepspeed, require_precision
-from dstrain.objectives.signals import Look
 from dstrain.parallel.topology import World
-from dstrain.protocols import Record, TeacherForced
-from dstrain.strict import Precision
+from dstrain.protocols import Look, Record, TeacherForced
 
 Placement = Literal["replicated", "sharded", "offloaded"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dstrain.strict import Config
+from dstrain.config_base import Config
 
 
 class _Limits(Config):

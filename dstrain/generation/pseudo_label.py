@@ -20,13 +20,13 @@ import numpy as np
 import numpy.typing as npt
 
 from dstrain.data.config import FilterConfig
-from dstrain.data.dataset import Dataset
-from dstrain.data.derived import MAKER, LabelJob, LabelNote, part_file
-from dstrain.data.encode import drop_reasons
 from dstrain.data.files import atomic_writer
 from dstrain.data.parts import Share, finished_part, settle_job, write_note
-from dstrain.data.rows import Rows, id_dtype
-from dstrain.data.shard import ShardWriter, shard_schema
+from dstrain.data.prepared.dataset import Dataset
+from dstrain.data.prepared.derived import MAKER, LabelJob, LabelNote, part_file
+from dstrain.data.prepared.encode import drop_reasons
+from dstrain.data.prepared.rows import Rows, id_dtype
+from dstrain.data.prepared.shard import ShardWriter, shard_schema
 from dstrain.generation.generator import Generator
 from dstrain.log import logger
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
 
-from dstrain.strict import Config
+from dstrain.config_base import Config
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "linear"]
 Probability = Annotated[float, Field(ge=0, lt=1)]

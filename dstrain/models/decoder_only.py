@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from dstrain.batch import Sequences
 from dstrain.models.config import DecoderOnlyConfig, VocabularySizes
+from dstrain.nn.attention_bias import AttentionContext, SelfView
 from dstrain.nn.cache import KeyValueCache, is_identity
-from dstrain.nn.context import AttentionContext, SelfView
+from dstrain.nn.capture import StackWatch
 from dstrain.nn.embedding import InputEmbedding, Projection
 from dstrain.nn.layers import EncoderLayer
 from dstrain.nn.position import Positions
 from dstrain.nn.stack import LayerStack
-from dstrain.nn.watching import StackWatch
 from dstrain.ops.bias import causal_bias, hide
 from dstrain.ops.matmul import linear
 from dstrain.protocols import DecodingState, ModelOutput, Record

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from dstrain.batch import Sequences
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
+from dstrain.nn.attention_bias import SelfView
 from dstrain.nn.cache import KeyValueCache, is_identity
-from dstrain.nn.context import SelfView
+from dstrain.nn.capture import StackWatch
 from dstrain.nn.embedding import InputEmbedding, Projection
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
-from dstrain.nn.watching import StackWatch
 from dstrain.ops.bias import causal_bias, padding_bias, segment_bias
 from dstrain.ops.matmul import linear
 from dstrain.protocols import DecodingState, Memory, ModelOutput, Record

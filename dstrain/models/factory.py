@@ -27,7 +27,7 @@ from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.initialize import initialize
 from dstrain.models.rotary import build_rotary
 from dstrain.nn.attention import CrossAttention, SelfAttention
-from dstrain.nn.context import Alibi, SelfView
+from dstrain.nn.attention_bias import Alibi, SelfView
 from dstrain.nn.dropout import Dropout
 from dstrain.nn.embedding import FactorizedEmbedding, InputEmbedding, Projection, TokenEmbedding, TokenPart
 from dstrain.nn.feed_forward import FeedForward, GatedFeedForward

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dstrain.models.portable import to_portable
+from dstrain.models.weights import to_portable
 from dstrain.seeding import derive_seed
 
 Fill = Callable[[Tensor, int, torch.Generator], None]

@@ -9,8 +9,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from dstrain.nn.attention_bias import AttentionContext
 from dstrain.nn.cache import LayerCache
-from dstrain.nn.context import AttentionContext
 from dstrain.nn.linear import BlockLinear
 from dstrain.ops.attention import attention, mean_probabilities
 

@@ -8,10 +8,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from dstrain.nn.attention import CrossAttention, SelfAttention
+from dstrain.nn.attention_bias import AttentionContext
 from dstrain.nn.cache import LayerCache
-from dstrain.nn.context import AttentionContext
+from dstrain.nn.capture import UNWATCHED, LayerWatch
 from dstrain.nn.dropout import Dropout
-from dstrain.nn.watching import UNWATCHED, LayerWatch
 
 NormOrder = Literal["pre", "post"]
 

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from dstrain.nn.watching import StackWatch
+from dstrain.nn.capture import StackWatch
 
 L = TypeVar("L", bound=nn.Module)
 T = TypeVar("T")

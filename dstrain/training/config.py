@@ -6,9 +6,9 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from dstrain.config_base import Config
 from dstrain.engine.config import EmaConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
-from dstrain.strict import Config
 
 
 class TrainingConfig(Config):

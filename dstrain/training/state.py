@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from dstrain.batch import Batch
-from dstrain.data.plan import PlannedStep
+from dstrain.data.batching.plan import PlannedStep
 from dstrain.errors import CheckpointError
 from dstrain.protocols import StepReport
 

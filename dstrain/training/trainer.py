@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from dstrain.batch import Batch, Size
 from dstrain.checkpoint.manager import CheckpointManager
-from dstrain.data.plan import PlannedStep
+from dstrain.data.batching.loader import Steps
+from dstrain.data.batching.plan import PlannedStep
 from dstrain.errors import TrainingError
 from dstrain.log import logger
 from dstrain.protocols import Ranks, Shardable, StepReport
@@ -32,18 +33,6 @@ from dstrain.training.watchdog import Watchdog
 
 MAX_CONSECUTIVE_SKIPPED = 100
 """After so many skipped updates in a row the loss scale will not recover any more."""
-
-
-class Steps(Protocol):
-    """All steps from some place on, over epoch ends without end, each with this rank's micro-batches."""
-
-    def __iter__(self) -> Iterator[tuple[PlannedStep, Sequence[Batch]]]:
-        """The steps in order."""
-        ...
-
-    def close(self) -> None:
-        """No more are wanted."""
-        ...
 
 
 StepSource = Callable[[int, int], Steps]

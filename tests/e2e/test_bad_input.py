@@ -181,7 +181,7 @@ def test_a_broken_bundle_is_named_by_its_fault(tmp_path: Path) -> None:
     from dstrain.checkpoint.bundle import save_bundle
     from dstrain.models.config import VocabularySizes
     from dstrain.models.factory import build_model
-    from dstrain.models.portable import to_portable
+    from dstrain.models.weights import to_portable
     from dstrain.recipe_file import load_recipe
 
     config = load_recipe(RECIPE).model

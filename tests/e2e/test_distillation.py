@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
-from dstrain.models.portable import to_portable
+from dstrain.models.weights import to_portable
 from tests.e2e.support import RECIPE, SMALL_DATA, SMALL_TRAINING, Ranks, dstrain, events, fails, settings, succeeds
 
 TEACHER = ("model.model_dim=48", "model.encoder={depth: 2, num_heads: 4, ffn_dim: 64}", "training.max_steps=40")

@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from dstrain.data.config import TrainedSentencePiece
-from dstrain.data.dataset import open_dataset
-from dstrain.data.tokenizer import SentencePieceTokenizer, load_tokenizers
-from dstrain.data.tokenizer_training import train_sentencepiece
+from dstrain.data.prepared.dataset import open_dataset
+from dstrain.data.tokenizers.tokenizer import SentencePieceTokenizer, load_tokenizers
+from dstrain.data.tokenizers.training import train_sentencepiece
 from tests.e2e.support import RECIPE, SMALL_TRAINING, dstrain, events, settings, succeeds
 from tests.unit.data.corpus import sentences, write_lines
 

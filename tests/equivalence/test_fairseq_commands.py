@@ -10,9 +10,9 @@ import torch
 import yaml
 
 from dstrain.adapters.lora import places, select
-from dstrain.data.tokenizer import DictionaryTokenizer
+from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer
 from dstrain.engine.schedule import learning_rate
-from dstrain.fairseq_args.convert import recipe_from_command
+from dstrain.interop.fairseq.command_line.convert import recipe_from_command
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.recipe import Recipe

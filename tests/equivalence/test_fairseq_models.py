@@ -12,12 +12,12 @@ from dstrain.adapters.config import LoraConfig
 from dstrain.adapters.freeze import freeze
 from dstrain.adapters.lora import inject, merged
 from dstrain.batch import Sequences
+from dstrain.interop.fairseq.checkpoint import read_fairseq_checkpoint
+from dstrain.interop.fairseq.lora import convert_adapted
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import Projections, build_model
-from dstrain.models.interop.fairseq import read_fairseq_checkpoint
-from dstrain.models.interop.fairseq_lora import convert_adapted
-from dstrain.models.portable import load_portable, portable_layout, split
-from dstrain.nn.context import SelfView
+from dstrain.models.weights import load_portable, portable_layout, split
+from dstrain.nn.attention_bias import SelfView
 from dstrain.nn.rotary import LengthRotary
 from tests.paths import GOLDEN, needs_golden
 

@@ -6,7 +6,7 @@ import pytest
 
 from dstrain.checkpoint.bundle import save_bundle
 from dstrain.cli.main import main
-from dstrain.models.interop.fairseq import convert, read_dictionaries, read_fairseq_checkpoint
+from dstrain.interop.fairseq.checkpoint import convert, read_dictionaries, read_fairseq_checkpoint
 from tests.paths import GOLDEN, needs_golden
 
 pytestmark = needs_golden

@@ -17,15 +17,15 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from dstrain.batch import Batch
+from dstrain.build.objective import build_objective
+from dstrain.distillation.config import ObjectiveConfig
+from dstrain.distillation.objective import SelectiveDistillation
+from dstrain.distillation.selection import gate
+from dstrain.distillation.signals import TeacherSignals
+from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
-from dstrain.models.interop.fairseq import convert, read_fairseq_checkpoint
-from dstrain.models.portable import load_portable
-from dstrain.objectives.config import ObjectiveConfig
-from dstrain.objectives.distillation import SelectiveDistillation
-from dstrain.objectives.factory import build_objective
-from dstrain.objectives.selection import gate
-from dstrain.objectives.signals import TeacherSignals
+from dstrain.models.weights import load_portable
 from dstrain.objectives.train_module import TrainModule
 from dstrain.protocols import LossOutput, Record
 from tests.parallel.trace import recorded_batches

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from dstrain.batch import IGNORE_INDEX, Batch
-from dstrain.models.portable import portable_layout, split
+from dstrain.build.objective import build_objective
+from dstrain.models.weights import portable_layout, split
 from dstrain.objectives.config import CrossEntropyConfig
-from dstrain.objectives.factory import build_objective
 from dstrain.objectives.train_module import TrainModule
 from tests.equivalence.test_fairseq_models import PAD, arrays, fairseq_name, imported, right_padded
 from tests.paths import GOLDEN, needs_golden

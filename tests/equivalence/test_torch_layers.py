@@ -10,7 +10,7 @@ from dstrain.batch import Sequences
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, StackConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
-from dstrain.models.portable import to_portable
+from dstrain.models.weights import to_portable
 
 BATCH, SOURCE, TARGET, DIM = 5, 9, 7, 24
 STACK: dict[str, Any] = {"depth": 3, "num_heads": 3, "ffn_dim": 40}

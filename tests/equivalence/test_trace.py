@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from dstrain.models.interop.fairseq import convert, read_fairseq_checkpoint
+from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
 from tests.parallel.launch import run_ranks
 from tests.paths import GOLDEN, needs_golden
 

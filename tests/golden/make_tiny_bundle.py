@@ -12,10 +12,10 @@ import torch
 
 from dstrain.batch import Sequences
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
-from dstrain.data.tokenizer import DictionaryTokenizer, TokenizerPair
+from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.models.portable import to_portable
+from dstrain.models.weights import to_portable
 
 HERE = Path(__file__).parent
 BUNDLE = HERE / "tiny_bundle"

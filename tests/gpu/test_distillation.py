@@ -13,20 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from dstrain.data.dataset import open_dataset
-from dstrain.data.manifest import load_manifest
-from dstrain.objectives.config import DistillationConfig
-from dstrain.objectives.distillation import Distillation
-from dstrain.objectives.logit_codec import TokenKeys, build_codec
-from dstrain.objectives.logit_dump import select_in_chunks
-from dstrain.objectives.logit_manifest import DenseMethod, Method, SampleMethod, TopKMethod, merge_store
-from dstrain.objectives.logit_store import open_store
-from dstrain.objectives.signals import TeacherSignals
+from dstrain.data.prepared.dataset import open_dataset
+from dstrain.data.prepared.manifest import load_manifest
+from dstrain.distillation.config import DistillationConfig
+from dstrain.distillation.objective import Distillation
+from dstrain.distillation.signals import TeacherSignals
+from dstrain.distillation.store.codec import TokenKeys, build_codec
+from dstrain.distillation.store.dump import select_in_chunks
+from dstrain.distillation.store.manifest import DenseMethod, Method, SampleMethod, TopKMethod, merge_store
+from dstrain.distillation.store.store import open_store
 from dstrain.ops.device_time import mark, seconds_between
 from dstrain.ops.linear_distillation import linear_distillation, reference_linear_distillation
 from dstrain.protocols import DenseSignal, SignalSource, SparseSignal
-from tests.unit.objectives.test_stored_distillation import AtWork
-from tests.unit.objectives.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for
+from tests.unit.distillation.test_stored_distillation import AtWork
+from tests.unit.distillation.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for
 from tests.unit.ops.test_linear_distillation import dense, draws, outcome, probabilities, student, terms, top_types
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]

@@ -11,12 +11,12 @@ from dstrain.adapters.config import LoraConfig
 from dstrain.adapters.freeze import freeze
 from dstrain.adapters.lora import inject
 from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
-from dstrain.engine.deepspeed_engine import TrainEngine
 from dstrain.engine.shard_file import read_shard
+from dstrain.engine.training_engine import TrainEngine
 from dstrain.errors import CheckpointError
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, FactorizedEmbedding, PlainEmbedding, StackConfig
 from dstrain.models.factory import build_model
-from dstrain.models.portable import to_portable
+from dstrain.models.weights import to_portable
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule

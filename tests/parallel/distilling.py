@@ -13,10 +13,14 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from dstrain.batch import Batch, Size
-from dstrain.engine.deepspeed_engine import TrainEngine
+from dstrain.build.objective import build_objective, validation_objective
+from dstrain.distillation.config import ObjectiveConfig
+from dstrain.distillation.feature_plan import plan_features
+from dstrain.distillation.signals import TeacherSignals
 from dstrain.engine.launch import load_deepspeed
 from dstrain.engine.shard_file import read_shard
 from dstrain.engine.teacher_engine import TeacherEngine
+from dstrain.engine.training_engine import TrainEngine
 from dstrain.models.config import (
     DecoderStackConfig,
     EncoderDecoderConfig,
@@ -26,10 +30,6 @@ from dstrain.models.config import (
     VocabularySizes,
 )
 from dstrain.models.factory import Model, build_model
-from dstrain.objectives.config import ObjectiveConfig
-from dstrain.objectives.factory import build_objective, validation_objective
-from dstrain.objectives.feature_plan import plan_features
-from dstrain.objectives.signals import TeacherSignals
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
 from dstrain.protocols import Place, Record

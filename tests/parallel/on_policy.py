@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from dstrain.batch import Batch
-from dstrain.data.plan import PlannedStep
-from dstrain.engine.deepspeed_engine import TrainEngine
+from dstrain.data.batching.plan import PlannedStep
+from dstrain.distillation.config import OnPolicyConfig
+from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples
+from dstrain.engine.training_engine import TrainEngine
 from dstrain.generation.constraints import SpecialIds
-from dstrain.objectives.config import OnPolicyConfig
 from dstrain.parallel.topology import World
-from dstrain.training.on_policy import OnPolicySteps, OwnSamples
 from tests.parallel.distilling import queues, student
 from tests.parallel.setting import EOS, PAD, collate, num_targets, sentences
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dstrain.batch import Batch, Size
 from dstrain.engine.config import ScheduleConfig
-from dstrain.engine.deepspeed_engine import SETTING, TrainEngine
 from dstrain.engine.launch import load_deepspeed
 from dstrain.engine.shard_file import read_shard, write_shard
+from dstrain.engine.training_engine import SETTING, TrainEngine
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.encoder_decoder import EncoderDecoder
-from dstrain.models.portable import load_portable, to_portable
+from dstrain.models.weights import load_portable, to_portable
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
 from dstrain.protocols import LossOutput

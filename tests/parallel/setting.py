@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from dstrain.batch import IGNORE_INDEX, Batch, Sequences, Size
+from dstrain.build.objective import build_objective
 from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
-from dstrain.engine.deepspeed_engine import TrainEngine
+from dstrain.engine.training_engine import TrainEngine
 from dstrain.models.config import (
     DecoderStackConfig,
     EmbeddingConfig,
@@ -18,7 +19,6 @@ from dstrain.models.config import (
 )
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
-from dstrain.objectives.factory import build_objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from dstrain.batch import IGNORE_INDEX, Batch, Sequences
 from dstrain.engine.config import AdamConfig, EngineConfig, ScheduleConfig
-from dstrain.engine.deepspeed_engine import TrainEngine
+from dstrain.engine.training_engine import TrainEngine
+from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
 from dstrain.models.factory import build_model
-from dstrain.models.interop.fairseq import convert, read_fairseq_checkpoint
-from dstrain.models.portable import load_portable
+from dstrain.models.weights import load_portable
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from dstrain.build.objective import build_objective
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
-from dstrain.objectives.factory import build_objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
 from tests.parallel.setting import VOCABULARY, build_engine, share

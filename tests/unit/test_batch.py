@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import sent
-from dstrain.data.collate import collate
+from dstrain.data.batching.collate import collate
 
 ELSEWHERE = torch.device("meta")
 """A device of which nothing can be asked."""

@@ -11,7 +11,7 @@ from dstrain.adapters.lora import inject, merged
 from dstrain.batch import Sequences
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import Model
-from dstrain.models.portable import load_portable, to_portable
+from dstrain.models.weights import load_portable, to_portable
 from tests.unit.models.build import sequences, small_config, small_model
 
 SOURCE, TARGET = sequences(5, 3, 1), sequences(4, 6, 1, seed=2)

@@ -21,7 +21,7 @@ from dstrain.models.config import (
     PlainEmbedding,
     StackConfig,
 )
-from dstrain.models.portable import to_portable
+from dstrain.models.weights import to_portable
 from dstrain.ops.linear_cross_entropy import linear_cross_entropy
 from tests.unit.adapters.adapted import SOURCE, TARGET, adapted, adapter_of, copies, logits, lora, merged_model
 from tests.unit.models.build import sequences, small_config, small_model

@@ -19,7 +19,7 @@ from dstrain.checkpoint.bundle import find_bundle, load_bundle, save_adapter_bun
 from dstrain.cli.main import main
 from dstrain.errors import BundleError
 from dstrain.models.factory import Model
-from dstrain.models.portable import load_portable, to_portable
+from dstrain.models.weights import load_portable, to_portable
 from tests.unit.adapters.adapted import adapter_of, logits, lora
 from tests.unit.checkpoint.test_bundle import save
 from tests.unit.models.build import small_model

@@ -16,7 +16,7 @@ from dstrain.cli.main import main
 from dstrain.errors import BundleError
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.models.portable import to_portable
+from dstrain.models.weights import to_portable
 
 STACK = {"depth": 1, "num_heads": 2, "ffn_dim": 12}
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from dstrain.checkpoint import bundle as bundle_module
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
-from dstrain.data.tokenizer import DictionaryTokenizer, TokenizerPair
+from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair
 from dstrain.errors import BundleError, DataError
 from dstrain.models.config import PlainEmbedding
 from dstrain.models.encoder_decoder import EncoderDecoder
-from dstrain.models.portable import to_portable
+from dstrain.models.weights import to_portable
 from tests.unit.models.build import VOCABULARY, sequences, small_config, small_model
 
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from dstrain.cli.main import main
-from dstrain.data.dataset import open_dataset
-from dstrain.data.manifest import load_manifest
-from dstrain.objectives.logit_store import open_store
+from dstrain.data.prepared.dataset import open_dataset
+from dstrain.data.prepared.manifest import load_manifest
+from dstrain.distillation.store.store import open_store
 from tests.unit.cli.verbs import Verbs, bundle_for
-from tests.unit.objectives.toy_store import batch_of, prepared
+from tests.unit.distillation.toy_store import batch_of, prepared
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def test_strangers_are_refused(data: Path, teacher: Path, logits: Path, tmp_path
 def test_other_sentences_are_refused(data: Path, teacher: Path, logits: Path, tmp_path: Path, verbs: Verbs) -> None:
     """The same tokenizer, other rows."""
     from dstrain.data.config import DataConfig, GivenTokenizer, GrammarText
-    from dstrain.data.prepare import prepare
+    from dstrain.data.prepared.prepare import prepare
 
     config = DataConfig(
         train=(GrammarText(split="train", num_pairs=60, seed=2),),

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.cli.main import main
-from dstrain.metrics.corpus import corpus_scores
+from dstrain.evaluation.metrics.corpus import corpus_scores
 
 HYPOTHESES = ["ein Hund läuft über die Straße .", "", "zwei zwei Männer sitzen auf einer Bank ."]
 REFERENCES = ["ein Hund rennt über die Straße .", "nichts", "zwei Männer sitzen auf einer Bank ."]

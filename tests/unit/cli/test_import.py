@@ -8,8 +8,8 @@ import torch
 
 from dstrain.checkpoint.bundle import load_bundle
 from dstrain.cli.main import main
-from dstrain.models.interop.fairseq import convert, read_fairseq_checkpoint
-from dstrain.models.portable import to_portable
+from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
+from dstrain.models.weights import to_portable
 from tests.paths import GOLDEN, needs_golden
 
 pytestmark = needs_golden

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from dstrain.checkpoint.bundle import load_bundle
-from dstrain.data.dataset import open_dataset
-from dstrain.data.manifest import load_manifest
-from dstrain.data.tokenizer import load_tokenizers
+from dstrain.data.prepared.dataset import open_dataset
+from dstrain.data.prepared.manifest import load_manifest
+from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator
 from tests.unit.cli.verbs import Verbs, bundle_for
-from tests.unit.objectives.toy_store import prepared
+from tests.unit.distillation.toy_store import prepared
 
 
 @pytest.fixture(scope="module")

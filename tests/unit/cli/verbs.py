@@ -8,9 +8,9 @@ import pytest
 
 from dstrain.checkpoint.bundle import save_bundle
 from dstrain.cli.main import main
-from dstrain.data.tokenizer import load_tokenizers
-from dstrain.models.portable import to_portable
-from tests.unit.objectives.toy_store import MODEL, teacher_for
+from dstrain.data.tokenizers.tokenizer import load_tokenizers
+from dstrain.models.weights import to_portable
+from tests.unit.distillation.toy_store import MODEL, teacher_for
 
 
 def bundle_for(data: Path, directory: Path, *, seed: int, tokenizers: bool = True, eos_scale: float = 1.0) -> Path:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain.batch import IGNORE_INDEX, Batch
-from dstrain.data.collate import NO_EXAMPLE, Ids, collate
+from dstrain.data.batching.collate import NO_EXAMPLE, Ids, collate
 
 BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SENTENCE = st.lists(st.integers(4, 60_000), max_size=12).map(lambda ids: [*ids, EOS])

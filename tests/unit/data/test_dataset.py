@@ -7,13 +7,13 @@ import pyarrow as pa
 import pytest
 
 from dstrain.data import dataset as dataset_module
-from dstrain.data.dataset import open_dataset
 from dstrain.data.files import atomic_writer
-from dstrain.data.manifest import load_manifest
-from dstrain.data.prepare import prepare
-from dstrain.data.rows import Rows, id_dtype
-from dstrain.data.shard import ShardWriter, list_array, read_shard, shard_schema, write_lengths
-from dstrain.data.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
+from dstrain.data.prepared.dataset import open_dataset
+from dstrain.data.prepared.manifest import load_manifest
+from dstrain.data.prepared.prepare import prepare
+from dstrain.data.prepared.rows import Rows, id_dtype
+from dstrain.data.prepared.shard import ShardWriter, list_array, read_shard, shard_schema, write_lengths
+from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import DataError
 from tests.unit.data.corpus import data_config, parallel, sentences
 

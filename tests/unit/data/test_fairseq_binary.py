@@ -9,12 +9,12 @@ import pytest
 
 from dstrain.data import fairseq_binary
 from dstrain.data.config import DataConfig
-from dstrain.data.dataset import Dataset, open_dataset
-from dstrain.data.fairseq_binary import IdReader, IndexedIds
-from dstrain.data.fairseq_directory import fairseq_data
-from dstrain.data.manifest import load_manifest
-from dstrain.data.prepare import prepare
-from dstrain.data.tokenizer import load_tokenizers
+from dstrain.data.prepared.dataset import Dataset, open_dataset
+from dstrain.data.prepared.manifest import load_manifest
+from dstrain.data.prepared.prepare import prepare
+from dstrain.data.sources.fairseq_binary import IdReader, IndexedIds
+from dstrain.data.sources.fairseq_directory import fairseq_data
+from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.errors import DataError
 from tests.paths import GOLDEN, needs_golden
 from tests.unit.data.corpus import tree

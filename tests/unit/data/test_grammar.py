@@ -4,9 +4,9 @@ from itertools import islice
 import pytest
 
 from dstrain.data import grammar
-from dstrain.data.grammar import GrammarReader, NounPhrase, Split, sentence_pairs
-from dstrain.data.lexicon import ADJECTIVES, PERSONS, PLACES, STATES, THINGS, THOUGHTS, Case, Noun
-from dstrain.data.text import decode_lines
+from dstrain.data.sources.grammar import GrammarReader, NounPhrase, Split, sentence_pairs
+from dstrain.data.sources.lexicon import ADJECTIVES, PERSONS, PLACES, STATES, THINGS, THOUGHTS, Case, Noun
+from dstrain.data.sources.text import decode_lines
 from dstrain.errors import DataError
 
 NOUNS = {noun.singular: noun for noun in PERSONS + THINGS + PLACES}

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.data.config import FairseqDictionaries, TrainedSentencePiece
-from dstrain.data.tokenizer import (
+from dstrain.data.tokenizers.tokenizer import (
     DictionaryTokenizer,
     SentencePieceTokenizer,
     TokenizerPair,
@@ -13,7 +13,7 @@ from dstrain.data.tokenizer import (
     save_tokenizers,
     with_tags,
 )
-from dstrain.data.tokenizer_training import given_tokenizers, train_sentencepiece
+from dstrain.data.tokenizers.training import given_tokenizers, train_sentencepiece
 from dstrain.errors import DataError
 from tests.unit.data.corpus import sentences
 

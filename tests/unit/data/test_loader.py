@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain.batch import Batch
-from dstrain.data.collate import NO_EXAMPLE, Ids
+from dstrain.data.batching.collate import NO_EXAMPLE, Ids
+from dstrain.data.batching.loader import TrainLoader, evaluation_loader
+from dstrain.data.batching.plan import StepPlan
 from dstrain.data.config import BatchingConfig
-from dstrain.data.loader import TrainLoader, evaluation_loader
-from dstrain.data.plan import StepPlan
 from dstrain.errors import DataError
 from tests.paths import ROOT
 

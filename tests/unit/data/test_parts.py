@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
+from dstrain.config_base import Config
 from dstrain.data.files import atomic_writer
-from dstrain.data.manifest import PARTS_FILE
 from dstrain.data.parts import Share, settle_job
+from dstrain.data.prepared.manifest import PARTS_FILE
 from dstrain.errors import DataError
-from dstrain.strict import Config
 
 
 class Job(Config):

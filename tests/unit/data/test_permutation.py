@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.data.permutation import Permutation
+from dstrain.data.batching.permutation import Permutation
 
 
 @pytest.mark.parametrize("size", [*range(1, 130), 999, 1000, 1001, 65535, 65536, 65537, 1_000_003])

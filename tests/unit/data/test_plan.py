@@ -12,8 +12,8 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dstrain.data.batching.plan import IntArray, PlannedStep, StepPlan, evaluation_batches, micro_batches
 from dstrain.data.config import BatchingConfig
-from dstrain.data.plan import IntArray, PlannedStep, StepPlan, evaluation_batches, micro_batches
 from dstrain.errors import DataError
 from dstrain.recipe_file import load_recipe
 from tests.paths import DATA, ROOT, needs_data

@@ -5,7 +5,7 @@ from itertools import count, islice
 
 import pytest
 
-from dstrain.data.prefetch import Prefetcher
+from dstrain.data.batching.prefetch import Prefetcher
 
 
 def threads() -> list[threading.Thread]:

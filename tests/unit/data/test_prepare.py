@@ -11,10 +11,10 @@ import pytest
 from dstrain.data import corpora, files, job, text
 from dstrain.data import prepare as prepare_module
 from dstrain.data.config import DataConfig
-from dstrain.data.dataset import open_dataset
-from dstrain.data.manifest import load_manifest
-from dstrain.data.prepare import prepare
-from dstrain.data.tokenizer import DictionaryTokenizer, TokenizerPair, load_tokenizers, save_tokenizers
+from dstrain.data.prepared.dataset import open_dataset
+from dstrain.data.prepared.manifest import load_manifest
+from dstrain.data.prepared.prepare import prepare
+from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import DataError
 from tests.unit.data.corpus import data_config, parallel, sentences, tree, write_lines
 

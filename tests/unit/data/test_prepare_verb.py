@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from dstrain.cli.main import main
-from dstrain.data.dataset import open_dataset
+from dstrain.data.prepared.dataset import open_dataset
 from tests.paths import ROOT
 from tests.unit.data.corpus import data_config, parallel, sentences, tree
 
@@ -187,7 +187,7 @@ MEASURE = """
 import json, resource, sys
 from pathlib import Path
 from dstrain.data.config import DataConfig
-from dstrain.data.prepare import prepare
+from dstrain.data.prepared.prepare import prepare
 
 if __name__ == "__main__":
     config = DataConfig.model_validate(json.loads(Path(sys.argv[1]).read_text()))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.data.text import read_lines
+from dstrain.data.sources.text import read_lines
 from dstrain.errors import DataError
 
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.data.dataset import Dataset, open_dataset
-from dstrain.data.prepare import prepare
+from dstrain.data.prepared.dataset import Dataset, open_dataset
+from dstrain.data.prepared.prepare import prepare
 from dstrain.data.tags import locate_tags
-from dstrain.data.tokenizer import DictionaryTokenizer, load_tokenizers
+from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, load_tokenizers
 from dstrain.errors import DataError
 from dstrain.protocols import TextTokenizer
 from tests.unit.data.corpus import data_config, parallel, sentences

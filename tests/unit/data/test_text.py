@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from dstrain.data import text
 from dstrain.data.config import JsonlText, ParallelText, TsvText
-from dstrain.data.corpora import files_of, parse, read_blocks
-from dstrain.data.text import BlockReader, TextBlock, decode_lines, expand_path, scan_file
+from dstrain.data.sources.corpora import files_of, parse, read_blocks
+from dstrain.data.sources.text import BlockReader, TextBlock, decode_lines, expand_path, scan_file
 from dstrain.errors import DataError
 from tests.unit.data.corpus import write_lines
 

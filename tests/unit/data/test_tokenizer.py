@@ -8,8 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain.data.config import TrainedSentencePiece
-from dstrain.data.tokenizer import DictionaryTokenizer, SentencePieceTokenizer, TokenizerPair, load_tokenizers, save_tokenizers
-from dstrain.data.tokenizer_training import train_sentencepiece
+from dstrain.data.tokenizers.tokenizer import (
+    DictionaryTokenizer,
+    SentencePieceTokenizer,
+    TokenizerPair,
+    load_tokenizers,
+    save_tokenizers,
+)
+from dstrain.data.tokenizers.training import train_sentencepiece
 from dstrain.errors import DataError
 from tests.unit.data.corpus import sentences
 

@@ -4,9 +4,15 @@ from typing import Any
 import pytest
 
 from dstrain.data.config import DataConfig, TrainedSentencePiece
-from dstrain.data.corpora import splits_of
-from dstrain.data.tokenizer import DictionaryTokenizer, SentencePieceTokenizer, TokenizerPair, load_tokenizers, save_tokenizers
-from dstrain.data.tokenizer_training import TokenizerTrainer, given_tokenizers, train_sentencepiece
+from dstrain.data.sources.corpora import splits_of
+from dstrain.data.tokenizers.tokenizer import (
+    DictionaryTokenizer,
+    SentencePieceTokenizer,
+    TokenizerPair,
+    load_tokenizers,
+    save_tokenizers,
+)
+from dstrain.data.tokenizers.training import TokenizerTrainer, given_tokenizers, train_sentencepiece
 from dstrain.errors import DataError
 from tests.unit.data.corpus import data_config, parallel, sentences, write_lines
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.engine.config import AdamConfig
-from dstrain.engine.masters import Layout
+from dstrain.engine.master_weights import Layout
 from dstrain.engine.optimizer import build_optimizer
 from dstrain.engine.stable_adamw import StableAdamW
 

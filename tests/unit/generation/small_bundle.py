@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.checkpoint.bundle import save_bundle
-from dstrain.data.tokenizer import DictionaryTokenizer, TokenizerPair
+from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair
 from dstrain.models.config import (
     DecoderOnlyConfig,
     DecoderOnlyStackConfig,
@@ -17,7 +17,7 @@ from dstrain.models.config import (
     VocabularySizes,
 )
 from dstrain.models.factory import build_model
-from dstrain.models.portable import to_portable
+from dstrain.models.weights import to_portable
 
 WORDS = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn", "elf", "zwölf"]
 NAMES = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"]

@@ -16,18 +16,18 @@ import numpy as np
 import pytest
 
 from dstrain.data.config import FilterConfig
-from dstrain.data.dataset import Dataset, open_dataset
-from dstrain.data.derived import LabelJob, merge_labels, part_file, take_over
-from dstrain.data.manifest import load_manifest
 from dstrain.data.parts import Share
-from dstrain.data.report import describe_data
+from dstrain.data.prepared.dataset import Dataset, open_dataset
+from dstrain.data.prepared.derived import LabelJob, merge_labels, part_file, take_over
+from dstrain.data.prepared.manifest import load_manifest
+from dstrain.data.prepared.report import describe_data
 from dstrain.errors import DataError
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator
 from dstrain.generation.pseudo_label import Labeler, LabelReport, repeats
 from dstrain.protocols import Hypothesis
-from tests.unit.objectives.toy_store import EOS, PAD, prepared, teacher_for
+from tests.unit.distillation.toy_store import EOS, PAD, prepared, teacher_for
 
 PAIRS = 60
 

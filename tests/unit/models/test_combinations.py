@@ -14,7 +14,7 @@ from dstrain.batch import Sequences
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import Model, build_model
-from dstrain.models.portable import load_portable, to_portable
+from dstrain.models.weights import load_portable, to_portable
 from tests.unit.models.build import VOCABULARY, random_config, sequences, small_model
 
 SOURCE = sequences(9, 1, 5, 6, seed=8)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dstrain.models import config as configurations
 from dstrain.models.config import DecoderOnlyConfig, DynamicYarnScaling, EncoderDecoderConfig, ModelConfig
 from dstrain.models.factory import build_model
-from dstrain.models.portable import to_portable
+from dstrain.models.weights import to_portable
 from tests.unit.models.build import VOCABULARY, sequences
 
 Tree = dict[str, Any]

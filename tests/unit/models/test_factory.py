@@ -10,8 +10,8 @@ from torch import nn
 from dstrain.errors import RecipeError
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.models.portable import to_portable
 from dstrain.models.presets import PRESETS
+from dstrain.models.weights import to_portable
 from tests.unit.models.build import VOCABULARY, name_of, sequences, small_config, small_model, variants
 
 PARAMETERS = {"iwslt": 31_641_600, "base": 44_236_800, "big": 176_553_984, "it2": 831_410_176, "it2_dist": 132_485_120}

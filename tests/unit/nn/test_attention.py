@@ -9,8 +9,8 @@ from dstrain.batch import Sequences
 from dstrain.models.config import RotaryPosition
 from dstrain.models.rotary import build_rotary
 from dstrain.nn.attention import CrossAttention, SelfAttention
+from dstrain.nn.attention_bias import AttentionContext, SelfView
 from dstrain.nn.cache import KeyValueCache
-from dstrain.nn.context import AttentionContext, SelfView
 from dstrain.nn.linear import FusedLinear, Linear
 from dstrain.ops.bias import padding_bias
 

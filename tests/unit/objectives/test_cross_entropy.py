@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX, Batch, Sequences, Size
+from dstrain.build.objective import build_objective
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
-from dstrain.objectives.factory import build_objective
 from dstrain.objectives.train_module import TrainModule
 
 NUM_TYPES, EOS, PAD = 37, 2, 1

@@ -12,7 +12,7 @@ import torch
 
 from dstrain.batch import Batch, Size
 from dstrain.checkpoint.manager import CheckpointManager
-from dstrain.data.plan import PlannedStep
+from dstrain.data.batching.plan import PlannedStep
 from dstrain.parallel.topology import World
 from dstrain.protocols import StepReport
 from dstrain.training.bundles import BundleStore

@@ -1,0 +1,91 @@
+"""Training that starts from a bundle: its weights, and an adapter over them where the recipe has one.
+
+Only what training alone knows of (dropout, dropped layers) may differ between the base's architecture and the recipe's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Set
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from dstrain.adapters.config import AdapterConfig
+from dstrain.adapters.freeze import freeze
+from dstrain.adapters.lora import inject
+from dstrain.batch import Batch
+from dstrain.checkpoint.bundle import StoredBundle, find_bundle, load_bundle
+from dstrain.checkpoint.files import together
+from dstrain.data.prepared.manifest import Manifest
+from dstrain.errors import BundleError, TrainingError
+from dstrain.evaluation.validator import Evaluates, WholeModel
+from dstrain.models.config import ModelConfig
+from dstrain.models.factory import Model, build_model
+from dstrain.models.weights import load_portable
+from dstrain.objectives.config import CrossEntropyConfig
+from dstrain.objectives.cross_entropy import CrossEntropy
+from dstrain.objectives.train_module import TrainModule
+from dstrain.parallel.topology import World
+from dstrain.training.run_directory import recipe_differences
+
+TRAINING_ALONE = {"dropout", "attention_dropout", "activation_dropout", "layer_drop"}
+"""Keys of a model that change nothing outside training."""
+
+
+def find_base(directory: Path, model: ModelConfig, manifest: Manifest) -> StoredBundle:
+    """The bundle that training starts from, whose weights are not read yet. manifest: of the data.
+
+    BundleError where it is another model than the recipe's or has no tokenizer, DataError where the data has another one.
+    """
+    bundle = find_bundle(directory)
+    if bundle.description.tokenizer is None:
+        raise BundleError(f"--base {directory} has no tokenizer, so it cannot be told whether the ids of the data are its own")
+    manifest.require_tokenizer(bundle.description.tokenizer, f"--base {directory}")
+    sides = [{"model": config.model_dump(mode="json")} for config in (bundle.description.model, model)]
+    if differences := recipe_differences(*(_without(TRAINING_ALONE, side) for side in sides)):
+        raise BundleError(
+            f"--base {directory} is another model than the recipe's (base -> recipe):\n"
+            + "\n".join(differences)
+            + "\ngive the recipe the base's values (--set KEY=VALUE), or name another base"
+        )
+    return bundle
+
+
+def build_on_base(base: StoredBundle, config: ModelConfig, adapter: AdapterConfig | None, seed: int) -> Model:
+    """The recipe's model with the base's weights; with an adapter, all else is frozen."""
+    model = build_model(config, base.description.vocabulary, projections="fused" if adapter is None else "separate", seed=None)
+    load_portable(model, base.weights())
+    if adapter is not None:
+        inject(model, adapter, seed=seed)
+        freeze(model, adapter)
+    return model
+
+
+def check_reloaded(directory: Path, engine: Evaluates, batch: Batch, world: World, *, averaged: bool, tolerance: float) -> None:
+    """Read the bundle `directory` as a user will and compare what it computes with what was trained. Collective.
+
+    batch: of this rank. averaged: bundles hold the moving average. tolerance: of the loss, relative; the engine may compute in 16
+    bits. TrainingError, on every rank, where the two differ, BundleError where the bundle cannot be read.
+    """
+    with engine.averaged_weights() if averaged else nullcontext():
+        trained = float(engine.evaluate(batch).sums["nll"])
+
+    def compare() -> None:
+        model = load_bundle(directory, device=world.device).model
+        plain = WholeModel(TrainModule(model, CrossEntropy(CrossEntropyConfig())), model, world.device)
+        reloaded = float(plain.evaluate(batch).sums["nll"])
+        if not math.isclose(trained, reloaded, rel_tol=tolerance, abs_tol=tolerance):
+            raise TrainingError(
+                f"{directory} does not compute what was trained: {batch.num_targets} tokens have a loss of {trained:.6g} in "
+                f"training and of {reloaded:.6g} after reloading; do not use it, and report this with its recipe"
+            )
+
+    together(world, TrainingError, f"reading {directory} back", compare)
+
+
+def _without(keys: Set[str], tree: Any) -> Any:
+    """A tree of plain values without these keys at any depth."""
+    if isinstance(tree, dict):
+        return {key: _without(keys, value) for key, value in tree.items() if key not in keys}
+    return tree

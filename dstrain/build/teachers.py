@@ -1,0 +1,180 @@
+"""What a distillation learns from, as the command line names it: dumped logits, or bundles that become teachers at work.
+
+Everything is checked before anything is built; teachers are loaded once the run is open.
+
+A teacher must speak the student's vocabulary, which its tokenizer's fingerprint tells. Where it does not, a vocabulary map says
+which id of the teacher's each of the student's is, one to one:
+
+    source: [0, 1, 2, 3, 17, 4, ...]     one number for each id of the student, in a YAML or JSON file
+    target: [...]                        may be left out where both sides share one vocabulary
+
+The teacher then reads its own ids, and of its types only those that the student has are left, with their shares of one. It must
+still cut text into the same pieces: a permuted vocabulary, or a larger one of which the student's is a part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dstrain.checkpoint.bundle import BundleDescription, find_bundle, load_bundle
+from dstrain.config_base import Precision
+from dstrain.data.prepared.dataset import Dataset
+from dstrain.data.prepared.manifest import Manifest
+from dstrain.data.tokenizers.tokenizer import TokenizerPair
+from dstrain.distillation.config import DistillationConfig
+from dstrain.distillation.objective import wanted_by
+from dstrain.distillation.signals import TeacherSignals
+from dstrain.distillation.store.store import LogitStore, open_store
+from dstrain.engine.teacher_engine import Placement, TeacherEngine, VocabularyMap
+from dstrain.errors import BundleError, DataError
+from dstrain.models.config import ModelConfig, VocabularySizes
+from dstrain.parallel.topology import World
+
+
+@dataclass(frozen=True)
+class TeacherOptions:
+    """What the command line says: dumped logits, or bundles, where their parameters are kept, and a vocabulary map if needed."""
+
+    bundles: tuple[Path, ...] = ()
+    placement: Placement = "sharded"
+    vocabulary_map: Path | None = None
+    logits: Path | None = None
+
+
+@dataclass(frozen=True)
+class PlannedTeacher:
+    """A teacher that fits. fingerprint: of its weights and, where one is used, of the vocabulary map."""
+
+    directory: Path
+    model: ModelConfig
+    fingerprint: str
+    vocabulary: VocabularyMap | None
+
+
+def plan_teachers(
+    options: TeacherOptions, tokenizers: TokenizerPair, sizes: VocabularySizes, dataset: Dataset
+) -> list[PlannedTeacher]:
+    """Look at every teacher, adapter bundles among them, without building it.
+
+    Raises BundleError where one is no bundle, has another vocabulary or reads shorter sentences than the data has; DataError for
+    a vocabulary map that is not one or not needed.
+    """
+    planned = []
+    for directory in options.bundles:
+        stored = find_bundle(directory)
+        description = stored.description
+        _require_lengths(directory, description, dataset)
+        same = description.tokenizer == tokenizers.fingerprint
+        if not same and options.vocabulary_map is None:
+            raise BundleError(
+                f"the teacher {directory} has another vocabulary (tokenizer {(description.tokenizer or 'none')[:12]}) than the "
+                f"data ({tokenizers.fingerprint[:12]}): its ids would mean other words; choose a teacher trained with the data's "
+                "tokenizer, or say by --vocabulary-map FILE which id is which"
+            )
+        vocabulary, fingerprint = None, stored.fingerprint
+        if not same and options.vocabulary_map is not None:
+            vocabulary = read_vocabulary_map(options.vocabulary_map, sizes, description.vocabulary)
+            fingerprint += hashlib.sha256(options.vocabulary_map.read_bytes()).hexdigest()
+        planned.append(PlannedTeacher(directory, description.model, fingerprint, vocabulary))
+    if options.vocabulary_map is not None and all(teacher.vocabulary is None for teacher in planned):
+        raise DataError("--vocabulary-map is not needed: every teacher has the vocabulary of the data; leave it out")
+    return planned
+
+
+def open_logits(directory: Path, data: Path, manifest: Manifest, objective: DistillationConfig) -> LogitStore:
+    """Dumped logits as the objective's source of signals.
+
+    data, manifest: what is trained on. Raises DataError where they are unfinished, damaged, of other data or another split than
+    train; RecipeError where they cannot give what the objective asks for.
+    """
+    store = open_store(directory, data=data, manifest=manifest, renormalize=objective.renormalize)
+    if store.manifest.job.split != "train":
+        raise DataError(
+            f"the logits in {directory} are of the split {store.manifest.job.split!r}, training reads 'train'; dump that one"
+        )
+    store.require(wanted_by(objective))
+    return store
+
+
+def start_teachers(
+    planned: Sequence[PlannedTeacher], *, placement: Placement, precision: Precision, world: World
+) -> list[TeacherEngine]:
+    """Read the weights of all teachers and put them to work, the same on every rank. Collective.
+
+    On one rank there is nothing to share out, so `sharded` is `replicated` there.
+    """
+    if placement == "sharded" and world.world_size == 1:
+        placement = "replicated"
+    return [
+        TeacherEngine(
+            load_bundle(teacher.directory).model,
+            placement=placement,
+            precision=precision,
+            world=world,
+            vocabulary=teacher.vocabulary,
+        )
+        for teacher in planned
+    ]
+
+
+def signals_of(engines: Sequence[TeacherEngine]) -> TeacherSignals | None:
+    """What an objective learns from; None without a teacher."""
+    return TeacherSignals(engines) if engines else None
+
+
+def read_vocabulary_map(path: Path, student: VocabularySizes, teacher: VocabularySizes) -> VocabularyMap:
+    """Read a map as the head of this file shows it. DataError: unreadable, of other sizes, not one to one, special ids astray."""
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"--vocabulary-map {path} cannot be read: {error}; give a YAML or JSON file") from error
+    if not isinstance(content, dict) or "source" not in content or set(content) - {"source", "target"}:
+        raise DataError(f"--vocabulary-map {path} must hold the lists `source` and, unless it is the same, `target`")
+    sides = {"source": content["source"], "target": content.get("target", content["source"])}
+    for side, ids in sides.items():
+        problem = _problem(ids, student.model_dump()[side], teacher.model_dump()[side])
+        if problem is None and (ids[student.pad_id], ids[student.eos_id]) != (teacher.pad_id, teacher.eos_id):
+            problem = (
+                f"pad and eos must be mapped to the teacher's pad and eos, {teacher.pad_id} and {teacher.eos_id}, "
+                f"not {ids[student.pad_id]} and {ids[student.eos_id]}"
+            )
+        if problem is not None:
+            raise DataError(f"--vocabulary-map {path}, {side}: {problem}")
+    return VocabularyMap(torch.tensor(sides["source"]), torch.tensor(sides["target"]))
+
+
+def _problem(ids: Any, student_size: int, teacher_size: int) -> str | None:
+    """What is wrong with one side of a map."""
+    if not isinstance(ids, list) or len(ids) != student_size:
+        found = f"{len(ids)} numbers" if isinstance(ids, list) else "no list"
+        return f"{found}, but the student has {student_size} ids; give one number for each"
+    wrong = next((value for value in ids if type(value) is not int or not 0 <= value < teacher_size), None)
+    if wrong is not None:
+        return f"{wrong!r} is no id of the teacher, which has {teacher_size}"
+    if len(set(ids)) < len(ids):
+        twice = next(value for value in ids if ids.count(value) > 1)
+        return f"the teacher's id {twice} stands there twice; two types of the student cannot share one"
+    return None
+
+
+def _require_lengths(directory: Path, description: BundleDescription, dataset: Dataset) -> None:
+    """BundleError where the data has sentences that the teacher cannot read."""
+    limits = description.model.limits
+    longest = {"source": int(dataset.source_lengths.max()), "target": int(dataset.target_lengths.max())}
+    readable = {"source": limits.source, "target": limits.target}
+    if limits.joint:
+        longest = {"source and target": int((dataset.source_lengths.astype("int64") + dataset.target_lengths - 1).max())}
+        readable = {"source and target": limits.target}
+    for side, length in longest.items():
+        if length > readable[side]:
+            raise BundleError(
+                f"the teacher {directory} reads {readable[side]} {side} tokens at most, but the training data has a pair of "
+                f"{length}; leave such pairs out and prepare again (data.filter), or choose another teacher"
+            )

@@ -1,0 +1,105 @@
+"""Batches of one rank: endless for training, made ahead in the background; once through for evaluation.
+
+Every rank plans every step, which is cheap and needs no communication, and reads only the examples of its own micro-batches.
+The place in the plan is all the state there is: a loader started at (epoch, step) goes on as the interrupted one would have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count
+from typing import Protocol
+
+from dstrain.batch import Batch
+from dstrain.data.batching.collate import Ids, collate
+from dstrain.data.batching.permutation import IntArray
+from dstrain.data.batching.plan import Lengths, PlannedStep, Sides, StepPlan, evaluation_batches, micro_batches
+from dstrain.data.batching.prefetch import Prefetcher
+
+
+class Examples(Protocol):
+    """Pairs of (source, target) ids by row, as `Dataset` has them."""
+
+    @property
+    def source_lengths(self) -> Lengths:
+        """(N,) tokens with EOS."""
+        ...
+
+    @property
+    def target_lengths(self) -> Lengths:
+        """(N,) tokens with EOS."""
+        ...
+
+    def __getitem__(self, index: int) -> tuple[Ids, Ids]:
+        """Source and target ids of one row, each ending in EOS."""
+        ...
+
+
+class Steps(Protocol):
+    """All steps from some place on, over epoch ends without end, each with this rank's micro-batches."""
+
+    def __iter__(self) -> Iterator[tuple[PlannedStep, Sequence[Batch]]]:
+        """The steps in order."""
+        ...
+
+    def close(self) -> None:
+        """No more are wanted."""
+        ...
+
+
+class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
+    """The steps of a plan from `start` = (epoch, step in the epoch) on, each with this rank's micro-batches, without end.
+
+    All ranks get equally many micro-batches for a step. Close it, or use it as a context manager.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        plan: StepPlan,
+        *,
+        pad_id: int,
+        eos_id: int,
+        rank: int = 0,
+        world_size: int = 1,
+        start: tuple[int, int] = (0, 0),
+        prefetch: int = 8,
+    ) -> None:
+        def load(group: IntArray) -> Batch:
+            return collate([examples[row] for row in group], group, pad_id=pad_id, eos_id=eos_id)
+
+        def steps() -> Iterator[tuple[PlannedStep, list[Batch]]]:
+            first_epoch, first_step = start
+            for epoch in count(first_epoch):
+                for step in plan.epoch(epoch, first_step if epoch == first_epoch else 0):
+                    groups = micro_batches(
+                        step.examples,
+                        plan.source_lengths,
+                        plan.target_lengths,
+                        plan.config.max_tokens,
+                        world_size,
+                        sides=plan.sides,
+                    )
+                    yield step, [load(group) for group in groups[rank::world_size]]
+
+        super().__init__(steps(), prefetch)
+
+
+def evaluation_loader(
+    examples: Examples,
+    max_tokens: int,
+    *,
+    pad_id: int,
+    eos_id: int,
+    rank: int = 0,
+    world_size: int = 1,
+    sides: Sides = "apart",
+) -> Iterator[Batch]:
+    """This rank's share of all examples, each exactly once over the ranks, in batches of similar lengths.
+
+    Every rank gets equally many batches; where they do not go round, the last ones are empty micro-batches.
+    """
+    groups = evaluation_batches(examples.source_lengths, examples.target_lengths, max_tokens, sides=sides)
+    groups += [groups[0][:0]] * (-len(groups) % world_size) if groups else []
+    for group in groups[rank::world_size]:
+        yield collate([examples[row] for row in group], group, pad_id=pad_id, eos_id=eos_id)

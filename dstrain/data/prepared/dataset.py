@@ -1,0 +1,117 @@
+"""A prepared split: rows by number, lengths of all rows at once.
+
+Shards stay on the disk and are mapped; the lengths are mapped too, from one array of 8 bytes a pair that `prepare` took from the
+shards' list offsets. Opening hundreds of millions of pairs therefore reads footers only, and all ranks of a node share the pages.
+
+What is checked at opening: the manifest's version and fields, that the tokenizer beside it is the one that made the ids, and the
+size of every file, always; the SHA-256 of every file where the split holds at most 1 GiB (under a second), or on request. So an
+altered byte in a small or middling set is always found, a truncated file in any set.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, SplitRecord, load_manifest
+from dstrain.data.prepared.shard import BatchView, read_shard
+from dstrain.data.tokenizers.tokenizer import load_tokenizers
+from dstrain.errors import DataError
+
+ALWAYS_HASHED_BYTES = 1 << 30
+
+
+class Example(NamedTuple):
+    """Ids of one pair, each side with its final EOS: views of the mapped file, uint16 or int32, read-only."""
+
+    source: npt.NDArray[Any]
+    target: npt.NDArray[Any]
+
+
+class Dataset:
+    """Pairs in the order of the corpus. source_lengths, target_lengths: (rows,) int32 with EOS, mapped from the disk."""
+
+    def __init__(self, batches: Sequence[BatchView], lengths: npt.NDArray[np.int32]) -> None:
+        self._batches = batches
+        self._starts = [0]
+        for batch in batches:
+            self._starts.append(self._starts[-1] + len(batch.source.offsets) - 1)
+        self.source_lengths, self.target_lengths = np.asarray(lengths)
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def __getitem__(self, index: int) -> Example:
+        batch, row = self._locate(index)
+        return Example(batch.source.row(row), batch.target.row(row))
+
+    def source_column(self, place: int) -> Iterator[npt.NDArray[np.int64]]:
+        """The id at one place of every source, -1 where it is shorter; (rows,) each, in the order of the rows."""
+        for batch in self._batches:
+            starts, ends = batch.source.offsets[:-1].astype(np.int64) + place, batch.source.offsets[1:]
+            inside = starts < ends
+            yield np.where(inside, batch.source.values[np.where(inside, starts, 0)], -1)
+
+    def source_text(self, index: int) -> str:
+        """The raw source line. Only evaluation splits keep texts."""
+        batch, row = self._locate(index)
+        return _text(batch.source_text, row)
+
+    def target_text(self, index: int) -> str:
+        """The raw target line. Only evaluation splits keep texts."""
+        batch, row = self._locate(index)
+        return _text(batch.target_text, row)
+
+    def _locate(self, index: int) -> tuple[BatchView, int]:
+        index = int(index)
+        if not 0 <= index < self._starts[-1]:
+            raise IndexError(f"row {index} of a data set of {len(self)}")
+        number = bisect_right(self._starts, index) - 1
+        return self._batches[number], index - self._starts[number]
+
+
+def _text(column: Any, row: int) -> str:
+    if column is None:
+        raise DataError("a training split keeps no raw text; only evaluation splits do")
+    return str(column[row].as_py())
+
+
+def open_dataset(directory: Path, split: str, *, verify: bool = False) -> Dataset:
+    """Open one split of a prepared directory.
+
+    verify: read every byte and compare SHA-256, whatever the size. Raises DataError where the directory was not finished, has
+    no such split, holds another tokenizer than its manifest says, or where a file is missing, truncated or altered.
+    """
+    directory = Path(directory)
+    manifest = load_manifest(directory)
+    if split not in manifest.splits:
+        raise DataError(f"{directory} has no split {split!r}; it holds {', '.join(manifest.splits)}")
+    if load_tokenizers(directory / TOKENIZER_DIRECTORY).fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(
+            f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids of {directory}; prepare the data again"
+        )
+    record = manifest.splits[split]
+    content = verify or sum(file.size for file in record.files) <= ALWAYS_HASHED_BYTES
+    for file in record.files:
+        file.check(directory, content=content)
+    batches = [batch for shard in record.shards for batch in read_shard(directory / shard.file)]
+    return _assemble(directory, record, batches)
+
+
+def _assemble(directory: Path, record: SplitRecord, batches: Sequence[BatchView]) -> Dataset:
+    path = directory / record.lengths.file
+    try:
+        lengths = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); prepare the data again") from error
+    rows = sum(len(batch.source.offsets) - 1 for batch in batches)
+    if lengths.shape != (2, record.rows) or rows != record.rows:
+        raise DataError(
+            f"{path} describes {lengths.shape[-1]} pairs, the shards hold {rows}, the manifest says {record.rows}; prepare again"
+        )
+    return Dataset(batches, lengths)

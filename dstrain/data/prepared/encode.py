@@ -1,0 +1,170 @@
+"""Raw blocks to ids: what a worker process does. Decode, parse, tokenize, add EOS, filter; numpy arrays come out. A corpus of ids
+is checked instead.
+
+An evaluation split keeps every pair and its texts. A training pair is dropped for the first reason that applies: a side is empty,
+a side is too long, one side is too many times longer than the other. Text without a source is judged by its own length alone, and
+its blank lines are dropped everywhere.
+"""
+
+from __future__ import annotations
+
+from itertools import chain, compress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dstrain.data.config import DataConfig, FilterConfig, TextSource, is_text_alone
+from dstrain.data.prepared.rows import Rows, id_dtype
+from dstrain.data.sources.corpora import Block, counted_files, parse, splits_of
+from dstrain.data.sources.fairseq_binary import IdBlock, Sentences
+from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
+from dstrain.errors import DataError
+
+if TYPE_CHECKING:
+    from dstrain.protocols import TextTokenizer
+
+LOST_WORD = "\u2047"
+
+Mask = npt.NDArray[np.bool_]
+Lengths = npt.NDArray[np.int32]
+
+
+class EncodedBlock(NamedTuple):
+    """The pairs of a block that are kept, and how many were dropped by reason."""
+
+    pairs_read: int
+    dropped: dict[str, int]
+    rows: Rows
+
+
+def make_encoder(config: DataConfig, tokenizer: Path) -> Encoder:
+    """An encoder with the tokenizers of a directory."""
+    return Encoder(config, load_tokenizers(tokenizer))
+
+
+class Encoder:
+    """Applies to blocks; depends on the block alone, so any process may do it."""
+
+    def __init__(self, config: DataConfig, tokenizers: TokenizerPair) -> None:
+        self._filter = config.filter
+        self._corpora = splits_of(config)
+        self._tokenizers = tokenizers
+
+    def __call__(self, block: Block) -> EncodedBlock:
+        """Encode a block. Raises DataError where a record is malformed."""
+        corpus = self._corpora[block.split][block.corpus]
+        evaluated = block.split != "train"
+        if isinstance(block.text, IdBlock):
+            rows = self._take_ids(corpus, block.text, with_text=evaluated)
+        else:
+            rows = self._encode_text(*parse(corpus, block.text))
+        alone = is_text_alone(corpus)
+        reasons = drop_reasons(None if alone else rows.source_lengths, rows.target_lengths, self._filter)
+        if evaluated:
+            reasons = {"empty": reasons["empty"]} if alone else {}
+        else:
+            rows = rows._replace(source_text=None, target_text=None)
+        dropped = {reason: int(mask.sum()) for reason, mask in reasons.items()}
+        if any(dropped.values()):
+            rows = _kept(rows, ~np.logical_or.reduce(list(reasons.values())))
+        return EncodedBlock(block.text.num_lines, dropped, rows)
+
+    def _encode_text(self, source_text: list[str], target_text: list[str]) -> Rows:
+        source, target = self._tokenizers.source.encode(source_text), self._tokenizers.target.encode(target_text)
+        return Rows(
+            *_flatten(source, self._tokenizers.source),
+            *_flatten(target, self._tokenizers.target),
+            source_text=source_text,
+            target_text=target_text,
+        )
+
+    def _take_ids(self, corpus: TextSource, block: IdBlock, *, with_text: bool) -> Rows:
+        """Ids that are there already, checked against the dictionaries; the text of an evaluation split is made from them."""
+        tokenizers, files = self._tokenizers, counted_files(corpus)
+        given = _empty_sentences(block.num_lines, tokenizers.source) if block.source is None else block.source
+        source = checked_ids(given, tokenizers.source, files[0], block.first)
+        target = checked_ids(block.target, tokenizers.target, files[-1], block.first)
+        rows = Rows(source, given.lengths, target, block.target.lengths)
+        if not with_text:
+            return rows
+        return rows._replace(
+            source_text=_spelled(source, rows.source_lengths, tokenizers.source),
+            target_text=_spelled(target, rows.target_lengths, tokenizers.target),
+        )
+
+
+def drop_reasons(source: Lengths | None, target: Lengths, limits: FilterConfig) -> dict[str, Mask]:
+    """Which pairs to drop, by reason; no pair has two. source, target: lengths with EOS; None for text without a source."""
+    empty, too_long = target <= 1, target > limits.max_target_length
+    ratio = np.zeros_like(empty)
+    if source is not None:
+        empty |= source <= 1
+        too_long |= source > limits.max_source_length
+        if limits.max_ratio is not None:
+            ratio = np.maximum(source, target) > limits.max_ratio * np.minimum(source, target)
+    return {"empty": empty, "too long": too_long & ~empty, "ratio": ratio & ~empty & ~too_long}
+
+
+def _empty_sentences(count: int, tokenizer: TextTokenizer) -> Sentences:
+    return Sentences(np.full(count, tokenizer.eos_id), np.ones(count, np.int32))
+
+
+def checked_ids(side: Sentences, tokenizer: TextTokenizer, index: Path, first: int) -> npt.NDArray[Any]:
+    """Ids of one side as shards hold them; specials inside a sentence are <unk>, as in text.
+
+    index: the .idx file, for errors. first: number of the first sentence, from 0. Raises DataError naming the sentence that has
+    an id beyond the dictionary or no EOS at its end.
+    """
+    ids, lengths = side
+    ends = np.cumsum(lengths, dtype=np.int64)
+    beyond = np.flatnonzero((ids < 0) | (ids >= tokenizer.vocab_size))
+    if len(beyond):
+        sentence = first + int(np.searchsorted(ends, beyond[0], "right")) + 1
+        raise DataError(
+            f"{index}: sentence {sentence:,} holds id {int(ids[beyond[0]])}, the dictionary has {tokenizer.vocab_size} "
+            "entries with the four specials; give the dictionary that the text was binarized with"
+        )
+    last = np.zeros(len(ids), np.bool_)
+    last[ends[lengths > 0] - 1] = True
+    wrong = np.flatnonzero((lengths == 0) | (ids[ends - 1] != tokenizer.eos_id)) if len(ids) else np.flatnonzero(lengths == 0)
+    if len(wrong):
+        raise DataError(
+            f"{index}: sentence {first + int(wrong[0]) + 1:,} does not end in </s> (id {tokenizer.eos_id}); binarize the text "
+            "with fairseq-preprocess, which adds it"
+        )
+    named = (ids == tokenizer.bos_id) | (ids == tokenizer.pad_id) | (ids == tokenizer.eos_id)
+    return np.where(named & ~last, tokenizer.unk_id, ids).astype(id_dtype(tokenizer.vocab_size))
+
+
+def _spelled(ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32], tokenizer: TextTokenizer) -> list[str]:
+    """The text of each sentence. What the dictionary did not know is U+2047, which no hypothesis equals."""
+    rows = np.split(ids, np.cumsum(lengths)[:-1])
+    unknown = tokenizer.tokens([tokenizer.unk_id])[0]
+    return [text.replace(unknown, LOST_WORD) for text in tokenizer.decode([row[:-1].tolist() for row in rows])]
+
+
+def _kept(rows: Rows, keep: Mask) -> Rows:
+    """The pairs that `keep` (N,) chooses."""
+    return Rows(
+        rows.source[np.repeat(keep, rows.source_lengths)],
+        rows.source_lengths[keep],
+        rows.target[np.repeat(keep, rows.target_lengths)],
+        rows.target_lengths[keep],
+        source_text=None if rows.source_text is None else list(compress(rows.source_text, keep)),
+        target_text=None if rows.target_text is None else list(compress(rows.target_text, keep)),
+    )
+
+
+def _lengths(rows: list[list[int]]) -> Lengths:
+    return np.fromiter(map(len, rows), np.int32, len(rows)) + 1
+
+
+def _flatten(rows: list[list[int]], tokenizer: TextTokenizer) -> tuple[npt.NDArray[Any], Lengths]:
+    """Ids of all rows with EOS after each, and the rows' lengths."""
+    lengths = _lengths(rows)
+    for row in rows:
+        row.append(tokenizer.eos_id)
+    values = np.fromiter(chain.from_iterable(rows), id_dtype(tokenizer.vocab_size), int(lengths.sum(dtype=np.int64)))
+    return values, lengths

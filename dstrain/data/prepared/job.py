@@ -1,0 +1,208 @@
+"""Which preparation an output directory belongs to: `job.json`, written before any work.
+
+A job is its data section, the content of its corpora and of a given tokenizer. Partial or finished output of the same job is
+continued or kept; that of another is refused. Content is known by SHA-256, taken while the files are checked; a file whose path,
+size and modification time are as in job.json is not read again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from dstrain.config_base import Config
+from dstrain.data.config import DataConfig, FairseqIds, TextSource, TrainedSentencePiece
+from dstrain.data.files import write_file
+from dstrain.data.prepared.manifest import FORMAT_VERSION, MANIFEST_FILE, TOKENIZER_DIRECTORY
+from dstrain.data.prepared.pool import WorkerPool
+from dstrain.data.sources.corpora import counted_files, files_of, pairs_without_files, scan_of, splits_of
+from dstrain.data.sources.text import FileScan
+from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE
+from dstrain.data.tokenizers.training import given_tokenizers
+from dstrain.errors import DataError
+
+Scan = Callable[[Path], FileScan]
+
+JOB_FILE = "job.json"
+PARALLEL_SCAN_BYTES = 1 << 28
+
+
+class InputFile(Config):
+    """A file of a corpus as it was when it was read; lines count an unfinished last one."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    sha256: str
+    lines: int
+
+
+class Job(Config):
+    """fingerprint: SHA-256 over the data section and all content; data: that section; inputs: the corpora's files."""
+
+    format_version: int
+    fingerprint: str
+    data: dict[str, Any]
+    inputs: tuple[InputFile, ...]
+
+    def lines_of(self, path: Path) -> int:
+        """Lines of one input."""
+        return next(file.lines for file in self.inputs if file.path == str(path))
+
+
+@contextmanager
+def claim(output: Path) -> Iterator[None]:
+    """Make the directory and hold it alone, where the file system knows locks.
+
+    Raises DataError where it cannot be made or another process holds it.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(output, os.O_RDONLY)
+    except OSError as error:
+        raise DataError(f"--output {output}: {error.strerror}; choose a directory that can be written") from error
+    try:
+        with suppress(OSError):
+            _lock(descriptor, output)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, output: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise DataError(f"another process is preparing {output}; wait for it or choose another --output") from error
+
+
+def read_job(output: Path) -> Job | None:
+    """The job that a directory belongs to; None for an empty directory. Raises DataError where it holds something else."""
+    path = output / JOB_FILE
+    try:
+        return Job.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        if any(output.iterdir()):
+            raise DataError(f"{output} holds files that `dstrain prepare` did not make; choose another --output") from None
+        return None
+    except ValidationError as error:
+        raise DataError(
+            f"{path} was altered or is of another version; choose another --output or remove the directory"
+        ) from error
+
+
+def plan_job(config: DataConfig, known: Job | None, workers: int) -> Job:
+    """Read every input once and say which job this is. Raises DataError for any fault of the text."""
+    scans = {path: scan_of(source) for sources in splits_of(config).values() for source in sources for path in files_of(source)}
+    tokenizer = None if isinstance(config.tokenizer, TrainedSentencePiece) else given_tokenizers(config.tokenizer).fingerprint
+    inputs = _inspect(scans, known, workers)
+    data = config.model_dump(mode="json")
+    content = [FORMAT_VERSION, data, [file.sha256 for file in inputs], tokenizer]
+    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return Job(format_version=FORMAT_VERSION, fingerprint=fingerprint, data=data, inputs=inputs)
+
+
+def _inspect(scans: Mapping[Path, Scan], known: Job | None, workers: int) -> tuple[InputFile, ...]:
+    stats = {path: _stat(path) for path in scans}
+    before = {(file.path, file.size, file.mtime_ns): file for file in (known.inputs if known else ())}
+    found = {path: before.get((str(path), stat.st_size, stat.st_mtime_ns)) for path, stat in stats.items()}
+    unread = {path: scan for path, scan in scans.items() if found[path] is None}
+    for path, scan in zip(unread, _scan(unread, sum(stats[path].st_size for path in unread), workers), strict=True):
+        stat = stats[path]
+        found[path] = InputFile(
+            path=str(path), size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=scan.sha256, lines=scan.lines
+        )
+    return tuple(file for file in found.values() if file is not None)
+
+
+def _stat(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; check the path in the recipe") from error
+
+
+def _scan(scans: Mapping[Path, Scan], size: int, workers: int) -> list[FileScan]:
+    if min(workers, len(scans)) < 2 or size < PARALLEL_SCAN_BYTES:
+        return [scan(path) for path, scan in scans.items()]
+    with WorkerPool(_scanner, min(workers, len(scans))) as pool:
+        return list(pool.map(scans.items()))
+
+
+def _scanner() -> Callable[[tuple[Path, Scan]], FileScan]:
+    return _scan_one
+
+
+def _scan_one(task: tuple[Path, Scan]) -> FileScan:
+    path, scan = task
+    return scan(path)
+
+
+def corpus_sizes(config: DataConfig, job: Job) -> dict[str, list[int]]:
+    """Pairs of every corpus, by split. Raises DataError where two sides differ in length or a split is empty."""
+    sizes = {split: [_size(source, job) for source in sources] for split, sources in splits_of(config).items()}
+    for split, counts in sizes.items():
+        if sum(counts) == 0:
+            names = ", ".join(str(path) for source in splits_of(config)[split] for path in files_of(source))
+            raise DataError(f"the {split} split holds no pairs ({names}); give it at least one")
+    return sizes
+
+
+def _size(source: TextSource, job: Job) -> int:
+    paths = counted_files(source)
+    if not paths:
+        return pairs_without_files(source)
+    lines = [job.lines_of(path) for path in paths]
+    if lines[0] != lines[-1]:
+        unit = "sentence" if isinstance(source, FairseqIds) else "line"
+        raise DataError(
+            f"{paths[0]} has {lines[0]:,} {unit}s, {paths[1]} has {lines[1]:,}: {unit} k of one must translate {unit} k of the "
+            "other; mend the files"
+        )
+    return lines[0]
+
+
+def settle(output: Path, job: Job, known: Job | None, *, overwrite: bool) -> None:
+    """Make `output` belong to `job`, or raise DataError where it holds another job's work that is not to be overwritten."""
+    if known is not None and (overwrite or known.fingerprint != job.fingerprint):
+        if not overwrite and _holds_work(output, known):
+            raise DataError(
+                f"{output} belongs to another preparation ({_difference(known, job)}); choose another --output, or --overwrite"
+            )
+        _remove(output, known)
+    write_file(output / JOB_FILE, (job.model_dump_json(indent=2) + "\n").encode())
+
+
+def _holds_work(output: Path, job: Job) -> bool:
+    """Whether a tokenizer or a shard was finished; a job that failed before leaves nothing worth keeping."""
+    splits = splits_of(DataConfig.model_validate(job.data))
+    return (output / TOKENIZER_DIRECTORY / TOKENIZER_FILE).exists() or any(
+        any((output / name).glob("*.arrow")) for name in splits
+    )
+
+
+def _remove(output: Path, job: Job) -> None:
+    """Delete what a job wrote, its claim to the directory last."""
+    (output / MANIFEST_FILE).unlink(missing_ok=True)
+    for name in [TOKENIZER_DIRECTORY, *splits_of(DataConfig.model_validate(job.data))]:
+        shutil.rmtree(output / name, ignore_errors=True)
+    (output / JOB_FILE).unlink()
+
+
+def _difference(old: Job, new: Job) -> str:
+    """What changed, by name: fields of the data section, else files whose content is another."""
+    fields = [name for name in sorted({**old.data, **new.data}) if old.data.get(name) != new.data.get(name)]
+    if fields:
+        return "its recipe differs in " + ", ".join(f"data.{name}" for name in fields)
+    content: Mapping[str, str] = {file.path: file.sha256 for file in old.inputs}
+    changed = [file.path for file in new.inputs if content.get(file.path) != file.sha256]
+    return f"the content of {', '.join(changed)} has changed" if changed else "the tokenizer that the recipe names has changed"

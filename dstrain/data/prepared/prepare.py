@@ -1,0 +1,221 @@
+"""Text to a data directory: check the text, train or take a tokenizer, encode in parallel, write shards, then the manifest.
+
+Every stage leaves whole files behind, so a run that was interrupted goes on at the first shard that is missing. Workers get
+blocks and give back arrays; this process reads, writes and hashes, about 1 microsecond a pair, which keeps some thirty workers
+busy. Memory is a few blocks a worker and one record batch. Shards depend on the text and the data section alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from tqdm import tqdm
+
+from dstrain import __version__
+from dstrain.config_base import Config
+from dstrain.data.config import DataConfig, TrainedSentencePiece
+from dstrain.data.files import atomic_writer, write_file
+from dstrain.data.prepared.encode import EncodedBlock, make_encoder
+from dstrain.data.prepared.job import Job, claim, corpus_sizes, plan_job, read_job, settle
+from dstrain.data.prepared.manifest import (
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    TOKENIZER_DIRECTORY,
+    FileRecord,
+    Manifest,
+    ShardRecord,
+    SplitRecord,
+    load_manifest,
+    write_manifest,
+)
+from dstrain.data.prepared.pool import WorkerPool
+from dstrain.data.prepared.report import PrepareReport, build_report
+from dstrain.data.prepared.rows import id_dtype
+from dstrain.data.prepared.shard import ShardWriter, shard_schema, write_lengths
+from dstrain.data.sources.corpora import Block, read_blocks, splits_of
+from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE, TokenizerPair, load_tokenizers, save_tokenizers
+from dstrain.data.tokenizers.training import TokenizerTrainer, given_tokenizers
+from dstrain.errors import DataError
+from dstrain.log import logger
+
+PAIRS_PER_WORKER = 16_384
+"""Starting a process costs as much as encoding about so many pairs."""
+
+
+class FinishedShard(Config):
+    """A shard on the disk and what it cost the corpus; stands beside it until the manifest is written."""
+
+    record: ShardRecord
+    pairs_read: int
+    dropped: dict[str, int]
+
+
+def prepare(config: DataConfig, output: Path, *, workers: int, overwrite: bool = False, progress: bool = True) -> PrepareReport:
+    """Prepare the corpora of `config` into `output`, with `workers` processes.
+
+    Finished output of the same text and configuration is kept; unfinished is continued; that of another is refused unless
+    `overwrite`. progress: show a bar on stderr where that is a terminal.
+
+    Raises DataError for any fault of the text, the tokenizer, the output directory or the disk.
+    """
+    output = Path(output)
+    with claim(output):
+        known = read_job(output)
+        job = plan_job(config, known, workers)
+        sizes = corpus_sizes(config, job)
+        settle(output, job, known, overwrite=overwrite)
+        if (output / MANIFEST_FILE).exists():
+            return _finished(output, job)
+        try:
+            return _Preparation(config, output, job, sizes, workers=workers, progress=progress).run()
+        except KeyboardInterrupt:
+            logger.warning("interrupted; finished shards stay in %s: run the same command again to go on", output)
+            raise
+
+
+def _finished(output: Path, job: Job) -> PrepareReport:
+    manifest = load_manifest(output)
+    if manifest.job != job.fingerprint:
+        raise DataError(f"{output / MANIFEST_FILE} is not of the job beside it: it was altered; run again with --overwrite")
+    for split in manifest.splits.values():
+        for file in split.files:
+            file.check(output, content=False)
+    _remove_notes(output, manifest)
+    return build_report(output, manifest, load_tokenizers(output / TOKENIZER_DIRECTORY), {}, finished_before=True)
+
+
+def _remove_notes(output: Path, manifest: Manifest) -> None:
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            _note_path(output / shard.file).unlink(missing_ok=True)
+
+
+def _note_path(shard: Path) -> Path:
+    return shard.with_suffix(".json")
+
+
+class _Preparation:
+    def __init__(
+        self, config: DataConfig, output: Path, job: Job, sizes: dict[str, list[int]], *, workers: int, progress: bool
+    ) -> None:
+        self._config = config
+        self._output = output
+        self._job = job
+        self._sizes = sizes
+        self._workers = max(1, min(workers, -(-sum(map(sum, sizes.values())) // PAIRS_PER_WORKER)))
+        self._progress = progress
+        self._work: dict[str, tuple[int, float]] = {}
+
+    def run(self) -> PrepareReport:
+        """Everything that is not done yet."""
+        tokenizers = self._tokenizers()
+        with ExitStack() as stack:
+            make = partial(make_encoder, self._config, self._output / TOKENIZER_DIRECTORY)
+            if self._workers == 1:
+                encode: Callable[[Iterable[Block]], Iterator[EncodedBlock]] = partial(map, make())
+            else:
+                encode = stack.enter_context(WorkerPool(make, self._workers)).map
+            total = sum(map(sum, self._sizes.values()))
+            bar = stack.enter_context(tqdm(total=total, unit=" pairs", unit_scale=True, disable=None if self._progress else True))
+            splits = {split: self._split(split, tokenizers, encode, bar) for split in self._sizes}
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            created_by=f"dstrain {__version__}",
+            job=self._job.fingerprint,
+            tokenizer_fingerprint=tokenizers.fingerprint,
+            data=self._job.data,
+            splits=splits,
+        )
+        write_manifest(manifest, self._output)
+        _remove_notes(self._output, manifest)
+        return build_report(self._output, manifest, tokenizers, self._work, finished_before=False)
+
+    def _tokenizers(self) -> TokenizerPair:
+        directory = self._output / TOKENIZER_DIRECTORY
+        if (directory / TOKENIZER_FILE).exists():
+            return load_tokenizers(directory)
+        tokenizer = self._config.tokenizer
+        if isinstance(tokenizer, TrainedSentencePiece):
+            logger.info("training a SentencePiece %s tokenizer of %d types", tokenizer.model_type, tokenizer.vocab_size)
+            with WorkerPool(partial(TokenizerTrainer, self._config, self._sizes["train"], directory), 1) as pool:
+                list(pool.map([tokenizer]))
+        else:
+            save_tokenizers(given_tokenizers(tokenizer), directory)
+        return load_tokenizers(directory)
+
+    def _split(
+        self,
+        split: str,
+        tokenizers: TokenizerPair,
+        encode: Callable[[Iterable[Block]], Iterator[EncodedBlock]],
+        bar: Any,
+    ) -> SplitRecord:
+        per_shard, total = self._config.pairs_per_shard, sum(self._sizes[split])
+        start_time = time.perf_counter()
+        finished = self._finished_shards(split, -(-total // per_shard))
+        done = sum(shard.pairs_read for shard in finished)
+        bar.update(done)
+        blocks = read_blocks(split, splits_of(self._config)[split], self._sizes[split], done, per_shard)
+        dtypes = [id_dtype(side.vocab_size) for side in (tokenizers.source, tokenizers.target)]
+        schema = shard_schema(dtypes[0], dtypes[1], with_text=split != "train")
+        encoded = iter(encode(blocks))
+        for number in range(len(finished), -(-total // per_shard)):
+            pairs = min(per_shard, total - number * per_shard)
+            finished.append(self._write_shard(f"{split}/{number:05d}.arrow", schema, encoded, pairs, bar))
+        self._work[split] = (total - done, time.perf_counter() - start_time)
+        return self._record(split, finished)
+
+    def _finished_shards(self, split: str, number_of_shards: int) -> list[FinishedShard]:
+        """The shards that earlier runs finished, up to the first that is missing."""
+        finished = []
+        for number in range(number_of_shards):
+            path = self._output / f"{split}/{number:05d}.arrow"
+            try:
+                shard = FinishedShard.model_validate_json(_note_path(path).read_bytes())
+                shard.record.check(self._output, content=False)
+            except (OSError, ValidationError, DataError):
+                break
+            finished.append(shard)
+        if finished:
+            logger.info("%s: %d of %d shards were finished before", split, len(finished), number_of_shards)
+        return finished
+
+    def _write_shard(self, file: str, schema: Any, blocks: Iterator[EncodedBlock], pairs: int, bar: Any) -> FinishedShard:
+        """Write the next `pairs` pairs of the corpus as one shard. Its note comes first: a shard that is there has one."""
+        pairs_read, dropped = 0, Counter[str]()
+        with atomic_writer(self._output / file) as sink:
+            writer = ShardWriter(sink, schema)
+            while pairs_read < pairs:
+                block = next(blocks)
+                writer.add(block.rows)
+                pairs_read += block.pairs_read
+                dropped.update(block.dropped)
+                bar.update(block.pairs_read)
+            shard = FinishedShard(record=writer.finish(file), pairs_read=pairs_read, dropped=dict(dropped))
+            write_file(_note_path(self._output / file), shard.model_dump_json().encode())
+        return shard
+
+    def _record(self, split: str, finished: list[FinishedShard]) -> SplitRecord:
+        dropped = Counter[str]()
+        for shard in finished:
+            dropped.update(shard.dropped)
+        records = tuple(shard.record for shard in finished)
+        rows, pairs_read = sum(record.rows for record in records), sum(shard.pairs_read for shard in finished)
+        if rows == 0:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in dropped.items() if count)
+            raise DataError(
+                f"all {pairs_read:,} pairs of the {split} split were dropped ({reasons}); check the text, or relax data.filter "
+                "and run again with --overwrite"
+            )
+        file = f"{split}/lengths.npy"
+        with atomic_writer(self._output / file) as sink:
+            write_lengths([self._output / record.file for record in records], rows, sink)
+        lengths = FileRecord(file=file, size=sink.size, sha256=sink.sha256)
+        return SplitRecord(shards=records, lengths=lengths, pairs_read=pairs_read, dropped=dict(dropped))

@@ -1,0 +1,119 @@
+"""What a preparation did, for people and for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstrain.data.config import DataConfig, has_no_source
+from dstrain.data.files import checking
+from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, Manifest, SplitRecord, load_manifest
+from dstrain.data.sources.corpora import splits_of
+from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
+from dstrain.errors import DataError
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One split. pairs_encoded and seconds are this run's: fewer pairs than the split's where an earlier run left shards.
+
+    has_source: False for text alone, whose pairs are lines.
+    """
+
+    name: str
+    has_source: bool
+    pairs_read: int
+    pairs_kept: int
+    source_tokens: int
+    target_tokens: int
+    dropped: dict[str, int]
+    pairs_encoded: int
+    seconds: float
+
+    @property
+    def pairs_per_second(self) -> float:
+        """Of this run."""
+        return self.pairs_encoded / self.seconds if self.seconds > 0 else 0.0
+
+    def line(self) -> str:
+        """One line of text."""
+        unit = "pairs" if self.has_source else "lines"
+        sides = f"{self.source_tokens:,} + " if self.has_source else ""
+        words = f"{self.name}: {self.pairs_kept:,} {unit}, {sides}{self.target_tokens:,} tokens"
+        lost = {reason: count for reason, count in self.dropped.items() if count}
+        if self.name == "train" or lost:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in lost.items()) or "none"
+            words += f"; dropped {sum(lost.values()):,} of {self.pairs_read:,}: {reasons}"
+        if self.pairs_encoded:
+            words += f"; {self.seconds:.1f} s, {self.pairs_per_second:,.0f} {unit}/s"
+        return words
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """The whole directory. finished_before: there was nothing left to do."""
+
+    output: Path
+    splits: dict[str, SplitReport]
+    source_types: int
+    target_types: int
+    shared: bool
+    finished_before: bool
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        types = f"{self.source_types:,} shared" if self.shared else f"{self.source_types:,} source + {self.target_types:,} target"
+        head = f"{self.output} was finished before; nothing to do" if self.finished_before else f"{self.output} is ready"
+        return [head, f"tokenizer: {types} types", *(split.line() for split in self.splits.values())]
+
+
+def build_report(
+    output: Path, manifest: Manifest, tokenizers: TokenizerPair, work: dict[str, tuple[int, float]], *, finished_before: bool
+) -> PrepareReport:
+    """work: pairs encoded and seconds of this run, by split."""
+    corpora = splits_of(DataConfig.model_validate(manifest.data))
+    return PrepareReport(
+        output=output,
+        splits={
+            name: _split_report(name, record, *work.get(name, (0, 0.0)), has_source=not has_no_source(corpora[name]))
+            for name, record in manifest.splits.items()
+        },
+        source_types=tokenizers.source.vocab_size,
+        target_types=tokenizers.target.vocab_size,
+        shared=tokenizers.shared,
+        finished_before=finished_before,
+    )
+
+
+def describe_data(directory: Path) -> list[str]:
+    """What prepared data holds, after a check of every byte. Raises DataError where something is wrong with it."""
+    manifest = load_manifest(directory)
+    for file in checking([file for split in manifest.splits.values() for file in split.files]):
+        file.check(directory, content=True)
+    tokenizers = load_tokenizers(directory / TOKENIZER_DIRECTORY)
+    if tokenizers.fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids; prepare the data again")
+    report = build_report(directory, manifest, tokenizers, {}, finished_before=True)
+    labels = manifest.pseudo_labels
+    return [
+        "prepared data"
+        if labels is None
+        else f"prepared data; training targets are the outputs of teacher {labels['teacher'][:12]}",
+        *report.lines()[1:],
+        f"tokenizer {manifest.tokenizer_fingerprint[:12]}, preparation {manifest.job[:12]}",
+        f"complete; every checksum is right; written by {manifest.created_by}",
+    ]
+
+
+def _split_report(name: str, record: SplitRecord, pairs_encoded: int, seconds: float, *, has_source: bool) -> SplitReport:
+    return SplitReport(
+        name=name,
+        has_source=has_source,
+        pairs_read=record.pairs_read,
+        pairs_kept=record.rows,
+        source_tokens=record.source_tokens,
+        target_tokens=record.target_tokens,
+        dropped=record.dropped,
+        pairs_encoded=pairs_encoded,
+        seconds=seconds,
+    )

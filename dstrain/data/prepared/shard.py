@@ -1,0 +1,166 @@
+"""One Arrow IPC file of encoded pairs, written once and read through the page cache.
+
+Columns `source` and `target` are lists of ids, each with its final EOS: uint16 where the vocabulary fits, else int32.
+Evaluation splits also carry `source_text` and `target_text`. A record batch holds at most 16,384 rows, so list offsets are
+int32 and the writer's memory is bounded. Reading maps the file: ids and lengths are views into it, nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from dstrain.data.files import HashingWriter
+from dstrain.data.prepared.manifest import ShardRecord
+from dstrain.data.prepared.rows import Rows
+from dstrain.errors import DataError
+
+MAX_BATCH_ROWS = 16_384
+MAX_BATCH_TOKENS = 1 << 22
+MAX_ITEMS = (1 << 31) - 1
+"""Of one list column of a record batch: Arrow's list offsets have 32 bits."""
+SIDES = ("source", "target")
+
+
+def shard_schema(source_dtype: np.dtype[Any], target_dtype: np.dtype[Any], *, with_text: bool) -> Any:
+    """The Arrow schema of every shard of a split."""
+    fields: list[Any] = [
+        pa.field(side, pa.list_(pa.from_numpy_dtype(dtype)), nullable=False)
+        for side, dtype in zip(SIDES, (source_dtype, target_dtype), strict=True)
+    ]
+    if with_text:
+        fields += [pa.field(f"{side}_text", pa.string(), nullable=False) for side in SIDES]
+    return pa.schema(fields)
+
+
+class ShardWriter:
+    """Collects rows into record batches. The bytes depend on the rows and on where `add` cuts them, on nothing else."""
+
+    def __init__(self, writer: HashingWriter, schema: Any) -> None:
+        self._sink = writer
+        self._schema = schema
+        self._stream = pa.ipc.new_file(pa.PythonFile(writer, mode="w"), schema)
+        self._pending: list[Rows] = []
+        self._pending_rows = self._pending_tokens = 0
+        self.rows = self.source_tokens = self.target_tokens = 0
+
+    def add(self, rows: Rows) -> None:
+        """Append pairs."""
+        count, tokens = len(rows.source_lengths), len(rows.source) + len(rows.target)
+        if self._pending_rows + count > MAX_BATCH_ROWS or self._pending_tokens + tokens > MAX_BATCH_TOKENS:
+            self._flush()
+        self._pending.append(rows)
+        self._pending_rows += count
+        self._pending_tokens += tokens
+        self.rows += count
+        self.source_tokens += len(rows.source)
+        self.target_tokens += len(rows.target)
+
+    def finish(self, file: str) -> ShardRecord:
+        """Write the rest and the footer; `file` is the shard's name in the manifest."""
+        self._flush()
+        self._stream.close()
+        return ShardRecord(
+            file=file,
+            size=self._sink.size,
+            sha256=self._sink.sha256,
+            rows=self.rows,
+            source_tokens=self.source_tokens,
+            target_tokens=self.target_tokens,
+        )
+
+    def _flush(self) -> None:
+        if self._pending_rows:
+            self._stream.write_batch(pa.record_batch(self._columns(), schema=self._schema))
+        self._pending = []
+        self._pending_rows = self._pending_tokens = 0
+
+    def _columns(self) -> list[Any]:
+        source = list_array([rows.source for rows in self._pending], [rows.source_lengths for rows in self._pending])
+        target = list_array([rows.target for rows in self._pending], [rows.target_lengths for rows in self._pending])
+        columns = [source, target]
+        if len(self._schema) > len(SIDES):
+            columns += [pa.array([text for rows in self._pending for text in rows.source_text or ()], pa.string())]
+            columns += [pa.array([text for rows in self._pending for text in rows.target_text or ()], pa.string())]
+        return columns
+
+
+def list_array(values: Sequence[npt.NDArray[Any]], lengths: Sequence[npt.NDArray[Any]]) -> Any:
+    """An Arrow list column. values: the items of all rows, in pieces; lengths: items of each row, in pieces.
+
+    Raises DataError where there are more items than its offsets can count.
+    """
+    counts = np.concatenate(lengths)
+    items = int(counts.sum(dtype=np.int64))
+    if items > MAX_ITEMS:
+        raise DataError(
+            f"{len(counts):,} rows have {items:,} items, a column of a file holds at most {MAX_ITEMS:,}: make smaller parts "
+            "(--tokens-per-shard, --pairs-per-shard)"
+        )
+    offsets = np.zeros(len(counts) + 1, np.int32)
+    np.cumsum(counts, out=offsets[1:])
+    starts: Any = pa.array(offsets)
+    return pa.ListArray.from_arrays(starts, pa.array(np.concatenate(values)))
+
+
+@dataclass(frozen=True)
+class ListView:
+    """One list column of one record batch. offsets: (rows + 1,) int32; values: ids of all rows. Both are views of the file."""
+
+    offsets: npt.NDArray[np.int32]
+    values: npt.NDArray[Any]
+
+    def row(self, index: int) -> npt.NDArray[Any]:
+        """Ids of one row, without a copy."""
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+
+class BatchView(NamedTuple):
+    """One record batch; the texts are Arrow string arrays, None in training splits."""
+
+    source: ListView
+    target: ListView
+    source_text: Any
+    target_text: Any
+
+
+def read_shard(path: Path) -> list[BatchView]:
+    """Map a shard into memory. Raises DataError naming the file where it is not a whole shard of dstrain's."""
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        return [_batch_view(batch) for batch in batches]
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{path} cannot be read as a shard ({str(error).splitlines()[0]}); prepare the data again") from error
+
+
+def write_lengths(shards: Sequence[Path], rows: int, writer: HashingWriter) -> None:
+    """Write the lengths of all rows as a (2, rows) int32 `.npy` file, source first, from the shards' offsets alone."""
+    header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int32)), "fortran_order": False, "shape": (2, rows)}
+    np.lib.format.write_array_header_1_0(writer, header)
+    for side in range(len(SIDES)):
+        for path in shards:
+            for batch in read_shard(path):
+                view: ListView = batch[side]
+                writer.write(np.diff(view.offsets).tobytes())
+
+
+def _batch_view(batch: Any) -> BatchView:
+    with_text = len(batch.schema) > len(SIDES)
+    return BatchView(
+        source=list_view(batch.column("source")),
+        target=list_view(batch.column("target")),
+        source_text=batch.column("source_text") if with_text else None,
+        target_text=batch.column("target_text") if with_text else None,
+    )
+
+
+def list_view(column: Any) -> ListView:
+    """A list column of a mapped record batch as numpy arrays, without a copy."""
+    return ListView(column.offsets.to_numpy(zero_copy_only=True), column.values.to_numpy(zero_copy_only=True))

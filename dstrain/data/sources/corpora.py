@@ -1,0 +1,170 @@
+"""The corpora of a recipe as numbered pairs, whatever their kind: how many there are, blocks of them, and the pairs of a block.
+
+The pairs of a split are numbered through its corpora in order; shard k holds those of numbers k * pairs_per_shard and up that the
+filter keeps. So a shard depends on its own pairs alone, and an interrupted run goes on at a shard's first pair.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from itertools import accumulate
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from dstrain.data.config import (
+    DataConfig,
+    FairseqIds,
+    FairseqText,
+    GrammarText,
+    JsonlText,
+    ParallelText,
+    PlainText,
+    TextSource,
+    TsvText,
+)
+from dstrain.data.sources.fairseq_binary import IdBlock, IdReader, files_of_prefix, scan_binary
+from dstrain.data.sources.grammar import GrammarReader
+from dstrain.data.sources.text import BlockReader, FileScan, TextBlock, decode_lines, expand_path, scan_file
+from dstrain.errors import DataError
+
+UNUSABLE = re.compile("[\0\ud800-\udfff]")
+
+
+class Block(NamedTuple):
+    """Consecutive pairs of one split, still raw. corpus: which of the split's corpora they belong to."""
+
+    split: str
+    corpus: int
+    text: TextBlock | IdBlock
+
+
+class Reader(Protocol):
+    """Hands out the next pairs of one corpus."""
+
+    def read(self, max_lines: int) -> TextBlock | IdBlock:
+        """At least one pair, at most `max_lines`."""
+        ...
+
+
+def splits_of(config: DataConfig) -> dict[str, tuple[TextSource, ...]]:
+    """Corpora by name of split, `train` first."""
+    return {"train": config.train, "valid": config.valid, **config.test}
+
+
+def files_of(source: TextSource) -> tuple[Path, ...]:
+    """The files that a corpus is read from, source side first."""
+    match source:
+        case ParallelText():
+            return expand_path(source.source), expand_path(source.target)
+        case TsvText() | JsonlText() | PlainText():
+            return (expand_path(source.path),)
+        case FairseqIds():
+            return (*files_of_prefix(expand_path(source.source)), *files_of_prefix(expand_path(source.target)))
+        case FairseqText():
+            return files_of_prefix(expand_path(source.path))
+        case GrammarText():
+            return ()
+
+
+def counted_files(source: TextSource) -> tuple[Path, ...]:
+    """The files of a corpus that have an entry for every pair."""
+    files = files_of(source)
+    return files[::2] if isinstance(source, FairseqIds | FairseqText) else files
+
+
+def scan_of(source: TextSource) -> Callable[[Path], FileScan]:
+    """How a file of this corpus is checked and counted."""
+    return scan_binary if isinstance(source, FairseqIds | FairseqText) else scan_file
+
+
+def pairs_without_files(source: TextSource) -> int:
+    """Pairs of a corpus that is made, not read."""
+    return source.num_pairs if isinstance(source, GrammarText) else 0
+
+
+def read_blocks(split: str, sources: Sequence[TextSource], sizes: Sequence[int], start: int, per_shard: int) -> Iterator[Block]:
+    """All blocks of a split from pair `start` on, in order; none crosses a corpus or a shard.
+
+    sizes: pairs of each corpus.
+    """
+    ends = list(accumulate(sizes))
+    for corpus, (source, size, end) in enumerate(zip(sources, sizes, ends, strict=True)):
+        if start >= end:
+            continue
+        begin = end - size
+        with _open(source, start - begin) as reader:
+            while start < end:
+                shard_end = (start // per_shard + 1) * per_shard
+                text = reader.read(min(end, shard_end) - start)
+                yield Block(split, corpus, text)
+                start += text.num_lines
+
+
+def _open(source: TextSource, start: int) -> AbstractContextManager[Reader]:
+    if isinstance(source, GrammarText):
+        return GrammarReader(source.split, source.num_pairs, source.seed, start)
+    if isinstance(source, FairseqIds):
+        return IdReader(expand_path(source.source), expand_path(source.target), start=start)
+    if isinstance(source, FairseqText):
+        return IdReader(None, expand_path(source.path), start=start)
+    return BlockReader(files_of(source), start)
+
+
+def parse(source: TextSource, block: TextBlock) -> tuple[list[str], list[str]]:
+    """Source and target texts of a block's pairs; sources are empty where the corpus has none.
+
+    Raises DataError naming file and line where a record is malformed.
+    """
+    match source:
+        case TsvText():
+            return _parse_tsv(source, block)
+        case JsonlText():
+            return _parse_jsonl(source, block)
+        case PlainText():
+            lines = decode_lines(block, 0)
+            return [""] * len(lines), lines
+        case _:
+            return decode_lines(block, 0), decode_lines(block, 1)
+
+
+def _parse_tsv(source: TsvText, block: TextBlock) -> tuple[list[str], list[str]]:
+    rows = [line.split("\t") for line in decode_lines(block, 0)]
+    needed = max(source.source_column, source.target_column)
+    for number, row in enumerate(rows, block.first + 1):
+        if len(row) <= needed:
+            raise DataError(
+                f"{files_of(source)[0]}:{number}: {len(row)} tab-separated columns, column {needed} (counted from 0) is missing; "
+                "mend the line or the columns in the recipe"
+            )
+    return [row[source.source_column] for row in rows], [row[source.target_column] for row in rows]
+
+
+def _parse_jsonl(source: JsonlText, block: TextBlock) -> tuple[list[str], list[str]]:
+    sides: tuple[list[str], list[str]] = ([], [])
+    for number, line in enumerate(decode_lines(block, 0), block.first + 1):
+        where = f"{files_of(source)[0]}:{number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not valid JSON ({error}); every line must hold one object") from error
+        if not isinstance(record, dict):
+            raise DataError(f"{where}: a JSON {type(record).__name__}, not an object; every line must hold one object")
+        for side, field in zip(sides, (source.source_field, source.target_field), strict=True):
+            side.append(_json_text(record, field, where))
+    return sides
+
+
+def _json_text(record: dict[str, object], field: str, where: str) -> str:
+    if field not in record:
+        raise DataError(f"{where}: no field {field!r}; the fields are {', '.join(map(repr, record)) or 'none'}")
+    text = record[field]
+    if not isinstance(text, str):
+        raise DataError(
+            f"{where}: field {field!r} holds a {type(text).__name__}, not a string; name another field or mend the file"
+        )
+    if UNUSABLE.search(text):
+        raise DataError(f"{where}: field {field!r} holds a NUL or half of a surrogate pair; remove it from the text")
+    return text

@@ -1,0 +1,101 @@
+"""What a student learns from inside a teacher: hidden states and attention probabilities of one forward of the same tokens.
+
+A feature is the mean over its pairs of layers of a distance (`ops/distance.py`) at each position, summed over
+
+    decoder, cross   the scored target tokens
+    encoder          the source tokens, each of which weighs targets / sources of its own sentence, so that a sentence adds its
+                     mean once for each of its target tokens
+
+and never over padding. So it is a sum over sentences like every other loss and enters the step's one division by target tokens,
+which makes a mean of it; no padding, company, micro-batch or number of ranks moves it. It is reported before its weight.
+
+Attention is averaged over the heads first: a student's head stands for no certain head of the teacher, which may have other heads
+and more of them, while their mean is the same thing in both. TinyBERT (Jiao et al. 2020) and MiniLM (Wang et al. 2020) pair the
+heads by number, which asks for equally many.
+
+Where the teacher is wider or narrower, one matrix for all layers of a feature maps the student's hidden states to its width, as
+in TinyBERT. It belongs to the objective: optimizer and checkpoints hold it, bundles do not. Its initial values depend on the seed
+and the feature's name alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from dstrain.batch import IGNORE_INDEX, Batch
+from dstrain.distillation.feature_plan import PlannedFeature
+from dstrain.nn.linear import Linear
+from dstrain.ops.distance import DISTANCES
+from dstrain.protocols import Place, Record
+from dstrain.seeding import derive_seed
+
+
+class FeatureLoss(nn.Module):
+    """One feature. name: under which it is reported."""
+
+    def __init__(self, plan: PlannedFeature, seed: int) -> None:
+        super().__init__()
+        config = plan.config
+        self.name = f"feature_{config.side}_{config.kind}_{config.loss}"
+        self.weight = config.weight
+        self.side = config.side
+        self.distance = DISTANCES[config.loss]
+        self.places = [tuple(Place(config.kind, config.side, layer) for layer in pair) for pair in plan.pairs]
+        self.projection: nn.Module = nn.Identity()
+        if config.kind == "hidden_states" and plan.student_dim != plan.teacher_dim:
+            self.projection = _projection(plan, derive_seed(seed, f"initialize {self.name}"))
+
+    def forward(self, batch: Batch, rows: Tensor, student: Record, teacher: Record) -> Tensor:
+        """The sum over the batch, with gradient. rows: (n,) places of the scored tokens in the flattened (B * T) labels."""
+        weights = source_weights(batch) if self.side == "encoder" else None
+        total = torch.zeros((), device=rows.device)
+        for own, taught in self.places:
+            values, goals = (record.shown[place].flatten(0, 1) for record, place in ((student, own), (teacher, taught)))
+            if weights is None:
+                values, goals = values.index_select(0, rows), goals.index_select(0, rows)
+            distances = self.distance(self.projection(values).float(), goals.float())  # (n,) or (B * S,)
+            total = total + (distances if weights is None else distances * weights).sum()
+        return total / len(self.places)
+
+
+class FeatureLosses(nn.Module):
+    """All features of a distillation."""
+
+    def __init__(self, plans: Sequence[PlannedFeature], *, seed: int) -> None:
+        super().__init__()
+        self.losses = nn.ModuleList(FeatureLoss(plan, seed) for plan in plans)
+        places = [pair for loss in self.losses for pair in cast("FeatureLoss", loss).places]
+        self.student_places = frozenset(own for own, _ in places)
+        self.teacher_places = frozenset(taught for _, taught in places)
+
+    def forward(self, batch: Batch, rows: Tensor, student: Record, teacher: Record) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, with gradient, and each feature's own by name, detached."""
+        total, sums = torch.zeros((), device=rows.device), {}
+        for loss in cast("list[FeatureLoss]", list(self.losses)):
+            value = loss(batch, rows, student, teacher)
+            total = total + loss.weight * value
+            sums[loss.name] = value.detach()
+        return total, sums
+
+
+def source_weights(batch: Batch) -> Tensor:
+    """What each source position counts, 0 for padding. (B * S,) float32"""
+    assert batch.source is not None
+    lengths = batch.source.lengths[:, None]  # (B, 1)
+    targets = (batch.labels != IGNORE_INDEX).sum(1, keepdim=True)  # (B, 1)
+    real = torch.arange(batch.source.tokens.shape[1], device=lengths.device) < lengths  # (B, S)
+    return (real * (targets / lengths.clamp_min(1))).flatten()
+
+
+def _projection(plan: PlannedFeature, seed: int) -> Linear:
+    """With the initial values of torch's own linear maps."""
+    projection = Linear(plan.student_dim, plan.teacher_dim, bias=False)
+    bound = 1 / math.sqrt(plan.student_dim)
+    with torch.no_grad():
+        projection.weight.uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+    return projection

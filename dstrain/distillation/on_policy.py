@@ -1,0 +1,170 @@
+"""Steps on the student's own samples: targets that the student writes, in the place of those that were planned.
+
+On-policy distillation after Agarwal et al., ICLR 2024, "On-Policy Distillation of Language Models". What such a step's loss is
+stands in `objectives/distillation.py`; here it gets its batches:
+
+- Whether a step is one follows from (seed, epoch, place in the epoch) alone, so every rank and every resume knows it.
+- The student writes with the weights it has then, not their moving average, in evaluation mode and without gradient. What it
+  draws for an example follows from the seed, the step and the example; neither its company nor the number of ranks enters, but
+  for the rounding of the logits.
+- A sample that has not ended at its length limit is cut there. All its tokens are scored, and no EOS is put after them.
+- Each rank keeps its examples and cuts them into micro-batches anew, of at most `max_tokens` padded tokens as any others. Where
+  samples are longer than targets there are more micro-batches, not larger ones: on every rank as many as on the one that needs
+  most, so that all make the same collective calls.
+
+Cost: one decoding pass of the batch, and under ZeRO-3 the whole model in each rank's memory meanwhile. The keys and values of a
+decoding pass take at most `max_tokens` positions of source and target together, or those of one example that has more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from dstrain.batch import Batch, Sequences
+from dstrain.data.batching.collate import Ids, collate
+from dstrain.data.batching.loader import Steps
+from dstrain.data.batching.permutation import IntArray
+from dstrain.data.batching.plan import PlannedStep, Sides, micro_batches
+from dstrain.distillation.config import OnPolicyConfig
+from dstrain.generation.config import SamplingConfig
+from dstrain.generation.constraints import SpecialIds
+from dstrain.generation.padding import batches_by_length, pad
+from dstrain.generation.sampling import sample
+from dstrain.models.config import LengthLimits
+from dstrain.protocols import Generative, Ranks
+from dstrain.seeding import derive_seed
+
+GenerationModel = Callable[[], AbstractContextManager[Generative]]
+"""The whole student as it is now; collective on both ends (`TrainEngine.generation_model`)."""
+
+
+class Source(NamedTuple):
+    """What a target is to be written for. example: row of the data set; limit: tokens after which it is cut."""
+
+    example: int
+    tokens: list[int]
+    limit: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnSamples:
+    """Writes the targets of on-policy steps.
+
+    room: as `room_for_samples` finds it. sides: how the student reads source and target. max_tokens: padded tokens of a
+    micro-batch. seed: of the run. beat: called before each decoding pass.
+    """
+
+    config: OnPolicyConfig
+    student: GenerationModel
+    ranks: Ranks
+    ids: SpecialIds
+    room: int
+    sides: Sides
+    max_tokens: int
+    seed: int
+    device: torch.device
+    beat: Callable[[str], None]
+
+    def is_due(self, planned: PlannedStep) -> bool:
+        """Whether chance, by the seed, makes the step an on-policy one."""
+        return derive_seed(self.seed, "on-policy step", planned.epoch, planned.index) < self.config.fraction * 2**63
+
+    def __call__(self, planned: PlannedStep, batches: Sequence[Batch]) -> tuple[PlannedStep, list[Batch]]:
+        """The step and this rank's micro-batches of it with the student's samples for targets. Collective.
+
+        The plan then holds the number of sampled tokens of all ranks.
+        """
+        sources = self._sources(batches)
+        targets = self._write(planned, sources)
+        read, written = np.array([len(source.tokens) for source in sources]), np.array([len(target) for target in targets])
+        groups: list[IntArray] = []
+        if sources:
+            groups = micro_batches(np.arange(len(sources)), read, written, self.max_tokens, 1, sides=self.sides)
+        shares = self.ranks.gather_objects((len(groups), sum(map(len, targets))))
+        groups += [np.arange(0)] * (max(count for count, _ in shares) - len(groups))
+        made = [self._batch([sources[row] for row in group], [targets[row] for row in group]) for group in groups]
+        return replace(planned, num_targets=sum(count for _, count in shares)), made
+
+    def _sources(self, batches: Sequence[Batch]) -> list[Source]:
+        """Those of all micro-batches that hold any."""
+        found = []
+        for batch in batches:
+            if batch.source is None:
+                raise ValueError("a target is written for a source, but this batch has none")
+            if batch.num_targets:
+                rows = zip(batch.example_ids.tolist(), batch.source.tokens.tolist(), batch.source.lengths.tolist(), strict=True)
+                found += [Source(example, tokens[:length], self._limit(length)) for example, tokens, length in rows]
+        return found
+
+    def _limit(self, source_length: int) -> int:
+        """Tokens after which a sample is cut; one place of the room is for the EOS that the sampler then puts."""
+        wanted = int(self.config.max_length_ratio * source_length) + self.config.max_length_offset
+        return min(wanted, self.room - 1)
+
+    def _write(self, planned: PlannedStep, sources: Sequence[Source]) -> list[list[int]]:
+        """A sample for each source, with its EOS where it has ended. Collective."""
+        config = SamplingConfig(
+            temperature=self.config.temperature,
+            top_k=self.config.top_k,
+            top_p=self.config.top_p,
+            min_length=0,
+            seed=derive_seed(self.seed, "on-policy samples", planned.epoch, planned.index),
+        )
+        targets: list[list[int]] = [[] for _ in sources]
+        costs = [len(source.tokens) + source.limit for source in sources]
+        with self.student() as model:
+            for rows in batches_by_length(costs, range(len(sources)), self.max_tokens):
+                self.beat(f"sampling targets of epoch {planned.epoch}, step {planned.index} of it")
+                chosen = [sources[row] for row in rows]
+                found = sample(
+                    model,
+                    Sequences(*pad([source.tokens for source in chosen], self.ids.pad)).to(self.device),
+                    config=config,
+                    ids=self.ids,
+                    max_lengths=[source.limit for source in chosen],
+                    sentences=[source.example for source in chosen],
+                )
+                for row, source, hypotheses in zip(rows, chosen, found, strict=True):
+                    # without a finite hypothesis the model is broken, which the engine finds out on all ranks together
+                    tokens = hypotheses[0].tokens if hypotheses else [self.ids.eos]
+                    targets[row] = tokens[: max(source.limit, 1)]  # without room the first state is scored
+        return targets
+
+    def _batch(self, sources: Sequence[Source], targets: Sequence[Sequence[int]]) -> Batch:
+        examples: list[tuple[Ids, Ids]] = [
+            (np.array(source.tokens), np.array(target)) for source, target in zip(sources, targets, strict=True)
+        ]
+        numbers = np.array([source.example for source in sources], np.int64)
+        return replace(collate(examples, numbers, pad_id=self.ids.pad, eos_id=self.ids.eos), sampled=True)
+
+
+def room_for_samples(limits: Sequence[LengthLimits], *, longest_source: int, max_tokens: int) -> int:
+    """The longest target that every model reads after any source, and that a micro-batch holds beside it; at least 1.
+
+    limits: of the student, then of its teachers. A model that reads both as one sequence gets the longest source and the longest
+    target of a micro-batch, which may be of different examples.
+    """
+    micro_batch = LengthLimits(max_tokens, max_tokens, joint=limits[0].joint)
+    return max(1, min(each.target_after(longest_source) for each in (*limits, micro_batch)))
+
+
+class OnPolicySteps:
+    """Implements `trainer.Steps`: those of `steps`, some of them with targets that the student writes when their turn comes."""
+
+    def __init__(self, steps: Steps, own_samples: OwnSamples) -> None:
+        self._steps = steps
+        self._own_samples = own_samples
+
+    def __iter__(self) -> Iterator[tuple[PlannedStep, Sequence[Batch]]]:
+        for planned, batches in self._steps:
+            yield self._own_samples(planned, batches) if self._own_samples.is_due(planned) else (planned, batches)
+
+    def close(self) -> None:
+        """No more are wanted."""
+        self._steps.close()

@@ -1,0 +1,58 @@
+"""Teachers at work as a source of signals: whatever computes features and a projection from a batch, one or several.
+
+Features and weights are handed down, never back: the loss is computed while every teacher's projection is still running, for
+under ZeRO-3 a weight is whole no longer than that. Teachers run without gradient; the loss runs with it where training does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from dstrain.batch import Batch
+from dstrain.distillation.feature_plan import require_one_teacher
+from dstrain.protocols import DenseSignal, Look, Record, Signal, Wanted
+
+R = TypeVar("R")
+
+
+class Teacher(Protocol):
+    """A model that teaches (`engine.teacher_engine.TeacherEngine`)."""
+
+    def teach(self, batch: Batch, rows: Tensor, look: Look, record: Record | None = None) -> None:
+        """Call `look` once for the batch's scored tokens, rows: (n,) places in the flattened (B * T) labels.
+
+        record: takes what it wants of the same forward.
+        """
+        ...
+
+
+class TeacherSignals:
+    """Implements `protocols.SignalSource` for teachers of the student's vocabulary."""
+
+    def __init__(self, teachers: Sequence[Teacher]) -> None:
+        self.teachers = list(teachers)
+
+    def require(self, wanted: Wanted) -> None:
+        """RecipeError for features of several; every divergence is at hand, at every temperature, of any targets."""
+        if wanted.features:
+            require_one_teacher(len(self.teachers))
+
+    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], record: Record | None = None) -> R:
+        """`reduce` of the features and weights of all teachers, inside all their projections."""
+        with_grad = torch.is_grad_enabled()
+        results: list[R] = []
+
+        def nest(waiting: list[Teacher], features: list[Tensor], weights: list[Tensor]) -> None:
+            if waiting:
+                waiting[0].teach(batch, rows, lambda f, w: nest(waiting[1:], [*features, f], [*weights, w]), record)
+                return
+            with torch.set_grad_enabled(with_grad):
+                results.append(reduce(DenseSignal(features, weights)))
+
+        with torch.no_grad():
+            nest(self.teachers, [], [])
+        return results[0]

@@ -1,0 +1,297 @@
+"""A teacher's distributions on a split, written to the disk: the offline half of distillation.
+
+The main thread does nothing but run the teacher and choose what is kept; another packs, puts rows in order and writes. Batches
+are cut within one shard, so a shard's bytes depend on the job and on `max_tokens` alone, not on the share of the work nor on
+interruptions. (Another `max_tokens` moves the last bits of the teacher's logits, and so, now and then, a draw.) Memory:
+chunk_tokens x V logits and one shard. A kill, a full disk and Ctrl-C lose the shard under way and no other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from dstrain.batch import IGNORE_INDEX, Batch
+from dstrain.config_base import Precision
+from dstrain.data.batching.collate import collate
+from dstrain.data.batching.plan import Sides, evaluation_batches
+from dstrain.data.files import HashingWriter, atomic_writer
+from dstrain.data.parts import Share, finished_part, settle_job, write_note
+from dstrain.data.prepared.dataset import Dataset
+from dstrain.data.prepared.manifest import FileRecord, Manifest
+from dstrain.data.prepared.shard import MAX_ITEMS, list_array
+from dstrain.distillation.store.codec import Array, Codec, TokenKeys, build_codec
+from dstrain.distillation.store.manifest import (
+    DENSE_VOCABULARY,
+    MAKER,
+    DenseMethod,
+    DumpJob,
+    Method,
+    ShardNote,
+    TopKMethod,
+    shard_file,
+)
+from dstrain.distillation.store.store import shard_starts
+from dstrain.errors import DataError
+from dstrain.log import logger
+from dstrain.models.config import VocabularySizes
+from dstrain.ops.device_time import Mark, mark, seconds_between
+from dstrain.ops.linear_cross_entropy import scored_rows
+from dstrain.ops.matmul import linear
+from dstrain.protocols import TeacherForced
+
+SHARD_BYTES = 1 << 26
+SMALLEST_SHARD = 4096
+
+
+def plan_dump(
+    method: Method,
+    dataset: Dataset,
+    manifest: Manifest,
+    split: str,
+    teacher: str,
+    *,
+    vocabulary: VocabularySizes,
+    tokens_per_shard: int | None,
+    precision: Precision = "fp32",
+) -> DumpJob:
+    """The job of a dump.
+
+    teacher: its fingerprint; precision: of its parameters. tokens_per_shard: None for a 64th of the split, no more than 64 MiB
+    and no less than 4096 tokens. Raises DataError where the vocabulary is too small for k, or too large to be kept whole.
+    """
+    vocab_size = vocabulary.target
+    if isinstance(method, TopKMethod) and method.k > vocab_size:
+        raise DataError(f"k = {method.k} exceeds the {vocab_size} types of the vocabulary; lower --k")
+    if isinstance(method, DenseMethod) and vocab_size > DENSE_VOCABULARY:
+        raise DataError(
+            f"method dense would keep {2 * vocab_size:,} bytes a token of a vocabulary of {vocab_size:,} types; it is for at "
+            f"most {DENSE_VOCABULARY:,}: use --method sample, which keeps about 40 and is unbiased"
+        )
+    codec = build_codec(method, vocab_size)
+    tokens = int(dataset.target_lengths.sum(dtype=np.int64))
+    per_shard = tokens_per_shard or max(min(tokens // 64, SHARD_BYTES // codec.bytes_per_token), SMALLEST_SHARD)
+    widest = (per_shard + int(dataset.target_lengths.max())) * codec.bytes_per_token
+    if widest > MAX_ITEMS:
+        raise DataError(f"{per_shard:,} tokens a shard make files of {widest:,} bytes; lower --tokens-per-shard")
+    return DumpJob(
+        method=method,
+        teacher=teacher,
+        data=manifest.splits[split].fingerprint,
+        tokenizer=manifest.tokenizer_fingerprint,
+        split=split,
+        vocab_size=vocab_size,
+        rows=len(dataset),
+        tokens=tokens,
+        shards=len(shard_starts(dataset.target_lengths, per_shard)) - 1,
+        tokens_per_shard=per_shard,
+        precision=precision,
+    )
+
+
+@dataclass
+class DumpReport:
+    """What one process did. seconds: in all; teacher_seconds: of these, its device with the teacher and softmax."""
+
+    shards: int = 0
+    found: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    teacher_seconds: float = 0.0
+
+    def line(self) -> str:
+        """One line of text."""
+        before = f", {self.found} were finished before" if self.found else ""
+        if not self.shards:
+            return f"nothing to do: {self.found} shards were finished before"
+        share = 100 * self.teacher_seconds / self.seconds
+        rate = self.tokens / self.seconds
+        return (
+            f"wrote {self.shards} shards, {self.tokens:,} tokens in {self.seconds:.1f} s: {rate:,.0f} tokens/s, "
+            f"{share:.0f} % of the time in the teacher{before}"
+        )
+
+
+@dataclass(frozen=True)
+class Dumper:
+    """Writes shards of `job` into `output`.
+
+    teacher: in evaluation mode, on `device`. max_tokens: padded tokens of a batch. chunk_tokens: those whose logits exist at one
+    time. sides: how the teacher reads a pair.
+    """
+
+    teacher: TeacherForced
+    dataset: Dataset
+    job: DumpJob
+    output: Path
+    vocabulary: VocabularySizes
+    device: str
+    max_tokens: int = 4096
+    chunk_tokens: int = 256
+    sides: Sides = "apart"
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return shard_starts(self.dataset.target_lengths, self.job.tokens_per_shard)
+
+    def tokens_of(self, share: Share) -> int:
+        """How many there are to do for `share`, finished ones included."""
+        starts, lengths = self._starts, self.dataset.target_lengths
+        return sum(int(lengths[starts[number] : starts[number + 1]].sum()) for number in share.of(self.job.shards))
+
+    def run(self, share: Share, progress: Callable[[int], object]) -> DumpReport:
+        """Every shard of `share` that is not whole yet. progress: told how many tokens are done.
+
+        Raises DataError where `output` belongs to another job, or the disk is full; finished shards stay.
+        """
+        settle_job(self.output, self.job, MAKER)
+        starts = self._starts
+        report, begun = DumpReport(), time.perf_counter()
+        try:
+            for number in share.of(self.job.shards):
+                note = finished_part(self.output, shard_file(number), ShardNote)
+                if note is None:
+                    self._write_shard(number, range(starts[number], starts[number + 1]), report, progress)
+                else:
+                    report.found += 1
+                    progress(note.tokens)
+        except KeyboardInterrupt:
+            logger.warning("interrupted; finished shards stay in %s: run the same command again to go on", self.output)
+            raise
+        report.seconds = time.perf_counter() - begun
+        return report
+
+    def _write_shard(self, number: int, rows: range, report: DumpReport, progress: Callable[[int], object]) -> None:
+        path = self.output / shard_file(number)
+        draft = ShardDraft(build_codec(self.job.method, self.job.vocab_size))
+        with atomic_writer(path) as sink, ThreadPoolExecutor(1) as writer:
+            pending: Future[float] | None = None
+            for batch in self._batches(rows):
+                selected = self._select(batch, draft.codec)
+                if pending is not None:
+                    report.teacher_seconds += pending.result()
+                pending = writer.submit(self._keep, batch, selected, draft)
+                report.tokens += batch.num_targets
+                progress(batch.num_targets)
+            if pending is not None:
+                report.teacher_seconds += pending.result()
+            tokens = writer.submit(draft.finish, sink).result()
+            record = FileRecord(file=path.name, size=sink.size, sha256=sink.sha256)
+            write_note(path, ShardNote(record=record, number=number, first_row=rows.start, rows=len(rows), tokens=tokens))
+        report.shards += 1
+
+    def _batches(self, rows: range) -> Iterator[Batch]:
+        part, pad_id, eos_id = slice(rows.start, rows.stop), self.vocabulary.pad_id, self.vocabulary.eos_id
+        sources, targets = self.dataset.source_lengths[part], self.dataset.target_lengths[part]
+        groups = evaluation_batches(sources, targets, self.max_tokens, sides=self.sides)
+        for group in groups:
+            examples = group + rows.start
+            yield collate([self.dataset[row] for row in examples], examples, pad_id=pad_id, eos_id=eos_id)
+
+    @torch.inference_mode()
+    def _select(self, batch: Batch, codec: Codec) -> Selected:
+        """What is kept of the batch's scored tokens, on the teacher's device."""
+        keys, device = token_keys(batch), torch.device(self.device)
+        begin, batch = mark(device), batch.to(device)
+        hidden = self.teacher(batch.source, batch.target).hidden.flatten(0, 1)  # (B * T, D)
+        rows = scored_rows(batch.labels.flatten(), batch.num_targets)
+        choose = partial(
+            select_in_chunks, codec=codec, keys=keys, temperature=self.job.method.temperature, size=self.chunk_tokens
+        )
+        kept = self.teacher.reduce_projection(hidden.index_select(0, rows), choose)
+        return Selected(kept, begin, mark(device))
+
+    def _keep(self, batch: Batch, selected: Selected, draft: ShardDraft) -> float:
+        """Put it into the draft: the writer's thread alone waits for the device, whose seconds this returns.
+
+        Raises DataError where the teacher's logits are not finite.
+        """
+        kept = [tensor.cpu().numpy() for tensor in selected.kept]
+        broken = np.flatnonzero(~draft.codec.is_whole(kept))
+        if broken.size:
+            row = token_keys(batch).examples[broken[0]]
+            raise DataError(
+                f"the logits of teacher {self.job.teacher[:12]} are not finite for row {row} of the split {self.job.split!r}: "
+                "choose another --precision (fp32 has the widest range), or check the bundle"
+            )
+        draft.add(batch, kept)
+        return seconds_between(selected.begin, selected.end)
+
+
+class Selected(NamedTuple):
+    """kept: of a batch's scored tokens; begin, end: of the work that the device had with it."""
+
+    kept: tuple[Tensor, ...]
+    begin: Mark
+    end: Mark
+
+
+def select_in_chunks(
+    features: Tensor, weight: Tensor, *, codec: Codec, keys: TokenKeys, temperature: float, size: int
+) -> tuple[Tensor, ...]:
+    """`codec.select` of the logits `features @ weight.T / temperature`, `size` tokens at a time."""
+    chunks = []
+    for start in range(0, len(features), size):
+        part = slice(start, start + size)
+        logits = linear(features[part], weight).float()
+        if temperature != 1.0:
+            logits.div_(temperature)
+        chunks.append(codec.select(logits, TokenKeys(keys.examples[part], keys.positions[part])))
+    return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
+
+
+def token_keys(batch: Batch) -> TokenKeys:
+    """Row of the data and position of each scored token, row-major."""
+    rows, positions = np.nonzero(batch.labels.cpu().numpy() != IGNORE_INDEX)
+    return TokenKeys(batch.example_ids.cpu().numpy()[rows], positions)
+
+
+class Piece(NamedTuple):
+    """One column of a batch: items of all its rows one after another, and items of each row."""
+
+    values: Array
+    lengths: Array
+
+
+class ShardDraft:
+    """The signals of a shard's rows as they come, written in the order of rows."""
+
+    def __init__(self, codec: Codec) -> None:
+        self.codec = codec
+        self._examples: list[Array] = []
+        self._pieces: dict[str, list[Piece]] = {name: [] for name in codec.columns}
+        self._tokens = 0
+
+    def add(self, batch: Batch, selected: Sequence[Array]) -> None:
+        """Take what was selected of a batch."""
+        lengths = batch.target.lengths.numpy()  # (B,)
+        row_starts = np.cumsum(lengths) - lengths
+        for name, column in self.codec.pack(selected).items():
+            self._pieces[name].append(Piece(column.values, np.add.reduceat(column.widths, row_starts)))
+        self._examples.append(batch.example_ids.numpy())
+        self._tokens += int(lengths.sum())
+
+    def finish(self, sink: HashingWriter) -> int:
+        """Write one record batch; returns its tokens."""
+        order = np.argsort(np.concatenate(self._examples))
+        columns: dict[str, Any] = {}
+        for name, pieces in self._pieces.items():
+            lengths = np.concatenate([piece.lengths for piece in pieces])
+            rows = [row for piece in pieces for row in np.split(piece.values, np.cumsum(piece.lengths)[:-1])]
+            columns[name] = list_array([rows[place] for place in order], [lengths[order]])
+            pieces.clear()
+        types = {name: pa.list_(pa.from_numpy_dtype(dtype)) for name, dtype in self.codec.columns.items()}
+        schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
+        with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), schema) as stream:
+            stream.write_batch(pa.record_batch(list(columns.values()), schema=schema))
+        return self._tokens

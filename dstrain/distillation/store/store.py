@@ -1,0 +1,207 @@
+"""Dumped logits as a source of signals: for every scored token of a batch what a teacher said of it, read from the disk.
+
+Signals are found by (row of the data, position), so batch size, order, packing and the number of ranks may be any. Shards are
+mapped, and all ranks of a node share the pages; a batch costs a few slices a row and one pass over what it needs, about a
+millisecond for 260 sentences.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from dstrain.batch import Batch, sent
+from dstrain.data.batching.collate import NO_EXAMPLE
+from dstrain.data.files import checking
+from dstrain.data.prepared.dataset import ALWAYS_HASHED_BYTES
+from dstrain.data.prepared.manifest import Manifest
+from dstrain.data.prepared.shard import ListView, list_view
+from dstrain.distillation.store.codec import Codec, build_codec
+from dstrain.distillation.store.manifest import DenseMethod, SampleMethod, StoreManifest, TopKMethod, load_store_manifest
+from dstrain.errors import DataError, RecipeError
+from dstrain.log import logger
+from dstrain.protocols import KeptSignal, Record, Signal, SparseSignal, Wanted
+
+R = TypeVar("R")
+REMEDY = "dump this shard again with the same command, then merge"
+
+
+class LogitStore:
+    """Implements `protocols.SignalSource` for the batches of one split.
+
+    shards: columns by name, shard after shard. renormalize: give the tail's mass to the types that are kept.
+    """
+
+    def __init__(
+        self, manifest: StoreManifest, shards: Sequence[Mapping[str, ListView]], directory: Path, *, renormalize: bool = False
+    ) -> None:
+        self.manifest = manifest
+        self._shards = shards
+        self._directory = directory
+        self._renormalize = renormalize
+        self._codec: Codec = build_codec(manifest.job.method, manifest.job.vocab_size)
+        self._starts = [note.first_row for note in manifest.shards]
+
+    @property
+    def temperature(self) -> float:
+        """What the teacher's logits were divided by."""
+        return self.manifest.job.method.temperature
+
+    def require(self, wanted: Wanted) -> None:
+        """Raise RecipeError unless it is of the data, of the distribution alone, and, where a part of that is kept, at the dump's
+        temperature; forward_kl alone where nothing is known of the other types."""
+        if wanted.on_policy:
+            raise RecipeError(
+                f"objective.on_policy has a teacher score what the student writes, {self._directory} keeps what one said of the "
+                "data: remove objective.on_policy, or name a teacher at work (--teacher)"
+            )
+        if wanted.features:
+            raise RecipeError(
+                f"objective.features learns from inside a teacher, but {self._directory} keeps its probabilities alone: leave "
+                "objective.features out, or choose a teacher at work (--teacher)"
+            )
+        method = self.manifest.job.method
+        if isinstance(method, DenseMethod):
+            return
+        if wanted.divergence != "forward_kl" and (self._renormalize or isinstance(method, SampleMethod)):
+            kept = "gives the tail to the kept types" if self._renormalize else "keeps draws"
+            raise RecipeError(
+                f"objective.divergence.kind = {wanted.divergence} needs the mass of all types, {self._directory} {kept}: choose "
+                "forward_kl, a dump with a tail (dump-logits --method topk) or of all types (--method dense), or a teacher at "
+                "work (--teacher)"
+            )
+        if wanted.temperature != self.temperature:
+            raise RecipeError(
+                f"objective.temperature = {wanted.temperature:g}, but the logits in {self._directory} are of temperature "
+                f"{self.temperature:g}: set that, or dump them again with --temperature {wanted.temperature:g}"
+            )
+
+    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], record: Record | None = None) -> R:
+        """`reduce(signal)` on the batch's device; `rows` must be all scored places, whose order the store has by itself.
+
+        record: stays empty, for there is no forward; see `require`.
+        """
+        return reduce(moved(self.signal(batch), batch.labels.device))
+
+    def signal(self, batch: Batch) -> KeptSignal:
+        """The signals of the batch's scored tokens in row-major order, on the CPU.
+
+        Raises DataError where the batch is not of the split that was dumped.
+        """
+        examples = [row for row in batch.example_ids.tolist() if row != NO_EXAMPLE]
+        places = [self._locate(row) for row in examples]
+        columns = {name: [shard[name].row(row) for shard, row in places] for name in self._codec.columns}
+        first = next(iter(columns.values()))
+        num_tokens = sum(map(len, first)) // self._codec.items_per_token
+        if num_tokens != batch.num_targets:
+            raise DataError(
+                f"{self._directory} holds {num_tokens} tokens for the rows of a batch of {batch.num_targets}: it is of other "
+                f"data or another split than {self.manifest.job.split!r}; dump the logits of this data"
+            )
+        signal = self._codec.unpack(columns, num_tokens)
+        return renormalized(signal) if self._renormalize and isinstance(signal, SparseSignal) else signal
+
+    def _locate(self, row: int) -> tuple[Mapping[str, ListView], int]:
+        if not 0 <= row < self.manifest.job.rows:
+            raise DataError(
+                f"{self._directory} holds {self.manifest.job.rows} rows of the split {self.manifest.job.split!r}, "
+                f"a batch asks for row {row}; dump the logits of this data"
+            )
+        number = bisect_right(self._starts, row) - 1
+        return self._shards[number], row - self._starts[number]
+
+
+def moved(signal: KeptSignal, device: torch.device) -> KeptSignal:
+    """The same signal on `device`; log-probabilities of all types stay on the disk until a chunk of them is wanted."""
+    if not isinstance(signal, SparseSignal):
+        return signal
+    return replace(signal, ids=sent(signal.ids, device), probs=sent(signal.probs, device), tail=sent(signal.tail, device))
+
+
+def renormalized(signal: SparseSignal) -> SparseSignal:
+    """The same with the tail's mass given to the types that are kept: biased, the more so the flatter the teacher."""
+    probs = signal.probs / signal.probs.sum(1, keepdim=True)
+    return SparseSignal(signal.ids, probs, torch.zeros_like(signal.tail), with_tail=False)
+
+
+def open_store(directory: Path, *, data: Path, manifest: Manifest, verify: bool = False, renormalize: bool = False) -> LogitStore:
+    """Open a complete store for batches of the data directory `data`, whose manifest is given.
+
+    verify: compare the SHA-256 of every file, whatever the size. renormalize: only for stores of the best types. Raises DataError
+    where the store is unfinished, of other data or another tokenizer, or where a file is missing, truncated or altered.
+    """
+    directory = Path(directory)
+    store = load_store_manifest(directory)
+    store.job.require_data(manifest, directory, data)
+    check_files(directory, store, verify=verify)
+    if renormalize:
+        _warn_of_bias(directory, store)
+    names = list(build_codec(store.job.method, store.job.vocab_size).columns)
+    shards = [_map_shard(directory / file.file, names) for file in store.files]
+    return LogitStore(store, shards, directory, renormalize=renormalize)
+
+
+def check_files(directory: Path, store: StoreManifest, *, verify: bool) -> None:
+    """Compare sizes, and checksums where there are at most 1 GiB or on request. Raises DataError naming the file."""
+    content = verify or sum(file.size for file in store.files) <= ALWAYS_HASHED_BYTES
+    for file in checking(store.files) if verify else store.files:
+        file.check(directory, content=content, remedy=REMEDY)
+
+
+def describe_store(directory: Path) -> list[str]:
+    """What a complete store holds, after a check of every byte. Raises DataError where something is wrong with it."""
+    store = load_store_manifest(directory)
+    check_files(directory, store, verify=True)
+    job = store.job
+    match job.method:
+        case SampleMethod(draws=draws, seed=seed):
+            method = f"{draws} draws from the teacher's distribution (seed {seed}), unbiased"
+        case TopKMethod(k=k, dtype=dtype):
+            method = f"the {k} likeliest types in {dtype}, the mass of all others as one number"
+        case DenseMethod():
+            method = "all log-probabilities in float16"
+    size = sum(file.size for file in store.files)
+    return [
+        f"dumped logits: {method}; temperature {job.method.temperature:g}",
+        f"split {job.split}: {job.rows:,} rows, {job.tokens:,} tokens, {job.vocab_size:,} types, {job.shards} shards",
+        f"{size:,} bytes, {store.bytes_per_token:.1f} a token",
+        f"teacher {job.teacher[:12]} in {job.precision}, data {job.data[:12]}, tokenizer {job.tokenizer[:12]}",
+        f"complete; every checksum is right; written by {store.created_by}",
+    ]
+
+
+def shard_starts(target_lengths: np.ndarray, tokens_per_shard: int) -> list[int]:
+    """First rows of the shards, and the number of rows: a shard ends with the row that reaches `tokens_per_shard`."""
+    totals = np.cumsum(target_lengths, dtype=np.int64)
+    starts, done = [0], 0
+    while starts[-1] < len(totals):
+        end = min(int(totals.searchsorted(done + tokens_per_shard)) + 1, len(totals))
+        starts.append(end)
+        done = int(totals[end - 1])
+    return starts
+
+
+def _map_shard(path: Path, names: Sequence[str]) -> dict[str, ListView]:
+    try:
+        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+        return {name: list_view(batch.column(name)) for name in names}
+    except (pa.ArrowException, OSError, KeyError) as error:
+        raise DataError(f"{path} cannot be read as dumped logits ({str(error).splitlines()[0]}); {REMEDY}") from error
+
+
+def _warn_of_bias(directory: Path, store: StoreManifest) -> None:
+    if not isinstance(store.job.method, TopKMethod):
+        raise DataError(f"{directory} is of method {store.job.method.kind}, which leaves no tail; only topk can be renormalized")
+    logger.warning(
+        "%s: the mass of all but the %d likeliest types is given to these: the gradient is biased; a sampled store is not",
+        directory,
+        store.job.method.k,
+    )

@@ -1,0 +1,72 @@
+"""Scores of a finished bundle on any split: the validator's figures without an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dstrain.checkpoint.bundle import Bundle
+from dstrain.data.batching.loader import evaluation_loader
+from dstrain.data.config import DataConfig, is_text_alone
+from dstrain.data.prepared.dataset import open_dataset
+from dstrain.data.prepared.manifest import load_manifest
+from dstrain.data.sources.corpora import splits_of
+from dstrain.errors import BundleError, DataError
+from dstrain.evaluation.translation import build_translation
+from dstrain.evaluation.validator import Validator, WholeModel, check_split
+from dstrain.generation.config import GenerationConfig
+from dstrain.objectives.train_module import TrainModule
+from dstrain.parallel.topology import World
+from dstrain.protocols import Objective
+
+
+def validate_bundle(
+    bundle: Bundle,
+    data: Path,
+    split: str,
+    world: World,
+    *,
+    objective: Objective,
+    generation: GenerationConfig | None,
+    max_tokens: int,
+) -> dict[str, float]:
+    """The scores of `Validator` for a bundle whose model is on `world.device`; every rank scores its share.
+
+    generation: how to translate; None = losses alone.
+    Raises DataError where the data was prepared with another tokenizer, BundleError where the bundle has none to compare.
+    """
+    if bundle.tokenizers is None:
+        raise BundleError(f"{bundle.directory} has no tokenizer, so it cannot be told whether the ids of {data} are its own")
+    manifest = load_manifest(data)
+    manifest.require_tokenizer(bundle.tokenizers.fingerprint, str(bundle.directory))
+    if split == "train" and generation is not None:
+        raise DataError("the split 'train' keeps no raw text to score translations against: add --no-generate")
+    dataset = open_dataset(data, split)
+    if any(is_text_alone(corpus) for corpus in splits_of(DataConfig.model_validate(manifest.data))[split]):
+        _check_plain_text(split, bundle, generation)
+    check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
+    translation = build_translation(generation, bundle.model_config, dataset, bundle.tokenizers, world.device)
+    validator = Validator(
+        WholeModel(TrainModule(bundle.model, objective), bundle.model, world.device),
+        world,
+        batches=lambda: evaluation_loader(
+            dataset,
+            max_tokens,
+            pad_id=bundle.vocabulary.pad_id,
+            eos_id=bundle.vocabulary.eos_id,
+            rank=world.rank,
+            world_size=world.world_size,
+            sides=bundle.model_config.limits.sides,
+        ),
+        denominator=objective.denominator,
+        translation=translation,
+    )
+    scores = validator()
+    assert scores is not None, "nothing interrupts this validation"
+    return scores
+
+
+def _check_plain_text(split: str, bundle: Bundle, generation: GenerationConfig | None) -> None:
+    if bundle.model_config.kind == "encoder_decoder":
+        raise DataError(f"the split {split!r} is text without a source: the encoder of {bundle.directory} has nothing to read")
+    if generation is not None:
+        raise DataError(f"the split {split!r} is text without a source, so there is nothing to translate: add --no-generate")

@@ -1,0 +1,60 @@
+"""A split as something to translate: source ids in, texts out, scored against the raw text of its targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from dstrain.data.prepared.dataset import Dataset
+from dstrain.data.tokenizers.tokenizer import TokenizerPair
+from dstrain.evaluation.metrics.corpus import corpus_scores
+from dstrain.generation.config import GenerationConfig
+from dstrain.generation.constraints import SpecialIds
+from dstrain.generation.generator import Generator
+from dstrain.models.config import ModelConfig
+from dstrain.protocols import Generative
+
+
+@dataclass(frozen=True)
+class Translation:
+    """How one evaluation split is translated and scored. references: the raw text of its targets, in the order of the rows."""
+
+    config: GenerationConfig
+    model_config: ModelConfig
+    dataset: Dataset
+    tokenizers: TokenizerPair
+    references: Sequence[str]
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def translate(self, model: Generative, rows: range) -> list[str]:
+        """The best hypothesis of each row; what sampling draws for a row depends on its number alone."""
+        generator = Generator(
+            model,
+            self.config,
+            SpecialIds.of(self.tokenizers.target),
+            limits=self.model_config.limits,
+            device=self.device,
+        )
+        sources = [self.dataset[row].source.tolist() for row in rows]
+        found = generator.translate_ids(sources, first_line=rows.start + 1)
+        return self.tokenizers.target.decode([hypotheses[0].tokens for hypotheses in found])
+
+    def score(self, hypotheses: Sequence[str]) -> Mapping[str, float]:
+        """BLEU, chrF and the rate of repetition of the whole split, in percent."""
+        scores = corpus_scores(hypotheses, self.references, metrics=("bleu", "chrf", "repetition"))
+        return {score.name: score.value for score in scores}
+
+
+def build_translation(
+    config: GenerationConfig | None, model_config: ModelConfig, dataset: Dataset, tokenizers: TokenizerPair, device: torch.device
+) -> Translation | None:
+    """None where nothing is to be generated. Raises DataError where the split keeps no raw text to compare with."""
+    if config is None:
+        return None
+    references = [dataset.target_text(row) for row in range(len(dataset))]
+    return Translation(config, model_config, dataset, tokenizers, references, device)

@@ -1,0 +1,178 @@
+"""Scores of the present weights on the valid split: loss and perplexity from the labels, BLEU and chrF from generated text.
+
+Every rank scores its share. Losses are added up as sums and divided once; texts are gathered on rank 0 and scored there
+together, so no score is a mean of parts. With a moving average it is the averaged weights that are scored, as it is these
+that bundles hold. The cost is one forward pass over the split and, with generation, one search per sentence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, cast
+
+import numpy as np
+import torch
+from torch import nn
+
+from dstrain.batch import Batch, Size
+from dstrain.data.batching.plan import Lengths
+from dstrain.errors import DataError
+from dstrain.models.config import ModelConfig
+from dstrain.objectives.train_module import TrainModule
+from dstrain.protocols import Generative, LossOutput, Ranks
+
+CHUNK = 512
+"""Sentences per rank that are translated between two looks at the signals."""
+BATCHES_BETWEEN_LOOKS = 8
+
+
+class Evaluates(Protocol):
+    """An engine as the validator sees it."""
+
+    def evaluate(self, batch: Batch) -> LossOutput:
+        """The loss of one batch in evaluation mode; collective."""
+        ...
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """The moving average in the place of the weights; collective."""
+        ...
+
+    def generation_model(self, averaged: bool) -> AbstractContextManager[Generative]:
+        """The whole model on this rank; collective."""
+        ...
+
+
+class Translates(Protocol):
+    """A split as the validator translates it (`translation.Translation`)."""
+
+    def __len__(self) -> int:
+        """Rows of the split."""
+        ...
+
+    def translate(self, model: Generative, rows: range) -> list[str]:
+        """A text for each row."""
+        ...
+
+    def score(self, hypotheses: Sequence[str]) -> Mapping[str, float]:
+        """Scores by name of the texts of all rows."""
+        ...
+
+
+class WholeModel:
+    """A model that is whole on this one process, in the engine's place: what `dstrain validate` scores."""
+
+    def __init__(self, module: TrainModule, model: nn.Module, device: torch.device) -> None:
+        self._module = module.to(device).eval()
+        self._model = cast("Generative", model)
+        self._device = device
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> LossOutput:
+        """The loss of one batch."""
+        output: LossOutput = self._module(batch.to(self._device))
+        return output
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """A bundle already holds the averaged weights."""
+        return nullcontext()
+
+    def generation_model(self, averaged: bool) -> AbstractContextManager[Generative]:
+        """The model itself."""
+        return nullcontext(self._model)
+
+
+def check_split(name: str, source_lengths: Lengths, target_lengths: Lengths, model: ModelConfig) -> None:
+    """Raise DataError, before anything is trained, where a split is empty or a sentence exceeds the model's limits."""
+    if not len(target_lengths):
+        raise DataError(f"the split {name!r} is empty; give it at least one sentence pair in the recipe's data section")
+    limits = model.limits
+    sides: list[tuple[str, Lengths, int]] = [("source", source_lengths, limits.source), ("target", target_lengths, limits.target)]
+    if limits.joint:
+        sides = [("source and target", source_lengths.astype(np.int64) + target_lengths - 1, limits.target)]
+    for side, lengths, limit in sides:
+        row = int(np.argmax(lengths))
+        if lengths[row] > limit:
+            key = "source" if side == "source" else "target"
+            raise DataError(
+                f"pair {row + 1} of the split {name!r} has {lengths[row]:,} {side} tokens, more than model.max_{key}_length = "
+                f"{limit}: raise that limit, or leave such pairs out and prepare again (data.filter does it for train)"
+            )
+
+
+class Validator:
+    """Scores one split; every rank calls it with the same weights.
+
+    batches: this rank's share of the split, equally many on every rank, anew at each call. denominator: the objective's.
+    averaged: score the moving average. beat: called with a phase before anything long.
+    """
+
+    def __init__(
+        self,
+        engine: Evaluates,
+        ranks: Ranks,
+        *,
+        batches: Callable[[], Iterable[Batch]],
+        denominator: Callable[[Size], int],
+        averaged: bool = False,
+        translation: Translates | None = None,
+        beat: Callable[[str], None] = lambda phase: None,
+    ) -> None:
+        self.engine = engine
+        self.ranks = ranks
+        self.averaged = averaged
+        self.translation = translation
+        self._batches = batches
+        self._denominator = denominator
+        self._beat = beat
+
+    def __call__(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
+        """loss as the objective averages it, perplexity and further sums per target token, and the scores of the translation.
+
+        The same on every rank. interrupted: collective; asked now and then, and where it says yes the result is None. Raises
+        DataError where the split holds no target token.
+        """
+        with self.engine.averaged_weights() if self.averaged else nullcontext():
+            scores = self._losses(interrupted)
+            if scores is None or self.translation is None:
+                return scores
+            generated = self._translate(self.translation, interrupted)
+            return None if generated is None else {**scores, **generated}
+
+    def _losses(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
+        num_targets, num_sentences, totals, names = 0, 0, torch.zeros(1), [""]
+        for number, batch in enumerate(self._batches()):
+            if number % BATCHES_BETWEEN_LOOKS == 0 and interrupted():
+                return None
+            self._beat(f"validation batch {number}")
+            output = self.engine.evaluate(batch)
+            num_targets += output.size.num_targets
+            num_sentences += output.size.num_sentences
+            names = list(output.sums)
+            totals = totals.to(output.loss_sum.device) + torch.stack([output.loss_sum, *output.sums.values()]).double()
+        targets, sentences, loss_sum, *sums = self.ranks.all_reduce_sums([num_targets, num_sentences, *totals.tolist()])
+        if targets == 0:
+            raise DataError("the split holds no target token; give it at least one sentence pair and prepare the data again")
+        loss = loss_sum / self._denominator(Size(int(targets), int(sentences)))
+        means = {name: value / targets for name, value in zip(names, sums, strict=True)}
+        return {"loss": loss, **means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": int(targets)}
+
+    def _translate(self, task: Translates, interrupted: Callable[[], bool]) -> Mapping[str, float] | None:
+        texts: list[tuple[int, list[str]]] = []
+        chunk = min(CHUNK, math.ceil(len(task) / self.ranks.world_size))
+        with self.engine.generation_model(averaged=False) as model:
+            for start in range(0, len(task), chunk * self.ranks.world_size):
+                if interrupted():
+                    return None
+                self._beat(f"translating the valid split from sentence {start}")
+                first = start + chunk * self.ranks.rank
+                rows = range(first, min(first + chunk, len(task)))
+                if rows:
+                    texts.append((first, task.translate(model, rows)))
+        gathered = self.ranks.gather_objects(texts)
+        scores: Mapping[str, float] = {}
+        if self.ranks.rank == 0:
+            ordered = sorted(piece for share in gathered for piece in share)
+            scores = task.score([text for _, piece in ordered for text in piece])
+        return self.ranks.broadcast_object(scores)

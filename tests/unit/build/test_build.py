@@ -1,0 +1,47 @@
+"""Prepared data and runs of an earlier version, and the recipe that is to be trained."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from dstrain.build.training import Corpora
+from dstrain.config_base import with_later_defaults
+from dstrain.data.prepared.prepare import prepare
+from dstrain.errors import CheckpointError, DataError
+from dstrain.recipe import Recipe
+from dstrain.recipe_file import load_recipe, recipe_tree
+from dstrain.training.run_directory import open_run
+from tests.unit.training.fakes import ALONE
+
+SMALL = ("data.train.0.num_pairs=60", "data.valid.0.num_pairs=5", "data.test={}", "data.tokenizer.vocab_size=120")
+
+
+def test_data_prepared_before_a_key_existed_have_its_default(tmp_path: Path) -> None:
+    recipe = load_recipe("translation/quickstart", SMALL)
+    prepare(recipe.data, tmp_path / "data", workers=1)
+    path = tmp_path / "data/manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["data"]["tokenizer"]["tags"]
+    path.write_text(json.dumps(manifest))
+    assert len(Corpora(tmp_path / "data", recipe).train) == 60
+    other = load_recipe("translation/quickstart", (*SMALL, "data.tokenizer.tags=[eng_Latn]"))
+    with pytest.raises(DataError, match=r"data\.tokenizer\.tags: \[\] -> \(absent\)"):
+        Corpora(tmp_path / "data", other)
+
+
+def test_a_run_begun_before_a_key_existed_is_resumed(tmp_path: Path) -> None:
+    tree = recipe_tree(load_recipe("translation/quickstart", SMALL))
+    old = json.loads(json.dumps(tree))
+    del old["batching"]["bucket_tokens"]
+    (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
+    for name, content in (("recipe.yaml", old), ("run.json", {"format": 1, "run_id": "r", "data": "d"})):
+        (tmp_path / name).write_text(json.dumps(content))
+    renewed = partial(with_later_defaults, Recipe)
+    with pytest.raises(CheckpointError, match=r"batching\.bucket_tokens: \(absent\) -> 4096"):
+        open_run(tmp_path, tree, ALONE, data="d")
+    open_run(tmp_path, tree, ALONE, data="d", renewed=renewed).close()
+    tree["batching"]["bucket_tokens"] = 100
+    with pytest.raises(CheckpointError, match=r"batching\.bucket_tokens: 4096 -> 100"):
+        open_run(tmp_path, tree, ALONE, data="d", renewed=renewed)

@@ -1,0 +1,155 @@
+"""A bundle's figures on prepared data equal those counted sentence by sentence with torch's own cross-entropy."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dstrain.batch import Sequences
+from dstrain.checkpoint.bundle import load_bundle, save_bundle
+from dstrain.cli.main import main
+from dstrain.data.config import DataConfig, GivenTokenizer, GrammarText, PlainText, TrainedSentencePiece
+from dstrain.data.prepared.dataset import open_dataset
+from dstrain.data.prepared.prepare import prepare
+from dstrain.data.tokenizers.tokenizer import load_tokenizers
+from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
+from dstrain.models.factory import build_model
+from dstrain.models.weights import to_portable
+from dstrain.recipe_file import load_recipe, recipe_tree
+
+STACK = {"depth": 1, "num_heads": 2, "ffn_dim": 16}
+MODEL = EncoderDecoderConfig(model_dim=16, encoder=STACK, decoder=STACK, dropout=0.5)
+
+
+def prepared(directory: Path, vocab_size: int) -> Path:
+    config = DataConfig(
+        train=(GrammarText(split="train", num_pairs=60),),
+        valid=(GrammarText(split="valid", num_pairs=7),),
+        tokenizer=TrainedSentencePiece(vocab_size=vocab_size),
+    )
+    prepare(config, directory, workers=1, progress=False)
+    return directory
+
+
+def bundle_for(data: Path, directory: Path, *, tokenizers: bool = True, recipe: dict[str, Any] | None = None) -> Path:
+    pair = load_tokenizers(data / "tokenizer")
+    sizes = VocabularySizes(source=pair.source.vocab_size, target=pair.target.vocab_size)
+    weights = to_portable(build_model(MODEL, sizes, seed=3))
+    chosen = pair if tokenizers else None
+    save_bundle(directory, model_config=MODEL, vocabulary=sizes, weights=weights, tokenizers=chosen, recipe=recipe)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("data") / "data", 90)
+
+
+@pytest.fixture(scope="module")
+def bundle(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return bundle_for(data, tmp_path_factory.mktemp("bundle") / "bundle")
+
+
+def scores_of(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    capsys.readouterr()
+    assert main(["validate", str(bundle), "--data", str(data), "--device", "cpu", *words]) == 0
+    printed: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return printed
+
+
+def counted_by_hand(bundle: Path, data: Path, smoothing: float, *, average: str = "tokens") -> tuple[float, float, int]:
+    """Loss and nll, one sentence at a time; smoothing as epsilon / V on every type, epsilon-weighted. average: of the loss."""
+    model = load_bundle(bundle).model
+    dataset = open_dataset(data, "valid")
+    loss, nll, count = 0.0, 0.0, 0
+    for row in range(len(dataset)):
+        source, target = (torch.from_numpy(side.astype("int64"))[None] for side in dataset[row])
+        decoder_input = torch.cat([torch.full((1, 1), 2), target[:, :-1]], dim=1)
+        lengths = torch.tensor([source.shape[1]]), torch.tensor([target.shape[1]])
+        with torch.no_grad():
+            hidden = model(Sequences(source, lengths[0]), Sequences(decoder_input, lengths[1])).hidden
+            log_probs = F.log_softmax(model.project(hidden)[0].double(), dim=-1)
+        own = F.nll_loss(log_probs, target[0], reduction="sum").item()
+        spread = -log_probs.sum().item()
+        share = smoothing / (log_probs.shape[-1] - 1)
+        smoothed = (1 - smoothing - share) * own + share * spread
+        loss += smoothed / target.shape[1] if average == "sentences" else smoothed
+        nll += own
+        count += target.shape[1]
+    return loss / (len(dataset) if average == "sentences" else count), nll / count, count
+
+
+def test_a_bundle_without_recipe_is_scored_by_plain_cross_entropy(
+    bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scores = scores_of(bundle, data, capsys, "--no-generate", "--max-tokens", "40")
+    _, nll, count = counted_by_hand(bundle, data, 0.0)
+    assert scores["num_targets"] == count
+    assert scores["loss"] == pytest.approx(nll, rel=1e-5)
+    assert scores["nll"] == pytest.approx(nll, rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
+    assert "bleu" not in scores
+
+
+@pytest.mark.parametrize("average", ["tokens", "sentences"])
+def test_a_bundle_is_scored_by_the_objective_of_its_recipe(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], average: str
+) -> None:
+    """R-Drop is for training alone: a bundle trained with it is scored by one pass."""
+    objective = f"objective={{kind: cross_entropy, label_smoothing: 0.2, average: {average}, r_drop: {{alpha: 5}}}}"
+    recipe = recipe_tree(load_recipe("translation/quickstart", [objective]))
+    bundle = bundle_for(data, tmp_path / "bundle", recipe=recipe)
+    scores = scores_of(bundle, data, capsys, "--no-generate")
+    loss, nll, _ = counted_by_hand(bundle, data, 0.2, average=average)
+    assert scores["loss"] == pytest.approx(loss, rel=1e-5)
+    assert scores["nll"] == pytest.approx(nll, rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(nll), rel=1e-4)
+    assert "kl" not in scores
+
+
+def test_texts_are_scored_unless_told_otherwise(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = scores_of(bundle, data, capsys, "--beam-size", "1")
+    assert {"bleu", "chrf", "repetition"} <= set(scores)
+    assert 0 <= scores["chrf"] <= 100
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--split", "test"], "has no split 'test'; it holds train, valid"),
+        (["--split", "train"], "the split 'train' keeps no raw text to score translations against: add --no-generate"),
+    ],
+)
+def test_mistakes(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert main(["validate", str(bundle), "--data", str(data), *words]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_data_of_another_tokenizer_are_refused(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = prepared(tmp_path / "other", 95)
+    assert main(["validate", str(bundle), "--data", str(other)]) == 1
+    assert "prepare the data with the tokenizer of" in capsys.readouterr().err
+
+
+def test_a_bundle_without_tokenizer_cannot_be_compared(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = bundle_for(data, tmp_path / "bare", tokenizers=False)
+    assert main(["validate", str(bare), "--data", str(data)]) == 1
+    assert "has no tokenizer, so it cannot be told whether the ids of" in capsys.readouterr().err
+
+
+def test_an_encoder_decoder_bundle_has_nothing_to_read_in_text_without_a_source(
+    data: Path, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The girl sleeps.\n")
+    tokenizer = GivenTokenizer(path=str(data / "tokenizer"))
+    config = DataConfig(train=(PlainText(path=str(text)),), valid=(PlainText(path=str(text)),), tokenizer=tokenizer)
+    prepare(config, tmp_path / "data", workers=1, progress=False)
+    assert main(["validate", str(bundle), "--data", str(tmp_path / "data"), "--device", "cpu", "--no-generate"]) == 1
+    assert "the split 'valid' is text without a source: the encoder of" in capsys.readouterr().err

@@ -1,0 +1,195 @@
+"""Validation figures are sums divided once and whole-corpus scores, the same for every number of ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from operator import attrgetter
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from dstrain.batch import Batch, Size
+from dstrain.data.batching.collate import collate
+from dstrain.data.batching.loader import evaluation_loader
+from dstrain.errors import DataError
+from dstrain.evaluation.validator import Validator, WholeModel, check_split
+from dstrain.models.config import EncoderDecoderConfig
+from dstrain.protocols import LossOutput
+from dstrain.training import validator
+from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
+from tests.unit.training.fakes import ALONE
+
+
+class Examples:
+    """Rows of several lengths; a row's target ids are its length, so that losses differ between rows."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.source_lengths = np.array(lengths)
+        self.target_lengths = np.array(lengths)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        ids = np.full(self.target_lengths[index], self.target_lengths[index])
+        return ids, ids
+
+
+class Engine:
+    """The loss of a label is its value, its nll half of that; times 100 under the moving average."""
+
+    def __init__(self) -> None:
+        self.factor = 1.0
+        self.evaluated = 0
+
+    def evaluate(self, batch: Batch) -> LossOutput:
+        self.evaluated += 1
+        total = batch.labels[batch.labels >= 0].sum().double() * self.factor
+        return LossOutput(total, batch.size, {"nll": total / 2})
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        self.factor = 100.0
+        yield
+        self.factor = 1.0
+
+    def generation_model(self, averaged: bool) -> nullcontext[float]:
+        return nullcontext(self.factor)
+
+
+class Texts:
+    """Translates row n to `text n`; the score is how many stand in their place."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.calls: list[range] = []
+
+    def __len__(self) -> int:
+        return self.size
+
+    def translate(self, model: object, rows: range) -> list[str]:
+        self.calls.append(rows)
+        return [f"text {row} of model {model}" for row in rows]
+
+    def score(self, hypotheses: Sequence[str]) -> dict[str, float]:
+        expected = [f"text {row} of model 1.0" for row in range(self.size)]
+        return {"bleu": sum(map(str.__eq__, hypotheses, expected)) / len(hypotheses), "chrf": float(len(hypotheses))}
+
+
+TOKENS = attrgetter("num_targets")
+LENGTHS = [5, 1, 3, 2, 2, 5, 4]
+LOSS = sum(length * length for length in LENGTHS) / sum(LENGTHS)
+
+
+def batches_of(ranks: ThreadRanks, lengths: Sequence[int] = LENGTHS) -> Callable[[], Iterator[Batch]]:
+    return lambda: evaluation_loader(Examples(lengths), 6, pad_id=1, eos_id=2, rank=ranks.rank, world_size=ranks.world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_losses_are_sums_divided_once_whatever_the_number_of_ranks(world_size: int) -> None:
+    results = on_ranks(world_size, lambda ranks: Validator(Engine(), ranks, batches=batches_of(ranks), denominator=TOKENS)())
+    for scores in results:
+        assert scores == {
+            "loss": pytest.approx(LOSS, rel=1e-12),
+            "nll": pytest.approx(LOSS / 2, rel=1e-12),
+            "perplexity": pytest.approx(math.exp(LOSS / 2), rel=1e-12),
+            "num_targets": sum(LENGTHS),
+        }
+    assert len({tuple(scores.items()) for scores in results}) == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 5])
+def test_a_loss_per_sentence_is_divided_by_sentences_and_the_rest_by_tokens(world_size: int) -> None:
+    """Ranks without a share hold an empty micro-batch, whose one row is no sentence."""
+    sentences = attrgetter("num_sentences")
+    results = on_ranks(world_size, lambda ranks: Validator(Engine(), ranks, batches=batches_of(ranks), denominator=sentences)())
+    for scores in results:
+        assert scores is not None
+        assert scores["loss"] == pytest.approx(LOSS * sum(LENGTHS) / len(LENGTHS), rel=1e-12)
+        assert scores["nll"] == pytest.approx(LOSS / 2, rel=1e-12)
+        assert scores["perplexity"] == pytest.approx(math.exp(LOSS / 2), rel=1e-12)
+
+
+def test_with_a_moving_average_it_is_the_average_that_is_scored() -> None:
+    engine = Engine()
+    scores = Validator(engine, ALONE, batches=batches_of(ALONE), denominator=TOKENS, averaged=True, translation=Texts(3))()
+    assert scores["loss"] == pytest.approx(100 * LOSS)
+    assert scores["bleu"] == 0.0, "the texts must come from the averaged model, too"
+    assert engine.factor == 1.0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 7, 23])
+def test_texts_of_all_ranks_are_scored_in_order(monkeypatch: pytest.MonkeyPatch, world_size: int, size: int) -> None:
+    monkeypatch.setattr(validator, "CHUNK", 4)
+    tasks = [Texts(size) for _ in range(world_size)]
+    results = on_ranks(
+        world_size,
+        lambda ranks: Validator(Engine(), ranks, batches=batches_of(ranks), denominator=TOKENS, translation=tasks[ranks.rank])(),
+    )
+    assert [(scores["bleu"], scores["chrf"]) for scores in results] == [(1.0, size)] * world_size
+    assert sorted(row for task in tasks for rows in task.calls for row in rows) == list(range(size))
+
+
+@pytest.mark.parametrize("look", range(1, 6))
+def test_an_interruption_ends_it_on_all_ranks_at_the_same_place(monkeypatch: pytest.MonkeyPatch, look: int) -> None:
+    monkeypatch.setattr(validator, "CHUNK", 2)
+    monkeypatch.setattr(validator, "BATCHES_BETWEEN_LOOKS", 2)
+
+    def run(ranks: ThreadRanks) -> tuple[object, int]:
+        looks = 0
+
+        def interrupted() -> bool:
+            nonlocal looks
+            looks += 1
+            return not ranks.all_true(not (looks == look and ranks.rank == 1))
+
+        scores = Validator(Engine(), ranks, batches=batches_of(ranks), denominator=TOKENS, translation=Texts(11))(interrupted)
+        return scores, looks
+
+    assert on_ranks(2, run) == [(None, look)] * 2
+
+
+def test_a_split_without_targets_is_refused() -> None:
+    empty = collate([], np.array([], dtype=np.int64), pad_id=1, eos_id=2)
+    with pytest.raises(DataError, match="the split holds no target token; give it at least one"):
+        Validator(Engine(), ALONE, batches=lambda: [empty], denominator=TOKENS)()
+
+
+MODEL = EncoderDecoderConfig(
+    model_dim=8,
+    encoder={"depth": 1, "num_heads": 1, "ffn_dim": 8},
+    decoder={"depth": 1, "num_heads": 1, "ffn_dim": 8},
+    max_source_length=10,
+    max_target_length=20,
+)
+
+
+def test_a_split_is_checked_before_training() -> None:
+    check_split("valid", np.array([10, 3]), np.array([20, 1]), MODEL)
+    with pytest.raises(DataError, match="the split 'valid' is empty; give it at least one sentence pair"):
+        check_split("valid", np.array([]), np.array([]), MODEL)
+    with pytest.raises(
+        DataError, match=r"pair 2 of the split 'valid' has 100,000 source tokens, more than model.max_source_length = 10"
+    ):
+        check_split("valid", np.array([3, 100_000]), np.array([3, 3]), MODEL)
+    with pytest.raises(
+        DataError, match=r"pair 1 of the split 'train' has 21 target tokens, more than model.max_target_length = 20"
+    ):
+        check_split("train", np.array([3, 3]), np.array([21, 3]), MODEL)
+
+
+def test_a_whole_model_is_scored_in_evaluation_mode_without_gradients() -> None:
+    class Module(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, batch: Batch) -> LossOutput:
+            return LossOutput(self.weight * 3, Size(1, 1), {"training": torch.tensor(float(self.training))})
+
+    whole = WholeModel(Module(), nn.Identity(), torch.device("cpu"))
+    output = whole.evaluate(collate([], np.array([], dtype=np.int64), pad_id=1, eos_id=2))
+    assert not output.loss_sum.requires_grad
+    assert float(output.sums["training"]) == 0.0
