@@ -19,7 +19,7 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
-def with_later_defaults(kind: type[Config], tree: Mapping[str, Any]) -> Mapping[str, Any]:
+def upgrade_config(kind: type[Config], tree: Mapping[str, Any]) -> Mapping[str, Any]:
     """A resolved configuration as it would be written today: keys that came after it have their defaults.
 
     As it is where it is not valid today.

@@ -37,7 +37,7 @@ class ModelOutput(NamedTuple):
     memory: Memory | None
 
 
-class Place(NamedTuple):
+class Tap(NamedTuple):
     """A place inside a model.
 
     side: a stack, or `cross`, the decoder's attention to the encoder. layer: counted in passes of the stack, from 1; hidden
@@ -49,7 +49,7 @@ class Place(NamedTuple):
     layer: int
 
 
-class Record:
+class ActivationCapture:
     """What a model shows of one forward beside its output, at the places that are wanted; in training with gradient.
 
     hidden_states: (B, S or T, D). attention: (B, queries, keys) float32, the probabilities before dropout, averaged over the
@@ -57,18 +57,18 @@ class Record:
     hidden states those of the target alone.
     """
 
-    def __init__(self, wanted: Iterable[Place]) -> None:
-        self.wanted = frozenset(wanted)
-        self.shown: dict[Place, Tensor] = {}
+    def __init__(self, requested: Iterable[Tap]) -> None:
+        self.requested = frozenset(requested)
+        self.captured: dict[Tap, Tensor] = {}
 
-    def show(self, place: Place, value: Tensor) -> None:
+    def store(self, tap: Tap, value: Tensor) -> None:
         """Keep what a place holds, if it is wanted."""
-        if place in self.wanted:
-            self.shown[place] = value
+        if tap in self.requested:
+            self.captured[tap] = value
 
     def narrow(self, take: Callable[[Tensor], Tensor]) -> None:
         """Keep `take` of everything that is shown: of (B, L, ...) the positions that count."""
-        self.shown = {place: take(value) for place, value in self.shown.items()}
+        self.captured = {tap: take(value) for tap, value in self.captured.items()}
 
 
 class LossOutput(NamedTuple):
@@ -123,7 +123,7 @@ class TeacherForced(Protocol):
         """Whether dropout is on."""
         ...
 
-    def __call__(self, source: Sequences | None, target: Sequences, record: Record | None = None) -> ModelOutput:
+    def __call__(self, source: Sequences | None, target: Sequences, capture: ActivationCapture | None = None) -> ModelOutput:
         """All target positions at once. record: takes what it wants of the way there."""
         ...
 
@@ -241,11 +241,13 @@ class Wanted(NamedTuple):
 class SignalSource(Protocol):
     """Teachers as a distillation objective sees them: at work beside the student, or kept on disk."""
 
-    def require(self, wanted: Wanted) -> None:
+    def require(self, requested: Wanted) -> None:
         """Raise a DstrainError where the signals cannot give it."""
         ...
 
-    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], record: Record | None = None) -> R:
+    def reduce_signal(
+        self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], capture: ActivationCapture | None = None
+    ) -> R:
         """Call `reduce` with the signal for the batch's scored tokens and return what it returns; the signal is not to be kept.
 
         rows: (n,) places of the scored tokens in the flattened (B * T) labels. record: filled by the teacher's forward, where

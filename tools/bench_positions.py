@@ -62,7 +62,7 @@ MODELS: dict[str, tuple[dict[str, Any], Parents]] = {
 }
 
 
-class Watch:
+class AttentionHook:
     """Takes the place of `attention` in the layers and adds up what self-attention takes."""
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class Watch:
         return mixed
 
 
-def step_seconds(model: Model, length: int, parents: Parents, watch: Watch) -> tuple[float, float]:
+def step_seconds(model: Model, length: int, parents: Parents, watch: AttentionHook) -> tuple[float, float]:
     """CPU time of a step with about `length` tokens in the cache, the last few of which were decoded step by step.
 
     The second number is the part of self-attention.
@@ -104,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    lengths, watch = (args.near, args.far), Watch()
+    lengths, watch = (args.near, args.far), AttentionHook()
     dstrain.nn.attention.attention = watch  # type: ignore[assignment]
     print(f"| model | tokens per CPU-second at {args.near:,} | at {args.far:,} | attention's part | beyond |")
     print("|---|---|---|---|---|")

@@ -27,7 +27,7 @@ A, B, MAGNITUDE = ".lora_a", ".lora_b", ".lora_magnitude"
 """Ends of the names of an adapter's tensors; what stands before them is the path of the part."""
 
 
-class Place(NamedTuple):
+class AdapterTarget(NamedTuple):
     """A part that may be adapted. path: its portable path; owner, name: where the model holds it. Shared parts have several."""
 
     path: str
@@ -36,7 +36,7 @@ class Place(NamedTuple):
     part: Part
 
 
-def places(model: nn.Module) -> list[Place]:
+def adapter_targets(model: nn.Module) -> list[AdapterTarget]:
     """All parts of a model that may be adapted, in the order of its parameters."""
     found = []
     for full_path, part in model.named_modules(remove_duplicate=False):
@@ -46,7 +46,7 @@ def places(model: nn.Module) -> list[Place]:
             parent, _, name = full_path.rpartition(".")
             owner = model.get_submodule(parent)
             parent = parent.rpartition(".")[0] if isinstance(owner, SeparateLinear) else parent
-            found.append(Place(f"{parent}.{name}".removeprefix("."), owner, name, part))
+            found.append(AdapterTarget(f"{parent}.{name}".removeprefix("."), owner, name, part))
     return found
 
 
@@ -56,41 +56,41 @@ def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> None:
     model: holds the base's weights. seed: decides the adapters' initial values, with their paths. RecipeError where a target
     matches nothing or a setting would change nothing in this model.
     """
-    everything = places(model)
-    first = {place.part.weight: place.path for place in reversed(everything)}
+    everything = adapter_targets(model)
+    first = {target.part.weight: target.path for target in reversed(everything)}
     adapters = {
         weight: _fresh(weight, config, derive_seed(seed, f"adapter {first[weight]}"), table=_is_table(everything, weight))
-        for weight in dict.fromkeys(place.part.weight for place in select(everything, config.targets))
+        for weight in dict.fromkeys(target.part.weight for target in select(everything, config.targets))
     }
     replaced: dict[nn.Module, nn.Module] = {}
-    for place in everything:
-        if place.part not in replaced:
-            replaced[place.part] = _adapted(place.part, adapters, config)
-        setattr(place.owner, place.name, replaced[place.part])
+    for target in everything:
+        if target.part not in replaced:
+            replaced[target.part] = _adapted(target.part, adapters, config)
+        setattr(target.owner, target.name, replaced[target.part])
     if config.dropout and not any(isinstance(part, LoraLinear) for part in replaced.values()):
         raise RecipeError(
             f"adapter.dropout = {config.dropout} does nothing: it acts on adapters of linear maps, and no target is one; set 0"
         )
 
 
-def select(everything: Sequence[Place], targets: Sequence[str]) -> list[Place]:
+def select(everything: Sequence[AdapterTarget], targets: Sequence[str]) -> list[AdapterTarget]:
     """The places that the targets name, in order. RecipeError names each target that matches none, and what there is."""
-    unmatched = [target for target in targets if not any(_matches(target, place.path) for place in everything)]
+    unmatched = [pattern for pattern in targets if not any(_matches(pattern, target.path) for target in everything)]
     if unmatched:
-        names = dict.fromkeys(place.path.rpartition(".")[2] for place in everything)
+        names = dict.fromkeys(target.path.rpartition(".")[2] for target in everything)
         raise RecipeError(
             f"adapter.targets: {', '.join(map(repr, unmatched))} matches no part of the model; its parts are called "
             f"{', '.join(names)}, one of them in full {everything[len(everything) // 2].path}"
         )
-    return [place for place in everything if any(_matches(target, place.path) for target in targets)]
+    return [target for target in everything if any(_matches(pattern, target.path) for pattern in targets)]
 
 
-def _matches(target: str, path: str) -> bool:
-    return target in (path, path.rpartition(".")[2]) or fnmatchcase(path, target)
+def _matches(pattern: str, path: str) -> bool:
+    return pattern in (path, path.rpartition(".")[2]) or fnmatchcase(path, pattern)
 
 
-def _is_table(everything: Sequence[Place], weight: nn.Parameter) -> bool:
-    return any(isinstance(place.part, TokenEmbedding) and place.part.weight is weight for place in everything)
+def _is_table(everything: Sequence[AdapterTarget], weight: nn.Parameter) -> bool:
+    return any(isinstance(target.part, TokenEmbedding) and target.part.weight is weight for target in everything)
 
 
 def _fresh(weight: nn.Parameter, config: LoraConfig, seed: int, *, table: bool) -> LowRank:

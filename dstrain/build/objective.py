@@ -24,14 +24,14 @@ def build_objective(
     config: ObjectiveConfig,
     signals: SignalSource | None = None,
     *,
-    tag_place: int = 0,
+    tag_position: int = 0,
     features: Sequence[PlannedFeature] = (),
     seed: int = 0,
 ) -> Objective:
-    """The objective of `config`. signals: what a distillation learns from; None for other objectives (`require_lesson`).
+    """The objective of `config`. signals: the teacher signals of a distillation, None for other objectives.
 
-    tag_place: of the language tag in a source, for a selection by language. features: those of `config`, planned; seed: decides
-    the initial values of what they learn by.
+    tag_position: of the language tag in a source, for a selection by language. features: those of `config`, planned; seed: of
+    the initial values of their projections.
     """
     if not isinstance(config, DistillationConfig) or signals is None:
         assert isinstance(config, CrossEntropyConfig)
@@ -39,11 +39,11 @@ def build_objective(
     inside = FeatureLosses(features, seed=seed) if features else None
     selection = config.selection
     if isinstance(selection, BatchSelection | GlobalSelection | GlobalByLanguageSelection):
-        return SelectiveDistillation(config, signals, Selection(selection, tag_place), inside)
+        return SelectiveDistillation(config, signals, Selection(selection, tag_position), inside)
     return Distillation(config, signals, inside)
 
 
-def require_lesson(config: ObjectiveConfig, *, teacher: bool, logits: bool) -> None:
+def require_teacher_source(config: ObjectiveConfig, *, teacher: bool, logits: bool) -> None:
     """Raise RecipeError unless a distillation has either teachers or dumped logits, and another objective neither.
 
     Keys that only one of both has a use for are refused beside the other.

@@ -15,7 +15,7 @@ from torch import Tensor
 from dstrain import __version__
 from dstrain.batch import Batch
 from dstrain.build.base import build_on_base, check_reloaded, find_base
-from dstrain.build.objective import build_objective, require_lesson, validation_objective
+from dstrain.build.objective import build_objective, require_teacher_source, validation_objective
 from dstrain.build.teachers import (
     PlannedTeacher,
     TeacherOptions,
@@ -26,7 +26,7 @@ from dstrain.build.teachers import (
 )
 from dstrain.checkpoint.bundle import StoredBundle, save_adapter_bundle, save_bundle
 from dstrain.checkpoint.manager import CheckpointManager
-from dstrain.config_base import Precision, with_later_defaults
+from dstrain.config_base import Precision, upgrade_config
 from dstrain.data.batching.loader import Steps, TrainLoader, evaluation_loader
 from dstrain.data.batching.plan import StepPlan
 from dstrain.data.config import DataConfig
@@ -68,7 +68,7 @@ def train(
     base: the bundle whose weights training starts from; None for random ones. Returns the exit code of the verb. Raises
     DstrainError where something does not fit together.
     """
-    require_lesson(recipe.objective, teacher=bool(teachers.bundles), logits=teachers.logits is not None)
+    require_teacher_source(recipe.objective, teacher=bool(teachers.bundles), logits=teachers.logits is not None)
     world = initialize(device)
     if world.device.type == "cpu":
         keep_freed_memory()
@@ -84,17 +84,17 @@ def train(
         sides=recipe.model.limits.sides,
     )
     planned = plan_teachers(teachers, corpora.tokenizers, corpora.vocabulary, corpora.train)
-    tag_place = _tag_place(recipe, corpora)
+    tag_position = _tag_position(recipe, corpora)
     store = _store(recipe, teachers, data, corpora)
     features = plan_features(recipe.objective, recipe.model, [teacher.model for teacher in planned])
     fingerprints = [teacher.fingerprint for teacher in planned] if store is None else [store.manifest.fingerprint]
-    renewed = partial(with_later_defaults, Recipe)
-    run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job, teachers=fingerprints, renewed=renewed)
+    upgrade = partial(upgrade_config, Recipe)
+    run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job, teachers=fingerprints, upgrade=upgrade)
     try:
         teaching = start_teachers(planned, placement=teachers.placement, precision=_teacher_precision(recipe), world=world)
         signals = signals_of(teaching) if store is None else store
         seed = recipe.training.seed
-        objective = build_objective(recipe.objective, signals, tag_place=tag_place, features=features, seed=seed)
+        objective = build_objective(recipe.objective, signals, tag_position=tag_position, features=features, seed=seed)
         engine = build_engine(recipe, corpora.vocabulary, world, objective, started_from)
         code = build_trainer(recipe, corpora, plan, run, engine, base=started_from, teachers=planned).run()
         if code == 0 and recipe.adapter is not None:
@@ -117,7 +117,7 @@ class Corpora:
             logger.info(
                 "%s: the training targets are the outputs of teacher %s", directory, self.manifest.pseudo_labels["teacher"][:12]
             )
-        prepared = {"data": with_later_defaults(DataConfig, self.manifest.data)}
+        prepared = {"data": upgrade_config(DataConfig, self.manifest.data)}
         differences = recipe_differences(prepared, {"data": recipe_tree(recipe)["data"]})
         if differences:
             raise DataError(
@@ -136,7 +136,7 @@ class Corpora:
         return VocabularySizes(source=source.vocab_size, target=target.vocab_size, pad_id=target.pad_id, eos_id=target.eos_id)
 
 
-def _tag_place(recipe: Recipe, corpora: Corpora) -> int:
+def _tag_position(recipe: Recipe, corpora: Corpora) -> int:
     """Where the language tag stands in a source, for an objective that asks for it."""
     objective = recipe.objective
     if isinstance(objective, DistillationConfig) and isinstance(objective.selection, GlobalByLanguageSelection):

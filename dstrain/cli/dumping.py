@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dstrain.cli.common import positive_float, positive_number, whole_number
-from dstrain.cli.teacher import load_lesson
+from dstrain.cli.teacher import load_teacher_source
 
 if TYPE_CHECKING:
     from dstrain.distillation.store.dump import Dumper
@@ -27,7 +27,7 @@ def build_dumper(args: argparse.Namespace, device: str) -> Dumper:
     from dstrain.distillation.store.manifest import choose_method
 
     method = choose_method(args.method, {name: vars(args)[name] for name in METHOD})
-    lesson = load_lesson(args.teacher, args.data, args.split, device, args.precision)
+    lesson = load_teacher_source(args.teacher, args.data, args.split, device, args.precision)
     bundle = lesson.bundle
     job = plan_dump(
         method,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dstrain.cli.teacher import Lesson, load_lesson
+from dstrain.cli.teacher import TeacherSource, load_teacher_source
 from dstrain.errors import BundleError
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def angles_of(args: argparse.Namespace) -> Iterator[Angle]:
     from dstrain.distillation.store.store import moved, open_store
 
     job = load_store_manifest(args.path).job
-    lesson = load_lesson(args.against_teacher, args.data, job.split, args.device)
+    lesson = load_teacher_source(args.against_teacher, args.data, job.split, args.device)
     job.require_teacher(lesson.fingerprint, args.path, args.against_teacher)
     store = open_store(args.path, data=args.data, manifest=lesson.manifest, renormalize=args.renormalize)
     student, device = _student(args.student, lesson), torch.device(lesson.device)
@@ -44,7 +44,7 @@ def angles_of(args: argparse.Namespace) -> Iterator[Angle]:
     )
 
 
-def _student(path: Path | None, lesson: Lesson) -> Model:
+def _student(path: Path | None, lesson: TeacherSource) -> Model:
     """The bundle's model, or a fresh one of the teacher's shape."""
     from dstrain.checkpoint.bundle import load_bundle
     from dstrain.models.factory import build_model

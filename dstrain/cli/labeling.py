@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from dstrain.cli.teacher import load_lesson
+from dstrain.cli.teacher import load_teacher_source
 from dstrain.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def build_labeler(args: argparse.Namespace, device: str) -> Labeler:
     from dstrain.generation.generator import Generator
     from dstrain.generation.pseudo_label import Labeler
 
-    lesson = load_lesson(args.teacher, args.data, "train", device, args.precision)
+    lesson = load_teacher_source(args.teacher, args.data, "train", device, args.precision)
     bundle, pairs = lesson.bundle, len(lesson.dataset)
     options = {name: vars(args)[name] for name in ("beam_size", "length_penalty", "max_tokens")}
     search = generation_config(bundle.recipe, {**options, "kind": "beam", "num_best": 1})

@@ -40,7 +40,7 @@ def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required
 
 
 @dataclass(frozen=True)
-class Lesson:
+class TeacherSource:
     """A teacher on a device and the prepared split that it reads."""
 
     bundle: Bundle
@@ -51,7 +51,7 @@ class Lesson:
     dataset: Dataset
 
 
-def load_lesson(teacher: Path, data: Path, split: str, device: str, precision: Precision = "fp32") -> Lesson:
+def load_teacher_source(teacher: Path, data: Path, split: str, device: str, precision: Precision = "fp32") -> TeacherSource:
     """Open both; the teacher then computes in `precision`.
 
     DataError or BundleError where they do not fit together or cannot be read.
@@ -75,4 +75,4 @@ def load_lesson(teacher: Path, data: Path, split: str, device: str, precision: P
     bundle.model.to(DTYPES[precision])
     dataset = open_dataset(data, split)
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
-    return Lesson(bundle, bundle.tokenizers, chosen, bundle_fingerprint(teacher), manifest, dataset)
+    return TeacherSource(bundle, bundle.tokenizers, chosen, bundle_fingerprint(teacher), manifest, dataset)

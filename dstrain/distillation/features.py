@@ -31,7 +31,7 @@ from dstrain.batch import IGNORE_INDEX, Batch
 from dstrain.distillation.feature_plan import PlannedFeature
 from dstrain.nn.linear import Linear
 from dstrain.ops.distance import DISTANCES
-from dstrain.protocols import Place, Record
+from dstrain.protocols import ActivationCapture, Tap
 from dstrain.seeding import derive_seed
 
 
@@ -45,22 +45,22 @@ class FeatureLoss(nn.Module):
         self.weight = config.weight
         self.side = config.side
         self.distance = DISTANCES[config.loss]
-        self.places = [tuple(Place(config.kind, config.side, layer) for layer in pair) for pair in plan.pairs]
+        self.taps = [tuple(Tap(config.kind, config.side, layer) for layer in pair) for pair in plan.pairs]
         self.projection: nn.Module = nn.Identity()
         if config.kind == "hidden_states" and plan.student_dim != plan.teacher_dim:
             self.projection = _projection(plan, derive_seed(seed, f"initialize {self.name}"))
 
-    def forward(self, batch: Batch, rows: Tensor, student: Record, teacher: Record) -> Tensor:
+    def forward(self, batch: Batch, rows: Tensor, student: ActivationCapture, teacher: ActivationCapture) -> Tensor:
         """The sum over the batch, with gradient. rows: (n,) places of the scored tokens in the flattened (B * T) labels."""
         weights = source_weights(batch) if self.side == "encoder" else None
         total = torch.zeros((), device=rows.device)
-        for own, taught in self.places:
-            values, goals = (record.shown[place].flatten(0, 1) for record, place in ((student, own), (teacher, taught)))
+        for own, taught in self.taps:
+            values, goals = (capture.captured[tap].flatten(0, 1) for capture, tap in ((student, own), (teacher, taught)))
             if weights is None:
                 values, goals = values.index_select(0, rows), goals.index_select(0, rows)
             distances = self.distance(self.projection(values).float(), goals.float())  # (n,) or (B * S,)
             total = total + (distances if weights is None else distances * weights).sum()
-        return total / len(self.places)
+        return total / len(self.taps)
 
 
 class FeatureLosses(nn.Module):
@@ -69,11 +69,13 @@ class FeatureLosses(nn.Module):
     def __init__(self, plans: Sequence[PlannedFeature], *, seed: int) -> None:
         super().__init__()
         self.losses = nn.ModuleList(FeatureLoss(plan, seed) for plan in plans)
-        places = [pair for loss in self.losses for pair in cast("FeatureLoss", loss).places]
-        self.student_places = frozenset(own for own, _ in places)
-        self.teacher_places = frozenset(taught for _, taught in places)
+        taps = [pair for loss in self.losses for pair in cast("FeatureLoss", loss).taps]
+        self.student_taps = frozenset(own for own, _ in taps)
+        self.teacher_taps = frozenset(taught for _, taught in taps)
 
-    def forward(self, batch: Batch, rows: Tensor, student: Record, teacher: Record) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(
+        self, batch: Batch, rows: Tensor, student: ActivationCapture, teacher: ActivationCapture
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, with gradient, and each feature's own by name, detached."""
         total, sums = torch.zeros((), device=rows.device), {}
         for loss in cast("list[FeatureLoss]", list(self.losses)):

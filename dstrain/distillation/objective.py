@@ -37,7 +37,7 @@ from dstrain.ops.divergence import Divergence, kind_of
 from dstrain.ops.linear_cross_entropy import scored_rows
 from dstrain.ops.linear_distillation import DistillationSums, DistillationTerms, linear_distillation
 from dstrain.ops.linear_nll import linear_nll
-from dstrain.protocols import LossOutput, Record, Signal, SignalSource, TeacherForced, Wanted
+from dstrain.protocols import ActivationCapture, LossOutput, Signal, SignalSource, TeacherForced, Wanted
 
 
 class Scored(NamedTuple):
@@ -83,7 +83,7 @@ class Distillation(nn.Module):
         """The losses of the scored tokens, of which the `selected` (n,) learn from the teacher's distribution."""
         own = taught = None
         if self.features is not None:
-            own, taught = Record(self.features.student_places), Record(self.features.teacher_places)
+            own, taught = ActivationCapture(self.features.student_taps), ActivationCapture(self.features.teacher_taps)
         scored = scored_tokens(model, batch, own)
 
         def reduce(features: Tensor, weight: Tensor) -> DistillationSums:
@@ -143,7 +143,7 @@ class SelectiveDistillation(Distillation):
         scored = scored_tokens(model, batch)
         reduce = partial(linear_nll, labels=scored.labels, chunk_tokens=self.config.chunk_tokens)
         nll = model.reduce_projection(scored.hidden, reduce)
-        self._surveyed.append(self.selection.facts(batch, scored.rows, nll))
+        self._surveyed.append(self.selection.statistics(batch, scored.rows, nll))
         return LossOutput(nll.sum(), batch.size, {})
 
     @contextmanager
@@ -155,8 +155,8 @@ class SelectiveDistillation(Distillation):
         self._surveyed, self._selected = [], deque()
         try:
             yield
-            self.selection.settle(gather(torch.cat(self._surveyed)))
-            self._selected.extend(self.selection.selected(facts) for facts in self._surveyed)
+            self.selection.update_queue(gather(torch.cat(self._surveyed)))
+            self._selected.extend(self.selection.selected(statistics) for statistics in self._surveyed)
         finally:
             self._surveyed = None
 
@@ -175,9 +175,9 @@ def wanted_by(config: DistillationConfig) -> Wanted:
     return Wanted(kind, config.temperature, on_policy=on_policy, features=bool(config.features))
 
 
-def scored_tokens(model: TeacherForced, batch: Batch, record: Record | None = None) -> Scored:
-    """The batch's scored tokens as the model sees them. record: takes what it wants of the way there."""
-    hidden, labels = model(batch.source, batch.target, record).hidden.flatten(0, 1), batch.labels.flatten()
+def scored_tokens(model: TeacherForced, batch: Batch, capture: ActivationCapture | None = None) -> Scored:
+    """The batch's scored tokens as the model sees them. capture: the activations to store."""
+    hidden, labels = model(batch.source, batch.target, capture).hidden.flatten(0, 1), batch.labels.flatten()
     rows = scored_rows(labels, batch.num_targets)
     return Scored(hidden.index_select(0, rows), rows, labels.index_select(0, rows))
 

@@ -35,7 +35,7 @@ ONE_QUEUE = 0
 """The tag of all tokens where languages are not told apart."""
 
 
-class Facts(NamedTuple):
+class TokenStatistics(NamedTuple):
     """What is known of scored tokens, (n,) float64 each. order: place in the queue; tag: language."""
 
     order: Tensor
@@ -46,19 +46,19 @@ class Facts(NamedTuple):
 class Selection:
     """The gates of one step after another, and the queues between them.
 
-    tag_place: where the language tag stands among the ids of a source.
+    tag_position: where the language tag stands among the ids of a source.
     """
 
-    def __init__(self, config: SelectiveConfig, tag_place: int = 0) -> None:
+    def __init__(self, config: SelectiveConfig, tag_position: int = 0) -> None:
         self.rate = config.rate
         self.queue_size = None if isinstance(config, BatchSelection) else config.queue_size
         self.by_language = isinstance(config, GlobalByLanguageSelection)
-        self.tag_place = tag_place
+        self.tag_position = tag_position
         self.queues: dict[int, Tensor] = {}
-        self._gates: dict[int, float] = {}
+        self._thresholds: dict[int, float] = {}
 
-    def facts(self, batch: Batch, rows: Tensor, nll: Tensor) -> Tensor:
-        """Of the batch's scored tokens. rows: (n,) places in the flattened (B * T) labels; nll: (n,) -> (n, 3), as `Facts`"""
+    def statistics(self, batch: Batch, rows: Tensor, nll: Tensor) -> Tensor:
+        """Of the batch's scored tokens. rows: (n,) indices into the flattened (B * T) labels; nll: (n,) -> (n, 3)"""
         width = batch.labels.shape[1]
         sentences = rows // width
         order = _scattered(sent(batch.example_ids, rows.device)[sentences], rows % width)
@@ -70,25 +70,25 @@ class Selection:
                     "selection: {kind: global}"
                 )
             tokens = batch.source.tokens
-            tag = tokens[:, min(self.tag_place, tokens.shape[1] - 1)][sentences]  # an empty micro-batch may be narrower
+            tag = tokens[:, min(self.tag_position, tokens.shape[1] - 1)][sentences]  # an empty micro-batch may be narrower
         return torch.stack([order.double(), nll.double(), tag.double()], dim=1)
 
-    def settle(self, step: Tensor) -> None:
+    def update_queue(self, step: Tensor) -> None:
         """Take in the facts of all tokens of a step, (N, 3) in any order: move the queues and set the gates."""
-        facts = Facts(*_in_order(step).unbind(1))
-        self._gates = {}
-        for tag in sorted(set(facts.tag.tolist())):
-            values = facts.nll[(facts.tag == tag) & facts.nll.isfinite()]
+        statistics = TokenStatistics(*_in_order(step).unbind(1))
+        self._thresholds = {}
+        for tag in sorted(set(statistics.tag.tolist())):
+            values = statistics.nll[(statistics.tag == tag) & statistics.nll.isfinite()]
             if self.queue_size is not None:
                 queue = self.queues.get(int(tag), values[:0]).to(values.device)
                 values = self.queues[int(tag)] = torch.cat([queue, values])[-self.queue_size :]
-            self._gates[int(tag)] = gate(values, self.rate)
+            self._thresholds[int(tag)] = threshold(values, self.rate)
 
-    def selected(self, facts: Tensor) -> Tensor:
+    def selected(self, statistics: Tensor) -> Tensor:
         """Which tokens of the step learn from the teacher. facts: (n, 3) -> (n,) bool"""
-        found = Facts(*facts.unbind(1))
+        found = TokenStatistics(*statistics.unbind(1))
         chosen = torch.zeros_like(found.nll, dtype=torch.bool)
-        for tag, value in self._gates.items():
+        for tag, value in self._thresholds.items():
             chosen |= (found.tag == tag) & (found.nll >= value)
         return chosen
 
@@ -101,7 +101,7 @@ class Selection:
         self.queues = dict(state)
 
 
-def gate(values: Tensor, rate: float) -> float:
+def threshold(values: Tensor, rate: float) -> float:
     """The k-th largest of n values, k = ceil(n rate); infinite where there are none."""
     number = len(values)
     count = math.ceil(number * rate - 1e-9)  # 30 x 0.1 is 3, though not in binary
@@ -115,8 +115,8 @@ def _scattered(examples: Tensor, positions: Tensor) -> Tensor:
     return (mixed ^ (mixed >> 32)) & (2**52 - 1)
 
 
-def _in_order(facts: Tensor) -> Tensor:
+def _in_order(statistics: Tensor) -> Tensor:
     """Rows by order; the same order whatever the order they came in. (N, 3)"""
     for column in (2, 1, 0):
-        facts = facts[facts[:, column].argsort(stable=True)]
-    return facts
+        statistics = statistics[statistics[:, column].argsort(stable=True)]
+    return statistics

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dstrain.batch import Batch
 from dstrain.distillation.feature_plan import require_one_teacher
-from dstrain.protocols import DenseSignal, Look, Record, Signal, Wanted
+from dstrain.protocols import ActivationCapture, DenseSignal, Look, Signal, Wanted
 
 R = TypeVar("R")
 
@@ -22,10 +22,10 @@ R = TypeVar("R")
 class Teacher(Protocol):
     """A model that teaches (`engine.teacher_engine.TeacherEngine`)."""
 
-    def teach(self, batch: Batch, rows: Tensor, look: Look, record: Record | None = None) -> None:
+    def teach(self, batch: Batch, rows: Tensor, look: Look, capture: ActivationCapture | None = None) -> None:
         """Call `look` once for the batch's scored tokens, rows: (n,) places in the flattened (B * T) labels.
 
-        record: takes what it wants of the same forward.
+        capture: the activations to store.
         """
         ...
 
@@ -36,19 +36,21 @@ class TeacherSignals:
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.teachers = list(teachers)
 
-    def require(self, wanted: Wanted) -> None:
+    def require(self, requested: Wanted) -> None:
         """RecipeError for features of several; every divergence is at hand, at every temperature, of any targets."""
-        if wanted.features:
+        if requested.features:
             require_one_teacher(len(self.teachers))
 
-    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], record: Record | None = None) -> R:
+    def reduce_signal(
+        self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], capture: ActivationCapture | None = None
+    ) -> R:
         """`reduce` of the features and weights of all teachers, inside all their projections."""
         with_grad = torch.is_grad_enabled()
         results: list[R] = []
 
         def nest(waiting: list[Teacher], features: list[Tensor], weights: list[Tensor]) -> None:
             if waiting:
-                waiting[0].teach(batch, rows, lambda f, w: nest(waiting[1:], [*features, f], [*weights, w]), record)
+                waiting[0].teach(batch, rows, lambda f, w: nest(waiting[1:], [*features, f], [*weights, w]), capture)
                 return
             with torch.set_grad_enabled(with_grad):
                 results.append(reduce(DenseSignal(features, weights)))

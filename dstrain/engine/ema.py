@@ -30,7 +30,7 @@ class MovingAverage:
             average.lerp_(master.detach(), weight)
 
     @torch.no_grad()
-    def exchange(self) -> None:
+    def swap(self) -> None:
         """Put the average where the masters are and the masters where the average is; twice is nothing."""
         for average, master in zip(self.tensors, self._masters, strict=True):
             keep = master.detach().clone()

@@ -73,7 +73,7 @@ class Masters:
         rest = parameter.ds_numel - share * self._deepspeed.comm.get_rank()
         return parameter.ds_numel, (start, min(share, max(rest, 0)))
 
-    def adopt(self, originals: Mapping[nn.Parameter, Tensor]) -> None:
+    def load_fp32(self, originals: Mapping[nn.Parameter, Tensor]) -> None:
         """Start from whole fp32 weights, where DeepSpeed has made masters of their 16-bit roundings.
 
         Under ZeRO-3 a rank's share of a parameter is padded to equal size, and only the local setter knows of that.
@@ -88,7 +88,7 @@ class Masters:
                 self._deepspeed.utils.safe_set_full_fp32_param(parameter, weight)
 
     @torch.no_grad()
-    def publish(self) -> None:
+    def sync_to_model(self) -> None:
         """Make the model compute with the masters as they are now. Collective."""
         optimizer = self._engine.optimizer
         if self._stage in (1, 2):
@@ -103,10 +103,10 @@ class Masters:
     def full(self, parameter: nn.Parameter) -> Tensor:
         """The whole fp32 master of one model parameter, on every rank. Collective."""
         value: Tensor | None = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
-        return self.computed(parameter).float() if value is None else value
+        return self.gather_compute_weights(parameter).float() if value is None else value
 
     @torch.no_grad()
-    def computed(self, parameter: nn.Parameter) -> Tensor:
+    def gather_compute_weights(self, parameter: nn.Parameter) -> Tensor:
         """A copy of the whole parameter as the model computes with it, on every rank. Collective."""
         with self._deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
             return parameter.detach().clone()
@@ -128,4 +128,4 @@ class Masters:
             self._engine.basic_optimizer.state[master] = {name: value.to(master.device) for name, value in moments.items()}
         if self._stage > 0:
             vars(self._engine.optimizer.loss_scaler).update(state["loss_scaler"])
-        self.publish()
+        self.sync_to_model()

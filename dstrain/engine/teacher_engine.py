@@ -21,7 +21,7 @@ from dstrain.batch import Batch, Sequences
 from dstrain.config_base import Precision
 from dstrain.engine.launch import load_deepspeed, require_precision
 from dstrain.parallel.topology import World
-from dstrain.protocols import Look, Record, TeacherForced
+from dstrain.protocols import ActivationCapture, Look, TeacherForced
 
 Placement = Literal["replicated", "sharded", "offloaded"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,20 +43,20 @@ class TeacherModule(nn.Module):
         self.model = model
         self.vocabulary = vocabulary
 
-    def forward(self, batch: Batch, rows: Tensor, look: Look, record: Record | None) -> Tensor:
+    def forward(self, batch: Batch, rows: Tensor, look: Look, capture: ActivationCapture | None) -> Tensor:
         """`look(features, weight)` over the student's vocabulary: types that only the teacher has are left out."""
         source, target = batch.source, batch.target
         if self.vocabulary is not None:
             source = None if source is None else _renamed(source, self.vocabulary.source)
             target = _renamed(target, self.vocabulary.target)
-        hidden = self.model(source, target, record).hidden.flatten(0, 1).index_select(0, rows)
+        hidden = self.model(source, target, capture).hidden.flatten(0, 1).index_select(0, rows)
 
-        def show(features: Tensor, weight: Tensor) -> Tensor:
+        def store(features: Tensor, weight: Tensor) -> Tensor:
             ids = None if self.vocabulary is None else self.vocabulary.target.to(weight.device)
             look(features, weight if ids is None else weight.index_select(0, ids))
             return features.new_zeros(())
 
-        return self.model.reduce_projection(hidden, show)
+        return self.model.reduce_projection(hidden, store)
 
 
 class TeacherEngine:
@@ -88,12 +88,12 @@ class TeacherEngine:
         self._forward = self._engine
 
     @torch.no_grad()
-    def teach(self, batch: Batch, rows: Tensor, look: Look, record: Record | None = None) -> None:
+    def teach(self, batch: Batch, rows: Tensor, look: Look, capture: ActivationCapture | None = None) -> None:
         """Call `look` with the features (n, E) of the scored tokens and the projection's weight (V, E). Collective if sharded.
 
-        record: takes what it wants of the same forward.
+        capture: the activations to store.
         """
-        self._forward(batch, rows, look, record)
+        self._forward(batch, rows, look, capture)
 
     def close(self) -> None:
         """Let go of DeepSpeed's engine, if there is one."""

@@ -81,7 +81,7 @@ class TrainEngine:
         self._masters = Masters(self._deepspeed, self._engine, self.stage)
         if isinstance(built, StableAdamW) and self.stage > 0:
             built.partition(self._masters.layouts(), lambda sums: world.all_reduce(sums.to(world.device)).to(sums.device))
-        self._masters.adopt(originals)
+        self._masters.load_fp32(originals)
         self._average = None if ema is None else MovingAverage(self._masters.tensors, ema)
 
     @property
@@ -192,13 +192,13 @@ class TrainEngine:
         An error inside puts the masters back, but ends without the collective: the other ranks may be elsewhere.
         """
         average = self._required_average()
-        average.exchange()
+        average.swap()
         try:
-            self._masters.publish()
+            self._masters.sync_to_model()
             yield
         finally:
-            average.exchange()
-        self._masters.publish()
+            average.swap()
+        self._masters.sync_to_model()
 
     def gather_weights(self, *, averaged: bool) -> dict[str, Tensor] | None:
         """The trained fp32 weights by portable name on rank 0's CPU, None elsewhere. Collective.
@@ -206,14 +206,14 @@ class TrainEngine:
         averaged: the moving average in their place.
         """
         if averaged:
-            self._required_average().exchange()
+            self._required_average().swap()
         gathered = {}
         for name, parameter in self._trained.items():
             full = self._masters.full(parameter)
             if self.rank == 0:
                 gathered[name] = full.to("cpu", copy=True)
         if averaged:
-            self._required_average().exchange()
+            self._required_average().swap()
         return split(self._layout, gathered) if self.rank == 0 else None
 
     @contextmanager
@@ -221,7 +221,9 @@ class TrainEngine:
         """The whole model in evaluation mode, for any number of calls on each rank. Collective on both ends."""
         with self.averaged_weights() if averaged else nullcontext():
             if self._shape is not None:
-                whole = {name: self._masters.computed(parameter) for name, parameter in self._model.named_parameters()}
+                whole = {
+                    name: self._masters.gather_compute_weights(parameter) for name, parameter in self._model.named_parameters()
+                }
                 yield cast("Generative", filled_copy(self._shape, whole))
             else:
                 self.module.eval()

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from dstrain.batch import Sequences
 from dstrain.models.config import DecoderOnlyConfig, VocabularySizes
-from dstrain.nn.attention_bias import AttentionContext, SelfView
+from dstrain.nn.attention_bias import AttentionBias, AttentionContext
 from dstrain.nn.cache import KeyValueCache, is_identity
-from dstrain.nn.capture import StackWatch
+from dstrain.nn.capture import StackCapture
 from dstrain.nn.embedding import InputEmbedding, Projection
 from dstrain.nn.layers import EncoderLayer
 from dstrain.nn.position import Positions
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.bias import causal_bias, hide
 from dstrain.ops.matmul import linear
-from dstrain.protocols import DecodingState, ModelOutput, Record
+from dstrain.protocols import ActivationCapture, DecodingState, ModelOutput
 
 R = TypeVar("R")
 
@@ -70,7 +70,7 @@ class DecoderOnly(nn.Module):
         config: DecoderOnlyConfig,
         vocabulary: VocabularySizes,
         target_embedding: InputEmbedding,
-        target_view: SelfView,
+        target_attention_bias: AttentionBias,
         decoder: LayerStack[EncoderLayer],
         projection: Projection,
     ) -> None:
@@ -78,41 +78,41 @@ class DecoderOnly(nn.Module):
         self.config = config
         self.vocabulary = vocabulary
         self.target_embedding = target_embedding
-        self.target_view = target_view
+        self.target_attention_bias = target_attention_bias
         self.decoder = decoder
         self.projection = projection
 
-    def forward(self, source: Sequences | None, target: Sequences, record: Record | None = None) -> ModelOutput:
-        """All target positions at once. record: takes what it wants of the way there."""
+    def forward(self, source: Sequences | None, target: Sequences, capture: ActivationCapture | None = None) -> ModelOutput:
+        """All target positions at once. capture: the activations to store."""
         if source is None:
-            return ModelOutput(self._whole(target, record), None)
+            return ModelOutput(self._whole(target, capture), None)
         before = source.lengths - 1  # (B,)
-        hidden = self._whole(join(source, target), record)
-        places = before[:, None] + torch.arange(target.tokens.shape[1], device=before.device)  # (B, T)
+        hidden = self._whole(join(source, target), capture)
+        taps = before[:, None] + torch.arange(target.tokens.shape[1], device=before.device)  # (B, T)
 
         def of_targets(x: Tensor) -> Tensor:
-            return x.gather(1, places[:, :, None].expand(-1, -1, x.shape[2]))
+            return x.gather(1, taps[:, :, None].expand(-1, -1, x.shape[2]))
 
-        if record is not None:
-            record.narrow(of_targets)
+        if capture is not None:
+            capture.narrow(of_targets)
         return ModelOutput(of_targets(hidden), None)
 
-    def _whole(self, sequences: Sequences, record: Record | None) -> Tensor:
+    def _whole(self, sequences: Sequences, capture: ActivationCapture | None) -> Tensor:
         """(B, L) -> (B, L, D)"""
         x = self.target_embedding(sequences.tokens, 0 if sequences.positions is None else sequences.positions)
-        return self._run(x, self.target_view.whole(sequences, x), record=record)
+        return self._run(x, self.target_attention_bias.whole(sequences, x), capture=capture)
 
     def _run(
-        self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None, record: Record | None = None
+        self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None, capture: ActivationCapture | None = None
     ) -> Tensor:
-        watch = StackWatch(record, "decoder")
+        hooks = StackCapture(capture, "decoder")
 
         def run(depth: int, layer: EncoderLayer, x: Tensor) -> Tensor:
             kept = None if cache is None else cache.at(depth)
-            passed: Tensor = layer(x, context=context, cache=kept, watch=watch.layer(depth))
+            passed: Tensor = layer(x, context=context, cache=kept, hooks=hooks.layer(depth))
             return passed
 
-        hidden: Tensor = self.decoder(x, run, watch)
+        hidden: Tensor = self.decoder(x, run, hooks)
         return hidden
 
     def project(self, hidden: Tensor) -> Tensor:
@@ -137,12 +137,12 @@ class DecoderOnly(nn.Module):
             max_length=width + max_length,
             head_dim=self.config.model_dim // stack.num_heads,
             like=self.projection.weight,
-            keep_tokens=self.target_view.may_move,
+            keep_tokens=self.target_attention_bias.may_invalidate_cache,
         )
         if source is not None and lengths is not None and width > 0:
             prompt = Sequences(cache.inputs(source.tokens[:, :width], moved=False), lengths)
             x = self.target_embedding(prompt.tokens, 0)
-            self._run(x, self.target_view.whole(prompt, x), cache)
+            self._run(x, self.target_attention_bias.whole(prompt, x), cache)
             cache.advance(width)
         if lengths is not None and lengths.device.type == "cpu" and bool((lengths == width).all()):
             lengths = None
@@ -155,7 +155,7 @@ class DecoderOnly(nn.Module):
     def step(self, tokens: Tensor, state: DecodingState) -> Tensor:
         """Feed the next inputs. tokens: (N, t) -> logits after each, (N, t, V). state: made by `start`."""
         assert isinstance(state, DecoderOnlyState)
-        inputs = state.cache.inputs(tokens, self.target_view.moves(state.cache.length + tokens.shape[1]))
+        inputs = state.cache.inputs(tokens, self.target_attention_bias.moves(state.cache.length + tokens.shape[1]))
         past, new = state.cache.length, inputs.shape[1]
         query, keys, gap = _places(state, new)
         x = self.target_embedding(inputs, query)
@@ -163,7 +163,7 @@ class DecoderOnly(nn.Module):
         if gap is not None:
             hidden_gap = hide(gap, x.dtype)[:, None, None, :]  # (N, 1, 1, past + t)
             mask = hidden_gap if mask is None else torch.minimum(mask, hidden_gap)
-        hidden = self._run(x, self.target_view.step(query, keys, past + new, mask, x), state.cache)
+        hidden = self._run(x, self.target_attention_bias.step(query, keys, past + new, mask, x), state.cache)
         state.cache.advance(new)
         return self.project(hidden[:, -tokens.shape[1] :])
 

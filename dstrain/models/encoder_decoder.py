@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 from dstrain.batch import Sequences
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
-from dstrain.nn.attention_bias import SelfView
+from dstrain.nn.attention_bias import AttentionBias
 from dstrain.nn.cache import KeyValueCache, is_identity
-from dstrain.nn.capture import StackWatch
+from dstrain.nn.capture import StackCapture
 from dstrain.nn.embedding import InputEmbedding, Projection
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.bias import causal_bias, padding_bias, segment_bias
 from dstrain.ops.matmul import linear
-from dstrain.protocols import DecodingState, Memory, ModelOutput, Record
+from dstrain.protocols import ActivationCapture, DecodingState, Memory, ModelOutput
 
 R = TypeVar("R")
 
@@ -61,10 +61,10 @@ class EncoderDecoder(nn.Module):
         config: EncoderDecoderConfig,
         vocabulary: VocabularySizes,
         source_embedding: InputEmbedding,
-        source_view: SelfView,
+        source_attention_bias: AttentionBias,
         encoder: LayerStack[EncoderLayer],
         target_embedding: InputEmbedding,
-        target_view: SelfView,
+        target_attention_bias: AttentionBias,
         decoder: LayerStack[DecoderLayer],
         projection: Projection,
     ) -> None:
@@ -72,40 +72,40 @@ class EncoderDecoder(nn.Module):
         self.config = config
         self.vocabulary = vocabulary
         self.source_embedding = source_embedding
-        self.source_view = source_view
+        self.source_attention_bias = source_attention_bias
         self.encoder = encoder
         self.target_embedding = target_embedding
-        self.target_view = target_view
+        self.target_attention_bias = target_attention_bias
         self.decoder = decoder
         self.projection = projection
 
-    def forward(self, source: Sequences | None, target: Sequences, record: Record | None = None) -> ModelOutput:
-        """All target positions at once. record: takes what it wants of the way there."""
+    def forward(self, source: Sequences | None, target: Sequences, capture: ActivationCapture | None = None) -> ModelOutput:
+        """All target positions at once. capture: the activations to store."""
         source = required(source)
-        memory = self.encode(source, record)
+        memory = self.encode(source, capture)
         memory_bias = padding_bias(source.lengths, source.tokens.shape[1], memory.hidden.dtype)
         if source.segments is not None and target.segments is not None:
             memory_bias = segment_bias(target.segments, source.segments, memory.hidden.dtype)
         x = self.target_embedding(target.tokens, 0 if target.positions is None else target.positions)
-        context, watch = self.target_view.whole(target, x), StackWatch(record, "decoder")
+        context, hooks = self.target_attention_bias.whole(target, x), StackCapture(capture, "decoder")
 
         def run(depth: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             key, value = layer.cross_attention.project_memory(memory.hidden)
-            passed: Tensor = layer(x, key, value, context=context, memory_bias=memory_bias, watch=watch.layer(depth))
+            passed: Tensor = layer(x, key, value, context=context, memory_bias=memory_bias, hooks=hooks.layer(depth))
             return passed
 
-        return ModelOutput(self.decoder(x, run, watch), memory)
+        return ModelOutput(self.decoder(x, run, hooks), memory)
 
-    def encode(self, source: Sequences, record: Record | None = None) -> Memory:
+    def encode(self, source: Sequences, capture: ActivationCapture | None = None) -> Memory:
         """(B, S) -> the encoder's output, (B, S, D); positions after a row's length hold no meaning."""
         x = self.source_embedding(source.tokens, 0 if source.positions is None else source.positions)
-        context, watch = self.source_view.whole(source, x), StackWatch(record, "encoder")
+        context, hooks = self.source_attention_bias.whole(source, x), StackCapture(capture, "encoder")
 
         def run(depth: int, layer: EncoderLayer, x: Tensor) -> Tensor:
-            passed: Tensor = layer(x, context=context, watch=watch.layer(depth))
+            passed: Tensor = layer(x, context=context, hooks=hooks.layer(depth))
             return passed
 
-        return Memory(self.encoder(x, run, watch), source.lengths)
+        return Memory(self.encoder(x, run, hooks), source.lengths)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits. (..., D) -> (..., V)"""
@@ -134,7 +134,7 @@ class EncoderDecoder(nn.Module):
                 max_length=max_length,
                 head_dim=self.config.model_dim // stack.num_heads,
                 like=hidden,
-                keep_tokens=self.target_view.may_move,
+                keep_tokens=self.target_attention_bias.may_invalidate_cache,
             ),
             rows_per_sentence=rows_per_sentence,
         )
@@ -143,11 +143,11 @@ class EncoderDecoder(nn.Module):
     def step(self, tokens: Tensor, state: DecodingState) -> Tensor:
         """Feed the next inputs. tokens: (N, t) -> logits after each, (N, t, V). state: made by `start`."""
         assert isinstance(state, EncoderDecoderState)
-        inputs = state.target.inputs(tokens, self.target_view.moves(state.target.length + tokens.shape[1]))
+        inputs = state.target.inputs(tokens, self.target_attention_bias.moves(state.target.length + tokens.shape[1]))
         past, width = state.target.length, inputs.shape[1]
         x = self.target_embedding(inputs, past)
         mask = causal_bias(width, past + width, x.dtype, x.device) if width > 1 else None
-        context = self.target_view.step(past, 0, past + width, mask, x)
+        context = self.target_attention_bias.step(past, 0, past + width, mask, x)
 
         def run(depth: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             key, value = state.source[depth]

@@ -27,7 +27,7 @@ from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.initialize import initialize
 from dstrain.models.rotary import build_rotary
 from dstrain.nn.attention import CrossAttention, SelfAttention
-from dstrain.nn.attention_bias import Alibi, SelfView
+from dstrain.nn.attention_bias import Alibi, AttentionBias
 from dstrain.nn.dropout import Dropout
 from dstrain.nn.embedding import FactorizedEmbedding, InputEmbedding, Projection, TokenEmbedding, TokenPart
 from dstrain.nn.feed_forward import FeedForward, GatedFeedForward
@@ -83,12 +83,12 @@ class _Factory(Generic[C]):
             scaled=self.config.embedding.scale,
         )
 
-    def tokens(self, num_types: int) -> TokenPart:
+    def tokens(self, vocab_size: int) -> TokenPart:
         embedding, dim = self.config.embedding, self.config.model_dim
         if embedding.kind == "plain":
-            return TokenEmbedding(num_types, dim)
+            return TokenEmbedding(vocab_size, dim)
         return FactorizedEmbedding(
-            table=TokenEmbedding(num_types, embedding.dim),
+            table=TokenEmbedding(vocab_size, embedding.dim),
             activation=ACTIVATIONS[embedding.activation],
             up_proj=Linear(embedding.dim, dim, bias=False),
         )
@@ -116,19 +116,19 @@ class _Factory(Generic[C]):
             case other:
                 assert_never(other)
 
-    def view(self, stack: StackConfig, *, causal: bool) -> SelfView:
+    def view(self, stack: StackConfig, *, causal: bool) -> AttentionBias:
         """What positions do inside the self-attention of a stack."""
         match self.config.position:
             case RotaryPosition() as position:
-                return SelfView(causal=causal, rotary=build_rotary(position, self.head_dim(stack)))
+                return AttentionBias(causal=causal, rotary=build_rotary(position, self.head_dim(stack)))
             case AlibiPosition(encoder="none") if not causal:
-                return SelfView(causal=causal)
+                return AttentionBias(causal=causal)
             case AlibiPosition(encoder="asymmetric") if not causal:
-                return SelfView(causal=causal, alibi=Alibi(tuple(alibi_slopes(stack.num_heads)), lead=0.5))
+                return AttentionBias(causal=causal, alibi=Alibi(tuple(alibi_slopes(stack.num_heads)), lead=0.5))
             case AlibiPosition() | DecoderOnlyAlibiPosition():
-                return SelfView(causal=causal, alibi=Alibi(tuple(alibi_slopes(stack.num_heads))))
+                return AttentionBias(causal=causal, alibi=Alibi(tuple(alibi_slopes(stack.num_heads))))
             case _:
-                return SelfView(causal=causal)
+                return AttentionBias(causal=causal)
 
     def stack(self, config: StackConfig, layer: Callable[[], L]) -> LayerStack[L]:
         return LayerStack(
@@ -201,10 +201,10 @@ class _EncoderDecoderFactory(_Factory[EncoderDecoderConfig]):
             config=config,
             vocabulary=sizes,
             source_embedding=self.input_embedding(source_tokens, config.max_source_length),
-            source_view=self.view(config.encoder, causal=False),
+            source_attention_bias=self.view(config.encoder, causal=False),
             encoder=self.stack(config.encoder, lambda: self.self_layer(config.encoder)),
             target_embedding=self.input_embedding(target_tokens, config.max_target_length),
-            target_view=self.view(config.decoder, causal=True),
+            target_attention_bias=self.view(config.decoder, causal=True),
             decoder=self.stack(config.decoder, lambda: self.decoder_layer(config.decoder)),
             projection=self.projection(None if tie == "none" else target_tokens, config.decoder.output_activation),
         )
@@ -245,7 +245,7 @@ class _DecoderOnlyFactory(_Factory[DecoderOnlyConfig]):
             config=config,
             vocabulary=sizes,
             target_embedding=self.input_embedding(tokens, config.max_target_length),
-            target_view=self.view(config.decoder, causal=True),
+            target_attention_bias=self.view(config.decoder, causal=True),
             decoder=self.stack(config.decoder, lambda: self.self_layer(config.decoder)),
             projection=self.projection(None if config.embedding.tie == "none" else tokens, config.decoder.output_activation),
         )

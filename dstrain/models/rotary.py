@@ -15,8 +15,8 @@ from dstrain.models.config import (
     RotaryPosition,
     YarnScaling,
 )
-from dstrain.nn.rotary import LengthRotary, Rotary, RotaryPart, Spectrum
-from dstrain.ops.rotary import Yarn, frequencies, ntk_theta, yarn_amplitude, yarn_frequencies
+from dstrain.nn.rotary import LengthRotary, Rotary, RotaryFrequencies, RotaryPart
+from dstrain.ops.rotary import Yarn, frequencies, ntk_theta, yarn_attention_scaling, yarn_frequencies
 
 
 def build_rotary(config: RotaryPosition, head_dim: int) -> RotaryPart:
@@ -24,30 +24,30 @@ def build_rotary(config: RotaryPosition, head_dim: int) -> RotaryPart:
     dim, theta, layout = config.turning(head_dim), config.theta, config.layout
     match config.scaling:
         case NoScaling():
-            return Rotary(Spectrum(frequencies(dim, theta), 1.0), layout)
+            return Rotary(RotaryFrequencies(frequencies(dim, theta), 1.0), layout)
         case LinearScaling(factor=factor):
-            return Rotary(Spectrum(frequencies(dim, theta) / factor, 1.0), layout)
+            return Rotary(RotaryFrequencies(frequencies(dim, theta) / factor, 1.0), layout)
         case DynamicNtkScaling() as ntk:
 
-            def by_base(lengths: Tensor) -> Spectrum:
+            def by_base(lengths: Tensor) -> RotaryFrequencies:
                 bases = ntk_theta(theta, dim, ntk.factor, ntk.original_length, lengths)
-                return Spectrum(frequencies(dim, bases.unsqueeze(-1)), 1.0)
+                return RotaryFrequencies(frequencies(dim, bases.unsqueeze(-1)), 1.0)
 
-            return LengthRotary(by_base, layout, same_until=ntk.original_length)
+            return LengthRotary(by_base, layout, max_static_length=ntk.original_length)
         case DynamicYarnScaling() as scaling:
             since = scaling.from_length or scaling.original_length
 
-            def by_factor(lengths: Tensor) -> Spectrum:
+            def by_factor(lengths: Tensor) -> RotaryFrequencies:
                 return _yarn(dim, theta, scaling, (lengths.float() / since).clamp_min(scaling.factor).unsqueeze(-1))
 
-            return LengthRotary(by_factor, layout, same_until=int(since * scaling.factor))
+            return LengthRotary(by_factor, layout, max_static_length=int(since * scaling.factor))
         case YarnScaling() as scaling:
             return Rotary(_yarn(dim, theta, scaling, torch.tensor([scaling.factor])), layout)
         case other:
             assert_never(other)
 
 
-def _yarn(dim: int, theta: float, scaling: YarnScaling, factor: Tensor) -> Spectrum:
+def _yarn(dim: int, theta: float, scaling: YarnScaling, factor: Tensor) -> RotaryFrequencies:
     constants = Yarn(
         original_length=scaling.original_length,
         beta_fast=scaling.beta_fast,
@@ -55,4 +55,4 @@ def _yarn(dim: int, theta: float, scaling: YarnScaling, factor: Tensor) -> Spect
         extrapolation_factor=scaling.extrapolation_factor,
         attention_factor=scaling.attention_factor,
     )
-    return Spectrum(yarn_frequencies(dim, theta, factor, constants), yarn_amplitude(factor, constants))
+    return RotaryFrequencies(yarn_frequencies(dim, theta, factor, constants), yarn_attention_scaling(factor, constants))

@@ -14,7 +14,7 @@ from dstrain.nn.cache import LayerCache
 from dstrain.nn.linear import BlockLinear
 from dstrain.ops.attention import attention, mean_probabilities
 
-Watch = Callable[[Tensor], None]
+AttentionHook = Callable[[Tensor], None]
 """Takes the attention probabilities averaged over the heads, (B, T, S); they are computed for it alone."""
 
 
@@ -39,7 +39,7 @@ class SelfAttention(nn.Module):
         self.dropout = dropout
 
     def forward(
-        self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None, watch: Watch | None = None
+        self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None, hooks: AttentionHook | None = None
     ) -> Tensor:
         """(B, T, D) -> (B, T, D). With a cache, keys and values of earlier positions take part."""
         query, key, value = (split_heads(part, self.head_dim) for part in self.qkv(x))
@@ -47,8 +47,8 @@ class SelfAttention(nn.Module):
             query, key = context.rotation(query), context.rotation(key)
         if cache is not None:
             key, value = cache.append(key, value)
-        if watch is not None:
-            watch(mean_probabilities(query, key, bias=context.bias, causal=context.causal))
+        if hooks is not None:
+            hooks(mean_probabilities(query, key, bias=context.bias, causal=context.causal))
         dropout = self.dropout if self.training else 0.0
         mixed = attention(query, key, value, bias=context.bias, causal=context.causal, dropout=dropout)
         result: Tensor = self.out_proj(merge_heads(mixed))
@@ -71,14 +71,16 @@ class CrossAttention(nn.Module):
         key, value = (split_heads(part, self.head_dim) for part in self.kv(memory))
         return key, value
 
-    def forward(self, x: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None, watch: Watch | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None, hooks: AttentionHook | None = None
+    ) -> Tensor:
         """x: (N, T, D); key, value: (B, H or fewer, S, K); bias: broadcasts to (B, H, *, S) -> (N, T, D).
 
         N is a multiple of B: all rows of a source (beams) stand side by side as queries, the source is never copied.
         """
         query = split_heads(self.q_proj(x).reshape(key.shape[0], -1, x.shape[-1]), self.head_dim)  # (B, H, N / B * T, K)
-        if watch is not None:
-            watch(mean_probabilities(query, key, bias=bias))
+        if hooks is not None:
+            hooks(mean_probabilities(query, key, bias=bias))
         mixed = attention(query, key, value, bias=bias, dropout=self.dropout if self.training else 0.0)
         result: Tensor = self.out_proj(merge_heads(mixed)).view_as(x)
         return result

@@ -1,7 +1,7 @@
 """What all self-attentions of a stack share in one forward: who sees whom, and what positions do to queries, keys and scores.
 
-Built once per forward by the stack's `SelfView`, whose parts the factory chooses: causal or two-sided, rotary positions, ALiBi,
-or neither.
+Built once per forward by the stack's `AttentionBias`, whose parts the factory chooses: causal or bidirectional, rotary positions,
+ALiBi, or neither.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ class Alibi:
 class _Places(NamedTuple):
     query: Positions
     keys: Positions
-    reach: int
+    end_position: int
 
 
-class SelfView:
+class AttentionBias:
     """causal: whether a token sees only what comes before it. rotary, alibi: None for none."""
 
     def __init__(self, *, causal: bool, rotary: RotaryPart | None = None, alibi: Alibi | None = None) -> None:
@@ -77,30 +77,30 @@ class SelfView:
         context = self._context(_Places(positions, positions, width), mask, lengths, like)
         return replace(context, causal=plain)
 
-    def step(self, query: Positions, keys: Positions, reach: int, mask: Tensor | None, like: Tensor) -> AttentionContext:
+    def step(self, query: Positions, keys: Positions, end_position: int, mask: Tensor | None, like: Tensor) -> AttentionContext:
         """Of new tokens to all so far. query, keys: their positions, all below `reach`, up to which an offset goes.
 
         mask: what new tokens do not see of the keys, None if they see all.
         """
 
         def lengths() -> Tensor:
-            return torch.tensor([[reach]], device=like.device) if isinstance(query, int) else query[:, -1:] + 1
+            return torch.tensor([[end_position]], device=like.device) if isinstance(query, int) else query[:, -1:] + 1
 
-        return self._context(_Places(query, keys, reach), mask, lengths, like)
+        return self._context(_Places(query, keys, end_position), mask, lengths, like)
 
     def moves(self, length: int) -> bool:
         """Whether in a sequence of `length` tokens nothing computed for the tokens before holds any more."""
         return self.rotary is not None and self.rotary.moves(length)
 
     @property
-    def may_move(self) -> bool:
+    def may_invalidate_cache(self) -> bool:
         """Whether there are such lengths."""
         return isinstance(self.rotary, LengthRotary)
 
-    def _context(self, places: _Places, mask: Tensor | None, lengths: Callable[[], Tensor], like: Tensor) -> AttentionContext:
-        rotation = None if self.rotary is None else self.rotary.rotation(places.query, places.reach, lengths, like)
+    def _context(self, taps: _Places, mask: Tensor | None, lengths: Callable[[], Tensor], like: Tensor) -> AttentionContext:
+        rotation = None if self.rotary is None else self.rotary.rotation(taps.query, taps.end_position, lengths, like)
         if self.alibi is None:
             return AttentionContext(bias=mask, rotation=rotation)
-        query, keys = (numbered(part, places.reach, like.device) for part in (places.query, places.keys))
+        query, keys = (numbered(part, taps.end_position, like.device) for part in (taps.query, taps.keys))
         bias = self.alibi.bias(query, keys, like.dtype)
         return AttentionContext(bias=bias if mask is None else bias + mask, rotation=rotation)

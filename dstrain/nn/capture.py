@@ -1,4 +1,4 @@
-"""How a stack shows its insides to a `protocols.Record`: hidden states between its passes, attention probabilities within them.
+"""How a stack fills a `protocols.ActivationCapture`: hidden states between its layers, attention probabilities within them.
 
 Counted are passes, not stored layers: a layer that runs at several depths is seen at each. A pass that LayerDrop skips shows its
 input as its output, and its attention as computed. Probabilities exist where they are wanted alone; the attention that the model
@@ -12,38 +12,38 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from dstrain.nn.attention import Watch
-from dstrain.protocols import Place, Record
+from dstrain.nn.attention import AttentionHook
+from dstrain.protocols import ActivationCapture, Tap
 
 
-class LayerWatch(NamedTuple):
+class LayerHooks(NamedTuple):
     """Who watches the attentions of one layer pass, to itself and to the source; None for nobody."""
 
-    own: Watch | None = None
-    cross: Watch | None = None
+    own: AttentionHook | None = None
+    cross: AttentionHook | None = None
 
 
-UNWATCHED = LayerWatch()
+NO_HOOKS = LayerHooks()
 
 
-class StackWatch:
+class StackCapture:
     """One stack as a record sees it; without a record nobody watches."""
 
-    def __init__(self, record: Record | None, side: Literal["encoder", "decoder"]) -> None:
-        self.record = record
+    def __init__(self, capture: ActivationCapture | None, side: Literal["encoder", "decoder"]) -> None:
+        self.capture = capture
         self.side = side
 
     def hidden_states(self, layer: int, x: Tensor) -> None:
         """After `layer` passes it is x, (B, T, D)."""
-        if self.record is not None:
-            self.record.show(Place("hidden_states", self.side, layer), x)
+        if self.capture is not None:
+            self.capture.store(Tap("hidden_states", self.side, layer), x)
 
-    def layer(self, depth: int) -> LayerWatch:
+    def layer(self, depth: int) -> LayerHooks:
         """Of the pass at `depth`, from 0."""
-        if self.record is None:
-            return UNWATCHED
-        return LayerWatch(self._attention(self.side, depth), self._attention("cross", depth))
+        if self.capture is None:
+            return NO_HOOKS
+        return LayerHooks(self._attention(self.side, depth), self._attention("cross", depth))
 
-    def _attention(self, side: Literal["encoder", "decoder", "cross"], depth: int) -> Watch | None:
-        place = Place("attention", side, depth + 1)
-        return partial(self.record.show, place) if self.record is not None and place in self.record.wanted else None
+    def _attention(self, side: Literal["encoder", "decoder", "cross"], depth: int) -> AttentionHook | None:
+        tap = Tap("attention", side, depth + 1)
+        return partial(self.capture.store, tap) if self.capture is not None and tap in self.capture.requested else None

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dstrain.nn.attention import CrossAttention, SelfAttention
 from dstrain.nn.attention_bias import AttentionContext
 from dstrain.nn.cache import LayerCache
-from dstrain.nn.capture import UNWATCHED, LayerWatch
+from dstrain.nn.capture import NO_HOOKS, LayerHooks
 from dstrain.nn.dropout import Dropout
 
 NormOrder = Literal["pre", "post"]
@@ -52,12 +52,12 @@ class EncoderLayer(ResidualLayer):
         self.feed_forward_norm = feed_forward_norm
 
     def forward(
-        self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None, watch: LayerWatch = UNWATCHED
+        self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None, hooks: LayerHooks = NO_HOOKS
     ) -> Tensor:
         """(B, S, D) -> (B, S, D)"""
 
         def attend(x: Tensor) -> Tensor:
-            attended: Tensor = self.self_attention(x, context=context, cache=cache, watch=watch.own)
+            attended: Tensor = self.self_attention(x, context=context, cache=cache, hooks=hooks.own)
             return attended
 
         x = self.residual(x, self.self_attention_norm, attend)
@@ -96,16 +96,16 @@ class DecoderLayer(ResidualLayer):
         context: AttentionContext,
         memory_bias: Tensor | None,
         cache: LayerCache | None = None,
-        watch: LayerWatch = UNWATCHED,
+        hooks: LayerHooks = NO_HOOKS,
     ) -> Tensor:
         """(N, T, D) -> (N, T, D). key, value: what `cross_attention.project_memory` made; memory_bias: hides padding there."""
 
         def attend(x: Tensor) -> Tensor:
-            attended: Tensor = self.self_attention(x, context=context, cache=cache, watch=watch.own)
+            attended: Tensor = self.self_attention(x, context=context, cache=cache, hooks=hooks.own)
             return attended
 
         def attend_to_source(x: Tensor) -> Tensor:
-            attended: Tensor = self.cross_attention(x, key, value, bias=memory_bias, watch=watch.cross)
+            attended: Tensor = self.cross_attention(x, key, value, bias=memory_bias, hooks=hooks.cross)
             return attended
 
         x = self.residual(x, self.self_attention_norm, attend)

@@ -13,7 +13,7 @@ from typing import Generic, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from dstrain.nn.capture import StackWatch
+from dstrain.nn.capture import StackCapture
 
 L = TypeVar("L", bound=nn.Module)
 T = TypeVar("T")
@@ -29,19 +29,19 @@ class LayerStack(nn.Module, Generic[L]):
         self.layer_drop = layer_drop
         self.final_norm = final_norm
 
-    def forward(self, x: Tensor, run: Callable[[int, L, Tensor], Tensor], watch: StackWatch | None = None) -> Tensor:
+    def forward(self, x: Tensor, run: Callable[[int, L, Tensor], Tensor], hooks: StackCapture | None = None) -> Tensor:
         """Pass x through `run(depth, layer, x)` at each depth. (B, T, D) -> (B, T, D). watch: sees x between the passes."""
         for depth, index in enumerate(self.schedule):
-            if watch is not None:
-                watch.hidden_states(depth, x)
+            if hooks is not None:
+                hooks.hidden_states(depth, x)
             passed = run(depth, cast("L", self.layers[index]), x)
             if self.training and self.layer_drop > 0:
                 dropped = torch.rand((), device=x.device) < self.layer_drop
                 passed = torch.where(dropped, x, passed)
             x = passed
         result: Tensor = self.final_norm(x)
-        if watch is not None:
-            watch.hidden_states(len(self.schedule), result)
+        if hooks is not None:
+            hooks.hidden_states(len(self.schedule), result)
         return result
 
     def passes(self, make: Callable[[L], T]) -> list[T]:

@@ -106,8 +106,8 @@ def _walk(
     features: Tensor, weight: Tensor, labels: Tensor, options: _Options
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor | None, Tensor | None]]:
     """(loss_sum, nll_sum) and, as far as asked for, the gradients of loss_sum with respect to features and weight."""
-    num_rows, num_types = features.shape[0], weight.shape[0]
-    spread = options.label_smoothing / (num_types - 1)
+    num_rows, vocab_size = features.shape[0], weight.shape[0]
+    spread = options.label_smoothing / (vocab_size - 1)
     confidence = 1 - options.label_smoothing - spread
     scored = (labels != IGNORE_INDEX).unsqueeze(1)  # (N, 1)
     labels = labels.unsqueeze(1).masked_fill(~scored, 0)
@@ -120,7 +120,7 @@ def _walk(
     weighted = features * weights  # (N, E): slopes stay unweighted, so that small weights do not underflow in 16 bits
     feature_sum, weight_sum = weighted.sum(0), weight.sum(0, dtype=wide)  # (E,), (E,)
     weighted = weighted.to(features.dtype)
-    logits = features.new_empty(min(options.chunk_tokens, num_rows), num_types, dtype=wide)
+    logits = features.new_empty(min(options.chunk_tokens, num_rows), vocab_size, dtype=wide)
     nll, lse = features.new_empty(2, num_rows, 1, dtype=wide)
     features_gradient = torch.empty_like(features, dtype=wide) if options.features_learn else None
     weight_gradient = torch.zeros_like(weight, dtype=wide) if options.weight_learns else None
@@ -145,6 +145,6 @@ def _walk(
         features_gradient.sub_(spread * weight_sum).mul_(weights)
     if weight_gradient is not None:
         weight_gradient.sub_(spread * feature_sum)
-    smooth_sum = num_types * (weights * lse).sum() - feature_sum.dot(weight_sum)
+    smooth_sum = vocab_size * (weights * lse).sum() - feature_sum.dot(weight_sum)
     loss_sum = confidence * (weights * nll).sum() + spread * smooth_sum
     return (loss_sum, nll.masked_fill_(~scored, 0).sum()), (features_gradient, weight_gradient)

@@ -32,7 +32,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX, sent
-from dstrain.ops.best_types import best_types
 from dstrain.ops.divergence import (
     Divergence,
     kind_of,
@@ -43,6 +42,7 @@ from dstrain.ops.divergence import (
 )
 from dstrain.ops.forward_gradients import sums_with_gradients
 from dstrain.ops.mixed_precision import accumulator, add_product, autocast, product
+from dstrain.ops.row_argmax import row_argmax
 from dstrain.protocols import DenseSignal, LogProbsSignal, Signal, SparseSignal
 
 
@@ -231,7 +231,7 @@ def _chunk(logits: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[_Figu
     if spread:
         hard.sub_(log_probs.sum(1, keepdim=True), alpha=spread)
     value, slope, best = _learn(cool, rows, terms)
-    agreement = best == best_types(log_probs)
+    agreement = best == row_argmax(log_probs)
     slope.mul_(rows.taught * (terms.kd_weight * terms.temperature))
     if terms.hard_weight:
         hard_slope = log_probs.exp_().sub_(spread)
@@ -242,10 +242,10 @@ def _chunk(logits: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[_Figu
 
 def _sparse_chunk(logits: Tensor, rows: _Rows, signal: SparseSignal, terms: DistillationTerms) -> tuple[_Figures, Tensor]:
     """The same where both slopes are multiples of one softmax and few numbers beside: as fast as cross-entropy alone."""
-    num_types = logits.shape[1]
-    spread = terms.label_smoothing / (num_types - 1)
+    vocab_size = logits.shape[1]
+    spread = terms.label_smoothing / (vocab_size - 1)
     confidence = 1 - terms.label_smoothing - spread
-    agreement = _best(signal) == best_types(logits)
+    agreement = _best(signal) == row_argmax(logits)
     label_logit, total = logits.gather(1, rows.labels), logits.sum(1, keepdim=True) if spread else None
     fit = sparse_fit(terms.divergence, logits, signal)
     nll = fit.lse - label_logit
@@ -253,7 +253,7 @@ def _sparse_chunk(logits: Tensor, rows: _Rows, signal: SparseSignal, terms: Dist
     slope = fit.slope(taught, scored)
     hard = confidence * nll
     if total is not None:
-        hard.add_(fit.lse * num_types - total, alpha=spread)
+        hard.add_(fit.lse * vocab_size - total, alpha=spread)
         slope.sub_(scored * spread)
     slope.scatter_add_(1, rows.labels, -confidence * scored)
     return _Figures(hard, fit.value.mul_(rows.taught), nll, agreement.to(nll.dtype)), slope
@@ -266,7 +266,7 @@ def _learn(student: Tensor, rows: _Rows, terms: DistillationTerms) -> tuple[Tens
         fit = sparse_fit(terms.divergence, student, signal)
         return fit.value, fit.slope(), _best(signal)
     teacher = _teacher_log_probs(signal, terms.temperature, like=student).masked_fill_(~rows.scored, 0)
-    best = best_types(teacher)
+    best = row_argmax(teacher)
     return *value_and_slope(terms.divergence, student, teacher), best
 
 

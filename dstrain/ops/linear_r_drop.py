@@ -106,8 +106,8 @@ def _walk(
     features: Tensor, weight: Tensor, labels: Tensor, options: _Options
 ) -> tuple[RDropSums, tuple[Tensor | None, Tensor | None]]:
     """The sums and, as far as asked for, the gradients of the loss with respect to features and weight."""
-    num_rows, num_types = features.shape[1], weight.shape[0]
-    spread = options.label_smoothing / (num_types - 1)
+    num_rows, vocab_size = features.shape[1], weight.shape[0]
+    spread = options.label_smoothing / (vocab_size - 1)
     confidence = 1 - options.label_smoothing - spread
     scored = (labels != IGNORE_INDEX).unsqueeze(1)  # (N, 1)
     labels = labels.unsqueeze(1).masked_fill(~scored, 0)
@@ -121,7 +121,7 @@ def _walk(
     feature_sum, weight_sum = weighted.sum((0, 1)), weight.sum(0, dtype=wide)  # (E,), (E,)
     weighted = weighted.to(features.dtype)
     step = max(1, options.chunk_tokens // 2)
-    logits = features.new_empty(2, min(step, num_rows), num_types, dtype=wide)
+    logits = features.new_empty(2, min(step, num_rows), vocab_size, dtype=wide)
     hard, nll, kl = features.new_empty(3, num_rows, 1, dtype=wide)  # of both passes together
     features_gradient = torch.empty_like(features, dtype=wide) if options.features_learn else None
     weight_gradient = torch.zeros_like(weight, dtype=wide) if options.weight_learns else None

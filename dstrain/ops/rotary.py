@@ -16,7 +16,7 @@ from torch import Tensor
 Layout = Literal["half_split", "interleaved"]
 
 
-class Turn(NamedTuple):
+class CosSin(NamedTuple):
     """cos, sin: (T, P) or (B, 1, T, P) for the P pairs of a head that turn; in the dtype of queries and keys."""
 
     cos: Tensor
@@ -70,22 +70,22 @@ def yarn_frequencies(dim: int, theta: float, factor: Tensor, yarn: Yarn) -> Tens
     return base / factor * (1 - kept) + base * kept
 
 
-def yarn_amplitude(factor: Tensor, yarn: Yarn) -> Tensor:
+def yarn_attention_scaling(factor: Tensor, yarn: Yarn) -> Tensor:
     """What queries and keys are multiplied by: attention_factor * (0.1 ln(factor) + 1). factor: (...), >= 1 -> (...)"""
     return yarn.attention_factor * (0.1 * factor.log() + 1)
 
 
-def turn(positions: Tensor, frequency: Tensor, amplitude: Tensor | float, dtype: torch.dtype) -> Turn:
+def cos_sin(positions: Tensor, inv_freq: Tensor, attention_scaling: Tensor | float, dtype: torch.dtype) -> CosSin:
     """Cosines and sines. positions: (T,) or (B, T); frequency: (P,) or (B or 1, T or 1, P); amplitude broadcasts likewise."""
-    angles = positions[..., None].float() * frequency
-    cos, sin = angles.cos() * amplitude, angles.sin() * amplitude
+    angles = positions[..., None].float() * inv_freq
+    cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
     if angles.ndim == 3:
         cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)  # (B, 1, T, P): the same for all heads
-    return Turn(cos.to(dtype), sin.to(dtype))
+    return CosSin(cos.to(dtype), sin.to(dtype))
 
 
-def rotate(x: Tensor, by: Turn, layout: Layout) -> Tensor:
-    """Turn the first 2 P features of each head, leave the rest. x: (B, H, T, K) -> (B, H, T, K)"""
+def rotate(x: Tensor, by: CosSin, layout: Layout) -> Tensor:
+    """CosSin the first 2 P features of each head, leave the rest. x: (B, H, T, K) -> (B, H, T, K)"""
     dim = 2 * by.cos.shape[-1]
     turning = x[..., :dim]
     first, second = turning.chunk(2, dim=-1) if layout == "half_split" else (turning[..., 0::2], turning[..., 1::2])

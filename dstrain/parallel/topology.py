@@ -25,7 +25,7 @@ from dstrain.errors import TrainingError
 T = TypeVar("T")
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 
-PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 """Environment variables that say which process this is."""
 
 TIMEOUT = timedelta(minutes=30)
@@ -103,8 +103,8 @@ def initialize(device: DeviceChoice = "auto", *, backend: Literal["gloo", "nccl"
     where DeepSpeed looks for them.
     Raises TrainingError where the environment is contradictory, a device is missing or the port is taken.
     """
-    place = find_place(os.environ)
-    rank, world_size, local_rank, local_world_size = (_number(place, name) for name in PLACE)
+    place = rank_from_environment(os.environ)
+    rank, world_size, local_rank, local_world_size = (_number(place, name) for name in RANK_VARIABLES)
     if rank >= world_size:
         raise TrainingError(f"RANK={rank} does not fit WORLD_SIZE={world_size}; start with deepspeed, torchrun or srun")
     chosen = _device(device, local_rank)
@@ -121,7 +121,7 @@ def initialize(device: DeviceChoice = "auto", *, backend: Literal["gloo", "nccl"
 
 def num_ranks(environment: Mapping[str, str]) -> int:
     """How many processes a launcher has started; 1 without one. Raises TrainingError where the environment is contradictory."""
-    return _number(find_place(environment), "WORLD_SIZE")
+    return _number(rank_from_environment(environment), "WORLD_SIZE")
 
 
 def wait_for_all() -> None:
@@ -171,13 +171,13 @@ def _join(world: World, backend: Literal["gloo", "nccl"]) -> None:
         raise TrainingError(f"rank {world.rank} cannot meet the other ranks at {address}: {reason}") from error
 
 
-def find_place(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of PLACE, and MASTER_* where srun leaves them to us. Raises TrainingError where they contradict."""
+def rank_from_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of RANK_VARIABLES, and MASTER_* where srun leaves them to us. Raises TrainingError where they contradict."""
     if "RANK" in environment:
         return _from_launcher(environment)
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return _from_slurm(environment)
-    return dict(zip(PLACE, ("0", "1", "0", "1"), strict=True))
+    return dict(zip(RANK_VARIABLES, ("0", "1", "0", "1"), strict=True))
 
 
 def _from_launcher(environment: Mapping[str, str]) -> dict[str, str]:
@@ -186,7 +186,7 @@ def _from_launcher(environment: Mapping[str, str]) -> dict[str, str]:
     if world_size is None:
         raise TrainingError(f"RANK={rank} is set but WORLD_SIZE is not; unset RANK, or start with deepspeed, torchrun or srun")
     local_world_size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", world_size))
-    return dict(zip(PLACE, (rank, world_size, environment.get("LOCAL_RANK", rank), local_world_size), strict=True))
+    return dict(zip(RANK_VARIABLES, (rank, world_size, environment.get("LOCAL_RANK", rank), local_world_size), strict=True))
 
 
 def _from_slurm(step: Mapping[str, str]) -> dict[str, str]:
@@ -195,7 +195,7 @@ def _from_slurm(step: Mapping[str, str]) -> dict[str, str]:
     port = 20000 + (8 * int(step["SLURM_JOB_ID"]) + int(step["SLURM_STEP_ID"])) % 20000
     values = (step["SLURM_PROCID"], step["SLURM_STEP_NUM_TASKS"], step["SLURM_LOCALID"], str(here))
     return {
-        **dict(zip(PLACE, values, strict=True)),
+        **dict(zip(RANK_VARIABLES, values, strict=True)),
         "MASTER_ADDR": step.get("MASTER_ADDR", first_host(step["SLURM_STEP_NODELIST"])),
         "MASTER_PORT": step.get("MASTER_PORT", str(port)),
     }

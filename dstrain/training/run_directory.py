@@ -31,7 +31,7 @@ from dstrain.log import logger
 from dstrain.protocols import Ranks
 
 FORMAT = 1
-Renewed = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+Upgrade = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 MAY_CHANGE = {
     "description",
     "batching.max_tokens",
@@ -80,12 +80,12 @@ def open_run(
     *,
     data: str,
     teachers: Sequence[str] = (),
-    renewed: Renewed = dict,
+    upgrade: Upgrade = dict,
 ) -> Run:
     """Make RUN, or open the one that is there to resume it. Collective; rank 0 holds the lock.
 
     recipe: the resolved recipe as plain YAML values. data, teachers: fingerprints of the prepared data and of all that teaches.
-    renewed: makes of a recipe that an earlier version resolved what this one would.
+    upgrade: makes of a recipe that an earlier version resolved what this one would.
     Raises TrainingError where another training holds the run or the directory is something else, CheckpointError where the
     recipe, the data or the teachers differ or the run has lost its checkpoints.
     """
@@ -93,7 +93,7 @@ def open_run(
 
     def on_first_rank() -> None:
         if ranks.rank == 0:
-            run._lock, run.run_id = _open(directory, recipe, {"data": data, "teachers": list(teachers)}, renewed)
+            run._lock, run.run_id = _open(directory, recipe, {"data": data, "teachers": list(teachers)}, upgrade)
 
     together(ranks, TrainingError, f"opening {directory}", on_first_rank)
     run.run_id = ranks.broadcast_object(run.run_id)
@@ -127,7 +127,7 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, list(tree) if isinstance(tree, tuple) else tree
 
 
-def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], renewed: Renewed) -> tuple[IO[str], str]:
+def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], upgrade: Upgrade) -> tuple[IO[str], str]:
     recipe_file = directory / "recipe.yaml"
     if directory.exists() and not directory.is_dir():
         raise TrainingError(f"--output {directory} is a file; name a directory")
@@ -140,7 +140,7 @@ def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], 
     directory.mkdir(parents=True, exist_ok=True)
     lock = _lock(directory / ".lock")
     if recipe_file.is_file() and _has_begun(directory):
-        _check_recipe(recipe_file, recipe, renewed)
+        _check_recipe(recipe_file, recipe, upgrade)
         return lock, _run_id(directory / "run.json", facts)
     run_id = uuid.uuid4().hex[:16]
     write_durably(directory / "run.json", json.dumps({"format": FORMAT, "run_id": run_id, **facts}).encode())
@@ -166,12 +166,12 @@ def _lock(path: Path) -> IO[str]:
     return file
 
 
-def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any], renewed: Renewed) -> None:
+def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any], upgrade: Upgrade) -> None:
     try:
         old = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{recipe_file} is damaged: {error}; restore it, or choose another --output") from error
-    differences = recipe_differences(renewed(old) if isinstance(old, dict) else {}, _plain(recipe))
+    differences = recipe_differences(upgrade(old) if isinstance(old, dict) else {}, _plain(recipe))
     if differences:
         raise CheckpointError(
             f"{recipe_file.parent} was begun with another recipe; it is not resumed with this one:\n"

@@ -17,7 +17,7 @@ from dstrain.interop.fairseq.lora import convert_adapted
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import Projections, build_model
 from dstrain.models.weights import load_portable, portable_layout, split
-from dstrain.nn.attention_bias import SelfView
+from dstrain.nn.attention_bias import AttentionBias
 from dstrain.nn.rotary import LengthRotary
 from tests.paths import GOLDEN, needs_golden
 
@@ -102,12 +102,12 @@ def imported(variant: str, projections: Projections = "fused") -> EncoderDecoder
     load_portable(model, weights)
     golden = arrays(variant)
     if variant in LENGTH_OF_THE_BATCH:
-        follow_width(model.source_view, golden["src_tokens"].shape[1])
-        follow_width(model.target_view, golden["prev_output_tokens"].shape[1])
+        follow_width(model.source_attention_bias, golden["src_tokens"].shape[1])
+        follow_width(model.target_attention_bias, golden["prev_output_tokens"].shape[1])
     return model
 
 
-def follow_width(view: SelfView, width: int) -> None:
+def follow_width(view: AttentionBias, width: int) -> None:
     """Take every sequence to be as long as the batch is wide, as the predecessor does."""
     assert isinstance(view.rotary, LengthRotary)
     spectrum = view.rotary.spectrum

@@ -20,14 +20,14 @@ from dstrain.batch import Batch
 from dstrain.build.objective import build_objective
 from dstrain.distillation.config import ObjectiveConfig
 from dstrain.distillation.objective import SelectiveDistillation
-from dstrain.distillation.selection import gate
+from dstrain.distillation.selection import threshold
 from dstrain.distillation.signals import TeacherSignals
 from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.models.weights import load_portable
 from dstrain.objectives.train_module import TrainModule
-from dstrain.protocols import LossOutput, Record
+from dstrain.protocols import ActivationCapture, LossOutput
 from tests.parallel.trace import recorded_batches
 from tests.paths import GOLDEN, needs_golden
 
@@ -46,8 +46,10 @@ class PlainTeacher:
     def __init__(self, teacher: EncoderDecoder) -> None:
         self.teacher = teacher
 
-    def teach(self, batch: Batch, rows: Tensor, look: Callable[[Tensor, Tensor], None], record: Record | None = None) -> None:
-        hidden = self.teacher(batch.source, batch.target, record).hidden.flatten(0, 1)[rows]
+    def teach(
+        self, batch: Batch, rows: Tensor, look: Callable[[Tensor, Tensor], None], capture: ActivationCapture | None = None
+    ) -> None:
+        hidden = self.teacher(batch.source, batch.target, capture).hidden.flatten(0, 1)[rows]
         self.teacher.reduce_projection(hidden, look)
 
 
@@ -149,5 +151,5 @@ def test_gates_of_an_overfull_queue(case: str, rate: float, queue_size: int) -> 
         queue = torch.cat([queue, nll])
         assert len(queue) == expected["queue_len"]
         kd = (teacher.exp() * (teacher - student)).sum(1)
-        chosen = (nll >= gate(queue, rate)) & (target != 1)
+        chosen = (nll >= threshold(queue, rate)) & (target != 1)
         assert kd[chosen].sum().item() == pytest.approx(expected["kd_loss"], rel=1e-5)

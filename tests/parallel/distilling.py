@@ -32,7 +32,7 @@ from dstrain.models.config import (
 from dstrain.models.factory import Model, build_model
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
-from dstrain.protocols import Place, Record
+from dstrain.protocols import ActivationCapture, Tap
 from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module, collate, num_targets, sentences
 
 Report = dict[str, Any]
@@ -68,16 +68,16 @@ TEACHER = config_of(dim=72, ffn_dim=160, depths=(3, 2))
 FACTORIZED_TEACHER = TEACHER.model_copy(update={"embedding": FactorizedEmbedding(tie="all", dim=288)})
 FACTORIZED = FactorizedEmbedding(tie="all", dim=12, activation="gelu")
 """Of the student; the teacher's is wide enough for both factors to be shared out."""
-INSIDE = (Place("hidden_states", "encoder", 2), Place("attention", "decoder", 1), Place("attention", "cross", 2))
+INSIDE = (Tap("hidden_states", "encoder", 2), Tap("attention", "decoder", 1), Tap("attention", "cross", 2))
 
 
 def seen(engine: TeacherEngine, batch: Batch) -> list[Tensor]:
     """Copies of features and weight, and of what stands inside."""
     found: list[Tensor] = []
     rows = (batch.labels.flatten() >= 0).nonzero().squeeze(1)
-    record = Record(INSIDE)
-    engine.teach(batch, rows, lambda features, weight: found.extend([features.clone(), weight.clone()]), record)
-    return [*found, *(record.shown[place] for place in INSIDE)]
+    capture = ActivationCapture(INSIDE)
+    engine.teach(batch, rows, lambda features, weight: found.extend([features.clone(), weight.clone()]), capture)
+    return [*found, *(capture.captured[tap] for tap in INSIDE)]
 
 
 def placements(world: World) -> Report:
@@ -86,12 +86,12 @@ def placements(world: World) -> Report:
     for precision in ("fp32", "bf16"):
         for placement in ("replicated", "sharded", "offloaded"):
             engine = teacher(world, placement=placement, precision=precision)
-            shown = [seen(engine, collate(sentences(10 * world.rank + step))) for step in range(3)]
+            captured = [seen(engine, collate(sentences(10 * world.rank + step))) for step in range(3)]
             found[f"{placement} {precision}"] = {
-                "digest": digest([value for pair in shown for value in pair]),
+                "digest": digest([value for pair in captured for value in pair]),
                 "held": held(engine),
-                "again": all(map(torch.equal, seen(engine, collate(sentences(10 * world.rank))), shown[0])),
-                "dtype": str(shown[0][0].dtype),
+                "again": all(map(torch.equal, seen(engine, collate(sentences(10 * world.rank))), captured[0])),
+                "dtype": str(captured[0][0].dtype),
                 "training": next(engine._forward.children()).training,
             }
             engine.close()

@@ -55,14 +55,18 @@ class PrepareReport:
 
     output: Path
     splits: dict[str, SplitReport]
-    source_types: int
-    target_types: int
+    source_vocab_size: int
+    target_vocab_size: int
     shared: bool
     finished_before: bool
 
     def lines(self) -> list[str]:
         """The report as text."""
-        types = f"{self.source_types:,} shared" if self.shared else f"{self.source_types:,} source + {self.target_types:,} target"
+        types = (
+            f"{self.source_vocab_size:,} shared"
+            if self.shared
+            else f"{self.source_vocab_size:,} source + {self.target_vocab_size:,} target"
+        )
         head = f"{self.output} was finished before; nothing to do" if self.finished_before else f"{self.output} is ready"
         return [head, f"tokenizer: {types} types", *(split.line() for split in self.splits.values())]
 
@@ -78,8 +82,8 @@ def build_report(
             name: _split_report(name, record, *work.get(name, (0, 0.0)), has_source=not has_no_source(corpora[name]))
             for name, record in manifest.splits.items()
         },
-        source_types=tokenizers.source.vocab_size,
-        target_types=tokenizers.target.vocab_size,
+        source_vocab_size=tokenizers.source.vocab_size,
+        target_vocab_size=tokenizers.target.vocab_size,
         shared=tokenizers.shared,
         finished_before=finished_before,
     )

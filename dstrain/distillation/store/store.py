@@ -28,7 +28,7 @@ from dstrain.distillation.store.codec import Codec, build_codec
 from dstrain.distillation.store.manifest import DenseMethod, SampleMethod, StoreManifest, TopKMethod, load_store_manifest
 from dstrain.errors import DataError, RecipeError
 from dstrain.log import logger
-from dstrain.protocols import KeptSignal, Record, Signal, SparseSignal, Wanted
+from dstrain.protocols import ActivationCapture, KeptSignal, Signal, SparseSignal, Wanted
 
 R = TypeVar("R")
 REMEDY = "dump this shard again with the same command, then merge"
@@ -84,10 +84,12 @@ class LogitStore:
                 f"{self.temperature:g}: set that, or dump them again with --temperature {wanted.temperature:g}"
             )
 
-    def reduce_signal(self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], record: Record | None = None) -> R:
+    def reduce_signal(
+        self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], capture: ActivationCapture | None = None
+    ) -> R:
         """`reduce(signal)` on the batch's device; `rows` must be all scored places, whose order the store has by itself.
 
-        record: stays empty, for there is no forward; see `require`.
+        capture: stays empty, for there is no forward; see `require`.
         """
         return reduce(moved(self.signal(batch), batch.labels.device))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.adapters.config import LoraConfig
-from dstrain.adapters.lora import inject, merged, places, strangers
+from dstrain.adapters.lora import adapter_targets, inject, merged, strangers
 from dstrain.adapters.parts import LoraEmbedding, LoraLinear, LoraProjection
 from dstrain.errors import BundleError, RecipeError
 from dstrain.models.config import (
@@ -217,7 +217,7 @@ def test_an_unmatched_target_is_refused_with_what_there_is() -> None:
 
 def test_paths_are_those_of_portable_weights() -> None:
     model = small_model(MODELS["gated"], projections="separate")
-    named = {f"{place.path}.weight" for place in places(model)}
+    named = {f"{target.path}.weight" for target in adapter_targets(model)}
     assert named - {"target_embedding.tokens.weight"} <= to_portable(model).keys()
     assert "encoder.layers.0.feed_forward.gate_proj.weight" in named
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.build.training import Corpora
-from dstrain.config_base import with_later_defaults
+from dstrain.config_base import upgrade_config
 from dstrain.data.prepared.prepare import prepare
 from dstrain.errors import CheckpointError, DataError
 from dstrain.recipe import Recipe
@@ -38,10 +38,10 @@ def test_a_run_begun_before_a_key_existed_is_resumed(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "step_00000001").mkdir(parents=True)
     for name, content in (("recipe.yaml", old), ("run.json", {"format": 1, "run_id": "r", "data": "d"})):
         (tmp_path / name).write_text(json.dumps(content))
-    renewed = partial(with_later_defaults, Recipe)
+    upgrade = partial(upgrade_config, Recipe)
     with pytest.raises(CheckpointError, match=r"batching\.bucket_tokens: \(absent\) -> 4096"):
         open_run(tmp_path, tree, ALONE, data="d")
-    open_run(tmp_path, tree, ALONE, data="d", renewed=renewed).close()
+    open_run(tmp_path, tree, ALONE, data="d", upgrade=upgrade).close()
     tree["batching"]["bucket_tokens"] = 100
     with pytest.raises(CheckpointError, match=r"batching\.bucket_tokens: 4096 -> 100"):
-        open_run(tmp_path, tree, ALONE, data="d", renewed=renewed)
+        open_run(tmp_path, tree, ALONE, data="d", upgrade=upgrade)

@@ -24,7 +24,7 @@ from dstrain.distillation.store.manifest import TopKMethod
 from dstrain.errors import BundleError, DataError, RecipeError
 from dstrain.models.config import VocabularySizes
 from dstrain.models.weights import to_portable
-from dstrain.protocols import DenseSignal, Place, Record
+from dstrain.protocols import ActivationCapture, DenseSignal, Tap
 from tests.unit.adapters.adapted import adapter_of, train
 from tests.unit.evaluation.test_bundle_validation import MODEL, bundle_for, prepared
 from tests.unit.objectives import toy_store
@@ -49,14 +49,14 @@ class Corpus:
         *bundles: Path,
         vocabulary_map: Path | None = None,
         precision: str = "fp32",
-        record: Record | None = None,
+        capture: ActivationCapture | None = None,
     ) -> DenseSignal:
         """What the teachers show of the first batch of `valid`."""
         planned = self.plan(*bundles, vocabulary_map=vocabulary_map)
         signals = signals_of(start_teachers(planned, placement="sharded", precision=precision, world=ALONE))
         assert signals is not None
         batch = next(evaluation_loader(open_dataset(self.directory, "valid"), 200, pad_id=1, eos_id=2, rank=0, world_size=1))
-        return signals.reduce_signal(batch, scored(batch), lambda signal: signal, record)
+        return signals.reduce_signal(batch, scored(batch), lambda signal: signal, capture)
 
     def probabilities(self, *bundles: Path, vocabulary_map: Path | None = None) -> Tensor:
         signal = self.signal(*bundles, vocabulary_map=vocabulary_map)
@@ -126,12 +126,12 @@ def test_a_permuted_or_larger_vocabulary_teaches_the_same(corpus: Corpus, teache
     vocabulary_map = written(tmp_path / "map.json", source=places.tolist())
     expected, found = corpus.probabilities(teacher), corpus.probabilities(other, vocabulary_map=vocabulary_map)
     torch.testing.assert_close(found, expected)
-    inside = (Place("hidden_states", "encoder", 1), Place("attention", "decoder", 1))
-    records = Record(inside), Record(inside)
-    corpus.signal(teacher, record=records[0])
-    corpus.signal(other, vocabulary_map=vocabulary_map, record=records[1])
+    inside = (Tap("hidden_states", "encoder", 1), Tap("attention", "decoder", 1))
+    records = ActivationCapture(inside), ActivationCapture(inside)
+    corpus.signal(teacher, capture=records[0])
+    corpus.signal(other, vocabulary_map=vocabulary_map, capture=records[1])
     for place in inside:
-        torch.testing.assert_close(records[1].shown[place], records[0].shown[place])
+        torch.testing.assert_close(records[1].captured[place], records[0].captured[place])
     plain, mapped = corpus.plan(teacher), corpus.plan(other, vocabulary_map=vocabulary_map)
     assert len(plain[0].fingerprint) < len(mapped[0].fingerprint), "the map belongs to what taught"
     both = written(tmp_path / "both.json", source=places.tolist(), target=places.tolist())

@@ -317,7 +317,7 @@ def test_a_given_tokenizer_is_used_and_its_change_is_seen(tmp_path: Path) -> Non
     save_tokenizers(TokenizerPair(*dictionaries), tmp_path / "given")
     config = data_config(tmp_path, tokenizer={"kind": "tokenizer_directory", "path": str(tmp_path / "given")})
     report = prepare(config, tmp_path / "data", workers=2)
-    assert (report.source_types, report.target_types, report.shared) == (6, 5, False)
+    assert (report.source_vocab_size, report.target_vocab_size, report.shared) == (6, 5, False)
     assert "tokenizer: 6 source + 5 target types" in report.lines()
     first = open_dataset(tmp_path / "data", "train")[0]
     assert (first.source.tolist()[0], first.target.tolist()[0]) == (4, 4)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX, Batch
-from dstrain.build.objective import build_objective, require_lesson, validation_objective
+from dstrain.build.objective import build_objective, require_teacher_source, validation_objective
 from dstrain.distillation.config import (
     DistillationConfig,
     ForwardKl,
@@ -30,7 +30,7 @@ from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
-from dstrain.protocols import LossOutput, Record, SparseSignal, Wanted
+from dstrain.protocols import ActivationCapture, LossOutput, SparseSignal, Wanted
 from tests.unit.objectives.test_cross_entropy import EOS, NUM_TYPES, PAD, batch_of, empty_batch, gradients, pairs
 
 VOCABULARY = VocabularySizes(source=NUM_TYPES, target=NUM_TYPES, pad_id=PAD, eos_id=EOS)
@@ -57,9 +57,11 @@ class PlainTeacher:
     def __init__(self, model: EncoderDecoder) -> None:
         self.model = model.eval()
 
-    def teach(self, batch: Batch, rows: Tensor, look: Callable[[Tensor, Tensor], None], record: Record | None = None) -> None:
+    def teach(
+        self, batch: Batch, rows: Tensor, look: Callable[[Tensor, Tensor], None], capture: ActivationCapture | None = None
+    ) -> None:
         assert not torch.is_grad_enabled()
-        hidden = self.model(batch.source, batch.target, record).hidden.flatten(0, 1)[rows]
+        hidden = self.model(batch.source, batch.target, capture).hidden.flatten(0, 1)[rows]
         self.model.reduce_projection(hidden, look)
 
 
@@ -265,14 +267,14 @@ def test_a_missing_and_a_superfluous_lesson_are_refused(
     config: DistillationConfig | CrossEntropyConfig, teacher: bool, logits: bool, message: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        require_lesson(config, teacher=teacher, logits=logits)
+        require_teacher_source(config, teacher=teacher, logits=logits)
     assert message in str(caught.value)
 
 
 def test_a_lesson_that_suits_is_accepted() -> None:
-    require_lesson(config_of(teacher_precision="bf16"), teacher=True, logits=False)
-    require_lesson(config_of(renormalize=True), teacher=False, logits=True)
-    require_lesson(CrossEntropyConfig(), teacher=False, logits=False)
+    require_teacher_source(config_of(teacher_precision="bf16"), teacher=True, logits=False)
+    require_teacher_source(config_of(renormalize=True), teacher=False, logits=True)
+    require_teacher_source(CrossEntropyConfig(), teacher=False, logits=False)
 
 
 class Kept:
@@ -282,7 +284,7 @@ class Kept:
         raise RecipeError(f"no {wanted.divergence} at {wanted.temperature}, on_policy = {wanted.on_policy}")
 
     def reduce_signal(
-        self, batch: Batch, rows: Tensor, reduce: Callable[[SparseSignal], Any], record: Record | None = None
+        self, batch: Batch, rows: Tensor, reduce: Callable[[SparseSignal], Any], capture: ActivationCapture | None = None
     ) -> Any:
         raise NotImplementedError
 

@@ -22,7 +22,7 @@ from dstrain.errors import RecipeError
 from dstrain.models.config import DecoderOnlyConfig, ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
 from dstrain.objectives.train_module import TrainModule
-from dstrain.protocols import Place, Record
+from dstrain.protocols import ActivationCapture, Tap
 from tests.unit.distillation.test_distillation import PlainTeacher, step
 from tests.unit.objectives.test_cross_entropy import EOS, NUM_TYPES, PAD, batch_of, empty_batch, gradients, pairs
 
@@ -120,11 +120,11 @@ def by_loops(module: TrainModule, teacher: Model, feature: dict[str, Any], proje
     total = torch.zeros(())
     for sentence in sentences:
         for own, taught in layers.items():
-            records = [Record([Place(kind, side, layer)]) for layer in (own, taught)]
+            records = [ActivationCapture([Tap(kind, side, layer)]) for layer in (own, taught)]
             module.model(sentence.source, sentence.target, records[0])
             with torch.no_grad():
                 teacher(sentence.source, sentence.target, records[1])
-            students, teachers = (next(iter(record.shown.values()))[0] for record in records)
+            students, teachers = (next(iter(capture.captured.values()))[0] for capture in records)
             if kind == "hidden_states":
                 students = students @ projection
             of_tokens = [distance(loss, s, t) for s, t in zip(students, teachers, strict=True)]
@@ -150,8 +150,8 @@ def test_sums_and_gradients_are_those_of_loops_over_sentences_and_tokens() -> No
         assert not output.sums[name].requires_grad
         expected = expected + feature["weight"] * value
     torch.testing.assert_close(output.loss_sum, expected)
-    found, wanted = gradients(module, output.loss_sum), gradients(module, expected)
-    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    found, requested = gradients(module, output.loss_sum), gradients(module, expected)
+    torch.testing.assert_close(found, requested, rtol=1e-4, atol=1e-4)
     assert all(gradient.any() for name, gradient in found.items() if name.startswith("objective"))
     assert list(module.model.state_dict()) == list(plain.model.state_dict())
 
@@ -207,9 +207,9 @@ class Counting(torch.nn.Module):
         self.model = model
         self.asked: list[bool] = []
 
-    def forward(self, source: Any, target: Any, record: Record | None = None) -> Any:
-        self.asked.append(record is not None)
-        return self.model(source, target, record)
+    def forward(self, source: Any, target: Any, capture: ActivationCapture | None = None) -> Any:
+        self.asked.append(capture is not None)
+        return self.model(source, target, capture)
 
     def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], Any]) -> Any:
         return self.model.reduce_projection(hidden, reduce)

@@ -497,13 +497,13 @@ def test_a_store_is_mapped_and_never_copied(method: Method, data: Path, teacher:
     store = stored(data, tmp_path / "logits", method, teacher=teacher, tokens_per_shard=300)
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     for note, shard in zip(store.manifest.shards, store._shards, strict=True):
-        file = str(tmp_path / "logits" / note.record.file)
-        places = [range(*(int(end, 16) for end in line[0].split("-"))) for line in mapped if line[-1] == file]
+        file = str(tmp_path / "logits" / note.capture.file)
+        taps = [range(*(int(end, 16) for end in line[0].split("-"))) for line in mapped if line[-1] == file]
         for column in shard.values():
             for array in (column.offsets, column.values, column.row(1)):
                 assert not array.flags.owndata
                 assert not array.flags.writeable
-                assert any(array.ctypes.data in place for place in places)
+                assert any(array.ctypes.data in tap for tap in taps)
 
 
 def test_reading_costs_little_beside_a_step(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:

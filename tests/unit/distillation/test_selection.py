@@ -9,11 +9,11 @@ from torch import Tensor
 
 from dstrain.batch import IGNORE_INDEX, Batch, Sequences
 from dstrain.distillation.config import BatchSelection, GlobalByLanguageSelection, GlobalSelection
-from dstrain.distillation.selection import Selection, gate
+from dstrain.distillation.selection import Selection, threshold
 from dstrain.errors import DataError
 
 
-def facts(nll: list[float], tags: list[int] | None = None) -> Tensor:
+def statistics(nll: list[float], tags: list[int] | None = None) -> Tensor:
     """In the order that they have in the queue."""
     tags = tags or [0] * len(nll)
     return torch.tensor(
@@ -32,13 +32,13 @@ def batch(ids: list[int], width: int = 7) -> Batch:
 @pytest.mark.parametrize(("number", "rate", "rank"), [(1, 0.01, 1), (10, 0.25, 3), (30, 0.1, 3), (75, 0.5, 38), (5, 1.0, 5)])
 def test_the_gate_is_the_kth_largest_value(number: int, rate: float, rank: int) -> None:
     values = torch.randperm(number).double()
-    assert gate(values, rate) == sorted(values.tolist(), reverse=True)[rank - 1]
-    assert gate(values[:0], rate) == math.inf
+    assert threshold(values, rate) == sorted(values.tolist(), reverse=True)[rank - 1]
+    assert threshold(values[:0], rate) == math.inf
 
 
 def test_facts_are_taken_on_the_batchs_device() -> None:
     elsewhere, whole = torch.device("meta"), batch([4, 9])
-    found = Selection(BatchSelection()).facts(
+    found = Selection(BatchSelection()).statistics(
         whole.to(elsewhere), torch.arange(14, device=elsewhere), torch.ones(14, device=elsewhere)
     )
     assert (found.device, found.shape) == (elsewhere, (14, 3))
@@ -47,15 +47,15 @@ def test_facts_are_taken_on_the_batchs_device() -> None:
 def test_batch_forgets_every_step() -> None:
     selection = Selection(BatchSelection(rate=0.5))
     for values, expected in (([5, 1, 3, 2], [1, 0, 1, 0]), ([0.1, 0.3, 0.2], [0, 1, 1]), ([7], [1])):
-        selection.settle(facts(values))
-        assert selection.selected(facts(values)).tolist() == [bool(value) for value in expected]
+        selection.update_queue(statistics(values))
+        assert selection.selected(statistics(values)).tolist() == [bool(value) for value in expected]
     assert selection.state() == {}
 
 
 def test_ties_at_the_gate_are_all_selected() -> None:
     selection = Selection(BatchSelection(rate=0.25))
-    selection.settle(facts([2, 2, 1, 0]))
-    assert selection.selected(facts([2, 2, 1, 0])).tolist() == [True, True, False, False]
+    selection.update_queue(statistics([2, 2, 1, 0]))
+    assert selection.selected(statistics([2, 2, 1, 0])).tolist() == [True, True, False, False]
 
 
 def test_global_equals_a_written_out_queue() -> None:
@@ -65,9 +65,9 @@ def test_global_equals_a_written_out_queue() -> None:
         values = torch.rand(size, generator=generator, dtype=torch.float64).tolist()
         queue = (queue + values)[-10:]
         limit = sorted(queue, reverse=True)[math.ceil(0.3 * len(queue)) - 1]
-        selection.settle(facts(values))
+        selection.update_queue(statistics(values))
         assert selection.queues[0].tolist() == queue
-        assert selection.selected(facts(values)).tolist() == [value >= limit for value in values]
+        assert selection.selected(statistics(values)).tolist() == [value >= limit for value in values]
 
 
 def test_every_language_has_a_queue_of_its_own() -> None:
@@ -78,11 +78,11 @@ def test_every_language_has_a_queue_of_its_own() -> None:
     for _ in range(4):
         nll = torch.rand(9, generator=generator, dtype=torch.float64)
         tags = torch.randint(4, 6, (9,), generator=generator)
-        step = facts(nll.tolist(), tags.tolist())
-        both.settle(step)
+        step = statistics(nll.tolist(), tags.tolist())
+        both.update_queue(step)
         for tag, selection in alone.items():
             mine = step[tags == tag].clone()
-            selection.settle(mine.index_fill(1, torch.tensor([2]), 0))
+            selection.update_queue(mine.index_fill(1, torch.tensor([2]), 0))
             assert torch.equal(both.selected(step)[tags == tag], selection.selected(mine.index_fill(1, torch.tensor([2]), 0)))
             assert torch.equal(both.queues[tag], selection.queues[0])
     assert {len(queue) for queue in both.state().values()} == {3}
@@ -90,19 +90,19 @@ def test_every_language_has_a_queue_of_its_own() -> None:
 
 def test_values_that_are_not_finite_enter_no_queue() -> None:
     selection = Selection(GlobalSelection(rate=0.5, queue_size=10))
-    selection.settle(facts([1, math.nan, 3, math.inf]))
+    selection.update_queue(statistics([1, math.nan, 3, math.inf]))
     assert selection.queues[0].tolist() == [1, 3]
-    assert selection.selected(facts([1, math.nan, 3])).tolist() == [False, False, True]
+    assert selection.selected(statistics([1, math.nan, 3])).tolist() == [False, False, True]
 
 
 def test_facts_name_sentence_place_and_language() -> None:
     labels = batch([5, 8]).labels.clone()
     rows = torch.tensor([0, 3, 7, 13])
     selection = Selection(GlobalByLanguageSelection(tags=["a"]))
-    found = selection.facts(batch([5, 8], labels.shape[1]), rows, torch.arange(4.0))
+    found = selection.statistics(batch([5, 8], labels.shape[1]), rows, torch.arange(4.0))
     assert found[:, 1].tolist() == [0, 1, 2, 3]
     assert found[:, 2].tolist() == [11, 11, 10, 10]
-    again = selection.facts(batch([8], labels.shape[1]), torch.tensor([0, 6]), torch.arange(2.0))
+    again = selection.statistics(batch([8], labels.shape[1]), torch.tensor([0, 6]), torch.arange(2.0))
     assert torch.equal(again[:, 0], found[2:, 0]), "the order is that of sentence and position, not of the batch"
     assert len(set(found[:, 0].tolist())) == 4
 
@@ -114,8 +114,8 @@ def test_how_a_step_is_split_leaves_no_trace() -> None:
         for ids in parts:
             rows = torch.arange(7 * len(ids))
             nll = torch.tensor([float(number * 7 + place) for number in ids for place in range(7)])
-            shares.append(selection.facts(batch(ids), rows, nll))
-        selection.settle(torch.cat(shares))
+            shares.append(selection.statistics(batch(ids), rows, nll))
+        selection.update_queue(torch.cat(shares))
         return selection.queues[0].tolist()
 
     whole = after([list(range(10))])
@@ -127,19 +127,19 @@ def test_how_a_step_is_split_leaves_no_trace() -> None:
 def test_a_queue_goes_on_from_what_was_saved() -> None:
     straight, saved = (Selection(GlobalSelection(rate=0.5, queue_size=6)) for _ in range(2))
     for selection in (straight, saved):
-        selection.settle(facts([3, 1, 4, 1, 5]))
+        selection.update_queue(statistics([3, 1, 4, 1, 5]))
     continued = Selection(GlobalSelection(rate=0.5, queue_size=6))
     continued.load_state(saved.state())
     for selection in (straight, continued):
-        selection.settle(facts([9, 2, 6]))
+        selection.update_queue(statistics([9, 2, 6]))
     assert torch.equal(straight.queues[0], continued.queues[0])
-    assert torch.equal(straight.selected(facts([4, 5, 6])), continued.selected(facts([4, 5, 6])))
+    assert torch.equal(straight.selected(statistics([4, 5, 6])), continued.selected(statistics([4, 5, 6])))
 
 
 def test_padding_has_no_facts() -> None:
     padded = batch([1, 2])
     assert IGNORE_INDEX not in padded.labels
-    found = Selection(BatchSelection()).facts(padded, torch.tensor([1, 8]), torch.zeros(2))
+    found = Selection(BatchSelection()).statistics(padded, torch.tensor([1, 8]), torch.zeros(2))
     assert len(found) == 2
 
 
@@ -148,4 +148,4 @@ def test_a_language_is_read_from_a_source() -> None:
     with pytest.raises(
         DataError, match=r"reads the language from the source, but there is none; choose selection: \{kind: global\}"
     ):
-        selection.facts(replace(batch([1, 2]), source=None), torch.arange(14), torch.ones(14))
+        selection.statistics(replace(batch([1, 2]), source=None), torch.arange(14), torch.ones(14))

@@ -29,7 +29,7 @@ from dstrain.distillation.store.store import LogitStore
 from dstrain.models.factory import Model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
-from dstrain.protocols import Objective, Record, SignalSource
+from dstrain.protocols import ActivationCapture, Objective, SignalSource
 from tests.unit.distillation.toy_store import batch_of, prepared, stored, teacher_for
 
 
@@ -44,8 +44,8 @@ class AtWork:
     def __init__(self, model: Model) -> None:
         self.model = model
 
-    def teach(self, batch: Batch, rows: Tensor, look: Look, record: Record | None = None) -> None:
-        hidden = self.model(batch.source, batch.target, record).hidden.flatten(0, 1).index_select(0, rows)
+    def teach(self, batch: Batch, rows: Tensor, look: Look, capture: ActivationCapture | None = None) -> None:
+        hidden = self.model(batch.source, batch.target, capture).hidden.flatten(0, 1).index_select(0, rows)
         self.model.reduce_projection(hidden, look)
 
 

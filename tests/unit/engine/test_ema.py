@@ -31,9 +31,9 @@ def test_exchanging_twice_is_nothing() -> None:
     masters = [torch.tensor([1.0, 2.0]), torch.tensor([[3.0]])]
     average = MovingAverage(masters, EmaConfig(decay=0.5))
     masters[0].fill_(5.0)
-    average.exchange()
+    average.swap()
     assert (masters[0].tolist(), average.tensors[0].tolist()) == ([1.0, 2.0], [5.0, 5.0])
-    average.exchange()
+    average.swap()
     assert (masters[0].tolist(), average.tensors[0].tolist()) == ([5.0, 5.0], [1.0, 2.0])
 
 

@@ -1,4 +1,4 @@
-"""What a record shows: the hidden states between the passes, and the very probabilities by which attention mixes."""
+"""What a capture shows: the hidden states between the passes, and the very probabilities by which attention mixes."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from dstrain.models.config import DecoderStackConfig, StackConfig
 from dstrain.nn import attention as attention_part
 from dstrain.ops.attention import attention
-from dstrain.protocols import Place, Record
+from dstrain.protocols import ActivationCapture, Tap
 from tests.unit.models.build import random_config, sequences, small_config, small_model
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 EVERYTHING = [
-    Place(kind, side, layer)
+    Tap(kind, side, layer)
     for kind in ("hidden_states", "attention")
     for side in ("encoder", "decoder", "cross")
     for layer in range(5)
@@ -44,29 +44,27 @@ def test_attention_is_shown_as_the_model_mixes(seed: int, monkeypatch: pytest.Mo
     config = random_config(seed)
     model = small_model(config)
     source, target = sequences(9, 1, 5, seed=2), sequences(7, 3, 1, seed=3)
-    record = Record(EVERYTHING)
+    capture = ActivationCapture(EVERYTHING)
     with torch.no_grad():
-        shown = model(source, target, record)
-        assert torch.equal(shown.hidden, model(source, target).hidden)
+        captured = model(source, target, capture)
+        assert torch.equal(captured.hidden, model(source, target).hidden)
     calls = iter([probabilities.mean(1) for probabilities in heard(model, source, target, monkeypatch)])
     if config.kind == "encoder_decoder":
         sides = [("encoder", layer) for layer in range(1, config.encoder.depth + 1)]
         sides += [(side, layer) for layer in range(1, config.decoder.depth + 1) for side in ("decoder", "cross")]
-        expected = {Place("attention", side, layer): next(calls) for side, layer in sides}
+        expected = {Tap("attention", side, layer): next(calls) for side, layer in sides}
     else:
-        places = [torch.arange(7) + length - 1 for length in source.lengths.tolist()]
+        taps = [torch.arange(7) + length - 1 for length in source.lengths.tolist()]
         layers = range(1, config.decoder.depth + 1)
         expected = {
-            Place("attention", "decoder", layer): torch.stack(
-                [row[place] for row, place in zip(next(calls), places, strict=True)]
-            )
+            Tap("attention", "decoder", layer): torch.stack([row[tap] for row, tap in zip(next(calls), taps, strict=True)])
             for layer in layers
         }
     assert next(calls, None) is None
-    found = {place: value for place, value in record.shown.items() if place.kind == "attention"}
+    found = {tap: value for tap, value in capture.captured.items() if tap.kind == "attention"}
     assert found.keys() == expected.keys()
-    for place, value in expected.items():
-        torch.testing.assert_close(found[place], value, **CLOSE)
+    for tap, value in expected.items():
+        torch.testing.assert_close(found[tap], value, **CLOSE)
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])
@@ -76,49 +74,49 @@ def test_hidden_states_are_those_between_the_passes(order: str) -> None:
         encoder=StackConfig(depth=4, unique_layers=2, num_heads=3, ffn_dim=40),
         decoder=DecoderStackConfig(depth=3, unique_layers=2, num_heads=4, ffn_dim=56),
     )
-    model, record = small_model(config), Record(EVERYTHING)
+    model, capture = small_model(config), ActivationCapture(EVERYTHING)
     source, target = sequences(9, 1, 5, seed=2), sequences(7, 3, 1, seed=3)
     passed: dict[str, list[Tensor]] = {"encoder": [], "decoder": []}
     for side, stack in (("encoder", model.encoder), ("decoder", model.decoder)):
         first = model.source_embedding if side == "encoder" else model.target_embedding
         for module in (first, *stack.layers):
             module.register_forward_hook(lambda _, __, output, side=side: passed[side].append(output))
-    output = model(source, target, record)
+    output = model(source, target, capture)
     passed["encoder"][-1], passed["decoder"][-1] = output.memory.hidden, output.hidden
-    found = {place: value for place, value in record.shown.items() if place.kind == "hidden_states"}
+    found = {tap: value for tap, value in capture.captured.items() if tap.kind == "hidden_states"}
     assert len(found) == len(passed["encoder"]) + len(passed["decoder"]) == 9, "passes, not stored layers"
-    for place, value in found.items():
-        assert torch.equal(value, passed[place.side][place.layer])
-    last = found[Place("hidden_states", "decoder", 3)]
+    for tap, value in found.items():
+        assert torch.equal(value, passed[tap.side][tap.layer])
+    last = found[Tap("hidden_states", "decoder", 3)]
     assert torch.equal(last, model.decoder.final_norm(last)) == (order == "post")
 
 
 def test_hidden_states_of_a_joined_sequence_are_those_of_its_target() -> None:
     seed = next(seed for seed in range(50) if random_config(seed).kind == "decoder_only")
-    model, record = small_model(random_config(seed)), Record(EVERYTHING)
+    model, capture = small_model(random_config(seed)), ActivationCapture(EVERYTHING)
     source, target = sequences(9, 1, 5, seed=2), sequences(7, 3, 1, seed=3)
-    output = model(source, target, record)
+    output = model(source, target, capture)
     depth = random_config(seed).decoder.depth
-    assert torch.equal(record.shown[Place("hidden_states", "decoder", depth)], output.hidden)
+    assert torch.equal(capture.captured[Tap("hidden_states", "decoder", depth)], output.hidden)
     for row, (source_length, target_length) in enumerate(zip(source.lengths.tolist(), target.lengths.tolist(), strict=True)):
-        alone = Record(EVERYTHING)
+        alone = ActivationCapture(EVERYTHING)
         one = [
             type(side)(side.tokens[row : row + 1, :length], side.lengths[row : row + 1])
             for side, length in ((source, source_length), (target, target_length))
         ]
         model(*one, alone)
-        for place, value in alone.shown.items():
-            together = record.shown[place][row : row + 1, :target_length]
+        for tap, value in alone.captured.items():
+            together = capture.captured[tap][row : row + 1, :target_length]
             torch.testing.assert_close(together[..., : value.shape[2]], value, **CLOSE)
 
 
 def test_a_skipped_pass_shows_its_input() -> None:
     config = small_config(encoder=StackConfig(depth=3, num_heads=3, ffn_dim=40, layer_drop=0.999), norm_order="post")
-    model, record = small_model(config).train(), Record(EVERYTHING)
-    model.encode(sequences(9, 1, 5), record)
-    states = [record.shown[Place("hidden_states", "encoder", layer)] for layer in range(4)]
+    model, capture = small_model(config).train(), ActivationCapture(EVERYTHING)
+    model.encode(sequences(9, 1, 5), capture)
+    states = [capture.captured[Tap("hidden_states", "encoder", layer)] for layer in range(4)]
     assert all(torch.equal(state, states[0]) for state in states)
-    assert Place("attention", "encoder", 3) in record.shown
+    assert Tap("attention", "encoder", 3) in capture.captured
 
 
 def test_only_what_is_wanted_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,10 +125,10 @@ def test_only_what_is_wanted_is_computed(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(attention_part, "mean_probabilities", lambda *args, **how: calls.append(1) or real(*args, **how))
     source, target = sequences(9, 1, 5), sequences(7, 3, 1)
     model(source, target)
-    model(source, target, Record([Place("hidden_states", "encoder", 1)]))
+    model(source, target, ActivationCapture([Tap("hidden_states", "encoder", 1)]))
     assert not calls
-    record = Record([Place("attention", "cross", 2), Place("hidden_states", "decoder", 0)])
-    model(source, target, record)
+    capture = ActivationCapture([Tap("attention", "cross", 2), Tap("hidden_states", "decoder", 0)])
+    model(source, target, capture)
     assert len(calls) == 1
-    assert record.shown.keys() == record.wanted
-    assert all(value.requires_grad for value in record.shown.values())
+    assert capture.captured.keys() == capture.requested
+    assert all(value.requires_grad for value in capture.captured.values())

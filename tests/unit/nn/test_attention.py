@@ -9,7 +9,7 @@ from dstrain.batch import Sequences
 from dstrain.models.config import RotaryPosition
 from dstrain.models.rotary import build_rotary
 from dstrain.nn.attention import CrossAttention, SelfAttention
-from dstrain.nn.attention_bias import AttentionContext, SelfView
+from dstrain.nn.attention_bias import AttentionBias, AttentionContext
 from dstrain.nn.cache import KeyValueCache
 from dstrain.nn.linear import FusedLinear, Linear
 from dstrain.ops.bias import padding_bias
@@ -54,7 +54,7 @@ def test_heads_are_blocks_of_features(key_heads: int) -> None:
 @pytest.mark.parametrize("key_heads", [3, 1])
 def test_step_by_step_equals_at_once(key_heads: int, position: RotaryPosition | None) -> None:
     part = self_attention(key_heads)
-    view = SelfView(causal=True, rotary=build_rotary(position, HEAD) if position else None)
+    view = AttentionBias(causal=True, rotary=build_rotary(position, HEAD) if position else None)
     x = torch.randn(2, 6, DIM, generator=torch.Generator().manual_seed(7))
     cache = KeyValueCache(depth=1, num_rows=2, num_heads=key_heads, max_length=6, head_dim=HEAD, like=x)
     whole = part(x, context=view.whole(Sequences(torch.zeros(2, 6), torch.tensor([6, 6])), x))

@@ -14,11 +14,11 @@ from dstrain.batch import IGNORE_INDEX
 from dstrain.ops.linear_cross_entropy import linear_cross_entropy, reference_linear_cross_entropy, scored_rows
 
 
-def case(num_rows: int, width: int, num_types: int, ignored: float = 0.3, dtype: torch.dtype = torch.float32):
-    generator = torch.Generator().manual_seed(num_rows + num_types)
+def case(num_rows: int, width: int, vocab_size: int, ignored: float = 0.3, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(num_rows + vocab_size)
     features = torch.randn(num_rows, width, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(num_types, width, generator=generator).to(dtype).requires_grad_()
-    labels = torch.randint(num_types, (num_rows,), generator=generator)
+    weight = torch.randn(vocab_size, width, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(vocab_size, (num_rows,), generator=generator)
     labels[torch.rand(num_rows, generator=generator) < ignored] = IGNORE_INDEX
     return features, weight, labels
 

@@ -34,21 +34,21 @@ def terms(divergence: Divergence = DIVERGENCES[0], **changes: float) -> Distilla
     return DistillationTerms(divergence, **fields)
 
 
-def student(num_rows: int, width: int, num_types: int, dtype: torch.dtype = torch.float64, ignored: float = 0.3):
-    generator = torch.Generator().manual_seed(num_rows + num_types)
+def student(num_rows: int, width: int, vocab_size: int, dtype: torch.dtype = torch.float64, ignored: float = 0.3):
+    generator = torch.Generator().manual_seed(num_rows + vocab_size)
     features = torch.randn(num_rows, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    weight = torch.randn(num_types, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    labels = torch.randint(num_types, (num_rows,), generator=generator)
+    weight = torch.randn(vocab_size, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    labels = torch.randint(vocab_size, (num_rows,), generator=generator)
     labels[torch.rand(num_rows, generator=generator) < ignored] = IGNORE_INDEX
     return features, weight, labels
 
 
-def dense(num_rows: int, num_types: int, dtype: torch.dtype = torch.float64, teachers: int = 1) -> DenseSignal:
+def dense(num_rows: int, vocab_size: int, dtype: torch.dtype = torch.float64, teachers: int = 1) -> DenseSignal:
     generator = torch.Generator().manual_seed(99)
     widths = range(7, 7 + teachers)
     return DenseSignal(
         features=[torch.randn(num_rows, width, generator=generator, dtype=torch.float64).to(dtype) for width in widths],
-        weights=[torch.randn(num_types, width, generator=generator, dtype=torch.float64).to(dtype) for width in widths],
+        weights=[torch.randn(vocab_size, width, generator=generator, dtype=torch.float64).to(dtype) for width in widths],
     )
 
 

@@ -13,14 +13,14 @@ from dstrain.ops.linear_cross_entropy import reference_linear_cross_entropy
 from dstrain.ops.linear_r_drop import linear_r_drop, reference_linear_r_drop
 
 
-def case(num_rows: int, width: int, num_types: int, dtype: torch.dtype = torch.float32, apart: float = 0.3):
+def case(num_rows: int, width: int, vocab_size: int, dtype: torch.dtype = torch.float32, apart: float = 0.3):
     """Features of two passes, `apart` from each other; a third of the labels is ignored; weights between 0 and 1."""
-    generator = torch.Generator().manual_seed(num_rows + num_types)
+    generator = torch.Generator().manual_seed(num_rows + vocab_size)
     first = torch.randn(num_rows, width, generator=generator)
     second = first + apart * torch.randn(num_rows, width, generator=generator)
     features = torch.stack([first, second]).to(dtype).requires_grad_()
-    weight = torch.randn(num_types, width, generator=generator).to(dtype).requires_grad_()
-    labels = torch.randint(num_types, (num_rows,), generator=generator)
+    weight = torch.randn(vocab_size, width, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(vocab_size, (num_rows,), generator=generator)
     labels[torch.rand(num_rows, generator=generator) < 0.3] = IGNORE_INDEX
     return features, weight, labels, torch.rand(num_rows, generator=generator)
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from dstrain.ops.rotary import Yarn, frequencies, ntk_theta, rotate, turn, yarn_amplitude, yarn_frequencies
+from dstrain.ops.rotary import Yarn, cos_sin, frequencies, ntk_theta, rotate, yarn_attention_scaling, yarn_frequencies
 
 
 @pytest.mark.parametrize("layout", ["half_split", "interleaved"])
@@ -14,7 +14,7 @@ from dstrain.ops.rotary import Yarn, frequencies, ntk_theta, rotate, turn, yarn_
 def test_pairs_turn_as_complex_numbers(layout: str, dim: int, head_dim: int) -> None:
     x = torch.randn(2, 3, 5, head_dim)
     positions = torch.tensor([0, 1, 7, 100, 2])
-    turned = rotate(x, turn(positions, frequencies(dim, 50.0), 1.0, torch.float32), layout)
+    turned = rotate(x, cos_sin(positions, frequencies(dim, 50.0), 1.0, torch.float32), layout)
     for place, position in enumerate(positions.tolist()):
         for pair in range(dim // 2):
             first, second = (pair, pair + dim // 2) if layout == "half_split" else (2 * pair, 2 * pair + 1)
@@ -29,7 +29,7 @@ def test_scores_depend_on_distance_alone() -> None:
     query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def score(i: int, j: int) -> float:
-        turns = [turn(torch.tensor([place]), frequencies(8, 10000.0), 1.0, torch.float32) for place in (i, j)]
+        turns = [cos_sin(torch.tensor([place]), frequencies(8, 10000.0), 1.0, torch.float32) for place in (i, j)]
         return float((rotate(query, turns[0], "half_split") * rotate(key, turns[1], "half_split")).sum())
 
     assert score(3, 1) == pytest.approx(score(103, 101), abs=1e-4)
@@ -60,10 +60,10 @@ def test_yarn_pair_by_pair() -> None:
         assert value == pytest.approx(plain * (1 - share) + plain / factor * share, rel=1e-5)
     assert found[0] == pytest.approx(1.0)
     assert found[-1] == pytest.approx(theta ** (-62 / 64) / factor, rel=1e-5)
-    assert float(yarn_amplitude(torch.tensor([8.0]), yarn)) == pytest.approx(1.20794, abs=1e-5)
+    assert float(yarn_attention_scaling(torch.tensor([8.0]), yarn)) == pytest.approx(1.20794, abs=1e-5)
 
 
 def test_a_factor_of_one_changes_nothing() -> None:
     yarn = Yarn(original_length=16)
     torch.testing.assert_close(yarn_frequencies(8, 100.0, torch.ones(1), yarn), frequencies(8, 100.0))
-    assert float(yarn_amplitude(torch.ones(1), yarn)) == 1.0
+    assert float(yarn_attention_scaling(torch.ones(1), yarn)) == 1.0

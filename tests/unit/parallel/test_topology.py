@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dstrain.errors import TrainingError
-from dstrain.parallel.topology import find_place, first_host, tasks_per_node
+from dstrain.parallel.topology import first_host, rank_from_environment, tasks_per_node
 from tests.paths import ROOT
 
 SLURM = {
@@ -27,29 +27,29 @@ def place(rank: str, world_size: str, local_rank: str, local_world_size: str) ->
 
 
 def test_alone() -> None:
-    assert find_place({}) == place("0", "1", "0", "1")
+    assert rank_from_environment({}) == place("0", "1", "0", "1")
 
 
 def test_torchrun() -> None:
     environment = place("3", "4", "1", "2")
-    assert find_place({**environment, "MASTER_ADDR": "a", "SLURM_STEP_NUM_TASKS": "2"}) == environment
+    assert rank_from_environment({**environment, "MASTER_ADDR": "a", "SLURM_STEP_NUM_TASKS": "2"}) == environment
 
 
 def test_the_deepspeed_launcher() -> None:
     environment = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1"}
-    assert find_place(environment) == place("3", "4", "1", "2")
+    assert rank_from_environment(environment) == place("3", "4", "1", "2")
 
 
 def test_srun_with_a_task_per_rank() -> None:
     port = str(20000 + (8 * 4711 + 2) % 20000)
-    assert find_place(SLURM) == {**place("5", "6", "1", "2"), "MASTER_ADDR": "gpu07", "MASTER_PORT": port}
-    chosen = find_place({**SLURM, "MASTER_ADDR": "host", "MASTER_PORT": "5"})
+    assert rank_from_environment(SLURM) == {**place("5", "6", "1", "2"), "MASTER_ADDR": "gpu07", "MASTER_PORT": port}
+    chosen = rank_from_environment({**SLURM, "MASTER_ADDR": "host", "MASTER_PORT": "5"})
     assert (chosen["MASTER_ADDR"], chosen["MASTER_PORT"]) == ("host", "5")
 
 
 def test_a_batch_script_and_a_step_of_one_task_are_alone() -> None:
-    assert find_place({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == place("0", "1", "0", "1")
-    assert find_place({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == place("0", "1", "0", "1")
+    assert rank_from_environment({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == place("0", "1", "0", "1")
+    assert rank_from_environment({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == place("0", "1", "0", "1")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_first_host(nodes: str, host: str) -> None:
 
 def test_a_rank_without_a_world() -> None:
     with pytest.raises(TrainingError, match="RANK=1 is set but WORLD_SIZE is not; unset RANK, or start with deepspeed"):
-        find_place({"RANK": "1"})
+        rank_from_environment({"RANK": "1"})
 
 
 def failure(code: str, **environment: str) -> str:
