@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from dstrain.adapters.lora import places, select
+from dstrain.adapters.lora import adapter_targets, select
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer
 from dstrain.engine.schedule import learning_rate
 from dstrain.interop.fairseq.command_line.convert import recipe_from_command
@@ -56,7 +56,7 @@ def test_models_have_the_predecessor_s_number_of_parameters(model: Path, monkeyp
     if config.position.kind == "learned":  # the predecessor's tables have two rows that no position uses
         parameters += 2 * config.model_dim * (2 if isinstance(config, EncoderDecoderConfig) else 1)
     assert parameters == meta["n_params"]
-    adapted = [] if recipe.adapter is None else select(places(built), recipe.adapter.targets)
+    adapted = [] if recipe.adapter is None else select(adapter_targets(built), recipe.adapter.targets)
     assert len(adapted) == sum(name.endswith(".lora_A") for name in meta["state_dict"])
 
 

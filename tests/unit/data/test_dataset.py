@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dstrain.data import dataset as dataset_module
 from dstrain.data.files import atomic_writer
+from dstrain.data.prepared import dataset as dataset_module
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dstrain.data import fairseq_binary
 from dstrain.data.config import DataConfig
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
+from dstrain.data.sources import fairseq_binary
 from dstrain.data.sources.fairseq_binary import IdReader, IndexedIds
 from dstrain.data.sources.fairseq_directory import fairseq_data
 from dstrain.data.tokenizers.tokenizer import load_tokenizers

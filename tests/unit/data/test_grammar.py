@@ -3,7 +3,7 @@ from itertools import islice
 
 import pytest
 
-from dstrain.data import grammar
+from dstrain.data.sources import grammar
 from dstrain.data.sources.grammar import GrammarReader, NounPhrase, Split, sentence_pairs
 from dstrain.data.sources.lexicon import ADJECTIVES, PERSONS, PLACES, STATES, THINGS, THOUGHTS, Case, Noun
 from dstrain.data.sources.text import decode_lines

@@ -8,12 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dstrain.data import corpora, files, job, text
-from dstrain.data import prepare as prepare_module
+from dstrain.data import files
 from dstrain.data.config import DataConfig
+from dstrain.data.prepared import job
+from dstrain.data.prepared import prepare as prepare_module
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
+from dstrain.data.sources import corpora, text
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import DataError
 from tests.unit.data.corpus import data_config, parallel, sentences, tree, write_lines

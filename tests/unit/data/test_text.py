@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.data import text
 from dstrain.data.config import JsonlText, ParallelText, TsvText
+from dstrain.data.sources import text
 from dstrain.data.sources.corpora import files_of, parse, read_blocks
 from dstrain.data.sources.text import BlockReader, TextBlock, decode_lines, expand_path, scan_file
 from dstrain.errors import DataError

@@ -28,6 +28,7 @@ from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.distillation.config import DistillationConfig, JensenShannon
 from dstrain.distillation.objective import wanted_by
+from dstrain.distillation.store import dump as logit_dump
 from dstrain.distillation.store.codec import build_codec
 from dstrain.distillation.store.dump import plan_dump, token_keys
 from dstrain.distillation.store.manifest import DenseMethod, DumpJob, Method, SampleMethod, TopKMethod, merge_store
@@ -36,7 +37,6 @@ from dstrain.errors import DataError, RecipeError
 from dstrain.models.config import DecoderOnlyConfig, DecoderOnlyStackConfig, EncoderDecoderConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
-from dstrain.objectives import logit_dump
 from dstrain.protocols import KeptSignal, LogProbsSignal, SparseSignal, Wanted
 from tests.unit.distillation.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for, teacher_probs
 
@@ -497,7 +497,7 @@ def test_a_store_is_mapped_and_never_copied(method: Method, data: Path, teacher:
     store = stored(data, tmp_path / "logits", method, teacher=teacher, tokens_per_shard=300)
     mapped = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
     for note, shard in zip(store.manifest.shards, store._shards, strict=True):
-        file = str(tmp_path / "logits" / note.capture.file)
+        file = str(tmp_path / "logits" / note.record.file)
         taps = [range(*(int(end, 16) for end in line[0].split("-"))) for line in mapped if line[-1] == file]
         for column in shard.values():
             for array in (column.offsets, column.values, column.row(1)):

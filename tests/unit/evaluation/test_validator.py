@@ -16,10 +16,10 @@ from dstrain.batch import Batch, Size
 from dstrain.data.batching.collate import collate
 from dstrain.data.batching.loader import evaluation_loader
 from dstrain.errors import DataError
+from dstrain.evaluation import validator
 from dstrain.evaluation.validator import Validator, WholeModel, check_split
 from dstrain.models.config import EncoderDecoderConfig
 from dstrain.protocols import LossOutput
-from dstrain.training import validator
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
 from tests.unit.training.fakes import ALONE
 

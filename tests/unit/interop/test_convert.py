@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from dstrain.adapters.lora import places, select
+from dstrain.adapters.lora import adapter_targets, select
 from dstrain.errors import ImportFormatError, RecipeError
 from dstrain.interop.fairseq.command_line.architectures import ARCHITECTURES, PRESETS_OF
 from dstrain.interop.fairseq.command_line.convert import recipe_from_command
@@ -414,7 +414,7 @@ def test_names_of_adapted_modules_are_found_in_the_model(names: str, parts: set[
     assert recipe.adapter is not None
     with torch.device("meta"):
         model = build_model(recipe.model, VocabularySizes(source=64, target=64), projections="separate", seed=None)
-    found = {place.path for place in select(places(model), recipe.adapter.targets)}
+    found = {place.path for place in select(adapter_targets(model), recipe.adapter.targets)}
     assert {".".join(path.split(".")[-2:]) for path in found} == parts
     assert all(path.startswith("decoder.layers.1.") for path in found) == modules.startswith("decoder.layers.1.")
 
