@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "dstrain"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = [
-    {"errors", "config_base", "batch", "protocols", "log", "seeding"},
+    {"errors", "config_base", "batch", "model_output", "protocols", "log", "seeding"},
     {"parallel", "ops", "storage"},
     {"nn", "data"},
     {"models", "adapters"},
@@ -166,3 +166,10 @@ def test_verbs_are_short(source: tuple[Path, ast.AST]) -> None:
     path, _ = source
     if package_of(path) == "cli":
         assert len(path.read_text().splitlines()) <= 80, f"{path}: a verb has at most 80 lines; move the work down"
+
+
+def test_protocols_hold_protocols_only() -> None:
+    path = PACKAGE / "protocols.py"
+    classes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
+    assert len(path.read_text().splitlines()) <= 200
+    assert all([ast.unparse(base) for base in node.bases] == ["Protocol"] for node in classes)

@@ -33,7 +33,7 @@ from dstrain.distillation.store.manifest import Method, SampleMethod, TopKMethod
 from dstrain.ops.divergence import Divergence, DivergenceKind
 from dstrain.ops.linear_cross_entropy import linear_cross_entropy
 from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation, reference_linear_distillation
-from dstrain.protocols import DenseSignal, SparseSignal
+from dstrain.ops.teacher_signal import DenseSignal, SparseSignal
 
 WAYS = ("naive", "dense", "sampled", "top", "cross_entropy")
 STUDENT_DIM, TEACHER_DIM, KEPT = 64, 96, 12

@@ -13,11 +13,12 @@ from dstrain.distillation.feature_plan import PlannedFeature
 from dstrain.distillation.features import FeatureLosses
 from dstrain.distillation.objective import Distillation, SelectiveDistillation
 from dstrain.distillation.selection import Selection
+from dstrain.distillation.signals import SignalSource
 from dstrain.errors import RecipeError
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
+from dstrain.objectives.objective import Objective
 from dstrain.objectives.r_drop import RDrop
-from dstrain.protocols import Objective, SignalSource
 
 
 def build_objective(

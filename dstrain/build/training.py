@@ -46,10 +46,10 @@ from dstrain.generation.constraints import SpecialIds
 from dstrain.log import logger
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
+from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import keep_freed_memory
 from dstrain.parallel.topology import DeviceChoice, World, finalize, initialize
-from dstrain.protocols import Objective
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
 from dstrain.training.bundles import BundleStore

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 from dstrain.batch import IGNORE_INDEX, Batch
 from dstrain.distillation.feature_plan import PlannedFeature
+from dstrain.model_output import ActivationCapture, Tap
 from dstrain.nn.linear import Linear
 from dstrain.ops.distance import DISTANCES
-from dstrain.protocols import ActivationCapture, Tap
 from dstrain.seeding import derive_seed
 
 

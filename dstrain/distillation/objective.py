@@ -33,11 +33,15 @@ from dstrain.batch import Batch, Size
 from dstrain.distillation.config import DistillationConfig, DivergenceConfig, JensenShannon, SkewKl
 from dstrain.distillation.features import FeatureLosses
 from dstrain.distillation.selection import Selection
+from dstrain.distillation.signals import SignalSource, Wanted
+from dstrain.model_output import ActivationCapture
+from dstrain.objectives.objective import LossOutput
 from dstrain.ops.divergence import Divergence, kind_of
 from dstrain.ops.linear_cross_entropy import scored_rows
 from dstrain.ops.linear_distillation import DistillationSums, DistillationTerms, linear_distillation
 from dstrain.ops.linear_nll import linear_nll
-from dstrain.protocols import ActivationCapture, LossOutput, Signal, SignalSource, TeacherForced, Wanted
+from dstrain.ops.teacher_signal import Signal
+from dstrain.protocols import TeacherForced
 
 
 class Scored(NamedTuple):
@@ -49,7 +53,7 @@ class Scored(NamedTuple):
 
 
 class Distillation(nn.Module):
-    """Implements `protocols.Objective`: every token learns from the teacher.
+    """Implements `objectives.objective.Objective`: every token learns from the teacher.
 
     features: those of `config`, None where it has none. A module, for features may have weights of their own.
     """
@@ -117,7 +121,7 @@ class Distillation(nn.Module):
 
 
 class SelectiveDistillation(Distillation):
-    """Implements `protocols.Surveying`: tokens that the student finds hard learn from the teacher."""
+    """Implements `objectives.objective.Surveying`: tokens that the student finds hard learn from the teacher."""
 
     def __init__(
         self,

@@ -7,16 +7,49 @@ under ZeRO-3 a weight is whole no longer than that. Teachers run without gradien
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dstrain.batch import Batch
 from dstrain.distillation.feature_plan import require_one_teacher
-from dstrain.protocols import ActivationCapture, DenseSignal, Look, Signal, Wanted
+from dstrain.model_output import ActivationCapture
+from dstrain.ops.teacher_signal import DenseSignal, Signal
 
 R = TypeVar("R")
+Look = Callable[[Tensor, Tensor], None]
+"""Takes features (n, E) and a projection's weight (V, E), over the student's vocabulary."""
+
+
+class Wanted(NamedTuple):
+    """What a distillation asks of its signals.
+
+    on_policy: signals of targets that are not in the data, too. features: what is inside a teacher, too.
+    """
+
+    divergence: str
+    temperature: float
+    on_policy: bool = False
+    features: bool = False
+
+
+class SignalSource(Protocol):
+    """Teachers as a distillation objective sees them: at work beside the student, or kept on disk."""
+
+    def require(self, requested: Wanted) -> None:
+        """Raise a DstrainError where the signals cannot give it."""
+        ...
+
+    def reduce_signal(
+        self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], capture: ActivationCapture | None = None
+    ) -> R:
+        """Call `reduce` with the signal for the batch's scored tokens and return what it returns; the signal is not to be kept.
+
+        rows: (n,) places of the scored tokens in the flattened (B * T) labels. record: filled by the teacher's forward, where
+        `require` allows features. Under a sharded teacher collective, and then called equally often on every rank.
+        """
+        ...
 
 
 class Teacher(Protocol):
@@ -31,7 +64,7 @@ class Teacher(Protocol):
 
 
 class TeacherSignals:
-    """Implements `protocols.SignalSource` for teachers of the student's vocabulary."""
+    """Implements `SignalSource` for teachers of the student's vocabulary."""
 
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.teachers = list(teachers)

@@ -11,6 +11,7 @@ average and no checkpoint knows of it. Projection and loss happen inside the tea
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,9 +21,11 @@ from torch import Tensor, nn
 from dstrain.batch import Batch, Sequences
 from dstrain.config_base import Precision
 from dstrain.engine.launch import load_deepspeed, require_precision
+from dstrain.model_output import ActivationCapture
 from dstrain.parallel.topology import World
-from dstrain.protocols import ActivationCapture, Look, TeacherForced
+from dstrain.protocols import TeacherForced
 
+Look = Callable[[Tensor, Tensor], None]
 Placement = Literal["replicated", "sharded", "offloaded"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

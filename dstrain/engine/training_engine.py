@@ -28,11 +28,13 @@ from dstrain.engine.replica import empty_copy, filled_copy
 from dstrain.engine.schedule import learning_rate
 from dstrain.engine.shard_file import read_shard, write_shard
 from dstrain.engine.stable_adamw import StableAdamW
+from dstrain.engine.step_report import StepReport
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.weights import portable_layout, split
+from dstrain.objectives.objective import LossOutput, Surveying
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
-from dstrain.protocols import Generative, LossOutput, StepReport, Surveying
+from dstrain.protocols import Generative
 from dstrain.seeding import seed_everything
 
 SETTING = "setting.pt"

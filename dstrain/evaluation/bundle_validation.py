@@ -14,9 +14,9 @@ from dstrain.errors import BundleError, DataError
 from dstrain.evaluation.translation import build_translation
 from dstrain.evaluation.validator import Validator, WholeModel, check_split
 from dstrain.generation.config import GenerationConfig
+from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
-from dstrain.protocols import Objective
 
 
 def validate_bundle(

@@ -20,8 +20,9 @@ from dstrain.batch import Batch, Size
 from dstrain.data.batching.plan import Lengths
 from dstrain.errors import DataError
 from dstrain.models.config import ModelConfig
+from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
-from dstrain.protocols import Generative, LossOutput, Ranks
+from dstrain.protocols import Generative, Ranks
 
 CHUNK = 512
 """Sentences per rank that are translated between two looks at the signals."""

@@ -24,7 +24,8 @@ from dstrain.generation.candidates import best_continuations, to_log_probs
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import Constraints, SpecialIds
 from dstrain.generation.finished import FinishedHypotheses
-from dstrain.protocols import Generative, Hypothesis
+from dstrain.generation.hypothesis import Hypothesis
+from dstrain.protocols import Generative
 
 
 class Candidates(NamedTuple):

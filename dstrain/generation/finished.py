@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
-from dstrain.protocols import Hypothesis
+from dstrain.generation.hypothesis import Hypothesis
 
 
 class FinishedHypotheses:

@@ -18,11 +18,12 @@ from dstrain.errors import DataError
 from dstrain.generation.beam_search import beam_search
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.constraints import SpecialIds
+from dstrain.generation.hypothesis import Hypothesis
 from dstrain.generation.padding import batches_by_length, pad
 from dstrain.generation.sampling import sample
 from dstrain.log import logger
 from dstrain.models.config import LengthLimits
-from dstrain.protocols import Generative, Hypothesis, TextTokenizer
+from dstrain.protocols import Generative, TextTokenizer
 
 
 @dataclass(frozen=True)

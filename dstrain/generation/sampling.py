@@ -20,7 +20,8 @@ from dstrain.generation.candidates import to_log_probs
 from dstrain.generation.config import SamplingConfig
 from dstrain.generation.constraints import Constraints, SpecialIds
 from dstrain.generation.finished import FinishedHypotheses
-from dstrain.protocols import Generative, Hypothesis
+from dstrain.generation.hypothesis import Hypothesis
+from dstrain.protocols import Generative
 from dstrain.seeding import derive_seed
 
 

@@ -15,8 +15,9 @@ from dstrain.batch import Sequences
 from dstrain.generation.candidates import to_log_probs
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.constraints import SpecialIds
+from dstrain.generation.hypothesis import Hypothesis
 from dstrain.generation.padding import pad
-from dstrain.protocols import Hypothesis, TeacherForced
+from dstrain.protocols import TeacherForced
 
 POSITIONS = 1024
 

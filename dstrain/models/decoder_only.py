@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.batch import Sequences
+from dstrain.model_output import ActivationCapture, ModelOutput
 from dstrain.models.config import DecoderOnlyConfig, VocabularySizes
 from dstrain.nn.attention_bias import AttentionBias, AttentionContext
 from dstrain.nn.cache import KeyValueCache, is_identity
@@ -24,7 +25,7 @@ from dstrain.nn.position import Positions
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.bias import causal_bias, hide
 from dstrain.ops.matmul import linear
-from dstrain.protocols import ActivationCapture, DecodingState, ModelOutput
+from dstrain.protocols import DecodingState
 
 R = TypeVar("R")
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.batch import Sequences
+from dstrain.model_output import ActivationCapture, Memory, ModelOutput
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.nn.attention_bias import AttentionBias
 from dstrain.nn.cache import KeyValueCache, is_identity
@@ -21,7 +22,7 @@ from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.bias import causal_bias, padding_bias, segment_bias
 from dstrain.ops.matmul import linear
-from dstrain.protocols import ActivationCapture, DecodingState, Memory, ModelOutput
+from dstrain.protocols import DecodingState
 
 R = TypeVar("R")
 

@@ -1,4 +1,4 @@
-"""How a stack fills a `protocols.ActivationCapture`: hidden states between its layers, attention probabilities within them.
+"""How a stack fills a `model_output.ActivationCapture`: hidden states between its layers, attention probabilities within them.
 
 Counted are passes, not stored layers: a layer that runs at several depths is seen at each. A pass that LayerDrop skips shows its
 input as its output, and its attention as computed. Probabilities exist where they are wanted alone; the attention that the model
@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from dstrain.model_output import ActivationCapture, Tap
 from dstrain.nn.attention import AttentionHook
-from dstrain.protocols import ActivationCapture, Tap
 
 
 class LayerHooks(NamedTuple):

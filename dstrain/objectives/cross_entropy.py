@@ -17,12 +17,13 @@ from torch import Tensor
 
 from dstrain.batch import IGNORE_INDEX, Batch, Size
 from dstrain.objectives.config import CrossEntropyConfig
+from dstrain.objectives.objective import LossOutput
 from dstrain.ops.linear_cross_entropy import linear_cross_entropy, scored_rows
-from dstrain.protocols import LossOutput, TeacherForced
+from dstrain.protocols import TeacherForced
 
 
 class CrossEntropy:
-    """Implements `protocols.Objective`; the formula stands in `ops/linear_cross_entropy.py`."""
+    """Implements `objective.Objective`; the formula stands in `ops/linear_cross_entropy.py`."""
 
     def __init__(self, config: CrossEntropyConfig) -> None:
         self.config = config

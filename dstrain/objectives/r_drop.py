@@ -16,12 +16,13 @@ from torch import Tensor
 from dstrain.batch import Batch, Size
 from dstrain.objectives.config import CrossEntropyConfig, RDropConfig
 from dstrain.objectives.cross_entropy import CrossEntropy, scored_tokens
+from dstrain.objectives.objective import LossOutput
 from dstrain.ops.linear_r_drop import RDropSums, linear_r_drop
-from dstrain.protocols import LossOutput, TeacherForced
+from dstrain.protocols import TeacherForced
 
 
 class RDrop:
-    """Implements `protocols.Objective`; the formula stands in `ops/linear_r_drop.py`."""
+    """Implements `objective.Objective`; the formula stands in `ops/linear_r_drop.py`."""
 
     def __init__(self, config: CrossEntropyConfig, r_drop: RDropConfig) -> None:
         self.config = config

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from dstrain.batch import Batch
-from dstrain.protocols import LossOutput, Objective, TeacherForced
+from dstrain.objectives.objective import LossOutput, Objective
+from dstrain.protocols import TeacherForced
 
 
 class TrainModule(nn.Module):

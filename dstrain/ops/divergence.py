@@ -26,7 +26,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dstrain.protocols import SparseSignal
+from dstrain.ops.teacher_signal import SparseSignal
 
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_kl"]
 

@@ -43,7 +43,7 @@ from dstrain.ops.divergence import (
 from dstrain.ops.forward_gradients import sums_with_gradients
 from dstrain.ops.mixed_precision import accumulator, add_product, autocast, product
 from dstrain.ops.row_argmax import row_argmax
-from dstrain.protocols import DenseSignal, LogProbsSignal, Signal, SparseSignal
+from dstrain.ops.teacher_signal import DenseSignal, LogProbsSignal, Signal, SparseSignal
 
 
 class DistillationTerms(NamedTuple):

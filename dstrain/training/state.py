@@ -13,8 +13,8 @@ from typing import Any
 
 from dstrain.batch import Batch
 from dstrain.data.batching.plan import PlannedStep
+from dstrain.engine.step_report import StepReport
 from dstrain.errors import CheckpointError
-from dstrain.protocols import StepReport
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,10 @@ from dstrain.batch import Batch, Size
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.data.batching.loader import Steps
 from dstrain.data.batching.plan import PlannedStep
+from dstrain.engine.step_report import StepReport
 from dstrain.errors import TrainingError
 from dstrain.log import logger
-from dstrain.protocols import Ranks, Shardable, StepReport
+from dstrain.protocols import Ranks, Shardable
 from dstrain.training.bundles import BundleStore
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
 from dstrain.training.failures import explained

@@ -20,12 +20,12 @@ from dstrain.batch import Sequences
 from dstrain.generation.beam_search import beam_search
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import SpecialIds
+from dstrain.generation.hypothesis import Hypothesis
 from dstrain.generation.padding import pad
 from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.models.weights import load_portable
-from dstrain.protocols import Hypothesis
 from tests.equivalence.slow_beam_search import EOS, PAD, UNK, Slow
 from tests.paths import GOLDEN, needs_golden
 

@@ -23,11 +23,12 @@ from dstrain.distillation.objective import SelectiveDistillation
 from dstrain.distillation.selection import threshold
 from dstrain.distillation.signals import TeacherSignals
 from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
+from dstrain.model_output import ActivationCapture
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.models.weights import load_portable
+from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
-from dstrain.protocols import ActivationCapture, LossOutput
 from tests.parallel.trace import recorded_batches
 from tests.paths import GOLDEN, needs_golden
 

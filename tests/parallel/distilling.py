@@ -21,6 +21,7 @@ from dstrain.engine.launch import load_deepspeed
 from dstrain.engine.shard_file import read_shard
 from dstrain.engine.teacher_engine import TeacherEngine
 from dstrain.engine.training_engine import TrainEngine
+from dstrain.model_output import ActivationCapture, Tap
 from dstrain.models.config import (
     DecoderStackConfig,
     EncoderDecoderConfig,
@@ -32,7 +33,6 @@ from dstrain.models.config import (
 from dstrain.models.factory import Model, build_model
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
-from dstrain.protocols import ActivationCapture, Tap
 from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module, collate, num_targets, sentences
 
 Report = dict[str, Any]

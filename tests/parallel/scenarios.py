@@ -23,9 +23,9 @@ from dstrain.engine.training_engine import SETTING, TrainEngine
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.weights import load_portable, to_portable
+from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
-from dstrain.protocols import LossOutput
 from tests.parallel.adapting import adapted_curves, adapted_resume, other_base  # noqa: F401
 from tests.parallel.distilling import distilled, placements, resident, resumed_student  # noqa: F401
 from tests.parallel.on_policy import on_policy  # noqa: F401

@@ -27,7 +27,7 @@ from torch import Tensor
 from dstrain.batch import sent
 from dstrain.data.prepared.rows import id_dtype
 from dstrain.distillation.store.manifest import DenseMethod, Method, SampleMethod, TopKMethod
-from dstrain.protocols import KeptSignal, LogProbsSignal, SparseSignal
+from dstrain.ops.teacher_signal import KeptSignal, LogProbsSignal, SparseSignal
 from dstrain.seeding import derive_seed
 
 Array = npt.NDArray[Any]

@@ -24,7 +24,8 @@ from dstrain.data.prepared.dataset import Dataset
 from dstrain.distillation.objective import scored_tokens
 from dstrain.ops.divergence import Divergence
 from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation
-from dstrain.protocols import DenseSignal, KeptSignal, TeacherForced
+from dstrain.ops.teacher_signal import DenseSignal, KeptSignal
+from dstrain.protocols import TeacherForced
 
 CHUNK = 256
 """Tokens whose logits exist at one time."""

@@ -24,18 +24,20 @@ from dstrain.data.files import checking
 from dstrain.data.prepared.dataset import ALWAYS_HASHED_BYTES
 from dstrain.data.prepared.manifest import Manifest
 from dstrain.data.prepared.shard import ListView, list_view
+from dstrain.distillation.signals import Wanted
 from dstrain.distillation.store.codec import Codec, build_codec
 from dstrain.distillation.store.manifest import DenseMethod, SampleMethod, StoreManifest, TopKMethod, load_store_manifest
 from dstrain.errors import DataError, RecipeError
 from dstrain.log import logger
-from dstrain.protocols import ActivationCapture, KeptSignal, Signal, SparseSignal, Wanted
+from dstrain.model_output import ActivationCapture
+from dstrain.ops.teacher_signal import KeptSignal, Signal, SparseSignal
 
 R = TypeVar("R")
 REMEDY = "dump this shard again with the same command, then merge"
 
 
 class LogitStore:
-    """Implements `protocols.SignalSource` for the batches of one split.
+    """Implements `signals.SignalSource` for the batches of one split.
 
     shards: columns by name, shard after shard. renormalize: give the tail's mass to the types that are kept.
     """

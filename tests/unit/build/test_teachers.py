@@ -22,9 +22,10 @@ from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.distillation.config import DistillationConfig
 from dstrain.distillation.store.manifest import TopKMethod
 from dstrain.errors import BundleError, DataError, RecipeError
+from dstrain.model_output import ActivationCapture, Tap
 from dstrain.models.config import VocabularySizes
 from dstrain.models.weights import to_portable
-from dstrain.protocols import ActivationCapture, DenseSignal, Tap
+from dstrain.ops.teacher_signal import DenseSignal
 from tests.unit.adapters.adapted import adapter_of, train
 from tests.unit.evaluation.test_bundle_validation import MODEL, bundle_for, prepared
 from tests.unit.objectives import toy_store

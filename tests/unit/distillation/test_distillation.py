@@ -23,14 +23,16 @@ from dstrain.distillation.config import (
 )
 from dstrain.distillation.objective import Distillation, SelectiveDistillation
 from dstrain.distillation.selection import Selection
-from dstrain.distillation.signals import TeacherSignals
+from dstrain.distillation.signals import TeacherSignals, Wanted
 from dstrain.errors import RecipeError
+from dstrain.model_output import ActivationCapture
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
+from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
-from dstrain.protocols import ActivationCapture, LossOutput, SparseSignal, Wanted
+from dstrain.ops.teacher_signal import SparseSignal
 from tests.unit.objectives.test_cross_entropy import EOS, NUM_TYPES, PAD, batch_of, empty_batch, gradients, pairs
 
 VOCABULARY = VocabularySizes(source=NUM_TYPES, target=NUM_TYPES, pad_id=PAD, eos_id=EOS)

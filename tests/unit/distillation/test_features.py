@@ -19,10 +19,10 @@ from dstrain.distillation.feature_plan import plan_features, uniform
 from dstrain.distillation.objective import Distillation
 from dstrain.distillation.signals import TeacherSignals
 from dstrain.errors import RecipeError
+from dstrain.model_output import ActivationCapture, Tap
 from dstrain.models.config import DecoderOnlyConfig, ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
 from dstrain.objectives.train_module import TrainModule
-from dstrain.protocols import ActivationCapture, Tap
 from tests.unit.distillation.test_distillation import PlainTeacher, step
 from tests.unit.objectives.test_cross_entropy import EOS, NUM_TYPES, PAD, batch_of, empty_batch, gradients, pairs
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dstrain.distillation.store.codec import Codec, TokenKeys, build_codec, uniform
 from dstrain.distillation.store.manifest import DenseMethod, Method, SampleMethod, TopKMethod
-from dstrain.protocols import KeptSignal, LogProbsSignal, SparseSignal
+from dstrain.ops.teacher_signal import KeptSignal, LogProbsSignal, SparseSignal
 
 
 def keys(num_tokens: int, example: int = 7) -> TokenKeys:

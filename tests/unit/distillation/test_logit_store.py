@@ -28,6 +28,7 @@ from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.distillation.config import DistillationConfig, JensenShannon
 from dstrain.distillation.objective import wanted_by
+from dstrain.distillation.signals import Wanted
 from dstrain.distillation.store import dump as logit_dump
 from dstrain.distillation.store.codec import build_codec
 from dstrain.distillation.store.dump import plan_dump, token_keys
@@ -37,7 +38,7 @@ from dstrain.errors import DataError, RecipeError
 from dstrain.models.config import DecoderOnlyConfig, DecoderOnlyStackConfig, EncoderDecoderConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
-from dstrain.protocols import KeptSignal, LogProbsSignal, SparseSignal, Wanted
+from dstrain.ops.teacher_signal import KeptSignal, LogProbsSignal, SparseSignal
 from tests.unit.distillation.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for, teacher_probs
 
 METHODS = [SampleMethod(draws=20), TopKMethod(k=5), TopKMethod(k=5, dtype="float32", temperature=2.0), DenseMethod()]

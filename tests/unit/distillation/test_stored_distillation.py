@@ -23,13 +23,14 @@ from dstrain.distillation.config import (
     WordSelection,
 )
 from dstrain.distillation.objective import Distillation, wanted_by
-from dstrain.distillation.signals import Look, TeacherSignals
+from dstrain.distillation.signals import Look, SignalSource, TeacherSignals
 from dstrain.distillation.store.manifest import DenseMethod, Method, SampleMethod, TopKMethod
 from dstrain.distillation.store.store import LogitStore
+from dstrain.model_output import ActivationCapture
 from dstrain.models.factory import Model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
-from dstrain.protocols import ActivationCapture, Objective, SignalSource
+from dstrain.objectives.objective import Objective
 from tests.unit.distillation.toy_store import batch_of, prepared, stored, teacher_for
 
 

@@ -19,7 +19,7 @@ from dstrain.errors import DataError
 from dstrain.evaluation import validator
 from dstrain.evaluation.validator import Validator, WholeModel, check_split
 from dstrain.models.config import EncoderDecoderConfig
-from dstrain.protocols import LossOutput
+from dstrain.objectives.objective import LossOutput
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
 from tests.unit.training.fakes import ALONE
 

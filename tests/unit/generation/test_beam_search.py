@@ -10,8 +10,8 @@ import torch
 
 from dstrain.generation.beam_search import beam_search
 from dstrain.generation.config import BeamSearchConfig
+from dstrain.generation.hypothesis import Hypothesis
 from dstrain.generation.scoring import score_targets
-from dstrain.protocols import Hypothesis
 from tests.equivalence.slow_beam_search import Slow
 from tests.unit.generation.toy import IDS, ToyModel, log_probs, random_sources, sequences
 

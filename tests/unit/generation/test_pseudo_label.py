@@ -25,8 +25,8 @@ from dstrain.errors import DataError
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator
+from dstrain.generation.hypothesis import Hypothesis
 from dstrain.generation.pseudo_label import Labeler, LabelReport, repeats
-from dstrain.protocols import Hypothesis
 from tests.unit.distillation.toy_store import EOS, PAD, prepared, teacher_for
 
 PAIRS = 60

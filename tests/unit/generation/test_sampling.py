@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from dstrain.generation.config import SamplingConfig
+from dstrain.generation.hypothesis import Hypothesis
 from dstrain.generation.sampling import draw, sample, truncated, uniform_numbers
 from dstrain.generation.scoring import score_targets
-from dstrain.protocols import Hypothesis
 from tests.unit.generation.toy import IDS, ToyModel, log_probs, random_sources, sequences
 
 EOS, PAD = IDS.eos, IDS.pad

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dstrain.batch import Sequences
 from dstrain.generation.constraints import SpecialIds
-from dstrain.protocols import Memory, ModelOutput
+from dstrain.model_output import Memory, ModelOutput
 
 IDS = SpecialIds(pad=1, eos=2, unk=3)
 DIM = 8

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dstrain.model_output import ActivationCapture, Tap
 from dstrain.models.config import DecoderStackConfig, StackConfig
 from dstrain.nn import attention as attention_part
 from dstrain.ops.attention import attention
-from dstrain.protocols import ActivationCapture, Tap
 from tests.unit.models.build import random_config, sequences, small_config, small_model
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

@@ -17,7 +17,7 @@ from dstrain.batch import IGNORE_INDEX
 from dstrain.ops.divergence import Divergence, sparse_fit
 from dstrain.ops.linear_cross_entropy import linear_cross_entropy
 from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation, reference_linear_distillation
-from dstrain.protocols import DenseSignal, LogProbsSignal, SparseSignal
+from dstrain.ops.teacher_signal import DenseSignal, LogProbsSignal, SparseSignal
 
 DIVERGENCES = [
     Divergence("forward_kl"),
@@ -428,7 +428,7 @@ import numpy as np
 import torch
 from dstrain.ops.divergence import Divergence, sparse_fit
 from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation
-from dstrain.protocols import DenseSignal, LogProbsSignal, SparseSignal
+from dstrain.ops.teacher_signal import DenseSignal, LogProbsSignal, SparseSignal
 
 def peak_kib():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

@@ -13,8 +13,8 @@ import torch
 from dstrain.batch import Batch, Size
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.data.batching.plan import PlannedStep
+from dstrain.engine.step_report import StepReport
 from dstrain.parallel.topology import World
-from dstrain.protocols import StepReport
 from dstrain.training.bundles import BundleStore
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
 from dstrain.training.events import EventFile, read_events

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
+from dstrain.engine.step_report import StepReport
 from dstrain.errors import CheckpointError
-from dstrain.protocols import StepReport
 from dstrain.training.config import TrainingConfig, ValidationConfig
 from dstrain.training.limits import limit_reached, remaining_seconds
 from dstrain.training.state import TrainingState, Window, load_state

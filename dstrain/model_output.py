@@ -1,0 +1,56 @@
+"""What a model hands back: its last hidden states, and the activations in between that a caller has asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+
+class Memory(NamedTuple):
+    """What the decoder sees of the source. hidden: (B, S, D); lengths: (B,)."""
+
+    hidden: Tensor
+    lengths: Tensor
+
+
+class ModelOutput(NamedTuple):
+    """hidden: (B, T, D), what the projection reads; memory: the encoder's output, None for decoder-only models."""
+
+    hidden: Tensor
+    memory: Memory | None
+
+
+class Tap(NamedTuple):
+    """A point inside a model where an activation can be read.
+
+    side: a stack, or `cross`, the decoder's attention to the encoder. layer: counted in passes of the stack, from 1; hidden
+    states of layer 0 are the stack's input, those of the last layer its output, after its final norm.
+    """
+
+    kind: Literal["hidden_states", "attention"]
+    side: Literal["encoder", "decoder", "cross"]
+    layer: int
+
+
+class ActivationCapture:
+    """The activations of one forward at the requested taps; in training with gradient.
+
+    hidden_states: (B, S or T, D). attention: (B, queries, keys) float32, the probabilities before dropout, averaged over the
+    heads. Keys are the tokens that the stack reads; in a decoder-only model these are source and target together, its queries
+    and hidden states those of the target only.
+    """
+
+    def __init__(self, requested: Iterable[Tap]) -> None:
+        self.requested = frozenset(requested)
+        self.captured: dict[Tap, Tensor] = {}
+
+    def store(self, tap: Tap, value: Tensor) -> None:
+        """Keep an activation if it is requested."""
+        if tap in self.requested:
+            self.captured[tap] = value
+
+    def narrow(self, take: Callable[[Tensor], Tensor]) -> None:
+        """Replace every captured activation by `take` of it: of (B, L, ...) the positions that count."""
+        self.captured = {tap: take(value) for tap, value in self.captured.items()}
