@@ -29,7 +29,7 @@ from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator, TextHypothesis, fitting, ignore_progress
 from dstrain.generation.padding import batches_by_length, pad
 from dstrain.generation.scoring import score_targets, teacher_forced_logits
-from dstrain.recipe_errors import explain
+from dstrain.storage.explain import explain
 
 MethodConfig = BeamSearchConfig | SamplingConfig
 MAX_TOKENS = 8192

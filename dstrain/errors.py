@@ -16,6 +16,10 @@ class RecipeError(DstrainError):
     """A recipe, an override or a DeepSpeed JSON file is not valid."""
 
 
+class StorageError(DstrainError):
+    """A file cannot be written: the disk is full, the directory is not writable, or another process is writing it."""
+
+
 class DataError(DstrainError):
     """Text, a tokenizer or prepared data cannot be used."""
 

@@ -1,7 +1,7 @@
 """The recipe: all configurations in one tree, checked whole before anything heavy is imported.
 
 Reading a recipe file (names, `extends`, overrides, duplicate keys) stands in recipe_file.py; what is wrong with it is put into
-words by recipe_errors.py. Torch-free: a recipe can be checked on a login node.
+words by storage/explain.py. Torch-free: a recipe can be checked on a login node.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.errors import RecipeError, nearest
 from dstrain.models.presets import PRESETS
 from dstrain.recipe import RECIPE_VERSION, Recipe
-from dstrain.recipe_errors import explain
+from dstrain.storage.explain import explain
 
 SHIPPED = Path(__file__).parent / "recipes"
 Tree = dict[str, Any]

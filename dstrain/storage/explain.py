@@ -14,13 +14,9 @@ from dstrain.errors import nearest
 def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line per mistake, in the order of the tree."""
     details = error.errors(include_url=False)
-    places = [detail["loc"] for detail in details]
+    containers = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
     # A list whose only item is wrong is reported by pydantic as too short as well.
-    return [
-        _explain_one(detail, model)
-        for detail in details
-        if not any(place[: len(detail["loc"])] == detail["loc"] and place != detail["loc"] for place in places)
-    ]
+    return [_explain_one(detail, model) for detail in details if detail["loc"] not in containers]
 
 
 def _explain_one(detail: Any, model: type[BaseModel]) -> str:

@@ -1,0 +1,131 @@
+"""Files and directories that are complete or absent, whatever is killed and whenever.
+
+New content is written under a temporary name in the same directory, flushed to the disk and renamed. A rename within a file
+system is atomic; it survives a power cut once the directory that holds the name is flushed as well. Cost: one wait for the disk
+per file and per directory.
+
+A directory cannot be replaced in one rename: the old one is first renamed to `.NAME.old`. `restore_directories` and
+`complete_version` undo a replacement that was cut between its two renames.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dstrain.errors import StorageError
+from dstrain.storage.hashing import HashingWriter
+
+NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[HashingWriter]:
+    """Open `path` for writing; it appears, or is replaced, only when the block ends without an error.
+
+    Raises StorageError if the disk is full, or if another process writes the same file.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield HashingWriter(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        sync(path.parent)
+    except FileNotFoundError as error:
+        if error.filename != str(temporary) or not path.parent.is_dir():
+            raise
+        raise StorageError(f"another process has written {path} at the same time; give every process its own work") from error
+    except OSError as error:
+        if error.errno in NO_SPACE:
+            raise StorageError(
+                f"no space left to write {path} ({error.strerror}); finished files are kept: free some space and run the same "
+                "command again to go on"
+            ) from error
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a whole file, or replace one, atomically. Raises StorageError as `atomic_writer`."""
+    with atomic_writer(path) as writer:
+        writer.write(content)
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush everything in a directory, and the directory itself, to the disk."""
+    for path in (*directory.rglob("*"), directory):
+        sync(path)
+
+
+@contextmanager
+def atomic_directory(directory: Path) -> Iterator[Path]:
+    """An empty directory to write into, which takes the place of `directory` when the block ends without an error."""
+    draft = directory.with_name(f".{directory.name}.new")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        sync_tree(draft)
+        replace_directory(draft, directory)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def replace_directory(new: Path, directory: Path) -> None:
+    """Rename the finished directory `new` to `directory`, which may exist."""
+    old = _previous(directory)
+    if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        directory.rename(old)
+    new.rename(directory)
+    sync(directory.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_directories(parent: Path) -> None:
+    """Undo every replacement in `parent` that was cut short."""
+    for old in parent.glob(".*.old"):
+        directory = old.with_name(old.name[1 : -len(".old")])
+        if directory.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(directory)
+
+
+def complete_version(directory: Path) -> Path:
+    """The directory, or its previous version if a replacement was cut short; for readers, which must not rename."""
+    old = _previous(directory)
+    return old if old.is_dir() and not directory.exists() else directory
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A hard link, which costs no space, or an atomic copy on a file system that has none. Replaces `target`."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+        sync(target.parent)
+    except OSError:
+        with atomic_writer(target) as sink, source.open("rb") as file:
+            shutil.copyfileobj(file, sink)
+
+
+def _previous(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.old")

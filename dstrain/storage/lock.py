@@ -1,0 +1,95 @@
+"""One process writes into an output directory at a time.
+
+The lock is a POSIX record lock on `DIRECTORY/.lock`. It disappears with the process, however that ends, is not inherited by
+worker processes, and works on network file systems. The file names the holder. Two traps of record locks: the same process gets
+the lock twice (so held directories are remembered here), and closing any descriptor of the file releases it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from dstrain.errors import DstrainError, StorageError
+from dstrain.log import logger
+
+LOCK_FILE = ".lock"
+_held: set[Path] = set()
+
+
+class OutputLock:
+    """A lock that is held until `release`."""
+
+    def __init__(self, file: IO[str], path: Path) -> None:
+        self._file = file
+        self._path = path
+
+    def release(self) -> None:
+        """Let other processes write into the directory. Calling it again does nothing."""
+        if not self._file.closed:
+            _held.discard(self._path)
+            self._path.unlink(missing_ok=True)  # while it is still locked: whoever waits for this file looks for a new one
+            self._file.close()
+
+
+def lock_output(directory: Path, *, busy: Callable[[str], DstrainError]) -> OutputLock:
+    """Make the directory and lock it.
+
+    busy: the error to raise if another process holds the lock, from a description of that process. Raises StorageError if the
+    directory cannot be made or written.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory.resolve() / LOCK_FILE
+        if path in _held:
+            raise busy(f"process {os.getpid()}, this one")
+        while True:
+            file = path.open("a+", encoding="utf-8")
+            if not _try_lock(file, path):
+                file.seek(0)
+                holder = file.read().strip() or "unknown process"
+                file.close()
+                raise busy(holder)
+            if _is_current(file, path):
+                break
+            file.close()  # the last holder has removed it in between
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:
+        raise StorageError(f"--output {directory}: {error.strerror}; choose a directory that can be written") from error
+    _held.add(path)
+    return OutputLock(file, path)
+
+
+@contextmanager
+def locked_output(directory: Path, *, busy: Callable[[str], DstrainError]) -> Iterator[None]:
+    """`lock_output` for the length of a block."""
+    lock = lock_output(directory, busy=busy)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _try_lock(file: IO[str], path: Path) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            return False
+        logger.warning("%s cannot be locked (%s): make sure that no other process writes there", path.parent, error.strerror)
+    return True
+
+
+def _is_current(file: IO[str], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
