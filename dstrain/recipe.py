@@ -27,21 +27,21 @@ RECIPE_VERSION = 1
 class Recipe(Config):
     """One training run, from text to bundle."""
 
-    version: Literal[1]
-    description: str = ""
-    data: DataConfig
-    batching: BatchingConfig
-    model: ModelConfig
-    adapter: AdapterConfig | None = None
-    objective: ObjectiveConfig = Field(default_factory=CrossEntropyConfig)
-    optimizer: OptimizerConfig
-    schedule: ScheduleConfig
-    engine: EngineConfig = Field(default_factory=EngineConfig)
-    training: TrainingConfig
-    validation: ValidationConfig = Field(default_factory=ValidationConfig)
-    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
-    reporting: ReportingConfig = Field(default_factory=ReportingConfig)
-    generation: GenerationConfig = Field(default_factory=BeamSearchConfig)
+    version: Literal[1] = Field(description="Version of the recipe format.")
+    description: str = Field(default="", description="A sentence for readers.")
+    data: DataConfig = Field(description="Corpora and tokenizer.")
+    batching: BatchingConfig = Field(description="How examples become steps.")
+    model: ModelConfig = Field(description="Architecture; `preset: NAME` starts from a known one.")
+    adapter: AdapterConfig | None = Field(default=None, description="Adapters beside a frozen base; null = all weights train.")
+    objective: ObjectiveConfig = Field(default_factory=CrossEntropyConfig, description="The loss.")
+    optimizer: OptimizerConfig = Field(description="How gradients become updates.")
+    schedule: ScheduleConfig = Field(description="Learning rate by step.")
+    engine: EngineConfig = Field(default_factory=EngineConfig, description="Precision, clipping and distribution.")
+    training: TrainingConfig = Field(description="Seed, limits and moving average.")
+    validation: ValidationConfig = Field(default_factory=ValidationConfig, description="When and how the valid split is scored.")
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When checkpoints are written.")
+    reporting: ReportingConfig = Field(default_factory=ReportingConfig, description="What is logged.")
+    generation: GenerationConfig = Field(default_factory=BeamSearchConfig, description="How the trained model generates text.")
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Recipe:

@@ -15,60 +15,60 @@ class ParallelText(Config):
     """Two line-parallel files, plain or .gz. `${NAME}` in a path is read from the environment."""
 
     kind: Literal["parallel"] = "parallel"
-    source: str
-    target: str
+    source: str = Field(description="File of the source side.")
+    target: str = Field(description="File of the target side, line by line.")
 
 
 class TsvText(Config):
     """One tab-separated file, plain or .gz, without a header; columns count from 0."""
 
     kind: Literal["tsv"] = "tsv"
-    path: str
-    source_column: NonNegativeInt = 0
-    target_column: NonNegativeInt = 1
+    path: str = Field(description="The file.")
+    source_column: NonNegativeInt = Field(default=0, description="Column of the source.")
+    target_column: NonNegativeInt = Field(default=1, description="Column of the target.")
 
 
 class JsonlText(Config):
-    """One JSON object a line, plain or .gz; the two fields hold strings."""
+    """One JSON object per line, plain or .gz; the two fields hold strings."""
 
     kind: Literal["jsonl"] = "jsonl"
-    path: str
-    source_field: str = "source"
-    target_field: str = "target"
+    path: str = Field(description="The file.")
+    source_field: str = Field(default="source", description="Field of the source.")
+    target_field: str = Field(default="target", description="Field of the target.")
 
 
 class GrammarText(Config):
     """English-German pairs made by dstrain's own grammar. `test` sentences hold combinations that `train` never shows."""
 
     kind: Literal["grammar"] = "grammar"
-    split: Literal["train", "valid", "test"]
-    num_pairs: PositiveInt
-    seed: NonNegativeInt = 1
+    split: Literal["train", "valid", "test"] = Field(description="Which sentences are made.")
+    num_pairs: PositiveInt = Field(description="How many are made.")
+    seed: NonNegativeInt = Field(default=1, description="Decides the sentences.")
 
 
 class FairseqIds(Config):
-    """What `fairseq-preprocess` wrote: PREFIX.bin and PREFIX.idx of each side, ids of the dictionaries that `tokenizer` names.
+    """Output of `fairseq-preprocess`: PREFIX.bin and PREFIX.idx of each side, ids of the dictionaries that `tokenizer` names.
 
     Inside a sentence <s>, <pad> and </s> are read as <unk>, as in text.
     """
 
     kind: Literal["fairseq"] = "fairseq"
-    source: str
-    target: str
+    source: str = Field(description="PREFIX of the source side.")
+    target: str = Field(description="PREFIX of the target side.")
 
 
 class PlainText(Config):
-    """Text without a source, for language models: an example a line, plain or .gz; blank lines are left out of every split."""
+    """Text without a source, for language models: an example per line, plain or .gz; blank lines are left out of every split."""
 
     kind: Literal["text"] = "text"
-    path: str
+    path: str = Field(description="The file.")
 
 
 class FairseqText(Config):
-    """What `fairseq-preprocess --only-source` wrote, PREFIX.bin and PREFIX.idx: ids of text without a source, as `text` is."""
+    """Output of `fairseq-preprocess --only-source`: PREFIX.bin and PREFIX.idx, ids of text without a source, as `text` is."""
 
     kind: Literal["fairseq_text"] = "fairseq_text"
-    path: str
+    path: str = Field(description="PREFIX.")
 
 
 TextSource = Annotated[
@@ -89,51 +89,56 @@ def has_no_source(sources: Iterable[TextSource]) -> bool:
 class TrainedSentencePiece(Config):
     """Train SentencePiece on the training text. Ids 0-3 are <s> <pad> </s> <unk>, then `user_symbols`, `tags`, then pieces.
 
-    user_symbols: never cut, wherever they stand. tags: words that are one token each, such as the language tags of source lines
-    like `eng_Latn hin_Deva text`; a user symbol at the beginning of a word is two tokens, the space before it and itself.
-    max_training_lines: lines that one model learns from, both sides together where it is joint; spread evenly over the corpora.
-    The memory of `prepare` grows with the corpus until then, and not beyond.
+    The memory of `prepare` grows with the corpus up to `max_training_lines`, and not beyond.
     """
 
     kind: Literal["sentencepiece"] = "sentencepiece"
-    model_type: Literal["bpe", "unigram"] = "bpe"
-    vocab_size: PositiveInt = 8000
-    sharing: Literal["joint", "separate"] = "joint"
-    character_coverage: float = Field(default=1.0, gt=0, le=1)
-    user_symbols: tuple[str, ...] = ()
-    tags: tuple[str, ...] = ()
-    max_training_lines: PositiveInt = 5_000_000
+    model_type: Literal["bpe", "unigram"] = Field(default="bpe", description="SentencePiece's algorithm.")
+    vocab_size: PositiveInt = Field(default=8000, description="Vocabulary entries, special tokens included.")
+    sharing: Literal["joint", "separate"] = Field(default="joint", description="One model for both sides, or one for each.")
+    character_coverage: float = Field(default=1.0, gt=0, le=1, description="Share of characters in the text that get a piece.")
+    user_symbols: tuple[str, ...] = Field(
+        default=(),
+        description="Strings that are never split; at the beginning of a word one is two tokens, the space before it and itself.",
+    )
+    tags: tuple[str, ...] = Field(
+        default=(), description="Words of one token each, such as the language tags of `eng_Latn hin_Deva text`."
+    )
+    max_training_lines: PositiveInt = Field(
+        default=5_000_000,
+        description="Lines that one model learns from, spread evenly over the corpora; both sides together if it is joint.",
+    )
 
 
 class GivenSentencePiece(Config):
-    """Use existing SentencePiece models; without `target_model` one model serves both sides."""
+    """Use existing SentencePiece models."""
 
     kind: Literal["sentencepiece_files"] = "sentencepiece_files"
-    source_model: str
-    target_model: str | None = None
+    source_model: str = Field(description="Model file of the source side.")
+    target_model: str | None = Field(default=None, description="Model file of the target side; null = the source's.")
 
 
 class GivenTokenizer(Config):
     """Use the `tokenizer/` directory of a bundle or of prepared data, fairseq dictionaries included."""
 
     kind: Literal["tokenizer_directory"] = "tokenizer_directory"
-    path: str
+    path: str = Field(description="The directory.")
 
 
 class FairseqDictionaries(Config):
-    """Use fairseq's dict.txt files; without `target` one serves both sides.
-
-    source_model, target_model: SentencePiece models that split text into the dictionaries' symbols; without one it is split by
-    white space. tags: words before the text that a model does not split, as the dictionaries spell them, or patterns of these
-    such as `???_????` for the language tags of `eng_Latn hin_Deva text`.
-    """
+    """Use fairseq's dict.txt files."""
 
     kind: Literal["fairseq_dictionaries"] = "fairseq_dictionaries"
-    source: str
-    target: str | None = None
-    source_model: str | None = None
-    target_model: str | None = None
-    tags: tuple[str, ...] = ()
+    source: str = Field(description="Dictionary of the source side.")
+    target: str | None = Field(default=None, description="Dictionary of the target side; null = one tokenizer for both sides.")
+    source_model: str | None = Field(
+        default=None, description="SentencePiece model that splits source text into symbols; null = text is split by white space."
+    )
+    target_model: str | None = Field(default=None, description="The same for target text.")
+    tags: tuple[str, ...] = Field(
+        default=(),
+        description="Words before the text that the model does not split, or patterns of them: ???_???? for eng_Latn.",
+    )
 
     @model_validator(mode="after")
     def _every_key_acts(self) -> FairseqDictionaries:
@@ -152,27 +157,28 @@ TokenizerConfig = Annotated[
 class FilterConfig(Config):
     """Which training pairs are dropped, by tokens including EOS; each drop is counted and reported.
 
-    Of text without a source, `max_target_length` alone is asked.
+    For text without a source, only `max_target_length` counts.
     """
 
-    max_source_length: PositiveInt = 1024
-    max_target_length: PositiveInt = 1024
-    max_ratio: float | None = Field(default=None, gt=1)
+    max_source_length: PositiveInt = Field(default=1024, description="Longest source that is kept.")
+    max_target_length: PositiveInt = Field(default=1024, description="Longest target that is kept.")
+    max_ratio: float | None = Field(
+        default=None, gt=1, description="Largest ratio of the longer side to the shorter that is kept; null = any."
+    )
 
 
 class DataConfig(Config):
     """The corpora of a recipe. Every split keeps its order; only `train` is filtered by length and ratio.
 
-    Evaluation splits keep every pair, empty ones included. pairs_per_shard: pairs of the corpora, dropped ones included.
-    Where pairs are counted, a line of text without a source is one.
+    Evaluation splits keep every pair, empty ones included. A line of text without a source counts as a pair.
     """
 
-    train: tuple[TextSource, ...] = Field(min_length=1)
-    valid: tuple[TextSource, ...] = Field(min_length=1)
-    test: dict[str, tuple[TextSource, ...]] = Field(default_factory=dict)
-    tokenizer: TokenizerConfig = Field(default_factory=TrainedSentencePiece)
-    filter: FilterConfig = Field(default_factory=FilterConfig)
-    pairs_per_shard: PositiveInt = 500_000
+    train: tuple[TextSource, ...] = Field(min_length=1, description="Corpora to train on.")
+    valid: tuple[TextSource, ...] = Field(min_length=1, description="Corpora that training is validated on.")
+    test: dict[str, tuple[TextSource, ...]] = Field(default_factory=dict, description="Test sets: name -> corpora.")
+    tokenizer: TokenizerConfig = Field(default_factory=TrainedSentencePiece, description="How text becomes token ids.")
+    filter: FilterConfig = Field(default_factory=FilterConfig, description="Which training pairs are dropped.")
+    pairs_per_shard: PositiveInt = Field(default=500_000, description="Pairs per file of prepared data, dropped ones included.")
 
     @model_validator(mode="after")
     def _ids_have_dictionaries(self) -> DataConfig:
@@ -196,7 +202,7 @@ class DataConfig(Config):
         return test
 
     def corpora(self) -> Iterator[tuple[str, TextSource]]:
-        """Every corpus with its place in the recipe: `train.0`, `valid.0`, `test.NAME.0`."""
+        """Every corpus with its key in the recipe: `train.0`, `valid.0`, `test.NAME.0`."""
         splits = {"train": self.train, "valid": self.valid, **{f"test.{name}": sources for name, sources in self.test.items()}}
         for split, sources in splits.items():
             for number, source in enumerate(sources):
@@ -206,15 +212,18 @@ class DataConfig(Config):
 class BatchingConfig(Config):
     """How examples become steps.
 
-    tokens_per_step: target tokens of one optimizer step over all ranks, never exceeded unless one sentence alone does.
-    max_tokens: padded tokens of one micro-batch on one rank: rows x max(longest source, longest target); of a decoder-only model,
-    which reads both as one sequence, rows x (longest source + longest target - 1).
-    bucket_tokens: target tokens of neighbors in length that stay together; a step of several such buckets holds short and long
-    sentences. Less than `max_tokens` by what padding takes makes each a micro-batch. shuffle_window: examples that are sorted by
-    length together; the memory that planning costs.
+    The padded tokens of a micro-batch are rows x max(longest source, longest target); for a decoder-only model, which reads both
+    as one sequence, rows x (longest source + longest target - 1). A step of several buckets holds short and long sentences; if
+    `bucket_tokens` is smaller than `max_tokens` by the share of padding, each bucket is a micro-batch.
     """
 
-    tokens_per_step: PositiveInt
-    max_tokens: PositiveInt
-    bucket_tokens: PositiveInt = 4096
-    shuffle_window: PositiveInt = 1_000_000
+    tokens_per_step: PositiveInt = Field(
+        description="Most target tokens of one optimizer step over all ranks; only a single longer sentence exceeds it."
+    )
+    max_tokens: PositiveInt = Field(description="Most padded tokens of one micro-batch on one rank.")
+    bucket_tokens: PositiveInt = Field(
+        default=4096, description="Target tokens of examples of similar length that stay together in a step."
+    )
+    shuffle_window: PositiveInt = Field(
+        default=1_000_000, description="Examples that are sorted by length together; the memory of planning grows with it."
+    )

@@ -1,4 +1,4 @@
-"""What a student learns from a teacher, and on which tokens."""
+"""Distillation: divergences, token selection, features and on-policy samples."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dstrain.objectives.config import CrossEntropyConfig
 
 
 class ForwardKl(Config):
-    """KL(teacher || student): the student must cover all that the teacher says. Stores of drawn types give it alone."""
+    """KL(teacher || student): the student must cover all that the teacher says. Stores of sampled tokens give only this."""
 
     kind: Literal["forward_kl"] = "forward_kl"
 
@@ -24,10 +24,10 @@ class ReverseKl(Config):
 
 
 class JensenShannon(Config):
-    """Between both; beta as in GKD: 0 is forward_kl, 1 is reverse_kl."""
+    """Generalized Jensen-Shannon divergence, between forward and reverse KL."""
 
     kind: Literal["jensen_shannon"] = "jensen_shannon"
-    beta: float = Field(default=0.5, ge=0, le=1)
+    beta: float = Field(default=0.5, ge=0, le=1, description="As in GKD: 0 is forward_kl, 1 is reverse_kl.")
 
 
 class TotalVariation(Config):
@@ -40,7 +40,7 @@ class SkewKl(Config):
     """KL(teacher || alpha teacher + (1 - alpha) student), as in DistiLLM."""
 
     kind: Literal["skew_kl"] = "skew_kl"
-    alpha: float = Field(default=0.1, gt=0, lt=1)
+    alpha: float = Field(default=0.1, gt=0, lt=1, description="Share of the teacher in the mixture.")
 
 
 DivergenceConfig = Annotated[
@@ -52,7 +52,7 @@ Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 class WordSelection(Config):
-    """All tokens, from the teacher alone: the labels play no part, so hard_weight and label_smoothing are 0."""
+    """All tokens, only from the teacher: the labels are not used, so hard_weight and label_smoothing are 0."""
 
     kind: Literal["word"] = "word"
 
@@ -64,30 +64,29 @@ class WordAndSequenceSelection(Config):
 
 
 class BatchSelection(Config):
-    """The share `rate` of each optimizer step's tokens that the student finds hardest."""
+    """The tokens of each optimizer step with the largest loss of the student."""
 
     kind: Literal["batch"] = "batch"
-    rate: Rate = 0.5
+    rate: Rate = Field(default=0.5, description="Share of the step's tokens.")
 
 
 class GlobalSelection(Config):
-    """Tokens of a step that are as hard as the share `rate` of the last `queue_size` tokens, this step's included."""
+    """Tokens of a step whose loss reaches that of the hardest share `rate` of the last `queue_size` tokens, its own included."""
 
     kind: Literal["global"] = "global"
-    rate: Rate = 0.5
-    queue_size: PositiveInt = 30_000
+    rate: Rate = Field(default=0.5, description="Share of the queue's tokens.")
+    queue_size: PositiveInt = Field(default=30_000, description="Tokens in the queue.")
 
 
 class GlobalByLanguageSelection(Config):
-    """As `global`, with a queue of `queue_size` for each language.
-
-    tags: every source sentence begins with one of these symbols, and each of them begins some sentence.
-    """
+    """As `global`, with a queue per language."""
 
     kind: Literal["global_by_language"] = "global_by_language"
-    rate: Rate = 0.5
-    queue_size: PositiveInt = 30_000
-    tags: list[str] = Field(min_length=1)
+    rate: Rate = Field(default=0.5, description="Share of the queue's tokens.")
+    queue_size: PositiveInt = Field(default=30_000, description="Tokens in each queue.")
+    tags: list[str] = Field(
+        min_length=1, description="Language symbols: every source begins with one of them, and each begins some source."
+    )
 
 
 SelectionConfig = Annotated[
@@ -97,51 +96,54 @@ SelectionConfig = Annotated[
 
 
 class OnPolicyConfig(Config):
-    """On-policy distillation: on some steps the student learns from what the teacher says of the student's own samples.
+    """On-policy distillation: on some steps the student learns from the teacher's distributions on its own samples.
 
-    After Agarwal et al., ICLR 2024, "On-Policy Distillation of Language Models". fraction: the chance of each optimizer step, as
-    a whole, to be such a step (the paper's lambda). temperature, top_k, top_p: how the student samples, as in `generation`.
-    max_length_ratio, max_length_offset: a sample has at most ratio x source length + offset tokens (source with its EOS), and
-    never more than the models and batching.max_tokens allow; what has not ended by then is cut, without an EOS.
+    After Agarwal et al., ICLR 2024, "On-Policy Distillation of Language Models". A sample has at most ratio x source length +
+    offset tokens (source with its EOS), and never more than the models and batching.max_tokens allow; a longer one is cut,
+    without an EOS.
     """
 
-    fraction: Rate = 0.5
-    temperature: PositiveFloat = 1.0
-    top_k: PositiveInt | None = None
-    top_p: Rate | None = None
-    max_length_ratio: NonNegativeFloat = 1.2
-    max_length_offset: PositiveInt = 10
+    fraction: Rate = Field(default=0.5, description="Probability that a whole optimizer step is on-policy (the paper's lambda).")
+    temperature: PositiveFloat = Field(default=1.0, description="Divides the student's logits when it samples.")
+    top_k: PositiveInt | None = Field(default=None, description="Sample from the k most probable tokens; null = all.")
+    top_p: Rate | None = Field(default=None, description="Sample from the smallest set with more than this mass; null = all.")
+    max_length_ratio: NonNegativeFloat = Field(default=1.2, description="Ratio of the length limit.")
+    max_length_offset: PositiveInt = Field(default=10, description="Offset of the length limit, in tokens.")
 
 
 class HiddenStatesFeature(Config):
-    """Hidden states of the student resemble the teacher's; see `objectives/features.py`.
+    """Hidden states of the student follow the teacher's; see `distillation/features.py`.
 
-    side: of the encoder at all source tokens, of the decoder at all target tokens. loss: `mse`, the mean squared difference of a
-    state's numbers; `cosine`, 1 - the cosine. layers: the teacher's layer for each of the student's that learns, counted in
-    passes from 1, 0 for what the first one reads; left out, the student's are spread evenly over the teacher's, last to last,
-    without 0. Where the models are not equally wide, the student's states are projected first, by one learned matrix.
+    If the models differ in width, the student's states are projected first, by one learned matrix.
     """
 
     kind: Literal["hidden_states"] = "hidden_states"
-    side: Literal["encoder", "decoder"]
-    loss: Literal["mse", "cosine"] = "mse"
-    weight: PositiveFloat = 1.0
-    layers: dict[NonNegativeInt, NonNegativeInt] | None = Field(default=None, min_length=1)
+    side: Literal["encoder", "decoder"] = Field(
+        description="encoder = states of all source tokens; decoder = states of all target tokens."
+    )
+    loss: Literal["mse", "cosine"] = Field(default="mse", description="mse = mean squared difference; cosine = 1 - cosine.")
+    weight: PositiveFloat = Field(default=1.0, description="Factor of this loss.")
+    layers: dict[NonNegativeInt, NonNegativeInt] | None = Field(
+        default=None,
+        min_length=1,
+        description="Student layer -> teacher layer, in passes from 1; 0 = input of the first. null = spread evenly, without 0.",
+    )
 
 
 class AttentionFeature(Config):
-    """Tokens of the student look where those of the teacher look; see `objectives/features.py`.
-
-    side: self-attention of encoder or decoder, or the decoder's `cross` attention to the source. loss, of the probabilities
-    averaged over the heads: `squared_error` and `kl`, KL(teacher || student), are sums over the keys; `cosine` is 1 - the cosine.
-    layers: as those of hidden states, without 0.
-    """
+    """Attention probabilities of the student, averaged over heads, follow the teacher's; see `distillation/features.py`."""
 
     kind: Literal["attention"] = "attention"
-    side: Literal["encoder", "decoder", "cross"]
-    loss: Literal["squared_error", "kl", "cosine"] = "kl"
-    weight: PositiveFloat = 1.0
-    layers: dict[PositiveInt, PositiveInt] | None = Field(default=None, min_length=1)
+    side: Literal["encoder", "decoder", "cross"] = Field(
+        description="Self-attention of encoder or decoder, or the decoder's cross-attention to the source."
+    )
+    loss: Literal["squared_error", "kl", "cosine"] = Field(
+        default="kl", description="squared_error and kl, KL(teacher || student), are sums over the keys; cosine = 1 - cosine."
+    )
+    weight: PositiveFloat = Field(default=1.0, description="Factor of this loss.")
+    layers: dict[PositiveInt, PositiveInt] | None = Field(
+        default=None, min_length=1, description="Student layer -> teacher layer, in passes from 1; null = spread evenly."
+    )
 
 
 FeatureConfig = Annotated[HiddenStatesFeature | AttentionFeature, Field(discriminator="kind")]
@@ -150,32 +152,40 @@ FeatureConfig = Annotated[HiddenStatesFeature | AttentionFeature, Field(discrimi
 class DistillationConfig(Config):
     """hard_weight x label-smoothed cross-entropy + kd_weight x temperature^2 x divergence from the teacher on selected tokens.
 
-    features: what is learned besides from inside one teacher at work, each `weight` times, on all tokens whatever is selected.
-    temperature: divides the logits of both models in the divergence. hard_weight: 1, or 0 where `selection` is `word`;
-    label_smoothing: 0.1, or 0 where there is no hard loss to smooth. teacher_precision: what a teacher at work computes in, None
-    for engine.precision. renormalize: give the mass of the types that dumped logits of method topk leave out to those they keep,
-    which is biased. on_policy: steps on the student's own samples, None for none. On these there are no labels: no hard loss, and
-    every token learns from the teacher whatever `selection` says, whose queues stay as they are. chunk_tokens: positions whose
-    logits exist at one time; memory is a few times chunk_tokens x vocabulary. It moves no result.
+    On-policy steps have no labels: no hard loss, and every token learns from the teacher whatever `selection` says, whose queues
+    stay as they are. Features need an online teacher and count on all tokens, selected or not.
     """
 
     kind: Literal["distillation"] = "distillation"
-    divergence: DivergenceConfig = Field(default_factory=ForwardKl)
-    temperature: PositiveFloat = 1.0
-    kd_weight: PositiveFloat = 1.0
-    hard_weight: NonNegativeFloat = 1.0
-    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    selection: SelectionConfig = Field(default_factory=WordAndSequenceSelection)
-    features: tuple[FeatureConfig, ...] = ()
-    teacher_precision: Precision | None = None
-    renormalize: bool = False
-    on_policy: OnPolicyConfig | None = None
-    chunk_tokens: PositiveInt = 256
+    divergence: DivergenceConfig = Field(default_factory=ForwardKl, description="Distance of the student from the teacher.")
+    temperature: PositiveFloat = Field(default=1.0, description="Divides the logits of both models in the divergence.")
+    kd_weight: PositiveFloat = Field(default=1.0, description="Factor of the divergence.")
+    hard_weight: NonNegativeFloat = Field(
+        default=1.0, description="Factor of the cross-entropy; 0 if selection is word and nothing is given."
+    )
+    label_smoothing: float = Field(
+        default=0.1, ge=0, lt=1, description="Of the cross-entropy; 0 if hard_weight is 0 and nothing is given."
+    )
+    selection: SelectionConfig = Field(
+        default_factory=WordAndSequenceSelection, description="Which tokens learn from the teacher."
+    )
+    features: tuple[FeatureConfig, ...] = Field(default=(), description="Inner values of the teacher that are matched too.")
+    teacher_precision: Precision | None = Field(
+        default=None, description="What an online teacher computes in; null = engine.precision."
+    )
+    renormalize: bool = Field(
+        default=False, description="Give the mass outside the stored top-k tokens to the stored ones, which is biased."
+    )
+    on_policy: OnPolicyConfig | None = Field(default=None, description="Steps on the student's own samples; null = none.")
+    chunk_tokens: PositiveInt = Field(
+        default=256,
+        description="Positions whose logits exist at one time; memory is a few times chunk_tokens x vocabulary. Moves no result.",
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _without_labels(cls, data: Any) -> Any:
-        """What follows from `word` and from hard_weight = 0 where nothing else is said."""
+        """Defaults that follow from `word` and from hard_weight = 0."""
         if not isinstance(data, Mapping):
             return data
         selection = data.get("selection")
@@ -187,7 +197,7 @@ class DistillationConfig(Config):
     def _every_key_acts(self) -> DistillationConfig:
         if self.selection.kind == "word" and self.hard_weight:
             raise ValueError(
-                f"selection.kind = word learns from the teacher alone, but hard_weight = {self.hard_weight}; leave hard_weight "
+                f"selection.kind = word learns from the teacher only, but hard_weight = {self.hard_weight}; leave hard_weight "
                 "out, or choose selection: {kind: word_and_sequence}"
             )
         if self.selection.kind == "word_and_sequence" and not self.hard_weight:

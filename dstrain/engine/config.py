@@ -1,4 +1,4 @@
-"""Optimizer, schedule and precision: the part of the engine that decides the result.
+"""Optimizer, schedule and precision: the settings of the engine that decide the result.
 
 How fast and how big (ZeRO stage, offload, buckets) stands in a DeepSpeed JSON file that `EngineConfig.deepspeed` names.
 """
@@ -18,33 +18,34 @@ class AdamConfig(Config):
     """Adam (`adam`: weight decay added to the gradient), AdamW (`adamw`: decoupled) or StableAdamW (`stable_adamw`).
 
     StableAdamW is AdamW that lowers a parameter's learning rate while its gradients outgrow their second moment, in place of
-    engine.clip_norm; its authors take an eps of 1e-6. decay: which parameters decay: `matrices` spares biases, norms and all
-    one-dimensional ones; `all` spares none.
+    engine.clip_norm; its authors take an eps of 1e-6.
     """
 
-    kind: Literal["adam", "adamw", "stable_adamw"] = "adamw"
-    learning_rate: PositiveFloat
-    betas: tuple[Beta, Beta] = (0.9, 0.98)
-    eps: PositiveFloat = 1e-8
-    weight_decay: NonNegativeFloat = 0.0
-    decay: Literal["matrices", "all"] = "matrices"
+    kind: Literal["adam", "adamw", "stable_adamw"] = Field(default="adamw", description="The algorithm.")
+    learning_rate: PositiveFloat = Field(description="The peak of the schedule.")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.98), description="Decay of the first and the second moment.")
+    eps: PositiveFloat = Field(default=1e-8, description="Added to the root of the second moment.")
+    weight_decay: NonNegativeFloat = Field(default=0.0, description="Strength of weight decay.")
+    decay: Literal["matrices", "all"] = Field(
+        default="matrices", description="Parameters that decay; matrices = without biases, norms and other vectors."
+    )
 
 
 OptimizerConfig = Annotated[AdamConfig, Field()]
 
 
 class _WarmUp(Config):
-    """warmup_steps: linear from `warmup_init` to the optimizer's learning rate."""
+    """Linear warm-up to the optimizer's learning rate."""
 
-    warmup_steps: NonNegativeInt = 0
-    warmup_init: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = Field(default=0, description="Steps of the warm-up.")
+    warmup_init: NonNegativeFloat = Field(default=0.0, description="Learning rate at its beginning.")
 
 
 class InverseSqrtSchedule(_WarmUp):
     """After warm-up, learning_rate * sqrt(warmup_steps / step)."""
 
     kind: Literal["inverse_sqrt"] = "inverse_sqrt"
-    warmup_steps: PositiveInt = 4000
+    warmup_steps: PositiveInt = Field(default=4000, description="Steps of the warm-up, which also set the speed of the decay.")
 
 
 class ConstantSchedule(_WarmUp):
@@ -54,10 +55,10 @@ class ConstantSchedule(_WarmUp):
 
 
 class FallingSchedule(_WarmUp):
-    """What schedules with an end share: after warm-up down to `final` at `total_steps`."""
+    """Base of schedules that end."""
 
-    total_steps: PositiveInt
-    final: NonNegativeFloat = 0.0
+    total_steps: PositiveInt = Field(description="Step at which the schedule ends.")
+    final: NonNegativeFloat = Field(default=0.0, description="Learning rate there.")
 
     @model_validator(mode="after")
     def _falls(self) -> FallingSchedule:
@@ -82,14 +83,14 @@ class PolynomialSchedule(FallingSchedule):
     """After warm-up, (remaining share)**power down to `final` at `total_steps`."""
 
     kind: Literal["polynomial"] = "polynomial"
-    power: PositiveFloat = 1.0
+    power: PositiveFloat = Field(default=1.0, description="Power of the remaining share; 1 is linear.")
 
 
 class WsdSchedule(FallingSchedule):
     """Warm-up, stable, decay: the learning rate itself until `decay_steps` before `total_steps`, then straight to `final`."""
 
     kind: Literal["wsd"] = "wsd"
-    decay_steps: PositiveInt
+    decay_steps: PositiveInt = Field(description="Steps of the decay, the last ones before total_steps.")
 
     @model_validator(mode="after")
     def _decays_after_warmup(self) -> WsdSchedule:
@@ -107,15 +108,15 @@ ScheduleConfig = Annotated[
 
 
 class EngineConfig(Config):
-    """deepspeed: name of a file in ds_configs/ (`zero1`) or a path. clip_norm: 0 = no clipping."""
+    """How the model is computed and distributed."""
 
-    deepspeed: str = "zero1"
-    precision: Precision = "fp32"
-    clip_norm: NonNegativeFloat = 0.0
+    deepspeed: str = Field(default="zero1", description="Name of a file in ds_configs/, or a path to a DeepSpeed JSON file.")
+    precision: Precision = Field(default="fp32", description="What the model computes in; master weights are fp32.")
+    clip_norm: NonNegativeFloat = Field(default=0.0, description="Largest L2 norm of the gradient; 0 = no clipping.")
 
 
 class EmaConfig(Config):
-    """An exponential moving average of the weights, updated after each step from `start_step` on; bundles hold it."""
+    """An exponential moving average of the weights, updated after each step; bundles hold it."""
 
-    decay: float = Field(gt=0, lt=1)
-    start_step: NonNegativeInt = 0
+    decay: float = Field(gt=0, lt=1, description="Share of the average that stays at each update.")
+    start_step: NonNegativeInt = Field(default=0, description="Step of the first update.")

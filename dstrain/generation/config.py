@@ -10,33 +10,33 @@ from dstrain.config_base import Config
 
 
 class _Limits(Config):
-    """What both methods share.
+    """The fields of both methods.
 
-    max_length_ratio, max_length_offset: a hypothesis has at most ratio * source length + offset tokens before EOS, and never
-    more than the model allows; source length counts its EOS, and where the source is empty that of the prefix takes its place.
-    min_length: tokens before EOS. num_best: hypotheses returned.
-    unk_penalty is subtracted from the log-probability of <unk>. max_tokens: decoder rows x (source + prefix) length of one batch.
+    A hypothesis has at most ratio x source length + offset tokens before EOS, and never more than the model allows. The source
+    length includes its EOS; if the source is empty, the prefix's length counts instead.
     """
 
-    max_length_ratio: NonNegativeFloat = 1.2
-    max_length_offset: NonNegativeInt = 10
-    min_length: NonNegativeInt = 1
-    num_best: PositiveInt = 1
-    temperature: PositiveFloat = 1.0
-    unk_penalty: float = 0.0
-    no_repeat_ngram: NonNegativeInt = 0
-    length_penalty: float = 1.0
-    score: Literal["normalized", "sum"] = "normalized"
-    max_tokens: PositiveInt = 12_000
+    max_length_ratio: NonNegativeFloat = Field(default=1.2, description="Ratio of the length limit.")
+    max_length_offset: NonNegativeInt = Field(default=10, description="Offset of the length limit, in tokens.")
+    min_length: NonNegativeInt = Field(default=1, description="Least tokens before EOS.")
+    num_best: PositiveInt = Field(default=1, description="Hypotheses returned.")
+    temperature: PositiveFloat = Field(default=1.0, description="Divides the logits.")
+    unk_penalty: float = Field(default=0.0, description="Subtracted from the log-probability of <unk>.")
+    no_repeat_ngram: NonNegativeInt = Field(default=0, description="Length of n-grams that may not occur twice; 0 = any may.")
+    length_penalty: float = Field(default=1.0, description="A normalized score is divided by length ** length_penalty.")
+    score: Literal["normalized", "sum"] = Field(
+        default="normalized", description="sum = the log-probability of the hypothesis; normalized = that by its length."
+    )
+    max_tokens: PositiveInt = Field(default=12_000, description="Decoder rows x (source + prefix) length of one batch.")
 
 
 class BeamSearchConfig(_Limits):
-    """Beam search; beam_size 1 is greedy. groups > 1 is diverse beam search with `diversity` as its strength."""
+    """Beam search."""
 
     kind: Literal["beam"] = "beam"
-    beam_size: PositiveInt = 5
-    groups: PositiveInt = 1
-    diversity: NonNegativeFloat = 0.5
+    beam_size: PositiveInt = Field(default=5, description="Hypotheses kept at each step; 1 is greedy search.")
+    groups: PositiveInt = Field(default=1, description="More than 1: diverse beam search with so many groups.")
+    diversity: NonNegativeFloat = Field(default=0.5, description="Strength of diverse beam search.")
 
     @model_validator(mode="after")
     def _sizes(self) -> BeamSearchConfig:
@@ -48,12 +48,14 @@ class BeamSearchConfig(_Limits):
 
 
 class SamplingConfig(_Limits):
-    """`num_best` independent samples. top_k: only the k best tokens; top_p: the smallest set with more than that mass."""
+    """`num_best` independent samples."""
 
     kind: Literal["sampling"] = "sampling"
-    top_k: PositiveInt | None = None
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    seed: NonNegativeInt = 1
+    top_k: PositiveInt | None = Field(default=None, description="Sample from the k most probable tokens; null = all.")
+    top_p: float | None = Field(
+        default=None, gt=0, le=1, description="Sample from the smallest set with more than this mass; null = all."
+    )
+    seed: NonNegativeInt = Field(default=1, description="Decides the samples.")
 
 
 GenerationConfig = Annotated[BeamSearchConfig | SamplingConfig, Field(discriminator="kind")]

@@ -1,4 +1,4 @@
-"""The architecture of a model: parts chosen by `kind`, no flags that touch one another."""
+"""The architecture of a model: modules chosen by `kind`, no flags that touch one another."""
 
 from __future__ import annotations
 
@@ -38,38 +38,39 @@ class NoScaling(Config):
 
 
 class LinearScaling(Config):
-    """Positions divided by `factor` (position interpolation, Chen et al. 2023)."""
+    """Position interpolation (Chen et al. 2023)."""
 
     kind: Literal["linear"] = "linear"
-    factor: float = Field(ge=1)
+    factor: float = Field(ge=1, description="Positions are divided by it.")
 
 
 class DynamicNtkScaling(Config):
-    """Sequences of L > M = original_length tokens turn by the base theta * (factor L / M - (factor - 1))^(d / (d - 2)).
+    """Sequences of L > M = original_length tokens rotate by the base theta * (factor L / M - (factor - 1))^(d / (d - 2)).
 
-    L is a sequence's own length, whatever the batch around it.
+    L is the length of the sequence itself, not of its batch.
     """
 
     kind: Literal["dynamic_ntk"] = "dynamic_ntk"
-    factor: float = Field(default=1.0, ge=1)
-    original_length: PositiveInt
+    factor: float = Field(default=1.0, ge=1, description="How fast the base grows with L / original_length.")
+    original_length: PositiveInt = Field(description="Length in tokens up to which nothing is scaled.")
 
 
 class YarnScaling(Config):
-    """YaRN (Peng et al. 2023): slow frequencies are divided by `factor`, fast ones kept, a ramp between; see ops/rotary.py.
-
-    original_length: what the model was trained with. beta_fast, beta_slow: turns within it from which on a frequency is kept, and
-    up to which it is divided. extrapolation_factor: how much of the fast ones is kept. attention_factor: multiplies the paper's
-    0.1 ln(factor) + 1 on queries and keys alike.
-    """
+    """YaRN (Peng et al. 2023): low frequencies are interpolated, high ones kept, with a ramp between; see ops/rotary.py."""
 
     kind: Literal["yarn"] = "yarn"
-    factor: float = Field(ge=1)
-    original_length: PositiveInt
-    beta_fast: float = Field(default=32.0, gt=0)
-    beta_slow: float = Field(default=1.0, gt=0)
-    extrapolation_factor: float = Field(default=1.0, ge=0)
-    attention_factor: float = Field(default=1.0, gt=0)
+    factor: float = Field(ge=1, description="Context extension: the low frequencies are divided by it.")
+    original_length: PositiveInt = Field(description="Length in tokens that the model was trained with.")
+    beta_fast: float = Field(
+        default=32.0, gt=0, description="Frequencies with more rotations than this over original_length are kept."
+    )
+    beta_slow: float = Field(
+        default=1.0, gt=0, description="Frequencies with fewer rotations than this over original_length are divided by factor."
+    )
+    extrapolation_factor: float = Field(default=1.0, ge=0, description="Share of the high frequencies that is kept.")
+    attention_factor: float = Field(
+        default=1.0, gt=0, description="Multiplies the paper's 0.1 ln(factor) + 1 on queries and on keys."
+    )
 
     @model_validator(mode="after")
     def _slow_below_fast(self) -> YarnScaling:
@@ -79,14 +80,13 @@ class YarnScaling(Config):
 
 
 class DynamicYarnScaling(YarnScaling):
-    """YaRN whose factor follows the length L of each sequence: the larger of `factor` and L / from_length.
-
-    from_length: the length beyond which the factor grows; `original_length` if left out.
-    """
+    """YaRN whose factor follows the length L of each sequence: the larger of `factor` and L / from_length."""
 
     kind: Literal["dynamic_yarn"] = "dynamic_yarn"  # type: ignore[assignment]
-    factor: float = Field(default=1.0, ge=1)
-    from_length: PositiveInt | None = None
+    factor: float = Field(default=1.0, ge=1, description="The least factor, also of short sequences.")
+    from_length: PositiveInt | None = Field(
+        default=None, description="Length in tokens beyond which the factor grows; null = original_length."
+    )
 
 
 ScalingConfig = Annotated[
@@ -95,37 +95,35 @@ ScalingConfig = Annotated[
 
 
 class RotaryPosition(Config):
-    """Queries and keys of self-attention turn with their position (RoPE, Su et al. 2021).
-
-    fraction: of each head's features that turn, the first ones. layout: which features form a pair: `half_split` i and i + d/2
-    (Llama), `interleaved` 2i and 2i + 1.
-    """
+    """Queries and keys of self-attention are rotated by their position (RoPE, Su et al. 2021)."""
 
     kind: Literal["rotary"] = "rotary"
-    theta: float = Field(default=10000.0, gt=1)
-    fraction: float = Field(default=1.0, gt=0, le=1)
-    layout: Literal["half_split", "interleaved"] = "half_split"
-    scaling: ScalingConfig = Field(default_factory=NoScaling)
+    theta: float = Field(default=10000.0, gt=1, description="Base of the frequencies.")
+    fraction: float = Field(default=1.0, gt=0, le=1, description="Share of each head's features that is rotated, the first ones.")
+    layout: Literal["half_split", "interleaved"] = Field(
+        default="half_split", description="Features of a pair: half_split = i and i + d/2 (Llama), interleaved = 2i and 2i + 1."
+    )
+    scaling: ScalingConfig = Field(default_factory=NoScaling, description="How longer contexts than the trained one are reached.")
 
-    def turning(self, head_dim: int) -> int:
-        """How many of a head's features turn. ValueError unless that is an even number."""
+    def rotated_features(self, head_dim: int) -> int:
+        """How many of a head's features are rotated. ValueError unless that is an even number."""
         features = head_dim * self.fraction
         if features != int(features) or features % 2:
             raise ValueError(
-                f"position.fraction = {self.fraction} turns {features:g} of a head's {head_dim} features, which form no pairs; "
+                f"position.fraction = {self.fraction} rotates {features:g} of a head's {head_dim} features, which form no pairs; "
                 "choose num_heads and fraction so that this is an even number"
             )
         return int(features)
 
 
 class AlibiPosition(Config):
-    """Attention scores fall with distance, by a slope of each head (ALiBi, Press et al. 2022); nothing in cross-attention.
-
-    encoder: `symmetric`, -slope |i - j|; `asymmetric`, half a step less to what comes later; `none`, no position in the encoder.
-    """
+    """Attention scores fall linearly with distance, by a slope per head (ALiBi, Press et al. 2022); not in cross-attention."""
 
     kind: Literal["alibi"] = "alibi"
-    encoder: Literal["symmetric", "asymmetric", "none"] = "symmetric"
+    encoder: Literal["symmetric", "asymmetric", "none"] = Field(
+        default="symmetric",
+        description="symmetric = -slope |i - j|; asymmetric = half a step less for later tokens; none = no position there.",
+    )
 
 
 class DecoderOnlyAlibiPosition(Config):
@@ -143,28 +141,28 @@ class LayerNormConfig(Config):
     """Layer normalization with weight and bias."""
 
     kind: Literal["layer_norm"] = "layer_norm"
-    eps: float = Field(default=1e-5, gt=0)
+    eps: float = Field(default=1e-5, gt=0, description="Added to the variance.")
 
 
 class RmsNormConfig(Config):
     """Division by the root mean square, with a weight and no bias (Zhang and Sennrich 2019)."""
 
     kind: Literal["rms_norm"] = "rms_norm"
-    eps: float = Field(default=1e-5, gt=0)
+    eps: float = Field(default=1e-5, gt=0, description="Added to the mean square.")
 
 
 NormConfig = Annotated[LayerNormConfig | RmsNormConfig, Field(discriminator="kind")]
 
 
 class _Embedding(Config):
-    """scale: multiply by sqrt(model_dim). norm: normalize the sum of token and position.
+    """Settings of every embedding."""
 
-    tie: `all` = source, target and output share one matrix; `decoder` = target and output; `none` = three matrices.
-    """
-
-    scale: bool = True
-    norm: bool = False
-    tie: Literal["all", "decoder", "none"] = "none"
+    scale: bool = Field(default=True, description="Multiply token vectors by sqrt(model_dim).")
+    norm: bool = Field(default=False, description="Normalize the sum of token and position.")
+    tie: Literal["all", "decoder", "none"] = Field(
+        default="none",
+        description="Shared matrices: all = source, target and output; decoder = target and output; none = three matrices.",
+    )
 
 
 class PlainEmbedding(_Embedding):
@@ -174,37 +172,39 @@ class PlainEmbedding(_Embedding):
 
 
 class FactorizedEmbedding(_Embedding):
-    """A vector of `dim` per token, an activation, and a linear map to `model_dim`.
+    """A vector of `dim` per token, an activation, and a linear map without bias to `model_dim`.
 
-    A tied output goes back through both: the map transposed, then the vectors transposed, without the activation.
+    A tied output goes back through both factors transposed, without the activation.
     """
 
     kind: Literal["factorized"] = "factorized"
-    dim: PositiveInt
-    activation: Activation = "linear"
+    dim: PositiveInt = Field(description="Width of the token vectors.")
+    activation: Activation = Field(default="linear", description="Between the token vectors and the map to model_dim.")
 
 
 EmbeddingConfig = Annotated[PlainEmbedding | FactorizedEmbedding, Field(discriminator="kind")]
 
 
 class StackConfig(Config):
-    """A stack of layers.
+    """A stack of layers."""
 
-    depth: layer passes. unique_layers: how many layers there are, which the passes go through in turns (recurrent stacking);
-    left out, every pass has a layer of its own. num_kv_heads: heads of keys and values in self-attention (GQA; 1 is MQA), as many
-    as num_heads if left out. feed_forward: `plain` down(act(up x)); `gated` down(act(gate x) * up x), without biases (GLU).
-    final_norm: `auto` = a norm after the last layer exactly when norms come first (pre). layer_drop: probability of skipping a
-    layer pass in training.
-    """
-
-    depth: PositiveInt
-    unique_layers: PositiveInt | None = None
-    num_heads: PositiveInt
-    num_kv_heads: PositiveInt | None = None
-    ffn_dim: PositiveInt
-    feed_forward: Literal["plain", "gated"] = "plain"
-    layer_drop: Probability = 0.0
-    final_norm: Literal["auto", "yes", "no"] = "auto"
+    depth: PositiveInt = Field(description="Layer passes.")
+    unique_layers: PositiveInt | None = Field(
+        default=None,
+        description="Number of layers that the passes cycle through (recurrent stacking); null = every pass has its own layer.",
+    )
+    num_heads: PositiveInt = Field(description="Attention heads; a divisor of model_dim.")
+    num_kv_heads: PositiveInt | None = Field(
+        default=None, description="Heads of keys and values in self-attention (GQA; 1 = MQA); null = num_heads."
+    )
+    ffn_dim: PositiveInt = Field(description="Inner width of the feed-forward network.")
+    feed_forward: Literal["plain", "gated"] = Field(
+        default="plain", description="plain = down(act(up x)); gated = down(act(gate x) * up x), without biases (GLU)."
+    )
+    layer_drop: Probability = Field(default=0.0, description="Probability of skipping a layer pass in training.")
+    final_norm: Literal["auto", "yes", "no"] = Field(
+        default="auto", description="A norm after the last layer; auto = if norm_order is pre."
+    )
 
     @property
     def schedule(self) -> list[int]:
@@ -228,15 +228,19 @@ class StackConfig(Config):
 
 
 class DecoderOnlyStackConfig(StackConfig):
-    """output_activation: applied to what the vocabulary projection reads; left out, none."""
+    """A decoder without cross-attention."""
 
-    output_activation: Activation | None = None
+    output_activation: Activation | None = Field(
+        default=None, description="Applied to the features that the vocabulary matrix reads; null = none."
+    )
 
 
 class DecoderStackConfig(DecoderOnlyStackConfig):
-    """num_cross_kv_heads: heads of keys and values in cross-attention, as many as num_heads if left out."""
+    """A decoder with cross-attention."""
 
-    num_cross_kv_heads: PositiveInt | None = None
+    num_cross_kv_heads: PositiveInt | None = Field(
+        default=None, description="Heads of keys and values in cross-attention; null = num_heads."
+    )
 
     def kv_heads(self) -> dict[str, int]:
         """Heads of keys and values by the key that sets them."""
@@ -244,21 +248,21 @@ class DecoderStackConfig(DecoderOnlyStackConfig):
 
 
 class TransformerParts(Config):
-    """What encoder-decoder and decoder-only models share. Vocabulary sizes come from the tokenizer, never from here."""
+    """Fields of encoder-decoder and decoder-only models. Vocabulary sizes come from the tokenizer, never from here."""
 
-    model_dim: PositiveInt
-    norm_order: Literal["pre", "post"] = "post"
-    norm: NormConfig = Field(default_factory=LayerNormConfig)
-    activation: Activation = "relu"
-    embedding: EmbeddingConfig = Field(default_factory=PlainEmbedding)
-    dropout: Probability = 0.1
-    attention_dropout: Probability = 0.0
-    activation_dropout: Probability = 0.0
-    max_target_length: PositiveInt = 1024
+    model_dim: PositiveInt = Field(description="Width of the hidden states.")
+    norm_order: Literal["pre", "post"] = Field(default="post", description="Norms before each sub-layer, or after it.")
+    norm: NormConfig = Field(default_factory=LayerNormConfig, description="Normalization of all layers.")
+    activation: Activation = Field(default="relu", description="Of the feed-forward networks.")
+    embedding: EmbeddingConfig = Field(default_factory=PlainEmbedding, description="Token vectors and the vocabulary matrix.")
+    dropout: Probability = Field(default=0.1, description="On embeddings and on the output of each sub-layer.")
+    attention_dropout: Probability = Field(default=0.0, description="On attention probabilities.")
+    activation_dropout: Probability = Field(default=0.0, description="Inside the feed-forward networks.")
+    max_target_length: PositiveInt = Field(default=1024, description="Longest target in tokens, EOS included.")
 
 
 class LengthLimits(NamedTuple):
-    """The most tokens that a model reads of a side, EOS or start token counted. joint: `target` is for both sides together."""
+    """The longest sequences that a model reads, EOS or start token included. joint: `target` is for both sides together."""
 
     source: int
     target: int
@@ -278,10 +282,10 @@ class EncoderDecoderConfig(TransformerParts):
     """A transformer with an encoder, a decoder and cross-attention."""
 
     kind: Literal["encoder_decoder"] = "encoder_decoder"
-    position: PositionConfig = Field(default_factory=SinusoidalPosition)
-    encoder: StackConfig
-    decoder: DecoderStackConfig
-    max_source_length: PositiveInt = 1024
+    position: PositionConfig = Field(default_factory=SinusoidalPosition, description="How the model knows token order.")
+    encoder: StackConfig = Field(description="The stack that reads the source.")
+    decoder: DecoderStackConfig = Field(description="The stack that predicts the target.")
+    max_source_length: PositiveInt = Field(default=1024, description="Longest source in tokens, EOS included.")
 
     @property
     def limits(self) -> LengthLimits:
@@ -295,15 +299,14 @@ class EncoderDecoderConfig(TransformerParts):
 
 
 class DecoderOnlyConfig(TransformerParts):
-    """A causal language model. A source, where there is one, is text that the target goes on from.
-
-    max_target_length: tokens of source and target together.
-    """
+    """A causal language model. A source, if there is one, is text that the target continues."""
 
     kind: Literal["decoder_only"] = "decoder_only"
-    position: DecoderOnlyPositionConfig = Field(default_factory=SinusoidalPosition)
-    decoder: DecoderOnlyStackConfig
-    max_target_length: PositiveInt = 2048
+    position: DecoderOnlyPositionConfig = Field(
+        default_factory=SinusoidalPosition, description="How the model knows token order."
+    )
+    decoder: DecoderOnlyStackConfig = Field(description="The only stack.")
+    max_target_length: PositiveInt = Field(default=2048, description="Longest sequence in tokens, source and target together.")
 
     @property
     def limits(self) -> LengthLimits:
@@ -323,7 +326,7 @@ def _check_heads(model_dim: int, position: Config, stacks: Mapping[str, StackCon
         if model_dim % stack.num_heads:
             raise ValueError(f"{side}.num_heads = {stack.num_heads} does not divide model_dim = {model_dim}; choose a divisor")
         if isinstance(position, RotaryPosition):
-            position.turning(model_dim // stack.num_heads)
+            position.rotated_features(model_dim // stack.num_heads)
 
 
 ModelConfig = Annotated[EncoderDecoderConfig | DecoderOnlyConfig, Field(discriminator="kind")]
@@ -332,7 +335,7 @@ ModelConfig = Annotated[EncoderDecoderConfig | DecoderOnlyConfig, Field(discrimi
 class VocabularySizes(Config):
     """Rows of the embedding matrices and the ids that the model must know, taken from the tokenizers."""
 
-    source: PositiveInt
-    target: PositiveInt
-    pad_id: int = 1
-    eos_id: int = 2
+    source: PositiveInt = Field(description="Entries of the source vocabulary.")
+    target: PositiveInt = Field(description="Entries of the target vocabulary.")
+    pad_id: int = Field(default=1, description="Id of padding.")
+    eos_id: int = Field(default=2, description="Id of the end of a sequence, which also starts a target.")

@@ -21,7 +21,7 @@ from dstrain.ops.rotary import Yarn, frequencies, ntk_theta, yarn_attention_scal
 
 def build_rotary(config: RotaryPosition, head_dim: int) -> RotaryPart:
     """The rotary positions of heads of `head_dim` features."""
-    dim, theta, layout = config.turning(head_dim), config.theta, config.layout
+    dim, theta, layout = config.rotated_features(head_dim), config.theta, config.layout
     match config.scaling:
         case NoScaling():
             return Rotary(RotaryFrequencies(frequencies(dim, theta), 1.0), layout)

@@ -12,18 +12,17 @@ from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 
 
 class TrainingConfig(Config):
-    """seed decides order, initial weights and dropout. Training ends at the first limit reached; at least one is given.
+    """Training ends at the first limit reached; at least one is given."""
 
-    max_hours: over all resumes of a run. hang_seconds: a rank without progress for so long prints where it hangs, and ends
-    after as long again; 0 = never.
-    """
-
-    seed: NonNegativeInt = 1
-    max_steps: PositiveInt | None = None
-    max_epochs: PositiveInt | None = None
-    max_hours: PositiveFloat | None = None
-    ema: EmaConfig | None = None
-    hang_seconds: NonNegativeInt = 600
+    seed: NonNegativeInt = Field(default=1, description="Decides order, initial weights and dropout.")
+    max_steps: PositiveInt | None = Field(default=None, description="Optimizer steps; null = no limit.")
+    max_epochs: PositiveInt | None = Field(default=None, description="Passes over the training data; null = no limit.")
+    max_hours: PositiveFloat | None = Field(default=None, description="Hours over all resumes of a run; null = no limit.")
+    ema: EmaConfig | None = Field(default=None, description="Moving average of the weights; null = none.")
+    hang_seconds: NonNegativeInt = Field(
+        default=600,
+        description="A rank without progress for this long prints its stacks, and ends after as long again; 0 = never.",
+    )
 
     @model_validator(mode="after")
     def _ends(self) -> TrainingConfig:
@@ -33,18 +32,20 @@ class TrainingConfig(Config):
 
 
 class ValidationConfig(Config):
-    """When and how the `valid` split is scored.
+    """When and how the `valid` split is scored."""
 
-    every: how many steps or epochs. metric: what chooses the best bundle; `bleu` and `chrf` need `generation`. patience: stop
-    after so many validations without improvement. run_sanity_validation: one full validation before the first step.
-    """
-
-    unit: Literal["steps", "epochs"] = "epochs"
-    every: PositiveInt = 1
-    metric: Literal["loss", "bleu", "chrf"] = "loss"
-    generation: GenerationConfig | None = Field(default_factory=BeamSearchConfig)
-    patience: PositiveInt | None = None
-    run_sanity_validation: bool = False
+    unit: Literal["steps", "epochs"] = Field(default="epochs", description="Unit of `every`.")
+    every: PositiveInt = Field(default=1, description="Interval between validations.")
+    metric: Literal["loss", "bleu", "chrf"] = Field(
+        default="loss", description="Chooses the best bundle; bleu and chrf need generation."
+    )
+    generation: GenerationConfig | None = Field(
+        default_factory=BeamSearchConfig, description="How the split is translated for BLEU and chrF; null = not at all."
+    )
+    patience: PositiveInt | None = Field(
+        default=None, description="Validations without improvement after which training stops; null = never."
+    )
+    run_sanity_validation: bool = Field(default=False, description="One full validation before the first step.")
 
     @model_validator(mode="after")
     def _metric_is_made(self) -> ValidationConfig:
@@ -54,28 +55,25 @@ class ValidationConfig(Config):
 
 
 class CheckpointConfig(Config):
-    """A checkpoint (for resuming) and a bundle (weights alone) are written every so many steps or epochs, and at the end.
+    """When a checkpoint (for resuming) and a bundle (the model) are written, besides at the end."""
 
-    keep_checkpoints, keep_bundles: how many of the newest stay; the best bundle always stays.
-    """
-
-    unit: Literal["steps", "epochs"] = "epochs"
-    every: PositiveInt = 1
-    keep_checkpoints: PositiveInt = 2
-    keep_bundles: PositiveInt = 1
+    unit: Literal["steps", "epochs"] = Field(default="epochs", description="Unit of `every`.")
+    every: PositiveInt = Field(default=1, description="Interval between checkpoints.")
+    keep_checkpoints: PositiveInt = Field(default=2, description="How many of the newest checkpoints stay.")
+    keep_bundles: PositiveInt = Field(default=1, description="How many of the newest bundles stay, besides the best one.")
 
 
 class WandbConfig(Config):
-    """Weights & Biases; `offline` needs no account."""
+    """Weights & Biases."""
 
-    project: str
-    name: str | None = None
-    mode: Literal["online", "offline"] = "online"
+    project: str = Field(description="Its project.")
+    name: str | None = Field(default=None, description="Its name of the run; null = chosen there.")
+    mode: Literal["online", "offline"] = Field(default="online", description="offline needs no account.")
 
 
 class ReportingConfig(Config):
-    """log_every: steps between training events in RUN/events.jsonl, from which all other outputs are made."""
+    """What is written of a run. RUN/events.jsonl holds every number; all other outputs are made from it."""
 
-    log_every: PositiveInt = 50
-    tensorboard: bool = False
-    wandb: WandbConfig | None = None
+    log_every: PositiveInt = Field(default=50, description="Steps between training events.")
+    tensorboard: bool = Field(default=False, description="Write TensorBoard files into RUN/tensorboard.")
+    wandb: WandbConfig | None = Field(default=None, description="Report to Weights & Biases; null = not.")

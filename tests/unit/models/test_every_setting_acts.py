@@ -200,8 +200,8 @@ def test_every_field_was_changed() -> None:
 
 
 REFUSED: list[tuple[Tree, str]] = [
-    ({"position": {"kind": "rotary", "fraction": 0.4}}, "position.fraction = 0.4 turns 3.2 of a head's 8 features"),
-    ({"model_dim": 18, "position": {"kind": "rotary"}}, "turns 9 of a head's 9 features, which form no pairs"),
+    ({"position": {"kind": "rotary", "fraction": 0.4}}, "position.fraction = 0.4 rotates 3.2 of a head's 8 features"),
+    ({"model_dim": 18, "position": {"kind": "rotary"}}, "rotates 9 of a head's 9 features, which form no pairs"),
     ({"decoder": {"num_heads": 3}}, "decoder.num_heads = 3 does not divide model_dim = 16"),
     ({"decoder": {"num_heads": 4, "num_kv_heads": 3}}, "num_kv_heads = 3 does not divide num_heads = 4"),
     ({"decoder": {"unique_layers": 3}}, "unique_layers = 3 exceeds depth = 2"),
