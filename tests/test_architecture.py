@@ -16,7 +16,7 @@ LAYERS = [
     {"objectives", "generation"},
     {"engine", "checkpoint", "distillation"},
     {"training", "evaluation", "estimate", "launch"},
-    {"recipe", "recipe_file"},
+    {"recipe", "recipe_file", "recipe_reference"},
     {"api", "build", "interop"},
     {"cli", "serving", "__main__"},
 ]

@@ -9,9 +9,12 @@ from dstrain.recipe import Recipe
 from dstrain.recipe_file import load_recipe
 
 
-def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """RECIPE and --set."""
-    parser.add_argument("recipe", metavar="RECIPE", help="a shipped recipe (translation/multi30k_tiny) or a YAML file")
+    count = None if required else "?"
+    parser.add_argument(
+        "recipe", metavar="RECIPE", nargs=count, help="a shipped recipe (translation/multi30k_tiny) or a YAML file"
+    )
     parser.add_argument(
         "--set",
         dest="overrides",

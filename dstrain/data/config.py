@@ -49,7 +49,7 @@ class GrammarText(Config):
 class FairseqIds(Config):
     """Output of `fairseq-preprocess`: PREFIX.bin and PREFIX.idx of each side, ids of the dictionaries that `tokenizer` names.
 
-    Inside a sentence <s>, <pad> and </s> are read as <unk>, as in text.
+    Inside a sentence `<s>`, `<pad>` and `</s>` are read as `<unk>`, as in text.
     """
 
     kind: Literal["fairseq"] = "fairseq"
@@ -87,7 +87,7 @@ def has_no_source(sources: Iterable[TextSource]) -> bool:
 
 
 class TrainedSentencePiece(Config):
-    """Train SentencePiece on the training text. Ids 0-3 are <s> <pad> </s> <unk>, then `user_symbols`, `tags`, then pieces.
+    """Train SentencePiece on the training text. Ids 0-3 are `<s> <pad> </s> <unk>`, then `user_symbols`, `tags`, then pieces.
 
     The memory of `prepare` grows with the corpus up to `max_training_lines`, and not beyond.
     """

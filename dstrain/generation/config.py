@@ -21,7 +21,7 @@ class _Limits(Config):
     min_length: NonNegativeInt = Field(default=1, description="Least tokens before EOS.")
     num_best: PositiveInt = Field(default=1, description="Hypotheses returned.")
     temperature: PositiveFloat = Field(default=1.0, description="Divides the logits.")
-    unk_penalty: float = Field(default=0.0, description="Subtracted from the log-probability of <unk>.")
+    unk_penalty: float = Field(default=0.0, description="Subtracted from the log-probability of `<unk>`.")
     no_repeat_ngram: NonNegativeInt = Field(default=0, description="Length of n-grams that may not occur twice; 0 = any may.")
     length_penalty: float = Field(default=1.0, description="A normalized score is divided by length ** length_penalty.")
     score: Literal["normalized", "sum"] = Field(

@@ -41,7 +41,7 @@ def _explain_one(detail: Any, model: type[BaseModel]) -> str:
 def _tags_at(owner: type[BaseModel] | None, path: Sequence[str]) -> str:
     if owner is None or path[-1] not in owner.model_fields:
         return "the documented kinds"
-    kinds = _members(owner.model_fields[path[-1]].annotation)
+    kinds = union_members(owner.model_fields[path[-1]].annotation)
     return ", ".join(repr(kind.model_fields["kind"].default) for kind in kinds if "kind" in kind.model_fields)
 
 
@@ -51,7 +51,7 @@ def _follow(location: Sequence[str | int], model: type[BaseModel]) -> tuple[list
     annotation: Any = model
     owner: type[BaseModel] | None = model
     for step in location:
-        candidates = _members(annotation)
+        candidates = union_members(annotation)
         tagged = [c for c in candidates if "kind" in c.model_fields and c.model_fields["kind"].default == step]
         if tagged and len(candidates) > 1:
             annotation = tagged[0]
@@ -61,11 +61,11 @@ def _follow(location: Sequence[str | int], model: type[BaseModel]) -> tuple[list
         if owner is not None and step in owner.model_fields:
             annotation = owner.model_fields[str(step)].annotation
         else:
-            annotation = _element(annotation)
+            annotation = element_type(annotation)
     return path, owner
 
 
-def _members(annotation: Any) -> list[type[BaseModel]]:
+def union_members(annotation: Any) -> list[type[BaseModel]]:
     """The models that an annotation admits directly (through Annotated, unions and None)."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
@@ -75,10 +75,10 @@ def _members(annotation: Any) -> list[type[BaseModel]]:
     arguments = typing.get_args(annotation)
     if origin is typing.Annotated:
         arguments = arguments[:1]
-    return [member for argument in arguments for member in _members(argument)]
+    return [member for argument in arguments for member in union_members(argument)]
 
 
-def _element(annotation: Any) -> Any:
+def element_type(annotation: Any) -> Any:
     """What a tuple, list or dict holds."""
     arguments = [argument for argument in typing.get_args(annotation) if argument is not Ellipsis]
     return arguments[-1] if arguments else None
