@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -140,4 +140,20 @@ class TextTokenizer(Protocol):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over everything that decides text -> ids."""
+        ...
+
+
+class WeightSource(Protocol):
+    """Tensors by canonical name. Values are the same on every rank and at every read."""
+
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor, without reading its values."""
+        ...
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU. It may share memory with the source, so the caller copies it before changing it."""
         ...

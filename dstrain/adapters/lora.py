@@ -1,14 +1,15 @@
 """Put adapters into a built model, and take them into its weights for good.
 
-`inject` replaces parts of a model that was made with separate projections; `merged` does to weights on disk what the adapted
-parts do in a forward pass. Paths are those of portable weights: `decoder.layers.3.cross_attention.q_proj`, without the name of
-the block of projections in between.
+`inject` replaces modules of a model that was made with separate projections, and may be on the meta device; `merged` does to
+weights on disk what the adapted modules do in a forward pass. Paths are those of canonical names:
+`decoder.layers.3.cross_attention.q_proj`, without the name of the block of projections in between.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
@@ -20,134 +21,165 @@ from dstrain.adapters.parts import LoraEmbedding, LoraLinear, LoraProjection, Lo
 from dstrain.errors import BundleError, RecipeError
 from dstrain.nn.embedding import Projection, TokenEmbedding
 from dstrain.nn.linear import FusedLinear, Linear, SeparateLinear
+from dstrain.protocols import WeightSource
 from dstrain.seeding import derive_seed
 
-Part = Linear | TokenEmbedding | Projection
+Adaptable = Linear | TokenEmbedding | Projection
 A, B, MAGNITUDE = ".lora_a", ".lora_b", ".lora_magnitude"
-"""Ends of the names of an adapter's tensors; what stands before them is the path of the part."""
+"""Ends of the names of an adapter's tensors; what stands before them is the path of the module."""
 
 
 class AdapterTarget(NamedTuple):
-    """A part that may be adapted. path: its portable path; owner, name: where the model holds it. Shared parts have several."""
+    """A module that may be adapted; a shared one has several targets. path: canonical; owner, name: parent and attribute."""
 
     path: str
     owner: nn.Module
     name: str
-    part: Part
+    module: Adaptable
 
 
 def adapter_targets(model: nn.Module) -> list[AdapterTarget]:
-    """All parts of a model that may be adapted, in the order of its parameters."""
-    found = []
-    for full_path, part in model.named_modules(remove_duplicate=False):
-        if isinstance(part, FusedLinear):
+    """All modules of a model that may be adapted, in the order of its parameters."""
+    targets = []
+    for full_path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, FusedLinear):
             raise ValueError(f"{full_path} is fused; build the model with projections='separate' to adapt it")
-        if isinstance(part, Linear | TokenEmbedding | Projection):
+        if isinstance(module, Linear | TokenEmbedding | Projection):
             parent, _, name = full_path.rpartition(".")
             owner = model.get_submodule(parent)
             parent = parent.rpartition(".")[0] if isinstance(owner, SeparateLinear) else parent
-            found.append(AdapterTarget(f"{parent}.{name}".removeprefix("."), owner, name, part))
-    return found
+            targets.append(AdapterTarget(f"{parent}.{name}".removeprefix("."), owner, name, module))
+    return targets
 
 
-def inject(model: nn.Module, config: LoraConfig, *, seed: int) -> None:
-    """Adapt the targets of `config` in place; the model computes what it did before, bit for bit.
+def inject(model: nn.Module, config: LoraConfig, base: WeightSource, *, seed: int) -> WeightSource:
+    """Adapt the targets of `config` in place; returns the weights of the adapted model: those of `base` and a fresh adapter.
 
-    model: holds the base's weights. seed: decides the adapters' initial values, with their paths. RecipeError where a target
-    matches nothing or a setting would change nothing in this model.
+    With them the model computes what the base does, bit for bit; until they are loaded, the adapter has no values. seed: decides
+    the adapter's initial values, with their paths. RecipeError if a target matches nothing or a setting would change nothing in
+    this model.
     """
-    everything = adapter_targets(model)
-    first = {target.part.weight: target.path for target in reversed(everything)}
+    targets = adapter_targets(model)
+    path_of = {target.module.weight: target.path for target in reversed(targets)}  # of a tied matrix, the first
     adapters = {
-        weight: _fresh(weight, config, derive_seed(seed, f"adapter {first[weight]}"), table=_is_table(everything, weight))
-        for weight in dict.fromkeys(target.part.weight for target in select(everything, config.targets))
+        weight: _empty(weight, config)
+        for weight in dict.fromkeys(target.module.weight for target in select(targets, config.targets))
     }
     replaced: dict[nn.Module, nn.Module] = {}
-    for target in everything:
-        if target.part not in replaced:
-            replaced[target.part] = _adapted(target.part, adapters, config)
-        setattr(target.owner, target.name, replaced[target.part])
-    if config.dropout and not any(isinstance(part, LoraLinear) for part in replaced.values()):
+    for target in targets:
+        if target.module not in replaced:
+            replaced[target.module] = _adapted(target.module, adapters, config)
+        setattr(target.owner, target.name, replaced[target.module])
+    if config.dropout and not any(isinstance(module, LoraLinear) for module in replaced.values()):
         raise RecipeError(
             f"adapter.dropout = {config.dropout} does nothing: it acts on adapters of linear maps, and no target is one; set 0"
         )
+    shapes = {
+        f"{path_of[weight]}{end}": tuple(tensor.shape)
+        for weight, low_rank in adapters.items()
+        for end, tensor in zip((A, B, MAGNITUDE), low_rank, strict=True)
+        if tensor is not None
+    }
+    return FreshAdapter(base, shapes, seed)
 
 
-def select(everything: Sequence[AdapterTarget], targets: Sequence[str]) -> list[AdapterTarget]:
-    """The places that the targets name, in order. RecipeError names each target that matches none, and what there is."""
-    unmatched = [pattern for pattern in targets if not any(_matches(pattern, target.path) for target in everything)]
+def select(targets: Sequence[AdapterTarget], patterns: Sequence[str]) -> list[AdapterTarget]:
+    """The targets that the patterns name, in order. RecipeError lists the patterns without a match, and the names that exist."""
+    unmatched = [pattern for pattern in patterns if not any(_matches(pattern, target.path) for target in targets)]
     if unmatched:
-        names = dict.fromkeys(target.path.rpartition(".")[2] for target in everything)
+        names = dict.fromkeys(target.path.rpartition(".")[2] for target in targets)
         raise RecipeError(
             f"adapter.targets: {', '.join(map(repr, unmatched))} matches no part of the model; its parts are called "
-            f"{', '.join(names)}, one of them in full {everything[len(everything) // 2].path}"
+            f"{', '.join(names)}, one of them in full {targets[len(targets) // 2].path}"
         )
-    return [target for target in everything if any(_matches(pattern, target.path) for pattern in targets)]
+    return [target for target in targets if any(_matches(pattern, target.path) for pattern in patterns)]
 
 
 def _matches(pattern: str, path: str) -> bool:
     return pattern in (path, path.rpartition(".")[2]) or fnmatchcase(path, pattern)
 
 
-def _is_table(everything: Sequence[AdapterTarget], weight: nn.Parameter) -> bool:
-    return any(isinstance(target.part, TokenEmbedding) and target.part.weight is weight for target in everything)
-
-
-def _fresh(weight: nn.Parameter, config: LoraConfig, seed: int, *, table: bool) -> LowRank:
-    """B at zero; A as torch initializes a linear map (Kaiming-uniform, a = sqrt 5), for a token table from N(0, 1)."""
+def _empty(weight: nn.Parameter, config: LoraConfig) -> LowRank:
+    """An adapter without values, on the device of the matrix that it adapts."""
     rows, columns = weight.shape
-    generator = torch.Generator().manual_seed(seed)
-    a = torch.empty(config.rank, columns)
-    if table:
-        a.normal_(generator=generator)
-    else:
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=generator)
     return LowRank(
-        nn.Parameter(a.to(weight)),
-        nn.Parameter(weight.new_zeros(rows, config.rank)),
-        nn.Parameter(row_lengths(weight)) if config.dora else None,
+        nn.Parameter(weight.new_empty(config.rank, columns)),
+        nn.Parameter(weight.new_empty(rows, config.rank)),
+        nn.Parameter(weight.new_empty(rows)) if config.dora else None,
     )
 
 
-def _adapted(part: Part, adapters: Mapping[nn.Parameter, LowRank], config: LoraConfig) -> nn.Module:
-    """The part with its adapter, or as it is where it has none."""
-    mine = adapters.get(part.weight)
-    match part:
+@dataclass(frozen=True)
+class FreshAdapter:
+    """A base and the initial values of an adapter over it, as a `WeightSource`. shapes: of the adapter's tensors."""
+
+    base: WeightSource
+    shapes: Mapping[str, tuple[int, ...]]
+    seed: int
+
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+        return {*self.base.names(), *self.shapes}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor."""
+        return self.shapes[name] if name in self.shapes else self.base.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        """B at zero; A as torch initializes a linear map (Kaiming-uniform, a = sqrt 5), for a token table from N(0, 1)."""
+        if name not in self.shapes:
+            return self.base.read(name)
+        path, _, kind = name.rpartition(".")
+        if f".{kind}" == MAGNITUDE:
+            return row_lengths(self.base.read(f"{path}.weight"))
+        tensor = torch.zeros(self.shapes[name], dtype=torch.float32, device="cpu")
+        generator = torch.Generator("cpu").manual_seed(derive_seed(self.seed, f"adapter {path}"))
+        if f".{kind}" == A and path.endswith((".tokens", ".table")):
+            tensor.normal_(generator=generator)
+        elif f".{kind}" == A:
+            nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)
+        return tensor
+
+
+def _adapted(module: Adaptable, adapters: Mapping[nn.Parameter, LowRank], config: LoraConfig) -> nn.Module:
+    """The module with its adapter, or unchanged if it has none."""
+    adapter = adapters.get(module.weight)
+    match module:
         case Projection():
-            back = None if part.back is None else adapters.get(part.back)
-            return LoraProjection(part, weight=mine, back=back, scale=config.scale) if mine or back else part
+            back = None if module.back is None else adapters.get(module.back)
+            return LoraProjection(module, weight=adapter, back=back, scale=config.scale) if adapter or back else module
         case TokenEmbedding():
-            return LoraEmbedding(part, mine, scale=config.scale) if mine else part
+            return LoraEmbedding(module, adapter, scale=config.scale) if adapter else module
         case Linear():
-            return LoraLinear(part, mine, scale=config.scale, dropout=config.dropout) if mine else part
+            return LoraLinear(module, adapter, scale=config.scale, dropout=config.dropout) if adapter else module
 
 
 def merged(name: str, tensor: Tensor, adapter: Mapping[str, Tensor], config: LoraConfig) -> Tensor:
-    """The base's tensor of that portable name as the adapter leaves it: a matrix with its change, a trained bias in its place.
+    """The base's tensor of that canonical name with the adapter: a matrix plus its low-rank change, or a trained bias instead.
 
-    BundleError where the adapter's tensors do not have the shapes that the base asks for.
+    BundleError if the adapter's tensors do not have the shapes that the base asks for.
     """
     path = name.removesuffix(".weight")
-    wanted: dict[str, tuple[int, ...]] = {}
+    required: dict[str, tuple[int, ...]] = {}
     if name.endswith(".weight") and f"{path}{A}" in adapter:
         rows, columns = tensor.shape
-        wanted = {f"{path}{A}": (config.rank, columns), f"{path}{B}": (rows, config.rank)}
-        wanted |= {f"{path}{MAGNITUDE}": (rows,)} if config.dora else {}
+        required = {f"{path}{A}": (config.rank, columns), f"{path}{B}": (rows, config.rank)}
+        required |= {f"{path}{MAGNITUDE}": (rows,)} if config.dora else {}
     elif name in adapter:
-        wanted = {name: tuple(tensor.shape)}
-    for part, shape in wanted.items():
-        if part not in adapter or tuple(adapter[part].shape) != shape:
-            found = tuple(adapter[part].shape) if part in adapter else "missing"
-            raise BundleError(f"the adapter does not fit its base: {part} is {found}, the base needs {shape}")
+        required = {name: tuple(tensor.shape)}
+    for key, shape in required.items():
+        if key not in adapter or tuple(adapter[key].shape) != shape:
+            actual = tuple(adapter[key].shape) if key in adapter else "missing"
+            raise BundleError(f"the adapter does not fit its base: {key} is {actual}, the base needs {shape}")
     if name in adapter:
         return adapter[name]
-    if not wanted:
+    if not required:
         return tensor
     low_rank = LowRank(adapter[f"{path}{A}"], adapter[f"{path}{B}"], adapter.get(f"{path}{MAGNITUDE}"))
     return effective_matrix(tensor.float(), low_rank, config.scale)
 
 
-def strangers(adapter: Iterable[str], base: Iterable[str]) -> Iterator[str]:
+def unmatched_keys(adapter: Iterable[str], base: Iterable[str]) -> Iterator[str]:
     """The names of an adapter's tensors that belong to none of the base's, given by name."""
     known = set(base)
     for name in adapter:

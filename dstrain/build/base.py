@@ -22,11 +22,11 @@ from dstrain.errors import BundleError, TrainingError
 from dstrain.evaluation.validator import Evaluates, WholeModel
 from dstrain.models.config import ModelConfig
 from dstrain.models.factory import Model, build_model
-from dstrain.models.weights import load_portable
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
+from dstrain.protocols import WeightSource
 from dstrain.training.run_directory import recipe_differences
 
 TRAINING_ALONE = {"dropout", "attention_dropout", "activation_dropout", "layer_drop"}
@@ -52,14 +52,16 @@ def find_base(directory: Path, model: ModelConfig, manifest: Manifest) -> Stored
     return bundle
 
 
-def build_on_base(base: StoredBundle, config: ModelConfig, adapter: AdapterConfig | None, seed: int) -> Model:
-    """The recipe's model with the base's weights; with an adapter, all else is frozen."""
+def build_on_base(
+    base: StoredBundle, config: ModelConfig, adapter: AdapterConfig | None, seed: int
+) -> tuple[Model, WeightSource]:
+    """The recipe's model on the meta device, and its weights: the base's; with an adapter, all else is frozen."""
     model = build_model(config, base.description.vocabulary, projections="fused" if adapter is None else "separate", seed=None)
-    load_portable(model, base.weights())
-    if adapter is not None:
-        inject(model, adapter, seed=seed)
-        freeze(model, adapter)
-    return model
+    if adapter is None:
+        return model, base
+    weights = inject(model, adapter, base, seed=seed)
+    freeze(model, adapter)
+    return model, weights
 
 
 def check_reloaded(directory: Path, engine: Evaluates, batch: Batch, world: World, *, averaged: bool, tolerance: float) -> None:

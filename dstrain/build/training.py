@@ -46,6 +46,7 @@ from dstrain.generation.constraints import SpecialIds
 from dstrain.log import logger
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
+from dstrain.models.weights import load_canonical
 from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import keep_freed_memory
@@ -164,7 +165,8 @@ def build_engine(
     Raises RecipeError for an adapter without a base, or one that does not suit the model.
     """
     if base is not None:
-        model = build_on_base(base, recipe.model, recipe.adapter, recipe.training.seed)
+        model, weights = build_on_base(base, recipe.model, recipe.adapter, recipe.training.seed)
+        load_canonical(model, weights)
     elif recipe.adapter is None:
         model = build_model(recipe.model, vocabulary, seed=recipe.training.seed)
     else:

@@ -1,7 +1,7 @@
 """What an adapter bundle holds: the trained tensors, and where the base lies that they belong to.
 
     BUNDLE/adapter/adapter.yaml         format, adapter settings, reference to the base (path, fingerprint), checksum, notes
-    BUNDLE/adapter/adapter.safetensors  A, B and trained biases by portable name
+    BUNDLE/adapter/adapter.safetensors  A, B and trained biases by canonical name
     BUNDLE/recipe.yaml                  the recipe that the adapter was trained by, if any
 
 The base is a bundle, which may be an adapter bundle itself. Its fingerprint stands for the weights that the adapter was trained
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
-from dstrain.adapters.lora import merged, strangers
+from dstrain.adapters.lora import merged, unmatched_keys
 from dstrain.checkpoint.files import sha256
 from dstrain.config_base import Config
 from dstrain.errors import BundleError
@@ -87,8 +87,8 @@ class StoredAdapter:
         return hashlib.sha256(f"{base} {self.description.sha256} {settings}".encode()).hexdigest()
 
     def check_names(self, base: Iterable[str]) -> None:
-        """BundleError where a tensor of the adapter belongs to none of the base's, given by name."""
-        if lost := sorted(strangers(self.weights, base)):
+        """BundleError if a tensor of the adapter belongs to none of the base's, given by name."""
+        if lost := sorted(unmatched_keys(self.weights, base)):
             raise BundleError(f"{self.directory / ADAPTER / WEIGHTS}: the base has no place for {', '.join(lost[:8])}")
 
     def applied(self, name: str, tensor: Tensor) -> Tensor:

@@ -6,20 +6,15 @@ stored in fp32; memory holds the result and one tensor of one bundle, however ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from dstrain.checkpoint.bundle import WEIGHTS, StoredBundle, find_bundle, save_bundle
+from dstrain.checkpoint.bundle import StoredBundle, find_bundle, save_bundle
 from dstrain.errors import BundleError
-
-Adapted = Callable[[str, Tensor], Tensor]
-"""(portable name, tensor) -> the tensor with adapters merged."""
+from dstrain.protocols import WeightSource
 
 
 def average_bundles(directories: Sequence[Path], output: Path) -> None:
@@ -39,44 +34,30 @@ def average_bundles(directories: Sequence[Path], output: Path) -> None:
         output,
         model_config=last.description.model,
         vocabulary=last.description.vocabulary,
-        weights=average_weights([bundle.root / WEIGHTS for bundle in bundles], [bundle.adapted for bundle in bundles]),
+        weights=average_weights([(str(bundle.directory), bundle) for bundle in bundles]),
         tokenizers=last.tokenizers(),
         recipe=last.recipe(),
         notes={"average_of": [str(directory) for directory in directories]},
     )
 
 
-def average_weights(files: Sequence[Path], adapted: Sequence[Adapted] = ()) -> dict[str, Tensor]:
-    """The uniform mean in fp32 of safetensors files with equal names and shapes. Raises BundleError where they differ.
-
-    adapted: for each file what becomes of its tensors before they are averaged; nothing where left out.
-    """
-    with ExitStack() as stack:
-        try:
-            readers = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"cannot read the weights: {error}; restore the bundle from a copy") from error
-        names = sorted(readers[0].keys())
-        for file, reader in zip(files, readers, strict=True):
-            if different := set(names) ^ set(reader.keys()):
-                raise BundleError(f"{file} and {files[0]} hold different tensors: {', '.join(sorted(different)[:5])}")
-        changes = adapted or [_as_it_is] * len(files)
-        return {name: _mean(name, files, readers, changes) for name in names}
+def average_weights(sources: Sequence[tuple[str, WeightSource]]) -> dict[str, Tensor]:
+    """The uniform mean in fp32 of named sources with equal tensor names and shapes. Raises BundleError if they differ."""
+    first, reference = sources[0]
+    for name, source in sources:
+        if different := set(reference.names()) ^ set(source.names()):
+            raise BundleError(f"{name} and {first} hold different tensors: {', '.join(sorted(different)[:5])}")
+        for key in reference.names():
+            if source.shape(key) != reference.shape(key):
+                raise BundleError(f"{name}: {key} has shape {source.shape(key)}, in {first} it has {reference.shape(key)}")
+    return {key: _mean(key, [source for _, source in sources]) for key in sorted(reference.names())}
 
 
-def _as_it_is(name: str, tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _mean(name: str, files: Sequence[Path], readers: Sequence[Any], adapted: Sequence[Adapted]) -> Tensor:
-    total: Tensor | None = None
-    for file, reader, change in zip(files, readers, adapted, strict=True):
-        tensor = change(name, reader.get_tensor(name)).to(torch.float64)
-        if total is not None and total.shape != tensor.shape:
-            raise BundleError(f"{file}: {name} has shape {tuple(tensor.shape)}, in {files[0]} it has {tuple(total.shape)}")
-        total = tensor if total is None else total.add_(tensor)
-    assert total is not None
-    return total.div_(len(files)).to(torch.float32)
+def _mean(key: str, sources: Sequence[WeightSource]) -> Tensor:
+    total = torch.zeros(sources[0].shape(key), dtype=torch.float64)
+    for source in sources:
+        total.add_(source.read(key))
+    return total.div_(len(sources)).to(torch.float32)
 
 
 def _require_equal(first: StoredBundle, second: StoredBundle) -> None:

@@ -1,7 +1,7 @@
-"""A bundle: the portable model directory that all stages exchange.
+"""A bundle: the model directory that all stages exchange.
 
     BUNDLE/model.yaml         format, architecture, vocabulary sizes, notes, checksum of the weights, tokenizer fingerprint
-    BUNDLE/model.safetensors  weights by portable name: q, k, v separate, tied matrices once
+    BUNDLE/model.safetensors  weights by canonical name: q, k, v separate, tied matrices once
     BUNDLE/tokenizer/         as in prepared data; absent where the model was made without one
     BUNDLE/recipe.yaml        the recipe that the model was trained by, if any
 
@@ -17,17 +17,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
@@ -44,7 +45,7 @@ from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers, sa
 from dstrain.errors import BundleError
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
-from dstrain.models.weights import check_portable, load_portable
+from dstrain.models.weights import TensorSource, check_canonical, load_canonical, parameter_layouts
 
 FORMAT = 1
 MODEL, WEIGHTS, TOKENIZER, RECIPE = "model.yaml", "model.safetensors", "tokenizer", "recipe.yaml"
@@ -90,12 +91,11 @@ def save_bundle(
 ) -> None:
     """Write a bundle, or replace one, atomically.
 
-    weights: by portable name. notes: whatever a reader should know, such as step and score; plain YAML values. BundleError if
+    weights: by canonical name. notes: whatever a reader should know, such as step and score; plain YAML values. BundleError if
     the weights do not fit the configuration, the disk is full (a bundle that was there before then stays), or `directory` holds
     anything but a bundle.
     """
-    with torch.device("meta"):
-        check_portable(build_model(model_config, vocabulary, seed=None), weights)
+    check_canonical(parameter_layouts(build_model(model_config, vocabulary, seed=None)), TensorSource(weights))
     with fresh_directory(directory) as fresh:
         save_file({name: _own_memory(tensor) for name, tensor in weights.items()}, fresh / WEIGHTS)
         if tokenizers is not None:
@@ -125,7 +125,7 @@ def save_adapter_bundle(
     """Write an adapter bundle, or replace a bundle by one, atomically, after what was written has been read back and compared.
 
     base: what the adapter was trained on. Where its directory was named by a relative path, the reference to it is relative too,
-    and both may move together. weights: what was trained, by portable name. BundleError as `save_bundle`.
+    and both may move together. weights: what was trained, by canonical name. BundleError as `save_bundle`.
     """
     path = base.directory if base.directory.is_absolute() else os.path.relpath(base.directory.resolve(), directory.resolve())
     with fresh_directory(directory) as fresh:
@@ -156,7 +156,9 @@ def fresh_directory(directory: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class StoredBundle:
-    """A bundle on the disk, verified but for the tokenizer. root: the plain bundle that it is or rests on.
+    """A bundle on the disk, verified but for the tokenizer, and the `WeightSource` of its weights with all adapters merged.
+
+    root: the plain bundle that it is or rests on.
 
     description: of the root. adapters: over it, lowest first. notes: of the bundle itself. fingerprint: stands for the weights,
     adapters included; see adapter_files.py.
@@ -169,21 +171,40 @@ class StoredBundle:
     notes: dict[str, Any]
     fingerprint: str
 
-    def adapted(self, name: str, tensor: Tensor) -> Tensor:
-        """The root's tensor of that name with all adapters merged."""
+    @cached_property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        with self._open() as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        for adapter in self.adapters:
+            adapter.check_names(shapes)
+        return shapes
+
+    def names(self) -> Collection[str]:
+        """Of all tensors. BundleError if an adapter has a tensor that belongs to none of them."""
+        return self._shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor."""
+        return self._shapes[name]
+
+    def read(self, name: str) -> Tensor:
+        """One tensor with all adapters merged. BundleError if an adapter does not fit.
+
+        The file is opened for each tensor: it is mapped into memory, and pages that were read count until it is closed.
+        """
+        with self._open() as file:
+            tensor: Tensor = file.get_tensor(name)
         for adapter in self.adapters:
             tensor = adapter.applied(name, tensor)
         return tensor
 
-    def weights(self) -> dict[str, Tensor]:
-        """All weights by portable name, adapters merged. BundleError where an adapter does not fit."""
+    @contextmanager
+    def _open(self) -> Iterator[Any]:
         try:
-            weights = load_file(self.root / WEIGHTS)
-        except SafetensorError as error:
-            raise BundleError(f"{self.root / WEIGHTS}: {error}") from error
-        for adapter in self.adapters:
-            adapter.check_names(weights)
-        return {name: self.adapted(name, tensor) for name, tensor in weights.items()}
+            with safe_open(self.root / WEIGHTS, framework="pt") as file:
+                yield file
+        except (OSError, SafetensorError) as error:
+            raise BundleError(f"{self.root / WEIGHTS}: {error}; restore it from a copy") from error
 
     def tokenizers(self) -> TokenizerPair | None:
         """The tokenizers, None where the bundle was made without. BundleError where they are not those of the model."""
@@ -220,13 +241,12 @@ def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundl
     stored = find_bundle(directory)
     description = stored.description
     model = build_model(description.model, description.vocabulary, seed=None)
-    weights = stored.weights()
     try:
-        load_portable(model, weights)
+        load_canonical(model, stored, device=device)
     except BundleError as error:
         raise BundleError(f"{stored.root / WEIGHTS}: {error}") from error
     return Bundle(
-        model=model.to(device).eval(),
+        model=model.eval(),
         model_config=description.model,
         vocabulary=description.vocabulary,
         tokenizers=stored.tokenizers(),

@@ -19,7 +19,7 @@ def run(args: argparse.Namespace) -> int:
     """Read, merge, write."""
     from dstrain.checkpoint.bundle import load_bundle, save_bundle
     from dstrain.errors import BundleError
-    from dstrain.models.weights import to_portable
+    from dstrain.models.weights import to_canonical
 
     bundle = load_bundle(args.bundle)
     if not bundle.adapters:
@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         args.output,
         model_config=bundle.model_config,
         vocabulary=bundle.vocabulary,
-        weights=to_portable(bundle.model),
+        weights=to_canonical(bundle.model),
         tokenizers=bundle.tokenizers,
         recipe=bundle.recipe,
         notes={**bundle.notes, "merged_from": str(args.bundle)},

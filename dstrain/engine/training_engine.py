@@ -30,7 +30,7 @@ from dstrain.engine.shard_file import read_shard, write_shard
 from dstrain.engine.stable_adamw import StableAdamW
 from dstrain.engine.step_report import StepReport
 from dstrain.errors import CheckpointError, TrainingError
-from dstrain.models.weights import portable_layout, split
+from dstrain.models.weights import parameter_layouts, split_parameters
 from dstrain.objectives.objective import LossOutput, Surveying
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
@@ -70,7 +70,7 @@ class TrainEngine:
         self._base = base
         self._model = cast("nn.Module", module.model)
         self._trained = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
-        self._layout = {name: parts for name, parts in portable_layout(self._model).items() if name in self._trained}
+        self._layouts = {name: layout for name, layout in parameter_layouts(self._model).items() if name in self._trained}
         self._shape = empty_copy(self._model) if self.stage == 3 else None
         self._comms_logger: bool = config.get("comms_logger", {}).get("enabled", False)
         self._deepspeed = load_deepspeed(world, talkative=_profiles(config))
@@ -203,7 +203,7 @@ class TrainEngine:
         self._masters.sync_to_model()
 
     def gather_weights(self, *, averaged: bool) -> dict[str, Tensor] | None:
-        """The trained fp32 weights by portable name on rank 0's CPU, None elsewhere. Collective.
+        """The trained fp32 weights by canonical name on rank 0's CPU, None elsewhere. Collective.
 
         averaged: the moving average in their place.
         """
@@ -216,7 +216,7 @@ class TrainEngine:
                 gathered[name] = full.to("cpu", copy=True)
         if averaged:
             self._required_average().swap()
-        return split(self._layout, gathered) if self.rank == 0 else None
+        return split_parameters(self._layouts, gathered) if self.rank == 0 else None
 
     @contextmanager
     def generation_model(self, averaged: bool) -> Iterator[Generative]:

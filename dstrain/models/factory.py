@@ -24,8 +24,9 @@ from dstrain.models.config import (
 )
 from dstrain.models.decoder_only import DecoderOnly
 from dstrain.models.encoder_decoder import EncoderDecoder
-from dstrain.models.initialize import initialize
+from dstrain.models.initialize import InitialValues
 from dstrain.models.rotary import build_rotary
+from dstrain.models.weights import canonical_shapes, load_canonical, parameter_layouts
 from dstrain.nn.attention import CrossAttention, SelfAttention
 from dstrain.nn.attention_bias import Alibi, AttentionBias
 from dstrain.nn.dropout import Dropout
@@ -46,20 +47,26 @@ L = TypeVar("L", bound=nn.Module)
 def build_model(
     config: ModelConfig, vocabulary: VocabularySizes, *, projections: Projections = "fused", seed: int | None
 ) -> Model:
-    """The model of `config`, in float32.
+    """The model of `config`, in float32 whatever torch's default dtype and device are.
 
     projections: `fused` computes what reads the same input (q, k, v; k, v of the source; both halves of a gated network) in one
     matrix product, `separate` keeps one module each, which adapters can address; same results, same weights on disk. seed:
-    decides the initial weights, whatever the projections; None leaves them unset, for weights about to be loaded. RecipeError
-    if the vocabularies do not suit the model.
+    decides the initial weights, whatever the projections; with None all parameters stay on the meta device, without memory, for
+    `load_canonical` or an engine to fill from a `WeightSource`. RecipeError if the vocabularies do not suit the model.
     """
-    if config.kind == "encoder_decoder":
-        model: Model = _EncoderDecoderFactory(config, vocabulary, projections).model()
-    else:
-        model = _DecoderOnlyFactory(config, vocabulary, projections).model()
+    with torch.device("meta"):
+        if config.kind == "encoder_decoder":
+            model: Model = _EncoderDecoderFactory(config, vocabulary, projections).model()
+        else:
+            model = _DecoderOnlyFactory(config, vocabulary, projections).model()
     if seed is not None:
-        initialize(model, seed, vocabulary.pad_id)
+        load_canonical(model, initial_values(model, vocabulary, seed))
     return model
+
+
+def initial_values(model: nn.Module, vocabulary: VocabularySizes, seed: int) -> InitialValues:
+    """The initial weights of a model that `build_model` made."""
+    return InitialValues(canonical_shapes(parameter_layouts(model)), seed, vocabulary.pad_id)
 
 
 C = TypeVar("C", bound=EncoderDecoderConfig | DecoderOnlyConfig)

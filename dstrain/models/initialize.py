@@ -1,19 +1,19 @@
-"""Initial weights: a table from portable names to distributions.
+"""Initial weights: a table from canonical names to distributions.
 
-A tensor's values depend on the seed and its name alone, so they are the same for fused and separate projections, on any number
-of ranks, and for a layer whatever stands around it. The distributions are those of fairseq's transformer.
+A tensor's values depend only on the seed, its name and its shape, so they are the same for fused and separate projections and on
+any number of ranks. The distributions are those of fairseq's transformer.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from dstrain.models.weights import to_portable
 from dstrain.seeding import derive_seed
 
 Fill = Callable[[Tensor, int, torch.Generator], None]
@@ -48,7 +48,7 @@ def _table(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
 
 
 def _widening(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
-    """What gives a factorized embedding, and logits that go back through it, the size they have without factors."""
+    """Factorized embeddings, and logits computed through them, get the variance that they have without factors."""
     tensor.normal_(0.0, tensor.shape[0] ** -0.5, generator=generator)
 
 
@@ -65,14 +65,33 @@ TABLE: tuple[tuple[str, Fill], ...] = (
 """The first pattern that the end of a name matches decides."""
 
 
-@torch.no_grad()
-def initialize(model: nn.Module, seed: int, pad_id: int) -> None:
-    """Fill all weights of `model`; the embedding of padding starts at zero."""
-    weights = to_portable(model)
-    for name, tensor in weights.items():
+@dataclass(frozen=True)
+class InitialValues:
+    """The initial weights of a model as a `WeightSource`; the embedding of padding starts at zero.
+
+    shapes: of all its tensors by canonical name.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    seed: int
+    pad_id: int
+
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+        return self.shapes.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor."""
+        return self.shapes[name]
+
+    @torch.no_grad()
+    def read(self, name: str) -> Tensor:
+        """Draw one tensor. Device and dtype are explicit: the caller may build under another default."""
         fill = next(fill for pattern, fill in TABLE if re.search(rf"{pattern}$", name))
-        generator = torch.Generator(tensor.device).manual_seed(derive_seed(seed, f"initialize {name}"))
-        fan_in = weights[re.sub("bias$", "weight", name)].shape[-1]
+        tensor = torch.empty(self.shapes[name], dtype=torch.float32, device="cpu")
+        generator = torch.Generator("cpu").manual_seed(derive_seed(self.seed, f"initialize {name}"))
+        fan_in = self.shapes[re.sub("bias$", "weight", name)][-1]
         fill(tensor, fan_in, generator)
         if name.endswith(("tokens.weight", "table.weight")):
-            tensor[pad_id] = 0.0
+            tensor[self.pad_id] = 0.0
+        return tensor

@@ -1,13 +1,17 @@
-"""Weights by portable names: what bundles hold and all tools exchange, whatever the execution choices of a model.
+"""Weights by canonical names, read one tensor at a time.
 
-Fused projections are split into their blocks (q_proj, k_proj, v_proj) and tied matrices appear once, under the first of their
-names. `encoder.layers.0.self_attention.qkv.weight` of a fused model is three portable tensors; so is what a separate model
-calls `encoder.layers.0.self_attention.qkv.q_proj.weight` and so on: `encoder.layers.0.self_attention.q_proj.weight`, ...
+Canonical names do not depend on execution choices: fused projections are split into their blocks (q_proj, k_proj, v_proj), and
+tied matrices appear once, under the first of their names. `encoder.layers.0.self_attention.qkv.weight` of a fused model is three
+canonical tensors; `encoder.layers.0.self_attention.qkv.q_proj.weight` of a model with separate projections is
+`encoder.layers.0.self_attention.q_proj.weight`. Bundles, adapters, checkpoints and foreign formats all use these names.
+
+A model is built on the meta device, without memory, and its parameters are then filled from a `WeightSource` one by one, so
+that filling needs the memory of the model (or of this rank's share of it) and of one parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,23 +19,66 @@ from torch import Tensor, nn
 
 from dstrain.errors import BundleError
 from dstrain.nn.linear import FusedLinear, SeparateLinear
+from dstrain.protocols import WeightSource
 
 
 @dataclass(frozen=True)
-class Part:
-    """A portable tensor: `rows` of a parameter, all of them if None."""
+class TensorSource:
+    """Tensors that are in memory already."""
+
+    tensors: Mapping[str, Tensor]
+
+    def names(self) -> Collection[str]:
+        """Of all tensors."""
+        return self.tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor."""
+        return tuple(self.tensors[name].shape)
+
+    def read(self, name: str) -> Tensor:
+        """The tensor itself."""
+        return self.tensors[name]
+
+
+@dataclass(frozen=True)
+class TensorSlice:
+    """A canonical tensor as the `rows` of a parameter, in the first dimension; all of them if None."""
 
     name: str
     rows: slice | None
 
 
-Layout = dict[str, list[Part]]
-"""Name of a parameter, as `named_parameters` gives it -> the portable tensors it is made of, in row order."""
+@dataclass(frozen=True)
+class ParameterLayout:
+    """How one parameter of a model is made of canonical tensors.
+
+    shape: of the whole parameter. slices: in row order. shard_dim: the dimension that tensor parallelism divides, None for a
+    replicated parameter. padded_rows: rows at the end that belong to no canonical tensor.
+    """
+
+    shape: torch.Size
+    slices: tuple[TensorSlice, ...]
+    shard_dim: int | None = None
+    padded_rows: int = 0
+
+    def read(self, source: WeightSource, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+        """The whole parameter in new memory; in the dtype of the source if `dtype` is None."""
+        first = source.read(self.slices[0].name)
+        value = torch.empty(self.shape, dtype=dtype or first.dtype, device=device)
+        for index, part in enumerate(self.slices):
+            tensor = first if index == 0 else source.read(part.name)
+            (value if part.rows is None else value[part.rows]).copy_(tensor)
+        return value
 
 
-def portable_layout(model: nn.Module) -> Layout:
-    """How the parameters of `model` map to portable names. Reads no values, so they may be sharded elsewhere."""
-    fused: Layout = {}
+Layouts = dict[str, ParameterLayout]
+"""By the name of the parameter, as `named_parameters` gives it."""
+
+
+def parameter_layouts(model: nn.Module) -> Layouts:
+    """The layout of every parameter. Reads no values; parameters may be on the meta device, but not partitioned by ZeRO-3."""
+    fused: dict[str, tuple[TensorSlice, ...]] = {}
     containers = []
     for path, module in model.named_modules():
         parent = path.rpartition(".")[0]
@@ -40,71 +87,87 @@ def portable_layout(model: nn.Module) -> Layout:
         elif isinstance(module, FusedLinear):
             for kind, _ in module.named_parameters():
                 fused[f"{path}.{kind}"] = _blocks(module.blocks, parent, kind)
-    layout: Layout = {}
-    for name, _ in model.named_parameters():
-        portable = name
+    layouts: Layouts = {}
+    for name, parameter in model.named_parameters():
+        canonical = name
         for prefix, short in containers:
             if name.startswith(prefix):
-                portable = short + name.removeprefix(prefix)
-        layout[name] = fused.get(name, [Part(portable, None)])
-    return layout
+                canonical = short + name.removeprefix(prefix)
+        layouts[name] = ParameterLayout(parameter.shape, fused.get(name, (TensorSlice(canonical, None),)))
+    return layouts
 
 
-def _blocks(blocks: Mapping[str, int], parent: str, kind: str) -> list[Part]:
-    parts, start = [], 0
+def _blocks(blocks: Mapping[str, int], parent: str, kind: str) -> tuple[TensorSlice, ...]:
+    slices, start = [], 0
     for block, size in blocks.items():
-        parts.append(Part(f"{parent}.{block}.{kind}", slice(start, start + size)))
+        slices.append(TensorSlice(f"{parent}.{block}.{kind}", slice(start, start + size)))
         start += size
-    return parts
+    return tuple(slices)
 
 
-def split(layout: Layout, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Full tensors by parameter name -> views by portable name. Also for what goes with parameters: gradients, averages."""
+def canonical_shapes(layouts: Layouts) -> dict[str, tuple[int, ...]]:
+    """The shape of every canonical tensor."""
+    return {
+        part.name: tuple(layout.shape) if part.rows is None else (part.rows.stop - part.rows.start, *layout.shape[1:])
+        for layout in layouts.values()
+        for part in layout.slices
+    }
+
+
+def split_parameters(layouts: Layouts, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors by parameter name -> views by canonical name. Also for gradients, moments and averages of parameters."""
     return {
         part.name: parameters[name] if part.rows is None else parameters[name][part.rows]
-        for name, parts in layout.items()
-        for part in parts
+        for name, layout in layouts.items()
+        for part in layout.slices
     }
 
 
-def merge(layout: Layout, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: tensors by portable name -> by parameter name."""
-    return {
-        name: weights[parts[0].name] if parts[0].rows is None else torch.cat([weights[part.name] for part in parts])
-        for name, parts in layout.items()
-    }
+def to_canonical(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of `model` by canonical name: detached views that share its memory."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return split_parameters(parameter_layouts(model), parameters)
 
 
-def to_portable(model: nn.Module) -> dict[str, Tensor]:
-    """The weights of `model` by portable name: detached views that share its memory."""
-    return split(portable_layout(model), {name: parameter.detach() for name, parameter in model.named_parameters()})
+@torch.no_grad()
+def load_canonical(model: nn.Module, source: WeightSource, *, device: torch.device | str = "cpu") -> None:
+    """Fill every parameter of `model` from `source`, one at a time; BundleError as `check_canonical`, then nothing is changed.
+
+    A parameter on the meta device gets memory on `device` in the dtype of the source; others keep their memory and dtype.
+    """
+    layouts = parameter_layouts(model)
+    check_canonical(layouts, source)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            place(parameter, layouts[name].read(source, device=device))
+        else:
+            parameter.copy_(layouts[name].read(source, device=parameter.device, dtype=parameter.dtype))
 
 
-def load_portable(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy `weights` into `model`; BundleError as `check_portable`, then nothing is copied."""
-    check_portable(model, weights)
-    for name, tensor in to_portable(model).items():
-        tensor.copy_(weights[name])
+def place(parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a meta parameter its memory. The Parameter stays the same object, so ties and references to it hold."""
+    filled = nn.Parameter(value, requires_grad=parameter.requires_grad)
+    torch.utils.swap_tensors(parameter, filled)  # type: ignore[no-untyped-call]
 
 
-def check_portable(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """BundleError naming every missing, unexpected or mis-shaped tensor of `weights`. `model` may be on the meta device."""
-    wanted = to_portable(model)
+def check_canonical(layouts: Layouts, source: WeightSource) -> None:
+    """BundleError naming every missing, unexpected or mis-shaped tensor of `source`."""
+    required, names = canonical_shapes(layouts), set(source.names())
     shapes = [
-        f"{name} is {tuple(weights[name].shape)}, the model needs {tuple(wanted[name].shape)}"
-        for name in wanted.keys() & weights.keys()
-        if weights[name].shape != wanted[name].shape
+        f"{name} is {source.shape(name)}, the model needs {required[name]}"
+        for name in required.keys() & names
+        if source.shape(name) != required[name]
     ]
     problems = [
-        *_listed("missing", wanted.keys() - weights.keys()),
-        *_listed("unexpected", weights.keys() - wanted.keys()),
+        *_listed("missing", required.keys() - names),
+        *_listed("unexpected", names - required.keys()),
         *_listed("of another shape", shapes),
     ]
     if problems:
         raise BundleError(f"the weights do not fit the model: {'; '.join(problems)}; take weights of this configuration")
 
 
-def _listed(problem: str, names: Iterable[str]) -> list[str]:
-    found = sorted(names)
-    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    return [f"{problem}: {', '.join(found[:8])}{more}"] if found else []
+def _listed(problem: str, items: Iterable[str]) -> list[str]:
+    names = sorted(items)
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return [f"{problem}: {', '.join(names[:8])}{more}"] if names else []

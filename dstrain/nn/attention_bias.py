@@ -40,7 +40,7 @@ class Alibi:
 
     def bias(self, query: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
         """(T,), (S,) -> (H, T, S) or (B, T), (B, S) -> (B, H, T, S)"""
-        slopes = torch.tensor(self.slopes, device=query.device)
+        slopes = torch.tensor(self.slopes, dtype=torch.float32, device=query.device)
         return alibi_bias(slopes, query, keys, lead=self.lead).to(dtype)
 
 

@@ -1,8 +1,8 @@
-"""Linear maps. Initial weights are not made here: `models/initialize.py` fills them by name, a bundle overwrites them.
+"""Linear maps. Initial weights are not made here: a model is filled from a `WeightSource` by name (`models/weights.py`).
 
 Projections that read the same input (q, k, v of self-attention; k, v of cross-attention; both halves of a gated network) are one
-part with named blocks. It comes in two kinds that compute the same: fused, one weight with row blocks and one matrix product;
-separate, one linear map a block, which adapters can address. On disk blocks are always separate (`models/portable.py`).
+module with named blocks. It comes in two kinds that compute the same: fused, one weight with row blocks and one matrix product;
+separate, one linear map a block, which adapters can address. On disk blocks are always separate.
 """
 
 from __future__ import annotations

@@ -27,15 +27,15 @@ def sinusoids(num_rows: int, dim: int) -> Tensor:
     tensor2tensor's form, which fairseq's checkpoints were trained with; an odd `dim` gets a column of zeros.
     """
     half = dim // 2
-    frequencies = torch.exp(torch.arange(half, dtype=torch.float32) * -(math.log(10000) / max(half - 1, 1)))
-    angles = torch.arange(num_rows, dtype=torch.float32)[:, None] * frequencies  # (rows, dim / 2)
+    frequencies = torch.exp(torch.arange(half, dtype=torch.float32, device="cpu") * -(math.log(10000) / max(half - 1, 1)))
+    angles = torch.arange(num_rows, dtype=torch.float32, device="cpu")[:, None] * frequencies  # (rows, dim / 2)
     return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
 
 
 class SinusoidalPositions(nn.Module):
     """Fixed vectors for any length. Row r of the table belongs to position r - 2, as in fairseq, whose count starts at 2.
 
-    The table is computed once per power of two, in float32, and is no part of the model's state.
+    The table is made in forward, in float32 on the CPU, cached for each device up to a power of two, and not in the state dict.
     """
 
     FIRST_ROW = 2
@@ -43,7 +43,7 @@ class SinusoidalPositions(nn.Module):
     def __init__(self, model_dim: int) -> None:
         super().__init__()
         self.model_dim = model_dim
-        self._table = torch.empty(0, model_dim)
+        self._tables: dict[torch.device, Tensor] = {}
 
     def forward(self, positions: Positions, width: int, like: Tensor) -> Tensor:
         """-> (T, D) for an offset, (B, T, D) for numbers; on the device and in the dtype of `like`."""
@@ -54,10 +54,13 @@ class SinusoidalPositions(nn.Module):
         return F.embedding(positions + self.FIRST_ROW, table).to(like.dtype)
 
     def _rows(self, needed: int, device: torch.device) -> Tensor:
-        if self._table.shape[0] < needed or self._table.device != device:
+        table = self._tables.get(device)
+        if table is None or table.shape[0] < needed:
+            # Made under inference_mode, a cached table could not be used in training later.
             with torch.inference_mode(False):
-                self._table = sinusoids(max(256, 1 << (needed - 1).bit_length()), self.model_dim).to(device)
-        return self._table
+                table = sinusoids(max(256, 1 << (needed - 1).bit_length()), self.model_dim).to(device)
+            self._tables[device] = table
+        return table
 
 
 class LearnedPositions(nn.Module):

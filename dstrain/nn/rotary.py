@@ -1,7 +1,8 @@
-"""Rotary positions as a part of a stack: the turns of one forward, made once and shared by all its layers.
+"""Rotary positions as a module of a stack: the cosines and sines of one forward, made once and shared by all its layers.
 
-Where frequencies are fixed, cosines and sines come from a table. Where they follow the length of a sequence, each further token
-of a long one changes all that was computed before it, so nothing can be kept from step to step; `moves` says when.
+With fixed frequencies they are rows of a table, cached for each device and dtype. If the frequencies depend on the length of a
+sequence, each further token of a long one changes everything computed before it, so nothing can be kept from step to step;
+`moves` says when.
 """
 
 from __future__ import annotations
@@ -32,22 +33,22 @@ class Rotation:
 
 
 class RotaryFrequencies(NamedTuple):
-    """frequency: (P,) of each pair, or (B or 1, T or 1, P) by length; amplitude: broadcasts to it."""
+    """inv_freq: (P,) of each pair, or (B or 1, T or 1, P) by length; attention_scaling: broadcasts to it."""
 
     inv_freq: Tensor
     attention_scaling: Tensor | float
 
 
 class Rotary:
-    """Fixed frequencies."""
+    """Fixed frequencies. rotary_frequencies: makes them, float32 on the CPU."""
 
-    def __init__(self, rotary_frequencies: RotaryFrequencies, layout: Layout) -> None:
+    def __init__(self, rotary_frequencies: Callable[[], RotaryFrequencies], layout: Layout) -> None:
         self.rotary_frequencies = rotary_frequencies
         self.layout = layout
-        self._table = CosSin(torch.empty(0), torch.empty(0))
+        self._tables: dict[tuple[torch.device, torch.dtype], CosSin] = {}
 
     def rotation(self, positions: Positions, end_position: int, lengths: Lengths, like: Tensor) -> Rotation:
-        """positions: of the new tokens, all below `reach`, up to which an offset goes. Nothing depends on `lengths`."""
+        """positions: of the new tokens, all below `end_position`, up to which an offset goes. Nothing depends on `lengths`."""
         table = self._rows(end_position, like)
         if isinstance(positions, int):
             return Rotation(CosSin(*(part[positions:end_position] for part in table)), self.layout)
@@ -58,12 +59,15 @@ class Rotary:
         return False
 
     def _rows(self, needed: int, like: Tensor) -> CosSin:
-        table = self._table.cos
-        if len(table) < needed or table.device != like.device or table.dtype != like.dtype:
+        table = self._tables.get((like.device, like.dtype))
+        if table is None or len(table.cos) < needed:
+            # Made under inference_mode, a cached table could not be used in training later.
             with torch.inference_mode(False):
-                made = cos_sin(torch.arange(max(256, 1 << (needed - 1).bit_length())), *self.rotary_frequencies, torch.float32)
-                self._table = CosSin(*(part.to(like.device, like.dtype) for part in made))
-        return self._table
+                positions = torch.arange(max(256, 1 << (needed - 1).bit_length()), device="cpu")
+                exact = cos_sin(positions, *self.rotary_frequencies(), torch.float32)
+                table = CosSin(*(part.to(like.device, like.dtype) for part in exact))
+            self._tables[like.device, like.dtype] = table
+        return table
 
 
 class LengthRotary:
@@ -79,13 +83,13 @@ class LengthRotary:
         self.max_static_length = max_static_length
 
     def rotation(self, positions: Positions, end_position: int, lengths: Lengths, like: Tensor) -> Rotation:
-        """positions: of the new tokens, an offset goes up to `reach`. lengths: gives what `rotary_frequencies` takes."""
+        """positions: of the new tokens, an offset goes up to `end_position`. lengths: gives what `rotary_frequencies` takes."""
         return Rotation(
             cos_sin(numbered(positions, end_position, like.device), *self.rotary_frequencies(lengths()), like.dtype), self.layout
         )
 
     def moves(self, length: int) -> bool:
-        """Whether a sequence of `length` tokens turns otherwise than it did one token before."""
+        """Whether the frequencies of a sequence of `length` tokens differ from those one token before."""
         return length > self.max_static_length
 
 

@@ -35,7 +35,8 @@ class Yarn(NamedTuple):
 
 def frequencies(dim: int, theta: float | Tensor) -> Tensor:
     """theta**(-2 i / dim) for i = 0 .. dim / 2 - 1. theta: a number or (..., 1) -> (dim / 2,) or (..., dim / 2), float32"""
-    theta = torch.as_tensor(theta, dtype=torch.float32)
+    if not isinstance(theta, Tensor):
+        theta = torch.tensor(theta, dtype=torch.float32, device="cpu")
     exponents = torch.arange(0, dim, 2, dtype=torch.float32, device=theta.device) / dim
     return 1.0 / theta**exponents
 

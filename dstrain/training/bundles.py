@@ -21,13 +21,13 @@ from dstrain.protocols import Ranks
 
 STEP_NAME = re.compile(r"step_\d{8,}")
 SaveBundle = Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], None]
-"""Writes a bundle into a directory that does not exist yet: (directory, portable weights, notes)."""
+"""Writes a bundle into a directory that does not exist yet: (directory, canonical weights, notes)."""
 
 
 class BundleStore:
     """Writes and prunes the bundles of a run; every public method is collective.
 
-    gather: portable weights on rank 0, None elsewhere (collective). save: what makes a bundle of them. keep: how many of the
+    gather: canonical weights on rank 0, None elsewhere (collective). save: what makes a bundle of them. keep: how many of the
     newest step bundles stay; `best` and `last` always do.
     """
 

@@ -181,13 +181,13 @@ def test_a_broken_bundle_is_named_by_its_fault(tmp_path: Path) -> None:
     from dstrain.checkpoint.bundle import save_bundle
     from dstrain.models.config import VocabularySizes
     from dstrain.models.factory import build_model
-    from dstrain.models.weights import to_portable
+    from dstrain.models.weights import to_canonical
     from dstrain.recipe_file import load_recipe
 
     config = load_recipe(RECIPE).model
     vocabulary = VocabularySizes(source=60, target=60)
     bundle = tmp_path / "bundle"
-    weights = to_portable(build_model(config, vocabulary, seed=1))
+    weights = to_canonical(build_model(config, vocabulary, seed=1))
     save_bundle(bundle, model_config=config, vocabulary=vocabulary, weights=weights, tokenizers=None, recipe=None)
     (tmp_path / "in").write_text("a\n")
     words = ("generate", bundle, "--input", tmp_path / "in", "--output", tmp_path / "out")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import to_canonical
 from tests.e2e.support import RECIPE, SMALL_DATA, SMALL_TRAINING, Ranks, dstrain, events, fails, settings, succeeds
 
 TEACHER = ("model.model_dim=48", "model.encoder={depth: 2, num_heads: 4, ffn_dim: 64}", "training.max_steps=40")
@@ -136,7 +136,7 @@ def with_other_ids(teacher: Path, directory: Path) -> tuple[Path, Path]:
     special, size = 4, bundle.vocabulary.target
     ids = torch.cat([torch.arange(special), torch.arange(size + 6, special + 6, -1)])
     weights = {}
-    for name, tensor in to_portable(bundle.model).items():
+    for name, tensor in to_canonical(bundle.model).items():
         weights[name] = tensor
         if len(tensor) == size:
             weights[name] = torch.full((size + 7, *tensor.shape[1:]), 0.5)

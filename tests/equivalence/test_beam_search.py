@@ -25,7 +25,7 @@ from dstrain.generation.padding import pad
 from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
-from dstrain.models.weights import load_portable
+from dstrain.models.weights import TensorSource, load_canonical
 from tests.equivalence.slow_beam_search import EOS, PAD, UNK, Slow
 from tests.paths import GOLDEN, needs_golden
 
@@ -66,7 +66,7 @@ def golden(name: str) -> dict[str, Any]:
 def model_of(name: str) -> EncoderDecoder:
     config, vocabulary, weights = convert(read_fairseq_checkpoint(GOLDEN / "ref" / CHECKPOINTS[name]))
     model = build_model(config, vocabulary, seed=None).eval()
-    load_portable(model, weights)
+    load_canonical(model, TensorSource(weights))
     return model
 
 

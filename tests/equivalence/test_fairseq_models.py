@@ -16,7 +16,7 @@ from dstrain.interop.fairseq.checkpoint import read_fairseq_checkpoint
 from dstrain.interop.fairseq.lora import convert_adapted
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import Projections, build_model
-from dstrain.models.weights import load_portable, portable_layout, split
+from dstrain.models.weights import TensorSource, load_canonical, parameter_layouts, split_parameters
 from dstrain.nn.attention_bias import AttentionBias
 from dstrain.nn.rotary import LengthRotary
 from tests.paths import GOLDEN, needs_golden
@@ -94,12 +94,12 @@ def imported(variant: str, projections: Projections = "fused") -> EncoderDecoder
     if adapter is not None:
         lora = LoraConfig(**adapter.settings)
         if projections == "separate":
-            inject(model, lora, seed=1)
+            inject(model, lora, TensorSource(weights), seed=1)
             freeze(model, lora)
             weights |= adapter.weights
         else:
             weights = {name: merged(name, tensor, adapter.weights, lora) for name, tensor in weights.items()}
-    load_portable(model, weights)
+    load_canonical(model, TensorSource(weights))
     golden = arrays(variant)
     if variant in LENGTH_OF_THE_BATCH:
         follow_width(model.source_attention_bias, golden["src_tokens"].shape[1])
@@ -225,8 +225,8 @@ def test_loss_and_gradients(variant: str, projections: Projections) -> None:
     assert loss.item() == pytest.approx(json.loads((folder / "meta.json").read_text())["loss"], rel=1e-6)
 
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
-    layout = {name: parts for name, parts in portable_layout(model).items() if name in gradients}
-    ours = {fairseq_name(name): gradient for name, gradient in split(layout, gradients).items()}
+    layout = {name: parts for name, parts in parameter_layouts(model).items() if name in gradients}
+    ours = {fairseq_name(name): gradient for name, gradient in split_parameters(layout, gradients).items()}
     with np.load(folder / "grads.npz") as file:
         theirs = {
             name.replace("lora_A", "lora_a").replace("lora_B", "lora_b"): torch.from_numpy(file[name]) for name in file.files
@@ -251,7 +251,7 @@ def test_the_base_below_an_adapter(name: str, unmerged: bool) -> None:
     source, target = right_padded(golden["src_tokens_rightpad"]), right_padded(golden["prev_output_tokens"])
     model = build_model(config, vocabulary, seed=None).eval()
     for state, truth in ((weights, "logits_base_without_lora"), (adapted, "logits_unmerged")):
-        load_portable(model, state)
+        load_canonical(model, TensorSource(state))
         with torch.no_grad():
             logits = model.project(model(source, target).hidden)
         real = target.tokens != PAD

@@ -26,7 +26,7 @@ from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
 from dstrain.model_output import ActivationCapture
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
-from dstrain.models.weights import load_portable
+from dstrain.models.weights import TensorSource, load_canonical
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from tests.parallel.trace import recorded_batches
@@ -39,7 +39,7 @@ FOLDER = GOLDEN / "ref" / "kd"
 def model(name: str) -> EncoderDecoder:
     config, vocabulary, weights = convert(read_fairseq_checkpoint(FOLDER / f"{name}.pt"))
     found = build_model(config, vocabulary, seed=None).eval()
-    load_portable(found, weights)
+    load_canonical(found, TensorSource(weights))
     return found
 
 

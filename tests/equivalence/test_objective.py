@@ -8,7 +8,7 @@ import torch
 
 from dstrain.batch import IGNORE_INDEX, Batch
 from dstrain.build.objective import build_objective
-from dstrain.models.weights import portable_layout, split
+from dstrain.models.weights import parameter_layouts, split_parameters
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
 from tests.equivalence.test_fairseq_models import PAD, arrays, fairseq_name, imported, right_padded
@@ -50,7 +50,9 @@ def test_gradients(chunk_tokens: int) -> None:
     module, batch = module_and_batch("ref/a_base", chunk_tokens)
     module(batch).loss_sum.backward()
     gradients = {name.removeprefix("model."): parameter.grad for name, parameter in module.named_parameters()}
-    ours = {fairseq_name(name): gradient for name, gradient in split(portable_layout(module.model), gradients).items()}
+    ours = {
+        fairseq_name(name): gradient for name, gradient in split_parameters(parameter_layouts(module.model), gradients).items()
+    }
     with np.load(GOLDEN / "ref/a_base/grads.npz") as file:
         theirs = {name: torch.from_numpy(file[name]) for name in file.files}
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=2e-6)

@@ -10,7 +10,7 @@ from dstrain.batch import Sequences
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, StackConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import to_canonical
 
 BATCH, SOURCE, TARGET, DIM = 5, 9, 7, 24
 STACK: dict[str, Any] = {"depth": 3, "num_heads": 3, "ffn_dim": 40}
@@ -27,7 +27,7 @@ def our_model(norm_order: Literal["pre", "post"], activation: Literal["relu", "g
     )
     model = build_model(config, VocabularySizes(source=50, target=60), seed=5)
     generator = torch.Generator().manual_seed(6)
-    for tensor in to_portable(model).values():
+    for tensor in to_canonical(model).values():
         tensor.add_(0.1 * torch.randn(tensor.shape, generator=generator))
     return model
 
@@ -36,7 +36,7 @@ def torch_model(ours: EncoderDecoder, norm_order: str, activation: str) -> nn.Tr
     theirs = nn.Transformer(DIM, 3, 3, 3, 40, 0.0, activation, batch_first=True, norm_first=norm_order == "pre")
     if norm_order == "post":
         theirs.encoder.norm = theirs.decoder.norm = None
-    weights = to_portable(ours)
+    weights = to_canonical(ours)
     pairs = {"feed_forward.up_proj": "linear1", "feed_forward.down_proj": "linear2"}
     norms = {
         "encoder": ["self_attention_norm", "feed_forward_norm"],

@@ -15,7 +15,7 @@ from dstrain.checkpoint.bundle import load_bundle, save_bundle
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import to_canonical
 
 HERE = Path(__file__).parent
 BUNDLE = HERE / "tiny_bundle"
@@ -74,7 +74,7 @@ def main() -> None:
         BUNDLE,
         model_config=config,
         vocabulary=vocabulary,
-        weights=to_portable(model),
+        weights=to_canonical(model),
         tokenizers=pair,
         recipe=None,
         notes={"made_by": "tests/golden/make_tiny_bundle.py"},

@@ -16,7 +16,7 @@ from dstrain.engine.training_engine import TrainEngine
 from dstrain.errors import CheckpointError
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, FactorizedEmbedding, PlainEmbedding, StackConfig
 from dstrain.models.factory import build_model
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import TensorSource, load_canonical, to_canonical
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
@@ -40,7 +40,7 @@ def adapted_module(*, factorized: bool, dropout: float = 0.0, **adapter: Any) ->
     )
     model = build_model(config, VOCABULARY, projections="separate", seed=1)
     settings = LoraConfig(**{"rank": 3, "alpha": 6, "dropout": dropout, "targets": ["*"], **adapter})
-    inject(model, settings, seed=5)
+    load_canonical(model, inject(model, settings, TensorSource(to_canonical(model)), seed=5))
     freeze(model, settings)
     return TrainModule(model, CrossEntropy(CrossEntropyConfig(chunk_tokens=16)))
 
@@ -64,7 +64,7 @@ def adapted_curves(world: World, *, runs: list[dict[str, Any]], steps: int) -> l
     found = []
     for run in runs:
         module = adapted_module(**run["model"])
-        before = {name: value.clone() for name, value in to_portable(module.model).items()}
+        before = {name: value.clone() for name, value in to_canonical(module.model).items()}
         engine = adapting_engine(world, module, deepspeed=run["deepspeed"])
         reports = [asdict(engine.train_step(*share(step, world, 4))) for step in range(steps)]
         gathered = world.broadcast_object(engine.gather_weights(averaged=False))
@@ -72,7 +72,7 @@ def adapted_curves(world: World, *, runs: list[dict[str, Any]], steps: int) -> l
         with engine.generation_model(averaged=False) as model, torch.no_grad():
             state = model.start(source, num_sentences=3, rows_per_sentence=1, max_length=4)
             logits = model.step(torch.full((3, 1), 7), state)
-            after = to_portable(model)
+            after = to_canonical(model)
         found.append(
             {
                 "reports": reports,

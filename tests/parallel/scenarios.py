@@ -22,7 +22,7 @@ from dstrain.engine.shard_file import read_shard, write_shard
 from dstrain.engine.training_engine import SETTING, TrainEngine
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.encoder_decoder import EncoderDecoder
-from dstrain.models.weights import load_portable, to_portable
+from dstrain.models.weights import TensorSource, load_canonical, to_canonical
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
@@ -101,7 +101,7 @@ def fp16_curve(world: World, **run: Any) -> list[Report]:
 def masters_at_start(world: World, *, deepspeed: str) -> bool:
     """Whether a bf16 engine starts from the very weights of the model, on rank 0."""
     module = build_module()
-    expected = digest(to_portable(module.model))
+    expected = digest(to_canonical(module.model))
     return digest(build_engine(world, module, deepspeed=deepspeed, precision="bf16").gather_weights(averaged=False)) in (
         expected,
         None,
@@ -163,7 +163,7 @@ def views(world: World, *, deepspeed: str) -> Report:
     result = {
         "average_error": max(float((kept[name] - average[name]).abs().max()) for name in average),
         "moved": max(float((kept[name] - now[name]).abs().max()) for name in now),
-        "names": sorted(now) == sorted(to_portable(build_module().model)),
+        "names": sorted(now) == sorted(to_canonical(build_module().model)),
         "loss": float(engine.evaluate(batch).loss_sum),
         "plain_loss": plain_loss(now, batch),
         "plain_average_loss": plain_loss(kept, batch),
@@ -188,7 +188,7 @@ def whole(world: World, engine: TrainEngine, *, averaged: bool) -> dict[str, Ten
 def plain_loss(weights: dict[str, Tensor], batch: Batch) -> float:
     """The loss sum of a plain model with these weights."""
     module = build_module().eval()
-    load_portable(module.model, weights)
+    load_canonical(module.model, TensorSource(weights))
     with torch.no_grad():
         return float(module(batch).loss_sum)
 
@@ -196,7 +196,7 @@ def plain_loss(weights: dict[str, Tensor], batch: Batch) -> float:
 def generation_error(world: World, engine: TrainEngine, weights: dict[str, Tensor], *, averaged: bool) -> float:
     """Largest difference of logits to a plain model; every rank takes another number of decoder steps."""
     plain = build_module().eval().model
-    load_portable(plain, weights)
+    load_canonical(plain, TensorSource(weights))
     with engine.generation_model(averaged=averaged) as model:
         found, expected = (decode(candidate, steps=1 + 2 * world.rank) for candidate in (model, plain))
     return float((found - expected).abs().max())
@@ -289,7 +289,7 @@ def against_torch(world: World, *, deepspeed: str) -> Report:
         plain.step()
         plain.zero_grad()
         norms.append([engine.train_step(*share(step, world, 4)).grad_norm, norm])
-    found, expected = whole(world, engine, averaged=False), to_portable(module.model)
+    found, expected = whole(world, engine, averaged=False), to_canonical(module.model)
     return {"norms": norms, "error": max(float((found[name] - expected[name]).abs().max()) for name in expected)}
 
 
@@ -324,7 +324,7 @@ def stable_adamw(world: World, *, deepspeed: str) -> Report:
     found = whole(world, engine, averaged=False)
     errors = [
         max(float((found[name] - expected[name]).abs().max()) for name in found)
-        for expected in (to_portable(plain.model), to_portable(unclipped.model))
+        for expected in (to_canonical(plain.model), to_canonical(unclipped.model))
     ]
     return {"norms": norms, "error": errors[0], "error_without_clipping": errors[1], "largest": max(ratios)}
 

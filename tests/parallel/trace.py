@@ -13,7 +13,7 @@ from dstrain.engine.config import AdamConfig, EngineConfig, ScheduleConfig
 from dstrain.engine.training_engine import TrainEngine
 from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
 from dstrain.models.factory import build_model
-from dstrain.models.weights import load_portable
+from dstrain.models.weights import TensorSource, load_canonical
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
@@ -63,7 +63,7 @@ def repeat(
     """
     config, vocabulary, weights = convert(read_fairseq_checkpoint(golden / "ref" / "a_base" / "checkpoint.pt"))
     model = build_model(config.model_copy(update={"dropout": 0.0}), vocabulary, seed=None)
-    load_portable(model, weights)
+    load_canonical(model, TensorSource(weights))
     engine = TrainEngine(
         TrainModule(model, CrossEntropy(CrossEntropyConfig(label_smoothing=0.1))),
         optimizer=AdamConfig(betas=(0.9, 0.98), decay="all", kind="adamw", **optimizer),

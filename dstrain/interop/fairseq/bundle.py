@@ -52,4 +52,6 @@ def save_imported(
         save(fresh / BASE)
         reference = BaseReference(path=BASE, fingerprint=find_bundle(fresh / BASE).fingerprint)
         write_adapter(fresh, config=LoraConfig(**adapter.settings), base=reference, weights=adapter.weights, notes=notes)
-        find_bundle(fresh).weights()
+        stored = find_bundle(fresh)
+        for name in stored.names():
+            stored.read(name)  # BundleError if the adapter does not fit

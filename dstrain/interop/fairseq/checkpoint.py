@@ -23,7 +23,7 @@ from dstrain.interop.fairseq.model_options import convert_config, convert_langua
 from dstrain.interop.fairseq.safe_pickle import load_pickled
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.models.weights import check_portable
+from dstrain.models.weights import TensorSource, check_canonical, parameter_layouts
 
 PAD_ID, EOS_ID = 1, 2
 POSITION_ROWS = 2
@@ -142,10 +142,9 @@ def convert(
     }
     target = sizes.get("target", sizes.get("source", 0))
     vocabulary = VocabularySizes(source=sizes.get("source", target), target=target, pad_id=PAD_ID, eos_id=EOS_ID)
-    with torch.device("meta"):
-        model = build_model(config, vocabulary, seed=None)
+    model = build_model(config, vocabulary, seed=None)
     try:
-        check_portable(model, portable)
+        check_canonical(parameter_layouts(model), TensorSource(portable))
     except BundleError as error:
         raise ImportFormatError(f"the checkpoint is not the transformer that its settings describe: {error}") from error
     return config, vocabulary, portable

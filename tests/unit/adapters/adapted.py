@@ -11,7 +11,7 @@ from dstrain.adapters.lora import inject, merged
 from dstrain.batch import Sequences
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import Model
-from dstrain.models.weights import load_portable, to_portable
+from dstrain.models.weights import TensorSource, load_canonical, to_canonical
 from tests.unit.models.build import sequences, small_config, small_model
 
 SOURCE, TARGET = sequences(5, 3, 1), sequences(4, 6, 1, seed=2)
@@ -27,7 +27,7 @@ def adapted(
 ) -> Model:
     """A small model in evaluation mode with adapters that are as after some training, or fresh."""
     model = small_model(config or small_config(), projections="separate")
-    inject(model, adapter, seed=seed)
+    load_canonical(model, inject(model, adapter, TensorSource(to_canonical(model)), seed=seed))
     freeze(model, adapter)
     if trained:
         train(model)
@@ -51,19 +51,19 @@ def logits(model: Model, source: Sequences = SOURCE, target: Sequences = TARGET)
 
 
 def copies(model: Model) -> dict[str, Tensor]:
-    """Its weights by portable name, as they are now."""
-    return {name: tensor.clone() for name, tensor in to_portable(model).items()}
+    """Its weights by canonical name, as they are now."""
+    return {name: tensor.clone() for name, tensor in to_canonical(model).items()}
 
 
 def adapter_of(model: Model) -> dict[str, Tensor]:
-    """What was trained, by portable name."""
+    """What was trained, by canonical name."""
     trained = {parameter.data_ptr() for parameter in model.parameters() if parameter.requires_grad}
-    return {name: tensor for name, tensor in to_portable(model).items() if tensor.data_ptr() in trained}
+    return {name: tensor for name, tensor in to_canonical(model).items() if tensor.data_ptr() in trained}
 
 
 def merged_model(model: Model, adapter: LoraConfig, config: EncoderDecoderConfig | DecoderOnlyConfig | None = None) -> Model:
     """A plain model with the base's weights, changed as `merged` says."""
     plain = small_model(config or small_config())
     base, trained = copies(plain), adapter_of(model)
-    load_portable(plain, {name: merged(name, tensor, trained, adapter) for name, tensor in base.items()})
+    load_canonical(plain, TensorSource({name: merged(name, tensor, trained, adapter) for name, tensor in base.items()}))
     return plain

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.adapters.config import LoraConfig
-from dstrain.adapters.lora import adapter_targets, inject, merged, strangers
+from dstrain.adapters.lora import adapter_targets, inject, merged, unmatched_keys
 from dstrain.adapters.parts import LoraEmbedding, LoraLinear, LoraProjection
 from dstrain.errors import BundleError, RecipeError
 from dstrain.models.config import (
@@ -21,7 +21,7 @@ from dstrain.models.config import (
     PlainEmbedding,
     StackConfig,
 )
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import TensorSource, load_canonical, to_canonical
 from dstrain.ops.linear_cross_entropy import linear_cross_entropy
 from tests.unit.adapters.adapted import SOURCE, TARGET, adapted, adapter_of, copies, logits, lora, merged_model
 from tests.unit.models.build import sequences, small_config, small_model
@@ -63,7 +63,7 @@ def test_nothing_at_the_start_and_equal_when_merged(name: str, dora: bool) -> No
     assert (logits(model) - logits(base)).abs().max() > 0.5
     plain = merged_model(model, adapter, config).double()  # what float32 sums to depends on the processor
     torch.testing.assert_close(logits(plain), logits(model.double()), rtol=1e-5, atol=3e-5)
-    assert not list(strangers(adapter_of(model), before))
+    assert not list(unmatched_keys(adapter_of(model), before))
 
 
 @pytest.mark.parametrize("name", ["plain-all", "factorized-all", "stacked", "decoder-only"])
@@ -161,7 +161,7 @@ def test_a_row_of_zeros_stays_one_under_dora() -> None:
     """The embedding of padding has no direction to stretch."""
     model = small_model(MODELS["plain-all"], projections="separate")
     assert not model.target_embedding.tokens.weight[1].any()
-    inject(model, lora("tokens", dora=True), seed=1)
+    load_canonical(model, inject(model, lora("tokens", dora=True), TensorSource(to_canonical(model)), seed=1))
     model.project(model(SOURCE, TARGET).hidden).sum().backward()
     gradients = [model.target_embedding.tokens.get_parameter(f"lora_{kind}").grad for kind in ("a", "b", "magnitude")]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
@@ -218,13 +218,13 @@ def test_an_unmatched_target_is_refused_with_what_there_is() -> None:
 def test_paths_are_those_of_portable_weights() -> None:
     model = small_model(MODELS["gated"], projections="separate")
     named = {f"{target.path}.weight" for target in adapter_targets(model)}
-    assert named - {"target_embedding.tokens.weight"} <= to_portable(model).keys()
+    assert named - {"target_embedding.tokens.weight"} <= to_canonical(model).keys()
     assert "encoder.layers.0.feed_forward.gate_proj.weight" in named
 
 
 def test_fused_projections_cannot_be_adapted() -> None:
     with pytest.raises(ValueError, match=r"encoder\.layers\.0\.self_attention\.qkv is fused; build the model with proj"):
-        inject(small_model(), lora("q_proj"), seed=1)
+        inject(small_model(), lora("q_proj"), TensorSource({}), seed=1)
 
 
 CHANGES: list[dict[str, Any]] = [
@@ -300,7 +300,7 @@ def test_an_adapter_that_does_not_fit_is_named() -> None:
         merged("p.weight", weight, fitting, lora("p", dora=True))
     with pytest.raises(BundleError, match=r"p\.bias is \(5,\), the base needs \(6,\)"):
         merged("p.bias", torch.zeros(6), {"p.bias": torch.zeros(5)}, lora("p"))
-    assert list(strangers(["p.lora_a", "q.lora_a", "r.bias"], ["p.weight", "q.bias"])) == ["q.lora_a", "r.bias"]
+    assert list(unmatched_keys(["p.lora_a", "q.lora_a", "r.bias"], ["p.weight", "q.bias"])) == ["q.lora_a", "r.bias"]
 
 
 def test_all_else_is_frozen() -> None:

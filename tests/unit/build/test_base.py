@@ -18,7 +18,7 @@ from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import BundleError, DataError, TrainingError
 from dstrain.evaluation.validator import WholeModel
 from dstrain.models.config import EncoderDecoderConfig
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import load_canonical, to_canonical
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
@@ -42,12 +42,14 @@ def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_base_gives_its_weights_and_an_adapter_freezes_them(data: Path, base: Path) -> None:
     """Dropout alone may differ from the base's."""
     found = find_base(base, MODEL.model_copy(update={"dropout": 0.0}), load_manifest(data))
-    weights = found.weights()
-    plain, adapted = (build_on_base(found, MODEL, adapter, seed=1) for adapter in (None, ADAPTER))
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in to_portable(plain).items())
+    weights = {name: found.read(name) for name in found.names()}
+    (plain, source), (adapted, adapted_source) = (build_on_base(found, MODEL, adapter, seed=1) for adapter in (None, ADAPTER))
+    load_canonical(plain, source)
+    load_canonical(adapted, adapted_source)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in to_canonical(plain).items())
     assert all(parameter.requires_grad for parameter in plain.parameters())
-    assert all(torch.equal(to_portable(adapted)[name], tensor) for name, tensor in weights.items())
-    assert adapter_of(adapted).keys() == to_portable(adapted).keys() - weights.keys()
+    assert all(torch.equal(to_canonical(adapted)[name], tensor) for name, tensor in weights.items())
+    assert adapter_of(adapted).keys() == to_canonical(adapted).keys() - weights.keys()
 
 
 def test_another_model_is_refused_with_the_difference(data: Path, base: Path) -> None:
@@ -93,7 +95,8 @@ class Averaging(WholeModel):
 
 def test_a_bundle_that_computes_something_else_is_an_error(data: Path, base: Path, tmp_path: Path, world: World) -> None:
     found = find_base(base, MODEL, load_manifest(data))
-    model = build_on_base(found, MODEL, ADAPTER, seed=1)
+    model, source = build_on_base(found, MODEL, ADAPTER, seed=1)
+    load_canonical(model, source)
     train(model)
     bundle = tmp_path / "adapted"
     save_adapter_bundle(bundle, adapter=ADAPTER, base=found, weights=adapter_of(model), recipe=None, notes={})

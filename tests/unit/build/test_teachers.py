@@ -24,7 +24,7 @@ from dstrain.distillation.store.manifest import TopKMethod
 from dstrain.errors import BundleError, DataError, RecipeError
 from dstrain.model_output import ActivationCapture, Tap
 from dstrain.models.config import VocabularySizes
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import to_canonical
 from dstrain.ops.teacher_signal import DenseSignal
 from tests.unit.adapters.adapted import adapter_of, train
 from tests.unit.evaluation.test_bundle_validation import MODEL, bundle_for, prepared
@@ -81,7 +81,7 @@ def teacher(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def renamed(teacher: Path, directory: Path, places: Tensor, size: int) -> Path:
     """The same teacher with the vector of each id moved to another place among `size`; the other places hold noise."""
     bundle = load_bundle(teacher)
-    weights = dict(to_portable(bundle.model))
+    weights = dict(to_canonical(bundle.model))
     tables = [name for name, weight in weights.items() if len(weight) == len(places)]
     assert len(tables) == 3
     for name in tables:
@@ -158,7 +158,7 @@ def test_no_bundle_is_refused(corpus: Corpus, tmp_path: Path) -> None:
 def test_a_teacher_that_reads_too_little_is_refused(corpus: Corpus, tmp_path: Path) -> None:
     sizes = corpus.sizes
     config = MODEL.model_copy(update={"max_target_length": 4})
-    weights = to_portable(load_bundle(bundle_for(corpus.directory, tmp_path / "long")).model)
+    weights = to_canonical(load_bundle(bundle_for(corpus.directory, tmp_path / "long")).model)
     save_bundle(
         tmp_path / "short", model_config=config, vocabulary=sizes, weights=weights, tokenizers=corpus.tokenizers, recipe=None
     )
@@ -202,7 +202,7 @@ def test_the_fingerprint_is_that_of_the_weights(corpus: Corpus, teacher: Path, t
     again = bundle_for(corpus.directory, tmp_path / "again")
     assert corpus.plan(teacher)[0].fingerprint == corpus.plan(again)[0].fingerprint
     bundle = load_bundle(teacher)
-    weights = {name: weight + 1e-3 for name, weight in to_portable(bundle.model).items()}
+    weights = {name: weight + 1e-3 for name, weight in to_canonical(bundle.model).items()}
     save_bundle(again, model_config=MODEL, vocabulary=corpus.sizes, weights=weights, tokenizers=corpus.tokenizers, recipe=None)
     assert corpus.plan(teacher)[0].fingerprint != corpus.plan(again)[0].fingerprint
 

@@ -19,7 +19,7 @@ from dstrain.checkpoint.bundle import find_bundle, load_bundle, save_adapter_bun
 from dstrain.cli.main import main
 from dstrain.errors import BundleError
 from dstrain.models.factory import Model
-from dstrain.models.weights import load_portable, to_portable
+from dstrain.models.weights import load_canonical, to_canonical
 from tests.unit.adapters.adapted import adapter_of, logits, lora
 from tests.unit.checkpoint.test_bundle import save
 from tests.unit.models.build import small_model
@@ -30,8 +30,7 @@ ADAPTER = lora("q_proj", "tokens", bias="lora_only", dora=True)
 def make(directory: Path, base: Path, adapter: LoraConfig = ADAPTER, *, seed: int = 1) -> Model:
     """An adapter bundle on a base bundle; returns the adapted model, computing with its parts apart."""
     model = small_model(projections="separate")
-    load_portable(model, find_bundle(base).weights())
-    inject(model, adapter, seed=seed)
+    load_canonical(model, inject(model, adapter, find_bundle(base), seed=seed))
     freeze(model, adapter)
     torch.manual_seed(seed)
     with torch.no_grad():
@@ -200,11 +199,11 @@ def test_merge_makes_a_plain_bundle(place: Path, capfd: pytest.CaptureFixture[st
 def test_the_average_is_that_of_the_adapted_weights(place: Path) -> None:
     make(Path("runs/other"), Path("base"), seed=2)
     average_bundles([ADAPTED, Path("runs/other"), Path("base")], Path("mean"))
-    parts = [find_bundle(path).weights() for path in (ADAPTED, Path("runs/other"), Path("base"))]
+    parts = [find_bundle(path) for path in (ADAPTED, Path("runs/other"), Path("base"))]
     found = load_bundle(Path("mean"))
     assert found.adapters == 0
-    for name, tensor in to_portable(found.model).items():
-        torch.testing.assert_close(tensor, sum(part[name] for part in parts) / 3, rtol=1e-6, atol=1e-6)
+    for name, tensor in to_canonical(found.model).items():
+        torch.testing.assert_close(tensor, sum(part.read(name) for part in parts) / 3, rtol=1e-6, atol=1e-6)
 
 
 def test_inspect_names_the_base(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

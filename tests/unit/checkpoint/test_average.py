@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dstrain.checkpoint.average import average_bundles, average_weights
@@ -16,7 +16,7 @@ from dstrain.cli.main import main
 from dstrain.errors import BundleError
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import TensorSource, to_canonical
 
 STACK = {"depth": 1, "num_heads": 2, "ffn_dim": 12}
 
@@ -25,7 +25,7 @@ def make(directory: Path, seed: int, *, vocabulary: int = 11, **changes: Any) ->
     """Write a small bundle; returns its weights."""
     config = EncoderDecoderConfig(**{"model_dim": 8, "encoder": STACK, "decoder": STACK, **changes})
     sizes = VocabularySizes(source=vocabulary, target=vocabulary)
-    weights = to_portable(build_model(config, sizes, seed=seed))
+    weights = to_canonical(build_model(config, sizes, seed=seed))
     save_bundle(directory, model_config=config, vocabulary=sizes, weights=weights, tokenizers=None, recipe={"seed": seed})
     return weights
 
@@ -50,22 +50,21 @@ def test_the_average_of_one_bundle_is_itself(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], weights[name]) for name in weights)
 
 
-def test_half_precision_weights_are_averaged_in_full_precision(tmp_path: Path) -> None:
-    for name, value in (("a", 1.0), ("b", 1.0078125)):
-        save_file({"w": torch.full((3,), value, dtype=torch.bfloat16)}, tmp_path / name)
-    mean = average_weights([tmp_path / "a", tmp_path / "b"])["w"]
+def test_half_precision_weights_are_averaged_in_full_precision() -> None:
+    sides = [(name, torch.full((3,), value, dtype=torch.bfloat16)) for name, value in (("a", 1.0), ("b", 1.0078125))]
+    mean = average_weights([(name, TensorSource({"w": value})) for name, value in sides])["w"]
     assert mean.dtype == torch.float32
     assert mean.tolist() == [1.00390625] * 3
 
 
-def test_tensors_that_differ_in_name_or_shape_are_named(tmp_path: Path) -> None:
-    save_file({"w": torch.zeros(3), "v": torch.zeros(1)}, tmp_path / "a")
-    save_file({"w": torch.zeros(3), "u": torch.zeros(1)}, tmp_path / "b")
-    save_file({"w": torch.zeros(4), "v": torch.zeros(1)}, tmp_path / "c")
+def test_tensors_that_differ_in_name_or_shape_are_named() -> None:
+    first = ("a", TensorSource({"w": torch.zeros(3), "v": torch.zeros(1)}))
+    other_name = ("b", TensorSource({"w": torch.zeros(3), "u": torch.zeros(1)}))
+    other_shape = ("c", TensorSource({"w": torch.zeros(4), "v": torch.zeros(1)}))
     with pytest.raises(BundleError, match=r"b and .*a hold different tensors: u, v"):
-        average_weights([tmp_path / "a", tmp_path / "b"])
+        average_weights([first, other_name])
     with pytest.raises(BundleError, match=r"c: w has shape \(4,\), in .*a it has \(3,\)"):
-        average_weights([tmp_path / "a", tmp_path / "c"])
+        average_weights([first, other_shape])
 
 
 def test_different_models_are_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair
 from dstrain.errors import BundleError, DataError
 from dstrain.models.config import PlainEmbedding
 from dstrain.models.encoder_decoder import EncoderDecoder
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import to_canonical
 from tests.unit.models.build import VOCABULARY, sequences, small_config, small_model
 
 
@@ -31,7 +31,7 @@ def save(directory: Path, model: EncoderDecoder, *, step: int = 1) -> None:
         directory,
         model_config=model.config,
         vocabulary=model.vocabulary,
-        weights=to_portable(model),
+        weights=to_canonical(model),
         tokenizers=tokenizers(),
         recipe={"version": 1, "description": "Prüfung"},
         notes={"step": step},
@@ -52,7 +52,7 @@ def test_logits_before_equal_logits_after(tmp_path: Path, tie: str, projections:
         rtol=1e-5,
         atol=1e-5,
     )
-    before, after = to_portable(model), to_portable(loaded.model)
+    before, after = to_canonical(model), to_canonical(loaded.model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (loaded.model_config, loaded.vocabulary) == (model.config, VOCABULARY)
@@ -79,7 +79,7 @@ def test_without_tokenizers_and_recipe(tmp_path: Path) -> None:
         tmp_path / "deep" / "bundle",
         model_config=model.config,
         vocabulary=VOCABULARY,
-        weights=to_portable(model),
+        weights=to_canonical(model),
         tokenizers=None,
         recipe=None,
     )
@@ -90,7 +90,7 @@ def test_without_tokenizers_and_recipe(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_are_never_written(tmp_path: Path) -> None:
     model = small_model()
     save(tmp_path / "bundle", model, step=1)
-    weights = {name: tensor for name, tensor in to_portable(model).items() if "cross" not in name}
+    weights = {name: tensor for name, tensor in to_canonical(model).items() if "cross" not in name}
     with pytest.raises(BundleError, match=r"missing: decoder\.layers\.0\.cross_attention"):
         save_bundle(
             tmp_path / "bundle", model_config=model.config, vocabulary=VOCABULARY, weights=weights, tokenizers=None, recipe=None

@@ -9,7 +9,7 @@ import torch
 from dstrain.checkpoint.bundle import load_bundle
 from dstrain.cli.main import main
 from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import to_canonical
 from tests.paths import GOLDEN, needs_golden
 
 pytestmark = needs_golden
@@ -30,7 +30,7 @@ def test_a_bundle_with_weights_and_dictionaries(tmp_path: Path) -> None:
     bundle = load_bundle(tmp_path / "b")
     config, vocabulary, weights = convert(read_fairseq_checkpoint(checkpoint))
     assert (bundle.model_config, bundle.vocabulary) == (config, vocabulary)
-    assert all(torch.equal(tensor, weights[name]) for name, tensor in to_portable(bundle.model).items())
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in to_canonical(bundle.model).items())
     assert bundle.tokenizers.shared
     assert bundle.tokenizers.source.vocab_size == vocabulary.source
     assert bundle.notes["arch"] == "transformer"
@@ -96,6 +96,6 @@ def test_adapters_become_an_adapter_bundle_with_its_base_inside(name: str, tmp_p
         plain = {key: tensor for key, tensor in stored.weights.items() if "lora" not in key}
         settings = {key: value for key, value in stored.model.items() if key != "lora_args"}
         expected = convert(replace(stored, model=settings, weights=plain))[2]
-        for key, tensor in to_portable(bundle.model).items():
+        for key, tensor in to_canonical(bundle.model).items():
             torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-6)
     assert adapted.tokenizers is not None

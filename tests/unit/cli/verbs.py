@@ -9,7 +9,7 @@ import pytest
 from dstrain.checkpoint.bundle import save_bundle
 from dstrain.cli.main import main
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import to_canonical
 from tests.unit.distillation.toy_store import MODEL, teacher_for
 
 
@@ -19,7 +19,7 @@ def bundle_for(data: Path, directory: Path, *, seed: int, tokenizers: bool = Tru
         directory,
         model_config=MODEL,
         vocabulary=model.vocabulary,
-        weights=to_portable(model),
+        weights=to_canonical(model),
         tokenizers=load_tokenizers(data / "tokenizer") if tokenizers else None,
         recipe=None,
     )

@@ -20,7 +20,7 @@ from dstrain.data.prepared.prepare import prepare
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import to_canonical
 from dstrain.recipe_file import load_recipe, recipe_tree
 
 STACK = {"depth": 1, "num_heads": 2, "ffn_dim": 16}
@@ -40,7 +40,7 @@ def prepared(directory: Path, vocab_size: int) -> Path:
 def bundle_for(data: Path, directory: Path, *, tokenizers: bool = True, recipe: dict[str, Any] | None = None) -> Path:
     pair = load_tokenizers(data / "tokenizer")
     sizes = VocabularySizes(source=pair.source.vocab_size, target=pair.target.vocab_size)
-    weights = to_portable(build_model(MODEL, sizes, seed=3))
+    weights = to_canonical(build_model(MODEL, sizes, seed=3))
     chosen = pair if tokenizers else None
     save_bundle(directory, model_config=MODEL, vocabulary=sizes, weights=weights, tokenizers=chosen, recipe=recipe)
     return directory

@@ -17,7 +17,7 @@ from dstrain.models.config import (
     VocabularySizes,
 )
 from dstrain.models.factory import build_model
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import to_canonical
 
 WORDS = ["eins", "zwei", "drei", "vier", "fünf", "sechs", "sieben", "acht", "neun", "zehn", "elf", "zwölf"]
 NAMES = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"]
@@ -43,7 +43,7 @@ def make_bundle(
         max_source_length=max_length,
         max_target_length=max_length,
     )
-    weights = to_portable(build_model(config, vocabulary, seed=3))
+    weights = to_canonical(build_model(config, vocabulary, seed=3))
     weights = {name: weight * 4 if "projection" in name else weight for name, weight in weights.items()}
     save_bundle(
         directory,
@@ -67,7 +67,7 @@ def make_decoder_only_bundle(directory: Path, *, trained_on: str | None) -> Path
         directory,
         model_config=config,
         vocabulary=vocabulary,
-        weights=to_portable(build_model(config, vocabulary, seed=3)),
+        weights=to_canonical(build_model(config, vocabulary, seed=3)),
         tokenizers=TokenizerPair(words, words),
         recipe=None if trained_on is None else {"data": {"train": [{"kind": trained_on}]}},
     )

@@ -14,7 +14,7 @@ from dstrain.batch import Sequences
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import Model, build_model
-from dstrain.models.weights import load_portable, to_portable
+from dstrain.models.weights import TensorSource, load_canonical, to_canonical
 from tests.unit.models.build import VOCABULARY, random_config, sequences, small_model
 
 SOURCE = sequences(9, 1, 5, 6, seed=8)
@@ -94,7 +94,7 @@ def test_later_tokens_do_not_change_earlier_ones(config: EncoderDecoderConfig | 
 def test_fused_and_separate_projections_are_one_model(config: EncoderDecoderConfig | DecoderOnlyConfig) -> None:
     fused = small_model(config)
     separate = build_model(config, VOCABULARY, projections="separate", seed=None).eval()
-    load_portable(separate, to_portable(fused))
+    load_canonical(separate, TensorSource(to_canonical(fused)))
     target = sequences(3, 7, 1, 5, seed=2)
     assert_close(logits(separate, SOURCE, target), logits(fused, SOURCE, target))
 
@@ -102,7 +102,7 @@ def test_fused_and_separate_projections_are_one_model(config: EncoderDecoderConf
 @pytest.mark.parametrize("config", CONFIGS[:30], ids=name_of)
 def test_a_bundle_holds_the_model(config: EncoderDecoderConfig | DecoderOnlyConfig, tmp_path: Path) -> None:
     model, target = small_model(config), sequences(3, 7, 1, 5, seed=2)
-    weights = to_portable(model)
+    weights = to_canonical(model)
     save_bundle(tmp_path / "bundle", model_config=config, vocabulary=VOCABULARY, weights=weights, tokenizers=None, recipe=None)
     bundle = load_bundle(tmp_path / "bundle")
     assert bundle.model_config == config

@@ -10,7 +10,7 @@ from torch import Tensor
 from dstrain.models import config as configurations
 from dstrain.models.config import DecoderOnlyConfig, DynamicYarnScaling, EncoderDecoderConfig, ModelConfig
 from dstrain.models.factory import build_model
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import to_canonical
 from tests.unit.models.build import VOCABULARY, sequences
 
 Tree = dict[str, Any]
@@ -147,7 +147,7 @@ def signature(tree: Tree) -> tuple[dict[str, torch.Size], Tensor]:
     model = build_model(read(tree), VOCABULARY, seed=1).train()
     torch.manual_seed(5)
     logits = model.project(model(sequences(5, 3), sequences(4, 4)).hidden)
-    return {name: tensor.shape for name, tensor in to_portable(model).items()}, logits.detach()
+    return {name: tensor.shape for name, tensor in to_canonical(model).items()}, logits.detach()
 
 
 @pytest.mark.parametrize(("base", "first", "second"), CASES, ids=lambda part: part.get("kind") or str(part)[:60])

@@ -11,7 +11,7 @@ from dstrain.errors import RecipeError
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.models.presets import PRESETS
-from dstrain.models.weights import to_portable
+from dstrain.models.weights import to_canonical
 from tests.unit.models.build import VOCABULARY, name_of, sequences, small_config, small_model, variants
 
 PARAMETERS = {"iwslt": 31_641_600, "base": 44_236_800, "big": 176_553_984, "it2": 831_410_176, "it2_dist": 132_485_120}
@@ -64,7 +64,7 @@ def test_norm_eps_reaches_every_norm() -> None:
 @pytest.mark.parametrize("config", variants()[::3], ids=name_of)
 def test_fused_and_separate_projections_start_and_compute_the_same(config: EncoderDecoderConfig) -> None:
     fused, separate = small_model(config), small_model(config, projections="separate")
-    weights, others = to_portable(fused), to_portable(separate)
+    weights, others = to_canonical(fused), to_canonical(separate)
     assert weights.keys() == others.keys()
     assert all(torch.equal(weights[name], others[name]) for name in weights)
     source, target = sequences(5, 3), sequences(4, 6)
@@ -73,10 +73,10 @@ def test_fused_and_separate_projections_start_and_compute_the_same(config: Encod
 
 def test_the_seed_alone_decides() -> None:
     torch.manual_seed(1)
-    first = to_portable(build_model(small_config(), VOCABULARY, seed=3))
+    first = to_canonical(build_model(small_config(), VOCABULARY, seed=3))
     torch.manual_seed(2)
-    again = to_portable(build_model(small_config(), VOCABULARY, seed=3))
-    other = to_portable(build_model(small_config(), VOCABULARY, seed=4))
+    again = to_canonical(build_model(small_config(), VOCABULARY, seed=3))
+    other = to_canonical(build_model(small_config(), VOCABULARY, seed=4))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["projection.weight"], other["projection.weight"])
 
@@ -89,7 +89,7 @@ def test_initial_distributions() -> None:
         decoder=DecoderStackConfig(depth=1, num_heads=4, ffn_dim=1024),
         position={"kind": "learned"},
     )
-    weights = to_portable(build_model(config, VocabularySizes(source=500, target=400), seed=1))
+    weights = to_canonical(build_model(config, VocabularySizes(source=500, target=400), seed=1))
 
     def spread(name: str) -> float:
         return weights[name].std().item()
