@@ -3,7 +3,7 @@
 For each kind of model: the CPU time of single decoder steps when the cache holds so many tokens (random weights and tokens, 4
 layers of 128 features, 16 rows), and the part of it that is spent in the kernel of self-attention. `beyond` is by how much more
 a step at the far position costs than if attention alone had grown, in percent: 0 where nothing else does. With beams, each row
-continues a row of its sentence drawn at random at every step, as in a search; `strangers` is the worst case, rows that change
+continues a row of its sentence drawn at random at every step, as in a search; `unrelated` is the worst case, rows that change
 places and never descend from one another. Near and far take turns, and the fastest round of each counts, as other work on the
 machine takes memory bandwidth.
 
@@ -46,7 +46,7 @@ def drawn() -> Tensor:
     return (torch.arange(0, ROWS, BEAMS)[:, None] + torch.randint(BEAMS, (ROWS // BEAMS, BEAMS))).flatten()
 
 
-def strangers() -> Tensor:
+def unrelated() -> Tensor:
     """The rows of a sentence change places."""
     return torch.arange(ROWS).view(-1, BEAMS).flip(1).flatten()
 
@@ -58,7 +58,7 @@ MODELS: dict[str, tuple[dict[str, Any], Parents]] = {
     "rotary, grouped heads": ({**PAIRED, **ROTARY, "decoder": {**STACK, "num_kv_heads": 1}}, alone),
     "rotary, decoder-only": ({**SHAPE, **ROTARY, "kind": "decoder_only"}, alone),
     "rotary, 4 beams": ({**PAIRED, **ROTARY}, drawn),
-    "rotary, 4 beams, strangers": ({**PAIRED, **ROTARY}, strangers),
+    "rotary, 4 beams, unrelated": ({**PAIRED, **ROTARY}, unrelated),
 }
 
 

@@ -24,11 +24,11 @@ from dstrain.distillation.store.manifest import TopKMethod
 from dstrain.errors import BundleError, DataError, RecipeError
 from dstrain.model_output import ActivationCapture, Tap
 from dstrain.models.config import VocabularySizes
-from dstrain.models.weights import to_canonical
+from dstrain.models.weights import load_canonical, to_canonical
 from dstrain.ops.teacher_signal import DenseSignal
 from tests.unit.adapters.adapted import adapter_of, train
+from tests.unit.distillation import toy_store
 from tests.unit.evaluation.test_bundle_validation import MODEL, bundle_for, prepared
-from tests.unit.objectives import toy_store
 from tests.unit.training.fakes import ALONE
 
 
@@ -111,7 +111,8 @@ def test_a_teacher_of_the_same_vocabulary_shows_what_its_bundle_computes(corpus:
 
 def test_an_adapter_bundle_teaches_what_it_adapts(corpus: Corpus, teacher: Path, tmp_path: Path) -> None:
     adapter, base = LoraConfig(rank=2, alpha=4, targets=("*",)), find_bundle(teacher)
-    model = build_on_base(base, MODEL, adapter, seed=1)
+    model, source = build_on_base(base, MODEL, adapter, seed=1)
+    load_canonical(model, source)
     train(model)
     adapted = tmp_path / "adapted"
     save_adapter_bundle(adapted, adapter=adapter, base=base, weights=adapter_of(model), recipe=None, notes={})
