@@ -6,11 +6,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from dstrain.batch import Sequences
 from dstrain.model_output import ActivationCapture, ModelOutput
@@ -18,8 +18,25 @@ from dstrain.model_output import ActivationCapture, ModelOutput
 R = TypeVar("R")
 
 
+class VocabularyProjection(Protocol):
+    """The last layer of a model as a teacher's engine sees it."""
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, E) and weight (V, E), whose product is the logits. Under ZeRO-3 only while `parameters` are gathered."""
+        ...
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """All that `operands` reads."""
+        ...
+
+
 class TeacherForced(Protocol):
     """A model as an objective sees it."""
+
+    @property
+    def projection(self) -> VocabularyProjection:
+        """Hidden states to the vocabulary."""
+        ...
 
     @property
     def training(self) -> bool:

@@ -119,11 +119,15 @@ class LoraProjection(nn.Module):
 
     def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
         """`reduce(features, weight)`, as `nn.embedding.Projection` calls it."""
+        return reduce(*self.operands(hidden))
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, E) and the effective matrix (V, E)."""
         features = self.activation(hidden)
         if self.back is not None:
             back = self._effective(self.back, self.back_lora_a, self.back_lora_b, self.back_lora_magnitude)
             features = linear(features, back.t())
-        return reduce(features, self._effective(self.weight, self.lora_a, self.lora_b, self.lora_magnitude))
+        return features, self._effective(self.weight, self.lora_a, self.lora_b, self.lora_magnitude)
 
     def _effective(self, weight: Tensor, a: Tensor | None, b: Tensor | None, magnitude: Tensor | None) -> Tensor:
         if a is None or b is None:

@@ -11,7 +11,7 @@ from dstrain.distillation.config import (
 )
 from dstrain.distillation.feature_plan import PlannedFeature
 from dstrain.distillation.features import FeatureLosses
-from dstrain.distillation.objective import Distillation, SelectiveDistillation
+from dstrain.distillation.objective import Distillation
 from dstrain.distillation.selection import Selection
 from dstrain.distillation.signals import SignalSource
 from dstrain.errors import RecipeError
@@ -37,11 +37,12 @@ def build_objective(
     if not isinstance(config, DistillationConfig) or signals is None:
         assert isinstance(config, CrossEntropyConfig)
         return CrossEntropy(config) if config.r_drop is None else RDrop(config, config.r_drop)
+    chosen = config.selection
+    selection = None
+    if isinstance(chosen, BatchSelection | GlobalSelection | GlobalByLanguageSelection):
+        selection = Selection(chosen, chunk_tokens=config.chunk_tokens, tag_position=tag_position)
     inside = FeatureLosses(features, seed=seed) if features else None
-    selection = config.selection
-    if isinstance(selection, BatchSelection | GlobalSelection | GlobalByLanguageSelection):
-        return SelectiveDistillation(config, signals, Selection(selection, tag_position), inside)
-    return Distillation(config, signals, inside)
+    return Distillation(config, signals, selection=selection, features=inside)
 
 
 def require_teacher_source(config: ObjectiveConfig, *, teacher: bool, logits: bool) -> None:

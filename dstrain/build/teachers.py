@@ -29,7 +29,7 @@ from dstrain.data.prepared.dataset import Dataset
 from dstrain.data.prepared.manifest import Manifest
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.distillation.config import DistillationConfig
-from dstrain.distillation.objective import wanted_by
+from dstrain.distillation.objective import signal_request
 from dstrain.distillation.signals import TeacherSignals
 from dstrain.distillation.store.store import LogitStore, open_store
 from dstrain.engine.teacher_engine import Placement, TeacherEngine, VocabularyMap
@@ -99,7 +99,7 @@ def open_logits(directory: Path, data: Path, manifest: Manifest, objective: Dist
         raise DataError(
             f"the logits in {directory} are of the split {store.manifest.job.split!r}, training reads 'train'; dump that one"
         )
-    store.require(wanted_by(objective))
+    store.require(signal_request(objective))
     return store
 
 

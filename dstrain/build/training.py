@@ -103,8 +103,6 @@ def train(
     finally:
         run.close()
     engine.close()
-    for teacher in teaching:
-        teacher.close()
     finalize()  # in order only after a success: after a failure the other ranks may be inside a collective
     return code
 

@@ -1,6 +1,6 @@
 """Which tokens learn from the teacher: those that the student finds hardest, within the step or among recent ones.
 
-A token is selected where its negative log-likelihood reaches the gate g, the k-th largest of n values, k = ceil(n rate):
+A token is selected if its negative log-likelihood reaches a threshold, the k-th largest of n values, k = ceil(n rate):
 
     batch                the n values are those of the optimizer step
     global               ... of a queue, after the step's own values have entered it
@@ -10,17 +10,18 @@ These are the predecessor's formulas (Wang et al., ACL 2021, "Selective Knowledg
 the optimizer step over all ranks, on real tokens: padding, validation and values that are not finite enter nowhere. The queue is
 first in, first out, never longer than its size and never shorter than it need be.
 
-A gate needs all values of a step before the first loss, so the engine surveys the step: it shows all micro-batches once without
-gradient, under the dropout that training will then draw again. It costs one more forward pass of the student. Values of all
-ranks are brought into one order that does not depend on who held which sentence, as good as random: so every way to split a
-step gives the same queue, and a queue that is shorter than a step keeps a fair sample of it. Selected tokens are settled then and
-there; rounding in the second pass cannot move them over the gate.
+A threshold needs all values of a step before the first loss. So the engine scans the step: it runs `scan` on all micro-batches
+without gradient, under the dropout that training will then draw again, and passes the statistics of all ranks to `select`. It
+costs one more forward pass of the student. The values of all ranks are sorted into a pseudo-random order that does not depend on
+which rank held which sentence: so every way to split a step gives the same queue, and a queue that is shorter than a step keeps
+an unbiased sample of it. The selection is final; rounding in the second pass cannot move a token over the threshold.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -28,7 +29,10 @@ from torch import Tensor
 
 from dstrain.batch import Batch, sent
 from dstrain.distillation.config import BatchSelection, GlobalByLanguageSelection, GlobalSelection
+from dstrain.distillation.scored_tokens import scored_tokens
 from dstrain.errors import DataError
+from dstrain.ops.linear_nll import linear_nll
+from dstrain.protocols import TeacherForced
 
 SelectiveConfig = BatchSelection | GlobalSelection | GlobalByLanguageSelection
 ONE_QUEUE = 0
@@ -36,7 +40,7 @@ ONE_QUEUE = 0
 
 
 class TokenStatistics(NamedTuple):
-    """What is known of scored tokens, (n,) float64 each. order: place in the queue; tag: language."""
+    """Of scored tokens, (n,) float64 each. order: sort key of the queue; nll; tag: the queue, that of the language."""
 
     order: Tensor
     nll: Tensor
@@ -44,18 +48,33 @@ class TokenStatistics(NamedTuple):
 
 
 class Selection:
-    """The gates of one step after another, and the queues between them.
+    """Implements `objectives.objective.TokenSelection`. Between steps it holds the queues and nothing else.
 
-    tag_position: where the language tag stands among the ids of a source.
+    chunk_tokens: positions whose logits exist at one time. tag_position: index of the language tag in a source.
     """
 
-    def __init__(self, config: SelectiveConfig, tag_position: int = 0) -> None:
+    def __init__(self, config: SelectiveConfig, *, chunk_tokens: int = 256, tag_position: int = 0) -> None:
         self.rate = config.rate
         self.queue_size = None if isinstance(config, BatchSelection) else config.queue_size
         self.by_language = isinstance(config, GlobalByLanguageSelection)
+        self.chunk_tokens = chunk_tokens
         self.tag_position = tag_position
         self.queues: dict[int, Tensor] = {}
-        self._thresholds: dict[int, float] = {}
+
+    def scan(self, model: TeacherForced, batch: Batch) -> Tensor:
+        """Statistics of the batch's scored tokens under the present weights, (n, 3)."""
+        scored = scored_tokens(model, batch)
+        loss = partial(linear_nll, labels=scored.labels, chunk_tokens=self.chunk_tokens)
+        return self.statistics(batch, scored.rows, model.reduce_projection(scored.hidden, loss))
+
+    def select(self, own: Sequence[Tensor], step: Tensor) -> list[Tensor]:
+        """Which tokens of a step learn from the teacher; the step's values enter the queues.
+
+        own: (n, 3) statistics of each of this rank's micro-batches. step: (N, 3) those of all ranks, in any order. Returns (n,)
+        bool for each of `own`.
+        """
+        thresholds = self._thresholds(TokenStatistics(*_in_order(step).unbind(1)))
+        return [_reaching(thresholds, TokenStatistics(*statistics.unbind(1))) for statistics in own]
 
     def statistics(self, batch: Batch, rows: Tensor, nll: Tensor) -> Tensor:
         """Of the batch's scored tokens. rows: (n,) indices into the flattened (B * T) labels; nll: (n,) -> (n, 3)"""
@@ -73,31 +92,23 @@ class Selection:
             tag = tokens[:, min(self.tag_position, tokens.shape[1] - 1)][sentences]  # an empty micro-batch may be narrower
         return torch.stack([order.double(), nll.double(), tag.double()], dim=1)
 
-    def update_queue(self, step: Tensor) -> None:
-        """Take in the facts of all tokens of a step, (N, 3) in any order: move the queues and set the gates."""
-        statistics = TokenStatistics(*_in_order(step).unbind(1))
-        self._thresholds = {}
-        for tag in sorted(set(statistics.tag.tolist())):
-            values = statistics.nll[(statistics.tag == tag) & statistics.nll.isfinite()]
+    def _thresholds(self, step: TokenStatistics) -> dict[float, float]:
+        """By tag, after the step's values have entered the queues."""
+        thresholds = {}
+        for tag in sorted(set(step.tag.tolist())):
+            values = step.nll[(step.tag == tag) & step.nll.isfinite()]
             if self.queue_size is not None:
                 queue = self.queues.get(int(tag), values[:0]).to(values.device)
                 values = self.queues[int(tag)] = torch.cat([queue, values])[-self.queue_size :]
-            self._thresholds[int(tag)] = threshold(values, self.rate)
-
-    def selected(self, statistics: Tensor) -> Tensor:
-        """Which tokens of the step learn from the teacher. facts: (n, 3) -> (n,) bool"""
-        found = TokenStatistics(*statistics.unbind(1))
-        chosen = torch.zeros_like(found.nll, dtype=torch.bool)
-        for tag, value in self._thresholds.items():
-            chosen |= (found.tag == tag) & (found.nll >= value)
-        return chosen
+            thresholds[tag] = threshold(values, self.rate)
+        return thresholds
 
     def state(self) -> dict[int, Tensor]:
         """The queues by tag, oldest value first."""
         return {tag: queue.cpu() for tag, queue in self.queues.items()}
 
     def load_state(self, state: Mapping[int, Tensor]) -> None:
-        """Take over what `state` gave."""
+        """Continue from what `state` returned."""
         self.queues = dict(state)
 
 
@@ -108,8 +119,16 @@ def threshold(values: Tensor, rate: float) -> float:
     return values.kthvalue(number - count + 1).values.item() if number else math.inf
 
 
+def _reaching(thresholds: Mapping[float, float], statistics: TokenStatistics) -> Tensor:
+    """(n,) bool"""
+    selected = torch.zeros_like(statistics.nll, dtype=torch.bool)
+    for tag, value in thresholds.items():
+        selected |= (statistics.tag == tag) & (statistics.nll >= value)
+    return selected
+
+
 def _scattered(examples: Tensor, positions: Tensor) -> Tensor:
-    """A number below 2**52 for each token of the data set, without regard to where in it the token stands. (n,) int64 each"""
+    """A hash below 2**52 of each token of the data set, whatever batch it is in. (n,) int64 each"""
     mixed = examples * -0x61C8864680B583EB + positions * -0x3D4D51C2D82B14B1
     mixed = (mixed ^ (mixed >> 29)) * -0x40A7B892E31B1A47
     return (mixed ^ (mixed >> 32)) & (2**52 - 1)

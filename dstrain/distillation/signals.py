@@ -1,15 +1,15 @@
-"""Teachers at work as a source of signals: whatever computes features and a projection from a batch, one or several.
+"""Where a distillation gets its teacher's signal from: teachers at work beside the student, or a store on disk.
 
-Features and weights are handed down, never back: the loss is computed while every teacher's projection is still running, for
-under ZeRO-3 a weight is whole no longer than that. Teachers run without gradient; the loss runs with it where training does.
+A signal is valid while its context is open: under ZeRO-3 the weight of a teacher's projection is whole no longer than that.
+Teachers run without gradient; the loss inside the context runs with it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from dstrain.batch import Batch
@@ -17,15 +17,11 @@ from dstrain.distillation.feature_plan import require_one_teacher
 from dstrain.model_output import ActivationCapture
 from dstrain.ops.teacher_signal import DenseSignal, Signal
 
-R = TypeVar("R")
-Look = Callable[[Tensor, Tensor], None]
-"""Takes features (n, E) and a projection's weight (V, E), over the student's vocabulary."""
 
+class SignalRequest(NamedTuple):
+    """What a distillation asks of its source of signals.
 
-class Wanted(NamedTuple):
-    """What a distillation asks of its signals.
-
-    on_policy: signals of targets that are not in the data, too. features: what is inside a teacher, too.
+    on_policy: signals of targets that are not in the data, too. features: activations of the teacher, too.
     """
 
     divergence: str
@@ -35,59 +31,58 @@ class Wanted(NamedTuple):
 
 
 class SignalSource(Protocol):
-    """Teachers as a distillation objective sees them: at work beside the student, or kept on disk."""
+    """Teachers as a distillation objective sees them."""
 
-    def require(self, requested: Wanted) -> None:
-        """Raise a DstrainError where the signals cannot give it."""
+    def require(self, request: SignalRequest) -> None:
+        """Raise a DstrainError if the source cannot give it."""
         ...
 
-    def reduce_signal(
-        self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], capture: ActivationCapture | None = None
-    ) -> R:
-        """Call `reduce` with the signal for the batch's scored tokens and return what it returns; the signal is not to be kept.
+    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> AbstractContextManager[Signal]:
+        """The signal of the batch's scored tokens, valid inside the context.
 
-        rows: (n,) places of the scored tokens in the flattened (B * T) labels. record: filled by the teacher's forward, where
-        `require` allows features. Under a sharded teacher collective, and then called equally often on every rank.
+        rows: (n,) indices of the scored tokens in the flattened (B * T) labels. capture: filled by the teacher's forward, if
+        `require` allows features. Collective under a sharded teacher: every rank opens equally often.
         """
+        ...
+
+    def close(self) -> None:
+        """Release the teachers."""
         ...
 
 
 class Teacher(Protocol):
-    """A model that teaches (`engine.teacher_engine.TeacherEngine`)."""
+    """A model that computes beside the student (`engine.teacher_engine.TeacherEngine`)."""
 
-    def teach(self, batch: Batch, rows: Tensor, look: Look, capture: ActivationCapture | None = None) -> None:
-        """Call `look` once for the batch's scored tokens, rows: (n,) places in the flattened (B * T) labels.
+    def open(
+        self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None
+    ) -> AbstractContextManager[tuple[Tensor, Tensor]]:
+        """Features (n, E) of the scored tokens and the projection's weight (V, E) over the student's vocabulary."""
+        ...
 
-        capture: the activations to store.
-        """
+    def close(self) -> None:
+        """Release the model."""
         ...
 
 
 class TeacherSignals:
-    """Implements `SignalSource` for teachers of the student's vocabulary."""
+    """Implements `SignalSource` with teachers of the student's vocabulary; several are an ensemble."""
 
     def __init__(self, teachers: Sequence[Teacher]) -> None:
         self.teachers = list(teachers)
 
-    def require(self, requested: Wanted) -> None:
-        """RecipeError for features of several; every divergence is at hand, at every temperature, of any targets."""
-        if requested.features:
+    def require(self, request: SignalRequest) -> None:
+        """RecipeError for features of several teachers; every divergence is possible, at every temperature, of any targets."""
+        if request.features:
             require_one_teacher(len(self.teachers))
 
-    def reduce_signal(
-        self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], capture: ActivationCapture | None = None
-    ) -> R:
-        """`reduce` of the features and weights of all teachers, inside all their projections."""
-        with_grad = torch.is_grad_enabled()
-        results: list[R] = []
+    @contextmanager
+    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> Iterator[DenseSignal]:
+        """One entry a teacher; each runs its body and keeps its projection's weight gathered until the context ends."""
+        with ExitStack() as stack:
+            opened = [stack.enter_context(teacher.open(batch, rows, capture)) for teacher in self.teachers]
+            yield DenseSignal([features for features, _ in opened], [weight for _, weight in opened])
 
-        def nest(waiting: list[Teacher], features: list[Tensor], weights: list[Tensor]) -> None:
-            if waiting:
-                waiting[0].teach(batch, rows, lambda f, w: nest(waiting[1:], [*features, f], [*weights, w]), capture)
-                return
-            with torch.set_grad_enabled(with_grad):
-                results.append(reduce(DenseSignal(features, weights)))
-
-        with torch.no_grad():
-            nest(self.teachers, [], [])
-        return results[0]
+    def close(self) -> None:
+        """Release all teachers."""
+        for teacher in self.teachers:
+            teacher.close()

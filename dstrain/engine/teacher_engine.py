@@ -1,18 +1,21 @@
 """Teachers at work: bundles that compute beside the student and never learn.
 
-A teacher stands whole on every rank (`replicated`), or its parameters are shared out over the ranks and gathered layer by layer
-while it computes (`sharded`: DeepSpeed's ZeRO-3 without an optimizer; `offloaded`: the shares wait in CPU memory). All three give
-the same numbers, in fp32 to the last bit: DeepSpeed's own linear layer, which adds biases in another order, stays off. Gathered
-layers are freed at once, so that a rank holds its share, the largest layer and what is being fetched for the next.
+A teacher is whole on every rank (`replicated`), or its parameters are partitioned over the ranks and gathered layer by layer
+while it computes (`sharded`: DeepSpeed's ZeRO-3 without an optimizer; `offloaded`: the partitions wait in CPU memory). All three
+give the same numbers, in fp32 to the last bit: DeepSpeed's own linear layer, which adds biases in another order, stays off.
+Gathered layers are freed at once, so that a rank holds its partition, the largest layer and what is being fetched for the next;
+while a signal is open, also the projection.
 
 A teacher is in evaluation mode, without gradient, and outside the module that the training engine owns: no optimizer, no moving
-average and no checkpoint knows of it. Projection and loss happen inside the teacher's forward; `objectives/signals.py` says why.
+average and no checkpoint knows of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -25,7 +28,6 @@ from dstrain.model_output import ActivationCapture
 from dstrain.parallel.topology import World
 from dstrain.protocols import TeacherForced
 
-Look = Callable[[Tensor, Tensor], None]
 Placement = Literal["replicated", "sharded", "offloaded"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,33 +41,26 @@ class VocabularyMap:
 
 
 class TeacherModule(nn.Module):
-    """A model with the teacher's one forward: batch and rows in, features and projection shown to `look`, nothing out."""
+    """A model with a teacher's one forward: batch and rows in, hidden states of the scored tokens out, in the teacher's ids."""
 
     def __init__(self, model: TeacherForced, vocabulary: VocabularyMap | None) -> None:
         super().__init__()
         self.model = model
         self.vocabulary = vocabulary
 
-    def forward(self, batch: Batch, rows: Tensor, look: Look, capture: ActivationCapture | None) -> Tensor:
-        """`look(features, weight)` over the student's vocabulary: types that only the teacher has are left out."""
+    def forward(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None) -> Tensor:
+        """rows: (n,) indices into the flattened (B * T) labels -> (n, D)"""
         source, target = batch.source, batch.target
         if self.vocabulary is not None:
             source = None if source is None else _renamed(source, self.vocabulary.source)
             target = _renamed(target, self.vocabulary.target)
-        hidden = self.model(source, target, capture).hidden.flatten(0, 1).index_select(0, rows)
-
-        def store(features: Tensor, weight: Tensor) -> Tensor:
-            ids = None if self.vocabulary is None else self.vocabulary.target.to(weight.device)
-            look(features, weight if ids is None else weight.index_select(0, ids))
-            return features.new_zeros(())
-
-        return self.model.reduce_projection(hidden, store)
+        return self.model(source, target, capture).hidden.flatten(0, 1).index_select(0, rows)
 
 
 class TeacherEngine:
-    """Implements `objectives.signals.Teacher`. model: an `nn.Module`, the same on every rank; the engine takes it over.
+    """Implements `distillation.signals.Teacher`. model: an `nn.Module`, the same on every rank; the engine takes it over.
 
-    Raises TrainingError where DeepSpeed cannot compute in `precision` on this device.
+    Raises TrainingError if DeepSpeed cannot compute in `precision` on this device.
     """
 
     def __init__(
@@ -78,8 +73,11 @@ class TeacherEngine:
         vocabulary: VocabularyMap | None = None,
     ) -> None:
         module = TeacherModule(model, vocabulary).eval().requires_grad_(False)
+        self._projection = model.projection
+        self._vocabulary = vocabulary
         self._forward: Any = module
         self._engine: Any = None
+        self._gathered: Callable[[], AbstractContextManager[None]] = nullcontext
         if placement == "replicated":
             module.to(world.device, DTYPES[precision])
             return
@@ -89,17 +87,26 @@ class TeacherEngine:
         self._engine = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
         self._engine.eval()
         self._forward = self._engine
+        self._gathered = partial(deepspeed.zero.GatheredParameters, list(self._projection.parameters()))
 
-    @torch.no_grad()
-    def teach(self, batch: Batch, rows: Tensor, look: Look, capture: ActivationCapture | None = None) -> None:
-        """Call `look` with the features (n, E) of the scored tokens and the projection's weight (V, E). Collective if sharded.
+    @contextmanager
+    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (n, E) of the scored tokens and the projection's weight (V, E), valid inside the context.
 
-        capture: the activations to store.
+        rows: (n,) indices into the flattened (B * T) labels. capture: the activations to store. V counts the student's
+        vocabulary; entries that only the teacher has are left out. Collective if sharded, at the start.
         """
-        self._forward(batch, rows, look, capture)
+        with torch.no_grad():
+            hidden: Tensor = self._forward(batch, rows, capture)
+        with self._gathered():
+            with torch.no_grad():
+                features, weight = self._projection.operands(hidden)
+                if self._vocabulary is not None:
+                    weight = weight.index_select(0, self._vocabulary.target.to(weight.device))
+            yield features, weight
 
     def close(self) -> None:
-        """Let go of DeepSpeed's engine, if there is one."""
+        """Release DeepSpeed's engine, if there is one."""
         if self._engine is not None:
             self._engine.destroy()
 

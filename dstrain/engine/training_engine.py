@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,7 +32,7 @@ from dstrain.engine.stable_adamw import StableAdamW
 from dstrain.engine.step_report import StepReport
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.weights import parameter_layouts, split_parameters
-from dstrain.objectives.objective import LossOutput, Surveying
+from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.topology import World
 from dstrain.protocols import Generative
@@ -112,9 +113,9 @@ class TrainEngine:
             group["lr"] = rate
         seed_everything(self._seed, "dropout", self.step, self.rank)
         self.module.train()
-        self._survey(batches)
+        selected = self._select(batches)
         denominator = self.module.objective.denominator(size)
-        sums = self._accumulate(batches, self.world_size / denominator)
+        sums = self._accumulate(batches, selected, self.world_size / denominator)
         loss = sums.pop("loss") / denominator
         if self._precision != "fp16" and not math.isfinite(loss):
             raise TrainingError(f"step {self.step + 1}: the loss is {loss}; {_REMEDY}")
@@ -136,24 +137,25 @@ class TrainEngine:
         return report
 
     @torch.no_grad()
-    def _survey(self, batches: Sequence[Batch]) -> None:
-        """Show the step to an objective that asks for it, under the dropout that training will draw again.
+    def _select(self, batches: Sequence[Batch]) -> list[Tensor | None]:
+        """The tokens of each micro-batch that the objective selects, None for all. Collective.
 
-        A step of samples has no labels to be weighed by, and is not shown.
+        Scans the step under the dropout that training will draw again. A step of samples has no labels to select by.
         """
-        objective = self.module.objective
-        if isinstance(objective, Surveying) and not any(batch.sampled for batch in batches):
-            with objective.survey(self.world.gather_rows):
-                for batch in batches:
-                    self._engine(batch.to(self.device))
-            seed_everything(self._seed, "dropout", self.step, self.rank)
+        selection = self.module.objective.selection
+        if selection is None or any(batch.sampled for batch in batches):
+            return [None] * len(batches)
+        own: list[Tensor] = [self._engine(batch.to(self.device), selection.scan) for batch in batches]
+        seed_everything(self._seed, "dropout", self.step, self.rank)
+        return list(selection.select(own, self.world.gather_rows(torch.cat(own))))
 
-    def _accumulate(self, batches: Sequence[Batch], scale: float) -> dict[str, float]:
+    def _accumulate(self, batches: Sequence[Batch], selected: Sequence[Tensor | None], scale: float) -> dict[str, float]:
         """Gradients of all micro-batches, `scale` times; the sums of the loss and of what is reported, over all ranks."""
         totals, names = torch.zeros((), dtype=torch.float64, device=self.device), ["loss"]
-        for index, batch in enumerate(batches):
+        for index, (batch, chosen) in enumerate(zip(batches, selected, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            output: LossOutput = self._engine(batch.to(self.device))
+            loss = partial(self.module.objective, selected=chosen)
+            output: LossOutput = self._engine(batch.to(self.device), loss)
             self._engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
             names = ["loss", *output.sums]
             totals = totals + torch.stack([output.loss_sum.detach(), *output.sums.values()]).double()
@@ -235,9 +237,10 @@ class TrainEngine:
                     self.module.train()
 
     def close(self) -> None:
-        """Print what DeepSpeed's communication log has counted, if the JSON asks for it, and let the engine go."""
+        """Print what DeepSpeed's communication log has counted, if the JSON asks for it; release objective and engine."""
         if self._comms_logger:
             self._deepspeed.comm.log_summary()
+        self.module.objective.close()
         self._engine.destroy()
 
     def save_shards(self, directory: Path) -> None:
@@ -247,7 +250,8 @@ class TrainEngine:
         """
         if self.stage > 0 or self.rank == 0:
             average = [] if self._average is None else self._average.tensors
-            objective = self.module.objective.state() if isinstance(self.module.objective, Surveying) else {}
+            selection = self.module.objective.selection
+            objective = {} if selection is None else selection.state()
             content = {"step": self.step, "average": average, "objective": objective, **self._masters.state()}
             write_shard(self._shard(directory), content)
         if self.rank == 0:
@@ -270,8 +274,8 @@ class TrainEngine:
         self._masters.load_state(shard)
         if self._average is not None:
             self._average.load(shard["average"])
-        if isinstance(self.module.objective, Surveying):
-            self.module.objective.load_state(shard["objective"])
+        if (selection := self.module.objective.selection) is not None:
+            selection.load_state(shard["objective"])
         self.step = shard["step"]
 
     def _shard(self, directory: Path) -> Path:

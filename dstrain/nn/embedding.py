@@ -88,8 +88,12 @@ class Projection(nn.Module):
         self.back = back
 
     def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
-        """`reduce(features, weight)`, called here because the weights are only whole inside this forward under ZeRO-3."""
+        """`reduce(features, weight)`, called here because under ZeRO-3 the weights are whole inside this forward only."""
+        return reduce(*self.operands(hidden))
+
+    def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, E) and weight (V, E), whose product is the logits. For a caller who holds the weights gathered."""
         features = self.activation(hidden)
         if self.back is not None:
             features = linear(features, self.back.t())
-        return reduce(features, self.weight)
+        return features, self.weight

@@ -25,10 +25,12 @@ from dstrain.protocols import TeacherForced
 class CrossEntropy:
     """Implements `objective.Objective`; the formula stands in `ops/linear_cross_entropy.py`."""
 
+    selection = None
+
     def __init__(self, config: CrossEntropyConfig) -> None:
         self.config = config
 
-    def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
+    def __call__(self, model: TeacherForced, batch: Batch, selected: Tensor | None = None) -> LossOutput:
         """The sum of losses over the batch's scored labels; sums: `nll`, the same without smoothing and weights."""
         hidden = model(batch.source, batch.target).hidden.flatten(0, 1)  # (B * T, D)
         scored = scored_tokens(batch, self.config)
@@ -45,6 +47,9 @@ class CrossEntropy:
     def denominator(self, size: Size) -> int:
         """Targets or sentences, as `average` says."""
         return size.num_sentences if self.config.average == "sentences" else size.num_targets
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class ScoredTokens(NamedTuple):

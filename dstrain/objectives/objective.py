@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -24,27 +23,22 @@ class LossOutput(NamedTuple):
     sums: dict[str, Tensor]
 
 
-class Objective(Protocol):
-    """Turns hidden states and labels into a sum of losses."""
+class TokenSelection(Protocol):
+    """Chooses among all tokens of a step, over all ranks, those that a loss treats in a special way.
 
-    def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
-        """The sum of losses over the batch's scored labels, with gradient."""
-        ...
-
-    def denominator(self, size: Size) -> int:
-        """What the loss sums of a step or a split of this size are divided by, once and together."""
-        ...
-
-
-@runtime_checkable
-class Surveying(Protocol):
-    """An objective that weighs each token of a step against all others, so that it must see them before the first loss.
-
-    `distillation.objective.SelectiveDistillation` says what the engine owes it.
+    The engine runs `scan` on every micro-batch before the first loss, passes the result to `select`, and what that returns to
+    the objective's call with the same micro-batch.
     """
 
-    def survey(self, gather: Callable[[Tensor], Tensor], /) -> AbstractContextManager[None]:
-        """Calls inside are looks at the micro-batches of a step; collective at its end."""
+    def scan(self, model: TeacherForced, batch: Batch) -> Tensor:
+        """Statistics of the batch's n scored tokens, (n, ...); called without gradient."""
+        ...
+
+    def select(self, own: Sequence[Tensor], step: Tensor) -> list[Tensor]:
+        """The selected tokens of each micro-batch, (n,) bool.
+
+        own: the statistics of this rank's micro-batches. step: (N, ...), those of all micro-batches of all ranks.
+        """
         ...
 
     def state(self) -> dict[int, Tensor]:
@@ -52,5 +46,26 @@ class Surveying(Protocol):
         ...
 
     def load_state(self, state: Mapping[int, Tensor], /) -> None:
-        """Take over what `state` gave."""
+        """Continue from what `state` returned."""
+        ...
+
+
+class Objective(Protocol):
+    """Turns hidden states and labels into a sum of losses."""
+
+    @property
+    def selection(self) -> TokenSelection | None:
+        """Which tokens of a step it must be told of; None if it needs no second pass."""
+        ...
+
+    def __call__(self, model: TeacherForced, batch: Batch, selected: Tensor | None = None) -> LossOutput:
+        """The sum of losses over the batch's scored labels, with gradient. selected: as `selection` chose, None for all."""
+        ...
+
+    def denominator(self, size: Size) -> int:
+        """What the loss sums of a step or a split of this size are divided by, once and together."""
+        ...
+
+    def close(self) -> None:
+        """Release what was opened for it."""
         ...

@@ -24,12 +24,14 @@ from dstrain.protocols import TeacherForced
 class RDrop:
     """Implements `objective.Objective`; the formula stands in `ops/linear_r_drop.py`."""
 
+    selection = None
+
     def __init__(self, config: CrossEntropyConfig, r_drop: RDropConfig) -> None:
         self.config = config
         self.r_drop = r_drop
         self._single = CrossEntropy(config)
 
-    def __call__(self, model: TeacherForced, batch: Batch) -> LossOutput:
+    def __call__(self, model: TeacherForced, batch: Batch, selected: Tensor | None = None) -> LossOutput:
         """In training the loss of two passes; sums: `nll`, the mean of both, and `kl`. In evaluation plain cross-entropy."""
         if not model.training:
             return self._single(model, batch)
@@ -53,3 +55,6 @@ class RDrop:
     def denominator(self, size: Size) -> int:
         """As without R-Drop: a sentence that runs twice is one sentence."""
         return self._single.denominator(size)
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 from torch import nn
 
 from dstrain.batch import Batch
 from dstrain.objectives.objective import LossOutput, Objective
 from dstrain.protocols import TeacherForced
 
+R = TypeVar("R")
+
 
 class TrainModule(nn.Module):
-    """Batch in, sum of losses out. model: an `nn.Module`, whose parameters are this module's under the prefix `model.`
+    """Model and objective. model: an `nn.Module`, whose parameters are this module's under the prefix `model.`
 
     objective: one that learns parameters of its own is an `nn.Module` too, and they are this module's under `objective.`
     validation: the objective in evaluation mode; None = the same as in training.
@@ -22,7 +27,11 @@ class TrainModule(nn.Module):
         self.objective = objective
         self.validation = objective if validation is None else validation
 
-    def forward(self, batch: Batch) -> LossOutput:
-        """The objective of the model on one micro-batch."""
-        objective = self.objective if self.training else self.validation
-        return objective(self.model, batch)
+    def forward(self, batch: Batch, compute: Callable[[TeacherForced, Batch], R] | None = None) -> R | LossOutput:
+        """`compute(model, batch)`, called here because under ZeRO-3 parameters are gathered inside this forward only.
+
+        compute: None for the loss, the objective's in training and the validation's in evaluation mode.
+        """
+        if compute is not None:
+            return compute(self.model, batch)
+        return (self.objective if self.training else self.validation)(self.model, batch)

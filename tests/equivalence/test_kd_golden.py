@@ -7,7 +7,8 @@ so formula, selection, queue and gradients are compared through the objective it
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from torch import Tensor
 from dstrain.batch import Batch
 from dstrain.build.objective import build_objective
 from dstrain.distillation.config import ObjectiveConfig
-from dstrain.distillation.objective import SelectiveDistillation
 from dstrain.distillation.selection import threshold
 from dstrain.distillation.signals import TeacherSignals
 from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
@@ -47,11 +47,12 @@ class PlainTeacher:
     def __init__(self, teacher: EncoderDecoder) -> None:
         self.teacher = teacher
 
-    def teach(
-        self, batch: Batch, rows: Tensor, look: Callable[[Tensor, Tensor], None], capture: ActivationCapture | None = None
-    ) -> None:
-        hidden = self.teacher(batch.source, batch.target, capture).hidden.flatten(0, 1)[rows]
-        self.teacher.reduce_projection(hidden, look)
+    @contextmanager
+    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        with torch.no_grad():
+            hidden = self.teacher(batch.source, batch.target, capture).hidden.flatten(0, 1)[rows]
+            operands = self.teacher.projection.operands(hidden)
+        yield operands
 
 
 def module_of(selection: dict[str, Any], student: EncoderDecoder | None = None) -> TrainModule:
@@ -71,10 +72,12 @@ def golden(case: str) -> list[dict[str, float]]:
 
 
 def one_step(module: TrainModule, batch: Batch) -> LossOutput:
-    if isinstance(module.objective, SelectiveDistillation):
-        with torch.no_grad(), module.objective.survey(lambda rows: rows):
-            module(batch)
-    output: LossOutput = module(batch)
+    selection, selected = module.objective.selection, None
+    if selection is not None:
+        with torch.no_grad():
+            statistics = module(batch, selection.scan)
+        (selected,) = selection.select([statistics], statistics)
+    output: LossOutput = module.objective(module.model, batch, selected)
     return output
 
 
@@ -128,10 +131,10 @@ def test_global_level() -> None:
         real = batch.num_targets + len(state.get(0, []))
         assert real + padding == expected["queue_len"]
         module = module_of({"kind": "global", "rate": padded_count(real, padding, 0.5), "queue_size": 10000}, student)
-        assert isinstance(module.objective, SelectiveDistillation)
-        module.objective.load_state(state)
+        assert module.objective.selection is not None
+        module.objective.selection.load_state(state)
         check(one_step(module, batch), module, expected)
-        state = module.objective.state()
+        state = module.objective.selection.state()
     assert len(state[0]) == 83
 
 

@@ -73,11 +73,10 @@ INSIDE = (Tap("hidden_states", "encoder", 2), Tap("attention", "decoder", 1), Ta
 
 def seen(engine: TeacherEngine, batch: Batch) -> list[Tensor]:
     """Copies of features and weight, and of what stands inside."""
-    found: list[Tensor] = []
     rows = (batch.labels.flatten() >= 0).nonzero().squeeze(1)
     capture = ActivationCapture(INSIDE)
-    engine.teach(batch, rows, lambda features, weight: found.extend([features.clone(), weight.clone()]), capture)
-    return [*found, *(capture.captured[tap] for tap in INSIDE)]
+    with engine.open(batch, rows, capture) as (features, weight):
+        return [features.clone(), weight.clone(), *(capture.captured[tap] for tap in INSIDE)]
 
 
 def placements(world: World) -> Report:
@@ -200,7 +199,8 @@ def held_weights(world: World, engine: TrainEngine) -> Report:
 
 def queues(engine: TrainEngine) -> dict[str, list[float]]:
     """What the objective carries from step to step."""
-    state = getattr(engine.module.objective, "state", dict)()
+    selection = engine.module.objective.selection
+    state = {} if selection is None else selection.state()
     return {str(tag): queue.tolist() for tag, queue in state.items()}
 
 

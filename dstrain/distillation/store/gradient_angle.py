@@ -21,7 +21,7 @@ from dstrain.batch import Batch
 from dstrain.data.batching.collate import collate
 from dstrain.data.batching.permutation import Permutation
 from dstrain.data.prepared.dataset import Dataset
-from dstrain.distillation.objective import scored_tokens
+from dstrain.distillation.scored_tokens import scored_tokens
 from dstrain.ops.divergence import Divergence
 from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation
 from dstrain.ops.teacher_signal import DenseSignal, KeptSignal
@@ -56,16 +56,16 @@ def gradient_angles(
     parameters: those of the student. Both models are in evaluation mode and on the device of the batches.
     """
     sums = [[torch.zeros_like(parameter) for parameter in parameters] for _ in range(2)]
-    wanted, done = sorted(tokens), 0
+    remaining, done = sorted(tokens), 0
     for batch in batches:
         gradients = _both_gradients(student, parameters, teacher, batch, signal_of(batch), temperature=temperature)
         for total, found in zip(sums, gradients, strict=True):
             torch._foreach_add_(total, found)
         done += batch.num_targets
-        while wanted and done >= wanted[0]:
+        while remaining and done >= remaining[0]:
             yield _angle(done, *sums)
-            wanted.pop(0)
-        if not wanted:
+            remaining.pop(0)
+        if not remaining:
             return
     if done:
         yield _angle(done, *sums)
@@ -101,25 +101,17 @@ def _both_gradients(
     *,
     temperature: float,
 ) -> list[tuple[Tensor, ...]]:
-    """The student's gradients from the store and from the whole distribution."""
+    """The student's gradients from the store and from the whole distribution. No model is sharded."""
     with torch.no_grad():
-        taught = scored_tokens(teacher, batch).hidden
+        teacher_features, teacher_weight = teacher.projection.operands(scored_tokens(teacher, batch).hidden)
     scored = scored_tokens(student, batch)
+    features, weight = student.projection.operands(scored.hidden)
     terms = DistillationTerms(Divergence("forward_kl"), temperature, hard_weight=0.0, kd_weight=1.0, label_smoothing=0.0)
     learn = partial(linear_distillation, labels=scored.labels, terms=terms, chunk_tokens=CHUNK, selected=None)
-
-    def compare(features: Tensor, weight: Tensor) -> list[tuple[Tensor, ...]]:
-        def learn_both(teacher_features: Tensor, teacher_weight: Tensor) -> list[tuple[Tensor, ...]]:
-            signals = signal, DenseSignal([teacher_features], [teacher_weight])
-            losses = [learn(features, weight, signal=each).loss for each in signals]
-            return [
-                torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
-                for loss in losses
-            ]
-
-        return teacher.reduce_projection(taught, learn_both)
-
-    return student.reduce_projection(scored.hidden, compare)
+    losses = [learn(features, weight, signal=each).loss for each in (signal, DenseSignal([teacher_features], [teacher_weight]))]
+    return [
+        torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True) for loss in losses
+    ]
 
 
 def _angle(tokens: int, kept: Sequence[Tensor], whole: Sequence[Tensor]) -> Angle:

@@ -8,10 +8,10 @@ millisecond for 260 sentences.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -24,15 +24,14 @@ from dstrain.data.files import checking
 from dstrain.data.prepared.dataset import ALWAYS_HASHED_BYTES
 from dstrain.data.prepared.manifest import Manifest
 from dstrain.data.prepared.shard import ListView, list_view
-from dstrain.distillation.signals import Wanted
+from dstrain.distillation.signals import SignalRequest
 from dstrain.distillation.store.codec import Codec, build_codec
 from dstrain.distillation.store.manifest import DenseMethod, SampleMethod, StoreManifest, TopKMethod, load_store_manifest
 from dstrain.errors import DataError, RecipeError
 from dstrain.log import logger
 from dstrain.model_output import ActivationCapture
-from dstrain.ops.teacher_signal import KeptSignal, Signal, SparseSignal
+from dstrain.ops.teacher_signal import KeptSignal, SparseSignal
 
-R = TypeVar("R")
 REMEDY = "dump this shard again with the same command, then merge"
 
 
@@ -57,15 +56,15 @@ class LogitStore:
         """What the teacher's logits were divided by."""
         return self.manifest.job.method.temperature
 
-    def require(self, wanted: Wanted) -> None:
+    def require(self, request: SignalRequest) -> None:
         """Raise RecipeError unless it is of the data, of the distribution alone, and, where a part of that is kept, at the dump's
-        temperature; forward_kl alone where nothing is known of the other types."""
-        if wanted.on_policy:
+        temperature; forward_kl only if nothing is known of the other vocabulary entries."""
+        if request.on_policy:
             raise RecipeError(
                 f"objective.on_policy has a teacher score what the student writes, {self._directory} keeps what one said of the "
                 "data: remove objective.on_policy, or name a teacher at work (--teacher)"
             )
-        if wanted.features:
+        if request.features:
             raise RecipeError(
                 f"objective.features learns from inside a teacher, but {self._directory} keeps its probabilities alone: leave "
                 "objective.features out, or choose a teacher at work (--teacher)"
@@ -73,27 +72,29 @@ class LogitStore:
         method = self.manifest.job.method
         if isinstance(method, DenseMethod):
             return
-        if wanted.divergence != "forward_kl" and (self._renormalize or isinstance(method, SampleMethod)):
+        if request.divergence != "forward_kl" and (self._renormalize or isinstance(method, SampleMethod)):
             kept = "gives the tail to the kept types" if self._renormalize else "keeps draws"
             raise RecipeError(
-                f"objective.divergence.kind = {wanted.divergence} needs the mass of all types, {self._directory} {kept}: choose "
+                f"objective.divergence.kind = {request.divergence} needs the mass of all types, {self._directory} {kept}: choose "
                 "forward_kl, a dump with a tail (dump-logits --method topk) or of all types (--method dense), or a teacher at "
                 "work (--teacher)"
             )
-        if wanted.temperature != self.temperature:
+        if request.temperature != self.temperature:
             raise RecipeError(
-                f"objective.temperature = {wanted.temperature:g}, but the logits in {self._directory} are of temperature "
-                f"{self.temperature:g}: set that, or dump them again with --temperature {wanted.temperature:g}"
+                f"objective.temperature = {request.temperature:g}, but the logits in {self._directory} are of temperature "
+                f"{self.temperature:g}: set that, or dump them again with --temperature {request.temperature:g}"
             )
 
-    def reduce_signal(
-        self, batch: Batch, rows: Tensor, reduce: Callable[[Signal], R], capture: ActivationCapture | None = None
-    ) -> R:
-        """`reduce(signal)` on the batch's device; `rows` must be all scored places, whose order the store has by itself.
+    @contextmanager
+    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> Iterator[KeptSignal]:
+        """The signal on the batch's device; `rows` must be all scored tokens, whose order the store knows by itself.
 
         capture: stays empty, for there is no forward; see `require`.
         """
-        return reduce(moved(self.signal(batch), batch.labels.device))
+        yield moved(self.signal(batch), batch.labels.device)
+
+    def close(self) -> None:
+        """Mapped files close with the last reference to them."""
 
     def signal(self, batch: Batch) -> KeptSignal:
         """The signals of the batch's scored tokens in row-major order, on the CPU.
@@ -124,7 +125,7 @@ class LogitStore:
 
 
 def moved(signal: KeptSignal, device: torch.device) -> KeptSignal:
-    """The same signal on `device`; log-probabilities of all types stay on the disk until a chunk of them is wanted."""
+    """The same signal on `device`; log-probabilities of all types stay on the disk until a chunk of them is request."""
     if not isinstance(signal, SparseSignal):
         return signal
     return replace(signal, ids=sent(signal.ids, device), probs=sent(signal.probs, device), tail=sent(signal.tail, device))

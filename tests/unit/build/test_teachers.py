@@ -57,7 +57,8 @@ class Corpus:
         signals = signals_of(start_teachers(planned, placement="sharded", precision=precision, world=ALONE))
         assert signals is not None
         batch = next(evaluation_loader(open_dataset(self.directory, "valid"), 200, pad_id=1, eos_id=2, rank=0, world_size=1))
-        return signals.reduce_signal(batch, scored(batch), lambda signal: signal, capture)
+        with signals.open(batch, scored(batch), capture) as signal:
+            return signal
 
     def probabilities(self, *bundles: Path, vocabulary_map: Path | None = None) -> Tensor:
         signal = self.signal(*bundles, vocabulary_map=vocabulary_map)

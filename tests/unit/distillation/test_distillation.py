@@ -1,7 +1,9 @@
 """The objective: the plain formula, padding and splits, every key acts, no key is inert, selection over a whole step."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -21,9 +23,9 @@ from dstrain.distillation.config import (
     ObjectiveConfig,
     SkewKl,
 )
-from dstrain.distillation.objective import Distillation, SelectiveDistillation
+from dstrain.distillation.objective import Distillation
 from dstrain.distillation.selection import Selection
-from dstrain.distillation.signals import TeacherSignals, Wanted
+from dstrain.distillation.signals import SignalRequest, TeacherSignals
 from dstrain.errors import RecipeError
 from dstrain.model_output import ActivationCapture
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
@@ -32,7 +34,6 @@ from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
-from dstrain.ops.teacher_signal import SparseSignal
 from tests.unit.objectives.test_cross_entropy import EOS, NUM_TYPES, PAD, batch_of, empty_batch, gradients, pairs
 
 VOCABULARY = VocabularySizes(source=NUM_TYPES, target=NUM_TYPES, pad_id=PAD, eos_id=EOS)
@@ -59,12 +60,12 @@ class PlainTeacher:
     def __init__(self, model: EncoderDecoder) -> None:
         self.model = model.eval()
 
-    def teach(
-        self, batch: Batch, rows: Tensor, look: Callable[[Tensor, Tensor], None], capture: ActivationCapture | None = None
-    ) -> None:
-        assert not torch.is_grad_enabled()
-        hidden = self.model(batch.source, batch.target, capture).hidden.flatten(0, 1)[rows]
-        self.model.reduce_projection(hidden, look)
+    @contextmanager
+    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        with torch.no_grad():
+            hidden = self.model(batch.source, batch.target, capture).hidden.flatten(0, 1)[rows]
+            operands = self.model.projection.operands(hidden)
+        yield operands
 
 
 def config_of(**changes: Any) -> ObjectiveConfig:
@@ -81,12 +82,18 @@ def module_of(teachers: int = 1, **changes: Any) -> TrainModule:
 
 
 def step(module: TrainModule, batches: Sequence[Batch]) -> list[LossOutput]:
-    """What the engine does of a step: survey, then all losses."""
-    if isinstance(module.objective, SelectiveDistillation):
-        with torch.no_grad(), module.objective.survey(lambda rows: rows):
-            for batch in batches:
-                module(batch)
-    return [module(batch) for batch in batches]
+    """What the engine does of a step: scan, select, then all losses."""
+    selection = module.objective.selection
+    if selection is None or any(batch.sampled for batch in batches):
+        return [module(batch) for batch in batches]
+    with torch.no_grad():
+        own = [module(batch, selection.scan) for batch in batches]
+    selected = selection.select(own, torch.cat(own))
+    return [module(batch, partial(module.objective, selected=chosen)) for batch, chosen in zip(batches, selected, strict=True)]
+
+
+def state_of(module: TrainModule) -> dict[int, Tensor]:
+    return {} if module.objective.selection is None else module.objective.selection.state()
 
 
 def logits_of(model: EncoderDecoder, batch: Batch) -> Tensor:
@@ -282,13 +289,8 @@ def test_a_lesson_that_suits_is_accepted() -> None:
 class Kept:
     """A source that refuses."""
 
-    def require(self, wanted: Wanted) -> None:
-        raise RecipeError(f"no {wanted.divergence} at {wanted.temperature}, on_policy = {wanted.on_policy}")
-
-    def reduce_signal(
-        self, batch: Batch, rows: Tensor, reduce: Callable[[SparseSignal], Any], capture: ActivationCapture | None = None
-    ) -> Any:
-        raise NotImplementedError
+    def require(self, request: SignalRequest) -> None:
+        raise RecipeError(f"no {request.divergence} at {request.temperature}, on_policy = {request.on_policy}")
 
 
 def test_a_source_is_asked_for_what_the_recipe_wants() -> None:
@@ -301,13 +303,13 @@ def test_a_source_is_asked_for_what_the_recipe_wants() -> None:
 def test_validation_is_the_students_own_loss_and_leaves_the_queue() -> None:
     module, batch = module_of(selection={"kind": "global", "rate": 0.5, "queue_size": 9}), batch_of(*pairs(5, 1, 9))
     step(module, [batch])
-    queue = module.objective.state()[0].tolist()
+    queue = module.objective.selection.state()[0].tolist()
     module.eval()
     output = module(batch)
     expected = TrainModule(module.model, build_objective(CrossEntropyConfig(label_smoothing=0.1)))(batch)
     torch.testing.assert_close(output.loss_sum, expected.loss_sum)
     assert list(output.sums) == ["nll"]
-    assert module.objective.state()[0].tolist() == queue
+    assert module.objective.selection.state()[0].tolist() == queue
     assert len(queue) == 9
 
 
@@ -330,7 +332,7 @@ def test_a_step_of_samples_learns_from_the_teacher_alone(kind: str) -> None:
     sources, targets = pairs(5, 1, 9)
     (given,) = step(module, [batch_of(sources, targets)])
     assert given.sums["on_policy"] == 0
-    before = getattr(module.objective, "state", dict)()
+    before = state_of(module)
     batch = replace(batch_of(sources, [targets[0], targets[1][:-1], targets[2]]), sampled=True)
     output = module(batch)
     _, kd = plain_losses(module, batch, 2.0, 1)
@@ -339,7 +341,7 @@ def test_a_step_of_samples_learns_from_the_teacher_alone(kind: str) -> None:
     torch.testing.assert_close(output.loss_sum, 0.7 * kd.sum())
     torch.testing.assert_close(output.sums["on_policy_kd"], kd.sum().detach())
     torch.testing.assert_close(gradients(module, output.loss_sum), gradients(module, 0.7 * kd.sum()), rtol=1e-4, atol=1e-5)
-    after = getattr(module.objective, "state", dict)()
+    after = state_of(module)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[tag], after[tag]) for tag in before)
     empty = module(replace(empty_batch(), sampled=True))
@@ -348,10 +350,11 @@ def test_a_step_of_samples_learns_from_the_teacher_alone(kind: str) -> None:
 
 
 def test_a_queue_is_shared_by_the_batches_of_a_step() -> None:
-    objective = SelectiveDistillation(config_of(), TeacherSignals(TEACHERS[:1]), Selection(GlobalSelection(queue_size=1000)))
+    selection = Selection(GlobalSelection(queue_size=1000))
+    objective = Distillation(config_of(), TeacherSignals(TEACHERS[:1]), selection=selection)
     module = TrainModule(model_of(16, seed=1), objective)
     sizes = []
     for _ in range(2):
         step(module, [batch_of(*pairs(5, 1, 9)), batch_of(*pairs(3)), empty_batch()])
-        sizes.append(len(objective.state()[0]))
+        sizes.append(len(selection.state()[0]))
     assert sizes == [30, 60]

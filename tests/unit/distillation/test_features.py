@@ -211,12 +211,16 @@ class Counting(torch.nn.Module):
         self.asked.append(capture is not None)
         return self.model(source, target, capture)
 
+    @property
+    def projection(self) -> Any:
+        return self.model.projection
+
     def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], Any]) -> Any:
         return self.model.reduce_projection(hidden, reduce)
 
 
 @pytest.mark.parametrize("kind", ["word", "word_and_sequence", "batch", "global", "global_by_language"])
-def test_one_forward_each_and_no_features_in_a_survey(kind: str) -> None:
+def test_one_forward_each_and_no_features_in_a_scan(kind: str) -> None:
     """All tokens learn from inside, whatever the selection."""
     selection = {"kind": kind, **({"tags": ["a"]} if kind == "global_by_language" else {})}
     module, teacher = module_of(*ALL, selection=selection)
@@ -224,9 +228,9 @@ def test_one_forward_each_and_no_features_in_a_survey(kind: str) -> None:
     module.objective.signals.teachers[0].model = taught = Counting(teacher)
     batches = [batch_of(*pairs(5, 1, 9)), batch_of(*pairs(3))]
     outputs = step(module, batches)
-    surveyed = kind not in {"word", "word_and_sequence"}
+    scanned = kind not in {"word", "word_and_sequence"}
     assert taught.asked == [True, True]
-    assert student.asked == [False, False] * surveyed + [True, True]
+    assert student.asked == [False, False] * scanned + [True, True]
     plain, _ = module_of(*ALL)
     for output, expected in zip(outputs, step(plain, batches), strict=True):
         for name in NAMES:

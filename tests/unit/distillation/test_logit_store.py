@@ -27,8 +27,8 @@ from dstrain.data.parts import Share
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.distillation.config import DistillationConfig, JensenShannon
-from dstrain.distillation.objective import wanted_by
-from dstrain.distillation.signals import Wanted
+from dstrain.distillation.objective import signal_request
+from dstrain.distillation.signals import SignalRequest
 from dstrain.distillation.store import dump as logit_dump
 from dstrain.distillation.store.codec import build_codec
 from dstrain.distillation.store.dump import plan_dump, token_keys
@@ -254,9 +254,9 @@ def test_an_empty_micro_batch_has_no_signal(data: Path, teacher: EncoderDecoder,
     empty = collate([], np.array([], np.int64), pad_id=1, eos_id=2)
     assert len(store.signal(empty).ids) == 0
     rows = torch.empty(0, dtype=torch.int64)
-    assert store.reduce_signal(empty, rows, lambda signal: signal.tail.shape if isinstance(signal, SparseSignal) else None) == (
-        0,
-    )
+    with store.open(empty, rows) as signal:
+        assert isinstance(signal, SparseSignal)
+        assert signal.tail.shape == (0,)
 
 
 def test_an_empty_micro_batch_has_no_log_probabilities(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
@@ -270,20 +270,20 @@ def test_all_types_can_teach_anything_of_the_data(data: Path, teacher: EncoderDe
     store = stored(data, tmp_path / "logits", DenseMethod(temperature=2.0), teacher=teacher)
     for divergence in ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_kl"):
         for temperature in (1.0, 2.0):
-            store.require(Wanted(divergence, temperature))
+            store.require(SignalRequest(divergence, temperature))
     with pytest.raises(RecipeError, match=r"objective.on_policy has a teacher score what the student writes"):
-        store.require(Wanted("forward_kl", 2.0, on_policy=True))
+        store.require(SignalRequest("forward_kl", 2.0, on_policy=True))
     with pytest.raises(RecipeError, match=r"objective.features learns from inside a teacher"):
-        store.require(Wanted("forward_kl", 2.0, features=True))
+        store.require(SignalRequest("forward_kl", 2.0, features=True))
 
 
 def test_draws_teach_the_forward_divergence_alone_at_the_dumps_temperature(
     data: Path, teacher: EncoderDecoder, tmp_path: Path
 ) -> None:
     store = stored(data, tmp_path / "logits", SampleMethod(temperature=2.0), teacher=teacher)
-    fitting = Wanted("forward_kl", 2.0)
+    fitting = SignalRequest("forward_kl", 2.0)
     store.require(fitting)
-    store.require(wanted_by(DistillationConfig(divergence=JensenShannon(beta=0), temperature=2.0)))
+    store.require(signal_request(DistillationConfig(divergence=JensenShannon(beta=0), temperature=2.0)))
     with pytest.raises(RecipeError, match=r"kind = reverse_kl needs the mass of all types, .* keeps draws: choose forward_kl, a"):
         store.require(fitting._replace(divergence="reverse_kl"))
     with pytest.raises(RecipeError, match=r"objective.temperature = 1, but the logits in .* are of temperature 2: set that, or"):
@@ -301,9 +301,9 @@ def test_likely_types_with_a_tail_teach_every_divergence_at_the_dumps_temperatur
 ) -> None:
     store = stored(data, tmp_path / "logits", TopKMethod(k=4, temperature=2.0), teacher=teacher)
     for divergence in ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_kl"):
-        store.require(Wanted(divergence, 2.0))
+        store.require(SignalRequest(divergence, 2.0))
         with pytest.raises(RecipeError, match=r"objective.temperature = 1, but the logits"):
-            store.require(Wanted(divergence, 1.0))
+            store.require(SignalRequest(divergence, 1.0))
 
 
 def test_renormalizing_is_biased_and_says_so(

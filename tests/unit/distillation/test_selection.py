@@ -21,6 +21,11 @@ def statistics(nll: list[float], tags: list[int] | None = None) -> Tensor:
     )
 
 
+def selected(selection: Selection, step: Tensor) -> Tensor:
+    """Of a step that is one micro-batch."""
+    return selection.select([step], step)[0]
+
+
 def batch(ids: list[int], width: int = 7) -> Batch:
     """Sentences of `width` tokens whose first source token is 10 + id % 2."""
     first = torch.tensor([[10 + number % 2, 2] for number in ids])
@@ -30,13 +35,13 @@ def batch(ids: list[int], width: int = 7) -> Batch:
 
 
 @pytest.mark.parametrize(("number", "rate", "rank"), [(1, 0.01, 1), (10, 0.25, 3), (30, 0.1, 3), (75, 0.5, 38), (5, 1.0, 5)])
-def test_the_gate_is_the_kth_largest_value(number: int, rate: float, rank: int) -> None:
+def test_the_threshold_is_the_kth_largest_value(number: int, rate: float, rank: int) -> None:
     values = torch.randperm(number).double()
     assert threshold(values, rate) == sorted(values.tolist(), reverse=True)[rank - 1]
     assert threshold(values[:0], rate) == math.inf
 
 
-def test_facts_are_taken_on_the_batchs_device() -> None:
+def test_statistics_are_taken_on_the_batchs_device() -> None:
     elsewhere, whole = torch.device("meta"), batch([4, 9])
     found = Selection(BatchSelection()).statistics(
         whole.to(elsewhere), torch.arange(14, device=elsewhere), torch.ones(14, device=elsewhere)
@@ -47,15 +52,13 @@ def test_facts_are_taken_on_the_batchs_device() -> None:
 def test_batch_forgets_every_step() -> None:
     selection = Selection(BatchSelection(rate=0.5))
     for values, expected in (([5, 1, 3, 2], [1, 0, 1, 0]), ([0.1, 0.3, 0.2], [0, 1, 1]), ([7], [1])):
-        selection.update_queue(statistics(values))
-        assert selection.selected(statistics(values)).tolist() == [bool(value) for value in expected]
+        assert selected(selection, statistics(values)).tolist() == [bool(value) for value in expected]
     assert selection.state() == {}
 
 
-def test_ties_at_the_gate_are_all_selected() -> None:
+def test_ties_at_the_threshold_are_all_selected() -> None:
     selection = Selection(BatchSelection(rate=0.25))
-    selection.update_queue(statistics([2, 2, 1, 0]))
-    assert selection.selected(statistics([2, 2, 1, 0])).tolist() == [True, True, False, False]
+    assert selected(selection, statistics([2, 2, 1, 0])).tolist() == [True, True, False, False]
 
 
 def test_global_equals_a_written_out_queue() -> None:
@@ -65,9 +68,8 @@ def test_global_equals_a_written_out_queue() -> None:
         values = torch.rand(size, generator=generator, dtype=torch.float64).tolist()
         queue = (queue + values)[-10:]
         limit = sorted(queue, reverse=True)[math.ceil(0.3 * len(queue)) - 1]
-        selection.update_queue(statistics(values))
+        assert selected(selection, statistics(values)).tolist() == [value >= limit for value in values]
         assert selection.queues[0].tolist() == queue
-        assert selection.selected(statistics(values)).tolist() == [value >= limit for value in values]
 
 
 def test_every_language_has_a_queue_of_its_own() -> None:
@@ -79,23 +81,21 @@ def test_every_language_has_a_queue_of_its_own() -> None:
         nll = torch.rand(9, generator=generator, dtype=torch.float64)
         tags = torch.randint(4, 6, (9,), generator=generator)
         step = statistics(nll.tolist(), tags.tolist())
-        both.update_queue(step)
+        chosen = selected(both, step)
         for tag, selection in alone.items():
-            mine = step[tags == tag].clone()
-            selection.update_queue(mine.index_fill(1, torch.tensor([2]), 0))
-            assert torch.equal(both.selected(step)[tags == tag], selection.selected(mine.index_fill(1, torch.tensor([2]), 0)))
+            mine = step[tags == tag].index_fill(1, torch.tensor([2]), 0)
+            assert torch.equal(chosen[tags == tag], selected(selection, mine))
             assert torch.equal(both.queues[tag], selection.queues[0])
     assert {len(queue) for queue in both.state().values()} == {3}
 
 
 def test_values_that_are_not_finite_enter_no_queue() -> None:
     selection = Selection(GlobalSelection(rate=0.5, queue_size=10))
-    selection.update_queue(statistics([1, math.nan, 3, math.inf]))
+    assert selected(selection, statistics([1, math.nan, 3, math.inf])).tolist() == [False, False, True, True]
     assert selection.queues[0].tolist() == [1, 3]
-    assert selection.selected(statistics([1, math.nan, 3])).tolist() == [False, False, True]
 
 
-def test_facts_name_sentence_place_and_language() -> None:
+def test_statistics_name_sentence_position_and_language() -> None:
     labels = batch([5, 8]).labels.clone()
     rows = torch.tensor([0, 3, 7, 13])
     selection = Selection(GlobalByLanguageSelection(tags=["a"]))
@@ -115,7 +115,7 @@ def test_how_a_step_is_split_leaves_no_trace() -> None:
             rows = torch.arange(7 * len(ids))
             nll = torch.tensor([float(number * 7 + place) for number in ids for place in range(7)])
             shares.append(selection.statistics(batch(ids), rows, nll))
-        selection.update_queue(torch.cat(shares))
+        selection.select(shares, torch.cat(shares))
         return selection.queues[0].tolist()
 
     whole = after([list(range(10))])
@@ -127,16 +127,15 @@ def test_how_a_step_is_split_leaves_no_trace() -> None:
 def test_a_queue_goes_on_from_what_was_saved() -> None:
     straight, saved = (Selection(GlobalSelection(rate=0.5, queue_size=6)) for _ in range(2))
     for selection in (straight, saved):
-        selection.update_queue(statistics([3, 1, 4, 1, 5]))
+        selected(selection, statistics([3, 1, 4, 1, 5]))
     continued = Selection(GlobalSelection(rate=0.5, queue_size=6))
     continued.load_state(saved.state())
-    for selection in (straight, continued):
-        selection.update_queue(statistics([9, 2, 6]))
+    chosen = [selected(selection, statistics([9, 2, 6, 4, 5])) for selection in (straight, continued)]
     assert torch.equal(straight.queues[0], continued.queues[0])
-    assert torch.equal(straight.selected(statistics([4, 5, 6])), continued.selected(statistics([4, 5, 6])))
+    assert torch.equal(*chosen)
 
 
-def test_padding_has_no_facts() -> None:
+def test_padding_has_no_statistics() -> None:
     padded = batch([1, 2])
     assert IGNORE_INDEX not in padded.labels
     found = Selection(BatchSelection()).statistics(padded, torch.tensor([1, 8]), torch.zeros(2))

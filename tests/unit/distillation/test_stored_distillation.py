@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from dstrain.distillation.config import (
     TotalVariation,
     WordSelection,
 )
-from dstrain.distillation.objective import Distillation, wanted_by
-from dstrain.distillation.signals import Look, SignalSource, TeacherSignals
+from dstrain.distillation.objective import Distillation, signal_request
+from dstrain.distillation.signals import SignalSource, TeacherSignals
 from dstrain.distillation.store.manifest import DenseMethod, Method, SampleMethod, TopKMethod
 from dstrain.distillation.store.store import LogitStore
 from dstrain.model_output import ActivationCapture
@@ -45,9 +46,15 @@ class AtWork:
     def __init__(self, model: Model) -> None:
         self.model = model
 
-    def teach(self, batch: Batch, rows: Tensor, look: Look, capture: ActivationCapture | None = None) -> None:
-        hidden = self.model(batch.source, batch.target, capture).hidden.flatten(0, 1).index_select(0, rows)
-        self.model.reduce_projection(hidden, look)
+    @contextmanager
+    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        with torch.no_grad():
+            hidden = self.model(batch.source, batch.target, capture).hidden.flatten(0, 1).index_select(0, rows)
+            operands = self.model.projection.operands(hidden)
+        yield operands
+
+    def close(self) -> None:
+        pass
 
 
 def loss_and_gradients(objective: Objective, student: Model, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor]]:
@@ -73,7 +80,7 @@ def test_all_types_kept_teach_what_the_teacher_at_work_teaches(
         method = TopKMethod(k=types, dtype="float32", temperature=temperature)
     store = stored(data, tmp_path / "logits", method, teacher=teacher)
     config = DistillationConfig(divergence=divergence, temperature=temperature)
-    store.require(wanted_by(config))
+    store.require(signal_request(config))
     batch = batch_of(open_dataset(data, "train"), [59, 3, 17, 0])
     online = loss_and_gradients(Distillation(config, TeacherSignals([AtWork(teacher)])), student, batch)
     offline = loss_and_gradients(Distillation(config, store), student, batch)
@@ -103,7 +110,7 @@ def test_a_dense_store_teaches_every_divergence_at_every_temperature(
     alone = {"selection": WordSelection(), "hard_weight": 0, "label_smoothing": 0}
     config = DistillationConfig(divergence=divergence, temperature=temperature, chunk_tokens=7, **alone)
     student, batch = teacher_for(data, seed=4), batch_of(open_dataset(data, "train"), [59, 3, 17, 0])
-    dense_stores[dumped_at].require(wanted_by(config))
+    dense_stores[dumped_at].require(signal_request(config))
     at_work = TeacherSignals([AtWork(teacher_for(data))])
     online, offline = (
         loss_and_gradients(Distillation(config, source), student, batch) for source in (at_work, dense_stores[dumped_at])
