@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 from dstrain.data.batching.collate import collate
-from dstrain.data.files import HashingWriter
 from dstrain.distillation.store.codec import TokenKeys, build_codec
 from dstrain.distillation.store.dump import ShardDraft
 from dstrain.distillation.store.manifest import Method, SampleMethod, TopKMethod
@@ -34,6 +33,7 @@ from dstrain.ops.divergence import Divergence, DivergenceKind
 from dstrain.ops.linear_cross_entropy import linear_cross_entropy
 from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation, reference_linear_distillation
 from dstrain.ops.teacher_signal import DenseSignal, SparseSignal
+from dstrain.storage.hashing import HashingWriter
 
 WAYS = ("naive", "dense", "sampled", "top", "cross_entropy")
 STUDENT_DIM, TEACHER_DIM, KEPT = 64, 96, 12

@@ -25,7 +25,7 @@ from pathlib import Path
 from dstrain import __version__
 from dstrain.cli.common import add_options, positive_number
 from dstrain.cli.dumping import METHOD, build_dumper
-from dstrain.cli.ranks import Task, do_share
+from dstrain.cli.ranks import Task, do_work
 from dstrain.cli.teacher import add_work_arguments
 from dstrain.errors import DataError
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_options(parser, METHOD)
     parser.add_argument("--max-tokens", metavar="N", type=positive_number, default=4096, help="padded tokens of a batch (4096)")
     parser.add_argument("--tokens-per-shard", metavar="N", type=positive_number, help="size of a file (default: a 64th of all)")
-    parser.add_argument("--merge", metavar="LOGITS", type=Path, help="check that every shard is there and whole, and finish")
+    parser.add_argument("--merge", metavar="LOGITS", type=Path, help="check that every shard is there and complete, and finish")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     given = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
     if given not in ([True, True, True, False], [False, False, False, True]):
         raise DataError("dump-logits takes --teacher, --data and --output, or --merge LOGITS alone")
-    if args.merge is not None or do_share(args, partial(_dump, args)):
+    if args.merge is not None or do_work(args, partial(_dump, args)):
         store = merge_store(args.merge or args.output, f"dstrain {__version__}")
         print(f"{args.merge or args.output} is complete: {store.job.tokens:,} tokens, {store.bytes_per_token:.1f} bytes a token")
     return 0
@@ -59,6 +59,6 @@ def _dump(args: argparse.Namespace, task: Task) -> str:
 
     work = build_dumper(args, task.device)
     hidden = None if task.is_first else True
-    with tqdm(unit=" tokens", unit_scale=True, disable=hidden, total=work.tokens_of(task.share)) as bar:
-        report = work.run(task.share, bar.update)
+    with tqdm(unit=" tokens", unit_scale=True, disable=hidden, total=work.tokens_of(task.worker)) as bar:
+        report = work.run(task.worker, bar.update)
     return report.line()

@@ -47,10 +47,11 @@ def run(args: argparse.Namespace) -> int:
 def _facts(path: Path) -> list[str]:
     from dstrain.checkpoint.bundle import is_bundle
     from dstrain.checkpoint.describe import describe_bundle
-    from dstrain.data.prepared.manifest import MANIFEST_FILE, PARTS_FILE
+    from dstrain.data.prepared.manifest import MANIFEST_FILE
     from dstrain.data.prepared.report import describe_data
     from dstrain.distillation.store.manifest import STORE_FILE
     from dstrain.distillation.store.store import describe_store
+    from dstrain.storage.sharded_job import PARTS_FILE
 
     if is_bundle(path):
         return describe_bundle(path)

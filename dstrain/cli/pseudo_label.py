@@ -26,7 +26,7 @@ from pathlib import Path
 
 from dstrain import __version__
 from dstrain.cli.common import positive_float, positive_number
-from dstrain.cli.ranks import Task, do_share
+from dstrain.cli.ranks import Task, do_work
 from dstrain.cli.teacher import add_work_arguments
 from dstrain.errors import DataError
 
@@ -46,8 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a group of 1 to 4 tokens, so often in a row (default: 3)",
     )
     parser.add_argument("--keep-original", action="store_true", help="train on the original pairs, too")
-    parser.add_argument("--pairs-per-shard", metavar="N", type=positive_number, help="size of a part (default: a 64th of all)")
-    parser.add_argument("--merge", metavar="DATA2", type=Path, help="check that every part is there and whole, and finish")
+    parser.add_argument("--pairs-per-shard", metavar="N", type=positive_number, help="size of a shard (default: a 64th of all)")
+    parser.add_argument("--merge", metavar="DATA2", type=Path, help="check that every shard is there and complete, and finish")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     given = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
     if given not in ([True, True, True, False], [False, False, False, True]):
         raise DataError("pseudo-label takes --teacher, --data and --output, or --merge DATA2 alone")
-    if args.merge is not None or do_share(args, partial(_label, args)):
+    if args.merge is not None or do_work(args, partial(_label, args)):
         train = merge_labels(args.merge or args.output, f"dstrain {__version__}").splits["train"]
         lost = ", ".join(f"{reason} {count:,}" for reason, count in train.dropped.items() if count) or "none"
         print(f"{args.merge or args.output} is complete: {train.rows:,} of {train.pairs_read:,} pairs; dropped: {lost}")
@@ -68,12 +68,12 @@ def _label(args: argparse.Namespace, task: Task) -> str:
     from tqdm import tqdm
 
     from dstrain.cli.labeling import build_labeler
-    from dstrain.data.prepared.derived import take_over
+    from dstrain.data.prepared.derived import copy_original
 
     labeler = build_labeler(args, task.device)
-    total = sum(len(labeler.job.rows(number)) for number in task.share.of(labeler.job.parts))
+    total = sum(len(labeler.job.rows(number)) for number in task.worker.shards(labeler.job.parts))
     with tqdm(unit=" pairs", disable=None if task.is_first else True, total=total) as bar:
-        report = labeler.run(task.share, bar.update)
-    if task.share.index == 0:
-        take_over(args.data, args.output, labeler.job)
+        report = labeler.run(task.worker, bar.update)
+    if task.worker.index == 0:
+        copy_original(args.data, args.output, labeler.job)
     return report.line()

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from dstrain.cli.ranks import share
+from dstrain.cli.ranks import worker
 from dstrain.config_base import Precision
-from dstrain.data.parts import Share
+from dstrain.storage.sharded_job import Worker
 
 if TYPE_CHECKING:
     from dstrain.checkpoint.bundle import Bundle
@@ -26,8 +26,8 @@ def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required
     parser.add_argument(
         "--shard",
         metavar="I/N",
-        type=share,
-        default=Share(0, 1),
+        type=worker,
+        default=Worker(0, 1),
         help="do share I (from 0) of N shares of the work (default: 0/1)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU where there is one (default: auto)")

@@ -2,9 +2,8 @@
 
 After Kim and Rush 2016, "Sequence-Level Knowledge Distillation": the student is trained on the best hypothesis of the teacher's
 beam search. Outputs that would teach nonsense are left out and counted: those that the data's own filter drops (empty, too long,
-ratio of lengths), those that repeat themselves, and those that the search has cut at its length limit (unfinished). Parts of the
-work are done by any process (`data/parts.py`); a part's bytes depend on the job alone but for the last bits of the teacher's
-arithmetic.
+ratio of lengths), those that repeat themselves, and those that the search has cut at its length limit (unfinished). Any process
+can do any shard (`storage/sharded_job.py`); the bytes of a shard depend only on the job, up to rounding in the teacher.
 """
 
 from __future__ import annotations
@@ -20,15 +19,14 @@ import numpy as np
 import numpy.typing as npt
 
 from dstrain.data.config import FilterConfig
-from dstrain.data.files import atomic_writer
-from dstrain.data.parts import Share, finished_part, settle_job, write_note
 from dstrain.data.prepared.dataset import Dataset
-from dstrain.data.prepared.derived import MAKER, LabelJob, LabelNote, part_file
+from dstrain.data.prepared.derived import LABELING, LabelJob, label_shard_file
 from dstrain.data.prepared.encode import drop_reasons
 from dstrain.data.prepared.rows import Rows, id_dtype
-from dstrain.data.prepared.shard import ShardWriter, shard_schema
+from dstrain.data.prepared.shard import PairSidecar, ShardWriter, shard_schema
 from dstrain.generation.generator import Generator
-from dstrain.log import logger
+from dstrain.storage.atomic import atomic_writer
+from dstrain.storage.sharded_job import Worker, write_sidecar
 
 LONGEST_GROUP = 4
 
@@ -37,28 +35,28 @@ LONGEST_GROUP = 4
 class LabelReport:
     """What one process did. pairs: sources that it translated; dropped: of these, by reason."""
 
-    parts: int = 0
-    found: int = 0
+    shards: int = 0
+    finished_before: int = 0
     pairs: int = 0
     seconds: float = 0.0
     dropped: Counter[str] = field(default_factory=Counter)
 
     def line(self) -> str:
         """One line of text."""
-        if not self.parts:
-            return f"nothing to do: {self.found} parts were finished before"
+        if not self.shards:
+            return f"nothing to do: {self.finished_before} shards were finished before"
         lost = ", ".join(f"{reason} {count:,}" for reason, count in self.dropped.items() if count) or "none"
-        before = f"; {self.found} parts were finished before" if self.found else ""
+        before = f"; {self.finished_before} shards were finished before" if self.finished_before else ""
         rate = self.pairs / self.seconds
         return (
-            f"wrote {self.parts} parts: {self.pairs:,} sources in {self.seconds:.1f} s ({rate:,.1f} per second), "
+            f"wrote {self.shards} shards: {self.pairs:,} sources in {self.seconds:.1f} s ({rate:,.1f} per second), "
             f"dropped {self.dropped.total():,}: {lost}{before}"
         )
 
 
 @dataclass(frozen=True)
 class Labeler:
-    """Writes parts of `job` into `output`. limits: which outputs are dropped by their lengths."""
+    """Writes shards of `job` into `output`. limits: which outputs are dropped by their lengths."""
 
     generator: Generator
     dataset: Dataset
@@ -67,28 +65,22 @@ class Labeler:
     vocabulary: tuple[int, int]
     output: Path
 
-    def run(self, share: Share, progress: Callable[[int], object]) -> LabelReport:
-        """Every part of `share` that is not whole yet. progress: told how many sources are done.
+    def run(self, worker: Worker, progress: Callable[[int], object]) -> LabelReport:
+        """Every shard of `worker` that is not complete yet. progress: told how many sources are done.
 
-        Raises DataError where `output` belongs to another job, or the disk is full; finished parts stay.
+        Raises DataError if `output` belongs to another job, StorageError if the disk is full; finished shards stay.
         """
-        settle_job(self.output, self.job, MAKER)
-        report, begun = LabelReport(), time.perf_counter()
-        try:
-            for number in share.of(self.job.parts):
-                note = finished_part(self.output, part_file(number), LabelNote)
-                if note is None:
-                    self._write_part(number, report, progress)
-                else:
-                    report.found += 1
-                    progress(note.pairs_read)
-        except KeyboardInterrupt:
-            logger.warning("interrupted; finished parts stay in %s: run the same command again to go on", self.output)
-            raise
-        report.seconds = time.perf_counter() - begun
+        report, start = LabelReport(), time.perf_counter()
+
+        def skip(sidecar: PairSidecar) -> None:
+            report.finished_before += 1
+            progress(sidecar.pairs_read)
+
+        LABELING.run(self.output, self.job, worker, lambda number: self._write_shard(number, report, progress), skip)
+        report.seconds = time.perf_counter() - start
         return report
 
-    def _write_part(self, number: int, report: LabelReport, progress: Callable[[int], object]) -> None:
+    def _write_shard(self, number: int, report: LabelReport, progress: Callable[[int], object]) -> None:
         rows = self.job.rows(number)
         sources = [self.dataset[row].source.tolist() for row in rows]
         answers = self.generator.translate_ids(sources, first_line=rows.start + 1, progress=progress)
@@ -97,14 +89,15 @@ class Labeler:
         keep = ~np.logical_or.reduce(list(reasons.values()))
         dropped = {reason: int(mask.sum()) for reason, mask in reasons.items()}
         dtypes = [id_dtype(size) for size in self.vocabulary]
-        path = self.output / part_file(number)
+        path = self.output / label_shard_file(number)
         with atomic_writer(path) as sink:
             writer = ShardWriter(sink, shard_schema(dtypes[0], dtypes[1], with_text=False))
             kept = list(compress(sources, keep)), list(compress(targets, keep))
             if kept[0]:
                 writer.add(Rows(*_flat(kept[0], dtypes[0]), *_flat(kept[1], dtypes[1])))
-            write_note(path, LabelNote(record=writer.finish(part_file(number)), pairs_read=len(rows), dropped=dropped))
-        report.parts += 1
+            record = writer.finish(label_shard_file(number))
+            write_sidecar(self.output, PairSidecar(record=record, pairs_read=len(rows), dropped=dropped))
+        report.shards += 1
         report.pairs += len(rows)
         report.dropped.update(dropped)
 

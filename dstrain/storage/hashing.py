@@ -20,9 +20,14 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def sha256_of_bytes(content: bytes) -> str:
+    """Of bytes in memory."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def sha256_of_text(text: str) -> str:
     """Of the UTF-8 bytes of `text`."""
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_of_bytes(text.encode())
 
 
 def sha256_of_json(value: Any) -> str:

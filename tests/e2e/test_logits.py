@@ -198,7 +198,7 @@ def test_a_student_trains_on_a_teachers_outputs(data: Path, speaker: Path, tmp_p
         os.kill(killed.pid, signal.SIGKILL)
         assert killed.wait() == -signal.SIGKILL
     train = ("train", RECIPE, "--output", run, "--device", "cpu", *settings(*SMALL_DATA, *SMALL_TRAINING))
-    fails(dstrain(*train, "--data", labeled), "not all parts are done or merged")
+    fails(dstrain(*train, "--data", labeled), "shards are not done or not merged")
     done = succeeds(dstrain(*words, *options))
     assert "parts were finished before" in done.stdout
     assert "is complete: 480 of 480 pairs" in done.stdout

@@ -7,21 +7,14 @@ size and modification time are as in job.json is not read again.
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from dstrain.config_base import Config
 from dstrain.data.config import DataConfig, FairseqIds, TextSource, TrainedSentencePiece
-from dstrain.data.files import write_file
 from dstrain.data.prepared.manifest import FORMAT_VERSION, MANIFEST_FILE, TOKENIZER_DIRECTORY
 from dstrain.data.prepared.pool import WorkerPool
 from dstrain.data.sources.corpora import counted_files, files_of, pairs_without_files, scan_of, splits_of
@@ -29,6 +22,9 @@ from dstrain.data.sources.text import FileScan
 from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE
 from dstrain.data.tokenizers.training import given_tokenizers
 from dstrain.errors import DataError
+from dstrain.storage.document import Count, DocumentFormat
+from dstrain.storage.hashing import sha256_of_json
+from dstrain.storage.sharded_job import foreign_files
 
 Scan = Callable[[Path], FileScan]
 
@@ -40,10 +36,10 @@ class InputFile(Config):
     """A file of a corpus as it was when it was read; lines count an unfinished last one."""
 
     path: str
-    size: int
+    size: Count
     mtime_ns: int
     sha256: str
-    lines: int
+    lines: Count
 
 
 class Job(Config):
@@ -59,45 +55,19 @@ class Job(Config):
         return next(file.lines for file in self.inputs if file.path == str(path))
 
 
-@contextmanager
-def claim(output: Path) -> Iterator[None]:
-    """Make the directory and hold it alone, where the file system knows locks.
-
-    Raises DataError where it cannot be made or another process holds it.
-    """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"--output {output}: {error.strerror}; choose a directory that can be written") from error
-    try:
-        with suppress(OSError):
-            _lock(descriptor, output)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, output: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise DataError(f"another process is preparing {output}; wait for it or choose another --output") from error
+JOB = DocumentFormat(
+    Job, "job of `dstrain prepare`", DataError, "choose another --output or remove the directory", version_field="format_version"
+)
 
 
 def read_job(output: Path) -> Job | None:
-    """The job that a directory belongs to; None for an empty directory. Raises DataError where it holds something else."""
+    """The job that a directory belongs to; None for an empty directory. Raises DataError if it holds something else."""
     path = output / JOB_FILE
-    try:
-        return Job.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        if any(output.iterdir()):
-            raise DataError(f"{output} holds files that `dstrain prepare` did not make; choose another --output") from None
-        return None
-    except ValidationError as error:
-        raise DataError(
-            f"{path} was altered or is of another version; choose another --output or remove the directory"
-        ) from error
+    if path.exists():
+        return JOB.read(path)
+    if foreign_files(output, known=JOB_FILE):
+        raise DataError(f"{output} holds files that `dstrain prepare` did not make; choose another --output")
+    return None
 
 
 def plan_job(config: DataConfig, known: Job | None, workers: int) -> Job:
@@ -107,21 +77,20 @@ def plan_job(config: DataConfig, known: Job | None, workers: int) -> Job:
     inputs = _inspect(scans, known, workers)
     data = config.model_dump(mode="json")
     content = [FORMAT_VERSION, data, [file.sha256 for file in inputs], tokenizer]
-    fingerprint = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return Job(format_version=FORMAT_VERSION, fingerprint=fingerprint, data=data, inputs=inputs)
+    return Job(format_version=FORMAT_VERSION, fingerprint=sha256_of_json(content), data=data, inputs=inputs)
 
 
 def _inspect(scans: Mapping[Path, Scan], known: Job | None, workers: int) -> tuple[InputFile, ...]:
     stats = {path: _stat(path) for path in scans}
     before = {(file.path, file.size, file.mtime_ns): file for file in (known.inputs if known else ())}
-    found = {path: before.get((str(path), stat.st_size, stat.st_mtime_ns)) for path, stat in stats.items()}
-    unread = {path: scan for path, scan in scans.items() if found[path] is None}
+    inputs = {path: before.get((str(path), stat.st_size, stat.st_mtime_ns)) for path, stat in stats.items()}
+    unread = {path: scan for path, scan in scans.items() if inputs[path] is None}
     for path, scan in zip(unread, _scan(unread, sum(stats[path].st_size for path in unread), workers), strict=True):
         stat = stats[path]
-        found[path] = InputFile(
+        inputs[path] = InputFile(
             path=str(path), size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=scan.sha256, lines=scan.lines
         )
-    return tuple(file for file in found.values() if file is not None)
+    return tuple(file for file in inputs.values() if file is not None)
 
 
 def _stat(path: Path) -> os.stat_result:
@@ -171,15 +140,15 @@ def _size(source: TextSource, job: Job) -> int:
     return lines[0]
 
 
-def settle(output: Path, job: Job, known: Job | None, *, overwrite: bool) -> None:
-    """Make `output` belong to `job`, or raise DataError where it holds another job's work that is not to be overwritten."""
+def start_job(output: Path, job: Job, known: Job | None, *, overwrite: bool) -> None:
+    """Make `output` belong to `job`. Raises DataError if it holds another job's work that is not to be overwritten."""
     if known is not None and (overwrite or known.fingerprint != job.fingerprint):
         if not overwrite and _holds_work(output, known):
             raise DataError(
                 f"{output} belongs to another preparation ({_difference(known, job)}); choose another --output, or --overwrite"
             )
         _remove(output, known)
-    write_file(output / JOB_FILE, (job.model_dump_json(indent=2) + "\n").encode())
+    JOB.write(output / JOB_FILE, job)
 
 
 def _holds_work(output: Path, job: Job) -> bool:
@@ -191,7 +160,7 @@ def _holds_work(output: Path, job: Job) -> bool:
 
 
 def _remove(output: Path, job: Job) -> None:
-    """Delete what a job wrote, its claim to the directory last."""
+    """Delete what a job wrote, its job.json last."""
     (output / MANIFEST_FILE).unlink(missing_ok=True)
     for name in [TOKENIZER_DIRECTORY, *splits_of(DataConfig.model_validate(job.data))]:
         shutil.rmtree(output / name, ignore_errors=True)

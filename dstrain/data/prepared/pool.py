@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from dstrain.errors import DataError
+from dstrain.errors import DataError, DstrainError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -43,7 +43,7 @@ class WorkerPool(Generic[Task, Result]):
             self._idle.put(worker)
 
     def map(self, tasks: Iterable[Task]) -> Iterator[Result]:
-        """Results in the order of `tasks`. A DataError raised by a worker is raised here."""
+        """Results in the order of `tasks`. A DstrainError raised by a worker is raised here."""
         pending: deque[Future[Result]] = deque()
         for task in tasks:
             pending.append(self._executor.submit(self._call, task))
@@ -91,14 +91,14 @@ class _Worker:
                 "the same command again to go on, with fewer --workers if memory is short"
             ) from error
         if refusal is not None:
-            raise DataError(refusal)
+            raise refusal
         if defect is not None:
             raise RuntimeError(f"a worker process failed:\n{defect}")
         return result
 
 
 def _serve(pipe: Connection, make_work: Callable[[], Callable[[Any], Any]]) -> None:
-    """Answer every task with (result, None, None), (None, message of a DataError, None) or (None, None, traceback)."""
+    """Answer every task with (result, None, None), (None, a DstrainError, None) or (None, None, traceback)."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     work: Callable[[Any], Any] | None = None
     while True:
@@ -108,9 +108,9 @@ def _serve(pipe: Connection, make_work: Callable[[], Callable[[Any], Any]]) -> N
             return
         try:
             work = work or make_work()
-            answer: tuple[Any, str | None, str | None] = (work(task), None, None)
-        except DataError as error:
-            answer = (None, str(error), None)
+            answer: tuple[Any, DstrainError | None, str | None] = (work(task), None, None)
+        except DstrainError as error:
+            answer = (None, error, None)
         except Exception:
             answer = (None, None, traceback.format_exc())
         try:

@@ -15,22 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from tqdm import tqdm
 
 from dstrain import __version__
-from dstrain.config_base import Config
 from dstrain.data.config import DataConfig, TrainedSentencePiece
-from dstrain.data.files import atomic_writer, write_file
 from dstrain.data.prepared.encode import EncodedBlock, make_encoder
-from dstrain.data.prepared.job import Job, claim, corpus_sizes, plan_job, read_job, settle
+from dstrain.data.prepared.job import Job, corpus_sizes, plan_job, read_job, start_job
 from dstrain.data.prepared.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     TOKENIZER_DIRECTORY,
-    FileRecord,
     Manifest,
-    ShardRecord,
     SplitRecord,
     load_manifest,
     write_manifest,
@@ -38,23 +33,19 @@ from dstrain.data.prepared.manifest import (
 from dstrain.data.prepared.pool import WorkerPool
 from dstrain.data.prepared.report import PrepareReport, build_report
 from dstrain.data.prepared.rows import id_dtype
-from dstrain.data.prepared.shard import ShardWriter, shard_schema, write_lengths
+from dstrain.data.prepared.shard import PairSidecar, ShardWriter, shard_schema, write_lengths
 from dstrain.data.sources.corpora import Block, read_blocks, splits_of
 from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE, TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.data.tokenizers.training import TokenizerTrainer, given_tokenizers
 from dstrain.errors import DataError
 from dstrain.log import logger
+from dstrain.storage.atomic import atomic_writer
+from dstrain.storage.document import FileRecord
+from dstrain.storage.lock import locked_output
+from dstrain.storage.sharded_job import finished_shard, sidecar_path, warn_of_interruption, write_sidecar
 
 PAIRS_PER_WORKER = 16_384
 """Starting a process costs as much as encoding about so many pairs."""
-
-
-class FinishedShard(Config):
-    """A shard on the disk and what it cost the corpus; stands beside it until the manifest is written."""
-
-    record: ShardRecord
-    pairs_read: int
-    dropped: dict[str, int]
 
 
 def prepare(config: DataConfig, output: Path, *, workers: int, overwrite: bool = False, progress: bool = True) -> PrepareReport:
@@ -66,18 +57,22 @@ def prepare(config: DataConfig, output: Path, *, workers: int, overwrite: bool =
     Raises DataError for any fault of the text, the tokenizer, the output directory or the disk.
     """
     output = Path(output)
-    with claim(output):
+    with locked_output(output, busy=partial(_busy, output)):
         known = read_job(output)
         job = plan_job(config, known, workers)
         sizes = corpus_sizes(config, job)
-        settle(output, job, known, overwrite=overwrite)
+        start_job(output, job, known, overwrite=overwrite)
         if (output / MANIFEST_FILE).exists():
             return _finished(output, job)
         try:
             return _Preparation(config, output, job, sizes, workers=workers, progress=progress).run()
         except KeyboardInterrupt:
-            logger.warning("interrupted; finished shards stay in %s: run the same command again to go on", output)
+            warn_of_interruption(output)
             raise
+
+
+def _busy(output: Path, holder: str) -> DataError:
+    return DataError(f"another process is preparing {output} ({holder}); wait for it or choose another --output")
 
 
 def _finished(output: Path, job: Job) -> PrepareReport:
@@ -87,18 +82,14 @@ def _finished(output: Path, job: Job) -> PrepareReport:
     for split in manifest.splits.values():
         for file in split.files:
             file.check(output, content=False)
-    _remove_notes(output, manifest)
+    _remove_sidecars(output, manifest)
     return build_report(output, manifest, load_tokenizers(output / TOKENIZER_DIRECTORY), {}, finished_before=True)
 
 
-def _remove_notes(output: Path, manifest: Manifest) -> None:
+def _remove_sidecars(output: Path, manifest: Manifest) -> None:
     for split in manifest.splits.values():
         for shard in split.shards:
-            _note_path(output / shard.file).unlink(missing_ok=True)
-
-
-def _note_path(shard: Path) -> Path:
-    return shard.with_suffix(".json")
+            sidecar_path(output / shard.file).unlink(missing_ok=True)
 
 
 class _Preparation:
@@ -134,7 +125,7 @@ class _Preparation:
             splits=splits,
         )
         write_manifest(manifest, self._output)
-        _remove_notes(self._output, manifest)
+        _remove_sidecars(self._output, manifest)
         return build_report(self._output, manifest, tokenizers, self._work, finished_before=False)
 
     def _tokenizers(self) -> TokenizerPair:
@@ -143,7 +134,7 @@ class _Preparation:
             return load_tokenizers(directory)
         tokenizer = self._config.tokenizer
         if isinstance(tokenizer, TrainedSentencePiece):
-            logger.info("training a SentencePiece %s tokenizer of %d types", tokenizer.model_type, tokenizer.vocab_size)
+            logger.info("training a SentencePiece %s tokenizer of %d entries", tokenizer.model_type, tokenizer.vocab_size)
             with WorkerPool(partial(TokenizerTrainer, self._config, self._sizes["train"], directory), 1) as pool:
                 list(pool.map([tokenizer]))
         else:
@@ -172,23 +163,20 @@ class _Preparation:
         self._work[split] = (total - done, time.perf_counter() - start_time)
         return self._record(split, finished)
 
-    def _finished_shards(self, split: str, number_of_shards: int) -> list[FinishedShard]:
+    def _finished_shards(self, split: str, number_of_shards: int) -> list[PairSidecar]:
         """The shards that earlier runs finished, up to the first that is missing."""
         finished = []
         for number in range(number_of_shards):
-            path = self._output / f"{split}/{number:05d}.arrow"
-            try:
-                shard = FinishedShard.model_validate_json(_note_path(path).read_bytes())
-                shard.record.check(self._output, content=False)
-            except (OSError, ValidationError, DataError):
+            shard = finished_shard(self._output, f"{split}/{number:05d}.arrow", PairSidecar, content=False)
+            if shard is None:
                 break
             finished.append(shard)
         if finished:
             logger.info("%s: %d of %d shards were finished before", split, len(finished), number_of_shards)
         return finished
 
-    def _write_shard(self, file: str, schema: Any, blocks: Iterator[EncodedBlock], pairs: int, bar: Any) -> FinishedShard:
-        """Write the next `pairs` pairs of the corpus as one shard. Its note comes first: a shard that is there has one."""
+    def _write_shard(self, file: str, schema: Any, blocks: Iterator[EncodedBlock], pairs: int, bar: Any) -> PairSidecar:
+        """Write the next `pairs` pairs of the corpus as one shard."""
         pairs_read, dropped = 0, Counter[str]()
         with atomic_writer(self._output / file) as sink:
             writer = ShardWriter(sink, schema)
@@ -198,11 +186,11 @@ class _Preparation:
                 pairs_read += block.pairs_read
                 dropped.update(block.dropped)
                 bar.update(block.pairs_read)
-            shard = FinishedShard(record=writer.finish(file), pairs_read=pairs_read, dropped=dict(dropped))
-            write_file(_note_path(self._output / file), shard.model_dump_json().encode())
+            shard = PairSidecar(record=writer.finish(file), pairs_read=pairs_read, dropped=dict(dropped))
+            write_sidecar(self._output, shard)
         return shard
 
-    def _record(self, split: str, finished: list[FinishedShard]) -> SplitRecord:
+    def _record(self, split: str, finished: list[PairSidecar]) -> SplitRecord:
         dropped = Counter[str]()
         for shard in finished:
             dropped.update(shard.dropped)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstrain.data.config import DataConfig, has_no_source
-from dstrain.data.files import checking
 from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, Manifest, SplitRecord, load_manifest
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.errors import DataError
+from dstrain.storage.sharded_job import with_progress
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def build_report(
 def describe_data(directory: Path) -> list[str]:
     """What prepared data holds, after a check of every byte. Raises DataError where something is wrong with it."""
     manifest = load_manifest(directory)
-    for file in checking([file for split in manifest.splits.values() for file in split.files]):
+    for file in with_progress([file for split in manifest.splits.values() for file in split.files]):
         file.check(directory, content=True)
     tokenizers = load_tokenizers(directory / TOKENIZER_DIRECTORY)
     if tokenizers.fingerprint != manifest.tokenizer_fingerprint:

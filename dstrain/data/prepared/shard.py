@@ -16,16 +16,26 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from dstrain.data.files import HashingWriter
 from dstrain.data.prepared.manifest import ShardRecord
 from dstrain.data.prepared.rows import Rows
 from dstrain.errors import DataError
+from dstrain.storage.document import Count
+from dstrain.storage.hashing import HashingWriter
+from dstrain.storage.sharded_job import Sidecar
 
 MAX_BATCH_ROWS = 16_384
 MAX_BATCH_TOKENS = 1 << 22
 MAX_ITEMS = (1 << 31) - 1
 """Of one list column of a record batch: Arrow's list offsets have 32 bits."""
 SIDES = ("source", "target")
+
+
+class PairSidecar(Sidecar):
+    """Describes a shard of pairs. pairs_read: before filtering; dropped: how many of these were left out, by reason."""
+
+    record: ShardRecord
+    pairs_read: Count
+    dropped: dict[str, Count]
 
 
 def shard_schema(source_dtype: np.dtype[Any], target_dtype: np.dtype[Any], *, with_text: bool) -> Any:

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dstrain.data.files import sha256_of
 from dstrain.data.sources.text import MAX_BLOCK_BYTES, MAX_BLOCK_LINES, FileScan
 from dstrain.errors import DataError
+from dstrain.storage.hashing import sha256_of_file
 
 MMAP_MAGIC, LEGACY_MAGIC = b"MMIDIDX\0\0", b"TNTIDX\0\0"
 VERSION = 1
@@ -117,7 +117,7 @@ def files_of_prefix(prefix: Path) -> tuple[Path, Path]:
 def scan_binary(path: Path) -> FileScan:
     """Check one of the two files whole and hash it; `lines` are the sentences of an index, 0 for a .bin."""
     sentences = len(IndexedIds(path.with_suffix(""))) if path.suffix == ".idx" else 0
-    return FileScan(sentences, sha256_of(path))
+    return FileScan(sentences, sha256_of_file(path))
 
 
 def _size(path: Path) -> int:

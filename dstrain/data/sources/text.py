@@ -21,8 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
-from dstrain.data.files import sha256_of
 from dstrain.errors import DataError
+from dstrain.storage.hashing import sha256_of_file
 
 MAX_BLOCK_LINES = 4096
 MAX_BLOCK_BYTES = 1 << 20
@@ -83,7 +83,7 @@ def scan_file(path: Path) -> FileScan:
             _check_text(path, chunk, lines)
             lines += chunk.count(b"\n")
             last = chunk[-1:]
-        return FileScan(lines + (last != b"\n"), sha256_of(path))
+        return FileScan(lines + (last != b"\n"), sha256_of_file(path))
 
 
 def _check_text(path: Path, chunk: bytes, lines_before: int) -> None:

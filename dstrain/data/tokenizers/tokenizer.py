@@ -11,20 +11,23 @@ zero-width spaces and non-joiners, marks of direction, U+2581 and U+FFFD are spa
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import sentencepiece
-import yaml
+from pydantic import Field
 
-from dstrain.data.files import write_file
+from dstrain.config_base import Config
 from dstrain.errors import DataError
+from dstrain.storage.atomic import write_file
+from dstrain.storage.document import DocumentFormat, RelativePath, path_inside
+from dstrain.storage.hashing import sha256_of_bytes, sha256_of_text
+from dstrain.storage.parsing import dump_yaml
 
 if TYPE_CHECKING:
     from dstrain.protocols import TextTokenizer
@@ -33,6 +36,44 @@ FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.yaml"
 SPECIAL_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
 WORD_START = "\u2581"
+
+
+class SentencePieceEntry(Config):
+    """A tokenizer in tokenizer.yaml. model: its file, beside tokenizer.yaml."""
+
+    kind: Literal["sentencepiece"] = "sentencepiece"
+    model: RelativePath
+
+
+class DictionaryEntry(Config):
+    """A tokenizer in tokenizer.yaml. dictionary, model: its files; see `DictionaryTokenizer`."""
+
+    kind: Literal["dictionary"] = "dictionary"
+    dictionary: RelativePath
+    tags: tuple[str, ...] | None = None
+    model: RelativePath | None = None
+
+
+TokenizerEntry = Annotated[SentencePieceEntry | DictionaryEntry, Field(discriminator="kind")]
+
+
+class TokenizerDescription(Config):
+    """tokenizer.yaml. fingerprint: of both tokenizers together."""
+
+    format_version: int
+    fingerprint: str
+    source: TokenizerEntry
+    target: TokenizerEntry
+
+
+DESCRIPTION_FORMAT = DocumentFormat(
+    TokenizerDescription,
+    "tokenizer description",
+    DataError,
+    "save the tokenizer again, or restore it from a copy",
+    version_field="format_version",
+    version=FORMAT_VERSION,
+)
 
 
 class SentencePieceTokenizer:
@@ -72,12 +113,12 @@ class SentencePieceTokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the model file, under its kind."""
-        return hashlib.sha256(b"sentencepiece\0" + self._model).hexdigest()
+        return sha256_of_bytes(b"sentencepiece\0" + self._model)
 
-    def save(self, directory: Path, stem: str) -> dict[str, str]:
+    def save(self, directory: Path, stem: str) -> TokenizerEntry:
         """Write `directory`/`stem`.model; returns this tokenizer's entry for tokenizer.yaml."""
         write_file(directory / f"{stem}.model", self._model)
-        return {"kind": "sentencepiece", "model": f"{stem}.model"}
+        return SentencePieceEntry(model=f"{stem}.model")
 
     def _own_or_appended(self, special_id: int) -> int:
         if special_id >= 0:
@@ -167,18 +208,16 @@ class DictionaryTokenizer:
         """SHA-256 over the symbols in order, what they are looked up as, the model in front and tags; counts do not matter."""
         table = repr((self._symbols, sorted(self._ids.items()))).encode()
         tags = "".join(f"\0{tag}" for tag in sorted(self._tags)).encode()
-        return hashlib.sha256(b"dictionary\0" + hashlib.sha256(table).digest() + (self._model or b"") + tags).hexdigest()
+        symbols = bytes.fromhex(sha256_of_bytes(table))
+        return sha256_of_bytes(b"dictionary\0" + symbols + (self._model or b"") + tags)
 
-    def save(self, directory: Path, stem: str) -> dict[str, Any]:
+    def save(self, directory: Path, stem: str) -> TokenizerEntry:
         """Write `directory`/`stem`.dict.txt and the model if any; returns this tokenizer's entry for tokenizer.yaml."""
         write_file(directory / f"{stem}.dict.txt", self._dictionary)
-        entry: dict[str, Any] = {"kind": "dictionary", "dictionary": f"{stem}.dict.txt"}
-        if self._tags:
-            entry["tags"] = sorted(self._tags)
+        model = None if self._model is None else f"{stem}.model"
         if self._model is not None:
             write_file(directory / f"{stem}.model", self._model)
-            entry["model"] = f"{stem}.model"
-        return entry
+        return DictionaryEntry(dictionary=f"{stem}.dict.txt", tags=tuple(sorted(self._tags)) or None, model=model)
 
 
 @dataclass(frozen=True)
@@ -196,7 +235,7 @@ class TokenizerPair:
     @property
     def fingerprint(self) -> str:
         """SHA-256 over both sides."""
-        return hashlib.sha256(f"{self.source.fingerprint} {self.target.fingerprint}".encode()).hexdigest()
+        return sha256_of_text(f"{self.source.fingerprint} {self.target.fingerprint}")
 
 
 def with_tags(pair: TokenizerPair, patterns: Sequence[str]) -> TokenizerPair:
@@ -217,50 +256,40 @@ def save_tokenizers(pair: TokenizerPair, directory: Path) -> None:
     directory = Path(directory)
     source = _save(pair.source, directory, "joint" if pair.shared else "source")
     target = source if pair.shared else _save(pair.target, directory, "target")
-    content = {"format_version": FORMAT_VERSION, "fingerprint": pair.fingerprint, "source": source, "target": dict(target)}
-    write_file(directory / TOKENIZER_FILE, yaml.safe_dump(content, sort_keys=False).encode())
+    description = TokenizerDescription(format_version=FORMAT_VERSION, fingerprint=pair.fingerprint, source=source, target=target)
+    content = description.model_dump(mode="json", exclude_none=True)
+    write_file(directory / TOKENIZER_FILE, dump_yaml(content).encode())
 
 
 def load_tokenizers(directory: Path) -> TokenizerPair:
     """Read what `save_tokenizers` wrote.
 
-    Raises DataError where a file is missing, tokenizer.yaml is malformed or of another version, or the files are not those that
+    Raises DataError if a file is missing, tokenizer.yaml is malformed or of another version, or the files are not those that
     were saved (by fingerprint).
     """
-    path = Path(directory) / TOKENIZER_FILE
-    try:
-        content = yaml.safe_load(_read(path, "tokenizer description"))
-        version = content["format_version"]
-        if version != FORMAT_VERSION:
-            raise DataError(
-                f"{path} has format_version {version!r}, this dstrain reads {FORMAT_VERSION}; save the tokenizer again"
-            )
-        source = _load(path.parent, content["source"])
-        target = source if content["target"] == content["source"] else _load(path.parent, content["target"])
-        pair = TokenizerPair(source, target)
-        expected = content["fingerprint"]
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a tokenizer description ({error!r}): it was altered; save the tokenizer again") from error
-    if pair.fingerprint != expected:
-        raise DataError(f"{path.parent}: the tokenizer files were altered after {TOKENIZER_FILE} was written; restore them")
+    directory = Path(directory)
+    description = DESCRIPTION_FORMAT.read(directory / TOKENIZER_FILE)
+    source = _load(directory, description.source)
+    target = source if description.target == description.source else _load(directory, description.target)
+    pair = TokenizerPair(source, target)
+    if pair.fingerprint != description.fingerprint:
+        raise DataError(f"{directory}: the tokenizer files were altered after {TOKENIZER_FILE} was written; restore them")
     return pair
 
 
-def _save(tokenizer: TextTokenizer, directory: Path, stem: str) -> dict[str, Any]:
+def _save(tokenizer: TextTokenizer, directory: Path, stem: str) -> TokenizerEntry:
     if isinstance(tokenizer, SentencePieceTokenizer | DictionaryTokenizer):
         return tokenizer.save(directory, stem)
     raise TypeError(f"{type(tokenizer).__name__} cannot be saved")
 
 
-def _load(directory: Path, entry: dict[str, Any]) -> SentencePieceTokenizer | DictionaryTokenizer:
-    model = directory / entry["model"] if "model" in entry else None
-    match entry["kind"]:
-        case "sentencepiece":
-            return SentencePieceTokenizer.from_file(directory / entry["model"])
-        case "dictionary":
-            return DictionaryTokenizer.from_files(directory / entry["dictionary"], model, entry.get("tags", ()))
-        case kind:
-            raise DataError(f"{directory / TOKENIZER_FILE}: kind {kind!r} is unknown; it is sentencepiece or dictionary")
+def _load(directory: Path, entry: TokenizerEntry) -> SentencePieceTokenizer | DictionaryTokenizer:
+    remedy = DESCRIPTION_FORMAT.remedy
+    model = None if entry.model is None else path_inside(directory, entry.model, error=DataError, remedy=remedy)
+    if isinstance(entry, SentencePieceEntry):
+        return SentencePieceTokenizer.from_file(directory / entry.model)
+    dictionary = path_inside(directory, entry.dictionary, error=DataError, remedy=remedy)
+    return DictionaryTokenizer.from_files(dictionary, model, entry.tags or ())
 
 
 def _read(path: Path, what: str) -> bytes:

@@ -25,30 +25,31 @@ from dstrain.batch import IGNORE_INDEX, Batch
 from dstrain.config_base import Precision
 from dstrain.data.batching.collate import collate
 from dstrain.data.batching.plan import Sides, evaluation_batches
-from dstrain.data.files import HashingWriter, atomic_writer
-from dstrain.data.parts import Share, finished_part, settle_job, write_note
 from dstrain.data.prepared.dataset import Dataset
-from dstrain.data.prepared.manifest import FileRecord, Manifest
+from dstrain.data.prepared.manifest import Manifest
 from dstrain.data.prepared.shard import MAX_ITEMS, list_array
 from dstrain.distillation.store.codec import Array, Codec, TokenKeys, build_codec
 from dstrain.distillation.store.manifest import (
     DENSE_VOCABULARY,
-    MAKER,
+    DUMP,
     DenseMethod,
     DumpJob,
+    LogitSidecar,
     Method,
-    ShardNote,
     TopKMethod,
-    shard_file,
+    logit_shard_file,
 )
 from dstrain.distillation.store.store import shard_starts
 from dstrain.errors import DataError
-from dstrain.log import logger
 from dstrain.models.config import VocabularySizes
 from dstrain.ops.device_time import Mark, mark, seconds_between
 from dstrain.ops.linear_cross_entropy import scored_rows
 from dstrain.ops.matmul import linear
 from dstrain.protocols import TeacherForced
+from dstrain.storage.atomic import atomic_writer
+from dstrain.storage.document import FileRecord
+from dstrain.storage.hashing import HashingWriter
+from dstrain.storage.sharded_job import Worker, write_sidecar
 
 SHARD_BYTES = 1 << 26
 SMALLEST_SHARD = 4096
@@ -104,16 +105,16 @@ class DumpReport:
     """What one process did. seconds: in all; teacher_seconds: of these, its device with the teacher and softmax."""
 
     shards: int = 0
-    found: int = 0
+    finished_before: int = 0
     tokens: int = 0
     seconds: float = 0.0
     teacher_seconds: float = 0.0
 
     def line(self) -> str:
         """One line of text."""
-        before = f", {self.found} were finished before" if self.found else ""
+        before = f", {self.finished_before} were finished before" if self.finished_before else ""
         if not self.shards:
-            return f"nothing to do: {self.found} shards were finished before"
+            return f"nothing to do: {self.finished_before} shards were finished before"
         share = 100 * self.teacher_seconds / self.seconds
         rate = self.tokens / self.seconds
         return (
@@ -144,35 +145,32 @@ class Dumper:
     def _starts(self) -> list[int]:
         return shard_starts(self.dataset.target_lengths, self.job.tokens_per_shard)
 
-    def tokens_of(self, share: Share) -> int:
-        """How many there are to do for `share`, finished ones included."""
+    def tokens_of(self, worker: Worker) -> int:
+        """How many there are to do for `worker`, finished ones included."""
         starts, lengths = self._starts, self.dataset.target_lengths
-        return sum(int(lengths[starts[number] : starts[number + 1]].sum()) for number in share.of(self.job.shards))
+        return sum(int(lengths[starts[number] : starts[number + 1]].sum()) for number in worker.shards(self.job.shards))
 
-    def run(self, share: Share, progress: Callable[[int], object]) -> DumpReport:
-        """Every shard of `share` that is not whole yet. progress: told how many tokens are done.
+    def run(self, worker: Worker, progress: Callable[[int], object]) -> DumpReport:
+        """Every shard of `worker` that is not complete yet. progress: told how many tokens are done.
 
-        Raises DataError where `output` belongs to another job, or the disk is full; finished shards stay.
+        Raises DataError if `output` belongs to another job, StorageError if the disk is full; finished shards stay.
         """
-        settle_job(self.output, self.job, MAKER)
         starts = self._starts
-        report, begun = DumpReport(), time.perf_counter()
-        try:
-            for number in share.of(self.job.shards):
-                note = finished_part(self.output, shard_file(number), ShardNote)
-                if note is None:
-                    self._write_shard(number, range(starts[number], starts[number + 1]), report, progress)
-                else:
-                    report.found += 1
-                    progress(note.tokens)
-        except KeyboardInterrupt:
-            logger.warning("interrupted; finished shards stay in %s: run the same command again to go on", self.output)
-            raise
-        report.seconds = time.perf_counter() - begun
+        report, start = DumpReport(), time.perf_counter()
+
+        def skip(sidecar: LogitSidecar) -> None:
+            report.finished_before += 1
+            progress(sidecar.tokens)
+
+        def write(number: int) -> None:
+            self._write_shard(number, range(starts[number], starts[number + 1]), report, progress)
+
+        DUMP.run(self.output, self.job, worker, write, skip)
+        report.seconds = time.perf_counter() - start
         return report
 
     def _write_shard(self, number: int, rows: range, report: DumpReport, progress: Callable[[int], object]) -> None:
-        path = self.output / shard_file(number)
+        path = self.output / logit_shard_file(number)
         draft = ShardDraft(build_codec(self.job.method, self.job.vocab_size))
         with atomic_writer(path) as sink, ThreadPoolExecutor(1) as writer:
             pending: Future[float] | None = None
@@ -187,7 +185,8 @@ class Dumper:
                 report.teacher_seconds += pending.result()
             tokens = writer.submit(draft.finish, sink).result()
             record = FileRecord(file=path.name, size=sink.size, sha256=sink.sha256)
-            write_note(path, ShardNote(record=record, number=number, first_row=rows.start, rows=len(rows), tokens=tokens))
+            sidecar = LogitSidecar(record=record, number=number, first_row=rows.start, rows=len(rows), tokens=tokens)
+            write_sidecar(self.output, sidecar)
         report.shards += 1
 
     def _batches(self, rows: range) -> Iterator[Batch]:

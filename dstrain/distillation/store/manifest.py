@@ -1,31 +1,29 @@
 """What a directory of dumped logits holds: `logits.json`, the last file that is written.
 
     LOGITS/parts.json    what is dumped: teacher, data, method; written before any work
-    LOGITS/00000.arrow   the signals of some consecutive rows of the data; 00000.json beside it is its note (`data/parts.py`)
-    LOGITS/logits.json   the job and the record of every shard: the store is complete
+    LOGITS/00000.arrow   the signals of some consecutive rows; 00000.json is its sidecar (`storage/sharded_job.py`)
+    LOGITS/logits.json   the job and the sidecar of every shard: the store is complete
 
 A store belongs to one teacher, one split of prepared data and one tokenizer, all known by fingerprint.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
+from pydantic import FailFast, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from dstrain.config_base import Config, Precision
-from dstrain.data.files import checking, write_file
-from dstrain.data.parts import Note, finished_part, read_job
-from dstrain.data.prepared.manifest import PARTS_FILE, FileRecord, Manifest
+from dstrain.data.prepared.manifest import Manifest
 from dstrain.errors import DataError
+from dstrain.storage.document import Count, DocumentFormat, FileRecord
+from dstrain.storage.hashing import sha256_of_text
+from dstrain.storage.sharded_job import PARTS_FILE, ShardedJob, Sidecar
 
 FORMAT_VERSION = 1
 STORE_FILE = "logits.json"
-MAKER = "dump-logits"
 DENSE_VOCABULARY = 16_384
 """The largest vocabulary of a dense store, at 32 KiB a token."""
 
@@ -106,35 +104,35 @@ class DumpJob(Config):
     tokens_per_shard: PositiveInt
     precision: Precision = "fp32"
 
-    def require_data(self, manifest: Manifest, place: Path, owner: Path) -> None:
-        """Raise DataError where the store `place` was made from other text than that of `owner`, or by another tokenizer."""
+    def require_data(self, manifest: Manifest, directory: Path, owner: Path) -> None:
+        """Raise DataError where the store `directory` was made from other text than that of `owner`, or by another tokenizer."""
         if self.tokenizer != manifest.tokenizer_fingerprint:
             raise DataError(
-                f"the logits in {place} are of tokenizer {self.tokenizer[:12]}, {owner} has "
+                f"the logits in {directory} are of tokenizer {self.tokenizer[:12]}, {owner} has "
                 f"{manifest.tokenizer_fingerprint[:12]}: ids would mean other words; dump the logits of this data"
             )
         record = manifest.splits.get(self.split)
-        found = "no such split" if record is None else record.fingerprint
-        if self.data != found:
+        fingerprint = "no such split" if record is None else record.fingerprint
+        if self.data != fingerprint:
             raise DataError(
-                f"the logits in {place} are of other data ({self.data[:12]}) than the split {self.split!r} of {owner} "
-                f"({found[:12]}): rows would be other sentences; dump the logits of this data"
+                f"the logits in {directory} are of other data ({self.data[:12]}) than the split {self.split!r} of {owner} "
+                f"({fingerprint[:12]}): rows would be other sentences; dump the logits of this data"
             )
 
-    def require_teacher(self, fingerprint: str, place: Path, owner: Path) -> None:
-        """Raise DataError where the store `place` was not made by the teacher `owner`."""
+    def require_teacher(self, fingerprint: str, directory: Path, owner: Path) -> None:
+        """Raise DataError where the store `directory` was not made by the teacher `owner`."""
         if self.teacher != fingerprint:
             raise DataError(
-                f"the logits in {place} are of another teacher ({self.teacher[:12]}) than {owner} ({fingerprint[:12]}); "
+                f"the logits in {directory} are of another teacher ({self.teacher[:12]}) than {owner} ({fingerprint[:12]}); "
                 "dump them again with this teacher, or name the one that made them"
             )
 
 
-class ShardNote(Note):
-    """One shard: the rows from `first_row` on."""
+class LogitSidecar(Sidecar):
+    """Describes one shard: the rows from `first_row` on."""
 
-    number: NonNegativeInt
-    first_row: NonNegativeInt
+    number: Count
+    first_row: Count
     rows: PositiveInt
     tokens: PositiveInt
 
@@ -144,17 +142,17 @@ class StoreManifest(Config):
 
     created_by: str
     job: DumpJob
-    shards: tuple[ShardNote, ...]
+    shards: Annotated[tuple[LogitSidecar, ...], FailFast()]
 
     @property
     def files(self) -> tuple[FileRecord, ...]:
         """Every shard on the disk."""
-        return tuple(note.record for note in self.shards)
+        return tuple(shard.record for shard in self.shards)
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of everything that is kept."""
-        return hashlib.sha256("".join(file.sha256 for file in self.files).encode()).hexdigest()
+        return sha256_of_text("".join(file.sha256 for file in self.files))
 
     @property
     def bytes_per_token(self) -> float:
@@ -162,57 +160,56 @@ class StoreManifest(Config):
         return sum(file.size for file in self.files) / self.job.tokens
 
 
-def shard_file(number: int) -> str:
-    """The name of a shard."""
+def logit_shard_file(number: int) -> str:
+    """The name of a shard in the output directory."""
     return f"{number:05d}.arrow"
 
 
-def merge_store(directory: Path, created_by: str) -> StoreManifest:
-    """Check that every shard is there and whole, and write `logits.json`.
+DUMP = ShardedJob(
+    verb="dump-logits",
+    job=DocumentFormat(
+        DumpJob,
+        "job of `dstrain dump-logits`",
+        DataError,
+        "choose another --output, or remove the directory",
+        version_field="format_version",
+        version=FORMAT_VERSION,
+    ),
+    sidecar=LogitSidecar,
+    shard_file=logit_shard_file,
+    num_shards=lambda job: job.shards,
+)
+STORE = DocumentFormat(StoreManifest, "manifest of dumped logits", DataError, f"run `dstrain {DUMP.verb} --merge` again")
 
-    Raises DataError naming the shards that are missing or damaged, or where `directory` was not made by dump-logits.
+
+def merge_store(directory: Path, created_by: str) -> StoreManifest:
+    """Check that every shard is there and complete, and write `logits.json`.
+
+    Raises DataError that lists the shards that are missing or damaged, or if `directory` was not made by dump-logits.
     """
     directory = Path(directory)
-    job = read_job(directory, DumpJob, MAKER)
-    if job is None:
-        raise DataError(f"{directory} holds no dumped logits (no {PARTS_FILE}); name the --output of `dstrain {MAKER}`")
-    found = [finished_part(directory, shard_file(number), ShardNote) for number in checking(range(job.shards))]
-    missing = [number for number, note in enumerate(found) if note is None]
-    if missing:
-        raise DataError(
-            f"{directory} is incomplete: {len(missing)} of {job.shards} shards are missing or damaged ({_listed(missing)}); run "
-            f"the dump again, where it was cut with the same --shard, and it does what is missing"
-        )
-    manifest = StoreManifest(created_by=created_by, job=job, shards=tuple(note for note in found if note is not None))
+    job, shards = DUMP.collect(directory)
+    manifest = StoreManifest(created_by=created_by, job=job, shards=tuple(shards))
     _check_cover(directory / STORE_FILE, manifest)
-    write_file(directory / STORE_FILE, (manifest.model_dump_json(indent=2) + "\n").encode())
+    STORE.write(directory / STORE_FILE, manifest)
     return manifest
 
 
 def load_store_manifest(directory: Path) -> StoreManifest:
-    """Read `directory`/logits.json. Raises DataError where the store is unfinished, of another version or altered."""
+    """Read `directory`/logits.json. Raises DataError if the store is unfinished, of another version or altered."""
     path = Path(directory) / STORE_FILE
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        if (path.parent / PARTS_FILE).is_file():
-            raise DataError(
-                f"{path} is missing: the dump was not finished; run it again, then `dstrain {MAKER} --merge {directory}`"
-            ) from error
-        raise DataError(f"{directory} holds no dumped logits; name a directory that `dstrain {MAKER}` wrote") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; make it readable") from error
-    except ValueError as error:
-        raise DataError(f"{path} is not valid JSON ({error}): it was altered; run `dstrain {MAKER} --merge` again") from error
-    version = content.get("job", {}).get("format_version") if isinstance(content, dict) else None
+    if not path.exists() and (path.parent / PARTS_FILE).is_file():
+        raise DataError(
+            f"{path} is missing: the dump was not finished; run it again, then `dstrain {DUMP.verb} --merge {directory}`"
+        )
+    if not path.exists():
+        raise DataError(f"{directory} holds no dumped logits; name a directory that `dstrain {DUMP.verb}` wrote")
+    tree = STORE.read_tree(path)
+    job = tree.get("job")
+    version = job.get("format_version") if isinstance(job, dict) else None
     if version != FORMAT_VERSION:
         raise DataError(f"{path} has format_version {version!r}, this dstrain reads {FORMAT_VERSION}; dump the logits again")
-    try:
-        manifest = StoreManifest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path}: {field}: {first['msg']}; it was altered: run `dstrain {MAKER} --merge` again") from error
+    manifest = STORE.validate(tree, path)
     _check_cover(path, manifest)
     return manifest
 
@@ -220,17 +217,13 @@ def load_store_manifest(directory: Path) -> StoreManifest:
 def _check_cover(path: Path, manifest: StoreManifest) -> None:
     """Raise DataError unless the shards follow one another and hold all rows and tokens."""
     row = 0
-    for number, note in enumerate(manifest.shards):
-        if (note.number, note.first_row) != (number, row):
-            raise DataError(f"{path}: shard {note.number} begins at row {note.first_row}, not {row}; dump the logits again")
-        row += note.rows
-    tokens = sum(note.tokens for note in manifest.shards)
+    for number, shard in enumerate(manifest.shards):
+        if (shard.number, shard.first_row) != (number, row):
+            raise DataError(f"{path}: shard {shard.number} begins at row {shard.first_row}, not {row}; dump the logits again")
+        row += shard.rows
+    tokens = sum(shard.tokens for shard in manifest.shards)
     if (len(manifest.shards), row, tokens) != (manifest.job.shards, manifest.job.rows, manifest.job.tokens):
         raise DataError(
             f"{path}: {len(manifest.shards)} shards hold {row} rows and {tokens} tokens, the job has {manifest.job.shards}, "
             f"{manifest.job.rows} and {manifest.job.tokens}; dump the logits again"
         )
-
-
-def _listed(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers[:8])) + (", ..." if len(numbers) > 8 else "")

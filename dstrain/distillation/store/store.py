@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dstrain.batch import Batch, sent
 from dstrain.data.batching.collate import NO_EXAMPLE
-from dstrain.data.files import checking
 from dstrain.data.prepared.dataset import ALWAYS_HASHED_BYTES
 from dstrain.data.prepared.manifest import Manifest
 from dstrain.data.prepared.shard import ListView, list_view
@@ -31,6 +30,7 @@ from dstrain.errors import DataError, RecipeError
 from dstrain.log import logger
 from dstrain.model_output import ActivationCapture
 from dstrain.ops.teacher_signal import KeptSignal, SparseSignal
+from dstrain.storage.sharded_job import with_progress
 
 REMEDY = "dump this shard again with the same command, then merge"
 
@@ -49,7 +49,7 @@ class LogitStore:
         self._directory = directory
         self._renormalize = renormalize
         self._codec: Codec = build_codec(manifest.job.method, manifest.job.vocab_size)
-        self._starts = [note.first_row for note in manifest.shards]
+        self._starts = [shard.first_row for shard in manifest.shards]
 
     @property
     def temperature(self) -> float:
@@ -157,7 +157,7 @@ def open_store(directory: Path, *, data: Path, manifest: Manifest, verify: bool 
 def check_files(directory: Path, store: StoreManifest, *, verify: bool) -> None:
     """Compare sizes, and checksums where there are at most 1 GiB or on request. Raises DataError naming the file."""
     content = verify or sum(file.size for file in store.files) <= ALWAYS_HASHED_BYTES
-    for file in checking(store.files) if verify else store.files:
+    for file in with_progress(store.files) if verify else store.files:
         file.check(directory, content=content, remedy=REMEDY)
 
 

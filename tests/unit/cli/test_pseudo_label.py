@@ -74,10 +74,10 @@ def test_strangers_and_options_that_cannot_be(data: Path, teacher: Path, tmp_pat
     assert "is not a whole number" in verbs.fail(*words(teacher, data, output, "--beam-size", "0"), code=2)
     assert "is no share I/N" in verbs.fail(*words(teacher, data, output, "--shard", "2"), code=2)
     assert "or --merge DATA2 alone" in verbs.fail("pseudo-label", "--teacher", teacher)
-    assert "holds no labeled data" in verbs.fail("pseudo-label", "--merge", output)
+    assert "was not written by `dstrain pseudo-label`" in verbs.fail("pseudo-label", "--merge", output)
     assert not output.exists()
     verbs.succeed(*words(teacher, data, output, "--shard", "1/2", "--pairs-per-shard", "10", "--beam-size", "1"))
-    assert "not all parts are done or merged" in verbs.fail("inspect", output)
+    assert "shards are not done or not merged" in verbs.fail("inspect", output)
     assert "generation:" in verbs.fail(*words(teacher, data, output, "--pairs-per-shard", "10", "--beam-size", "2"))
 
 

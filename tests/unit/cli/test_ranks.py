@@ -6,18 +6,18 @@ import argparse
 
 import pytest
 
-from dstrain.cli.ranks import Task, do_share
-from dstrain.data.parts import Share
+from dstrain.cli.ranks import Task, do_work
 from dstrain.errors import DataError, TrainingError
+from dstrain.storage.sharded_job import Worker
 
 
-def args_of(share: Share, device: str = "cpu") -> argparse.Namespace:
+def args_of(share: Worker, device: str = "cpu") -> argparse.Namespace:
     return argparse.Namespace(shard=share, device=device)
 
 
-@pytest.mark.parametrize(("share", "finishes"), [(Share(0, 1), True), (Share(0, 2), False), (Share(1, 2), False)])
+@pytest.mark.parametrize(("share", "finishes"), [(Worker(0, 1), True), (Worker(0, 2), False), (Worker(1, 2), False)])
 def test_without_a_launcher_it_is_the_share_itself(
-    share: Share, finishes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    share: Worker, finishes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     tasks: list[Task] = []
@@ -26,7 +26,7 @@ def test_without_a_launcher_it_is_the_share_itself(
         tasks.append(task)
         return "done"
 
-    assert do_share(args_of(share), work) is finishes
+    assert do_work(args_of(share), work) is finishes
     assert tasks == [Task(share, "cpu")]
     assert capsys.readouterr().out == "done\n"
 
@@ -35,7 +35,7 @@ def test_one_device_is_not_for_several_ranks(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DataError, match=r"--device cuda:1 is one device, but every rank needs its own; use --device cuda"):
-        do_share(args_of(Share(0, 1), "cuda:1"), lambda task: "")
+        do_work(args_of(Worker(0, 1), "cuda:1"), lambda task: "")
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(TrainingError, match=r"WORLD_SIZE='two' in the environment is not a number"):
-        do_share(args_of(Share(0, 1)), lambda task: "")
+        do_work(args_of(Worker(0, 1)), lambda task: "")

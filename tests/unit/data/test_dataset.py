@@ -6,7 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dstrain.data.files import atomic_writer
 from dstrain.data.prepared import dataset as dataset_module
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.manifest import load_manifest
@@ -15,6 +14,7 @@ from dstrain.data.prepared.rows import Rows, id_dtype
 from dstrain.data.prepared.shard import ShardWriter, list_array, read_shard, shard_schema, write_lengths
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import DataError
+from dstrain.storage.atomic import atomic_writer
 from tests.unit.data.corpus import data_config, parallel, sentences
 
 
@@ -200,9 +200,12 @@ def test_data_of_another_tokenizer_is_refused_for_its_user(prepared: Path) -> No
     ("change", "message"),
     [
         (lambda text: text.replace('"format_version": 1', '"format_version": 2'), "has format_version 2, this dstrain reads 1"),
-        (lambda text: text.replace('"pairs_read": 300', '"pairs_raed": 300'), r"splits\.train\.pairs_read: Field required"),
+        (
+            lambda text: text.replace('"pairs_read": 300', '"pairs_raed": 300'),
+            r"splits\.train\.pairs_read: missing; give it a value",
+        ),
         (lambda text: text[:-20], "is not valid JSON"),
-        (lambda text: "[]", "has format_version None"),
+        (lambda text: "[]", r"holds no mapping of fields but \[\]"),
     ],
 )
 def test_a_bad_manifest_is_refused(copy: Path, change: Callable[[str], str], message: str) -> None:

@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dstrain.data import files
 from dstrain.data.config import DataConfig
-from dstrain.data.prepared import job
 from dstrain.data.prepared import prepare as prepare_module
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
 from dstrain.data.sources import corpora, text
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair, load_tokenizers, save_tokenizers
-from dstrain.errors import DataError
+from dstrain.errors import DataError, StorageError
+from dstrain.storage import atomic
+from dstrain.storage.hashing import HashingWriter
+from dstrain.storage.lock import locked_output
 from tests.unit.data.corpus import data_config, parallel, sentences, tree, write_lines
 
 EOS = 2
@@ -357,17 +358,20 @@ def test_foreign_directories_and_files_are_left_alone(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"mine holds files that `dstrain prepare` did not make; choose another --output"):
             prepare(config, tmp_path / "mine", workers=1, overwrite=overwrite)
     assert tree(tmp_path / "mine") == {"thesis.tex": b"x"}
-    with pytest.raises(DataError, match=r"--output .*train\.en: File exists; choose a directory"):
+    with pytest.raises(StorageError, match=r"--output .*train\.en: File exists; choose a directory"):
         prepare(config, tmp_path / "train.en", workers=1)
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:
-    with job.claim(tmp_path / "data"), pytest.raises(DataError, match="another process is preparing"):
+    with (
+        locked_output(tmp_path / "data", busy=StorageError),
+        pytest.raises(DataError, match=r"another process is preparing .*data \(process \d+, this one\); wait"),
+    ):
         prepare(data_config(tmp_path), tmp_path / "data", workers=1)
     prepare(data_config(tmp_path), tmp_path / "data", workers=1)
 
 
-class FullDisk(files.HashingWriter):
+class FullDisk(HashingWriter):
     """Takes a number of bytes over all files, then no more."""
 
     left = 0
@@ -386,11 +390,11 @@ def test_a_full_disk_keeps_what_was_finished(
     config, one = corpus
     config = config.model_copy(update={"tokenizer": config.tokenizer})
     with monkeypatch.context() as patch:
-        patch.setattr(files, "HashingWriter", FullDisk)
+        patch.setattr(atomic, "HashingWriter", FullDisk)
         patch.setattr(FullDisk, "left", room)
         patch.setattr(prepare_module, "WorkerPool", InProcess)
         with pytest.raises(
-            DataError, match=r"no space left to write .* \(No space left on device\); finished files are kept: free"
+            StorageError, match=r"no space left to write .* \(No space left on device\); finished files are kept: free"
         ):
             prepare(config, tmp_path / "data", workers=1)
     left = tree(tmp_path / "data")

@@ -23,7 +23,6 @@ from dstrain.data.batching.collate import collate
 from dstrain.data.batching.loader import TrainLoader
 from dstrain.data.batching.plan import StepPlan, evaluation_batches
 from dstrain.data.config import BatchingConfig
-from dstrain.data.parts import Share
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.distillation.config import DistillationConfig, JensenShannon
@@ -39,6 +38,7 @@ from dstrain.models.config import DecoderOnlyConfig, DecoderOnlyStackConfig, Enc
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.ops.teacher_signal import KeptSignal, LogProbsSignal, SparseSignal
+from dstrain.storage.sharded_job import Worker
 from tests.unit.distillation.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for, teacher_probs
 
 METHODS = [SampleMethod(draws=20), TopKMethod(k=5), TopKMethod(k=5, dtype="float32", temperature=2.0), DenseMethod()]
@@ -122,7 +122,7 @@ def test_the_bytes_are_the_same_however_the_work_is_shared(
 ) -> None:
     dump(dumper(data, tmp_path / "whole", method, teacher=teacher, tokens_per_shard=100))
     for index in (2, 0, 1):
-        dump(dumper(data, tmp_path / "shares", method, teacher=teacher, tokens_per_shard=100), Share(index, 3))
+        dump(dumper(data, tmp_path / "shares", method, teacher=teacher, tokens_per_shard=100), Worker(index, 3))
     assert tree(tmp_path / "whole") == tree(tmp_path / "shares")
     assert merge_store(tmp_path / "whole", "x") == merge_store(tmp_path / "shares", "x")
 
@@ -157,10 +157,12 @@ def test_an_interrupted_dump_goes_on_and_mends_what_is_damaged(data: Path, teach
     files[1].write_bytes(bytes(content))
     files[2].with_suffix(".json").unlink()
     files[3].with_suffix(".json").write_text("{")
-    with pytest.raises(DataError, match=r"4 of \d+ shards are missing or damaged \(0, 1, 2, 3\); run the dump again"):
+    with pytest.raises(
+        DataError, match=r"4 of \d+ shards are missing or damaged \(0, 1, 2, 3\); run `dstrain dump-logits` again"
+    ):
         merge_store(torn, "a test")
     report = dump(dumper(data, torn, SampleMethod(), teacher=teacher, tokens_per_shard=100))
-    assert (report.shards, report.found) == (4, len(files) - 4)
+    assert (report.shards, report.finished_before) == (4, len(files) - 4)
     assert tree(torn) == tree(whole)
     again = dump(dumper(data, torn, SampleMethod(), teacher=teacher, tokens_per_shard=100))
     assert again.shards == 0
@@ -196,12 +198,12 @@ def test_an_error_of_the_teacher_leaves_only_finished_shards(data: Path, teacher
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        work.run(Share(0, 1), failing)
+        work.run(Worker(0, 1), failing)
     names = {path.name for path in (tmp_path / "logits").iterdir()}
     assert not any(name.endswith(".tmp") for name in names)
     done = sum(name.endswith(".arrow") for name in names)
     assert 0 < done < work.job.shards
-    assert dump(work).found == done
+    assert dump(work).finished_before == done
 
 
 @pytest.mark.parametrize("method", [SampleMethod(), TopKMethod(k=5), DenseMethod()], ids=lambda method: method.kind)
@@ -399,7 +401,7 @@ def test_a_directory_of_something_else_is_not_touched(data: Path, teacher: Encod
     (tmp_path / "thesis" / "chapter.tex").write_text("precious")
     with pytest.raises(DataError, match=r"holds files that `dstrain dump-logits` did not make \(chapter.tex\)"):
         dump(dumper(data, tmp_path / "thesis", SampleMethod(), teacher=teacher))
-    with pytest.raises(DataError, match="holds no dumped logits"):
+    with pytest.raises(DataError, match="was not written by `dstrain dump-logits`"):
         merge_store(tmp_path / "nothing", "a test")
     with pytest.raises(DataError, match="holds no dumped logits; name a directory that `dstrain dump-logits` wrote"):
         open_store(data, data=data, manifest=load_manifest(data))
@@ -471,8 +473,8 @@ def test_a_description_names_the_facts(data: Path, teacher: EncoderDecoder, tmp_
 )
 def test_bytes_per_token_at_a_vocabulary_of_65536(method: Method, distinct: int, limit: float, tmp_path: Path) -> None:
     """Sentences of 25 tokens in the median, one in twelve of 3, whose teacher has `distinct` likely types; the file, with all."""
-    from dstrain.data.files import atomic_writer
     from dstrain.distillation.store.dump import ShardDraft
+    from dstrain.storage.atomic import atomic_writer
 
     generator, draw = torch.Generator().manual_seed(1), np.random.default_rng(1)
     lengths = np.exp(draw.normal(np.log(25), 0.6, 120)).clip(3, 100).astype(int)

@@ -12,7 +12,6 @@ from torch import Tensor
 from dstrain.batch import Batch
 from dstrain.data.batching.collate import collate
 from dstrain.data.config import DataConfig, GrammarText, TrainedSentencePiece
-from dstrain.data.parts import Share
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
@@ -23,6 +22,7 @@ from dstrain.distillation.store.store import LogitStore, open_store
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import Model, build_model
+from dstrain.storage.sharded_job import Worker
 
 STACK = {"depth": 1, "num_heads": 2, "ffn_dim": 16}
 MODEL = EncoderDecoderConfig.model_validate({"model_dim": 16, "encoder": STACK, "decoder": STACK})
@@ -66,10 +66,10 @@ def dumper(
     return Dumper(teacher, dataset, job, output, teacher.vocabulary, "cpu", max_tokens, chunk_tokens=17)
 
 
-WHOLE = Share(0, 1)
+WHOLE = Worker(0, 1)
 
 
-def dump(work: Dumper, share: Share = WHOLE) -> DumpReport:
+def dump(work: Dumper, share: Worker = WHOLE) -> DumpReport:
     return work.run(share, lambda tokens: None)
 
 

@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 
 from dstrain.data.config import FilterConfig
-from dstrain.data.parts import Share
 from dstrain.data.prepared.dataset import Dataset, open_dataset
-from dstrain.data.prepared.derived import LabelJob, merge_labels, part_file, take_over
+from dstrain.data.prepared.derived import LabelJob, copy_original, label_shard_file, merge_labels
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.report import describe_data
 from dstrain.errors import DataError
@@ -27,6 +26,7 @@ from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator
 from dstrain.generation.hypothesis import Hypothesis
 from dstrain.generation.pseudo_label import Labeler, LabelReport, repeats
+from dstrain.storage.sharded_job import Worker
 from tests.unit.distillation.toy_store import EOS, PAD, prepared, teacher_for
 
 PAIRS = 60
@@ -84,7 +84,7 @@ def job_for(data: Path, **changes: Any) -> LabelJob:
 def label(
     data: Path,
     output: Path,
-    share: Share,
+    share: Worker,
     *,
     max_target_length: int = 1024,
     max_ratio: float | None = None,
@@ -96,7 +96,7 @@ def label(
     labeler = Labeler(cast(Generator, Scripted(longest)), open_dataset(data, "train"), job, limits, (120, 120), output)
     report = labeler.run(share, lambda pairs: None)
     if share.index == 0:
-        take_over(data, output, job)
+        copy_original(data, output, job)
     return report
 
 
@@ -115,7 +115,7 @@ def pairs_of(dataset: Dataset) -> list[tuple[list[int], list[int]]]:
 
 
 def test_targets_are_the_teachers_and_all_else_stays(data: Path, tmp_path: Path) -> None:
-    report = label(data, tmp_path / "labeled", Share(0, 1))
+    report = label(data, tmp_path / "labeled", Worker(0, 1))
     manifest = merge_labels(tmp_path / "labeled", "a test")
     original = load_manifest(data)
     labeled = open_dataset(tmp_path / "labeled", "train")
@@ -134,7 +134,7 @@ def test_targets_are_the_teachers_and_all_else_stays(data: Path, tmp_path: Path)
 
 
 def test_lengths_and_ratios_are_filtered_and_counted(data: Path, tmp_path: Path) -> None:
-    label(data, tmp_path / "labeled", Share(0, 1), max_target_length=30, max_ratio=2.5, max_repeats=None)
+    label(data, tmp_path / "labeled", Worker(0, 1), max_target_length=30, max_ratio=2.5, max_repeats=None)
     merge_labels(tmp_path / "labeled", "a test")
     found = pairs_of(open_dataset(tmp_path / "labeled", "train"))
 
@@ -153,7 +153,7 @@ def test_lengths_and_ratios_are_filtered_and_counted(data: Path, tmp_path: Path)
 @pytest.mark.parametrize(("longest", "cut"), [(4.1, 0), (4.0, 6)])
 def test_outputs_that_reach_the_length_limit_are_unfinished(longest: float, cut: int, data: Path, tmp_path: Path) -> None:
     """Every tenth output has four times the tokens of its source."""
-    report = label(data, tmp_path / "labeled", Share(0, 1), longest=longest)
+    report = label(data, tmp_path / "labeled", Worker(0, 1), longest=longest)
     train = merge_labels(tmp_path / "labeled", "a test").splits["train"]
     assert train.dropped["unfinished"] == report.dropped["unfinished"] == cut
     assert train.rows == PAIRS - 12 - cut
@@ -165,7 +165,7 @@ def test_a_search_that_is_cut_short_gives_no_targets_of_its_full_length(data: Pa
     config = BeamSearchConfig(beam_size=2, length_penalty=1.0, max_length_ratio=0.0, max_length_offset=5)
     generator = Generator(teacher, config, SpecialIds(pad=PAD, eos=EOS, unk=0), limits=teacher.config.limits)
     job = job_for(data, max_repeats=None)
-    report = Labeler(generator, dataset, job, FilterConfig(), (120, 120), tmp_path / "labeled").run(Share(0, 1), lambda n: None)
+    report = Labeler(generator, dataset, job, FilterConfig(), (120, 120), tmp_path / "labeled").run(Worker(0, 1), lambda n: None)
     found = generator.translate_ids([dataset[row].source.tolist() for row in range(PAIRS)])
     cut = sum(len(hypotheses[0].tokens) == 6 for hypotheses in found)
     assert 0 < cut < PAIRS
@@ -175,14 +175,14 @@ def test_a_search_that_is_cut_short_gives_no_targets_of_its_full_length(data: Pa
 def test_a_person_who_looks_on_sees_checksums_being_compared(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    label(data, tmp_path / "labeled", Share(0, 1))
+    label(data, tmp_path / "labeled", Worker(0, 1))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     merge_labels(tmp_path / "labeled", "a test")
     assert re.search(r"checking: 100%.* 4/4 ", capsys.readouterr().err)
 
 
 def test_the_original_pairs_stay_on_request(data: Path, tmp_path: Path) -> None:
-    label(data, tmp_path / "labeled", Share(0, 1), keep_original=True)
+    label(data, tmp_path / "labeled", Worker(0, 1), keep_original=True)
     manifest = merge_labels(tmp_path / "labeled", "a test")
     original = open_dataset(data, "train")
     assert pairs_of(open_dataset(tmp_path / "labeled", "train")) == [
@@ -194,47 +194,47 @@ def test_the_original_pairs_stay_on_request(data: Path, tmp_path: Path) -> None:
 
 
 def test_labeled_data_can_be_labeled_again(data: Path, tmp_path: Path) -> None:
-    label(data, tmp_path / "once", Share(0, 1), keep_original=True)
+    label(data, tmp_path / "once", Worker(0, 1), keep_original=True)
     rows = merge_labels(tmp_path / "once", "a test").splits["train"].rows
-    label(tmp_path / "once", tmp_path / "twice", Share(0, 1), keep_original=True, pairs=rows, parts=-(-rows // 16))
+    label(tmp_path / "once", tmp_path / "twice", Worker(0, 1), keep_original=True, pairs=rows, parts=-(-rows // 16))
     merge_labels(tmp_path / "twice", "a test")
     assert pairs_of(open_dataset(tmp_path / "twice", "train"))[-PAIRS:] == pairs_of(open_dataset(data, "train"))
 
 
 def test_shares_make_the_same_bytes_and_mend_what_is_damaged(data: Path, tmp_path: Path) -> None:
-    label(data, tmp_path / "whole", Share(0, 1))
+    label(data, tmp_path / "whole", Worker(0, 1))
     whole = merge_labels(tmp_path / "whole", "a test")
     for index in (1, 0):
-        label(data, tmp_path / "shares", Share(index, 2))
+        label(data, tmp_path / "shares", Worker(index, 2))
     parts = tmp_path / "shares" / "train"
     (parts / "00001.arrow").unlink()
     (parts / "00002.json").write_text("")
-    with pytest.raises(DataError, match=r"2 of 4 parts are missing or damaged \(1, 2\); run `dstrain pseudo-label` again"):
+    with pytest.raises(DataError, match=r"2 of 4 shards are missing or damaged \(1, 2\); run `dstrain pseudo-label` again"):
         merge_labels(tmp_path / "shares", "a test")
-    assert label(data, tmp_path / "shares", Share(0, 2)).parts == 1
-    assert label(data, tmp_path / "shares", Share(1, 2)).parts == 1
-    assert "nothing to do" in label(data, tmp_path / "shares", Share(1, 2)).line()
+    assert label(data, tmp_path / "shares", Worker(0, 2)).shards == 1
+    assert label(data, tmp_path / "shares", Worker(1, 2)).shards == 1
+    assert "nothing to do" in label(data, tmp_path / "shares", Worker(1, 2)).line()
     assert merge_labels(tmp_path / "shares", "a test") == whole
     assert tree(tmp_path / "shares") == tree(tmp_path / "whole")
 
 
 def test_what_is_unfinished_or_belongs_to_another_job_is_refused(data: Path, tmp_path: Path) -> None:
-    label(data, tmp_path / "labeled", Share(1, 2))
-    with pytest.raises(DataError, match=r"2 of 4 parts are missing or damaged \(0, 2\)"):
+    label(data, tmp_path / "labeled", Worker(1, 2))
+    with pytest.raises(DataError, match=r"2 of 4 shards are missing or damaged \(0, 2\)"):
         merge_labels(tmp_path / "labeled", "a test")
     with pytest.raises(
-        DataError, match=r"manifest.json is missing: not all parts are done or merged; run `dstrain pseudo-label`"
+        DataError, match=r"manifest.json is missing: shards are not done or not merged; run `dstrain pseudo-label`"
     ):
         load_manifest(tmp_path / "labeled")
     with pytest.raises(DataError, match=r"was begun with another job \(teacher: tttttttttttt -> uuuuuuuuuuuu\)"):
-        label(data, tmp_path / "labeled", Share(0, 2), teacher="u" * 64)
+        label(data, tmp_path / "labeled", Worker(0, 2), teacher="u" * 64)
     with pytest.raises(DataError, match=r"was begun with another job \(max_repeats: 3 -> 2\); choose another --output"):
-        label(data, tmp_path / "labeled", Share(0, 2), max_repeats=2)
+        label(data, tmp_path / "labeled", Worker(0, 2), max_repeats=2)
     with pytest.raises(DataError, match="did not make"):
-        label(data, data, Share(0, 1))
-    with pytest.raises(DataError, match="holds no labeled data"):
+        label(data, data, Worker(0, 1))
+    with pytest.raises(DataError, match=r"was not written by `dstrain pseudo-label` \(it has no parts.json\)"):
         merge_labels(tmp_path / "nothing", "a test")
-    label(data, tmp_path / "labeled", Share(0, 2))
+    label(data, tmp_path / "labeled", Worker(0, 2))
     copied = tmp_path / "labeled" / "valid" / "00000.arrow"
     content = copied.read_bytes()
     copied.unlink()  # it is a link to the original
@@ -244,7 +244,7 @@ def test_what_is_unfinished_or_belongs_to_another_job_is_refused(data: Path, tmp
 
 
 def test_when_nothing_is_left_it_says_why(data: Path, tmp_path: Path) -> None:
-    label(data, tmp_path / "labeled", Share(0, 1), max_target_length=1)
+    label(data, tmp_path / "labeled", Worker(0, 1), max_target_length=1)
     with pytest.raises(DataError, match=r"every output of the teacher was dropped \(empty 6, too long 54\); relax"):
         merge_labels(tmp_path / "labeled", "a test")
 
@@ -253,9 +253,9 @@ def test_files_are_copied_where_they_cannot_be_linked(data: Path, tmp_path: Path
     def refuse(*arguments: object) -> None:
         raise OSError("no links here")
 
-    label(data, tmp_path / "linked", Share(0, 1), keep_original=True)
+    label(data, tmp_path / "linked", Worker(0, 1), keep_original=True)
     monkeypatch.setattr(os, "link", refuse)
-    label(data, tmp_path / "copied", Share(0, 1), keep_original=True)
+    label(data, tmp_path / "copied", Worker(0, 1), keep_original=True)
     assert tree(tmp_path / "linked") == tree(tmp_path / "copied")
 
 
@@ -296,7 +296,7 @@ def test_repeats_equal_a_plain_search() -> None:
 
 
 def test_a_job_from_before_precisions_makes_the_same_data(data: Path, tmp_path: Path) -> None:
-    label(data, tmp_path / "labeled", Share(0, 1))
+    label(data, tmp_path / "labeled", Worker(0, 1))
     job = tmp_path / "labeled" / "parts.json"
     merged = merge_labels(tmp_path / "labeled", "a test")
     fields = json.loads(job.read_text())
@@ -308,4 +308,4 @@ def test_a_job_from_before_precisions_makes_the_same_data(data: Path, tmp_path: 
 
 
 def test_part_names_sort() -> None:
-    assert part_file(3) == "train/00003.arrow"
+    assert label_shard_file(3) == "train/00003.arrow"
