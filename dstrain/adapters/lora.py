@@ -66,7 +66,8 @@ def inject(model: nn.Module, config: LoraConfig, base: WeightSource, *, seed: in
         for weight in dict.fromkeys(target.module.weight for target in select(targets, config.targets))
     }
     replaced: dict[nn.Module, nn.Module] = {}
-    for target in targets:
+    # Children come first, as an adapted projection takes over its base's output_proj.
+    for target in reversed(targets):
         if target.module not in replaced:
             replaced[target.module] = _adapted(target.module, adapters, config)
         setattr(target.owner, target.name, replaced[target.module])

@@ -111,6 +111,7 @@ class LoraProjection(nn.Module):
     def __init__(self, base: Projection, *, weight: LowRank | None, back: LowRank | None, scale: float) -> None:
         super().__init__()
         self.weight = base.weight
+        self.output_proj = base.output_proj
         self.back = base.back
         self.activation = base.activation
         self.lora_a, self.lora_b, self.lora_magnitude = weight or (None, None, None)
@@ -123,7 +124,7 @@ class LoraProjection(nn.Module):
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, E) and the effective matrix (V, E)."""
-        features = self.activation(hidden)
+        features = self.activation(hidden if self.output_proj is None else self.output_proj(hidden))
         if self.back is not None:
             back = self._effective(self.back, self.back_lora_a, self.back_lora_b, self.back_lora_magnitude)
             features = linear(features, back.t())

@@ -163,6 +163,10 @@ class _Embedding(Config):
         default="none",
         description="Shared matrices: all = source, target and output; decoder = target and output; none = three matrices.",
     )
+    output_dim: PositiveInt | None = Field(
+        default=None,
+        description="Width of a linear map without bias before the vocabulary matrix, which has this width too; null = no map.",
+    )
 
 
 class PlainEmbedding(_Embedding):
@@ -174,7 +178,7 @@ class PlainEmbedding(_Embedding):
 class FactorizedEmbedding(_Embedding):
     """A vector of `dim` per token, an activation, and a linear map without bias to `model_dim`.
 
-    A tied output goes back through both factors transposed, without the activation.
+    A tied output without `output_dim` goes back through both factors transposed, without the activation.
     """
 
     kind: Literal["factorized"] = "factorized"
@@ -259,6 +263,18 @@ class TransformerParts(Config):
     attention_dropout: Probability = Field(default=0.0, description="On attention probabilities.")
     activation_dropout: Probability = Field(default=0.0, description="Inside the feed-forward networks.")
     max_target_length: PositiveInt = Field(default=1024, description="Longest target in tokens, EOS included.")
+
+    @model_validator(mode="after")
+    def _tied_widths_fit(self) -> TransformerParts:
+        """A tied vocabulary matrix is as wide as the token vectors, so the output projection must end there."""
+        embedding = self.embedding
+        width = embedding.dim if embedding.kind == "factorized" else self.model_dim
+        if embedding.tie != "none" and embedding.output_dim not in (None, width):
+            raise ValueError(
+                f"embedding.output_dim = {embedding.output_dim} differs from the width of the tied token vectors, {width}; "
+                "choose the same width, or tie: none"
+            )
+        return self
 
 
 class LengthLimits(NamedTuple):

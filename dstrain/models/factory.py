@@ -101,16 +101,19 @@ class _Factory(Generic[C]):
         )
 
     def projection(self, tokens: TokenPart | None, output_activation: Activation | None) -> Projection:
-        """tokens: what the projection is tied to, None for a matrix of its own."""
-        activation = ACTIVATIONS[output_activation or "linear"]
+        """tokens: the embedding that the projection is tied to, None for a matrix of its own."""
+        activation, dim = ACTIVATIONS[output_activation or "linear"], self.config.model_dim
+        width = self.config.embedding.output_dim
+        output_proj = None if width is None else Linear(dim, width, bias=False)
         match tokens:
             case None:
-                own = nn.Parameter(torch.empty(self.vocabulary.target, self.config.model_dim))
-                return Projection(own, activation=activation)
+                own = nn.Parameter(torch.empty(self.vocabulary.target, width or dim))
+                return Projection(own, activation=activation, output_proj=output_proj)
             case FactorizedEmbedding():
-                return Projection(tokens.table.weight, activation=activation, back=tokens.up_proj.weight)
+                back = tokens.up_proj.weight if output_proj is None else None
+                return Projection(tokens.table.weight, activation=activation, output_proj=output_proj, back=back)
             case TokenEmbedding():
-                return Projection(tokens.weight, activation=activation)
+                return Projection(tokens.weight, activation=activation, output_proj=output_proj)
 
     def positions(self, max_length: int) -> PositionPart:
         match self.config.position.kind:

@@ -44,6 +44,7 @@ def _linear(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
 
 
 def _table(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
+    """Vectors of unit length on average; as a linear map it keeps the size of its input's features."""
     tensor.normal_(0.0, tensor.shape[1] ** -0.5, generator=generator)
 
 
@@ -59,6 +60,7 @@ TABLE: tuple[tuple[str, Fill], ...] = (
     (r"_attention\.out_proj\.weight", _attention_output),
     (r"_attention\.out_proj\.bias", _zeros),
     (r"tokens\.up_proj\.weight", _widening),
+    (r"projection\.output_proj\.weight", _table),
     (r"_proj\.(weight|bias)", _linear),
     (r"(tokens|table|positions|projection)\.weight", _table),
 )

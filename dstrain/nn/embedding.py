@@ -73,18 +73,24 @@ class InputEmbedding(nn.Module):
 
 
 class Projection(nn.Module):
-    """Features to the vocabulary. weight: (V, E), the model's own or the very Parameter of an embedding (tied).
+    """Hidden states (..., D) to the vocabulary: activation(output_proj(hidden)) times weight (V, E), transposed.
 
-    activation: on what is projected. back: (D, E), the map of a tied factorized embedding, by which features come to its width;
-    None where they have it.
+    weight: the model's own or the very Parameter of an embedding (tied). output_proj: D to E, None if the widths agree. back:
+    (D, E), the up-projection of a tied factorized embedding, used transposed in place of output_proj, after the activation.
     """
 
     def __init__(
-        self, weight: nn.Parameter, *, activation: Callable[[Tensor], Tensor] = identity, back: nn.Parameter | None = None
+        self,
+        weight: nn.Parameter,
+        *,
+        activation: Callable[[Tensor], Tensor] = identity,
+        output_proj: Linear | None = None,
+        back: nn.Parameter | None = None,
     ) -> None:
         super().__init__()
         self.weight = weight
         self.activation = activation
+        self.output_proj = output_proj
         self.back = back
 
     def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
@@ -93,7 +99,7 @@ class Projection(nn.Module):
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, E) and weight (V, E), whose product is the logits. For a caller who holds the weights gathered."""
-        features = self.activation(hidden)
+        features = self.activation(hidden if self.output_proj is None else self.output_proj(hidden))
         if self.back is not None:
             features = linear(features, self.back.t())
         return features, self.weight

@@ -66,6 +66,7 @@ def config_of(*, dim: int, ffn_dim: int, depths: tuple[int, int]) -> EncoderDeco
 
 TEACHER = config_of(dim=72, ffn_dim=160, depths=(3, 2))
 FACTORIZED_TEACHER = TEACHER.model_copy(update={"embedding": FactorizedEmbedding(tie="all", dim=288)})
+PROJECTED = TEACHER.model_copy(update={"embedding": PlainEmbedding(tie="all", output_dim=72)})
 FACTORIZED = FactorizedEmbedding(tie="all", dim=12, activation="gelu")
 """Of the student; the teacher's is wide enough for both factors to be shared out."""
 INSIDE = (Tap("hidden_states", "encoder", 2), Tap("attention", "decoder", 1), Tap("attention", "cross", 2))
@@ -84,7 +85,7 @@ def placements(world: World) -> Report:
     found: Report = {}
     for precision in ("fp32", "bf16"):
         for placement in ("replicated", "sharded", "offloaded"):
-            engine = teacher(world, placement=placement, precision=precision)
+            engine = TeacherEngine(teacher_model(PROJECTED), placement=placement, precision=precision, world=world)
             captured = [seen(engine, collate(sentences(10 * world.rank + step))) for step in range(3)]
             found[f"{placement} {precision}"] = {
                 "digest": digest([value for pair in captured for value in pair]),

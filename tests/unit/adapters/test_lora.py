@@ -37,6 +37,8 @@ MODELS: dict[str, Config] = {
             ("factorized", FactorizedEmbedding(tie=tie, dim=7, activation="gelu")),
         )
     },
+    "output-projection": small_config(embedding=PlainEmbedding(output_dim=9)),
+    "output-projection-tied": small_config(embedding=FactorizedEmbedding(tie="all", dim=7, output_dim=7)),
     "stacked": small_config(encoder=StackConfig(depth=3, unique_layers=1, num_heads=3, ffn_dim=40)),
     "gated": small_config(encoder=StackConfig(**GATED), decoder=DecoderStackConfig(**GATED, num_kv_heads=1)),
     "decoder-only": DecoderOnlyConfig(

@@ -145,5 +145,8 @@ def random_config(seed: int) -> EncoderDecoderConfig | DecoderOnlyConfig:
     if not decoder_only:
         tree |= {"encoder": stack(), "max_source_length": 40}
         tree["decoder"]["num_cross_kv_heads"] = draw.choice([None, 1, 2])
+    if draw.random() < 0.4:
+        widths = {"plain": 48, "factorized": 10}
+        embedding["output_dim"] = 17 if embedding["tie"] == "none" else widths[embedding["kind"]]
     config: EncoderDecoderConfig | DecoderOnlyConfig = TypeAdapter(ModelConfig).validate_python(tree)
     return config

@@ -56,6 +56,10 @@ COMMON: list[tuple[Tree, Tree]] = [
     ({}, {"embedding": {"scale": False}}),
     ({}, {"embedding": {"norm": True}}),
     ({}, {"embedding": {"tie": "decoder"}}),
+    ({}, {"embedding": {"output_dim": 6}}),
+    ({}, {"embedding": {"output_dim": 16}}),
+    (FACTORIZED, {"embedding": {"output_dim": 4}}),
+    (FACTORIZED, {"embedding": {"output_dim": 6, "tie": "decoder"}}),
     ({}, FACTORIZED),
     (FACTORIZED, {"embedding": {"kind": "factorized", "dim": 4}}),
     (FACTORIZED, {"embedding": {"activation": "relu"}}),
@@ -209,6 +213,14 @@ REFUSED: list[tuple[Tree, str]] = [
     ({"position": {"kind": "rotary", "scaling": {**YARN, "beta_slow": 32.0}}}, "beta_slow = 32.0 must be below beta_fast = 32.0"),
     ({"position": {"kind": "rotary", "encoder": "symmetric"}}, "encoder"),
     ({"embedding": {"dim": 4}}, "dim"),
+    (
+        {"embedding": {"output_dim": 6, "tie": "decoder"}},
+        "embedding.output_dim = 6 differs from the width of the tied token vectors, 16; choose the same width, or tie: none",
+    ),
+    (
+        {"embedding": {"kind": "factorized", "dim": 4, "output_dim": 16, "tie": "all"}},
+        "embedding.output_dim = 16 differs from the width of the tied token vectors, 4",
+    ),
 ]
 
 

@@ -81,6 +81,20 @@ def test_the_seed_alone_decides() -> None:
     assert not torch.equal(first["projection.weight"], other["projection.weight"])
 
 
+def test_an_output_projection_keeps_the_size_of_logits() -> None:
+    """Features of unit variance give logits of unit variance, with the map to another width as without."""
+    sizes = VocabularySizes(source=500, target=400)
+    configs = [small_config(model_dim=240, embedding={"kind": "plain", "output_dim": width}) for width in (None, 60, 480)]
+    plain, narrow, wide = (build_model(config, sizes, seed=1) for config in configs)
+    hidden = torch.randn(64, 240)
+    for model in (plain, narrow, wide):
+        assert model.project(hidden).std().item() == pytest.approx(1, rel=0.05)
+    weights, others = to_canonical(plain), to_canonical(narrow)
+    assert weights.keys() ^ others.keys() == {"projection.output_proj.weight"}
+    assert others["projection.output_proj.weight"].shape == (60, 240)
+    assert all(torch.equal(weights[name], others[name]) for name in weights if name != "projection.weight")
+
+
 def test_initial_distributions() -> None:
     """Those of the predecessor: see its wiring notes."""
     config = small_config(

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from dstrain.nn.dropout import Dropout
 from dstrain.nn.embedding import InputEmbedding, Projection, TokenEmbedding
+from dstrain.nn.linear import Linear
 from dstrain.nn.position import SinusoidalPositions
 
 
@@ -32,6 +33,14 @@ def test_dropout_comes_last_and_in_training_only() -> None:
     ids = torch.zeros(4, 6, dtype=torch.int64)
     assert (part(ids, 0) == 0).any()
     assert not (part.eval()(ids, 0) == 0).any()
+
+
+def test_the_output_projection_comes_before_the_activation_and_the_matrix() -> None:
+    output_proj = Linear(7, 4, bias=False)
+    nn.init.normal_(output_proj.weight)
+    table, hidden = nn.Parameter(torch.randn(11, 4)), torch.randn(3, 7)
+    projection = Projection(table, activation=torch.tanh, output_proj=output_proj)
+    torch.testing.assert_close(projection(hidden, F.linear), torch.tanh(hidden @ output_proj.weight.T) @ table.T)
 
 
 def test_projection_hands_out_features_and_the_tied_parameter() -> None:
