@@ -4,13 +4,14 @@ import sys
 from typing import NoReturn
 
 from dstrain.cli.main import main
+from dstrain.parallel.launch_environment import leave
 
 
 def script() -> NoReturn:
     """Run a verb and end the process with its exit code, whatever threads DeepSpeed has left behind."""
     code = main()
-    if "deepspeed" in sys.modules:  # then topology, which had joined the ranks before, is loaded too
-        sys.modules["dstrain.parallel.topology"].leave(code)
+    if "deepspeed" in sys.modules:
+        leave(code)
     sys.exit(code)
 
 

@@ -88,7 +88,7 @@ class Generative(Protocol):
 
 
 class Ranks(Protocol):
-    """The processes of one run (`parallel.topology.World`). Every method is collective: all ranks call it."""
+    """A group of ranks (`parallel.group.Group`). Every method is collective: all ranks call it."""
 
     @property
     def rank(self) -> int:
@@ -96,7 +96,7 @@ class Ranks(Protocol):
         ...
 
     @property
-    def world_size(self) -> int:
+    def size(self) -> int:
         """How many processes there are."""
         ...
 

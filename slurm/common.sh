@@ -22,7 +22,7 @@ die() {
 
 hosts() { scontrol show hostnames "$SLURM_JOB_NODELIST"; }
 master_address() { hosts | sed -n 1p; }
-master_port() { echo $((20000 + SLURM_JOB_ID % 10000)); }
+master_port() { echo $((20000 + 8 * SLURM_JOB_ID % 12000)); } # as dstrain.parallel.launch_environment.master_port
 
 ranks_per_node() {
   local gpus=${SLURM_GPUS_ON_NODE:-0}

@@ -25,7 +25,7 @@ from dstrain.models.factory import Model, build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 from dstrain.protocols import WeightSource
 from dstrain.training.run_directory import recipe_differences
 
@@ -64,7 +64,7 @@ def build_on_base(
     return model, weights
 
 
-def check_reloaded(directory: Path, engine: Evaluates, batch: Batch, world: World, *, averaged: bool, tolerance: float) -> None:
+def check_reloaded(directory: Path, engine: Evaluates, batch: Batch, mesh: Mesh, *, averaged: bool, tolerance: float) -> None:
     """Read the bundle `directory` as a user will and compare what it computes with what was trained. Collective.
 
     batch: of this rank. averaged: bundles hold the moving average. tolerance: of the loss, relative; the engine may compute in 16
@@ -74,8 +74,8 @@ def check_reloaded(directory: Path, engine: Evaluates, batch: Batch, world: Worl
         trained = float(engine.evaluate(batch).sums["nll"])
 
     def compare() -> None:
-        model = load_bundle(directory, device=world.device).model
-        plain = WholeModel(TrainModule(model, CrossEntropy(CrossEntropyConfig())), model, world.device)
+        model = load_bundle(directory, device=mesh.device).model
+        plain = WholeModel(TrainModule(model, CrossEntropy(CrossEntropyConfig())), model, mesh.device)
         reloaded = float(plain.evaluate(batch).sums["nll"])
         if not math.isclose(trained, reloaded, rel_tol=tolerance, abs_tol=tolerance):
             raise TrainingError(
@@ -83,7 +83,7 @@ def check_reloaded(directory: Path, engine: Evaluates, batch: Batch, world: Worl
                 f"training and of {reloaded:.6g} after reloading; do not use it, and report this with its recipe"
             )
 
-    together(world, TrainingError, f"reading {directory} back", compare)
+    together(mesh.world, TrainingError, f"reading {directory} back", compare)
 
 
 def _without(keys: Set[str], tree: Any) -> Any:

@@ -35,7 +35,7 @@ from dstrain.distillation.store.store import LogitStore, open_store
 from dstrain.engine.teacher_engine import Placement, TeacherEngine, VocabularyMap
 from dstrain.errors import BundleError, DataError
 from dstrain.models.config import ModelConfig, VocabularySizes
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -104,20 +104,20 @@ def open_logits(directory: Path, data: Path, manifest: Manifest, objective: Dist
 
 
 def start_teachers(
-    planned: Sequence[PlannedTeacher], *, placement: Placement, precision: Precision, world: World
+    planned: Sequence[PlannedTeacher], *, placement: Placement, precision: Precision, mesh: Mesh
 ) -> list[TeacherEngine]:
     """Read the weights of all teachers and put them to work, the same on every rank. Collective.
 
     On one rank there is nothing to share out, so `sharded` is `replicated` there.
     """
-    if placement == "sharded" and world.world_size == 1:
+    if placement == "sharded" and mesh.world.size == 1:
         placement = "replicated"
     return [
         TeacherEngine(
             load_bundle(teacher.directory).model,
             placement=placement,
             precision=precision,
-            world=world,
+            mesh=mesh,
             vocabulary=teacher.vocabulary,
         )
         for teacher in planned

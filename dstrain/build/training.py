@@ -50,7 +50,7 @@ from dstrain.models.weights import load_canonical
 from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import keep_freed_memory
-from dstrain.parallel.topology import DeviceChoice, World, finalize, initialize
+from dstrain.parallel.mesh import DeviceChoice, Mesh, build_mesh, finalize
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
 from dstrain.training.bundles import BundleStore
@@ -69,9 +69,9 @@ def train(
     base: the bundle whose weights training starts from; None for random ones. Returns the exit code of the verb. Raises
     DstrainError where something does not fit together.
     """
+    mesh = build_mesh(device, tensor=recipe.engine.parallel.tensor, sequence=recipe.engine.parallel.sequence)
     require_teacher_source(recipe.objective, teacher=bool(teachers.bundles), logits=teachers.logits is not None)
-    world = initialize(device)
-    if world.device.type == "cpu":
+    if mesh.device.type == "cpu":
         keep_freed_memory()
     corpora = Corpora(data, recipe)
     started_from = None if base is None else find_base(base, recipe.model, corpora.manifest)
@@ -90,13 +90,13 @@ def train(
     features = plan_features(recipe.objective, recipe.model, [teacher.model for teacher in planned])
     fingerprints = [teacher.fingerprint for teacher in planned] if store is None else [store.manifest.fingerprint]
     upgrade = partial(upgrade_config, Recipe)
-    run = open_run(output, recipe_tree(recipe), world, data=corpora.manifest.job, teachers=fingerprints, upgrade=upgrade)
+    run = open_run(output, recipe_tree(recipe), mesh.world, data=corpora.manifest.job, teachers=fingerprints, upgrade=upgrade)
     try:
-        teaching = start_teachers(planned, placement=teachers.placement, precision=_teacher_precision(recipe), world=world)
+        teaching = start_teachers(planned, placement=teachers.placement, precision=_teacher_precision(recipe), mesh=mesh)
         signals = signals_of(teaching) if store is None else store
         seed = recipe.training.seed
         objective = build_objective(recipe.objective, signals, tag_position=tag_position, features=features, seed=seed)
-        engine = build_engine(recipe, corpora.vocabulary, world, objective, started_from)
+        engine = build_engine(recipe, corpora.vocabulary, mesh, objective, started_from)
         code = build_trainer(recipe, corpora, plan, run, engine, base=started_from, teachers=planned).run()
         if code == 0 and recipe.adapter is not None:
             _check_last_bundle(recipe, corpora, run, engine)
@@ -156,7 +156,7 @@ def _teacher_precision(recipe: Recipe) -> Precision:
 
 
 def build_engine(
-    recipe: Recipe, vocabulary: VocabularySizes, world: World, objective: Objective, base: StoredBundle | None = None
+    recipe: Recipe, vocabulary: VocabularySizes, mesh: Mesh, objective: Objective, base: StoredBundle | None = None
 ) -> TrainEngine:
     """Model and objective under the engine, with the base's weights, or initial ones from the seed.
 
@@ -169,7 +169,7 @@ def build_engine(
         model = build_model(recipe.model, vocabulary, seed=recipe.training.seed)
     else:
         raise RecipeError("the recipe has an adapter section, which adapts a trained model; name its bundle with --base BUNDLE")
-    if world.rank == 0 and recipe.adapter is not None:
+    if mesh.world.rank == 0 and recipe.adapter is not None:
         sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
         trained = sum(size for size, is_trained in sizes if is_trained)
         logger.info("adapter: %d of %d parameters are trained", trained, sum(size for size, _ in sizes))
@@ -180,7 +180,7 @@ def build_engine(
         engine=recipe.engine,
         ema=recipe.training.ema,
         seed=recipe.training.seed,
-        world=world,
+        mesh=mesh,
         base=None if base is None else base.fingerprint,
     )
 
@@ -196,8 +196,8 @@ def build_trainer(
     teachers: Sequence[PlannedTeacher] = (),
 ) -> Trainer:
     """All parts of a training, put together."""
-    vocabulary, world = corpora.vocabulary, engine.world
-    watchdog = Watchdog(recipe.training.hang_seconds, rank=world.rank)
+    vocabulary, mesh = corpora.vocabulary, engine.mesh
+    watchdog = Watchdog(recipe.training.hang_seconds, rank=mesh.world.rank)
     own_samples = _build_own_samples(recipe, corpora, engine, teachers, watchdog)
 
     def steps(epoch: int, index: int) -> Steps:
@@ -206,8 +206,8 @@ def build_trainer(
             plan,
             pad_id=vocabulary.pad_id,
             eos_id=vocabulary.eos_id,
-            rank=world.rank,
-            world_size=world.world_size,
+            rank=mesh.data.rank,
+            world_size=mesh.data.size,
             start=(epoch, index),
         )
         return loader if own_samples is None else OnPolicySteps(loader, own_samples)
@@ -217,14 +217,14 @@ def build_trainer(
         validation=recipe.validation,
         checkpoint=recipe.checkpoint,
         reporting=recipe.reporting,
-        ranks=world,
+        ranks=mesh.world,
         engine=engine,
         steps=steps,
         validate=_build_validator(recipe, corpora, engine, watchdog),
-        checkpoints=CheckpointManager(run.checkpoints, world, keep=recipe.checkpoint.keep_checkpoints),
+        checkpoints=CheckpointManager(run.checkpoints, mesh.world, keep=recipe.checkpoint.keep_checkpoints),
         bundles=_build_bundles(recipe, corpora, engine, run.bundles, base),
         reporter=build_reporter(
-            run.directory, recipe.reporting, rank=world.rank, total_steps=recipe.training.max_steps, run_id=run.run_id
+            run.directory, recipe.reporting, rank=mesh.world.rank, total_steps=recipe.training.max_steps, run_id=run.run_id
         ),
         signals=StopSignals(),
         watchdog=watchdog,
@@ -242,7 +242,7 @@ def _build_own_samples(
     return OwnSamples(
         config=on_policy,
         student=lambda: engine.generation_model(averaged=False),
-        ranks=engine.world,
+        ranks=engine.mesh.data,
         ids=SpecialIds.of(corpora.tokenizers.target),
         room=room_for_samples(
             [recipe.model.limits, *(teacher.model.limits for teacher in teachers)],
@@ -257,15 +257,15 @@ def _build_own_samples(
     )
 
 
-def _valid_batches(recipe: Recipe, corpora: Corpora, world: World) -> Iterator[Batch]:
+def _valid_batches(recipe: Recipe, corpora: Corpora, mesh: Mesh) -> Iterator[Batch]:
     """This rank's share of the valid split."""
     return evaluation_loader(
         corpora.valid,
         recipe.batching.max_tokens,
         pad_id=corpora.vocabulary.pad_id,
         eos_id=corpora.vocabulary.eos_id,
-        rank=world.rank,
-        world_size=world.world_size,
+        rank=mesh.data.rank,
+        world_size=mesh.data.size,
         sides=recipe.model.limits.sides,
     )
 
@@ -274,23 +274,24 @@ def _check_last_bundle(recipe: Recipe, corpora: Corpora, run: Run, engine: Train
     check_reloaded(
         run.bundles / "last",
         engine,
-        next(_valid_batches(recipe, corpora, engine.world)),
-        engine.world,
+        next(_valid_batches(recipe, corpora, engine.mesh)),
+        engine.mesh,
         averaged=recipe.training.ema is not None,
         tolerance=1e-4 if recipe.engine.precision == "fp32" else 0.05,
     )
 
 
 def _build_validator(recipe: Recipe, corpora: Corpora, engine: TrainEngine, watchdog: Watchdog) -> Validator:
-    world = engine.world
+    mesh = engine.mesh
     generation = recipe.validation.generation
     return Validator(
         engine,
-        world,
-        batches=lambda: _valid_batches(recipe, corpora, world),
+        replicas=mesh.replicas,
+        data=mesh.data,
+        batches=lambda: _valid_batches(recipe, corpora, mesh),
         denominator=engine.module.validation.denominator,
         averaged=recipe.training.ema is not None,
-        translation=build_translation(generation, recipe.model, corpora.valid, corpora.tokenizers, world.device),
+        translation=build_translation(generation, recipe.model, corpora.valid, corpora.tokenizers, mesh.device),
         beat=watchdog.beat,
     )
 
@@ -316,7 +317,7 @@ def _build_bundles(
     averaged = recipe.training.ema is not None
     return BundleStore(
         directory,
-        engine.world,
+        engine.mesh.world,
         gather=lambda: engine.gather_weights(averaged=averaged),
         save=save,
         keep=recipe.checkpoint.keep_bundles,

@@ -86,7 +86,7 @@ def together(ranks: Ranks, kind: type[DstrainError], doing: str, action: Callabl
     except DstrainError as error:
         problem = error
     except (OSError, RuntimeError) as error:
-        where = f" on rank {ranks.rank}" if ranks.world_size > 1 else ""
+        where = f" on rank {ranks.rank}" if ranks.size > 1 else ""
         problem = kind(f"{doing} failed{where}: {error}")
         problem.__cause__ = error
     if ranks.all_true(problem is None):

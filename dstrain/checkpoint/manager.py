@@ -84,7 +84,7 @@ class CheckpointManager:
             self._on_all_ranks(doing, partial(engine.save_shards, aside))
             entries = self._on_all_ranks(doing, partial(_seal, aside, self.ranks))
             gathered = self.ranks.gather_objects(entries)
-            manifest = {"format": FORMAT, "step": step, "world_size": self.ranks.world_size, "state": dict(state)}
+            manifest = {"format": FORMAT, "step": step, "world_size": self.ranks.size, "state": dict(state)}
             self._on_first_rank(doing, partial(_publish, aside, final, manifest, gathered))
         except CheckpointError as error:
             if self.ranks.rank == 0:
@@ -155,7 +155,7 @@ class CheckpointManager:
         """What is wrong with a checkpoint, agreed by all ranks, each of which verifies its share of the files."""
         try:
             entries = [FileEntry(**entry) for entry in _read_manifest(directory)["files"]]
-            share = entries[self.ranks.rank :: self.ranks.world_size]
+            share = entries[self.ranks.rank :: self.ranks.size]
             problem = next(filter(None, (_problem(directory, entry) for entry in share)), None)
         except (OSError, CheckpointError) as error:
             problem = str(error)
@@ -191,7 +191,7 @@ def _files(directory: Path) -> list[str]:
 
 def _seal(directory: Path, ranks: Ranks) -> list[FileEntry]:
     """Force this rank's share of all files to the disk and hash it; shares are by name, so that the work is even."""
-    share = _files(directory)[ranks.rank :: ranks.world_size]
+    share = _files(directory)[ranks.rank :: ranks.size]
     for name in share:
         sync(directory / name)
     return [FileEntry(name, (directory / name).stat().st_size, sha256(directory / name)) for name in share]

@@ -39,7 +39,7 @@ def do_work(args: argparse.Namespace, work: Callable[[Task], str]) -> bool:
     Returns whether this process is the one to finish: the first rank, where --shard leaves no work to others. Raises
     TrainingError where another rank has failed.
     """
-    from dstrain.parallel.topology import finalize, initialize, num_ranks, wait_for_all
+    from dstrain.parallel.launch_environment import num_ranks
 
     chosen: Worker = args.shard
     if num_ranks(os.environ) == 1:
@@ -47,9 +47,11 @@ def do_work(args: argparse.Namespace, work: Callable[[Task], str]) -> bool:
         return chosen.count == 1
     if args.device not in ("auto", "cpu", "cuda"):
         raise DataError(f"--device {args.device} is one device, but every rank needs its own; use --device cuda")
-    world = initialize(args.device, backend="gloo")
-    task = Task(chosen.divide(world.rank, world.world_size), str(world.device), is_first=world.rank == 0)
+    from dstrain.parallel.mesh import build_mesh, finalize
+
+    world = build_mesh(args.device, backend="gloo").world
+    task = Task(chosen.divide(world.rank, world.size), str(world.device), is_first=world.rank == 0)
     print(f"rank {world.rank}: {work(task)}", flush=True)
-    wait_for_all()
+    world.wait_for_work()
     finalize()
     return chosen.count == 1 and task.is_first

@@ -15,7 +15,7 @@ from dstrain.cli.common import positive_number
 
 if TYPE_CHECKING:
     from dstrain.distillation.config import ObjectiveConfig
-    from dstrain.parallel.topology import World
+    from dstrain.parallel.mesh import Mesh
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,32 +33,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score on as many processes as were started; rank 0 prints."""
-    from dstrain.parallel.topology import finalize, initialize
+    from dstrain.parallel.mesh import build_mesh, finalize
 
-    world = initialize(args.device)
+    mesh = build_mesh(args.device)
     try:
-        scores = _score(args, world)
+        scores = _score(args, mesh)
     finally:
         finalize()
-    if world.rank == 0:
+    if mesh.world.rank == 0:
         print(json.dumps({"bundle": str(args.bundle), "data": str(args.data), "split": args.split, **scores}, indent=1))
     return 0
 
 
-def _score(args: argparse.Namespace, world: World) -> dict[str, float]:
+def _score(args: argparse.Namespace, mesh: Mesh) -> dict[str, float]:
     from dstrain.api import generation_config
     from dstrain.build.objective import validation_objective
     from dstrain.checkpoint.bundle import load_bundle
     from dstrain.evaluation.bundle_validation import validate_bundle
 
-    bundle = load_bundle(args.bundle, device=world.device)
+    bundle = load_bundle(args.bundle, device=mesh.device)
     objective = _objective(bundle.recipe or {})
     generation = generation_config(bundle.recipe, {"beam_size": args.beam_size}) if args.generate else None
     return validate_bundle(
         bundle,
         args.data,
         args.split,
-        world,
+        mesh,
         objective=validation_objective(objective),
         generation=generation,
         max_tokens=args.max_tokens,

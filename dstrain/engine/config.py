@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from dstrain.config_base import Config, Precision
 
@@ -107,12 +116,27 @@ ScheduleConfig = Annotated[
 ]
 
 
+class ParallelConfig(Config):
+    """Model parallelism."""
+
+    tensor: PositiveInt = Field(default=1, description="Ranks that share one copy of the parameters.")
+    sequence: PositiveInt = Field(default=1, description="Ranks that share the positions of a batch.")
+
+    @field_validator("tensor", "sequence")
+    @classmethod
+    def _not_available_yet(cls, size: int, info: ValidationInfo) -> int:
+        if size != 1:
+            raise ValueError(f"{info.field_name} = {size}: model parallelism is not available in this version yet; leave it at 1")
+        return size
+
+
 class EngineConfig(Config):
     """How the model is computed and distributed."""
 
     deepspeed: str = Field(default="zero1", description="Name of a file in ds_configs/, or a path to a DeepSpeed JSON file.")
     precision: Precision = Field(default="fp32", description="What the model computes in; master weights are fp32.")
     clip_norm: NonNegativeFloat = Field(default=0.0, description="Largest L2 norm of the gradient; 0 = no clipping.")
+    parallel: ParallelConfig = Field(default=ParallelConfig(), description="How many ranks share one model, or one batch.")
 
 
 class EmaConfig(Config):

@@ -12,28 +12,28 @@ import warnings
 from types import ModuleType
 
 from dstrain.errors import TrainingError
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 
 
-def require_precision(deepspeed: ModuleType, precision: str, world: World) -> None:
+def require_precision(deepspeed: ModuleType, precision: str, mesh: Mesh) -> None:
     """Raises TrainingError where the device cannot compute in `precision`."""
     accelerator = deepspeed.accelerator.get_accelerator()
     supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
     if not supported[precision]:
         others = ", ".join(name for name, able in supported.items() if able)
-        raise TrainingError(f"engine.precision = {precision} is not supported by this {world.device.type}; use {others}")
+        raise TrainingError(f"engine.precision = {precision} is not supported by this {mesh.device.type}; use {others}")
 
 
-def load_deepspeed(world: World, *, talkative: bool = False) -> ModuleType:
-    """DeepSpeed, joined to the process group that `world` stands for. talkative: let it print what its profilers measure."""
-    os.environ["DS_ACCELERATOR"] = world.device.type
+def load_deepspeed(mesh: Mesh, *, talkative: bool = False) -> ModuleType:
+    """DeepSpeed, joined to the process group of `mesh.world`. talkative: let it print what its profilers measure."""
+    os.environ["DS_ACCELERATOR"] = mesh.device.type
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
     import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.INFO if talkative else logging.ERROR)
-    if world.device.type == "cpu":
+    if mesh.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if world.device.type == "cuda" else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
     module: ModuleType = deepspeed
     return module

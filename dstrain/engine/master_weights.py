@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from dstrain.parallel.group import Group
+
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What moves in DeepSpeed's fp16 loss scaler; its constants come from the JSON file."""
 
@@ -33,8 +35,9 @@ class Layout(NamedTuple):
 class Masters:
     """This rank's share of the fp32 weights and optimizer state of a DeepSpeed engine."""
 
-    def __init__(self, deepspeed: ModuleType, engine: Any, stage: int) -> None:
+    def __init__(self, deepspeed: ModuleType, engine: Any, stage: int, replicas: Group) -> None:
         self._deepspeed = deepspeed
+        self._replicas = replicas
         self._engine = engine
         self._stage = stage
         self.tensors = self._find()
@@ -70,7 +73,7 @@ class Masters:
         """Stage 3: the same. All ranks have shares of one size, of which the last ones may be padding in part or whole."""
         optimizer = self._engine.optimizer
         _, start, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        rest = parameter.ds_numel - share * self._deepspeed.comm.get_rank()
+        rest = parameter.ds_numel - share * self._replicas.rank
         return parameter.ds_numel, (start, min(share, max(rest, 0)))
 
     def load_fp32(self, originals: Mapping[nn.Parameter, Tensor]) -> None:
@@ -78,7 +81,7 @@ class Masters:
 
         Under ZeRO-3 a rank's share of a parameter is padded to equal size, and only the local setter knows of that.
         """
-        rank, world_size = self._deepspeed.comm.get_rank(), self._deepspeed.comm.get_world_size()
+        rank, world_size = self._replicas.rank, self._replicas.size
         for parameter, weight in originals.items():
             if self._stage == 3:
                 share: int = cast("Any", parameter).ds_tensor.ds_numel

@@ -25,7 +25,7 @@ from dstrain.batch import Batch, Sequences
 from dstrain.config_base import Precision
 from dstrain.engine.launch import load_deepspeed, require_precision
 from dstrain.model_output import ActivationCapture
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 from dstrain.protocols import TeacherForced
 
 Placement = Literal["replicated", "sharded", "offloaded"]
@@ -69,7 +69,7 @@ class TeacherEngine:
         *,
         placement: Placement,
         precision: Precision,
-        world: World,
+        mesh: Mesh,
         vocabulary: VocabularyMap | None = None,
     ) -> None:
         module = TeacherModule(model, vocabulary).eval().requires_grad_(False)
@@ -79,11 +79,11 @@ class TeacherEngine:
         self._engine: Any = None
         self._gathered: Callable[[], AbstractContextManager[None]] = nullcontext
         if placement == "replicated":
-            module.to(world.device, DTYPES[precision])
+            module.to(mesh.device, DTYPES[precision])
             return
-        deepspeed = load_deepspeed(world)
-        require_precision(deepspeed, precision, world)
-        config = _zero3(precision, world, offloaded=placement == "offloaded")
+        deepspeed = load_deepspeed(mesh)
+        require_precision(deepspeed, precision, mesh)
+        config = _zero3(precision, mesh, offloaded=placement == "offloaded")
         self._engine = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
         self._engine.eval()
         self._forward = self._engine
@@ -117,7 +117,7 @@ def _renamed(sequences: Sequences, ids: Tensor) -> Sequences:
     return Sequences(tokens, sequences.lengths, sequences.positions, sequences.segments)
 
 
-def _zero3(precision: Precision, world: World, *, offloaded: bool) -> dict[str, Any]:
+def _zero3(precision: Precision, mesh: Mesh, *, offloaded: bool) -> dict[str, Any]:
     """DeepSpeed's configuration of a model that is only read."""
     zero: dict[str, Any] = {
         "stage": 3,
@@ -128,9 +128,9 @@ def _zero3(precision: Precision, world: World, *, offloaded: bool) -> dict[str, 
         "memory_efficient_linear": False,
     }
     if offloaded:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": world.device.type == "cuda"}
+        zero["offload_param"] = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}
     return {
-        "train_batch_size": world.world_size,
+        "train_batch_size": mesh.world.size,  # a teacher has no tensor slices: all ranks share one copy
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "bf16": {"enabled": precision == "bf16"},

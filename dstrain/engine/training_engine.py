@@ -1,6 +1,6 @@
 """The training engine: micro-batches in, one optimizer step out, whatever the ZeRO stage and the number of ranks.
 
-Losses arrive as sums. Each is multiplied by world_size / denominator before its backward pass, and DeepSpeed averages over the
+Losses arrive as sums. Each is multiplied by replicas / denominator before its backward pass, and DeepSpeed averages over the
 ranks: that is the one division. The plan knows how much a whole step holds, the objective which part of that is its denominator.
 Gradient norm and clipping are global under every stage. A loss or gradient that is not finite stops training on all ranks alike,
 before any weight has changed; under fp16 the step is skipped and the loss scale halved instead.
@@ -34,7 +34,7 @@ from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.weights import parameter_layouts, split_parameters
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 from dstrain.protocols import Generative
 from dstrain.seeding import seed_everything
 
@@ -59,11 +59,11 @@ class TrainEngine:
         engine: EngineConfig,
         ema: EmaConfig | None,
         seed: int,
-        world: World,
+        mesh: Mesh,
         base: str | None = None,
     ) -> None:
-        config = resolve_ds_config(engine, world_size=world.world_size)
-        self.world = world
+        config = resolve_ds_config(engine, world_size=mesh.replicas.size)
+        self.mesh = mesh
         self.module = module
         self.step = 0
         self.stage: int = config["zero_optimization"]["stage"]
@@ -74,33 +74,25 @@ class TrainEngine:
         self._layouts = {name: layout for name, layout in parameter_layouts(self._model).items() if name in self._trained}
         self._shape = empty_copy(self._model) if self.stage == 3 else None
         self._comms_logger: bool = config.get("comms_logger", {}).get("enabled", False)
-        self._deepspeed = load_deepspeed(world, talkative=_profiles(config))
-        require_precision(self._deepspeed, engine.precision, world)
-        module.to(world.device)
+        self._deepspeed = load_deepspeed(mesh, talkative=_profiles(config))
+        require_precision(self._deepspeed, engine.precision, mesh)
+        module.to(mesh.device)
         rounded = engine.precision != "fp32"
         originals = {parameter: parameter.data for parameter in module.parameters() if parameter.requires_grad and rounded}
         built = build_optimizer(module, optimizer)
-        self._engine: Any = self._deepspeed.initialize(model=module, optimizer=built, config=config, dist_init_required=False)[0]
-        self._masters = Masters(self._deepspeed, self._engine, self.stage)
+        self._engine: Any = self._deepspeed.initialize(
+            model=module, optimizer=built, config=config, mpu=mesh.mpu, dist_init_required=False
+        )[0]
+        self._masters = Masters(self._deepspeed, self._engine, self.stage, mesh.replicas)
         if isinstance(built, StableAdamW) and self.stage > 0:
-            built.partition(self._masters.layouts(), lambda sums: world.all_reduce(sums.to(world.device)).to(sums.device))
+            built.partition(self._masters.layouts(), lambda sums: mesh.replicas.all_reduce(sums.to(mesh.device)).to(sums.device))
         self._masters.load_fp32(originals)
         self._average = None if ema is None else MovingAverage(self._masters.tensors, ema)
 
     @property
-    def rank(self) -> int:
-        """This process, from 0."""
-        return self.world.rank
-
-    @property
-    def world_size(self) -> int:
-        """How many processes train."""
-        return self.world.world_size
-
-    @property
     def device(self) -> torch.device:
         """Where batches go."""
-        return self.world.device
+        return self.mesh.device
 
     def train_step(self, batches: Sequence[Batch], size: Size) -> StepReport:
         """One optimizer step. Collective.
@@ -111,11 +103,11 @@ class TrainEngine:
         rate = learning_rate(self._schedule, self._peak, self.step)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        seed_everything(self._seed, "dropout", self.step, self.rank)
+        seed_everything(self._seed, "dropout", self.step, self.mesh.replicas.rank)
         self.module.train()
         selected = self._select(batches)
         denominator = self.module.objective.denominator(size)
-        sums = self._accumulate(batches, selected, self.world_size / denominator)
+        sums = self._accumulate(batches, selected, self.mesh.replicas.size / denominator)
         loss = sums.pop("loss") / denominator
         if self._precision != "fp16" and not math.isfinite(loss):
             raise TrainingError(f"step {self.step + 1}: the loss is {loss}; {_REMEDY}")
@@ -146,8 +138,8 @@ class TrainEngine:
         if selection is None or any(batch.sampled for batch in batches):
             return [None] * len(batches)
         own: list[Tensor] = [self._engine(batch.to(self.device), selection.scan) for batch in batches]
-        seed_everything(self._seed, "dropout", self.step, self.rank)
-        return list(selection.select(own, self.world.gather_rows(torch.cat(own))))
+        seed_everything(self._seed, "dropout", self.step, self.mesh.replicas.rank)
+        return list(selection.select(own, self.mesh.replicas.gather_rows(torch.cat(own))))
 
     def _accumulate(self, batches: Sequence[Batch], selected: Sequence[Tensor | None], scale: float) -> dict[str, float]:
         """Gradients of all micro-batches, `scale` times; the sums of the loss and of what is reported, over all ranks."""
@@ -159,7 +151,7 @@ class TrainEngine:
             self._engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
             names = ["loss", *output.sums]
             totals = totals + torch.stack([output.loss_sum.detach(), *output.sums.values()]).double()
-        return dict(zip(names, self.world.all_reduce(totals).tolist(), strict=True))
+        return dict(zip(names, self.mesh.replicas.all_reduce(totals).tolist(), strict=True))
 
     def _update(self) -> float:
         """Clip and update; returns the gradient norm before clipping, infinite if fp16 scaling made the step skip."""
@@ -214,11 +206,11 @@ class TrainEngine:
         gathered = {}
         for name, parameter in self._trained.items():
             full = self._masters.full(parameter)
-            if self.rank == 0:
+            if self.mesh.world.rank == 0:
                 gathered[name] = full.to("cpu", copy=True)
         if averaged:
             self._required_average().swap()
-        return split_parameters(self._layouts, gathered) if self.rank == 0 else None
+        return split_parameters(self._layouts, gathered) if self.mesh.world.rank == 0 else None
 
     @contextmanager
     def generation_model(self, averaged: bool) -> Iterator[Generative]:
@@ -248,13 +240,13 @@ class TrainEngine:
 
         Raises CheckpointError where the disk refuses.
         """
-        if self.stage > 0 or self.rank == 0:
+        if self.stage > 0 or self.mesh.world.rank == 0:
             average = [] if self._average is None else self._average.tensors
             selection = self.module.objective.selection
             objective = {} if selection is None else selection.state()
             content = {"step": self.step, "average": average, "objective": objective, **self._masters.state()}
             write_shard(self._shard(directory), content)
-        if self.rank == 0:
+        if self.mesh.world.rank == 0:
             write_shard(directory / SETTING, self._setting())
 
     def load_shards(self, directory: Path) -> None:
@@ -268,7 +260,7 @@ class TrainEngine:
             shard = read_shard(self._shard(directory))
         except CheckpointError as error:
             problem = str(error)
-        problems = [found for found in self.world.gather_objects(problem) if found]
+        problems = [found for found in self.mesh.world.gather_objects(problem) if found]
         if problems:
             raise CheckpointError(problems[0])
         self._masters.load_state(shard)
@@ -280,12 +272,12 @@ class TrainEngine:
 
     def _shard(self, directory: Path) -> Path:
         """Without partitions all ranks are equal, so one file serves them."""
-        return directory / f"shard_{self.rank if self.stage > 0 else 0:05d}.pt"
+        return directory / f"shard_{self.mesh.world.rank if self.stage > 0 else 0:05d}.pt"
 
     def _setting(self) -> dict[str, object]:
         """What must be equal for shards to fit. Stages 1 and 2 partition alike."""
         return {
-            "world_size": self.world_size,
+            "world_size": self.mesh.world.size,
             "partitions": {0: "none", 1: "optimizer", 2: "optimizer", 3: "parameters"}[self.stage],
             "precision": self._precision,
             "moving_average": self._average is not None,

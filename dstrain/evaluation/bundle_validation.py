@@ -16,20 +16,20 @@ from dstrain.evaluation.validator import Validator, WholeModel, check_split
 from dstrain.generation.config import GenerationConfig
 from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 
 
 def validate_bundle(
     bundle: Bundle,
     data: Path,
     split: str,
-    world: World,
+    mesh: Mesh,
     *,
     objective: Objective,
     generation: GenerationConfig | None,
     max_tokens: int,
 ) -> dict[str, float]:
-    """The scores of `Validator` for a bundle whose model is on `world.device`; every rank scores its share.
+    """The scores of `Validator` for a bundle whose model is on `mesh.device`; every rank scores its share.
 
     generation: how to translate; None = losses alone.
     Raises DataError where the data was prepared with another tokenizer, BundleError where the bundle has none to compare.
@@ -44,17 +44,18 @@ def validate_bundle(
     if any(is_text_alone(corpus) for corpus in splits_of(DataConfig.model_validate(manifest.data))[split]):
         _check_plain_text(split, bundle, generation)
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
-    translation = build_translation(generation, bundle.model_config, dataset, bundle.tokenizers, world.device)
+    translation = build_translation(generation, bundle.model_config, dataset, bundle.tokenizers, mesh.device)
     validator = Validator(
-        WholeModel(TrainModule(bundle.model, objective), bundle.model, world.device),
-        world,
+        WholeModel(TrainModule(bundle.model, objective), bundle.model, mesh.device),
+        replicas=mesh.replicas,
+        data=mesh.data,
         batches=lambda: evaluation_loader(
             dataset,
             max_tokens,
             pad_id=bundle.vocabulary.pad_id,
             eos_id=bundle.vocabulary.eos_id,
-            rank=world.rank,
-            world_size=world.world_size,
+            rank=mesh.data.rank,
+            world_size=mesh.data.size,
             sides=bundle.model_config.limits.sides,
         ),
         denominator=objective.denominator,

@@ -105,6 +105,7 @@ def check_split(name: str, source_lengths: Lengths, target_lengths: Lengths, mod
 class Validator:
     """Scores one split; every rank calls it with the same weights.
 
+    replicas: the ranks over which losses are summed. data: those that share out the sentences to translate.
     batches: this rank's share of the split, equally many on every rank, anew at each call. denominator: the objective's.
     averaged: score the moving average. beat: called with a phase before anything long.
     """
@@ -112,8 +113,9 @@ class Validator:
     def __init__(
         self,
         engine: Evaluates,
-        ranks: Ranks,
         *,
+        replicas: Ranks,
+        data: Ranks,
         batches: Callable[[], Iterable[Batch]],
         denominator: Callable[[Size], int],
         averaged: bool = False,
@@ -121,7 +123,8 @@ class Validator:
         beat: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.engine = engine
-        self.ranks = ranks
+        self.replicas = replicas
+        self.data = data
         self.averaged = averaged
         self.translation = translation
         self._batches = batches
@@ -152,7 +155,7 @@ class Validator:
             num_sentences += output.size.num_sentences
             names = list(output.sums)
             totals = totals.to(output.loss_sum.device) + torch.stack([output.loss_sum, *output.sums.values()]).double()
-        targets, sentences, loss_sum, *sums = self.ranks.all_reduce_sums([num_targets, num_sentences, *totals.tolist()])
+        targets, sentences, loss_sum, *sums = self.replicas.all_reduce_sums([num_targets, num_sentences, *totals.tolist()])
         if targets == 0:
             raise DataError("the split holds no target token; give it at least one sentence pair and prepare the data again")
         loss = loss_sum / self._denominator(Size(int(targets), int(sentences)))
@@ -161,19 +164,19 @@ class Validator:
 
     def _translate(self, task: Translates, interrupted: Callable[[], bool]) -> Mapping[str, float] | None:
         texts: list[tuple[int, list[str]]] = []
-        chunk = min(CHUNK, math.ceil(len(task) / self.ranks.world_size))
+        chunk = min(CHUNK, math.ceil(len(task) / self.data.size))
         with self.engine.generation_model(averaged=False) as model:
-            for start in range(0, len(task), chunk * self.ranks.world_size):
+            for start in range(0, len(task), chunk * self.data.size):
                 if interrupted():
                     return None
                 self._beat(f"translating the valid split from sentence {start}")
-                first = start + chunk * self.ranks.rank
+                first = start + chunk * self.data.rank
                 rows = range(first, min(first + chunk, len(task)))
                 if rows:
                     texts.append((first, task.translate(model, rows)))
-        gathered = self.ranks.gather_objects(texts)
+        gathered = self.data.gather_objects(texts)
         scores: Mapping[str, float] = {}
-        if self.ranks.rank == 0:
+        if self.data.rank == 0:
             ordered = sorted(piece for share in gathered for piece in share)
             scores = task.score([text for _, piece in ordered for text in piece])
-        return self.ranks.broadcast_object(scores)
+        return self.data.broadcast_object(scores)

@@ -157,13 +157,13 @@ class Trainer:
         self.bundles.recover()
         if found is None:
             self.reporter.cut(0)
-            self.reporter.emit("start", 0, world_size=self.ranks.world_size, **self.header)
+            self.reporter.emit("start", 0, world_size=self.ranks.size, **self.header)
             return TrainingState()
         state = load_state(found.state)
         self._origin = time.monotonic() - state.elapsed_seconds
         self._saved_step = state.step
         self.reporter.cut(state.events_bytes)
-        self.reporter.emit("resume", state.step, path=str(found.directory), world_size=self.ranks.world_size)
+        self.reporter.emit("resume", state.step, path=str(found.directory), world_size=self.ranks.size)
         if self.ranks.rank == 0:
             logger.info("resuming after step %d from %s", state.step, found.directory)
         return state

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.paths import ROOT
+from tests.ports import free_port
 
 RECIPE = "translation/quickstart"
 SMALL_DATA = (
@@ -71,13 +71,6 @@ def fails(result: subprocess.CompletedProcess[str], *fragments: str, code: int =
     for fragment in fragments:
         assert fragment in result.stderr, f"{fragment!r} is not in {result.stderr!r}"
     return result.stderr
-
-
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Ranks:

@@ -19,10 +19,10 @@ from tests.e2e.support import (
     environment,
     events,
     fails,
-    free_port,
     settings,
     succeeds,
 )
+from tests.ports import free_port
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.support import environment, free_port, settings
+from tests.e2e.support import environment, settings
 from tests.paths import DATA, ROOT, needs_data
+from tests.ports import free_port
 
 README = (ROOT / "README.md").read_text()
 SHORT = (

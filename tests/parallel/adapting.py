@@ -20,7 +20,7 @@ from dstrain.models.weights import TensorSource, load_canonical, to_canonical
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 from tests.parallel.setting import VOCABULARY, collate, padded, sentences, share
 
 BASE = "f" * 64
@@ -45,7 +45,7 @@ def adapted_module(*, factorized: bool, dropout: float = 0.0, **adapter: Any) ->
     return TrainModule(model, CrossEntropy(CrossEntropyConfig(chunk_tokens=16)))
 
 
-def adapting_engine(world: World, module: TrainModule, *, deepspeed: str, base: str = BASE, ema: bool = False) -> TrainEngine:
+def adapting_engine(mesh: Mesh, module: TrainModule, *, deepspeed: str, base: str = BASE, ema: bool = False) -> TrainEngine:
     """An engine over an adapted module."""
     return TrainEngine(
         module,
@@ -54,20 +54,20 @@ def adapting_engine(world: World, module: TrainModule, *, deepspeed: str, base: 
         engine=EngineConfig(deepspeed=deepspeed, clip_norm=1.0),
         ema=EmaConfig(decay=0.7) if ema else None,
         seed=7,
-        world=world,
+        mesh=mesh,
         base=base,
     )
 
 
-def adapted_curves(world: World, *, runs: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
+def adapted_curves(mesh: Mesh, *, runs: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
     """Each run's reports, whether the base stayed, what was gathered, and generation by the engine's whole model."""
     found = []
     for run in runs:
         module = adapted_module(**run["model"])
         before = {name: value.clone() for name, value in to_canonical(module.model).items()}
-        engine = adapting_engine(world, module, deepspeed=run["deepspeed"])
-        reports = [asdict(engine.train_step(*share(step, world, 4))) for step in range(steps)]
-        gathered = world.broadcast_object(engine.gather_weights(averaged=False))
+        engine = adapting_engine(mesh, module, deepspeed=run["deepspeed"])
+        reports = [asdict(engine.train_step(*share(step, mesh, 4))) for step in range(steps)]
+        gathered = mesh.world.broadcast_object(engine.gather_weights(averaged=False))
         source = padded([source for source, _ in sentences(5)[:3]], 1)
         with engine.generation_model(averaged=False) as model, torch.no_grad():
             state = model.start(source, num_sentences=3, rows_per_sentence=1, max_length=4)
@@ -87,21 +87,21 @@ def adapted_curves(world: World, *, runs: list[dict[str, Any]], steps: int) -> l
     return found
 
 
-def adapted_resume(world: World, *, shards: str, deepspeed: str) -> dict[str, Any]:
+def adapted_resume(mesh: Mesh, *, shards: str, deepspeed: str) -> dict[str, Any]:
     """Six steps at once, and three saved and continued by another engine; dropout and averaging are on."""
 
     def engine() -> TrainEngine:
         module = adapted_module(factorized=False, dropout=0.3, dora=True, bias="all")
-        return adapting_engine(world, module, deepspeed=deepspeed, ema=True)
+        return adapting_engine(mesh, module, deepspeed=deepspeed, ema=True)
 
     straight, writer = engine(), engine()
-    expected = [asdict(straight.train_step(*share(step, world, 4))) for step in range(6)]
-    found = [asdict(writer.train_step(*share(step, world, 4))) for step in range(3)]
+    expected = [asdict(straight.train_step(*share(step, mesh, 4))) for step in range(6)]
+    found = [asdict(writer.train_step(*share(step, mesh, 4))) for step in range(3)]
     writer.save_shards(Path(shards))
-    world.barrier()
+    mesh.world.barrier()
     continued = engine()
     continued.load_shards(Path(shards))
-    found += [asdict(continued.train_step(*share(step, world, 4))) for step in range(3, 6)]
+    found += [asdict(continued.train_step(*share(step, mesh, 4))) for step in range(3, 6)]
     weights = [each.gather_weights(averaged=averaged) or {} for each in (straight, continued) for averaged in (False, True)]
     return {
         "expected": expected,
@@ -113,12 +113,12 @@ def adapted_resume(world: World, *, shards: str, deepspeed: str) -> dict[str, An
     }
 
 
-def other_base(world: World, *, shards: str) -> str:
+def other_base(mesh: Mesh, *, shards: str) -> str:
     """What an engine on another base says about a checkpoint."""
-    writer = adapting_engine(world, adapted_module(factorized=False), deepspeed="zero1")
+    writer = adapting_engine(mesh, adapted_module(factorized=False), deepspeed="zero1")
     writer.save_shards(Path(shards))
-    world.barrier()
-    other = adapting_engine(world, adapted_module(factorized=False), deepspeed="zero1", base="0" * 64)
+    mesh.world.barrier()
+    other = adapting_engine(mesh, adapted_module(factorized=False), deepspeed="zero1", base="0" * 64)
     return message_of(lambda: other.load_shards(Path(shards)))
 
 

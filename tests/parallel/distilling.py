@@ -32,7 +32,7 @@ from dstrain.models.config import (
 )
 from dstrain.models.factory import Model, build_model
 from dstrain.objectives.train_module import TrainModule
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module, collate, num_targets, sentences
 
 Report = dict[str, Any]
@@ -48,11 +48,11 @@ def teacher_model(config: EncoderDecoderConfig, *, seed: int = 3) -> Model:
 
 
 def teacher(
-    world: World, *, seed: int = 3, placement: str = "replicated", precision: str = "fp32", factorized: bool = False
+    mesh: Mesh, *, seed: int = 3, placement: str = "replicated", precision: str = "fp32", factorized: bool = False
 ) -> TeacherEngine:
     """Such a teacher at work."""
     model = teacher_model(FACTORIZED_TEACHER if factorized else TEACHER, seed=seed)
-    return TeacherEngine(model, placement=placement, precision=precision, world=world)
+    return TeacherEngine(model, placement=placement, precision=precision, mesh=mesh)
 
 
 def config_of(*, dim: int, ffn_dim: int, depths: tuple[int, int]) -> EncoderDecoderConfig:
@@ -80,17 +80,17 @@ def seen(engine: TeacherEngine, batch: Batch) -> list[Tensor]:
         return [features.clone(), weight.clone(), *(capture.captured[tap] for tap in INSIDE)]
 
 
-def placements(world: World) -> Report:
+def placements(mesh: Mesh) -> Report:
     """What teachers show, by placement and precision, and how many numbers a rank holds of each; each rank has other batches."""
     found: Report = {}
     for precision in ("fp32", "bf16"):
         for placement in ("replicated", "sharded", "offloaded"):
-            engine = TeacherEngine(teacher_model(PROJECTED), placement=placement, precision=precision, world=world)
-            captured = [seen(engine, collate(sentences(10 * world.rank + step))) for step in range(3)]
+            engine = TeacherEngine(teacher_model(PROJECTED), placement=placement, precision=precision, mesh=mesh)
+            captured = [seen(engine, collate(sentences(10 * mesh.world.rank + step))) for step in range(3)]
             found[f"{placement} {precision}"] = {
                 "digest": digest([value for pair in captured for value in pair]),
                 "held": held(engine),
-                "again": all(map(torch.equal, seen(engine, collate(sentences(10 * world.rank))), captured[0])),
+                "again": all(map(torch.equal, seen(engine, collate(sentences(10 * mesh.world.rank))), captured[0])),
                 "dtype": str(captured[0][0].dtype),
                 "training": next(engine._forward.children()).training,
             }
@@ -141,7 +141,7 @@ def digest(tensors: list[Tensor]) -> str:
 
 
 def student(
-    world: World,
+    mesh: Mesh,
     *,
     placement: str = "replicated",
     teachers: int = 1,
@@ -152,23 +152,23 @@ def student(
     """An engine that distils; options: objective (its section), and those of `setting.build_engine`."""
     section = {"kind": "distillation", "chunk_tokens": 16, **options.pop("objective", {})}
     config = TypeAdapter(ObjectiveConfig).validate_python(section)
-    engines = [teacher(world, seed=3 + number, placement=placement, factorized=factorized) for number in range(teachers)]
+    engines = [teacher(mesh, seed=3 + number, placement=placement, factorized=factorized) for number in range(teachers)]
     model = build_module(dropout, FACTORIZED if factorized else TIED).model
     plans = plan_features(config, model.config, [TEACHER] * teachers)
     objective = build_objective(config, TeacherSignals(engines), features=plans, seed=5)
     module = TrainModule(model, objective, validation_objective(config))
-    return build_engine(world, module, **options)
+    return build_engine(mesh, module, **options)
 
 
-def distilled(world: World, *, runs: list[Report]) -> list[Report]:
+def distilled(mesh: Mesh, *, runs: list[Report]) -> list[Report]:
     """Reports, queue and weights of each run; a run is its options, with `steps` and `parts`."""
-    return [_distilled(world, **run) for run in runs]
+    return [_distilled(mesh, **run) for run in runs]
 
 
-def _distilled(world: World, *, steps: int, parts: int, **options: Any) -> Report:
-    engine = student(world, **options)
-    initial, taught_by = held_weights(world, engine)["projections"], held_by_teachers(engine)
-    reports = [asdict(engine.train_step(*share(step, world, parts))) for step in range(steps)]
+def _distilled(mesh: Mesh, *, steps: int, parts: int, **options: Any) -> Report:
+    engine = student(mesh, **options)
+    initial, taught_by = held_weights(mesh, engine)["projections"], held_by_teachers(engine)
+    reports = [asdict(engine.train_step(*share(step, mesh, parts))) for step in range(steps)]
     validated = float(engine.evaluate(collate(sentences(99))).loss_sum)
     found = {
         "reports": reports,
@@ -176,26 +176,26 @@ def _distilled(world: World, *, steps: int, parts: int, **options: Any) -> Repor
         "validated": validated,
         "initial": initial,
         "teachers": [taught_by, held_by_teachers(engine)],
-        **held_weights(world, engine),
+        **held_weights(mesh, engine),
     }
     engine.close()
     return found
 
 
-def share(step: int, world: World, parts: int) -> tuple[list[Batch], Size]:
+def share(step: int, mesh: Mesh, parts: int) -> tuple[list[Batch], Size]:
     """This rank's micro-batches, with the number of each sentence in the data set."""
     pairs = sentences(step)
-    numbers = list(range(parts))[world.rank :: world.world_size]
+    numbers = list(range(parts))[mesh.data.rank :: mesh.data.size]
     ids = {part: torch.arange(len(pairs))[part::parts] + 100 * step for part in numbers}
     return [replace(collate(pairs[part::parts]), example_ids=ids[part]) for part in numbers], Size(num_targets(pairs), len(pairs))
 
 
-def held_weights(world: World, engine: TrainEngine) -> Report:
+def held_weights(mesh: Mesh, engine: TrainEngine) -> Report:
     """What a bundle would hold, and the projections that the objective learns, whole."""
     weights = engine.gather_weights(averaged=False) or {}
     own = dict(engine.module.objective.named_parameters())
     projections = {name: engine._masters.full(parameter).flatten().tolist() for name, parameter in own.items()}
-    return {"bundle": world.broadcast_object(sorted(weights)), "projections": projections}
+    return {"bundle": mesh.world.broadcast_object(sorted(weights)), "projections": projections}
 
 
 def queues(engine: TrainEngine) -> dict[str, list[float]]:
@@ -205,7 +205,7 @@ def queues(engine: TrainEngine) -> dict[str, list[float]]:
     return {str(tag): queue.tolist() for tag, queue in state.items()}
 
 
-def resumed_student(world: World, *, shards: str, deepspeed: str, placement: str, features: Sequence[Report] = ()) -> Report:
+def resumed_student(mesh: Mesh, *, shards: str, deepspeed: str, placement: str, features: Sequence[Report] = ()) -> Report:
     """Six steps at once, and three steps saved and continued by another engine; dropout is on."""
     options = {
         "deepspeed": deepspeed,
@@ -213,34 +213,34 @@ def resumed_student(world: World, *, shards: str, deepspeed: str, placement: str
         "dropout": 0.3,
         "objective": {"selection": {"kind": "global", "rate": 0.5, "queue_size": 150}, "features": features},
     }
-    straight, writer = student(world, **options), student(world, **options)
-    expected = [asdict(straight.train_step(*share(step, world, 4))) for step in range(6)]
-    found = [asdict(writer.train_step(*share(step, world, 4))) for step in range(3)]
+    straight, writer = student(mesh, **options), student(mesh, **options)
+    expected = [asdict(straight.train_step(*share(step, mesh, 4))) for step in range(6)]
+    found = [asdict(writer.train_step(*share(step, mesh, 4))) for step in range(3)]
     writer.evaluate(collate(sentences(99)))
     writer.save_shards(Path(shards))
-    world.barrier()
-    continued = student(world, **options)
+    mesh.world.barrier()
+    continued = student(mesh, **options)
     continued.load_shards(Path(shards))
-    found += [asdict(continued.train_step(*share(step, world, 4))) for step in range(3, 6)]
-    shard = read_shard(Path(shards) / f"shard_{world.rank if straight.stage else 0:05d}.pt")
+    found += [asdict(continued.train_step(*share(step, mesh, 4))) for step in range(3, 6)]
+    shard = read_shard(Path(shards) / f"shard_{mesh.world.rank if straight.stage else 0:05d}.pt")
     return {
         "expected": expected,
         "found": found,
         "queues": [queues(straight), queues(continued)],
         "saved_numbers": sum(master.numel() for master in shard["masters"]),
         "student_numbers": sum(parameter.numel() for parameter in build_module().parameters()),
-        "held": [held_weights(world, engine) for engine in (straight, continued)],
+        "held": [held_weights(mesh, engine) for engine in (straight, continued)],
     }
 
 
-def resident(world: World, *, placement: str, dim: int, depth: int) -> Report:
+def resident(mesh: Mesh, *, placement: str, dim: int, depth: int) -> Report:
     """Resident memory of this rank in MiB: before a teacher of some size, with it, and at the peak."""
-    load_deepspeed(world)  # every training process has it
+    load_deepspeed(mesh)  # every training process has it
     before = resident_mib()
     sizes = VocabularySizes(source=16000, target=16000)
     model = build_model(config_of(dim=dim, ffn_dim=4 * dim, depths=(depth, depth)), sizes, seed=1)
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    engine = TeacherEngine(model, placement=placement, precision="fp32", world=world)
+    engine = TeacherEngine(model, placement=placement, precision="fp32", mesh=mesh)
     del model
     for step in range(2):
         seen(engine, collate(sentences(step)))

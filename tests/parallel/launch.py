@@ -2,13 +2,13 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from tests.paths import ROOT
+from tests.ports import free_port
 
 
 def run_ranks(scenario: str, world_size: int, directory: Path, *, timeout: float = 240, **arguments: Any) -> list[Any]:
@@ -33,11 +33,3 @@ def run_ranks(scenario: str, world_size: int, directory: Path, *, timeout: float
     logs = "\n".join(result.with_suffix(".log").read_text()[-3000:] for result in results)
     assert codes == [0] * world_size, f"{scenario} on {world_size} ranks ended with {codes}:\n{logs}"
     return [json.loads(result.read_text()) for result in results]
-
-
-def free_port() -> int:
-    """A port that nobody listens on at the moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

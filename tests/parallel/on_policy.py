@@ -14,7 +14,7 @@ from dstrain.distillation.config import OnPolicyConfig
 from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples
 from dstrain.engine.training_engine import TrainEngine
 from dstrain.generation.constraints import SpecialIds
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 from tests.parallel.distilling import queues, student
 from tests.parallel.setting import EOS, PAD, collate, num_targets, sentences
 
@@ -26,17 +26,17 @@ OBJECTIVE: dict[str, Any] = {"on_policy": KEYS, "selection": {"kind": "global", 
 class Steps:
     """Steps `first` to `last`; the last of two ranks holds one sentence and an empty micro-batch, the first all others."""
 
-    def __init__(self, world: World, first: int, last: int) -> None:
-        self.world, self.range = world, range(first, last)
+    def __init__(self, mesh: Mesh, first: int, last: int) -> None:
+        self.mesh, self.range = mesh, range(first, last)
 
     def __iter__(self) -> Iterator[tuple[PlannedStep, Sequence[Batch]]]:
         for step in self.range:
             pairs = sentences(step)
             rows = list(range(len(pairs)))
-            held = [[rows[0:6], rows[6:]]] if self.world.world_size == 1 else [[rows[0:6], rows[6:-1]], [rows[-1:], []]]
+            held = [[rows[0:6], rows[6:]]] if self.mesh.data.size == 1 else [[rows[0:6], rows[6:-1]], [rows[-1:], []]]
             batches = [
                 replace(collate([pairs[row] for row in part]), example_ids=torch.tensor(part, dtype=torch.int64) + 100 * step)
-                for part in held[self.world.rank]
+                for part in held[self.mesh.data.rank]
             ]
             yield PlannedStep(1, step, np.arange(len(pairs)), num_targets(pairs), last_of_epoch=False), batches
 
@@ -44,22 +44,22 @@ class Steps:
         """Nothing is held."""
 
 
-def train(world: World, engine: TrainEngine, first: int, last: int) -> list[Report]:
+def train(mesh: Mesh, engine: TrainEngine, first: int, last: int) -> list[Report]:
     """Reports of the steps, each with whether it was on samples, this rank's micro-batches, and its samples by example."""
     own_samples = OwnSamples(
         config=OnPolicyConfig(**KEYS),
         student=lambda: engine.generation_model(averaged=False),
-        ranks=world,
+        ranks=mesh.data,
         ids=SpecialIds(pad=PAD, eos=EOS, unk=3),
         room=30,
         sides="apart",
         max_tokens=40,
         seed=11,
-        device=world.device,
+        device=mesh.device,
         beat=lambda phase: None,
     )
     found = []
-    for planned, batches in OnPolicySteps(Steps(world, first, last), own_samples):
+    for planned, batches in OnPolicySteps(Steps(mesh, first, last), own_samples):
         report = asdict(engine.train_step(batches, planned.size))
         samples = {
             str(number): row[row >= 0].tolist()
@@ -71,14 +71,14 @@ def train(world: World, engine: TrainEngine, first: int, last: int) -> list[Repo
     return found
 
 
-def on_policy(world: World, *, shards: str, deepspeed: str, placement: str) -> Report:
+def on_policy(mesh: Mesh, *, shards: str, deepspeed: str, placement: str) -> Report:
     """Six steps at once, and three saved and continued by another engine."""
     options = {"objective": OBJECTIVE, "deepspeed": deepspeed, "placement": placement, "ema": {"decay": 0.7}}
-    straight, writer = student(world, **options), student(world, **options)
-    curve, found = train(world, straight, 0, 6), train(world, writer, 0, 3)
+    straight, writer = student(mesh, **options), student(mesh, **options)
+    curve, found = train(mesh, straight, 0, 6), train(mesh, writer, 0, 3)
     writer.save_shards(Path(shards))
-    world.barrier()
-    continued = student(world, **options)
+    mesh.world.barrier()
+    continued = student(mesh, **options)
     continued.load_shards(Path(shards))
-    found += train(world, continued, 3, 6)
+    found += train(mesh, continued, 3, 6)
     return {"curve": curve, "queue": queues(straight)["0"], "resumed": found, "resumed_queue": queues(continued)["0"]}

@@ -25,9 +25,10 @@ from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.weights import TensorSource, load_canonical, to_canonical
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 from tests.parallel.adapting import adapted_curves, adapted_resume, other_base  # noqa: F401
 from tests.parallel.distilling import distilled, placements, resident, resumed_student  # noqa: F401
+from tests.parallel.meshes import collectives, meshes  # noqa: F401
 from tests.parallel.on_policy import on_policy  # noqa: F401
 from tests.parallel.setting import EOS, build_engine, build_module, collate, num_targets, padded, sentences, share
 from tests.parallel.trace import repeat
@@ -36,48 +37,34 @@ from tests.parallel.variants import variant_curves  # noqa: F401
 Report = dict[str, Any]
 
 
-def collectives(world: World) -> dict[str, Any]:
-    """What every collective returns."""
-    last = world.world_size - 1
-    world.barrier()
-    return {
-        "place": [world.rank, world.world_size],
-        "sums": world.all_reduce_sums([world.rank, 2.0**40 + 0.5]),
-        "broadcast": world.broadcast_object({"from": world.rank}),
-        "broadcast_last": world.broadcast_object({"from": world.rank}, source=last),
-        "gathered": world.gather_objects({"rank": world.rank}),
-        "all": [world.all_true(value) for value in (True, False, world.rank == 0)],
-    }
-
-
-def curves(world: World, *, runs: list[dict[str, Any]]) -> list[list[Report]]:
+def curves(mesh: Mesh, *, runs: list[dict[str, Any]]) -> list[list[Report]]:
     """The reports of each run; a run is its options, with `steps` and `parts`."""
-    return [curve(world, **run) for run in runs]
+    return [curve(mesh, **run) for run in runs]
 
 
-def curve(world: World, *, steps: int, parts: int, **options: Any) -> list[Report]:
+def curve(mesh: Mesh, *, steps: int, parts: int, **options: Any) -> list[Report]:
     """The reports of one run from the first step on. options: those of `build_engine`; dropout, objective (a dict)."""
-    engine = build_engine(world, build_module(options.pop("dropout", 0.0), **options.pop("objective", {})), **options)
-    reports = [asdict(engine.train_step(*share(step, world, parts))) for step in range(steps)]
+    engine = build_engine(mesh, build_module(options.pop("dropout", 0.0), **options.pop("objective", {})), **options)
+    reports = [asdict(engine.train_step(*share(step, mesh, parts))) for step in range(steps)]
     engine.close()
     return reports
 
 
 def resumed(
-    world: World, *, shards: str, deepspeed: str, reader: str | None = None, precision: str = "fp32", kind: str = "adamw"
+    mesh: Mesh, *, shards: str, deepspeed: str, reader: str | None = None, precision: str = "fp32", kind: str = "adamw"
 ) -> Report:
     """Six steps at once, and three steps saved and continued by another engine; dropout and averaging are on."""
     options = {"ema": {"decay": 0.7}, "optimizer": {"kind": kind, "weight_decay": 0.1}, "precision": precision}
-    engines = [build_engine(world, build_module(dropout=0.3), deepspeed=name, **options) for name in (deepspeed, deepspeed)]
+    engines = [build_engine(mesh, build_module(dropout=0.3), deepspeed=name, **options) for name in (deepspeed, deepspeed)]
     straight, writer = engines
-    expected = [asdict(straight.train_step(*share(step, world, 4))) for step in range(6)]
-    found = [asdict(writer.train_step(*share(step, world, 4))) for step in range(3)]
+    expected = [asdict(straight.train_step(*share(step, mesh, 4))) for step in range(6)]
+    found = [asdict(writer.train_step(*share(step, mesh, 4))) for step in range(3)]
     Path(shards).mkdir(exist_ok=True)
     writer.save_shards(Path(shards))
-    world.barrier()
-    continued = build_engine(world, build_module(dropout=0.3), deepspeed=reader or deepspeed, **options)
+    mesh.world.barrier()
+    continued = build_engine(mesh, build_module(dropout=0.3), deepspeed=reader or deepspeed, **options)
     continued.load_shards(Path(shards))
-    found += [asdict(continued.train_step(*share(step, world, 4))) for step in range(3, 6)]
+    found += [asdict(continued.train_step(*share(step, mesh, 4))) for step in range(3, 6)]
     return {
         "expected": expected,
         "found": found,
@@ -86,42 +73,42 @@ def resumed(
     }
 
 
-def fp16_refusal(world: World) -> str:
+def fp16_refusal(mesh: Mesh) -> str:
     """What is said where the processor cannot compute in fp16."""
-    pretend_fp16(world, False)
-    return error_of(partial(build_engine, world, build_module(), precision="fp16"))
+    pretend_fp16(mesh, False)
+    return error_of(partial(build_engine, mesh, build_module(), precision="fp16"))
 
 
-def fp16_curve(world: World, **run: Any) -> list[Report]:
+def fp16_curve(mesh: Mesh, **run: Any) -> list[Report]:
     """A curve in fp16 on any processor: torch computes it anyway, DeepSpeed asks for fast instructions first."""
-    pretend_fp16(world, True)
-    return curve(world, precision="fp16", **run)
+    pretend_fp16(mesh, True)
+    return curve(mesh, precision="fp16", **run)
 
 
-def masters_at_start(world: World, *, deepspeed: str) -> bool:
+def masters_at_start(mesh: Mesh, *, deepspeed: str) -> bool:
     """Whether a bf16 engine starts from the very weights of the model, on rank 0."""
     module = build_module()
     expected = digest(to_canonical(module.model))
-    return digest(build_engine(world, module, deepspeed=deepspeed, precision="bf16").gather_weights(averaged=False)) in (
+    return digest(build_engine(mesh, module, deepspeed=deepspeed, precision="bf16").gather_weights(averaged=False)) in (
         expected,
         None,
     )
 
 
-def pretend_fp16(world: World, able: bool) -> None:
+def pretend_fp16(mesh: Mesh, able: bool) -> None:
     """Let DeepSpeed believe that the processor can or cannot compute in fp16."""
-    load_deepspeed(world).accelerator.get_accelerator().is_fp16_supported = lambda: able
+    load_deepspeed(mesh).accelerator.get_accelerator().is_fp16_supported = lambda: able
 
 
-def refused(world: World, *, shards: str) -> dict[str, str]:
+def refused(mesh: Mesh, *, shards: str) -> dict[str, str]:
     """What engines of other settings say about the shards of ZeRO-1; nothing where they take them."""
     directory = Path(shards)
-    writer = build_engine(world, build_module(), deepspeed="zero1")
+    writer = build_engine(mesh, build_module(), deepspeed="zero1")
     writer.save_shards(directory)
-    world.barrier()
+    mesh.world.barrier()
 
     def answer(**options: Any) -> str:
-        return error_of(partial(build_engine(world, build_module(), **options).load_shards, directory))
+        return error_of(partial(build_engine(mesh, build_module(), **options).load_shards, directory))
 
     said = {
         "itself": answer(deepspeed="zero1"),
@@ -131,12 +118,12 @@ def refused(world: World, *, shards: str) -> dict[str, str]:
         "average": answer(deepspeed="zero1", ema={"decay": 0.9}),
     }
     shard = directory / "shard_00001.pt"
-    if world.rank == 1:
+    if mesh.world.rank == 1:
         shard.write_bytes(shard.read_bytes()[:1000])
     said["damaged"] = error_of(partial(writer.load_shards, directory))
-    if world.rank == 0:
+    if mesh.world.rank == 0:
         write_shard(directory / SETTING, {**read_shard(directory / SETTING), "world_size": 4})
-    world.barrier()
+    mesh.world.barrier()
     return {**said, "ranks": error_of(partial(writer.load_shards, directory))}
 
 
@@ -149,16 +136,16 @@ def error_of(action: Callable[[], object]) -> str:
     return ""
 
 
-def views(world: World, *, deepspeed: str) -> Report:
+def views(mesh: Mesh, *, deepspeed: str) -> Report:
     """The weights as others see them, against a plain loop and a plain model."""
-    engine = build_engine(world, build_module(dropout=0.3), deepspeed=deepspeed, ema={"decay": 0.8, "start_step": 2})
+    engine = build_engine(mesh, build_module(dropout=0.3), deepspeed=deepspeed, ema={"decay": 0.8, "start_step": 2})
     average: dict[str, Tensor] = {}
     for step in range(5):
-        engine.train_step(*share(step, world, 4))
-        now = whole(world, engine, averaged=False)
+        engine.train_step(*share(step, mesh, 4))
+        now = whole(mesh, engine, averaged=False)
         keep = 0.8 if step + 1 > 2 else 0.0
         average = {name: keep * average.get(name, value) + (1 - keep) * value for name, value in now.items()}
-    kept = whole(world, engine, averaged=True)
+    kept = whole(mesh, engine, averaged=True)
     batch = collate(sentences(99))
     result = {
         "average_error": max(float((kept[name] - average[name]).abs().max()) for name in average),
@@ -167,20 +154,20 @@ def views(world: World, *, deepspeed: str) -> Report:
         "loss": float(engine.evaluate(batch).loss_sum),
         "plain_loss": plain_loss(now, batch),
         "plain_average_loss": plain_loss(kept, batch),
-        "generation_error": generation_error(world, engine, now, averaged=False),
-        "average_generation_error": generation_error(world, engine, kept, averaged=True),
+        "generation_error": generation_error(mesh, engine, now, averaged=False),
+        "average_generation_error": generation_error(mesh, engine, kept, averaged=True),
         "training": engine.module.training,
     }
     with engine.averaged_weights():
         result["average_loss"] = float(engine.evaluate(batch).loss_sum)
     result["loss_afterwards"] = float(engine.evaluate(batch).loss_sum)
-    result["unchanged"] = digest(now) == digest(whole(world, engine, averaged=False))
+    result["unchanged"] = digest(now) == digest(whole(mesh, engine, averaged=False))
     return result
 
 
-def whole(world: World, engine: TrainEngine, *, averaged: bool) -> dict[str, Tensor]:
+def whole(mesh: Mesh, engine: TrainEngine, *, averaged: bool) -> dict[str, Tensor]:
     """The engine's weights on every rank."""
-    weights = world.broadcast_object(engine.gather_weights(averaged=averaged))
+    weights = mesh.world.broadcast_object(engine.gather_weights(averaged=averaged))
     assert weights is not None
     return weights
 
@@ -193,12 +180,12 @@ def plain_loss(weights: dict[str, Tensor], batch: Batch) -> float:
         return float(module(batch).loss_sum)
 
 
-def generation_error(world: World, engine: TrainEngine, weights: dict[str, Tensor], *, averaged: bool) -> float:
+def generation_error(mesh: Mesh, engine: TrainEngine, weights: dict[str, Tensor], *, averaged: bool) -> float:
     """Largest difference of logits to a plain model; every rank takes another number of decoder steps."""
     plain = build_module().eval().model
     load_canonical(plain, TensorSource(weights))
     with engine.generation_model(averaged=averaged) as model:
-        found, expected = (decode(candidate, steps=1 + 2 * world.rank) for candidate in (model, plain))
+        found, expected = (decode(candidate, steps=1 + 2 * mesh.world.rank) for candidate in (model, plain))
     return float((found - expected).abs().max())
 
 
@@ -235,45 +222,45 @@ class Faulty(TrainModule):
         return output._replace(loss_sum=output.loss_sum * math.nan) if self.fault == "loss" else output
 
 
-def guarded(world: World, *, deepspeed: str, precision: str, fault: str) -> Report:
+def guarded(mesh: Mesh, *, deepspeed: str, precision: str, fault: str) -> Report:
     """One good step, then one with a fault on the last rank alone."""
     plain = build_module()
     module = Faulty(plain.model, plain.objective)
-    engine = build_engine(world, module, deepspeed=deepspeed, precision=precision)
-    engine.train_step(*share(0, world, 4))
+    engine = build_engine(mesh, module, deepspeed=deepspeed, precision=precision)
+    engine.train_step(*share(0, mesh, 4))
     before = digest(engine.gather_weights(averaged=False))
-    module.fault = fault if world.rank == world.world_size - 1 else ""
-    error = error_of(partial(engine.train_step, *share(1, world, 4)))
+    module.fault = fault if mesh.world.rank == mesh.world.size - 1 else ""
+    error = error_of(partial(engine.train_step, *share(1, mesh, 4)))
     return {"error": error, "step": engine.step, "unchanged": before == digest(engine.gather_weights(averaged=False))}
 
 
-def empty_micro_batches(world: World, *, deepspeed: str) -> Report:
+def empty_micro_batches(mesh: Mesh, *, deepspeed: str) -> Report:
     """Two steps with and without micro-batches that hold nothing."""
-    lean, padded_out = (build_engine(world, build_module(), deepspeed=deepspeed) for _ in range(2))
+    lean, padded_out = (build_engine(mesh, build_module(), deepspeed=deepspeed) for _ in range(2))
     reports: dict[str, list[Report]] = {"without": [], "with": []}
     for step in range(2):
-        batches, targets = share(step, world, 4)
+        batches, targets = share(step, mesh, 4)
         reports["without"].append(asdict(lean.train_step(batches, targets)))
         reports["with"].append(asdict(padded_out.train_step([batches[0], collate([]), *batches[1:], collate([])], targets)))
     same = digest(lean.gather_weights(averaged=False)) == digest(padded_out.gather_weights(averaged=False))
     return {**reports, "same_weights": same}
 
 
-def repeated(world: World, *, files: list[str], precision: str) -> list[list[float]]:
+def repeated(mesh: Mesh, *, files: list[str], precision: str) -> list[list[float]]:
     """For each DeepSpeed file the gradient's norm of one micro-batch, and of it 32 times over."""
-    (batch,), size = share(0, world, 1)
+    (batch,), size = share(0, mesh, 1)
     norms = []
     for file in files:
-        engines = [build_engine(world, build_module(), deepspeed=file, precision=precision) for _ in range(2)]
+        engines = [build_engine(mesh, build_module(), deepspeed=file, precision=precision) for _ in range(2)]
         many = Size(32 * size.num_targets, 32 * size.num_sentences)
         norms.append([engines[0].train_step([batch], size).grad_norm, engines[1].train_step([batch] * 32, many).grad_norm])
     return norms
 
 
-def against_torch(world: World, *, deepspeed: str) -> Report:
+def against_torch(mesh: Mesh, *, deepspeed: str) -> Report:
     """Eight steps of decoupled weight decay with clipping, by the engine and by a bare loop of torch's AdamW."""
     optimizer = {"kind": "adamw", "weight_decay": 0.5, "learning_rate": 0.01, "eps": 1e-4}
-    engine = build_engine(world, build_module(), deepspeed=deepspeed, clip_norm=0.7, optimizer=optimizer)
+    engine = build_engine(mesh, build_module(), deepspeed=deepspeed, clip_norm=0.7, optimizer=optimizer)
     module = build_module()
     matrices = [parameter for parameter in module.parameters() if parameter.ndim > 1]
     vectors = [parameter for parameter in module.parameters() if parameter.ndim == 1]
@@ -288,8 +275,8 @@ def against_torch(world: World, *, deepspeed: str) -> Report:
         norm = float(torch.nn.utils.clip_grad_norm_(module.parameters(), 0.7))
         plain.step()
         plain.zero_grad()
-        norms.append([engine.train_step(*share(step, world, 4)).grad_norm, norm])
-    found, expected = whole(world, engine, averaged=False), to_canonical(module.model)
+        norms.append([engine.train_step(*share(step, mesh, 4)).grad_norm, norm])
+    found, expected = whole(mesh, engine, averaged=False), to_canonical(module.model)
     return {"norms": norms, "error": max(float((found[name] - expected[name]).abs().max()) for name in expected)}
 
 
@@ -303,11 +290,11 @@ class Jumping(TrainModule):
         return output._replace(loss_sum=output.loss_sum * self.factor)
 
 
-def stable_adamw(world: World, *, deepspeed: str) -> Report:
+def stable_adamw(mesh: Mesh, *, deepspeed: str) -> Report:
     """Ten steps whose gradients jump twice, by the engine and by loops over single tensors with and without update clipping."""
     optimizer = {"kind": "stable_adamw", "weight_decay": 0.3, "learning_rate": 0.01, "eps": 1e-4}
     plain, unclipped, trained = (Jumping(module.model, module.objective) for module in (build_module() for _ in range(3)))
-    engine = build_engine(world, trained, deepspeed=deepspeed, optimizer=optimizer)
+    engine = build_engine(mesh, trained, deepspeed=deepspeed, optimizer=optimizer)
     states: dict[Any, list[Tensor]] = {}
     norms, ratios = [], []
     for step in range(10):
@@ -320,8 +307,8 @@ def stable_adamw(world: World, *, deepspeed: str) -> Report:
         ratios += [stable_update(parameter, states, step + 1, rate, clip=True) for parameter in plain.parameters()]
         for parameter in unclipped.parameters():
             stable_update(parameter, states, step + 1, rate, clip=False)
-        norms.append([engine.train_step(*share(step, world, 2 * world.world_size)).grad_norm, norm])
-    found = whole(world, engine, averaged=False)
+        norms.append([engine.train_step(*share(step, mesh, 2 * mesh.world.size)).grad_norm, norm])
+    found = whole(mesh, engine, averaged=False)
     errors = [
         max(float((found[name] - expected[name]).abs().max()) for name in found)
         for expected in (to_canonical(plain.model), to_canonical(unclipped.model))
@@ -352,15 +339,15 @@ def digest(weights: dict[str, Tensor] | None) -> str | None:
     return hashlib.sha256(b"".join(weights[name].numpy().tobytes() for name in sorted(weights))).hexdigest()
 
 
-def several(world: World, *, scenarios: dict[str, list[Any]]) -> dict[str, Any]:
+def several(mesh: Mesh, *, scenarios: dict[str, list[Any]]) -> dict[str, Any]:
     """Many scenarios in one process group: key -> name and arguments of each."""
-    return {key: globals()[name](world, **arguments) for key, (name, arguments) in scenarios.items()}
+    return {key: globals()[name](mesh, **arguments) for key, (name, arguments) in scenarios.items()}
 
 
-def traces(world: World, *, golden: str, runs: dict[str, dict[str, Any]], deepspeed: str) -> dict[str, Any]:
+def traces(mesh: Mesh, *, golden: str, runs: dict[str, dict[str, Any]], deepspeed: str) -> dict[str, Any]:
     """The predecessor's recorded runs, repeated; a run is its schedule and what else differs."""
     found = {}
     for name, run in runs.items():
         schedule = TypeAdapter(ScheduleConfig).validate_python(run["schedule"])
-        found[name] = repeat(world, Path(golden), deepspeed=deepspeed, **{**run, "schedule": schedule})
+        found[name] = repeat(mesh, Path(golden), deepspeed=deepspeed, **{**run, "schedule": schedule})
     return found

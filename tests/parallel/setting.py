@@ -20,7 +20,7 @@ from dstrain.models.config import (
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 
 VOCABULARY = VocabularySizes(source=37, target=37)
 PAD, EOS = VOCABULARY.pad_id, VOCABULARY.eos_id
@@ -46,7 +46,7 @@ def build_module(dropout: float = 0.0, embedding: EmbeddingConfig = TIED, **obje
     )
 
 
-def build_engine(world: World, module: TrainModule, **options: Any) -> TrainEngine:
+def build_engine(mesh: Mesh, module: TrainModule, **options: Any) -> TrainEngine:
     """options: deepspeed, precision, clip_norm, ema, optimizer (the latter two are dicts); Adam without any."""
     names = {name: options[name] for name in ("deepspeed", "precision", "clip_norm") if name in options}
     return TrainEngine(
@@ -56,7 +56,7 @@ def build_engine(world: World, module: TrainModule, **options: Any) -> TrainEngi
         engine=EngineConfig(**names),
         ema=EmaConfig(**options["ema"]) if "ema" in options else None,
         seed=7,
-        world=world,
+        mesh=mesh,
     )
 
 
@@ -103,8 +103,8 @@ def size_of(batches: Sequence[Batch]) -> Size:
     return Size(sum(batch.num_targets for batch in batches), sum(batch.size.num_sentences for batch in batches))
 
 
-def share(step: int, world: World, parts: int) -> tuple[list[Batch], Size]:
+def share(step: int, mesh: Mesh, parts: int) -> tuple[list[Batch], Size]:
     """This rank's micro-batches where the step's sentences are cut into `parts` in all, and the step's size."""
     pairs = sentences(step)
     cut = [pairs[index::parts] for index in range(parts)]
-    return [collate(part) for part in cut[world.rank :: world.world_size]], Size(num_targets(pairs), len(pairs))
+    return [collate(part) for part in cut[mesh.data.rank :: mesh.data.size]], Size(num_targets(pairs), len(pairs))

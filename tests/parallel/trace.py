@@ -17,7 +17,7 @@ from dstrain.models.weights import TensorSource, load_canonical
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 from tests.parallel.setting import collate, size_of
 
 PAD = 1
@@ -48,7 +48,7 @@ def recorded_batch(arrays: dict[str, Tensor]) -> Batch:
 
 
 def repeat(
-    world: World,
+    mesh: Mesh,
     golden: Path,
     *,
     deepspeed: str,
@@ -71,13 +71,13 @@ def repeat(
         engine=EngineConfig(deepspeed=deepspeed, clip_norm=clip_norm),
         ema=None,
         seed=1,
-        world=world,
+        mesh=mesh,
     )
     batches, steps = recorded_batches(golden), []
     for update in range(12):
         micro = [batches[(update * accumulate + index) % 3] for index in range(accumulate)]
-        mine = micro[world.rank :: world.world_size]
-        empty = -(-len(micro) // world.world_size) - len(mine)
+        mine = micro[mesh.data.rank :: mesh.data.size]
+        empty = -(-len(micro) // mesh.world.size) - len(mine)
         report = engine.train_step([*mine, *[collate([])] * empty], size_of(micro))
         steps.append(asdict(report))
     final = engine.gather_weights(averaged=False)

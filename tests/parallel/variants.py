@@ -7,7 +7,7 @@ from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
-from dstrain.parallel.topology import World
+from dstrain.parallel.mesh import Mesh
 from tests.parallel.setting import VOCABULARY, build_engine, share
 from tests.unit.models.build import random_config
 
@@ -17,18 +17,18 @@ def variant(seed: int) -> EncoderDecoderConfig | DecoderOnlyConfig:
     return random_config(seed).model_copy(update={"dropout": 0.0})
 
 
-def variant_curves(world: World, *, seeds: list[int], stages: list[str], steps: int) -> dict[str, list[list[list[float]]]]:
+def variant_curves(mesh: Mesh, *, seeds: list[int], stages: list[str], steps: int) -> dict[str, list[list[list[float]]]]:
     """By stage and seed the loss and gradient norm of each step."""
     found: dict[str, list[list[list[float]]]] = {}
     for stage in stages:
-        found[stage] = [_curve(world, seed, stage, steps) for seed in seeds]
+        found[stage] = [_curve(mesh, seed, stage, steps) for seed in seeds]
     return found
 
 
-def _curve(world: World, seed: int, stage: str, steps: int) -> list[list[float]]:
+def _curve(mesh: Mesh, seed: int, stage: str, steps: int) -> list[list[float]]:
     model = build_model(variant(seed), VOCABULARY, seed=1)
     objective: Any = build_objective(CrossEntropyConfig(chunk_tokens=16))
-    engine = build_engine(world, TrainModule(model, objective), deepspeed=stage)
-    reports = [engine.train_step(*share(step, world, 4)) for step in range(steps)]
+    engine = build_engine(mesh, TrainModule(model, objective), deepspeed=stage)
+    reports = [engine.train_step(*share(step, mesh, 4)) for step in range(steps)]
     engine.close()
     return [[report.loss, report.grad_norm] for report in reports]

@@ -4,14 +4,15 @@ import json
 import sys
 from pathlib import Path
 
-from dstrain.parallel.topology import finalize, initialize, leave
+from dstrain.parallel.launch_environment import leave
+from dstrain.parallel.mesh import build_mesh, finalize
 from tests.parallel import scenarios
 
 
 def main() -> None:
     name, result, arguments = sys.argv[1:]
-    world = initialize("cpu")
-    value = getattr(scenarios, name)(world, **json.loads(arguments))
+    mesh = build_mesh("cpu")
+    value = getattr(scenarios, name)(mesh, **json.loads(arguments))
     Path(result).write_text(json.dumps(value))
     finalize()
     leave(0)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from tests.paths import ROOT
+from tests.ports import free_port
 
 T = TypeVar("T")
 
@@ -174,17 +175,11 @@ def start(directory: Path) -> Iterator[Cluster]:
 
 def _configure(directory: Path, address: str, peer: str) -> None:
     values = {"directory": directory, "controller": socket.gethostname(), "address": address, "peer": peer}
-    sizes = {"port": _free_port(), "node_port": _free_port(), "cpus": 4, "memory": 16000}
+    sizes = {"port": free_port(), "node_port": free_port(), "cpus": 4, "memory": 16000}
     (directory / "slurm.conf").write_text(CONFIGURATION.format(**values, **sizes))
     (directory / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # loaded though unused; this one needs no systemd
     (directory / "hosts").write_text(f"127.0.0.1 localhost\n{address} node1\n{peer} node2\n")
     (directory / "nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files\n")  # never waits for a name server
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def _lay(cable: tuple[str, str], address: str, undo: ExitStack) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dstrain.parallel.launch_environment import master_port
 from dstrain.training.preemption import REQUEUE_CODE
 from tests.paths import ROOT
 
@@ -46,7 +47,7 @@ def test_no_option_stands_after_the_first_command(template: Path) -> None:
     ("code", "variables", "value"),
     [
         ("master_address", {}, "gpu03"),
-        ("master_port", {}, "23456"),
+        ("master_port", {}, str(master_port(123456))),
         ("ranks_per_node", {}, "1"),
         ("ranks_per_node", {"SLURM_GPUS_ON_NODE": "8"}, "8"),
         ("ranks_per_node", {"SLURM_GPUS_ON_NODE": "8", "DSTRAIN_RANKS_PER_NODE": "4"}, "4"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from dstrain.parallel.launch_environment import master_port
 from tests.paths import ROOT
 from tests.slurm.cluster import Cluster, ClusterError, wait_for
 
@@ -70,7 +71,7 @@ def test_every_node_gets_its_rank_and_the_same_rest(cluster: Cluster, venv: Path
     job, run = submit(cluster, venv, "ends")
     assert cluster.wait(job, 30)["JobState"] == "COMPLETED"
     for rank, record in enumerate(records(run)):
-        place = ["--num_nodes", "2", "--num_gpus", "1", "--master_addr", "node1", "--master_port", str(20000 + job)]
+        place = ["--num_nodes", "2", "--num_gpus", "1", "--master_addr", "node1", "--master_port", str(master_port(job))]
         program = ["--module", "dstrain", "train", "ends", "--data", "data", "--output", str(run), "--set", "a.b=c d"]
         hostfile = f"{run}.slurm/slurm-{job}.hostfile"
         launcher = ["--node_rank", str(rank), "--log_level", "warning", "--hostfile", hostfile, "--no_ssh", *place]

@@ -22,7 +22,7 @@ from dstrain.models.weights import load_canonical, to_canonical
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
-from dstrain.parallel.topology import World, initialize
+from dstrain.parallel.mesh import Mesh, build_mesh
 from tests.unit.adapters.adapted import adapter_of, train
 from tests.unit.evaluation.test_bundle_validation import MODEL, STACK, bundle_for, prepared
 
@@ -79,8 +79,8 @@ def test_another_tokenizer_or_none_is_refused(data: Path, base: Path, tmp_path: 
 
 
 @pytest.fixture(scope="module")
-def world() -> World:
-    return initialize("cpu")
+def mesh() -> Mesh:
+    return build_mesh("cpu")
 
 
 class Averaging(WholeModel):
@@ -93,7 +93,7 @@ class Averaging(WholeModel):
         return nullcontext()
 
 
-def test_a_bundle_that_computes_something_else_is_an_error(data: Path, base: Path, tmp_path: Path, world: World) -> None:
+def test_a_bundle_that_computes_something_else_is_an_error(data: Path, base: Path, tmp_path: Path, mesh: Mesh) -> None:
     found = find_base(base, MODEL, load_manifest(data))
     model, source = build_on_base(found, MODEL, ADAPTER, seed=1)
     load_canonical(model, source)
@@ -101,16 +101,16 @@ def test_a_bundle_that_computes_something_else_is_an_error(data: Path, base: Pat
     bundle = tmp_path / "adapted"
     save_adapter_bundle(bundle, adapter=ADAPTER, base=found, weights=adapter_of(model), recipe=None, notes={})
     batch: Batch = next(evaluation_loader(open_dataset(data, "valid"), 400, pad_id=1, eos_id=2))
-    engine = Averaging(TrainModule(model, CrossEntropy(CrossEntropyConfig())), model, world.device)
-    check_reloaded(bundle, engine, batch, world, averaged=False, tolerance=1e-5)
+    engine = Averaging(TrainModule(model, CrossEntropy(CrossEntropyConfig())), model, mesh.device)
+    check_reloaded(bundle, engine, batch, mesh, averaged=False, tolerance=1e-5)
     assert engine.asked == 0
-    check_reloaded(bundle, engine, batch, world, averaged=True, tolerance=1e-5)
+    check_reloaded(bundle, engine, batch, mesh, averaged=True, tolerance=1e-5)
     assert engine.asked == 1
 
     doubled = ADAPTER.model_copy(update={"alpha": 8.0})
     save_adapter_bundle(bundle, adapter=doubled, base=found, weights=adapter_of(model), recipe=None, notes={})
     with pytest.raises(TrainingError, match=r"adapted does not compute what was trained: \d+ tokens have a loss of [\d.]+ in tr"):
-        check_reloaded(bundle, engine, batch, world, averaged=False, tolerance=1e-4)
+        check_reloaded(bundle, engine, batch, mesh, averaged=False, tolerance=1e-4)
     (bundle / "adapter/adapter.safetensors").unlink()
     with pytest.raises(BundleError, match=r"adapter\.safetensors is missing"):
-        check_reloaded(bundle, engine, batch, world, averaged=False, tolerance=1e-4)
+        check_reloaded(bundle, engine, batch, mesh, averaged=False, tolerance=1e-4)

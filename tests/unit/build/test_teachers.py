@@ -29,7 +29,7 @@ from dstrain.ops.teacher_signal import DenseSignal
 from tests.unit.adapters.adapted import adapter_of, train
 from tests.unit.distillation import toy_store
 from tests.unit.evaluation.test_bundle_validation import MODEL, bundle_for, prepared
-from tests.unit.training.fakes import ALONE
+from tests.unit.training.fakes import ONE_RANK
 
 
 class Corpus:
@@ -54,7 +54,7 @@ class Corpus:
     ) -> DenseSignal:
         """What the teachers show of the first batch of `valid`."""
         planned = self.plan(*bundles, vocabulary_map=vocabulary_map)
-        signals = signals_of(start_teachers(planned, placement="sharded", precision=precision, world=ALONE))
+        signals = signals_of(start_teachers(planned, placement="sharded", precision=precision, mesh=ONE_RANK))
         assert signals is not None
         batch = next(evaluation_loader(open_dataset(self.directory, "valid"), 200, pad_id=1, eos_id=2, rank=0, world_size=1))
         with signals.open(batch, scored(batch), capture) as signal:

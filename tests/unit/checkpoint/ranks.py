@@ -19,8 +19,8 @@ class _Meeting:
 class ThreadRanks:
     """One rank of a `protocols.Ranks` whose members are threads; a rank that stays away breaks the others after 10 s."""
 
-    def __init__(self, rank: int, world_size: int, meeting: _Meeting) -> None:
-        self.rank, self.world_size, self._meeting = rank, world_size, meeting
+    def __init__(self, rank: int, size: int, meeting: _Meeting) -> None:
+        self.rank, self.size, self._meeting = rank, size, meeting
 
     def gather_objects(self, value: T) -> list[T]:
         self._meeting.values[self.rank] = value

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from dstrain.evaluation import validator
 from dstrain.evaluation.validator import Validator, WholeModel, check_split
 from dstrain.models.config import EncoderDecoderConfig
 from dstrain.objectives.objective import LossOutput
+from dstrain.protocols import Ranks
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
 from tests.unit.training.fakes import ALONE
 
@@ -82,13 +84,18 @@ LENGTHS = [5, 1, 3, 2, 2, 5, 4]
 LOSS = sum(length * length for length in LENGTHS) / sum(LENGTHS)
 
 
-def batches_of(ranks: ThreadRanks, lengths: Sequence[int] = LENGTHS) -> Callable[[], Iterator[Batch]]:
-    return lambda: evaluation_loader(Examples(lengths), 6, pad_id=1, eos_id=2, rank=ranks.rank, world_size=ranks.world_size)
+def batches_of(ranks: Ranks, lengths: Sequence[int] = LENGTHS) -> Callable[[], Iterator[Batch]]:
+    return lambda: evaluation_loader(Examples(lengths), 6, pad_id=1, eos_id=2, rank=ranks.rank, world_size=ranks.size)
+
+
+def on(ranks: Ranks, engine: Engine | None = None, **options: Any) -> Validator:
+    """A validator of this rank's share."""
+    return Validator(engine or Engine(), replicas=ranks, data=ranks, batches=batches_of(ranks), **options)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 def test_losses_are_sums_divided_once_whatever_the_number_of_ranks(world_size: int) -> None:
-    results = on_ranks(world_size, lambda ranks: Validator(Engine(), ranks, batches=batches_of(ranks), denominator=TOKENS)())
+    results = on_ranks(world_size, lambda ranks: on(ranks, denominator=TOKENS)())
     for scores in results:
         assert scores == {
             "loss": pytest.approx(LOSS, rel=1e-12),
@@ -103,7 +110,7 @@ def test_losses_are_sums_divided_once_whatever_the_number_of_ranks(world_size: i
 def test_a_loss_per_sentence_is_divided_by_sentences_and_the_rest_by_tokens(world_size: int) -> None:
     """Ranks without a share hold an empty micro-batch, whose one row is no sentence."""
     sentences = attrgetter("num_sentences")
-    results = on_ranks(world_size, lambda ranks: Validator(Engine(), ranks, batches=batches_of(ranks), denominator=sentences)())
+    results = on_ranks(world_size, lambda ranks: on(ranks, denominator=sentences)())
     for scores in results:
         assert scores is not None
         assert scores["loss"] == pytest.approx(LOSS * sum(LENGTHS) / len(LENGTHS), rel=1e-12)
@@ -113,7 +120,7 @@ def test_a_loss_per_sentence_is_divided_by_sentences_and_the_rest_by_tokens(worl
 
 def test_with_a_moving_average_it_is_the_average_that_is_scored() -> None:
     engine = Engine()
-    scores = Validator(engine, ALONE, batches=batches_of(ALONE), denominator=TOKENS, averaged=True, translation=Texts(3))()
+    scores = on(ALONE, engine, denominator=TOKENS, averaged=True, translation=Texts(3))()
     assert scores["loss"] == pytest.approx(100 * LOSS)
     assert scores["bleu"] == 0.0, "the texts must come from the averaged model, too"
     assert engine.factor == 1.0
@@ -126,7 +133,7 @@ def test_texts_of_all_ranks_are_scored_in_order(monkeypatch: pytest.MonkeyPatch,
     tasks = [Texts(size) for _ in range(world_size)]
     results = on_ranks(
         world_size,
-        lambda ranks: Validator(Engine(), ranks, batches=batches_of(ranks), denominator=TOKENS, translation=tasks[ranks.rank])(),
+        lambda ranks: on(ranks, denominator=TOKENS, translation=tasks[ranks.rank])(),
     )
     assert [(scores["bleu"], scores["chrf"]) for scores in results] == [(1.0, size)] * world_size
     assert sorted(row for task in tasks for rows in task.calls for row in rows) == list(range(size))
@@ -145,7 +152,7 @@ def test_an_interruption_ends_it_on_all_ranks_at_the_same_place(monkeypatch: pyt
             looks += 1
             return not ranks.all_true(not (looks == look and ranks.rank == 1))
 
-        scores = Validator(Engine(), ranks, batches=batches_of(ranks), denominator=TOKENS, translation=Texts(11))(interrupted)
+        scores = on(ranks, denominator=TOKENS, translation=Texts(11))(interrupted)
         return scores, looks
 
     assert on_ranks(2, run) == [(None, look)] * 2
@@ -154,7 +161,7 @@ def test_an_interruption_ends_it_on_all_ranks_at_the_same_place(monkeypatch: pyt
 def test_a_split_without_targets_is_refused() -> None:
     empty = collate([], np.array([], dtype=np.int64), pad_id=1, eos_id=2)
     with pytest.raises(DataError, match="the split holds no target token; give it at least one"):
-        Validator(Engine(), ALONE, batches=lambda: [empty], denominator=TOKENS)()
+        Validator(Engine(), replicas=ALONE, data=ALONE, batches=lambda: [empty], denominator=TOKENS)()
 
 
 MODEL = EncoderDecoderConfig(

@@ -14,7 +14,8 @@ from dstrain.batch import Batch, Size
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.data.batching.plan import PlannedStep
 from dstrain.engine.step_report import StepReport
-from dstrain.parallel.topology import World
+from dstrain.parallel.group import Group
+from dstrain.parallel.mesh import Mesh
 from dstrain.training.bundles import BundleStore
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
 from dstrain.training.events import EventFile, read_events
@@ -23,7 +24,8 @@ from dstrain.training.reporting import Reporter
 from dstrain.training.trainer import Trainer
 from dstrain.training.watchdog import Watchdog
 
-ALONE = World(0, 0, 1, 1, torch.device("cpu"))
+ALONE = Group.single(torch.device("cpu"))
+ONE_RANK = Mesh(ALONE, data=ALONE, sequence=ALONE, tensor=ALONE, replicas=ALONE, local_rank=0)
 STEPS_PER_EPOCH = 7
 
 

@@ -1,4 +1,4 @@
-"""Where a process finds its place: launchers, Slurm, alone, and contradictions in words."""
+"""The rank of a process from its environment: launchers, Slurm, a single process, and messages about contradictions."""
 
 import socket
 import subprocess
@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from dstrain.errors import TrainingError
-from dstrain.parallel.topology import first_host, rank_from_environment, tasks_per_node
+from dstrain.parallel.launch_environment import first_host, master_port, rank_from_environment, tasks_per_node
 from tests.paths import ROOT
 
 SLURM = {
@@ -41,7 +41,7 @@ def test_the_deepspeed_launcher() -> None:
 
 
 def test_srun_with_a_task_per_rank() -> None:
-    port = str(20000 + (8 * 4711 + 2) % 20000)
+    port = str(master_port(4711, 2))
     assert rank_from_environment(SLURM) == {**place("5", "6", "1", "2"), "MASTER_ADDR": "gpu07", "MASTER_PORT": port}
     chosen = rank_from_environment({**SLURM, "MASTER_ADDR": "host", "MASTER_PORT": "5"})
     assert (chosen["MASTER_ADDR"], chosen["MASTER_PORT"]) == ("host", "5")
@@ -79,12 +79,12 @@ def test_a_rank_without_a_world() -> None:
 
 
 def failure(code: str, **environment: str) -> str:
-    """The message of the TrainingError that `initialize` ends with in a process of its own."""
+    """The message of the TrainingError that `build_mesh` ends with in a process of its own."""
     program = f"""
 from dstrain.errors import TrainingError
-from dstrain.parallel.topology import initialize
+from dstrain.parallel.mesh import build_mesh
 try:
-    initialize({code})
+    build_mesh({code})
 except TrainingError as error:
     print(error)
 """
@@ -122,7 +122,7 @@ def test_a_gpu_that_is_not_there() -> None:
 
 @pytest.mark.parametrize(("environment", "threads"), [({"LOCAL_WORLD_SIZE": "10000"}, "1"), ({"OMP_NUM_THREADS": "1"}, "1")])
 def test_ranks_of_a_node_share_its_cores(environment: dict[str, str], threads: str) -> None:
-    program = "import torch; from dstrain.parallel.topology import initialize; initialize('cpu'); print(torch.get_num_threads())"
+    program = "import torch; from dstrain.parallel.mesh import build_mesh; build_mesh('cpu'); print(torch.get_num_threads())"
     place = {"RANK": "0", "WORLD_SIZE": "1", **environment}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, env=place, timeout=60)
     assert run.stdout.strip() == threads, run.stderr
