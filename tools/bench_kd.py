@@ -30,9 +30,9 @@ from dstrain.distillation.store.codec import TokenKeys, build_codec
 from dstrain.distillation.store.dump import ShardDraft
 from dstrain.distillation.store.manifest import Method, SampleMethod, TopKMethod
 from dstrain.ops.divergence import Divergence, DivergenceKind
-from dstrain.ops.linear_cross_entropy import linear_cross_entropy
-from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation, reference_linear_distillation
 from dstrain.ops.teacher_signal import DenseSignal, SparseSignal
+from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy
+from dstrain.ops.token_loss.distillation import DistillationTerms, linear_distillation, reference_linear_distillation
 from dstrain.storage.hashing import HashingWriter
 
 WAYS = ("naive", "dense", "sampled", "top", "cross_entropy")

@@ -21,7 +21,6 @@ from torch.nn import functional as F
 from dstrain.nn.dropout import Dropout
 from dstrain.nn.embedding import Projection, TokenEmbedding
 from dstrain.nn.linear import Linear
-from dstrain.ops.matmul import linear
 
 R = TypeVar("R")
 
@@ -64,8 +63,8 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)"""
-        base = linear(x, self.weight, self.bias)
-        delta = linear(linear(self.dropout(x), self.lora_a), self.lora_b)
+        base = F.linear(x, self.weight, self.bias)
+        delta = F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
         if self.lora_magnitude is None:
             return torch.add(base, delta, alpha=self.scale)
         with torch.no_grad():
@@ -127,7 +126,7 @@ class LoraProjection(nn.Module):
         features = self.activation(hidden if self.output_proj is None else self.output_proj(hidden))
         if self.back is not None:
             back = self._effective(self.back, self.back_lora_a, self.back_lora_b, self.back_lora_magnitude)
-            features = linear(features, back.t())
+            features = F.linear(features, back.t())
         return features, self._effective(self.weight, self.lora_a, self.lora_b, self.lora_magnitude)
 
     def _effective(self, weight: Tensor, a: Tensor | None, b: Tensor | None, magnitude: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """Distillation: a student learns from labels and from a teacher's distribution of the same target tokens.
 
-The formula is in `ops/linear_distillation.py`, the choice of tokens in `selection.py`. All sums are over scored target tokens,
-never padding, and are divided once by the step's number of them, selected or not, as is every reported figure:
+The formula is in `ops/token_loss/distillation.py`, the choice of tokens in `selection.py`. All sums are over scored target
+tokens, never padding, and are divided once by the step's number of them, selected or not, as is every reported figure:
 
     nll        the student's negative log-likelihood of the labels, without smoothing: perplexity is made of it
     hard, kd   the two losses before their weights
@@ -34,7 +34,7 @@ from dstrain.distillation.signals import SignalRequest, SignalSource
 from dstrain.model_output import ActivationCapture
 from dstrain.objectives.objective import LossOutput
 from dstrain.ops.divergence import Divergence, kind_of
-from dstrain.ops.linear_distillation import DistillationSums, DistillationTerms, linear_distillation
+from dstrain.ops.token_loss.distillation import DistillationSums, DistillationTerms, linear_distillation
 from dstrain.protocols import TeacherForced
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dstrain.batch import Batch
 from dstrain.model_output import ActivationCapture
-from dstrain.ops.linear_cross_entropy import scored_rows
+from dstrain.ops.scored_rows import scored_rows
 from dstrain.protocols import TeacherForced
 
 

@@ -31,7 +31,7 @@ from dstrain.batch import Batch, sent
 from dstrain.distillation.config import BatchSelection, GlobalByLanguageSelection, GlobalSelection
 from dstrain.distillation.scored_tokens import scored_tokens
 from dstrain.errors import DataError
-from dstrain.ops.linear_nll import linear_nll
+from dstrain.ops.token_loss.cross_entropy import linear_nll
 from dstrain.protocols import TeacherForced
 
 SelectiveConfig = BatchSelection | GlobalSelection | GlobalByLanguageSelection

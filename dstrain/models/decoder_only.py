@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dstrain.batch import Sequences
 from dstrain.model_output import ActivationCapture, ModelOutput
@@ -24,7 +25,6 @@ from dstrain.nn.layers import EncoderLayer
 from dstrain.nn.position import Positions
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.bias import causal_bias, hide
-from dstrain.ops.matmul import linear
 from dstrain.protocols import DecodingState
 
 R = TypeVar("R")
@@ -118,7 +118,7 @@ class DecoderOnly(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits. (..., D) -> (..., V)"""
-        return self.reduce_projection(hidden, linear)
+        return self.reduce_projection(hidden, F.linear)
 
     def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
         """`reduce(features, weight)` inside the projection's forward; see `protocols.TeacherForced`."""

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dstrain.batch import Sequences
 from dstrain.model_output import ActivationCapture, Memory, ModelOutput
@@ -21,7 +22,6 @@ from dstrain.nn.embedding import InputEmbedding, Projection
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.bias import causal_bias, padding_bias, segment_bias
-from dstrain.ops.matmul import linear
 from dstrain.protocols import DecodingState
 
 R = TypeVar("R")
@@ -110,7 +110,7 @@ class EncoderDecoder(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits. (..., D) -> (..., V)"""
-        return self.reduce_projection(hidden, linear)
+        return self.reduce_projection(hidden, F.linear)
 
     def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
         """`reduce(features, weight)` inside the projection's forward; see `protocols.TeacherForced`."""

@@ -8,12 +8,12 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dstrain.nn.dropout import Dropout
 from dstrain.nn.linear import Linear
 from dstrain.nn.position import PositionPart, Positions
-from dstrain.ops.activation import linear as identity
-from dstrain.ops.matmul import linear
+from dstrain.ops.activation import identity
 
 R = TypeVar("R")
 
@@ -101,5 +101,5 @@ class Projection(nn.Module):
         """Features (N, E) and weight (V, E), whose product is the logits. For a caller who holds the weights gathered."""
         features = self.activation(hidden if self.output_proj is None else self.output_proj(hidden))
         if self.back is not None:
-            features = linear(features, self.back.t())
+            features = F.linear(features, self.back.t())
         return features, self.weight

@@ -11,8 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-
-from dstrain.ops.matmul import linear
+from torch.nn import functional as F
 
 
 class Linear(nn.Linear):
@@ -25,7 +24,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)"""
-        return linear(x, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias)
 
 
 class FusedLinear(nn.Module):
@@ -40,7 +39,7 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., I) -> one (..., O) per block, views of one tensor."""
-        return torch.split(linear(x, self.weight, self.bias), self.sizes, dim=-1)
+        return torch.split(F.linear(x, self.weight, self.bias), self.sizes, dim=-1)
 
 
 class SeparateLinear(nn.Module):

@@ -18,12 +18,13 @@ from torch import Tensor
 from dstrain.batch import IGNORE_INDEX, Batch, Size
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.objective import LossOutput
-from dstrain.ops.linear_cross_entropy import linear_cross_entropy, scored_rows
+from dstrain.ops.scored_rows import scored_rows
+from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy
 from dstrain.protocols import TeacherForced
 
 
 class CrossEntropy:
-    """Implements `objective.Objective`; the formula stands in `ops/linear_cross_entropy.py`."""
+    """Implements `objective.Objective`; the formula is in `ops/token_loss/smoothing.py`."""
 
     selection = None
 
@@ -39,7 +40,7 @@ class CrossEntropy:
             labels=scored.labels,
             label_smoothing=self.config.label_smoothing,
             chunk_tokens=self.config.chunk_tokens,
-            row_weights=scored.weights,
+            token_weights=scored.weights,
         )
         loss_sum, nll_sum = model.reduce_projection(hidden.index_select(0, scored.rows), reduce)
         return LossOutput(loss_sum, batch.size, {"nll": nll_sum})

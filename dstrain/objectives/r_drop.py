@@ -17,12 +17,12 @@ from dstrain.batch import Batch, Size
 from dstrain.objectives.config import CrossEntropyConfig, RDropConfig
 from dstrain.objectives.cross_entropy import CrossEntropy, scored_tokens
 from dstrain.objectives.objective import LossOutput
-from dstrain.ops.linear_r_drop import RDropSums, linear_r_drop
+from dstrain.ops.token_loss.r_drop import RDropSums, linear_r_drop
 from dstrain.protocols import TeacherForced
 
 
 class RDrop:
-    """Implements `objective.Objective`; the formula stands in `ops/linear_r_drop.py`."""
+    """Implements `objective.Objective`; the formula is in `ops/token_loss/r_drop.py`."""
 
     selection = None
 
@@ -43,7 +43,7 @@ class RDrop:
             alpha=self.r_drop.alpha,
             label_smoothing=self.config.label_smoothing,
             chunk_tokens=self.config.chunk_tokens,
-            row_weights=scored.weights,
+            token_weights=scored.weights,
         )
 
         def reduce_passes(features: Tensor, weight: Tensor) -> RDropSums:

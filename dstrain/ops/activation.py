@@ -1,4 +1,4 @@
-"""Activations by name. `gelu` is the exact one (erf), `gelu_tanh` its approximation; `linear` leaves its input alone."""
+"""Activations by name. `gelu` is the exact one (erf), `gelu_tanh` its approximation; `linear` is the identity."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def linear(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
     """x itself."""
     return x
 
@@ -21,7 +21,7 @@ ACTIVATIONS: MappingProxyType[str, Callable[[Tensor], Tensor]] = MappingProxyTyp
         "gelu_tanh": partial(F.gelu, approximate="tanh"),
         "silu": F.silu,
         "tanh": torch.tanh,
-        "linear": linear,
+        "linear": identity,
     }
 )
 """Every name that `model.activation` may take -> (..., D) -> (..., D)."""

@@ -1,4 +1,4 @@
-"""How far a student's distribution p is from a teacher's q, with its slope; both over V types, both given as logarithms.
+"""How far a student's distribution p is from a teacher's q, with its gradient; both over V vocabulary entries, as logarithms.
 
 | kind | value | source |
 |---|---|---|
@@ -9,13 +9,13 @@
 | skew_kl | sum q log(q / m), m = a q + (1 - a) p | Ko et al. 2024 (DistiLLM) |
 
 The convention of b = beta is GKD's: towards 0 the divergence behaves like forward_kl, towards 1 like reverse_kl. At both ends the
-formula itself is 0; there stand its limits after division by b or by 1 - b, which are forward_kl and reverse_kl themselves.
+formula itself is 0; its limits after division by b or by 1 - b, which are forward_kl and reverse_kl themselves, replace it there.
 
-The slope is the gradient with respect to the logits that p is the softmax of. With g = d value / d p it is p (g - sum p g).
+The gradient is with respect to the logits that p is the softmax of. With g = d value / d p it is p (g - sum p g).
 
-Types with a tail teach every divergence, over k + 1 buckets of which the last holds all other types; joining types never makes
-a divergence greater (data processing; Csiszar 1967). Drawn types teach forward_kl alone, for it is linear in q, so that they
-give its slope without bias; the others would compare p with zeros that are not the teacher's.
+Top-k entries with a tail give every divergence, over k + 1 buckets of which the last holds all other entries; joining entries
+never makes a divergence greater (data processing; Csiszar 1967). Sampled entries give only forward_kl: it is linear in q, so they
+give its gradient without bias; the others would compare p with zeros that are not the teacher's.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dstrain.ops.teacher_signal import SparseSignal
+from dstrain.ops.vocabulary import VocabularySlice
 
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_kl"]
 
@@ -50,36 +51,38 @@ def kind_of(divergence: Divergence) -> DivergenceKind:
     return ENDS.get(divergence, divergence.kind)
 
 
-def value_and_slope(divergence: Divergence, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """student, teacher: log-probabilities (c, V) -> value (c, 1), slope (c, V)."""
+def value_and_grad(
+    divergence: Divergence, student: Tensor, teacher: Tensor, vocabulary: VocabularySlice
+) -> tuple[Tensor, Tensor]:
+    """student, teacher: log-probabilities (c, V) -> value (c, 1), gradient with respect to the student's logits (c, V)."""
     kind, mix = kind_of(divergence), divergence.parameter
     if kind == "forward_kl":
         probs = teacher.exp()
-        value = (teacher - student).mul_(probs).sum(1, keepdim=True)
+        value = vocabulary.sum((teacher - student).mul_(probs))
         return value, student.exp().sub_(probs)
     probs = student.exp()
     if kind == "reverse_kl":
-        gap = student - teacher
-        value = (gap * probs).sum(1, keepdim=True)
-        return value, gap.sub_(value).mul_(probs)
+        log_ratio = student - teacher
+        value = vocabulary.sum(log_ratio * probs)
+        return value, log_ratio.sub_(value).mul_(probs)
     if kind == "total_variation":
         difference = probs - teacher.exp()
-        value = difference.abs().sum(1, keepdim=True).mul_(0.5)
-        return value, _through_softmax(probs, difference.sign_().mul_(0.5))
-    middle = student + math.log1p(-mix)
-    torch.logaddexp(teacher + math.log(mix), middle, out=middle)
-    value = (teacher - middle).mul_(teacher.exp()).sum(1, keepdim=True)
+        value = vocabulary.sum(difference.abs()).mul_(0.5)
+        return value, _through_softmax(probs, difference.sign_().mul_(0.5), vocabulary)
+    mixture = student + math.log1p(-mix)
+    torch.logaddexp(teacher + math.log(mix), mixture, out=mixture)
+    value = vocabulary.sum((teacher - mixture).mul_(teacher.exp()))
     if kind == "skew_kl":
-        share = middle.neg_().add_(student).add_(teacher).exp_().mul_(1 - mix)  # (1 - a) p q / m
-        return value, probs.mul_(share.sum(1, keepdim=True)).sub_(share)
-    gap = middle.neg_().add_(student)
-    value = mix * value + (1 - mix) * (gap * probs).sum(1, keepdim=True)
-    return value, _through_softmax(probs, gap.mul_(1 - mix))
+        share = mixture.neg_().add_(student).add_(teacher).exp_().mul_(1 - mix)  # (1 - a) p q / m
+        return value, probs.mul_(vocabulary.sum(share)).sub_(share)
+    log_ratio = mixture.neg_().add_(student)
+    value = mix * value + (1 - mix) * vocabulary.sum(log_ratio * probs)
+    return value, _through_softmax(probs, log_ratio.mul_(1 - mix), vocabulary)
 
 
-def _through_softmax(probs: Tensor, gradient: Tensor) -> Tensor:
+def _through_softmax(probs: Tensor, grad: Tensor, vocabulary: VocabularySlice) -> Tensor:
     """From the gradient with respect to probabilities to that with respect to logits, in place."""
-    return gradient.sub_((probs * gradient).sum(1, keepdim=True)).mul_(probs)
+    return grad.sub_(vocabulary.sum(probs * grad)).mul_(probs)
 
 
 def reference_value(divergence: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
@@ -91,8 +94,8 @@ def reference_value(divergence: Divergence, student: Tensor, teacher: Tensor) ->
         case "reverse_kl":
             terms = p * (student - teacher)
         case "jensen_shannon":
-            middle = (mix * q + (1 - mix) * p).log()
-            terms = mix * q * (teacher - middle) + (1 - mix) * p * (student - middle)
+            mixture = (mix * q + (1 - mix) * p).log()
+            terms = mix * q * (teacher - mixture) + (1 - mix) * p * (student - mixture)
         case "total_variation":
             terms = (p - q).abs() / 2
         case "skew_kl":
@@ -101,60 +104,57 @@ def reference_value(divergence: Divergence, student: Tensor, teacher: Tensor) ->
 
 
 ABSENT = -1e9
-"""A logit that no type has."""
+"""A logit that no entry has."""
 
 
 class SparseFit(NamedTuple):
-    """A divergence from a sparse signal, by what is needed of the softmax p for its slope; (c, 1) but for those of the types.
+    """A divergence from a sparse signal, and the factors of its gradient and of the softmax p; (c, 1) unless said otherwise.
 
-    lse: what makes log-probabilities of logits when taken off. others: the softmax among the types that were not kept, (c, V), 0
-    at those that were; they have p = share others and the slope factor others. ids, probs, slopes: the kept types with their p
-    and slope, (c, k), 0 where unused.
+    lse: the logsumexp of the logits. others: the softmax among the entries that were not kept, (c, V), 0 at those that were; they
+    have p = others_prob others and the gradient others_grad others. ids, probs, grads: the kept entries with their p and
+    gradient, (c, k), 0 where unused.
     """
 
     value: Tensor
     lse: Tensor
     others: Tensor
-    share: Tensor
-    factor: Tensor
+    others_prob: Tensor
+    others_grad: Tensor
     ids: Tensor
     probs: Tensor
-    slopes: Tensor
+    grads: Tensor
+    vocabulary: VocabularySlice
 
-    def slope(self, taught: Tensor | float = 1.0, scored: Tensor | float = 0.0) -> Tensor:
-        """`taught` times the slope plus `scored` times p, (c, V), in the place of `others`."""
-        slope = self.others.mul_(taught * self.factor + scored * self.share)
-        return slope.scatter_add_(1, self.ids, taught * self.slopes + scored * self.probs)
+    def logits_grad_(self, kd_weight: Tensor | float = 1.0, prob_weight: float = 0.0) -> Tensor:
+        """`kd_weight` times the gradient plus `prob_weight` times p, (c, V), in the place of `others`."""
+        grad = self.others.mul_(kd_weight * self.others_grad + prob_weight * self.others_prob)
+        return self.vocabulary.add_at_(grad, self.ids, kd_weight * self.grads + prob_weight * self.probs)
 
 
-def sparse_fit(divergence: Divergence, logits: Tensor, signal: SparseSignal) -> SparseFit:
-    """The divergence over the kept types and one bucket of all others.
+def sparse_fit(divergence: Divergence, logits: Tensor, signal: SparseSignal, vocabulary: VocabularySlice) -> SparseFit:
+    """The divergence over the kept entries and one bucket of all others.
 
-    logits: (c, V), which become `others`. signal: of c rows, no type twice in one. Over drawn types the slope is right on
-    average, while the value exceeds the whole forward_kl by the entropy that the draws lack.
+    logits: (c, V), which become `others`. signal: of c tokens, no id twice in one. Over sampled entries the gradient is right on
+    average, while the value exceeds the whole forward_kl by the entropy that the samples lack.
 
-    The slope of the bucket falls to its types by their softmax among themselves: nothing is divided by the bucket's p, which is 0
-    in fp32 where a student is surer than its teacher.
+    The gradient of the bucket is shared among its entries by their softmax among themselves: nothing is divided by the bucket's
+    p, which is 0 in fp32 if a student is surer than its teacher.
     """
-    used = signal.ids >= 0
-    ids = signal.ids.clamp_min(0)
-    kept = logits.gather(1, ids).masked_fill_(~used, ABSENT)  # (c, k)
-    logits.scatter_reduce_(1, ids, torch.where(used, ABSENT, math.inf).to(logits.dtype), "amin")
-    top = logits.amax(1, keepdim=True)
-    others = torch.softmax(logits, 1, out=logits)
-    rest = top - others.amax(1, keepdim=True).log_()  # (c, 1): logsumexp of the others
-    buckets = torch.cat([kept, rest], 1)  # (c, k + 1)
+    kept = vocabulary.gather(logits, signal.ids).masked_fill_(signal.ids < 0, ABSENT)  # (c, k)
+    vocabulary.lower_to_(logits, signal.ids, ABSENT)
+    rest = vocabulary.softmax_(logits).logsumexp  # (c, 1): of the others
+    buckets = torch.cat([kept, rest], 1)  # (c, k + 1), whole on every rank
     lse = buckets.logsumexp(1, keepdim=True)
     buckets -= lse
     masses = torch.cat([signal.probs, signal.tail.unsqueeze(1)], 1).to(logits.dtype)
     teacher = masses.clamp_min_(torch.finfo(logits.dtype).tiny).log_()
-    value, slopes = value_and_slope(divergence, buckets, teacher)
+    value, grads = value_and_grad(divergence, buckets, teacher, VocabularySlice.whole(buckets.shape[1]))
     probs = buckets.exp()
-    return SparseFit(value, lse, others, probs[:, -1:], slopes[:, -1:], ids, probs[:, :-1], slopes[:, :-1])
+    return SparseFit(value, lse, logits, probs[:, -1:], grads[:, -1:], signal.ids, probs[:, :-1], grads[:, :-1], vocabulary)
 
 
 def reference_sparse_value(divergence: Divergence, student: Tensor, signal: SparseSignal) -> Tensor:
-    """The same by a loop over rows, for autograd. student: log-probabilities (n, V) -> (n,)"""
+    """The same by a loop over tokens, for autograd. student: log-probabilities (n, V) -> (n,)"""
     values = []
     for row, ids, probs, tail in zip(student, signal.ids, signal.probs.to(student.dtype), signal.tail, strict=True):
         buckets, masses = row[ids[ids >= 0]], probs[ids >= 0]

@@ -1,4 +1,7 @@
-"""A teacher's distribution over the vocabulary for n scored tokens, in the three forms in which a loss reads it."""
+"""A teacher's distribution over the vocabulary for n scored tokens, in the three forms in which a loss reads it.
+
+Each is indexed by a slice of the tokens.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +16,25 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SparseSignal:
-    """What a teacher says of n scored tokens, as far as it was kept: up to k types each, at the objective's temperature.
+    """The stored part of a teacher's distribution: up to k vocabulary entries per token, at the objective's temperature.
 
-    A sampled store has counts / draws in `probs` and no tail; the best types of a token leave the rest of its mass in `tail`.
-    Where `ids` hold every type there is, `tail` is 0. A row's `probs` and `tail` add up to 1.
+    A sampled store has counts / draws in `probs` and no tail; a top-k store leaves the rest of a token's mass in `tail`, which is
+    0 if `ids` hold every entry there is. A token's `probs` and `tail` add up to 1.
     """
 
     ids: Tensor  # (n, k) int64, -1 where unused
     probs: Tensor  # (n, k) float32, teacher probability mass of each id, 0 where unused
-    tail: Tensor  # (n,) float32, mass of all other types together, 0 where nothing is said of them
-    with_tail: bool = True  # False where nothing is said of other types: then the signal teaches forward_kl alone
+    tail: Tensor  # (n,) float32, mass of all other entries together, 0 if unknown
+    with_tail: bool = True  # False if the mass of other entries is unknown: then the signal gives only forward_kl
 
-    def part(self, rows: slice | Tensor) -> SparseSignal:
-        """Of some of the tokens, by place or by a mask."""
-        return replace(self, ids=self.ids[rows], probs=self.probs[rows], tail=self.tail[rows])
+    def __getitem__(self, tokens: slice) -> SparseSignal:
+        """Of some of the tokens."""
+        return replace(self, ids=self.ids[tokens], probs=self.probs[tokens], tail=self.tail[tokens])
 
 
 @dataclass(frozen=True)
 class DenseSignal:
-    """What teachers say of n scored tokens, before their projections, one entry a teacher; their probabilities are averaged.
+    """The inputs of the teachers' vocabulary projections for n scored tokens; the teachers' probabilities are averaged.
 
     Valid only while the projections of the teachers run: under ZeRO-3 the weights are whole no longer than that.
     """
@@ -39,31 +42,29 @@ class DenseSignal:
     features: Sequence[Tensor]  # (n, E) each
     weights: Sequence[Tensor]  # (V, E) each
 
-    def part(self, rows: slice | Tensor) -> DenseSignal:
-        """Of some of the tokens, by place or by a mask."""
-        return replace(self, features=[features[rows] for features in self.features])
+    def __getitem__(self, tokens: slice) -> DenseSignal:
+        """Of some of the tokens."""
+        return replace(self, features=[features[tokens] for features in self.features])
 
 
 @dataclass(frozen=True)
 class LogProbsSignal:
-    """All that a teacher said of n scored tokens, as it is kept: in pieces that may be parts of mapped files, hence of numpy.
+    """A teacher's stored log-probabilities of all vocabulary entries, in pieces that may be mapped from files, hence of numpy.
 
-    It becomes the teacher's distribution at any temperature a few rows at a time, for all of them would take n x V numbers.
+    They become the teacher's distribution at any temperature a few tokens at a time: all of them would take n x V numbers.
     """
 
-    log_probs: Sequence[npt.NDArray[np.floating[Any]]]  # (rows of a piece, V) each, pieces one after another; finite
+    log_probs: Sequence[npt.NDArray[np.floating[Any]]]  # (tokens of a piece, V) each, pieces one after another; finite
     temperature: float  # what the teacher's logits were divided by
 
-    def part(self, rows: slice | Tensor) -> LogProbsSignal:
-        """Of some of the tokens, by place, where nothing is copied, or by a mask."""
-        if isinstance(rows, Tensor):
-            return replace(self, log_probs=[np.concatenate(self.log_probs)[rows.numpy()]])
-        found, start = [], 0
+    def __getitem__(self, tokens: slice) -> LogProbsSignal:
+        """Of some of the tokens; nothing is copied."""
+        pieces, start = [], 0
         for piece in self.log_probs:
-            if start < rows.stop and start + len(piece) > rows.start:
-                found.append(piece[max(rows.start - start, 0) : rows.stop - start])
+            if start < tokens.stop and start + len(piece) > tokens.start:
+                pieces.append(piece[max(tokens.start - start, 0) : tokens.stop - start])
             start += len(piece)
-        return replace(self, log_probs=found)
+        return replace(self, log_probs=pieces)
 
 
 KeptSignal = SparseSignal | LogProbsSignal

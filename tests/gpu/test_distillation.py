@@ -23,8 +23,8 @@ from dstrain.distillation.store.dump import select_in_chunks
 from dstrain.distillation.store.manifest import DenseMethod, Method, SampleMethod, TopKMethod, merge_store
 from dstrain.distillation.store.store import open_store
 from dstrain.ops.device_time import mark, seconds_between
-from dstrain.ops.linear_distillation import linear_distillation, reference_linear_distillation
 from dstrain.ops.teacher_signal import DenseSignal, SparseSignal
+from dstrain.ops.token_loss.distillation import linear_distillation, reference_linear_distillation
 from tests.unit.distillation.test_stored_distillation import AtWork
 from tests.unit.distillation.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for
 from tests.unit.ops.test_linear_distillation import dense, draws, outcome, probabilities, student, terms, top_types

@@ -42,9 +42,9 @@ from dstrain.distillation.store.manifest import (
 from dstrain.distillation.store.store import shard_starts
 from dstrain.errors import DataError
 from dstrain.models.config import VocabularySizes
+from dstrain.ops.chunked_projection import logits_in_chunks
 from dstrain.ops.device_time import Mark, mark, seconds_between
-from dstrain.ops.linear_cross_entropy import scored_rows
-from dstrain.ops.matmul import linear
+from dstrain.ops.scored_rows import scored_rows
 from dstrain.protocols import TeacherForced
 from dstrain.storage.atomic import atomic_writer
 from dstrain.storage.document import FileRecord
@@ -240,12 +240,10 @@ def select_in_chunks(
 ) -> tuple[Tensor, ...]:
     """`codec.select` of the logits `features @ weight.T / temperature`, `size` tokens at a time."""
     chunks = []
-    for start in range(0, len(features), size):
-        part = slice(start, start + size)
-        logits = linear(features[part], weight).float()
+    for tokens, logits in logits_in_chunks(features, weight, size):
         if temperature != 1.0:
             logits.div_(temperature)
-        chunks.append(codec.select(logits, TokenKeys(keys.examples[part], keys.positions[part])))
+        chunks.append(codec.select(logits, TokenKeys(keys.examples[tokens], keys.positions[tokens])))
     return tuple(torch.cat(parts) for parts in zip(*chunks, strict=True))
 
 

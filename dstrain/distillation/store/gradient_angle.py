@@ -23,8 +23,8 @@ from dstrain.data.batching.permutation import Permutation
 from dstrain.data.prepared.dataset import Dataset
 from dstrain.distillation.scored_tokens import scored_tokens
 from dstrain.ops.divergence import Divergence
-from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation
 from dstrain.ops.teacher_signal import DenseSignal, KeptSignal
+from dstrain.ops.token_loss.distillation import DistillationTerms, linear_distillation
 from dstrain.protocols import TeacherForced
 
 CHUNK = 256

@@ -22,7 +22,7 @@ from dstrain.models.config import (
     StackConfig,
 )
 from dstrain.models.weights import TensorSource, load_canonical, to_canonical
-from dstrain.ops.linear_cross_entropy import linear_cross_entropy
+from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy
 from tests.unit.adapters.adapted import SOURCE, TARGET, adapted, adapter_of, copies, logits, lora, merged_model
 from tests.unit.models.build import sequences, small_config, small_model
 

@@ -180,7 +180,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("selection.queue_size", {"selection": {"kind": "global", "rate": 0.3, "queue_size": 5}}),
     ("selection", {"selection": {"kind": "global_by_language", "rate": 0.3, "tags": ["a"]}}),
 ]
-"""The remaining keys: chunk_tokens moves nothing (test_linear_distillation), tags are compared with the data (test_tags),
+"""The remaining keys: chunk_tokens moves nothing (test_token_distillation), tags are compared with the data (test_tags),
 teacher_precision is the engine's and renormalize the store's (test_teachers), on_policy changes the batches (test_on_policy), and
 features have a file of their own (test_features)."""
 

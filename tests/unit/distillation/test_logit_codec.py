@@ -190,7 +190,7 @@ def test_dense_is_handed_down_as_it_lies() -> None:
     assert isinstance(signal, LogProbsSignal)
     assert [len(piece) for piece in signal.log_probs] == [2, 1, 2]
     for start, stop, lengths in [(0, 2, [2]), (1, 4, [1, 1, 1]), (3, 99, [2]), (2, 3, [1])]:
-        part = signal.part(slice(start, stop)).log_probs
+        part = signal[slice(start, stop)].log_probs
         assert [len(piece) for piece in part] == lengths
         assert all(np.shares_memory(piece, values) for piece in part)
         assert np.array_equal(np.concatenate(part), values.reshape(5, 6)[start:stop])

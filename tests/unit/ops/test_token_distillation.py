@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dstrain.batch import IGNORE_INDEX
 from dstrain.ops.divergence import Divergence, sparse_fit
-from dstrain.ops.linear_cross_entropy import linear_cross_entropy
-from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation, reference_linear_distillation
 from dstrain.ops.teacher_signal import DenseSignal, LogProbsSignal, SparseSignal
+from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy
+from dstrain.ops.token_loss.distillation import DistillationTerms, linear_distillation, reference_linear_distillation
+from dstrain.ops.vocabulary import VocabularySlice
 
 DIVERGENCES = [
     Divergence("forward_kl"),
@@ -34,12 +34,11 @@ def terms(divergence: Divergence = DIVERGENCES[0], **changes: float) -> Distilla
     return DistillationTerms(divergence, **fields)
 
 
-def student(num_rows: int, width: int, vocab_size: int, dtype: torch.dtype = torch.float64, ignored: float = 0.3):
+def student(num_rows: int, width: int, vocab_size: int, dtype: torch.dtype = torch.float64):
     generator = torch.Generator().manual_seed(num_rows + vocab_size)
     features = torch.randn(num_rows, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     weight = torch.randn(vocab_size, width, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
     labels = torch.randint(vocab_size, (num_rows,), generator=generator)
-    labels[torch.rand(num_rows, generator=generator) < ignored] = IGNORE_INDEX
     return features, weight, labels
 
 
@@ -155,8 +154,8 @@ def test_a_tail_goes_to_the_others_as_the_student_has_them() -> None:
     own = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
     signal = SparseSignal(torch.tensor([[3, 0], [1, -1]]), torch.tensor([[0.5, 0.2], [1.0, 0.0]]), torch.tensor([0.3, 0.0]))
     expected = torch.tensor([[0.2, 0.3 * 0.4, 0.3 * 0.6, 0.5], [0.0, 1.0, 0.0, 0.0]])
-    slope = sparse_fit(Divergence("forward_kl"), own.log(), signal).slope()
-    torch.testing.assert_close(own - slope, expected)
+    grad = sparse_fit(Divergence("forward_kl"), own.log(), signal, VocabularySlice.whole(4)).logits_grad_()
+    torch.testing.assert_close(own - grad, expected)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
@@ -193,15 +192,14 @@ def test_drawn_types_give_the_dense_gradient_on_average() -> None:
 def test_equals_torch() -> None:
     """torch's own kl_div and cross_entropy, which smooths over V types instead of V - 1."""
     features, weight, labels = student(123, 16, 77)
-    signal, scored = dense(123, 77), labels != IGNORE_INDEX
+    signal = dense(123, 77)
     found = outcome(linear_distillation, features, weight, labels, signal, terms=terms(temperature=3.0, kd_weight=0.6))
     logits, teacher = features @ weight.T, signal.features[0] @ signal.weights[0].T
-    hard = F.cross_entropy(logits, labels, label_smoothing=0.1 * 77 / 76, ignore_index=IGNORE_INDEX, reduction="sum")
-    cool = F.log_softmax(logits / 3, 1)[scored]
-    kd = 9 * F.kl_div(cool, F.log_softmax(teacher / 3, 1)[scored], log_target=True, reduction="sum")
-    nll = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-    agreement = (logits.argmax(1) == teacher.argmax(1))[scored].sum()
-    expected = [hard + 0.6 * kd, hard, kd, nll, agreement.double(), scored.sum().double()]
+    hard = F.cross_entropy(logits, labels, label_smoothing=0.1 * 77 / 76, reduction="sum")
+    kd = 9 * F.kl_div(F.log_softmax(logits / 3, 1), F.log_softmax(teacher / 3, 1), log_target=True, reduction="sum")
+    nll = F.cross_entropy(logits, labels, reduction="sum")
+    agreement = (logits.argmax(1) == teacher.argmax(1)).sum()
+    expected = [hard + 0.6 * kd, hard, kd, nll, agreement.double(), torch.tensor(123.0).double()]
     gradients = torch.autograd.grad(expected[0], (features, weight))
     torch.testing.assert_close(found, [*(value.detach() for value in expected), *gradients], rtol=1e-11, atol=1e-11)
 
@@ -224,7 +222,7 @@ def test_jensen_shannon_tends_to_both_divergences() -> None:
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
 def test_a_student_equal_to_its_teacher_learns_nothing_from_it(divergence) -> None:
-    features, weight, labels = student(23, 8, 19, ignored=0)
+    features, weight, labels = student(23, 8, 19)
     signal = DenseSignal([features.detach()], [weight.detach()])
     only_kd = terms(divergence, hard_weight=0.0, temperature=2.0, label_smoothing=0.0)
     loss, _, kd, _, agreement, _, *gradients = outcome(linear_distillation, features, weight, labels, signal, terms=only_kd)
@@ -253,7 +251,7 @@ def test_only_selected_rows_learn_from_the_teacher() -> None:
     part = linear_distillation(features[chosen], weight, labels[chosen], apart, terms=terms(), chunk_tokens=50, selected=None)
     hard = linear_cross_entropy(features, weight, labels, label_smoothing=0.1, chunk_tokens=50)
     assert found[2].item() == pytest.approx(part.kd.item())
-    assert found[5] == (chosen & (labels != IGNORE_INDEX)).sum() == part.selected
+    assert found[5] == chosen.sum() == part.selected
     assert found[1].item() == pytest.approx(hard[0].item())
     assert found[3].item() == pytest.approx(hard[1].item())
     none = outcome(
@@ -263,37 +261,10 @@ def test_only_selected_rows_learn_from_the_teacher() -> None:
     torch.testing.assert_close([none[0], *none[6:]], [hard[0].detach(), *plain])
 
 
-@pytest.mark.parametrize("kind", ["dense", "sparse", "log_probs"])
-def test_padding_never_learns_and_may_hold_anything(kind) -> None:
-    features, weight, labels = student(40, 8, 19)
-    padding = labels == IGNORE_INDEX
-    signal = {
-        "dense": dense(40, 19),
-        "sparse": draws(probabilities(dense(40, 19)), 5),
-        "log_probs": LogProbsSignal([probabilities(dense(40, 19)).log().numpy()], 1.0),
-    }[kind]
-    expected = outcome(linear_distillation, features, weight, labels, signal, terms=terms())
-    poisoned = features.detach().clone()
-    poisoned[padding] = torch.nan
-    if isinstance(signal, DenseSignal):
-        signal.features[0][padding] = torch.nan
-    elif isinstance(signal, LogProbsSignal):
-        signal.log_probs[0][padding.numpy()] = np.nan
-    else:
-        signal.probs[padding] = torch.nan
-    found = outcome(linear_distillation, poisoned.requires_grad_(), weight, labels, signal, terms=terms())
-    torch.testing.assert_close(found, expected)
-    assert not found[6][padding].any()
-
-
-@pytest.mark.parametrize("num_rows", [0, 11])
-def test_no_scored_row_gives_exactly_zero(num_rows) -> None:
-    features, weight, _ = student(num_rows, 4, 9)
-    labels = torch.full((num_rows,), IGNORE_INDEX)
-    sparse = SparseSignal(torch.zeros(num_rows, 2, dtype=torch.int64), torch.ones(num_rows, 2), torch.ones(num_rows))
-    kept = LogProbsSignal([np.zeros((num_rows, 9), np.float16)] if num_rows else [], 1.0)
-    for signal in (dense(num_rows, 9), sparse, kept):
-        for value in outcome(linear_distillation, features, weight, labels, signal, terms=terms(), chunk_tokens=4):
+def test_no_token_gives_exactly_zero() -> None:
+    sparse = SparseSignal(torch.zeros(0, 2, dtype=torch.int64), torch.ones(0, 2), torch.ones(0))
+    for signal in (dense(0, 9), sparse, LogProbsSignal([], 1.0)):
+        for value in outcome(linear_distillation, *student(0, 4, 9), signal, terms=terms(), chunk_tokens=4):
             assert torch.equal(value, torch.zeros_like(value))
 
 
@@ -415,7 +386,7 @@ def test_types_that_tie_agree_once(kind, temperature) -> None:
 @pytest.mark.parametrize("kind", ["reverse_kl", "jensen_shannon", "total_variation", "skew_kl"])
 def test_a_signal_without_the_mass_of_other_types_gives_forward_kl_alone(kind) -> None:
     signal = replace(draws(probabilities(dense(5, 9)), 3), with_tail=False)
-    message = f"{kind} needs the mass of all types, but this signal says nothing of those it does not hold"
+    message = f"{kind} needs the mass of all vocabulary entries, but this signal lacks that of the entries left out"
     for function in (linear_distillation, reference_linear_distillation):
         with pytest.raises(ValueError, match=message):
             function(*student(5, 4, 9), signal, terms=terms(Divergence(kind, 0.5)), chunk_tokens=3, selected=None)
@@ -426,8 +397,8 @@ import sys
 
 import numpy as np
 import torch
-from dstrain.ops.divergence import Divergence, sparse_fit
-from dstrain.ops.linear_distillation import DistillationTerms, linear_distillation
+from dstrain.ops.divergence import Divergence
+from dstrain.ops.token_loss.distillation import DistillationTerms, linear_distillation
 from dstrain.ops.teacher_signal import DenseSignal, LogProbsSignal, SparseSignal
 
 def peak_kib():

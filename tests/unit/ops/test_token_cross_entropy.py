@@ -11,15 +11,15 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dstrain.batch import IGNORE_INDEX
-from dstrain.ops.linear_cross_entropy import linear_cross_entropy, reference_linear_cross_entropy, scored_rows
+from dstrain.ops.scored_rows import scored_rows
+from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy, linear_nll, reference_linear_cross_entropy
 
 
-def case(num_rows: int, width: int, vocab_size: int, ignored: float = 0.3, dtype: torch.dtype = torch.float32):
+def case(num_rows: int, width: int, vocab_size: int, dtype: torch.dtype = torch.float32):
     generator = torch.Generator().manual_seed(num_rows + vocab_size)
     features = torch.randn(num_rows, width, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(vocab_size, width, generator=generator).to(dtype).requires_grad_()
     labels = torch.randint(vocab_size, (num_rows,), generator=generator)
-    labels[torch.rand(num_rows, generator=generator) < ignored] = IGNORE_INDEX
     return features, weight, labels
 
 
@@ -51,8 +51,8 @@ def test_equals_torch(function) -> None:
     features, weight, labels = case(123, 16, 77, dtype=torch.float64)
     ours = outcome(function, features, weight, labels, label_smoothing=0.1, chunk_tokens=50)
     logits = features @ weight.T
-    loss_sum = F.cross_entropy(logits, labels, label_smoothing=0.1 * 77 / 76, ignore_index=IGNORE_INDEX, reduction="sum")
-    nll_sum = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    loss_sum = F.cross_entropy(logits, labels, label_smoothing=0.1 * 77 / 76, reduction="sum")
+    nll_sum = F.cross_entropy(logits, labels, reduction="sum")
     expected = [loss_sum.detach(), nll_sum.detach(), *torch.autograd.grad(loss_sum, (features, weight))]
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
 
@@ -65,22 +65,23 @@ def test_gradients_equal_finite_differences(num_rows, label_smoothing) -> None:
     assert torch.autograd.gradcheck(lambda f, w: linear_cross_entropy(f, w, labels, **options)[0], (features, weight))
 
 
-@pytest.mark.parametrize("num_rows", [0, 11])
-def test_no_scored_row_gives_exactly_zero(num_rows) -> None:
-    features, weight, _ = case(num_rows, 4, 9)
-    labels = torch.full((num_rows,), IGNORE_INDEX)
-    for value in outcome(linear_cross_entropy, features, weight, labels, label_smoothing=0.1, chunk_tokens=4):
+def test_no_token_gives_exactly_zero() -> None:
+    for value in outcome(linear_cross_entropy, *case(0, 4, 9), label_smoothing=0.1, chunk_tokens=4):
         assert torch.equal(value, torch.zeros_like(value))
 
 
-@pytest.mark.parametrize("row_weights", [None, torch.linspace(0.1, 1, 20)])
-def test_ignored_rows_may_hold_anything(row_weights) -> None:
-    features, weight, labels = case(20, 4, 9)
-    poisoned = features.detach().clone()
-    poisoned[labels == IGNORE_INDEX] = torch.nan
-    options = {"label_smoothing": 0.1, "chunk_tokens": 6, "row_weights": row_weights}
-    expected = outcome(linear_cross_entropy, features, weight, labels, **options)
-    torch.testing.assert_close(outcome(linear_cross_entropy, poisoned.requires_grad_(), weight, labels, **options), expected)
+def test_the_nll_of_each_token() -> None:
+    features, weight, labels = case(123, 16, 77, dtype=torch.float64)
+    expected = F.cross_entropy(features @ weight.T, labels, reduction="none").detach()
+    torch.testing.assert_close(linear_nll(features, weight, labels, chunk_tokens=50), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_nll_of_a_certain_token_keeps_its_digits() -> None:
+    """1e-9 beside logits of 20: the difference of two numbers of that size in fp32 would be 0 or 2e-6."""
+    weight = torch.tensor([[20.0], [20.0 - 20.7]])
+    (nll,) = linear_nll(torch.ones(1, 1), weight, torch.zeros(1, dtype=torch.int64), chunk_tokens=1)
+    expected = linear_nll(torch.ones(1, 1).double(), weight.double(), torch.zeros(1, dtype=torch.int64), chunk_tokens=1)
+    assert nll.item() == pytest.approx(expected.item(), abs=6e-8)
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -88,21 +89,21 @@ def test_ignored_rows_may_hold_anything(row_weights) -> None:
 def test_weighted_rows_equal_the_reference(chunk_tokens, label_smoothing) -> None:
     """The loss and its gradients are weighted, the negative log-likelihood is not."""
     inputs = case(123, 16, 77)
-    row_weights = 1 / torch.arange(1.0, 124.0)
+    token_weights = 1 / torch.arange(1.0, 124.0)
     options = {"label_smoothing": label_smoothing, "chunk_tokens": chunk_tokens}
-    expected = outcome(reference_linear_cross_entropy, *inputs, row_weights=row_weights, **options)
-    found = outcome(linear_cross_entropy, *inputs, row_weights=row_weights, **options)
+    expected = outcome(reference_linear_cross_entropy, *inputs, token_weights=token_weights, **options)
+    found = outcome(linear_cross_entropy, *inputs, token_weights=token_weights, **options)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     plain = outcome(linear_cross_entropy, *inputs, **options)
     assert torch.equal(found[1], plain[1])
     assert found[0] < plain[0] / 10
-    ones = outcome(linear_cross_entropy, *inputs, row_weights=torch.ones(123), **options)
+    ones = outcome(linear_cross_entropy, *inputs, token_weights=torch.ones(123), **options)
     torch.testing.assert_close(ones, plain, rtol=0, atol=0)
 
 
 def test_gradients_of_weighted_rows_equal_finite_differences() -> None:
     features, weight, labels = case(7, 4, 9, dtype=torch.float64)
-    options = {"label_smoothing": 0.2, "chunk_tokens": 3, "row_weights": torch.rand(7)}
+    options = {"label_smoothing": 0.2, "chunk_tokens": 3, "token_weights": torch.rand(7)}
     assert torch.autograd.gradcheck(lambda f, w: linear_cross_entropy(f, w, labels, **options)[0], (features, weight))
 
 
@@ -111,11 +112,11 @@ def test_small_weights_of_rows_do_not_underflow_in_half_precision() -> None:
     features = torch.full((4096, 1), 64.0, dtype=torch.float16)
     weight = torch.tensor([[0.125], [0.0], [-0.0179]], dtype=torch.float16, requires_grad=True)
     labels = torch.zeros(4096, dtype=torch.int64)
-    row_weights = torch.full((4096,), 1e-4)
-    loss = linear_cross_entropy(features, weight, labels, label_smoothing=0.0, chunk_tokens=64, row_weights=row_weights)[0]
+    token_weights = torch.full((4096,), 1e-4)
+    loss = linear_cross_entropy(features, weight, labels, label_smoothing=0.0, chunk_tokens=64, token_weights=token_weights)[0]
     wide = weight.detach().double().requires_grad_()
     expected = reference_linear_cross_entropy(
-        features.double(), wide, labels, label_smoothing=0.0, chunk_tokens=64, row_weights=row_weights
+        features.double(), wide, labels, label_smoothing=0.0, chunk_tokens=64, token_weights=token_weights
     )[0]
     found, target = (torch.autograd.grad(value, leaf)[0] for value, leaf in ((loss, weight), (expected, wide)))
     torch.testing.assert_close(found.double(), target, rtol=2e-3, atol=0)
@@ -226,7 +227,7 @@ def test_scored_rows() -> None:
 
 PEAK = """
 import torch
-from dstrain.ops.linear_cross_entropy import linear_cross_entropy
+from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy
 
 def peak_kib():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

@@ -8,20 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from dstrain.batch import IGNORE_INDEX
-from dstrain.ops.linear_cross_entropy import reference_linear_cross_entropy
-from dstrain.ops.linear_r_drop import linear_r_drop, reference_linear_r_drop
+from dstrain.ops.token_loss.cross_entropy import reference_linear_cross_entropy
+from dstrain.ops.token_loss.r_drop import linear_r_drop, reference_linear_r_drop
 
 
 def case(num_rows: int, width: int, vocab_size: int, dtype: torch.dtype = torch.float32, apart: float = 0.3):
-    """Features of two passes, `apart` from each other; a third of the labels is ignored; weights between 0 and 1."""
+    """Features of two passes, `apart` from each other; weights between 0 and 1."""
     generator = torch.Generator().manual_seed(num_rows + vocab_size)
     first = torch.randn(num_rows, width, generator=generator)
     second = first + apart * torch.randn(num_rows, width, generator=generator)
     features = torch.stack([first, second]).to(dtype).requires_grad_()
     weight = torch.randn(vocab_size, width, generator=generator).to(dtype).requires_grad_()
     labels = torch.randint(vocab_size, (num_rows,), generator=generator)
-    labels[torch.rand(num_rows, generator=generator) < 0.3] = IGNORE_INDEX
     return features, weight, labels, torch.rand(num_rows, generator=generator)
 
 
@@ -35,16 +33,16 @@ def outcome(function, features: Tensor, weight: Tensor, labels: Tensor, **option
 @pytest.mark.parametrize("chunk_tokens", [1, 5, 123, 4096])
 @pytest.mark.parametrize("shape", [(123, 16, 77), (5, 3, 2), (1, 1, 5)])
 def test_equals_the_reference(shape, chunk_tokens, alpha, label_smoothing, weighted) -> None:
-    *inputs, row_weights = case(*shape)
+    *inputs, token_weights = case(*shape)
     options = {"alpha": alpha, "label_smoothing": label_smoothing, "chunk_tokens": chunk_tokens}
-    options["row_weights"] = row_weights if weighted else None
+    options["token_weights"] = token_weights if weighted else None
     expected = outcome(reference_linear_r_drop, *inputs, **options)
     torch.testing.assert_close(outcome(linear_r_drop, *inputs, **options), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_equals_the_reference_to_the_last_digits_in_double() -> None:
-    *inputs, row_weights = case(123, 16, 77, dtype=torch.float64)
-    options = {"alpha": 2.5, "label_smoothing": 0.1, "chunk_tokens": 50, "row_weights": row_weights.double()}
+    *inputs, token_weights = case(123, 16, 77, dtype=torch.float64)
+    options = {"alpha": 2.5, "label_smoothing": 0.1, "chunk_tokens": 50, "token_weights": token_weights.double()}
     expected = outcome(reference_linear_r_drop, *inputs, **options)
     torch.testing.assert_close(outcome(linear_r_drop, *inputs, **options), expected, rtol=1e-12, atol=1e-12)
 
@@ -55,7 +53,7 @@ def test_is_half_of_the_papers_formula(function) -> None:
     features, weight, labels, _ = case(23, 6, 11, dtype=torch.float64)
     weight = weight.detach()
     loss = nll = kl = 0.0
-    for row in (labels != IGNORE_INDEX).nonzero().flatten().tolist():
+    for row in range(len(labels)):
         p, q = (torch.exp(h @ weight.T) / torch.exp(h @ weight.T).sum() for h in features[:, row].detach())
         divergence = ((p * (p / q).log()).sum() + (q * (q / p).log()).sum()) / 2
         likelihood = -(p[labels[row]].log() + q[labels[row]].log())
@@ -67,8 +65,8 @@ def test_is_half_of_the_papers_formula(function) -> None:
 
 
 def test_without_alpha_it_is_the_mean_of_two_cross_entropies() -> None:
-    features, weight, labels, row_weights = case(31, 8, 19, dtype=torch.float64)
-    options = {"label_smoothing": 0.2, "chunk_tokens": 9, "row_weights": row_weights.double()}
+    features, weight, labels, token_weights = case(31, 8, 19, dtype=torch.float64)
+    options = {"label_smoothing": 0.2, "chunk_tokens": 9, "token_weights": token_weights.double()}
     sums = linear_r_drop(features, weight, labels, alpha=0.0, **options)
     passes = [reference_linear_cross_entropy(half, weight, labels, **options) for half in features]
     torch.testing.assert_close(sums.loss, (passes[0][0] + passes[1][0]) / 2)
@@ -87,28 +85,15 @@ def test_equal_passes_have_a_divergence_of_exactly_zero_and_the_gradient_of_cros
 
 @pytest.mark.parametrize("num_rows", [0, 7])
 def test_gradients_equal_finite_differences(num_rows) -> None:
-    features, weight, labels, row_weights = case(num_rows, 4, 9, dtype=torch.float64)
-    options = {"alpha": 3.0, "label_smoothing": 0.1, "chunk_tokens": 3, "row_weights": row_weights}
+    features, weight, labels, token_weights = case(num_rows, 4, 9, dtype=torch.float64)
+    options = {"alpha": 3.0, "label_smoothing": 0.1, "chunk_tokens": 3, "token_weights": token_weights}
     assert torch.autograd.gradcheck(lambda f, w: linear_r_drop(f, w, labels, **options).loss, (features, weight))
 
 
-@pytest.mark.parametrize("num_rows", [0, 11])
-def test_no_scored_row_gives_exactly_zero(num_rows) -> None:
-    features, weight, labels, _ = case(num_rows, 4, 9)
-    labels.fill_(IGNORE_INDEX)
+def test_no_token_gives_exactly_zero() -> None:
+    features, weight, labels, _ = case(0, 4, 9)
     for value in outcome(linear_r_drop, features, weight, labels, alpha=1.0, label_smoothing=0.1, chunk_tokens=4):
         assert torch.equal(value, torch.zeros_like(value))
-
-
-def test_ignored_rows_may_hold_anything() -> None:
-    features, weight, labels, row_weights = case(20, 4, 9)
-    options = {"alpha": 1.0, "label_smoothing": 0.1, "chunk_tokens": 6}
-    expected = outcome(linear_r_drop, features, weight, labels, row_weights=row_weights, **options)
-    poisoned = features.detach().clone()
-    poisoned[:, labels == IGNORE_INDEX] = torch.nan
-    weights = row_weights.masked_fill(labels == IGNORE_INDEX, torch.inf)
-    found = outcome(linear_r_drop, poisoned.requires_grad_(), weight, labels, row_weights=weights, **options)
-    torch.testing.assert_close(found, expected)
 
 
 def test_passes_that_exclude_each_other_have_finite_sums() -> None:
@@ -122,13 +107,13 @@ def test_passes_that_exclude_each_other_have_finite_sums() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_have_full_precision_sums(dtype) -> None:
-    features, weight, labels, row_weights = case(123, 16, 77)
+    features, weight, labels, token_weights = case(123, 16, 77)
     features = features.detach().to(dtype).requires_grad_()
     weight = (weight.detach() / 8).to(dtype).requires_grad_()  # logits below 3, so rounded by little more than one step
     options = {"alpha": 1.0, "label_smoothing": 0.1, "chunk_tokens": 50}
-    ours = outcome(linear_r_drop, features, weight, labels, row_weights=row_weights, **options)
+    ours = outcome(linear_r_drop, features, weight, labels, token_weights=token_weights, **options)
     wide = [tensor.detach().double().requires_grad_() for tensor in (features, weight)]
-    expected = outcome(reference_linear_r_drop, *wide, labels, row_weights=row_weights.double(), **options)
+    expected = outcome(reference_linear_r_drop, *wide, labels, token_weights=token_weights.double(), **options)
     step = torch.finfo(dtype).eps
     assert [value.dtype for value in ours] == [torch.float32] * 3 + [dtype] * 2
     for value, target in zip(ours, expected, strict=True):
@@ -159,7 +144,7 @@ def test_without_gradients_the_sums_are_the_same() -> None:
 
 PEAK = """
 import torch
-from dstrain.ops.linear_r_drop import linear_r_drop
+from dstrain.ops.token_loss.r_drop import linear_r_drop
 
 def peak_kib():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])

@@ -1,0 +1,87 @@
+"""Vocabulary projection and label-smoothed cross-entropy in one, without the logits of all tokens at once.
+
+The formula is in `smoothing.py`. On a CPU the logits are read and written by three matrix products, one softmax and two maxima.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dstrain.ops.chunked_projection import TokenLosses, chunked_loss
+from dstrain.ops.mixed_precision import accum_dtype, to_autocast_dtype
+from dstrain.ops.token_loss.smoothing import LabelSmoothing
+from dstrain.ops.vocabulary import VocabularySlice
+
+
+@dataclass(frozen=True)
+class TokenCrossEntropy:
+    """Implements `TokenLoss` on labels (c, 1). Figure: the negative log-likelihood, without smoothing."""
+
+    label_smoothing: float
+    num_figures = 1
+
+    def __call__(self, logits: Tensor, logit_sums: Tensor, labels: Tensor, vocabulary: VocabularySlice) -> TokenLosses:
+        """(c, V), (c, 1), (c, 1)"""
+        smoothing = LabelSmoothing.of(self.label_smoothing, vocabulary.vocab_size)
+        label_logits = vocabulary.gather(logits, labels)
+        normalizer = vocabulary.softmax_(logits)
+        nll = normalizer.nll(label_logits)
+        loss = smoothing.loss(nll, normalizer.logsumexp, logit_sums)
+        logits_grad = vocabulary.add_at_(logits, labels, -smoothing.confidence)
+        return TokenLosses(loss, (nll,), logits_grad, smoothing.per_token)
+
+
+def linear_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float,
+    chunk_tokens: int,
+    token_weights: Tensor | None = None,
+    vocabulary: VocabularySlice | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sums of the label-smoothed loss and of the negative log-likelihood, in nats.
+
+    features: (N, E), weight: (V, E), labels: (N,) int64 in [0, V). token_weights: (N,) factors of the tokens' losses, without
+    gradient; the negative log-likelihood is not weighted. The rest as in `chunked_loss`.
+    Returns loss_sum () with gradient to features and weight, nll_sum () without.
+    """
+    loss_sum, (nll,) = chunked_loss(
+        features,
+        weight,
+        TokenCrossEntropy(label_smoothing),
+        labels.unsqueeze(1),
+        chunk_tokens=chunk_tokens,
+        token_weights=token_weights,
+        vocabulary=vocabulary,
+    )
+    return loss_sum, nll.sum()
+
+
+@torch.no_grad()
+def linear_nll(features: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int) -> Tensor:
+    """The negative log-likelihood of each token, in nats, without gradient. Arguments as above -> (N,)"""
+    return chunked_loss(features, weight, TokenCrossEntropy(0.0), labels.unsqueeze(1), chunk_tokens=chunk_tokens).figures[0]
+
+
+def reference_linear_cross_entropy(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float,
+    chunk_tokens: int,
+    token_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same from all logits by autograd; `chunk_tokens` is not used."""
+    logits = F.linear(to_autocast_dtype(features), to_autocast_dtype(weight))  # (N, V)
+    log_probs = F.log_softmax(logits.to(accum_dtype(logits.dtype)), dim=-1)
+    nll = -log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)  # (N,)
+    smoothing_per_token = label_smoothing / (weight.shape[0] - 1)
+    loss = (1 - label_smoothing - smoothing_per_token) * nll - smoothing_per_token * log_probs.sum(1)
+    return (loss if token_weights is None else loss * token_weights).sum(), nll.sum().detach()

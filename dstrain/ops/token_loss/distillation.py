@@ -1,0 +1,252 @@
+"""Vocabulary projections of student and teacher, cross-entropy and divergence in one, without the logits of all tokens at once.
+
+With student logits z, teacher logits u, temperature T, label y, all sums over tokens:
+
+    hard = label-smoothed cross-entropy of softmax(z), see `smoothing.py`
+    kd   = T^2 D(softmax(u / T), softmax(z / T)) over selected tokens; D: see `divergence.py`
+    loss = hard_weight hard + kd_weight kd
+
+T^2 keeps the size of kd's gradient if T changes (Hinton et al. 2015). Several teachers are one whose probabilities at temperature
+T are the mean of theirs.
+
+Memory: some six times chunk_tokens x V in fp32, whatever the number of tokens or teachers, plus the gradients of the student's
+features and weight; twice chunk_tokens x V if the teacher's distribution is sparse. Teachers get no gradient, and nothing of them
+is kept. Their products run in their own dtype, never in autocast's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dstrain.batch import sent
+from dstrain.ops.chunked_projection import TokenLosses, chunked_loss
+from dstrain.ops.divergence import (
+    Divergence,
+    kind_of,
+    reference_sparse_value,
+    reference_value,
+    sparse_fit,
+    value_and_grad,
+)
+from dstrain.ops.mixed_precision import accum_dtype, matmul_into, to_autocast_dtype
+from dstrain.ops.teacher_signal import DenseSignal, LogProbsSignal, Signal, SparseSignal
+from dstrain.ops.token_loss.smoothing import LabelSmoothing
+from dstrain.ops.vocabulary import VocabularySlice
+
+
+class DistillationTerms(NamedTuple):
+    """What the loss is made of. temperature: of both models, already inside the probabilities of a sparse signal."""
+
+    divergence: Divergence
+    temperature: float
+    hard_weight: float
+    kd_weight: float
+    label_smoothing: float
+
+
+class DistillationSums(NamedTuple):
+    """() sums over tokens, in nats. loss: with gradient to features and weight; the others have none.
+
+    kd: over selected tokens. agreement: how often the likeliest entry of student and teacher is the same, the first of equally
+    likely ones. selected: how many tokens, or the sum of their weights, learn from the teacher.
+    """
+
+    loss: Tensor
+    hard: Tensor
+    kd: Tensor
+    nll: Tensor
+    agreement: Tensor
+    selected: Tensor
+
+
+@dataclass(frozen=True)
+class DistillationTargets:
+    """labels: (n, 1); signal: of the same n tokens; selected: (n, 1) weights of their kd, or None = all are 1."""
+
+    labels: Tensor
+    signal: Signal
+    selected: Tensor | None
+
+    def __getitem__(self, tokens: slice) -> DistillationTargets:
+        """Of some of the tokens."""
+        selected = None if self.selected is None else self.selected[tokens]
+        return DistillationTargets(self.labels[tokens], self.signal[tokens], selected)
+
+
+@dataclass(frozen=True)
+class TokenDistillation:
+    """Implements `TokenLoss` on `DistillationTargets`. Figures: hard, kd, nll, agreement."""
+
+    terms: DistillationTerms
+    num_figures = 4
+
+    def __call__(
+        self, logits: Tensor, logit_sums: Tensor, targets: DistillationTargets, vocabulary: VocabularySlice
+    ) -> TokenLosses:
+        """(c, V), (c, 1), of c tokens"""
+        smoothing = LabelSmoothing.of(self.terms.label_smoothing, vocabulary.vocab_size)
+        student = self._sparse if isinstance(targets.signal, SparseSignal) and self.terms.temperature == 1 else self._dense
+        found = student(logits, targets, vocabulary)
+        vocabulary.add_at_(found.logits_grad, targets.labels, -self.terms.hard_weight * smoothing.confidence)
+        hard = smoothing.loss(found.nll, found.lse, logit_sums)
+        kd = found.value.mul_(self.terms.temperature**2)
+        if targets.selected is not None:
+            kd.mul_(targets.selected)
+        loss = self.terms.hard_weight * hard + self.terms.kd_weight * kd
+        figures = (hard, kd, found.nll, found.agreement.to(kd.dtype))
+        return TokenLosses(loss, figures, found.logits_grad, self.terms.hard_weight * smoothing.per_token)
+
+    def _dense(self, logits: Tensor, targets: DistillationTargets, vocabulary: VocabularySlice) -> _Student:
+        """By log-probabilities of all entries, twice if the temperature is not 1."""
+        terms = self.terms
+        log_probs = tempered_log_probs = logits
+        if terms.temperature != 1:
+            log_probs = torch.empty_like(logits)
+        lse = vocabulary.log_softmax(logits, out=log_probs)
+        if terms.temperature != 1:
+            vocabulary.log_softmax(logits.div_(terms.temperature), out=tempered_log_probs)
+        nll = vocabulary.gather(log_probs, targets.labels).neg_()
+        student_best = vocabulary.argmax(log_probs)
+        value, logits_grad, teacher_best = self._divergence(tempered_log_probs, targets.signal, vocabulary)
+        kd_weight = terms.kd_weight * terms.temperature
+        logits_grad.mul_(kd_weight if targets.selected is None else targets.selected * kd_weight)
+        if terms.hard_weight:
+            logits_grad.add_(log_probs.exp_(), alpha=terms.hard_weight)
+        return _Student(nll, lse, value, teacher_best == student_best, logits_grad)
+
+    def _sparse(self, logits: Tensor, targets: DistillationTargets, vocabulary: VocabularySlice) -> _Student:
+        """By one softmax, of which both gradients are multiples but for few entries: as fast as cross-entropy."""
+        assert isinstance(targets.signal, SparseSignal)
+        agreement = _likeliest(targets.signal) == vocabulary.argmax(logits)
+        label_logits = vocabulary.gather(logits, targets.labels)
+        fit = sparse_fit(self.terms.divergence, logits, targets.signal, vocabulary)
+        kd_weight = self.terms.kd_weight if targets.selected is None else targets.selected * self.terms.kd_weight
+        logits_grad = fit.logits_grad_(kd_weight, self.terms.hard_weight)
+        return _Student(fit.lse - label_logits, fit.lse, fit.value, agreement, logits_grad)
+
+    def _divergence(self, student: Tensor, signal: Signal, vocabulary: VocabularySlice) -> tuple[Tensor, Tensor, Tensor]:
+        """Divergence (c, 1), its gradient (c, V), and the teacher's likeliest entry (c, 1)."""
+        if isinstance(signal, SparseSignal):
+            fit = sparse_fit(self.terms.divergence, student, signal, vocabulary)
+            return fit.value, fit.logits_grad_(), _likeliest(signal)
+        teacher = _teacher_log_probs(signal, self.terms.temperature, vocabulary, like=student)
+        likeliest = vocabulary.argmax(teacher)
+        return *value_and_grad(self.terms.divergence, student, teacher, vocabulary), likeliest
+
+
+class _Student(NamedTuple):
+    """nll, lse: (c, 1), at temperature 1. value: (c, 1) of the divergence. logits_grad: (c, V), without the label's entry."""
+
+    nll: Tensor
+    lse: Tensor
+    value: Tensor
+    agreement: Tensor
+    logits_grad: Tensor
+
+
+def linear_distillation(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    signal: Signal,
+    *,
+    terms: DistillationTerms,
+    chunk_tokens: int,
+    selected: Tensor | None,
+    vocabulary: VocabularySlice | None = None,
+) -> DistillationSums:
+    """All sums of the head of this file.
+
+    features: (n, E), weight: (V, E), labels: (n,) int64 in [0, V); signal: of these n tokens, over the whole vocabulary.
+    selected: (n,) weights of the tokens' kd, or whether they have any; None = all are 1. The rest as in `chunked_loss`.
+    ValueError if the signal cannot give the divergence.
+    """
+    check_signal(signal, terms.divergence)
+    weights = None if selected is None else selected.unsqueeze(1).to(accum_dtype(features.dtype))
+    loss_sum, (hard, kd, nll, agreement) = chunked_loss(
+        features,
+        weight,
+        TokenDistillation(terms),
+        DistillationTargets(labels.unsqueeze(1), signal, weights),
+        chunk_tokens=chunk_tokens,
+        vocabulary=vocabulary,
+    )
+    num_selected = torch.full_like(loss_sum, len(labels)) if weights is None else weights.sum()
+    return DistillationSums(loss_sum, hard.sum(), kd.sum(), nll.sum(), agreement.sum(), num_selected)
+
+
+def check_signal(signal: Signal, divergence: Divergence) -> None:
+    """ValueError if a kept signal is asked for more than it holds."""
+    if isinstance(signal, SparseSignal) and not signal.with_tail and kind_of(divergence) != "forward_kl":
+        raise ValueError(
+            f"{divergence.kind} needs the mass of all vocabulary entries, but this signal lacks that of the entries left out"
+        )
+
+
+def _likeliest(signal: SparseSignal) -> Tensor:
+    """The likeliest entry of each token. -> (c, 1)"""
+    return signal.ids.gather(1, signal.probs.argmax(1, keepdim=True)).clamp_min(0)
+
+
+def _teacher_log_probs(
+    signal: DenseSignal | LogProbsSignal, temperature: float, vocabulary: VocabularySlice, *, like: Tensor
+) -> Tensor:
+    """At that temperature, of the mean of the teachers' probabilities. (c, V), of the dtype and on the device of `like`."""
+    if isinstance(signal, LogProbsSignal):
+        stored = torch.from_numpy(np.concatenate(signal.log_probs)[:, vocabulary.start : vocabulary.stop])
+        logits = sent(stored, like.device).to(like.dtype).mul_(signal.temperature / temperature)
+        vocabulary.log_softmax(logits, out=logits)
+        return logits
+    mean: Tensor | None = None
+    for features, weight in zip(signal.features, signal.weights, strict=True):
+        logits = torch.empty_like(like)
+        matmul_into(features, vocabulary.rows(weight).t(), out=logits)
+        vocabulary.log_softmax(logits.div_(temperature), out=logits)
+        mean = logits if mean is None else torch.logaddexp(mean, logits, out=mean)
+    assert mean is not None, "a dense signal has at least one teacher"
+    return mean.sub_(math.log(len(signal.features))) if len(signal.features) > 1 else mean
+
+
+def reference_linear_distillation(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    signal: Signal,
+    *,
+    terms: DistillationTerms,
+    chunk_tokens: int,
+    selected: Tensor | None,
+) -> DistillationSums:
+    """The same from all logits by autograd; `chunk_tokens` is not used."""
+    check_signal(signal, terms.divergence)
+    logits = F.linear(to_autocast_dtype(features), to_autocast_dtype(weight)).to(accum_dtype(features.dtype))  # (n, V)
+    log_probs, tempered_log_probs = F.log_softmax(logits, dim=1), F.log_softmax(logits / terms.temperature, dim=1)
+    if isinstance(signal, SparseSignal):
+        values, likeliest = reference_sparse_value(terms.divergence, tempered_log_probs, signal), _likeliest(signal)
+    else:
+        teacher = _reference_log_probs(signal, terms.temperature, logits.dtype)
+        values, likeliest = reference_value(terms.divergence, tempered_log_probs, teacher), teacher.argmax(1, keepdim=True)
+    weights = torch.ones_like(values) if selected is None else selected.to(values.dtype)
+    smoothing_per_token = terms.label_smoothing / (logits.shape[1] - 1)
+    nll = -log_probs.gather(1, labels.unsqueeze(1)).sum()
+    hard = (1 - terms.label_smoothing - smoothing_per_token) * nll - smoothing_per_token * log_probs.sum()
+    kd = terms.temperature**2 * (weights * values).sum()
+    loss = terms.hard_weight * hard + terms.kd_weight * kd
+    agreement = (likeliest == logits.argmax(1, keepdim=True)).sum().to(loss.dtype)
+    return DistillationSums(loss, hard.detach(), kd.detach(), nll.detach(), agreement, weights.sum())
+
+
+def _reference_log_probs(signal: DenseSignal | LogProbsSignal, temperature: float, dtype: torch.dtype) -> Tensor:
+    """(n, V): of the mean of the teachers' probabilities."""
+    if isinstance(signal, LogProbsSignal):
+        kept = torch.from_numpy(np.concatenate(signal.log_probs)).to(dtype)
+        return F.log_softmax(kept * signal.temperature / temperature, dim=1)
+    pairs = zip(signal.features, signal.weights, strict=True)
+    return torch.stack([F.softmax(F.linear(*pair).to(dtype) / temperature, dim=1) for pair in pairs]).mean(0).log()

@@ -1,0 +1,119 @@
+"""Vocabulary projections of two passes over the same tokens, cross-entropy and the divergence between the two, in one.
+
+R-Drop (Liang et al. 2021, "R-Drop: Regularized dropout for neural networks") runs each sentence twice with different dropout and
+keeps the two distributions p and q of every token together. Its paper's loss of a token is
+
+    CE(p) + CE(q) + alpha kl,    kl = (KL(p || q) + KL(q || p)) / 2 = 1/2 sum_v (p(v) - q(v)) (log p(v) - log q(v))
+
+and half of that is taken here, so that alpha = 0 is plain cross-entropy in expectation, while alpha weighs the same two terms
+against each other as in the paper. CE is label-smoothed, see `smoothing.py`. Every term of kl's last form is at least 0, so kl is
+exactly 0 if both passes have the same bits, and never less.
+
+With s(v) = log p(v) - log q(v), kl's gradient with respect to the logits of p is 1/2 (p - q + p (s - sum_v p(v) s(v))); that of q
+is its mirror image. Memory: some three times chunk_tokens x V in fp32, plus the gradients.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dstrain.ops.chunked_projection import TokenLosses, chunked_loss
+from dstrain.ops.mixed_precision import accum_dtype, to_autocast_dtype
+from dstrain.ops.token_loss.smoothing import LabelSmoothing
+from dstrain.ops.vocabulary import VocabularySlice
+
+
+class RDropSums(NamedTuple):
+    """() sums over tokens, in nats. loss: weighted, with gradient to features and weight; nll, the mean of both passes, and kl
+    have neither."""
+
+    loss: Tensor
+    nll: Tensor
+    kl: Tensor
+
+
+@dataclass(frozen=True)
+class TokenRDrop:
+    """Implements `TokenLoss` on labels (c, 1) and the logits of both passes (2, c, V). Figures: nll, kl."""
+
+    alpha: float
+    label_smoothing: float
+    num_figures = 2
+
+    def __call__(self, logits: Tensor, logit_sums: Tensor, labels: Tensor, vocabulary: VocabularySlice) -> TokenLosses:
+        """(2, c, V), (2, c, 1), (c, 1)"""
+        smoothing = LabelSmoothing.of(self.label_smoothing, vocabulary.vocab_size)
+        lse = torch.stack([vocabulary.log_softmax(own, out=own) for own in logits]).sum(0)
+        nll = torch.stack([vocabulary.gather(own, labels) for own in logits]).sum(0).neg_()
+        kl = self._divergence_(logits, vocabulary)
+        for own in logits:
+            vocabulary.add_at_(own, labels, -smoothing.confidence / 2)
+        loss = (smoothing.loss(nll, lse, logit_sums.sum(0)) + self.alpha * kl) / 2
+        return TokenLosses(loss, (nll / 2, kl), logits, smoothing.per_token / 2)
+
+    def _divergence_(self, log_probs: Tensor, vocabulary: VocabularySlice) -> Tensor:
+        """kl (c, 1). `log_probs` (2, c, V) become half of p + alpha (gradient of kl) of each pass."""
+        log_ratio = log_probs[0] - log_probs[1]  # (c, V)
+        probs = log_probs.exp_()
+        difference = probs[0] - probs[1]
+        kl = vocabulary.sum(difference * log_ratio) / 2
+        for own, sign in zip(probs, (1, -1), strict=True):
+            factor = (log_ratio - vocabulary.sum(own * log_ratio)).mul_(sign * self.alpha / 4).add_(0.5)
+            own.mul_(factor).add_(difference, alpha=sign * self.alpha / 4)
+        return kl
+
+
+def linear_r_drop(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float,
+    label_smoothing: float,
+    chunk_tokens: int,
+    token_weights: Tensor | None = None,
+    vocabulary: VocabularySlice | None = None,
+) -> RDropSums:
+    """All sums of the head of this file.
+
+    features: (2, N, E), both passes over N tokens; weight: (V, E); labels: (N,) int64 in [0, V). The rest as in `chunked_loss`.
+    """
+    loss_sum, (nll, kl) = chunked_loss(
+        features,
+        weight,
+        TokenRDrop(alpha, label_smoothing),
+        labels.unsqueeze(1),
+        chunk_tokens=chunk_tokens,
+        token_weights=token_weights,
+        vocabulary=vocabulary,
+    )
+    return RDropSums(loss_sum, nll.sum(), kl.sum())
+
+
+def reference_linear_r_drop(
+    features: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    alpha: float,
+    label_smoothing: float,
+    chunk_tokens: int,
+    token_weights: Tensor | None = None,
+) -> RDropSums:
+    """The same from all logits by autograd; `chunk_tokens` is not used."""
+    logits = F.linear(to_autocast_dtype(features), to_autocast_dtype(weight))  # (2, N, V)
+    log_probs = F.log_softmax(logits.to(accum_dtype(logits.dtype)), dim=-1)
+    nll = -log_probs.gather(2, labels.expand(2, -1).unsqueeze(2)).squeeze(2).sum(0)  # (N,)
+    smoothing_per_token = label_smoothing / (weight.shape[0] - 1)
+    hard = (1 - label_smoothing - smoothing_per_token) * nll - smoothing_per_token * log_probs.sum((0, 2))
+    p, q = log_probs
+    forward, backward = (F.kl_div(x, y, reduction="none", log_target=True).sum(1) for x, y in ((q, p), (p, q)))
+    kl = (forward + backward) / 2
+    loss = (hard + alpha * kl) / 2
+    loss_sum = (loss if token_weights is None else loss * token_weights).sum()
+    return RDropSums(loss_sum, (nll.sum() / 2).detach(), kl.sum().detach())
