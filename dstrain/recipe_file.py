@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from dstrain.engine.config import EngineConfig
@@ -19,22 +18,10 @@ from dstrain.errors import RecipeError, nearest
 from dstrain.models.presets import PRESETS
 from dstrain.recipe import RECIPE_VERSION, Recipe
 from dstrain.storage.explain import explain
+from dstrain.storage.parsing import dump_yaml, parse_yaml, read_tree
 
 SHIPPED = Path(__file__).parent / "recipes"
 Tree = dict[str, Any]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML without silent surprises: a key given twice is an error."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
 
 
 def recipe_names() -> list[str]:
@@ -88,7 +75,7 @@ def recipe_tree(recipe: Recipe) -> Tree:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML that `load_recipe` reads back."""
-    return yaml.safe_dump(recipe_tree(recipe), sort_keys=False, allow_unicode=True, width=120)
+    return dump_yaml(recipe_tree(recipe), width=120)
 
 
 def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
@@ -145,11 +132,11 @@ def _find(name_or_path: str, beside: Path | None = None) -> Path:
 
 def _read(path: Path) -> Tree:
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
+        tree = read_tree(path)
+    except ValueError as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}; mend the file") from None
     except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}; make it readable") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}")
     return tree
@@ -161,8 +148,8 @@ def _override(tree: Tree, override: str) -> None:
     if not equals or not all(keys):
         raise RecipeError(f"--set {override}: write it as section.key=value")
     try:
-        value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError:
+        value = parse_yaml(text)
+    except ValueError:
         raise RecipeError(f"--set {override}: {text!r} is not a YAML value; quote it") from None
     place: Any = tree
     for depth, key in enumerate(keys[:-1]):

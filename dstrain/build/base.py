@@ -16,7 +16,6 @@ from dstrain.adapters.freeze import freeze
 from dstrain.adapters.lora import inject
 from dstrain.batch import Batch
 from dstrain.checkpoint.bundle import StoredBundle, find_bundle, load_bundle
-from dstrain.checkpoint.files import together
 from dstrain.data.prepared.manifest import Manifest
 from dstrain.errors import BundleError, TrainingError
 from dstrain.evaluation.validator import Evaluates, WholeModel
@@ -25,6 +24,7 @@ from dstrain.models.factory import Model, build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
+from dstrain.parallel.errors import raise_on_all_ranks
 from dstrain.parallel.mesh import Mesh
 from dstrain.protocols import WeightSource
 from dstrain.training.run_directory import recipe_differences
@@ -83,7 +83,7 @@ def check_reloaded(directory: Path, engine: Evaluates, batch: Batch, mesh: Mesh,
                 f"training and of {reloaded:.6g} after reloading; do not use it, and report this with its recipe"
             )
 
-    together(mesh.world, TrainingError, f"reading {directory} back", compare)
+    raise_on_all_ranks(mesh.world, TrainingError, f"reading {directory} back", compare)
 
 
 def _without(keys: Set[str], tree: Any) -> Any:

@@ -14,14 +14,12 @@ still cut text into the same pieces: a permuted vocabulary, or a larger one of w
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from dstrain.checkpoint.bundle import BundleDescription, find_bundle, load_bundle
 from dstrain.config_base import Precision
@@ -36,6 +34,11 @@ from dstrain.engine.teacher_engine import Placement, TeacherEngine, VocabularyMa
 from dstrain.errors import BundleError, DataError
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.parallel.mesh import Mesh
+from dstrain.storage.hashing import sha256_of_file
+from dstrain.storage.parsing import parse_json, parse_yaml, read_text
+
+MAX_MAP_BYTES = 1 << 24
+MAX_MAP_VALUES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def plan_teachers(
         vocabulary, fingerprint = None, stored.fingerprint
         if not same and options.vocabulary_map is not None:
             vocabulary = read_vocabulary_map(options.vocabulary_map, sizes, description.vocabulary)
-            fingerprint += hashlib.sha256(options.vocabulary_map.read_bytes()).hexdigest()
+            fingerprint += sha256_of_file(options.vocabulary_map)
         planned.append(PlannedTeacher(directory, description.model, fingerprint, vocabulary))
     if options.vocabulary_map is not None and all(teacher.vocabulary is None for teacher in planned):
         raise DataError("--vocabulary-map is not needed: every teacher has the vocabulary of the data; leave it out")
@@ -132,8 +135,9 @@ def signals_of(engines: Sequence[TeacherEngine]) -> TeacherSignals | None:
 def read_vocabulary_map(path: Path, student: VocabularySizes, teacher: VocabularySizes) -> VocabularyMap:
     """Read a map as the head of this file shows it. DataError: unreadable, of other sizes, not one to one, special ids astray."""
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        text = read_text(path, MAX_MAP_BYTES)
+        content = parse_json(text, MAX_MAP_VALUES) if path.suffix == ".json" else parse_yaml(text, MAX_MAP_VALUES)
+    except (OSError, ValueError) as error:
         raise DataError(f"--vocabulary-map {path} cannot be read: {error}; give a YAML or JSON file") from error
     if not isinstance(content, dict) or "source" not in content or set(content) - {"source", "target"}:
         raise DataError(f"--vocabulary-map {path} must hold the lists `source` and, unless it is the same, `target`")

@@ -4,13 +4,12 @@
     BUNDLE/adapter/adapter.safetensors  A, B and trained biases by canonical name
     BUNDLE/recipe.yaml                  the recipe that the adapter was trained by, if any
 
-The base is a bundle, which may be an adapter bundle itself. Its fingerprint stands for the weights that the adapter was trained
-on: the checksum of a plain bundle's weights, and with each adapter on the way a hash over it and what lies below.
+The base is a bundle, which may be an adapter bundle itself; it is known by its fingerprint (`StoredBundle.fingerprint`). Adapters
+that were written before bundles had one fingerprint know the base's weights only, and are still read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,24 +17,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.adapters.lora import merged, unmatched_keys
-from dstrain.checkpoint.files import sha256
 from dstrain.config_base import Config
 from dstrain.errors import BundleError
+from dstrain.storage.document import DocumentFormat, Sha256
+from dstrain.storage.hashing import sha256_of_file, sha256_of_text
 
 FORMAT = 1
-ADAPTER, DESCRIPTION, WEIGHTS = "adapter", "adapter.yaml", "adapter.safetensors"
+ADAPTER, ADAPTER_YAML, WEIGHTS = "adapter", "adapter.yaml", "adapter.safetensors"
 
 
 class BaseReference(Config):
-    """path: of the base bundle, absolute or from the adapter bundle's directory. fingerprint: of its weights."""
+    """path: of the base bundle, absolute or from the adapter bundle's directory. fingerprint: which model it is."""
 
     path: str
     fingerprint: str
@@ -47,8 +46,13 @@ class AdapterDescription(Config):
     format: int
     adapter: AdapterConfig
     base: BaseReference
-    sha256: str
+    sha256: Sha256
     notes: dict[str, Any] = Field(default_factory=dict)
+
+
+ADAPTER_FORMAT = DocumentFormat(
+    AdapterDescription, "description of an adapter", BundleError, "restore it from a copy", version_field="format", version=FORMAT
+)
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,24 @@ class StoredAdapter:
     @property
     def file(self) -> Path:
         """adapter.yaml."""
-        return self.directory / ADAPTER / DESCRIPTION
+        return self.directory / ADAPTER / ADAPTER_YAML
 
-    def fingerprint_on(self, base: str) -> str:
-        """The fingerprint of this adapter on a base of that fingerprint. BundleError where it was trained on another one."""
+    def check_base(self, base: str, weights_id: str) -> None:
+        """BundleError if the adapter was trained on another model than that of fingerprint `base`.
+
+        weights_id: of the base, by which adapters of an earlier version know it.
+        """
         expected = self.description.base.fingerprint
-        if base != expected:
+        if expected not in (base, weights_id):
             raise BundleError(
-                f"{self.file}: base.fingerprint = {expected[:12]}, but the weights of {self.base} have {base[:12]}: the adapter "
+                f"{self.file}: base.fingerprint = {expected[:12]}, but {self.base} has {base[:12]}: the adapter "
                 "was trained on another base; let base.path name that one"
             )
+
+    def weights_id_on(self, weights_id: str) -> str:
+        """What identifies the weights of a base together with this adapter."""
         settings = json.dumps(self.description.adapter.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(f"{base} {self.description.sha256} {settings}".encode()).hexdigest()
+        return sha256_of_text(f"{weights_id} {self.description.sha256} {settings}")
 
     def check_names(self, base: Iterable[str]) -> None:
         """BundleError if a tensor of the adapter belongs to none of the base's, given by name."""
@@ -101,7 +111,7 @@ class StoredAdapter:
 
 def is_adapter(directory: Path) -> bool:
     """Whether a directory is an adapter bundle."""
-    return (directory / ADAPTER / DESCRIPTION).is_file()
+    return (directory / ADAPTER / ADAPTER_YAML).is_file()
 
 
 def adapters_of(directory: Path) -> tuple[Path, tuple[StoredAdapter, ...]]:
@@ -120,20 +130,11 @@ def adapters_of(directory: Path) -> tuple[Path, tuple[StoredAdapter, ...]]:
 
 def read_adapter(directory: Path) -> StoredAdapter:
     """The adapter in a bundle directory, without its base. BundleError: a file is missing, malformed or altered."""
-    path, weights_path = directory / ADAPTER / DESCRIPTION, directory / ADAPTER / WEIGHTS
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        description = AdapterDescription.model_validate(content)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BundleError(f"{path} cannot be read: {error}; restore it from a copy") from error
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise BundleError(f"{path} does not describe an adapter: {problems}; restore the file from a copy") from error
-    if description.format != FORMAT:
-        raise BundleError(f"{path}: format {description.format}, this dstrain reads {FORMAT}; use the version that wrote it")
+    weights_path = directory / ADAPTER / WEIGHTS
+    description = ADAPTER_FORMAT.read(directory / ADAPTER / ADAPTER_YAML)
     if not weights_path.is_file():
         raise BundleError(f"{weights_path} is missing: the bundle is incomplete; restore it from a copy")
-    if sha256(weights_path) != description.sha256:
+    if sha256_of_file(weights_path) != description.sha256:
         raise BundleError(f"{weights_path}: the file was altered after it was written (checksum); restore it from a copy")
     try:
         return StoredAdapter(directory, description, load_file(weights_path))
@@ -148,9 +149,9 @@ def write_adapter(
     folder = directory / ADAPTER
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
-    description = AdapterDescription(format=FORMAT, adapter=config, base=base, sha256=sha256(folder / WEIGHTS), notes=dict(notes))
-    text = yaml.safe_dump(description.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    (folder / DESCRIPTION).write_text(text, encoding="utf-8")
+    checksum = sha256_of_file(folder / WEIGHTS)
+    description = AdapterDescription(format=FORMAT, adapter=config, base=base, sha256=checksum, notes=dict(notes))
+    ADAPTER_FORMAT.write(folder / ADAPTER_YAML, description)
     stored = read_adapter(directory)
     same = stored.weights.keys() == weights.keys() and all(torch.equal(stored.weights[name], weights[name]) for name in weights)
     if not same or stored.description != description:

@@ -13,10 +13,7 @@ costs a pass over the file.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,13 +35,16 @@ from dstrain.checkpoint.adapter_files import (
     is_adapter,
     write_adapter,
 )
-from dstrain.checkpoint.files import replace_directory, sha256, sync
 from dstrain.config_base import Config
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
-from dstrain.errors import BundleError
+from dstrain.errors import BundleError, StorageError
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
 from dstrain.models.weights import TensorSource, check_canonical, load_canonical, parameter_layouts
+from dstrain.storage.atomic import atomic_directory, complete_version, write_file
+from dstrain.storage.document import DocumentFormat, Sha256, read_mapping
+from dstrain.storage.hashing import sha256_of_file, sha256_of_json
+from dstrain.storage.parsing import dump_yaml
 
 FORMAT = 1
 MODEL, WEIGHTS, TOKENIZER, RECIPE = "model.yaml", "model.safetensors", "tokenizer", "recipe.yaml"
@@ -57,16 +56,22 @@ class BundleDescription(Config):
     format: int
     model: ModelConfig
     vocabulary: VocabularySizes
-    sha256: str
+    sha256: Sha256
     tokenizer: str | None
     notes: dict[str, Any] = Field(default_factory=dict)
+
+
+REMEDY = "restore it from a copy of the bundle"
+DESCRIPTION = DocumentFormat(
+    BundleDescription, "description of a model", BundleError, REMEDY, version_field="format", version=FORMAT
+)
 
 
 @dataclass(frozen=True)
 class Bundle:
     """What a bundle directory holds, ready for use; the model is in evaluation mode, an adapter is merged into it.
 
-    adapters: how many, one over the other.
+    adapters: how many, one over the other. fingerprint: see `StoredBundle`.
     """
 
     model: Model
@@ -77,6 +82,7 @@ class Bundle:
     notes: dict[str, Any]
     directory: Path
     adapters: int
+    fingerprint: str
 
 
 def save_bundle(
@@ -101,16 +107,16 @@ def save_bundle(
         if tokenizers is not None:
             save_tokenizers(tokenizers, fresh / TOKENIZER)
         if recipe is not None:
-            _write_yaml(fresh / RECIPE, dict(recipe))
+            write_file(fresh / RECIPE, dump_yaml(dict(recipe)).encode())
         description = BundleDescription(
             format=FORMAT,
             model=model_config,
             vocabulary=vocabulary,
-            sha256=sha256(fresh / WEIGHTS),
+            sha256=sha256_of_file(fresh / WEIGHTS),
             tokenizer=None if tokenizers is None else tokenizers.fingerprint,
             notes=dict(notes or {}),
         )
-        _write_yaml(fresh / MODEL, description.model_dump(mode="json"))
+        DESCRIPTION.write(fresh / MODEL, description)
 
 
 def save_adapter_bundle(
@@ -132,26 +138,19 @@ def save_adapter_bundle(
         reference = BaseReference(path=str(path), fingerprint=base.fingerprint)
         write_adapter(fresh, config=adapter, base=reference, weights=weights, notes=notes)
         if recipe is not None:
-            _write_yaml(fresh / RECIPE, dict(recipe))
+            write_file(fresh / RECIPE, dump_yaml(dict(recipe)).encode())
 
 
 @contextmanager
 def fresh_directory(directory: Path) -> Iterator[Path]:
-    """An empty directory to write a bundle into, which is on the disk and in the place of `directory` after the context."""
+    """`atomic_directory` for a bundle. BundleError if it cannot be written, or `directory` holds anything but a bundle."""
     directory = directory.resolve()
     _refuse_to_replace_others(directory)
-    fresh = directory.with_name(f".{directory.name}.new")
-    shutil.rmtree(fresh, ignore_errors=True)
     try:
-        fresh.mkdir(parents=True)
-        yield fresh
-        for path in (*fresh.rglob("*"), fresh):
-            sync(path)
-        replace_directory(fresh, directory)
-    except (OSError, SafetensorError) as error:
+        with atomic_directory(directory) as fresh:
+            yield fresh
+    except (OSError, SafetensorError, StorageError) as error:
         raise BundleError(f"cannot write the bundle {directory}: {error}; free some space or choose another --output") from error
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,8 @@ class StoredBundle:
 
     root: the plain bundle that it is or rests on.
 
-    description: of the root. adapters: over it, lowest first. notes: of the bundle itself. fingerprint: stands for the weights,
-    adapters included; see adapter_files.py.
+    description: of the root. adapters: over it, lowest first. notes: of the bundle itself. fingerprint: which model this is,
+    SHA-256 over architecture, vocabulary, weights and adapters.
     """
 
     directory: Path
@@ -213,23 +212,26 @@ class StoredBundle:
     def recipe(self) -> dict[str, Any] | None:
         """The recipe that the bundle was trained by, if it has one."""
         path = self.directory / RECIPE
-        return _read_yaml(path) if path.exists() else None
+        return read_mapping(path, error=BundleError, remedy=REMEDY) if path.exists() else None
 
 
 def find_bundle(directory: Path) -> StoredBundle:
     """A bundle and, for an adapter bundle, what it rests on. BundleError as `load_bundle`, before weights are read."""
-    directory = _whole(Path(directory))
+    directory = complete_version(Path(directory))
     root, adapters = adapters_of(directory)
-    description = read_description(root)
+    tree = _description_tree(root)
+    description = DESCRIPTION.validate(tree, root / MODEL)
     weights = root / WEIGHTS
     _require(weights)
-    if sha256(weights) != description.sha256:
+    if sha256_of_file(weights) != description.sha256:
         raise BundleError(f"{weights}: the file was altered after it was written (checksum); restore it from a copy")
-    fingerprint = description.sha256
+    model = [tree["model"], tree["vocabulary"]]  # as they are in the file: defaults of later versions change nothing
+    weights_id: str = description.sha256
     for adapter in adapters:
-        fingerprint = adapter.fingerprint_on(fingerprint)
+        adapter.check_base(sha256_of_json([*model, weights_id]), weights_id)
+        weights_id = adapter.weights_id_on(weights_id)
     notes = adapters[-1].description.notes if adapters else description.notes
-    return StoredBundle(directory, root, description, adapters, notes, fingerprint)
+    return StoredBundle(directory, root, description, adapters, notes, sha256_of_json([*model, weights_id]))
 
 
 def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundle:
@@ -254,24 +256,20 @@ def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundl
         notes=stored.notes,
         directory=stored.directory,
         adapters=len(stored.adapters),
+        fingerprint=stored.fingerprint,
     )
 
 
 def read_description(directory: Path) -> BundleDescription:
     """model.yaml alone, without the weights. BundleError if it is missing, malformed or of another format."""
+    return DESCRIPTION.validate(_description_tree(directory), directory / MODEL)
+
+
+def _description_tree(directory: Path) -> dict[str, Any]:
     path = directory / MODEL
-    if not path.is_file():
+    if not path.exists():
         raise BundleError(f"{directory} is not a bundle: it has no {MODEL}; name a directory that training or import has written")
-    content = _read_yaml(path)
-    if content.get("format") != FORMAT:
-        raise BundleError(
-            f"{path}: format {content.get('format')!r}, this dstrain reads {FORMAT}; use the dstrain version that wrote it"
-        )
-    try:
-        return TypeAdapter(BundleDescription).validate_python(content)
-    except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
-        raise BundleError(f"{path} does not describe a model: {problems}; restore the file from a copy") from error
+    return DESCRIPTION.read_tree(path)
 
 
 def is_bundle(directory: Path) -> bool:
@@ -279,25 +277,11 @@ def is_bundle(directory: Path) -> bool:
     return (directory / MODEL).is_file() or is_adapter(directory)
 
 
-def bundle_fingerprint(directory: Path) -> str:
-    """SHA-256 over architecture, vocabulary and all weights, adapters included: which model this is."""
-    stored = find_bundle(directory)
-    content = _read_yaml(stored.root / MODEL)
-    facts = json.dumps([content["model"], content["vocabulary"], stored.fingerprint], sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()
-
-
 def _refuse_to_replace_others(directory: Path) -> None:
     if directory.is_dir() and (is_bundle(directory) or not any(directory.iterdir())):
         return
     if directory.exists():
         raise BundleError(f"{directory} exists and is not a bundle, so it is not replaced; choose another place")
-
-
-def _whole(directory: Path) -> Path:
-    """The directory, or the one it was about to replace where a kill came between two renames."""
-    previous = directory.with_name(f".{directory.name}.old")
-    return previous if previous.is_dir() and not directory.exists() else directory
 
 
 def _read_tokenizers(directory: Path, description: BundleDescription) -> TokenizerPair | None:
@@ -319,17 +303,3 @@ def _own_memory(tensor: Tensor) -> Tensor:
     """A tensor that safetensors can write: contiguous, sharing memory with no other."""
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
-
-
-def _write_yaml(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BundleError(f"{path} cannot be read: {error}; restore it from a copy") from error
-    if not isinstance(content, dict):
-        raise BundleError(f"{path} holds no mapping; restore it from a copy")
-    return content

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dstrain.checkpoint.bundle import bundle_fingerprint, find_bundle, load_bundle
+from dstrain.checkpoint.bundle import find_bundle, load_bundle
 from dstrain.models.config import EncoderDecoderConfig
 
 
@@ -23,5 +23,5 @@ def describe_bundle(directory: Path) -> list[str]:
         f"vocabulary: {bundle.vocabulary.source:,} source and {bundle.vocabulary.target:,} target types; tokenizer {tokenizer}",
         f"recipe: {description}",
         f"notes: {notes}",
-        f"fingerprint {bundle_fingerprint(directory)[:12]}; the checksum of the weights is right",
+        f"fingerprint {bundle.fingerprint[:12]}; the checksum of the weights is right",
     ]

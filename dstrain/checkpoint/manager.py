@@ -15,7 +15,6 @@ be visible to all ranks.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -26,10 +25,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dstrain.checkpoint.files import sha256, sync, together, write_durably
-from dstrain.errors import CheckpointError
+from dstrain.errors import CheckpointError, DstrainError
 from dstrain.log import logger
+from dstrain.parallel.errors import raise_on_all_ranks
 from dstrain.protocols import Ranks, Shardable
+from dstrain.storage.atomic import sync, write_file
+from dstrain.storage.hashing import sha256_of_file, sha256_of_json
 
 R = TypeVar("R")
 FORMAT = 1
@@ -86,7 +87,7 @@ class CheckpointManager:
             gathered = self.ranks.gather_objects(entries)
             manifest = {"format": FORMAT, "step": step, "world_size": self.ranks.size, "state": dict(state)}
             self._on_first_rank(doing, partial(_publish, aside, final, manifest, gathered))
-        except CheckpointError as error:
+        except DstrainError as error:
             if self.ranks.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             kept = f"the last complete checkpoint is {self.latest}" if self.latest else "no checkpoint was complete before it"
@@ -123,10 +124,10 @@ class CheckpointManager:
         return None
 
     def _on_all_ranks(self, doing: str, action: Callable[[], R]) -> R:
-        return together(self.ranks, CheckpointError, doing, action)
+        return raise_on_all_ranks(self.ranks, CheckpointError, doing, action)
 
     def _on_first_rank(self, doing: str, action: Callable[[], object]) -> None:
-        together(self.ranks, CheckpointError, doing, action if self.ranks.rank == 0 else lambda: None)
+        raise_on_all_ranks(self.ranks, CheckpointError, doing, action if self.ranks.rank == 0 else lambda: None)
 
     def _warn(self, text: str) -> None:
         if self.ranks.rank == 0:
@@ -194,7 +195,7 @@ def _seal(directory: Path, ranks: Ranks) -> list[FileEntry]:
     share = _files(directory)[ranks.rank :: ranks.size]
     for name in share:
         sync(directory / name)
-    return [FileEntry(name, (directory / name).stat().st_size, sha256(directory / name)) for name in share]
+    return [FileEntry(name, (directory / name).stat().st_size, sha256_of_file(directory / name)) for name in share]
 
 
 def _publish(aside: Path, final: Path, manifest: dict[str, Any], entries: list[list[FileEntry]]) -> None:
@@ -202,7 +203,7 @@ def _publish(aside: Path, final: Path, manifest: dict[str, Any], entries: list[l
     if [entry["name"] for entry in files] != _files(aside):
         raise OSError(f"the ranks see different files in {aside}: the shared file system lags behind")
     content = {**manifest, "files": files}
-    write_durably(aside / MANIFEST, json.dumps({**content, "sha256": _checksum(content)}, indent=1, allow_nan=False).encode())
+    write_file(aside / MANIFEST, json.dumps({**content, "sha256": _checksum(content)}, indent=1, allow_nan=False).encode())
     for folder in (path for path in aside.rglob("*") if path.is_dir()):
         sync(folder)
     sync(aside)
@@ -210,7 +211,7 @@ def _publish(aside: Path, final: Path, manifest: dict[str, Any], entries: list[l
         shutil.rmtree(final)
     os.rename(aside, final)  # noqa: PTH104
     sync(final.parent)
-    write_durably(final.parent / POINTER, f"{final.name}\n".encode())
+    write_file(final.parent / POINTER, f"{final.name}\n".encode())
 
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
@@ -231,7 +232,7 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def _checksum(manifest: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    return sha256_of_json(manifest)
 
 
 def _problem(directory: Path, entry: FileEntry) -> str | None:
@@ -243,6 +244,6 @@ def _problem(directory: Path, entry: FileEntry) -> str | None:
         return (
             f"truncated file {entry.name}: {size} of {entry.size} bytes" if size < entry.size else f"file {entry.name} has grown"
         )
-    if sha256(path) != entry.sha256:
+    if sha256_of_file(path) != entry.sha256:
         return f"hash mismatch in {entry.name}: its bytes are not those that were written"
     return None

@@ -57,7 +57,7 @@ def load_teacher_source(teacher: Path, data: Path, split: str, device: str, prec
     DataError or BundleError where they do not fit together or cannot be read.
     """
     from dstrain.api import usable_device
-    from dstrain.checkpoint.bundle import bundle_fingerprint, load_bundle
+    from dstrain.checkpoint.bundle import load_bundle
     from dstrain.data.prepared.dataset import open_dataset
     from dstrain.data.prepared.manifest import load_manifest
     from dstrain.engine.teacher_engine import DTYPES
@@ -75,4 +75,4 @@ def load_teacher_source(teacher: Path, data: Path, split: str, device: str, prec
     bundle.model.to(DTYPES[precision])
     dataset = open_dataset(data, split)
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
-    return TeacherSource(bundle, bundle.tokenizers, chosen, bundle_fingerprint(teacher), manifest, dataset)
+    return TeacherSource(bundle, bundle.tokenizers, chosen, bundle.fingerprint, manifest, dataset)

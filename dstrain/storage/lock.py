@@ -15,16 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+from weakref import WeakValueDictionary
 
 from dstrain.errors import DstrainError, StorageError
 from dstrain.log import logger
 
 LOCK_FILE = ".lock"
-_held: set[Path] = set()
 
 
 class OutputLock:
-    """A lock that is held until `release`."""
+    """A lock that is held until `release`, or until this object is collected."""
 
     def __init__(self, file: IO[str], path: Path) -> None:
         self._file = file
@@ -33,9 +33,12 @@ class OutputLock:
     def release(self) -> None:
         """Let other processes write into the directory. Calling it again does nothing."""
         if not self._file.closed:
-            _held.discard(self._path)
+            _held.pop(self._path, None)
             self._path.unlink(missing_ok=True)  # while it is still locked: whoever waits for this file looks for a new one
             self._file.close()
+
+
+_held: WeakValueDictionary[Path, OutputLock] = WeakValueDictionary()
 
 
 def lock_output(directory: Path, *, busy: Callable[[str], DstrainError]) -> OutputLock:
@@ -64,8 +67,8 @@ def lock_output(directory: Path, *, busy: Callable[[str], DstrainError]) -> Outp
         file.flush()
     except OSError as error:
         raise StorageError(f"--output {directory}: {error.strerror}; choose a directory that can be written") from error
-    _held.add(path)
-    return OutputLock(file, path)
+    lock = _held[path] = OutputLock(file, path)
+    return lock
 
 
 @contextmanager

@@ -61,12 +61,16 @@ def parse_json(text: str, max_values: int = MAX_JSON_VALUES) -> Any:
     return tree
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, max_values: int = MAX_YAML_VALUES) -> Any:
     """The values of a YAML text. Raises ValueError that says what is wrong, with the line if it is known."""
     try:
-        return yaml.load(text, Loader=_BoundedLoader)
+        return _BoundedLoader(text, max_values).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        raise ValueError(position + ", ".join(filter(None, (error.context, error.problem)))) from error
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def dump_yaml(tree: Any, *, width: int = 80) -> str:
@@ -116,8 +120,9 @@ def _items(value: dict[str, Any] | list[Any]) -> Any:
 class _BoundedLoader(yaml.SafeLoader):
     """PyYAML's loader with the bounds of this module. They are checked while nodes are composed, before any value is made."""
 
-    def __init__(self, stream: str) -> None:
-        super().__init__(stream)
+    def __init__(self, text: str, max_values: int) -> None:
+        super().__init__(text)
+        self._max_values = max_values
         self._depth = 0
         self._values = 0
         self._values_under: dict[int, int] = {}  # by id of a finished node; the composer keeps all nodes alive
@@ -142,8 +147,8 @@ class _BoundedLoader(yaml.SafeLoader):
 
     def _count(self, values: int, event: Any) -> None:
         self._values += values
-        if self._values > MAX_YAML_VALUES:
-            problem = f"more than {MAX_YAML_VALUES:,} values, aliases expanded"
+        if self._values > self._max_values:
+            problem = f"more than {self._max_values:,} values, aliases expanded"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:

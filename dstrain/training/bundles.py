@@ -6,7 +6,6 @@ they cost no space. A folder appears whole or not at all.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -15,13 +14,14 @@ from typing import Any
 
 from torch import Tensor
 
-from dstrain.checkpoint.files import replace_directory, restore_directories, together
 from dstrain.errors import TrainingError
+from dstrain.parallel.errors import raise_on_all_ranks
 from dstrain.protocols import Ranks
+from dstrain.storage.atomic import atomic_directory, link_or_copy, restore_directories
 
 STEP_NAME = re.compile(r"step_\d{8,}")
 SaveBundle = Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], None]
-"""Writes a bundle into a directory that does not exist yet: (directory, canonical weights, notes)."""
+"""Writes a bundle into an empty directory: (directory, canonical weights, notes)."""
 
 
 class BundleStore:
@@ -41,13 +41,13 @@ class BundleStore:
         self._save = save
 
     def recover(self) -> None:
-        """Mend what an earlier process left half done."""
-        together(self.ranks, TrainingError, f"clearing {self.directory}", self._recover)
+        """Undo what an earlier process left unfinished."""
+        raise_on_all_ranks(self.ranks, TrainingError, f"clearing {self.directory}", self._recover)
 
     def write(self, names: Sequence[str], notes: Mapping[str, Any]) -> None:
         """Write the present weights under each of `names`. Raises TrainingError on every rank where rank 0 fails."""
         weights = self._gather()
-        together(
+        raise_on_all_ranks(
             self.ranks,
             TrainingError,
             f"writing the bundle {self.directory / names[0]}",
@@ -59,35 +59,24 @@ class BundleStore:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         first, *others = names
-        aside = self.directory / f".{first}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            self._save(aside, weights, notes)
-            replace_directory(aside, self.directory / first)
-            for name in others:
-                aside = self.directory / f".{name}.tmp"
-                shutil.rmtree(aside, ignore_errors=True)
-                shutil.copytree(self.directory / first, aside, copy_function=_link)
-                replace_directory(aside, self.directory / name)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with atomic_directory(self.directory / first) as draft:
+            self._save(draft, weights, notes)
+        for name in others:
+            with atomic_directory(self.directory / name) as draft:
+                shutil.copytree(self.directory / first, draft, copy_function=_link, dirs_exist_ok=True)
         for path in step_bundles(self.directory)[: -self.keep]:
             shutil.rmtree(path)
 
     def _recover(self) -> None:
         if self.ranks.rank == 0 and self.directory.is_dir():
-            for pattern in (".*.tmp", "..*.new*"):
+            for pattern in ("..*", ".*.new"):  # in this order: a draft within a draft has the longer name
                 for path in self.directory.glob(pattern):
                     shutil.rmtree(path)
             restore_directories(self.directory)
 
 
 def _link(source: str, target: str) -> None:
-    """A hard link, or a copy on file systems that have none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    link_or_copy(Path(source), Path(target))
 
 
 def step_bundles(directory: Path) -> list[Path]:

@@ -12,12 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dstrain.checkpoint.files import write_durably
 from dstrain.errors import TrainingError
+from dstrain.storage.atomic import write_file
+from dstrain.storage.document import read_mapping
+from dstrain.storage.parsing import dump_yaml
 from dstrain.training.events import read_events
 
 Events = Sequence[Mapping[str, Any]]
@@ -49,10 +50,11 @@ def write_report(run: Path, output: Path) -> tuple[Path, Path]:
     output.mkdir(parents=True, exist_ok=True)
     picture = draw(events, title=run.resolve().name)
     recipe = run / "recipe.yaml"
-    tree = yaml.safe_load(recipe.read_text(encoding="utf-8")) if recipe.is_file() else {}
+    remedy = "restore it, or remove it to draw the curves without it"
+    tree = read_mapping(recipe, error=TrainingError, remedy=remedy) if recipe.is_file() else {}
     png, page = output / "report.png", output / "report.html"
-    write_durably(png, picture)
-    write_durably(page, render_page(run.resolve().name, events, tree, picture).encode())
+    write_file(png, picture)
+    write_file(page, render_page(run.resolve().name, events, tree, picture).encode())
     return png, page
 
 
@@ -127,7 +129,7 @@ def render_page(name: str, events: Events, recipe: Any, picture: bytes) -> str:
         f"<tr><th>{html.escape(key)}</th><td>{html.escape(value)}</td></tr>" for key, value in summary(events).items()
     )
     titles = "; ".join(name for name, _ in _panels(events))
-    tree = html.escape(yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True)) if recipe else "(no recipe.yaml)"
+    tree = html.escape(dump_yaml(recipe)) if recipe else "(no recipe.yaml)"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}</title>
 <style>

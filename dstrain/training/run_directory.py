@@ -13,22 +13,23 @@ what it keeps, or how a step's work is cut up, but not what the run computes. Ev
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import socket
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import yaml
-
-from dstrain.checkpoint.files import together, write_durably
+from dstrain.config_base import Config
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.log import logger
+from dstrain.parallel.errors import raise_on_all_ranks
 from dstrain.protocols import Ranks
+from dstrain.storage.atomic import write_file
+from dstrain.storage.document import DocumentFormat, read_mapping
+from dstrain.storage.lock import OutputLock, lock_output
+from dstrain.storage.parsing import dump_yaml
 
 FORMAT = 1
 Upgrade = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -48,13 +49,28 @@ OWN_FILES = {".lock", "run.json", "run.json.tmp", "recipe.yaml.tmp"}
 """What a run that was killed while it was made may have left."""
 
 
+class RunDescription(Config):
+    """run.json. data: fingerprint of the prepared data; teachers: of all that teaches."""
+
+    format: int
+    run_id: str
+    data: str
+    teachers: tuple[str, ...] = ()
+
+
+REMEDY = "restore it, or choose another --output"
+RUN_FORMAT = DocumentFormat(
+    RunDescription, "description of a run", CheckpointError, REMEDY, version_field="format", version=FORMAT
+)
+
+
 @dataclass
 class Run:
     """An open run. run_id: the same over all resumes. Closing it lets go of the lock."""
 
     directory: Path
     run_id: str
-    _lock: IO[str] | None = None
+    _lock: OutputLock | None = None
 
     @property
     def checkpoints(self) -> Path:
@@ -69,7 +85,7 @@ class Run:
     def close(self) -> None:
         """Let go of the lock; another training may then open the run."""
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
             self._lock = None
 
 
@@ -95,7 +111,7 @@ def open_run(
         if ranks.rank == 0:
             run._lock, run.run_id = _open(directory, recipe, {"data": data, "teachers": list(teachers)}, upgrade)
 
-    together(ranks, TrainingError, f"opening {directory}", on_first_rank)
+    raise_on_all_ranks(ranks, TrainingError, f"opening {directory}", on_first_rank)
     run.run_id = ranks.broadcast_object(run.run_id)
     return run
 
@@ -127,51 +143,45 @@ def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, list(tree) if isinstance(tree, tuple) else tree
 
 
-def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], upgrade: Upgrade) -> tuple[IO[str], str]:
+def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], upgrade: Upgrade) -> tuple[OutputLock, str]:
     recipe_file = directory / "recipe.yaml"
     if directory.exists() and not directory.is_dir():
         raise TrainingError(f"--output {directory} is a file; name a directory")
-    strangers = sorted({path.name for path in directory.iterdir()} - OWN_FILES) if directory.is_dir() else []
-    if strangers and not recipe_file.is_file():
+    others = sorted({path.name for path in directory.iterdir()} - OWN_FILES) if directory.is_dir() else []
+    if others and not recipe_file.is_file():
         raise TrainingError(
-            f"--output {directory} is no run (it has no recipe.yaml) and not empty (it holds {', '.join(strangers[:3])}): "
+            f"--output {directory} is no run (it has no recipe.yaml) and not empty (it holds {', '.join(others[:3])}): "
             "name a new directory, or that of an earlier run"
         )
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = _lock(directory / ".lock")
+    lock = lock_output(directory, busy=partial(_busy, directory))
+    try:
+        return lock, _begin_or_resume(directory, recipe, facts, upgrade)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _begin_or_resume(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], upgrade: Upgrade) -> str:
+    """The run's id."""
+    recipe_file = directory / "recipe.yaml"
     if recipe_file.is_file() and _has_begun(directory):
         _check_recipe(recipe_file, recipe, upgrade)
-        return lock, _run_id(directory / "run.json", facts)
+        return _run_id(directory / "run.json", facts)
     run_id = uuid.uuid4().hex[:16]
-    write_durably(directory / "run.json", json.dumps({"format": FORMAT, "run_id": run_id, **facts}).encode())
-    write_durably(recipe_file, yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True).encode())
-    return lock, run_id
+    RUN_FORMAT.write(directory / "run.json", RunDescription(format=FORMAT, run_id=run_id, **facts))
+    write_file(recipe_file, dump_yaml(_plain(recipe)).encode())
+    return run_id
 
 
-def _lock(path: Path) -> IO[str]:
-    """POSIX record locks: they vanish with the process, and work on network file systems."""
-    file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        holder = file.read().strip() or "unknown process"
-        file.close()
-        raise TrainingError(
-            f"another training is running in {path.parent} ({holder}): wait for it or stop it, or choose another --output"
-        ) from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
-    return file
+def _busy(directory: Path, holder: str) -> TrainingError:
+    return TrainingError(
+        f"another training is running in {directory} ({holder}): wait for it or stop it, or choose another --output"
+    )
 
 
 def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any], upgrade: Upgrade) -> None:
-    try:
-        old = yaml.safe_load(recipe_file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{recipe_file} is damaged: {error}; restore it, or choose another --output") from error
-    differences = recipe_differences(upgrade(old) if isinstance(old, dict) else {}, _plain(recipe))
+    old = read_mapping(recipe_file, error=CheckpointError, remedy=REMEDY)
+    differences = recipe_differences(upgrade(old), _plain(recipe))
     if differences:
         raise CheckpointError(
             f"{recipe_file.parent} was begun with another recipe; it is not resumed with this one:\n"
@@ -201,26 +211,19 @@ def _has_begun(directory: Path) -> bool:
 
 
 def _run_id(path: Path, facts: Mapping[str, Any]) -> str:
-    try:
-        content = json.loads(path.read_bytes())
-        run_id, found, old_data = str(content["run_id"]), content["format"], str(content["data"])
-        old_teachers = content.get("teachers", [])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is missing or damaged: restore it, or choose another --output") from error
-    if found != FORMAT:
-        raise CheckpointError(f"{path} has format {found}; this dstrain reads {FORMAT}")
-    if old_data != facts["data"]:
+    run = RUN_FORMAT.read(path)
+    if run.data != facts["data"]:
         raise CheckpointError(
-            f"{path.parent} was begun on other data ({old_data[:12]}, this is {facts['data'][:12]}): "
+            f"{path.parent} was begun on other data ({run.data[:12]}, this is {facts['data'][:12]}): "
             "name the --data it was begun on, or choose another --output"
         )
-    if old_teachers != facts["teachers"]:
-        then, now = (" ".join(name[:12] for name in names) or "none" for names in (old_teachers, facts["teachers"]))
+    if list(run.teachers) != facts["teachers"]:
+        then, now = (" ".join(name[:12] for name in names) or "none" for names in (run.teachers, facts["teachers"]))
         raise CheckpointError(
             f"{path.parent} was begun with another teacher ({then}, this is {now}): name the one it was begun with, in the same "
             "order, or choose another --output"
         )
-    return run_id
+    return run.run_id
 
 
 def _plain(tree: Any) -> Any:

@@ -20,6 +20,7 @@ from dstrain.cli.main import main
 from dstrain.errors import BundleError
 from dstrain.models.factory import Model
 from dstrain.models.weights import load_canonical, to_canonical
+from dstrain.storage.hashing import sha256_of_file
 from tests.unit.adapters.adapted import adapter_of, logits, lora
 from tests.unit.checkpoint.test_bundle import save
 from tests.unit.models.build import small_model
@@ -113,7 +114,7 @@ def rename_a_tensor(bundle: Path) -> None:
     tensors = load_file(file)
     tensors["encoder.layers.9.self_attention.q_proj.lora_a"] = tensors.pop("encoder.layers.0.self_attention.q_proj.lora_a")
     save_file(tensors, file)
-    change(sha256=adapter_files.sha256(file))(bundle)
+    change(sha256=sha256_of_file(file))(bundle)
 
 
 def another_base(bundle: Path) -> None:
@@ -133,22 +134,22 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "wrong base": (
         another_base,
-        r"adapter\.yaml: base\.fingerprint = \w{12}, but the weights of .*base have \w{12}: the adapter was trained on another "
+        r"adapter\.yaml: base\.fingerprint = \w{12}, but .*base has \w{12}: the adapter was trained on another "
         r"base; let base\.path name that one",
     ),
     "broken base": (lambda b: Path("base/model.yaml").unlink(), r"base is not a bundle: it has no model\.yaml"),
     "no weights": (lambda b: (b / "adapter/adapter.safetensors").unlink(), r"adapter\.safetensors is missing: the bundle is inc"),
     "altered weights": (alter, r"adapter\.safetensors: the file was altered .*\(checksum\); restore it"),
     "a tensor of another name": (rename_a_tensor, r"safetensors: the base has no place for encoder\.layers\.9\.self_attention"),
-    "other format": (change(format=7), r"adapter\.yaml: format 7, this dstrain reads 1; use the version that wrote it"),
-    "unknown key": (change(flavor="sweet"), r"adapter\.yaml does not describe an adapter: flavor: Extra inputs"),
+    "other format": (change(format=7), r"adapter\.yaml has format 7, this dstrain reads 1; use the version that wrote it"),
+    "unknown key": (change(flavor="sweet"), r"adapter\.yaml is not a valid description of an adapter: flavor: unknown key"),
     "other rank": (
         change(adapter=ADAPTER.model_copy(update={"rank": 4}).model_dump(mode="json")),
         r"adapter\.safetensors: the adapter does not fit its base: .*lora_a is \(3, 24\), the base needs \(4, 24\)",
     ),
     "no YAML": (
         lambda b: (b / "adapter/adapter.yaml").write_text("{"),
-        r"adapter\.yaml cannot be read: .*restore it from a copy",
+        r"adapter\.yaml is not valid YAML \(line 1, column 2: .*restore it from a copy",
     ),
     "a circle": (circle, r"adapter\.yaml: base\.path leads back to .*adapted; let it name the bundle trained on"),
 }

@@ -18,6 +18,8 @@ from dstrain.errors import BundleError, DataError
 from dstrain.models.config import PlainEmbedding
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.weights import to_canonical
+from dstrain.storage import atomic
+from dstrain.storage.hashing import sha256_of_file
 from tests.unit.models.build import VOCABULARY, sequences, small_config, small_model
 
 
@@ -119,7 +121,7 @@ def test_a_failed_save_leaves_the_old_bundle_and_no_rest(tmp_path: Path, monkeyp
     def full(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bundle_module, "sync", full)
+    monkeypatch.setattr(atomic, "sync_tree", full)
     with pytest.raises(BundleError, match=r"cannot write the bundle .*bundle: .*No space left on device; free some space"):
         save(tmp_path / "bundle", model, step=2)
     assert load_bundle(tmp_path / "bundle").notes == {"step": 1}
@@ -177,7 +179,7 @@ def lose_a_tensor(bundle: Path) -> None:
     weights = load_file(bundle / "model.safetensors")
     del weights["projection.weight"]
     save_file(weights, bundle / "model.safetensors")
-    change_yaml(sha256=bundle_module.sha256(bundle / "model.safetensors"))(bundle)
+    change_yaml(sha256=sha256_of_file(bundle / "model.safetensors"))(bundle)
 
 
 def other_tokenizer(bundle: Path) -> None:
@@ -190,11 +192,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no weights": (lambda b: (b / "model.safetensors").unlink(), r"model\.safetensors is missing: the bundle is incomplete"),
     "altered weights": (alter_weights, r"model\.safetensors: the file was altered .*\(checksum\); restore it"),
     "a tensor lost": (lose_a_tensor, r"model\.safetensors: the weights do not fit the model: missing: projection\.weight"),
-    "other format": (change_yaml(format=7), r"model\.yaml: format 7, this dstrain reads 1; use the dstrain version"),
-    "missing key": (change_yaml(vocabulary=None), r"model\.yaml does not describe a model: vocabulary: Field required"),
-    "unknown key": (change_yaml(flavor="sweet"), r"model\.yaml does not describe a model: flavor: Extra inputs"),
+    "other format": (change_yaml(format=7), r"model\.yaml has format 7, this dstrain reads 1; use the version that wrote it"),
+    "missing key": (
+        change_yaml(vocabulary=None),
+        r"model\.yaml is not a valid description of a model: vocabulary: missing",
+    ),
+    "unknown key": (change_yaml(flavor="sweet"), r"model\.yaml is not a valid description of a model: flavor: unknown key"),
     "no mapping": (lambda b: (b / "model.yaml").write_text("- 1"), r"model\.yaml holds no mapping"),
-    "no YAML": (lambda b: (b / "model.yaml").write_text("{"), r"model\.yaml cannot be read: .*restore it from a copy"),
+    "no YAML": (
+        lambda b: (b / "model.yaml").write_text("{"),
+        r"model\.yaml is not valid YAML \(line 1, column 2: .*restore it from a copy",
+    ),
     "no tokenizer": (lambda b: (b / "tokenizer").rename(b / "elsewhere"), r"tokenizer is missing: the bundle is incomplete"),
     "other tokenizer": (other_tokenizer, r"tokenizer is not the tokenizer of this model; restore it"),
     "no tokenizer file": (lambda b: (b / "tokenizer/joint.dict.txt").unlink(), r"joint\.dict\.txt: No such file"),

@@ -31,7 +31,10 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"format": 2, "step": 1}', r"toy.json has format 2, this dstrain reads 1; make it again"),
+        (
+            '{"format": 2, "step": 1}',
+            r"has format 2, this dstrain reads 1; use the version that wrote it, or make it again",
+        ),
         ('{"format": 1}', r"toy.json is not a valid toy: step: missing; give it a value; make it again"),
         ('{"format": 1, "step": -1}', r"step: input should be greater than or equal to 0, not -1; make it again"),
         ('{"format": 1, "step": "12"}', r"step: input should be a valid integer, not '12'"),

@@ -73,7 +73,7 @@ def steps_from(epoch: int, index: int) -> Generator[tuple[PlannedStep, list[Batc
 
 
 def save_bundle(directory: Path, weights: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
-    directory.mkdir()
+    directory.mkdir(exist_ok=True)
     (directory / "weight.json").write_text(json.dumps({"weight": weights["w"].item(), **notes}))
 
 

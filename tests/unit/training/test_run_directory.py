@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dstrain.errors import CheckpointError, TrainingError
+from dstrain.errors import CheckpointError, StorageError, TrainingError
 from dstrain.training.run_directory import Run, open_run, recipe_differences
 from tests.paths import ROOT
 from tests.unit.checkpoint.ranks import on_ranks
@@ -170,7 +170,7 @@ def test_all_ranks_learn_the_id_and_the_refusal(tmp_path: Path) -> None:
 
 
 def test_a_directory_that_cannot_be_made_is_named() -> None:
-    with pytest.raises(TrainingError, match=r"opening /proc/nowhere/run failed: .*No such file or directory"):
+    with pytest.raises(StorageError, match=r"--output /proc/nowhere/run: No such file or directory; choose a directory"):
         open_run(Path("/proc/nowhere/run"), RECIPE, ALONE, data="d1")
 
 
