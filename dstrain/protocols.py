@@ -1,18 +1,18 @@
 """How packages that may not import one another see each other: protocols only.
 
 `generation/` and `objectives/` see a model through `TeacherForced` and `Generative`, `checkpoint/` sees an engine through
-`Shardable`.
+`Resumable`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from pathlib import Path
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from dstrain.batch import Sequences
+from dstrain.fragment import Fragment
 from dstrain.model_output import ActivationCapture, ModelOutput
 
 R = TypeVar("R")
@@ -121,15 +121,49 @@ class Ranks(Protocol):
         ...
 
 
-class Shardable(Protocol):
-    """An engine as the checkpoint manager sees it. Both calls are collective: every rank makes them."""
+class StoredState(Protocol):
+    """A checkpoint as an engine reads it. No call communicates. All raise CheckpointError if the checkpoint does not fit."""
 
-    def save_shards(self, directory: Path) -> None:
-        """Write this rank's part of the training state under `directory` (same path on every rank)."""
+    @property
+    def scalars(self) -> Mapping[str, Any]:
+        """What `Resumable.scalars` gave."""
         ...
 
-    def load_shards(self, directory: Path) -> None:
-        """Read it back, bit for bit."""
+    def require(self, shapes: Mapping[str, tuple[int, ...]], *, optional: str) -> None:
+        """Compare names and shapes of all tensors with those of this run. optional: a kind that is not compared."""
+        ...
+
+    def fill(self, fragments: Iterable[Fragment]) -> None:
+        """Copy the stored values into `values` of each fragment."""
+        ...
+
+    def whole(self, kind: str) -> dict[str, Tensor]:
+        """All tensors of a kind by name, without the kind."""
+        ...
+
+
+class Resumable(Protocol):
+    """An engine as the checkpoint manager sees it."""
+
+    @property
+    def layout(self) -> str:
+        """How this run is laid out, for people: `2 ranks zero1 fp32`."""
+        ...
+
+    def fragments(self) -> list[Fragment]:
+        """What this rank must write: views, each element of the training state on one rank. No communication."""
+        ...
+
+    def scalars(self) -> dict[str, Any]:
+        """What the next step needs beside tensors; JSON, the same on every rank. No communication."""
+        ...
+
+    def load(self, stored: StoredState) -> None:
+        """Take over a checkpoint, whatever the layout of the run that wrote it. No communication."""
+        ...
+
+    def sync(self) -> None:
+        """Compute with what `load` has read. Collective."""
         ...
 
 

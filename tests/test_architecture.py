@@ -14,7 +14,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 LAYERS = [
-    {"errors", "config_base", "batch", "model_output", "protocols", "log", "seeding"},
+    {"errors", "config_base", "batch", "fragment", "model_output", "protocols", "log", "seeding"},
     {"parallel", "ops", "storage"},
     {"nn", "data"},
     {"models", "adapters"},

@@ -221,7 +221,7 @@ def build_trainer(
         engine=engine,
         steps=steps,
         validate=_build_validator(recipe, corpora, engine, watchdog),
-        checkpoints=CheckpointManager(run.checkpoints, mesh.world, keep=recipe.checkpoint.keep_checkpoints),
+        checkpoints=CheckpointManager(run.checkpoints, mesh.world, keep=recipe.checkpoint.keep_checkpoints, run_id=run.run_id),
         bundles=_build_bundles(recipe, corpora, engine, run.bundles, base),
         reporter=build_reporter(
             run.directory, recipe.reporting, rank=mesh.world.rank, total_steps=recipe.training.max_steps, run_id=run.run_id

@@ -2,20 +2,19 @@
 
 ```
 RUN/checkpoints/
-  step_00000100/   manifest.json and whatever the engine wrote
+  step_00000100/   manifest.json, rank_00000.safetensors, ..., template/
   step_00000200/
   latest           the name of the newest one
 ```
-All ranks write into `step_00000300.tmp/`, force their bytes to the disk and hash them; rank 0 writes the manifest, renames the
-folder and then the pointer. So a folder without `.tmp` is complete, and a manifest that does not fit its files means damage
-that came later. Loading verifies every hash before the engine unpickles anything, and steps back to an older checkpoint with a
-warning that says why. Hashing costs one read of the files at saving and one at loading, shared among the ranks. The folder must
-be visible to all ranks.
+Every rank writes the fragments that it owns into `step_00000300.tmp/` (snapshot.py), hashed on the way, and forces them to the
+disk; rank 0 writes the manifest, renames the folder and then the pointer. So a folder without `.tmp` is complete, and a manifest
+that does not fit its files means damage that came later. Loading verifies every hash, which costs one read of the files, shared
+among the ranks, and steps back to an older checkpoint with a warning that says why. Any number of ranks reads what any other
+number has written. The folder must be visible to all ranks.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -25,53 +24,58 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dstrain.checkpoint.manifest import (
+    FORMAT,
+    FileEntry,
+    Manifest,
+    OtherFormatError,
+    TensorEntry,
+    first_problem,
+    read_manifest,
+    write_manifest,
+)
+from dstrain.checkpoint.reader import StoredCheckpoint
+from dstrain.checkpoint.snapshot import WriteTemplate, take_snapshot
+from dstrain.checkpoint.tensor_file import TensorInfo
 from dstrain.errors import CheckpointError, DstrainError
 from dstrain.log import logger
 from dstrain.parallel.errors import raise_on_all_ranks
-from dstrain.protocols import Ranks, Shardable
+from dstrain.protocols import Ranks, Resumable
 from dstrain.storage.atomic import sync, write_file
-from dstrain.storage.hashing import sha256_of_file, sha256_of_json
 
 R = TypeVar("R")
-FORMAT = 1
-MANIFEST = "manifest.json"
 POINTER = "latest"
 NAME = re.compile(r"step_\d{8,}")
 
 
 @dataclass(frozen=True)
-class FileEntry:
-    """What the manifest promises of one file. name: relative to the checkpoint, with `/`."""
-
-    name: str
-    size: int
-    sha256: str
-
-
-@dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint. state: the JSON object that was saved with it."""
+    """A verified checkpoint. layout: of the run that wrote it. state: the JSON object that was saved with it."""
 
     directory: Path
     step: int
     world_size: int
+    layout: str
     state: dict[str, Any]
 
 
 class CheckpointManager:
     """Writes, finds, verifies and prunes the checkpoints of one run. Every public method is collective.
 
-    directory: the same on all ranks. keep: how many of the newest stay.
+    directory: the same on all ranks. keep: how many of the newest stay. run_id: checkpoints of another run are refused. template:
+    writes a bundle without weights, so that `dstrain consolidate` needs nothing but the checkpoint.
     """
 
-    def __init__(self, directory: Path, ranks: Ranks, *, keep: int) -> None:
+    def __init__(self, directory: Path, ranks: Ranks, *, keep: int, run_id: str, template: WriteTemplate | None = None) -> None:
         self.directory = directory
         self.ranks = ranks
         self.keep = keep
+        self.run_id = run_id
+        self.template = template
         self.latest: Path | None = None
         self._damaged: set[str] = set()
 
-    def save(self, step: int, engine: Shardable, state: Mapping[str, Any]) -> Path:
+    def save(self, step: int, engine: Resumable, state: Mapping[str, Any]) -> Path:
         """Write checkpoint `step`, publish it, then remove those beyond `keep`.
 
         state: whatever JSON can hold, floats included bit for bit. Raises CheckpointError on every rank where one of them
@@ -82,11 +86,11 @@ class CheckpointManager:
         doing = f"saving {final}"
         try:
             self._on_first_rank(doing, partial(_make_empty, aside))
-            self._on_all_ranks(doing, partial(engine.save_shards, aside))
-            entries = self._on_all_ranks(doing, partial(_seal, aside, self.ranks))
-            gathered = self.ranks.gather_objects(entries)
-            manifest = {"format": FORMAT, "step": step, "world_size": self.ranks.size, "state": dict(state)}
-            self._on_first_rank(doing, partial(_publish, aside, final, manifest, gathered))
+            snapshot = self._on_all_ranks(doing, partial(take_snapshot, engine, self.ranks.rank, self.template))
+            entries = self._on_all_ranks(doing, partial(snapshot.write, aside))
+            shares = self.ranks.gather_objects((entries, snapshot.tensors()))
+            manifest = self._describe(step, engine, state, shares)
+            self._on_first_rank(doing, partial(_publish, aside, final, manifest))
         except DstrainError as error:
             if self.ranks.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -97,10 +101,11 @@ class CheckpointManager:
         self._on_first_rank(f"removing old checkpoints in {self.directory}", self._prune)
         return final
 
-    def load_latest(self, engine: Shardable) -> Checkpoint | None:
-        """Load the newest checkpoint whose files are all as they were written; None where there has never been one.
+    def load_latest(self, engine: Resumable) -> Checkpoint | None:
+        """Load the newest checkpoint whose files are all as they were written; None if there has never been one.
 
-        Raises CheckpointError where checkpoints exist but none is usable: training never starts afresh in their place.
+        Raises CheckpointError if checkpoints exist but none is usable: training never starts afresh in their place. A checkpoint
+        of another run or format is refused, not skipped.
         """
         self._on_first_rank(f"clearing {self.directory}", self._remove_leftovers)
         candidates, pointer_problem = self.ranks.broadcast_object(self._candidates() if self.ranks.rank == 0 else ([], None))
@@ -110,10 +115,12 @@ class CheckpointManager:
             directory = self.directory / name
             problem = self._first_problem(directory)
             if problem is None:
-                manifest = _read_manifest(directory)
-                self._on_all_ranks(f"loading {directory}", partial(engine.load_shards, directory))
+                manifest = read_manifest(directory)
+                manifest.require_run(directory, self.run_id)
+                self._on_all_ranks(f"loading {directory}", partial(_load, engine, directory, manifest))
+                engine.sync()
                 self.latest = directory
-                return Checkpoint(directory, manifest["step"], manifest["world_size"], manifest["state"])
+                return Checkpoint(directory, manifest.step, manifest.world_size, manifest.layout, manifest.state)
             self._warn(f"skipping checkpoint {directory}: {problem}")
             self._damaged.add(name)
         if candidates or pointer_problem:
@@ -122,6 +129,26 @@ class CheckpointManager:
                 "or choose another --output to train from the beginning"
             )
         return None
+
+    def _describe(
+        self,
+        step: int,
+        engine: Resumable,
+        state: Mapping[str, Any],
+        shares: list[tuple[list[FileEntry], dict[str, TensorInfo]]],
+    ) -> Manifest:
+        tensors = {name: info for _, infos in shares for name, info in infos.items()}
+        return Manifest(
+            format=FORMAT,
+            run_id=self.run_id,
+            step=step,
+            world_size=self.ranks.size,
+            layout=engine.layout,
+            state=dict(state),
+            scalars=engine.scalars(),
+            tensors={name: TensorEntry(dtype=info.dtype, shape=info.shape) for name, info in sorted(tensors.items())},
+            files=sorted((entry for entries, _ in shares for entry in entries), key=lambda entry: entry.name),
+        )
 
     def _on_all_ranks(self, doing: str, action: Callable[[], R]) -> R:
         return raise_on_all_ranks(self.ranks, CheckpointError, doing, action)
@@ -155,9 +182,10 @@ class CheckpointManager:
     def _first_problem(self, directory: Path) -> str | None:
         """What is wrong with a checkpoint, agreed by all ranks, each of which verifies its share of the files."""
         try:
-            entries = [FileEntry(**entry) for entry in _read_manifest(directory)["files"]]
-            share = entries[self.ranks.rank :: self.ranks.size]
-            problem = next(filter(None, (_problem(directory, entry) for entry in share)), None)
+            share = read_manifest(directory).files[self.ranks.rank :: self.ranks.size]
+            problem = first_problem(directory, share)
+        except OtherFormatError:
+            raise
         except (OSError, CheckpointError) as error:
             problem = str(error)
         if self.ranks.all_true(problem is None):
@@ -190,20 +218,15 @@ def _files(directory: Path) -> list[str]:
     return sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file())
 
 
-def _seal(directory: Path, ranks: Ranks) -> list[FileEntry]:
-    """Force this rank's share of all files to the disk and hash it; shares are by name, so that the work is even."""
-    share = _files(directory)[ranks.rank :: ranks.size]
-    for name in share:
-        sync(directory / name)
-    return [FileEntry(name, (directory / name).stat().st_size, sha256_of_file(directory / name)) for name in share]
+def _load(engine: Resumable, directory: Path, manifest: Manifest) -> None:
+    engine.load(StoredCheckpoint(directory, manifest))
 
 
-def _publish(aside: Path, final: Path, manifest: dict[str, Any], entries: list[list[FileEntry]]) -> None:
-    files = sorted((vars(entry) for share in entries for entry in share), key=lambda entry: str(entry["name"]))
-    if [entry["name"] for entry in files] != _files(aside):
+def _publish(aside: Path, final: Path, manifest: Manifest) -> None:
+    if [entry.name for entry in manifest.files] != _files(aside):
         raise OSError(f"the ranks see different files in {aside}: the shared file system lags behind")
-    content = {**manifest, "files": files}
-    write_file(aside / MANIFEST, json.dumps({**content, "sha256": _checksum(content)}, indent=1, allow_nan=False).encode())
+    StoredCheckpoint(aside, manifest).require_coverage()
+    write_manifest(aside, manifest)
     for folder in (path for path in aside.rglob("*") if path.is_dir()):
         sync(folder)
     sync(aside)
@@ -212,38 +235,3 @@ def _publish(aside: Path, final: Path, manifest: dict[str, Any], entries: list[l
     os.rename(aside, final)  # noqa: PTH104
     sync(final.parent)
     write_file(final.parent / POINTER, f"{final.name}\n".encode())
-
-
-def _read_manifest(directory: Path) -> dict[str, Any]:
-    """Raises CheckpointError where it is missing or no manifest of this format."""
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise CheckpointError(f"missing {MANIFEST}")
-    try:
-        manifest: dict[str, Any] = json.loads(path.read_bytes())
-        sound = manifest.pop("sha256") == _checksum(manifest)
-    except (ValueError, AttributeError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{MANIFEST} is damaged")
-    if manifest["format"] != FORMAT:
-        raise CheckpointError(f"{MANIFEST} has format {manifest['format']}; this dstrain reads {FORMAT}")
-    return manifest
-
-
-def _checksum(manifest: Mapping[str, Any]) -> str:
-    return sha256_of_json(manifest)
-
-
-def _problem(directory: Path, entry: FileEntry) -> str | None:
-    path = directory / entry.name
-    if not path.is_file():
-        return f"missing file {entry.name}"
-    size = path.stat().st_size
-    if size != entry.size:
-        return (
-            f"truncated file {entry.name}: {size} of {entry.size} bytes" if size < entry.size else f"file {entry.name} has grown"
-        )
-    if sha256_of_file(path) != entry.sha256:
-        return f"hash mismatch in {entry.name}: its bytes are not those that were written"
-    return None

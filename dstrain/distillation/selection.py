@@ -103,13 +103,13 @@ class Selection:
             thresholds[tag] = threshold(values, self.rate)
         return thresholds
 
-    def state(self) -> dict[int, Tensor]:
-        """The queues by tag, oldest value first."""
-        return {tag: queue.cpu() for tag, queue in self.queues.items()}
+    def state(self) -> dict[str, Tensor]:
+        """`queue.{tag}` -> (n,) float64, oldest value first."""
+        return {f"queue.{tag}": queue for tag, queue in self.queues.items()}
 
-    def load_state(self, state: Mapping[int, Tensor]) -> None:
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state` returned."""
-        self.queues = dict(state)
+        self.queues = {int(name.removeprefix("queue.")): queue for name, queue in state.items()}
 
 
 def threshold(values: Tensor, rate: float) -> float:

@@ -36,9 +36,3 @@ class MovingAverage:
             keep = master.detach().clone()
             master.copy_(average)
             average.copy_(keep)
-
-    @torch.no_grad()
-    def load(self, tensors: Sequence[Tensor]) -> None:
-        """Continue from a saved average."""
-        for average, saved in zip(self.tensors, tensors, strict=True):
-            average.copy_(saved)

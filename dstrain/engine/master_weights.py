@@ -1,22 +1,26 @@
 """The fp32 weights that the optimizer updates and its state, wherever the ZeRO stage keeps them.
 
 Stage 0: the parameters themselves. Stages 1 and 2: one flat partition per parameter group. Stage 3: one flat partition per
-sub-group. Everything that changes in training is a function of these tensors, so they are what a checkpoint holds: plain
-tensors, 12 bytes a parameter divided by the ranks, no pickled objects. The attributes read here are DeepSpeed's own
-bookkeeping; no other file touches them.
+sub-group. Everything that changes in training is a function of these tensors, so they are what a checkpoint holds, as fragments
+by name: 12 bytes a parameter divided by the ranks. The attributes read here are DeepSpeed's own bookkeeping; no other file
+touches them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from dstrain.fragment import Fragment
 from dstrain.parallel.group import Group
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Optimizer state of every optimizer here, beside its step."""
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 """What moves in DeepSpeed's fp16 loss scaler; its constants come from the JSON file."""
 
@@ -30,6 +34,23 @@ class Layout(NamedTuple):
 
     sizes: Tensor
     pieces: list[tuple[int, int, int]]
+
+
+class Block(NamedTuple):
+    """A tensor of a checkpoint inside a parameter. start: its first element in the flattened parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+
+
+class Held(NamedTuple):
+    """What this rank holds of a parameter of `size` elements: [offset, offset + length), at `start` of the master."""
+
+    size: int
+    offset: int
+    start: int
+    length: int
 
 
 class Masters:
@@ -51,30 +72,69 @@ class Masters:
             return list(optimizer.fp32_partitioned_groups_flat)
         return list(optimizer.single_partition_of_fp32_groups)
 
+    def _groups(self) -> list[list[Any]]:
+        """The parameters in each master, in order."""
+        optimizer = self._engine.optimizer
+        if self._stage == 0:
+            return [[parameter] for parameter in self.tensors]
+        return list(optimizer.fp16_groups if self._stage == 3 else optimizer.bit16_groups)
+
     def layouts(self) -> dict[Tensor, Layout]:
         """The parameters in each flat master of stages 1 to 3."""
-        optimizer = self._engine.optimizer
-        groups, place = (optimizer.fp16_groups, self._share) if self._stage == 3 else (optimizer.bit16_groups, self._fragment)
         layouts = {}
-        for master, group in zip(self.tensors, groups, strict=True):
-            sizes, places = zip(*map(place, group), strict=True)
-            pieces = [(number, start, length) for number, (start, length) in enumerate(places) if length > 0]
-            layouts[master] = Layout(torch.tensor(sizes, dtype=master.dtype, device=master.device), pieces)
+        for master, group in zip(self.tensors, self._groups(), strict=True):
+            held = [self._held(parameter) for parameter in group]
+            pieces = [(number, each.start, each.length) for number, each in enumerate(held) if each.length > 0]
+            layouts[master] = Layout(torch.tensor([each.size for each in held], dtype=master.dtype, device=master.device), pieces)
         return layouts
 
-    def _fragment(self, parameter: Any) -> tuple[int, tuple[int, int]]:
-        """Stages 1 and 2: elements of the whole parameter, and where its part lies in this rank's partition: start, length."""
+    def _held(self, parameter: Any) -> Held:
+        """Under stage 3 all ranks have shares of one size, of which the last ones may be padding in part or in full."""
+        if self._stage == 0:
+            return Held(parameter.numel(), 0, 0, parameter.numel())
+        if self._stage == 3:
+            optimizer = self._engine.optimizer
+            _, start, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            offset = share * self._replicas.rank
+            return Held(parameter.ds_numel, offset, start, min(share, max(parameter.ds_numel - offset, 0)))
         if parameter._hp_mapping is None:
-            return parameter.numel(), (0, 0)
-        address = parameter._hp_mapping.hp_fragment_address
-        return parameter.numel(), (address.start, address.numel)
+            return Held(parameter.numel(), 0, 0, 0)
+        held, in_parameter = parameter._hp_mapping.hp_fragment_address, parameter._hp_mapping.lp_fragment_address
+        return Held(parameter.numel(), in_parameter.start, held.start, held.numel)
 
-    def _share(self, parameter: Any) -> tuple[int, tuple[int, int]]:
-        """Stage 3: the same. All ranks have shares of one size, of which the last ones may be padding in part or whole."""
-        optimizer = self._engine.optimizer
-        _, start, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        rest = parameter.ds_numel - share * self._replicas.rank
-        return parameter.ds_numel, (start, min(share, max(rest, 0)))
+    def _owned(self, parameter: Any) -> Held:
+        """What this rank holds and no other does; replicated parameters are shared out by rank."""
+        held = self._held(parameter)
+        if self._stage > 0:
+            return held
+        share = math.ceil(held.size / self._replicas.size)
+        start = min(share * self._replicas.rank, held.size)
+        return Held(held.size, start, start, min(share, held.size - start))
+
+    def fragments(
+        self, blocks: Mapping[nn.Parameter, Sequence[Block]], average: Sequence[Tensor] | None, *, owned: bool
+    ) -> Iterator[Fragment]:
+        """Views of masters, moments and moving average, if there is one, by the tensors that each parameter is made of.
+
+        owned: what this rank writes; else everything that it holds. Optimizer state that does not exist yet is created as zeros.
+        """
+        kinds = {"master": self.tensors, **({} if average is None else {"ema": average})}
+        kinds |= {kind: [self._optimizer_state(master)[kind] for master in self.tensors] for kind in MOMENTS}
+        for index, group in enumerate(self._groups()):
+            for parameter in group:
+                _, offset, start, length = self._owned(parameter) if owned else self._held(parameter)
+                for block in blocks[parameter]:
+                    low, high = max(offset, block.start), min(offset + length, block.start + math.prod(block.shape))
+                    for kind, tensors in kinds.items() if low < high else ():
+                        values = tensors[index].detach().view(-1)[start + low - offset : start + high - offset]
+                        yield Fragment(f"{kind}/{block.name}", block.shape, low - block.start, values)
+
+    def _optimizer_state(self, master: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self._engine.basic_optimizer.state[master]
+        if not state:
+            state |= {"step": torch.zeros((), device=master.device)}
+            state |= {kind: torch.zeros_like(master.detach()) for kind in MOMENTS}
+        return state
 
     def load_fp32(self, originals: Mapping[nn.Parameter, Tensor]) -> None:
         """Start from whole fp32 weights, where DeepSpeed has made masters of their 16-bit roundings.
@@ -114,21 +174,21 @@ class Masters:
         with self._deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
             return parameter.detach().clone()
 
-    def state(self) -> dict[str, Any]:
-        """Masters, optimizer state and loss scale of this rank: tensors and numbers, not copied."""
-        scaler = vars(self._engine.optimizer.loss_scaler) if self._stage > 0 else {}
+    def scalars(self) -> dict[str, Any]:
+        """Adam's step, the same for all parameters, and the state of the fp16 loss scaler."""
+        scaler = self._scaler()
+        (step,) = {int(self._optimizer_state(master)["step"]) for master in self.tensors}
         return {
-            "masters": [master.detach() for master in self.tensors],
-            "optimizer": [dict(self._engine.basic_optimizer.state.get(master, {})) for master in self.tensors],
+            "optimizer_step": step,
             "loss_scaler": {name: scaler[name] for name in SCALER_STATE if name in scaler},
         }
 
-    @torch.no_grad()
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Take over what `state` gave, bit for bit, and publish it. Collective."""
-        for master, saved, moments in zip(self.tensors, state["masters"], state["optimizer"], strict=True):
-            master.copy_(saved)
-            self._engine.basic_optimizer.state[master] = {name: value.to(master.device) for name, value in moments.items()}
-        if self._stage > 0:
-            vars(self._engine.optimizer.loss_scaler).update(state["loss_scaler"])
-        self.sync_to_model()
+    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+        """Take over what `scalars` gave. A scaler goes on only if both runs compute in fp16."""
+        for master in self.tensors:
+            self._optimizer_state(master)["step"] = torch.tensor(float(scalars["optimizer_step"]), device=master.device)
+        self._scaler().update(scalars["loss_scaler"] if self._scaler() else {})
+
+    def _scaler(self) -> dict[str, Any]:
+        """The attributes of the fp16 loss scaler; empty in other precisions."""
+        return vars(self._engine.optimizer.loss_scaler) if self._stage > 0 and self._engine.fp16_enabled() else {}

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,27 +22,24 @@ from dstrain.engine.config import EmaConfig, EngineConfig, OptimizerConfig, Sche
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.ema import MovingAverage
 from dstrain.engine.launch import load_deepspeed, require_precision
-from dstrain.engine.master_weights import Masters
+from dstrain.engine.master_weights import MOMENTS, Block, Masters
 from dstrain.engine.optimizer import build_optimizer
 from dstrain.engine.replica import empty_copy, filled_copy
 from dstrain.engine.schedule import learning_rate
-from dstrain.engine.shard_file import read_shard, write_shard
 from dstrain.engine.stable_adamw import StableAdamW
 from dstrain.engine.step_report import StepReport
 from dstrain.errors import CheckpointError, TrainingError
-from dstrain.models.weights import parameter_layouts, split_parameters
+from dstrain.fragment import Fragment
+from dstrain.models.weights import Layouts, ParameterLayout, TensorSlice, parameter_layouts, split_parameters
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
 from dstrain.protocols import Generative
 from dstrain.seeding import seed_everything
 
-SETTING = "setting.pt"
-"""File of a checkpoint that says how its shards are cut."""
-
 
 class TrainEngine:
-    """Owns the model, the optimizer and the moving average; implements `protocols.Shardable`.
+    """Owns the model, the optimizer and the moving average; implements `protocols.Resumable`.
 
     module: `TrainModule`, called with a `Batch`, built identically on every rank; parameters without `requires_grad` stay as they
     are, and neither checkpoints nor gathered weights hold them. base: fingerprint of the weights that training began from, None
@@ -69,9 +65,11 @@ class TrainEngine:
         self.stage: int = config["zero_optimization"]["stage"]
         self._peak, self._schedule, self._precision, self._seed = optimizer.learning_rate, schedule, engine.precision, seed
         self._base = base
+        self._deepspeed_name = engine.deepspeed
         self._model = cast("nn.Module", module.model)
         self._trained = {name: parameter for name, parameter in self._model.named_parameters() if parameter.requires_grad}
         self._layouts = {name: layout for name, layout in parameter_layouts(self._model).items() if name in self._trained}
+        self._blocks = _checkpoint_blocks(module, self._layouts)
         self._shape = empty_copy(self._model) if self.stage == 3 else None
         self._comms_logger: bool = config.get("comms_logger", {}).get("enabled", False)
         self._deepspeed = load_deepspeed(mesh, talkative=_profiles(config))
@@ -235,64 +233,49 @@ class TrainEngine:
         self.module.objective.close()
         self._engine.destroy()
 
-    def save_shards(self, directory: Path) -> None:
-        """Write this rank's part of everything that a bit-exact resume needs; no rank waits for another.
+    @property
+    def layout(self) -> str:
+        """How this run is laid out, for people: `2 ranks zero1 fp32`."""
+        ranks = "1 rank" if self.mesh.world.size == 1 else f"{self.mesh.world.size} ranks"
+        return f"{ranks} {self._deepspeed_name} {self._precision}"
 
-        Raises CheckpointError where the disk refuses.
+    def fragments(self) -> list[Fragment]:
+        """This rank's share of masters, moments, moving average and the objective's state: views. No communication."""
+        average = None if self._average is None else self._average.tensors
+        fragments = list(self._masters.fragments(self._blocks, average, owned=True))
+        if self.mesh.world.rank == 0 and (selection := self.module.objective.selection) is not None:
+            state = selection.state()
+            fragments += [Fragment(f"objective/{name}", tuple(value.shape), 0, value.view(-1)) for name, value in state.items()]
+        return fragments
+
+    def scalars(self) -> dict[str, Any]:
+        """What the next step needs beside tensors; JSON, the same on every rank."""
+        return {"step": self.step, "base": self._base, **self._masters.scalars()}
+
+    @torch.no_grad()
+    def load(self, stored: StoredState) -> None:
+        """Take over a checkpoint of any number of ranks, ZeRO stage and precision. No communication; `sync` comes next.
+
+        Raises CheckpointError if it is of another model, optimizer or base.
         """
-        if self.stage > 0 or self.mesh.world.rank == 0:
-            average = [] if self._average is None else self._average.tensors
-            selection = self.module.objective.selection
-            objective = {} if selection is None else selection.state()
-            content = {"step": self.step, "average": average, "objective": objective, **self._masters.state()}
-            write_shard(self._shard(directory), content)
-        if self.mesh.world.rank == 0:
-            write_shard(directory / SETTING, self._setting())
-
-    def load_shards(self, directory: Path) -> None:
-        """Read it back, bit for bit. Collective.
-
-        Raises CheckpointError, on every rank, where a file is damaged or another setting has written it.
-        """
-        problem, shard = "", {}
-        try:
-            self._compare(directory, read_shard(directory / SETTING))
-            shard = read_shard(self._shard(directory))
-        except CheckpointError as error:
-            problem = str(error)
-        problems = [found for found in self.mesh.world.gather_objects(problem) if found]
-        if problems:
-            raise CheckpointError(problems[0])
-        self._masters.load_state(shard)
-        if self._average is not None:
-            self._average.load(shard["average"])
-        if (selection := self.module.objective.selection) is not None:
-            selection.load_state(shard["objective"])
-        self.step = shard["step"]
-
-    def _shard(self, directory: Path) -> Path:
-        """Without partitions all ranks are equal, so one file serves them."""
-        return directory / f"shard_{self.mesh.world.rank if self.stage > 0 else 0:05d}.pt"
-
-    def _setting(self) -> dict[str, object]:
-        """What must be equal for shards to fit. Stages 1 and 2 partition alike."""
-        return {
-            "world_size": self.mesh.world.size,
-            "partitions": {0: "none", 1: "optimizer", 2: "optimizer", 3: "parameters"}[self.stage],
-            "precision": self._precision,
-            "moving_average": self._average is not None,
-            "base": self._base,
-        }
-
-    def _compare(self, directory: Path, saved: dict[str, object]) -> None:
-        running = self._setting()
-        different = [name for name in running if saved.get(name) != running[name]]
-        if different:
-            then, now = (", ".join(f"{name} = {facts.get(name)}" for name in different) for facts in (saved, running))
+        if stored.scalars["base"] != self._base:
             raise CheckpointError(
-                f"{directory} was saved with {then}, but this run has {now}; resume with what it was saved with, or start a new "
-                "run from its last bundle"
+                f"the checkpoint was saved with base = {stored.scalars['base']}, but this run has base = {self._base}; resume "
+                "with what it was saved with, or start a new run from its last bundle"
             )
+        average = None if self._average is None else self._average.tensors
+        kinds = ["master", *MOMENTS, *([] if average is None else ["ema"])]
+        blocks = [block for blocks in self._blocks.values() for block in blocks]
+        stored.require({f"{kind}/{block.name}": block.shape for kind in kinds for block in blocks}, optional="objective")
+        stored.fill(self._masters.fragments(self._blocks, average, owned=False))
+        self._masters.load_scalars(stored.scalars)
+        if (selection := self.module.objective.selection) is not None:
+            selection.load_state(stored.whole("objective"))
+        self.step = stored.scalars["step"]
+
+    def sync(self) -> None:
+        """Compute with what `load` has read. Collective."""
+        self._masters.sync_to_model()
 
     def _required_average(self) -> MovingAverage:
         if self._average is None:
@@ -301,6 +284,24 @@ class TrainEngine:
 
 
 _REMEDY = "lower the learning rate, warm up longer, or set engine.clip_norm"
+
+
+def _checkpoint_blocks(module: TrainModule, layouts: Layouts) -> dict[nn.Parameter, list[Block]]:
+    """The tensors of a checkpoint that each trained parameter is made of: canonical ones, and those of the objective."""
+    blocks: dict[nn.Parameter, list[Block]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        layout = layouts.get(name.removeprefix("model.")) if name.startswith("model.") else None
+        layout = layout or ParameterLayout(parameter.shape, (TensorSlice(name, None),))
+        row = math.prod(layout.shape[1:])
+        blocks[parameter] = [
+            Block(part.name, tuple(layout.shape), 0)
+            if part.rows is None
+            else Block(part.name, (part.rows.stop - part.rows.start, *layout.shape[1:]), part.rows.start * row)
+            for part in layout.slices
+        ]
+    return blocks
 
 
 def _profiles(config: dict[str, Any]) -> bool:

@@ -41,11 +41,11 @@ class TokenSelection(Protocol):
         """
         ...
 
-    def state(self) -> dict[int, Tensor]:
-        """What the next step needs of those before, the same on every rank."""
+    def state(self) -> dict[str, Tensor]:
+        """What the next step needs of those before, by name, the same on every rank."""
         ...
 
-    def load_state(self, state: Mapping[int, Tensor], /) -> None:
+    def load_state(self, state: Mapping[str, Tensor], /) -> None:
         """Continue from what `state` returned."""
         ...
 

@@ -22,7 +22,7 @@ from dstrain.data.batching.plan import PlannedStep
 from dstrain.engine.step_report import StepReport
 from dstrain.errors import TrainingError
 from dstrain.log import logger
-from dstrain.protocols import Ranks, Shardable
+from dstrain.protocols import Ranks, Resumable
 from dstrain.training.bundles import BundleStore
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
 from dstrain.training.failures import explained
@@ -42,7 +42,7 @@ Validate = Callable[[Callable[[], bool]], Mapping[str, float] | None]
 """Scores of the present weights, the same on every rank; None where the given function, collective, said to stop early."""
 
 
-class Engine(Shardable, Protocol):
+class Engine(Resumable, Protocol):
     """An engine as the trainer sees it."""
 
     def train_step(self, batches: Sequence[Batch], size: Size) -> StepReport:

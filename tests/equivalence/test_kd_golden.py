@@ -128,14 +128,14 @@ def test_global_level() -> None:
     padding = 0
     for batch, expected in zip(recorded_batches(GOLDEN), golden("global_level_0.5"), strict=True):
         padding += batch.labels.numel() - batch.num_targets
-        real = batch.num_targets + len(state.get(0, []))
+        real = batch.num_targets + len(state.get("queue.0", []))
         assert real + padding == expected["queue_len"]
         module = module_of({"kind": "global", "rate": padded_count(real, padding, 0.5), "queue_size": 10000}, student)
         assert module.objective.selection is not None
         module.objective.selection.load_state(state)
         check(one_step(module, batch), module, expected)
         state = module.objective.selection.state()
-    assert len(state[0]) == 83
+    assert len(state["queue.0"]) == 83
 
 
 @pytest.mark.parametrize(

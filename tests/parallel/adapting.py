@@ -10,8 +10,9 @@ import torch
 from dstrain.adapters.config import LoraConfig
 from dstrain.adapters.freeze import freeze
 from dstrain.adapters.lora import inject
+from dstrain.checkpoint.manifest import read_manifest
+from dstrain.checkpoint.reader import StoredCheckpoint
 from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
-from dstrain.engine.shard_file import read_shard
 from dstrain.engine.training_engine import TrainEngine
 from dstrain.errors import CheckpointError
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, FactorizedEmbedding, PlainEmbedding, StackConfig
@@ -21,6 +22,7 @@ from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
+from tests.parallel.setting import VOCABULARY, collate, load, padded, save, sentences, share
 from tests.parallel.setting import VOCABULARY, collate, padded, sentences, share
 
 BASE = "f" * 64
@@ -97,10 +99,9 @@ def adapted_resume(mesh: Mesh, *, shards: str, deepspeed: str) -> dict[str, Any]
     straight, writer = engine(), engine()
     expected = [asdict(straight.train_step(*share(step, mesh, 4))) for step in range(6)]
     found = [asdict(writer.train_step(*share(step, mesh, 4))) for step in range(3)]
-    writer.save_shards(Path(shards))
-    mesh.world.barrier()
+    path = save(writer, Path(shards))
     continued = engine()
-    continued.load_shards(Path(shards))
+    load(continued, Path(shards))
     found += [asdict(continued.train_step(*share(step, mesh, 4))) for step in range(3, 6)]
     weights = [each.gather_weights(averaged=averaged) or {} for each in (straight, continued) for averaged in (False, True)]
     return {
@@ -108,18 +109,17 @@ def adapted_resume(mesh: Mesh, *, shards: str, deepspeed: str) -> dict[str, Any]
         "found": found,
         "same": all(torch.equal(weights[0][n], weights[2][n]) and torch.equal(weights[1][n], weights[3][n]) for n in weights[0]),
         "averaged_apart": any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0]),
-        "stored": sum(master.numel() for path in Path(shards).glob("shard_*") for master in read_shard(path)["masters"]),
-        "trained": sum(value.numel() for value in weights[0].values()),
+        "stored": sorted(StoredCheckpoint(path, read_manifest(path)).names("master")),
+        "trained": sorted(weights[0]),
     }
 
 
 def other_base(mesh: Mesh, *, shards: str) -> str:
     """What an engine on another base says about a checkpoint."""
     writer = adapting_engine(mesh, adapted_module(factorized=False), deepspeed="zero1")
-    writer.save_shards(Path(shards))
-    mesh.world.barrier()
+    save(writer, Path(shards))
     other = adapting_engine(mesh, adapted_module(factorized=False), deepspeed="zero1", base="0" * 64)
-    return message_of(lambda: other.load_shards(Path(shards)))
+    return message_of(lambda: load(other, Path(shards)))
 
 
 def message_of(action: Callable[[], object]) -> str:

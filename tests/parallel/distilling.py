@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import math
 import resource
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -14,11 +15,11 @@ from torch import Tensor
 
 from dstrain.batch import Batch, Size
 from dstrain.build.objective import build_objective, validation_objective
+from dstrain.checkpoint.manifest import read_manifest
 from dstrain.distillation.config import ObjectiveConfig
 from dstrain.distillation.feature_plan import plan_features
 from dstrain.distillation.signals import TeacherSignals
 from dstrain.engine.launch import load_deepspeed
-from dstrain.engine.shard_file import read_shard
 from dstrain.engine.teacher_engine import TeacherEngine
 from dstrain.engine.training_engine import TrainEngine
 from dstrain.model_output import ActivationCapture, Tap
@@ -33,6 +34,7 @@ from dstrain.models.config import (
 from dstrain.models.factory import Model, build_model
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
+from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module, collate, load, num_targets, save, sentences
 from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module, collate, num_targets, sentences
 
 Report = dict[str, Any]
@@ -202,7 +204,7 @@ def queues(engine: TrainEngine) -> dict[str, list[float]]:
     """What the objective carries from step to step."""
     selection = engine.module.objective.selection
     state = {} if selection is None else selection.state()
-    return {str(tag): queue.tolist() for tag, queue in state.items()}
+    return {name.removeprefix("queue."): queue.tolist() for name, queue in state.items()}
 
 
 def resumed_student(mesh: Mesh, *, shards: str, deepspeed: str, placement: str, features: Sequence[Report] = ()) -> Report:
@@ -217,17 +219,15 @@ def resumed_student(mesh: Mesh, *, shards: str, deepspeed: str, placement: str, 
     expected = [asdict(straight.train_step(*share(step, mesh, 4))) for step in range(6)]
     found = [asdict(writer.train_step(*share(step, mesh, 4))) for step in range(3)]
     writer.evaluate(collate(sentences(99)))
-    writer.save_shards(Path(shards))
-    mesh.world.barrier()
+    manifest = read_manifest(save(writer, Path(shards)))
     continued = student(mesh, **options)
-    continued.load_shards(Path(shards))
+    load(continued, Path(shards))
     found += [asdict(continued.train_step(*share(step, mesh, 4))) for step in range(3, 6)]
-    shard = read_shard(Path(shards) / f"shard_{mesh.world.rank if straight.stage else 0:05d}.pt")
     return {
         "expected": expected,
         "found": found,
         "queues": [queues(straight), queues(continued)],
-        "saved_numbers": sum(master.numel() for master in shard["masters"]),
+        "saved_numbers": sum(math.prod(entry.shape) for name, entry in manifest.tensors.items() if name.startswith("master/")),
         "student_numbers": sum(parameter.numel() for parameter in build_module().parameters()),
         "held": [held_weights(mesh, engine) for engine in (straight, continued)],
     }

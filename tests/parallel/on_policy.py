@@ -16,7 +16,7 @@ from dstrain.engine.training_engine import TrainEngine
 from dstrain.generation.constraints import SpecialIds
 from dstrain.parallel.mesh import Mesh
 from tests.parallel.distilling import queues, student
-from tests.parallel.setting import EOS, PAD, collate, num_targets, sentences
+from tests.parallel.setting import EOS, PAD, collate, load, num_targets, save, sentences
 
 Report = dict[str, Any]
 KEYS: dict[str, Any] = {"fraction": 0.5, "max_length_ratio": 1.0, "max_length_offset": 6}
@@ -76,9 +76,8 @@ def on_policy(mesh: Mesh, *, shards: str, deepspeed: str, placement: str) -> Rep
     options = {"objective": OBJECTIVE, "deepspeed": deepspeed, "placement": placement, "ema": {"decay": 0.7}}
     straight, writer = student(mesh, **options), student(mesh, **options)
     curve, found = train(mesh, straight, 0, 6), train(mesh, writer, 0, 3)
-    writer.save_shards(Path(shards))
-    mesh.world.barrier()
+    save(writer, Path(shards))
     continued = student(mesh, **options)
-    continued.load_shards(Path(shards))
+    load(continued, Path(shards))
     found += train(mesh, continued, 3, 6)
     return {"curve": curve, "queue": queues(straight)["0"], "resumed": found, "resumed_queue": queues(continued)["0"]}

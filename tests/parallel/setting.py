@@ -1,12 +1,14 @@
 """A tiny translation task: the model, its batches and an engine, the same on any number of ranks."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from dstrain.batch import IGNORE_INDEX, Batch, Sequences, Size
 from dstrain.build.objective import build_objective
+from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
 from dstrain.engine.training_engine import TrainEngine
 from dstrain.models.config import (
@@ -58,6 +60,21 @@ def build_engine(mesh: Mesh, module: TrainModule, **options: Any) -> TrainEngine
         seed=7,
         mesh=mesh,
     )
+
+
+def save(engine: TrainEngine, directory: Path, *, keep: int = 1) -> Path:
+    """Write a checkpoint of the engine, as training does. Collective."""
+    return manager_of(engine, directory, keep=keep).save(engine.step, engine, {})
+
+
+def load(engine: TrainEngine, directory: Path) -> None:
+    """Read the newest checkpoint back. Collective."""
+    assert manager_of(engine, directory).load_latest(engine) is not None
+
+
+def manager_of(engine: TrainEngine, directory: Path, *, keep: int = 1) -> CheckpointManager:
+    """What writes and reads checkpoints of the engine."""
+    return CheckpointManager(directory / "checkpoints", engine.world, keep=keep, run_id="run")
 
 
 def sentences(step: int) -> list[tuple[list[int], list[int]]]:

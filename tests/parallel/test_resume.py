@@ -28,12 +28,13 @@ def test_stages_1_and_2_read_each_other(writer: str, reader: str, tmp_path: Path
 
 def test_what_does_not_fit_is_refused_on_every_rank_in_words(tmp_path: Path) -> None:
     for said in run_ranks("refused", 2, tmp_path, shards=str(tmp_path)):
-        start = f"{tmp_path} was saved with "
-        assert said["stage 3"].startswith(f"{start}partitions = optimizer, but this run has partitions = parameters; resume with")
-        assert said["bf16"].startswith(
-            f"{start}precision = fp32, but this run has precision = bf16; resume with what it was saved"
+        path = f"{tmp_path}/checkpoints/step_00000000"
+        remedy = "; resume with the recipe it was saved with, or start a new run from its last bundle"
+        assert said["itself"] == ""
+        assert said["average"].startswith(f"{path} does not fit this run: it lacks ema/")
+        assert said["average"].endswith(f" more{remedy}")
+        assert said["untied"] == (
+            f"{path} does not fit this run: it lacks exp_avg/projection.weight, exp_avg/target_embedding.tokens.weight, "
+            f"exp_avg_sq/projection.weight and 3 more{remedy}"
         )
-        assert said["average"].startswith(f"{start}moving_average = False, but this run has moving_average = True; ")
-        assert said["ranks"].startswith(f"{start}world_size = 4, but this run has world_size = 2; ")
-        assert said["damaged"].startswith(f"{tmp_path / 'shard_00001.pt'} cannot be read: ")
-        assert said["stage 2"] == said["itself"] == ""
+        assert said["damaged"].startswith(f"no checkpoint in {tmp_path}/checkpoints is usable")

@@ -13,11 +13,16 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
+import torch
 
+from dstrain.checkpoint import tensor_file
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.errors import CheckpointError
+from dstrain.fragment import Fragment
+from dstrain.protocols import StoredState
 from tests.unit.training.fakes import ALONE
 
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
@@ -25,23 +30,45 @@ KILLED = 137
 
 
 class Blocks:
-    """An engine with several files, each written in two parts so that a kill can fall between."""
+    """An engine with several tensors, and a template of several files."""
+
+    layout = "1 rank"
 
     def __init__(self, number: int = 0, size: int = 100) -> None:
         self.number, self.size = number, size
 
-    def save_shards(self, directory: Path) -> None:
-        for part in range(3):
-            with (directory / f"part_{part}").open("w") as file:
-                file.write(f"{self.number} " * self.size)
-                file.flush()
-                sys.audit("os.remove", "between two writes", -1)
-                file.write(f"{self.number} " * self.size)
+    def fragments(self) -> list[Fragment]:
+        values = torch.full((self.size,), self.number)
+        return [Fragment(f"master/{name}", (self.size,), 0, values) for name in "abc"]
 
-    def load_shards(self, directory: Path) -> None:
-        numbers = {number for part in range(3) for number in (directory / f"part_{part}").read_text().split()}
-        self.number = int(numbers.pop())
-        assert not numbers, f"parts of different saves: {numbers}"
+    def scalars(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def load(self, stored: StoredState) -> None:
+        numbers = {number for values in stored.whole("master").values() for number in values.tolist()}
+        self.number = stored.scalars["number"]
+        assert numbers == {self.number}, f"tensors of different saves: {numbers}"
+
+    def sync(self) -> None:
+        pass
+
+
+def template(directory: Path) -> None:
+    (directory / "tokenizer").mkdir()
+    for name in ("model.yaml", "tokenizer/vocabulary"):
+        (directory / name).write_text(name)
+
+
+@pytest.fixture(autouse=True)
+def _blocks_are_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of a file of tensors counts as an operation, so that a kill can fall between two of them."""
+
+    def write_block(file: IO[bytes], block: memoryview) -> None:
+        file.flush()
+        sys.audit("os.remove", "before a block", -1)
+        file.write(block)
+
+    monkeypatch.setattr(tensor_file, "write_block", write_block)
 
 
 def in_child(action: Callable[[], int]) -> int:
@@ -70,14 +97,18 @@ def at_operation(number: int, strike: Callable[[], None]) -> None:
     sys.addaudithook(hook)
 
 
+def manager_of(directory: Path, keep: int = 1) -> CheckpointManager:
+    return CheckpointManager(directory, ALONE, keep=keep, run_id="run", template=template)
+
+
 def save(directory: Path, number: int) -> None:
-    CheckpointManager(directory, ALONE, keep=1).save(number, Blocks(number), {"number": number})
+    manager_of(directory).save(number, Blocks(number), {"number": number})
 
 
 def found(directory: Path) -> int | None:
     """The number that a fresh start finds; shards and state agree."""
     engine = Blocks()
-    checkpoint = CheckpointManager(directory, ALONE, keep=1).load_latest(engine)
+    checkpoint = manager_of(directory).load_latest(engine)
     if checkpoint is None:
         return None
     assert checkpoint.state == {"number": engine.number}
@@ -150,7 +181,7 @@ def test_kill_9_at_random_moments_of_endless_saving(tmp_path: Path) -> None:
 
     def child() -> int:
         engine = Blocks(size=20_000)
-        manager = CheckpointManager(tmp_path, ALONE, keep=2)
+        manager = CheckpointManager(tmp_path, ALONE, keep=2, run_id="run")
         manager.load_latest(engine)
         while True:
             engine.number += 1

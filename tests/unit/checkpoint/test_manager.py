@@ -8,12 +8,17 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.errors import CheckpointError
+from dstrain.fragment import Fragment
 from dstrain.log import logger
+from dstrain.protocols import Ranks, StoredState
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
 from tests.unit.training.fakes import ALONE
 
@@ -21,22 +26,36 @@ NUMBERS = {"step": 3, "loss": 0.1 + 0.2, "tiny": 5e-324, "none": None, "nested":
 
 
 class Shards:
-    """An engine whose whole state is one text per rank, in a folder as DeepSpeed makes them."""
+    """An engine whose whole state is one text per rank, and one that rank 0 writes for all."""
+
+    layout = "as it is"
 
     def __init__(self, text: str = "", rank: int = 0) -> None:
         self.text, self.rank = text, rank
         self.loads = 0
 
-    def save_shards(self, directory: Path) -> None:
-        folder = directory / "deep"
-        folder.mkdir(exist_ok=True)
-        (folder / f"rank_{self.rank}.txt").write_text(self.text)
-        if self.rank == 0:
-            (directory / "common.txt").write_text("common to all ranks")
+    def fragments(self) -> list[Fragment]:
+        content = torch.frombuffer(bytearray(self.text.encode()), dtype=torch.uint8)
+        return [Fragment(f"text/{self.rank}", (len(content),), 0, content)]
 
-    def load_shards(self, directory: Path) -> None:
+    def scalars(self) -> dict[str, str]:
+        return {"common": "to all ranks"}
+
+    def load(self, stored: StoredState) -> None:
         self.loads += 1
-        self.text = (directory / "deep" / f"rank_{self.rank}.txt").read_text()
+        assert stored.scalars == self.scalars()
+        self.text = bytes(stored.whole("text")[str(self.rank)].tolist()).decode()
+
+    def sync(self) -> None:
+        pass
+
+
+def template(directory: Path) -> None:
+    (directory / "common.txt").write_text("common to all ranks")
+
+
+def manager_of(directory: Path, ranks: Ranks = ALONE, *, keep: int, run_id: str = "run") -> CheckpointManager:
+    return CheckpointManager(directory, ranks, keep=keep, run_id=run_id, template=template)
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +68,7 @@ def heard(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def three(tmp_path: Path) -> Path:
     """A directory with checkpoints 10, 20 and 30."""
-    manager = CheckpointManager(tmp_path / "checkpoints", ALONE, keep=3)
+    manager = manager_of(tmp_path / "checkpoints", keep=3)
     for step in (10, 20, 30):
         manager.save(step, Shards(f"weights of {step}"), {"step": step})
     return manager.directory
@@ -57,14 +76,14 @@ def three(tmp_path: Path) -> Path:
 
 def load(directory: Path) -> tuple[int, str] | None:
     engine = Shards()
-    found = CheckpointManager(directory, ALONE, keep=3).load_latest(engine)
+    found = manager_of(directory, keep=3).load_latest(engine)
     return None if found is None else (found.step, engine.text)
 
 
 def test_state_and_shards_come_back_bit_for_bit(tmp_path: Path) -> None:
-    CheckpointManager(tmp_path, ALONE, keep=2).save(3, Shards("weights"), NUMBERS)
+    manager_of(tmp_path, keep=2).save(3, Shards("weights"), NUMBERS)
     engine = Shards()
-    found = CheckpointManager(tmp_path, ALONE, keep=2).load_latest(engine)
+    found = manager_of(tmp_path, keep=2).load_latest(engine)
     assert found is not None
     assert (found.step, found.world_size, found.state, engine.text) == (3, 1, NUMBERS, "weights")
 
@@ -75,16 +94,26 @@ def test_nothing_there_is_none_and_makes_nothing(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept_and_the_pointer_names_the_last(three: Path) -> None:
-    CheckpointManager(three, ALONE, keep=2).save(40, Shards("weights of 40"), {})
+    manager_of(three, keep=2).save(40, Shards("weights of 40"), {})
     assert sorted(path.name for path in three.iterdir()) == ["latest", "step_00000030", "step_00000040"]
     assert (three / "latest").read_text() == "step_00000040\n"
 
 
 def test_the_manifest_lists_every_file_with_size_and_hash(three: Path) -> None:
     manifest = json.loads((three / "step_00000010" / "manifest.json").read_text())
-    assert [entry["name"] for entry in manifest["files"]] == ["common.txt", "deep/rank_0.txt"]
-    assert manifest["files"][1]["size"] == len("weights of 10")
-    assert manifest["files"][1]["sha256"] == hashlib.sha256(b"weights of 10").hexdigest()
+    assert [entry["name"] for entry in manifest["files"]] == ["rank_00000.safetensors", "template/common.txt"]
+    for entry in manifest["files"]:
+        content = (three / "step_00000010" / entry["name"]).read_bytes()
+        assert (entry["size"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert content == b"common to all ranks"
+
+
+def test_a_file_of_tensors_is_what_safetensors_writes(three: Path) -> None:
+    path = three / "step_00000010" / "rank_00000.safetensors"
+    expected = {"text/0": torch.frombuffer(bytearray(b"weights of 10"), dtype=torch.uint8)}
+    assert torch.equal(load_file(path)["text/0"], expected["text/0"])
+    save_file(expected, path.with_name("expected"))
+    assert path.read_bytes() == path.with_name("expected").read_bytes()
 
 
 def truncate(path: Path) -> None:
@@ -100,14 +129,14 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "why"),
     [
-        (truncate, "deep/rank_0.txt", "truncated file deep/rank_0.txt: 9 of 13 bytes"),
-        (flip, "deep/rank_0.txt", "hash mismatch in deep/rank_0.txt"),
-        (Path.unlink, "deep/rank_0.txt", "missing file deep/rank_0.txt"),
+        (truncate, "rank_00000.safetensors", "truncated file rank_00000.safetensors: "),
+        (flip, "rank_00000.safetensors", "hash mismatch in rank_00000.safetensors"),
+        (Path.unlink, "rank_00000.safetensors", "missing file rank_00000.safetensors"),
         (Path.unlink, "manifest.json", "missing manifest.json"),
         (truncate, "manifest.json", "manifest.json is damaged"),
         (flip, "manifest.json", "manifest.json is damaged"),
         (lambda path: path.write_text("[]"), "manifest.json", "manifest.json is damaged"),
-        (lambda path: path.write_text(path.read_text() + "x"), "common.txt", "file common.txt has grown"),
+        (lambda path: path.write_text(path.read_text() + "x"), "template/common.txt", "file template/common.txt has grown"),
     ],
 )
 def test_damage_steps_back_with_a_warning_that_says_why(
@@ -149,10 +178,10 @@ def test_the_pointer_comes_before_newer_folders(three: Path) -> None:
 
 def test_checkpoints_of_which_none_is_usable_are_an_error_and_nothing_is_loaded(three: Path) -> None:
     for path in three.glob("step_*"):
-        flip(path / "common.txt")
+        flip(path / "template" / "common.txt")
     engine = Shards()
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is usable .* restore one .* or choose another --output"):
-        CheckpointManager(three, ALONE, keep=3).load_latest(engine)
+        manager_of(three, keep=3).load_latest(engine)
     assert engine.loads == 0
 
 
@@ -164,43 +193,93 @@ def test_a_pointer_without_checkpoints_is_an_error(three: Path) -> None:
 
 
 def test_after_stepping_back_the_damaged_one_does_not_count_as_kept(three: Path) -> None:
-    flip(three / "step_00000030" / "common.txt")
-    manager = CheckpointManager(three, ALONE, keep=2)
+    flip(three / "step_00000030" / "template" / "common.txt")
+    manager = manager_of(three, keep=2)
     manager.load_latest(Shards())
     manager.save(35, Shards("weights of 35"), {})
     assert sorted(path.name for path in three.glob("step_*")) == ["step_00000020", "step_00000035"]
 
 
 def test_a_step_saved_again_replaces_the_damaged_one(three: Path) -> None:
-    flip(three / "step_00000030" / "common.txt")
-    manager = CheckpointManager(three, ALONE, keep=2)
+    flip(three / "step_00000030" / "template" / "common.txt")
+    manager = manager_of(three, keep=2)
     manager.load_latest(Shards())
     manager.save(30, Shards("weights of 30 again"), {})
     assert load(three) == (30, "weights of 30 again")
 
 
-def test_another_format_is_named(three: Path, heard: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dstrain.checkpoint.manager.FORMAT", 2)
-    with pytest.raises(CheckpointError):
+def test_the_format_before_is_refused_with_the_remedy(three: Path) -> None:
+    """It held pickles; nothing of it is read, and no older checkpoint is taken silently."""
+    content: dict[str, Any] = {"format": 1, "step": 30, "world_size": 1, "state": {}, "files": []}
+    content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    (three / "step_00000030" / "manifest.json").write_text(json.dumps(content))
+    engine = Shards()
+    with pytest.raises(CheckpointError) as caught:
+        manager_of(three, keep=3).load_latest(engine)
+    assert str(caught.value) == (
+        f"{three}/step_00000030/manifest.json has format 1, this dstrain reads 2: resume with the version that wrote it, or "
+        "start a new run from its last bundle (--base RUN/bundles/last)"
+    )
+    assert engine.loads == 0
+
+
+def test_a_checkpoint_of_another_run_is_refused_by_name(three: Path) -> None:
+    manager_of(three, keep=9, run_id="other").save(40, Shards("weights of another run"), {})
+    with pytest.raises(CheckpointError) as caught:
         load(three)
-    assert "manifest.json has format 1; this dstrain reads 2" in heard.text
+    assert str(caught.value) == (
+        f"{three}/step_00000040 was written by run other, but this is run run: move it out of the folder, or choose the "
+        "--output of its run"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"step": -1}, "manifest.json: step: Input should be greater than or equal to 0"),
+        ({"world_size": "two"}, "manifest.json: world_size: Input should be a valid integer"),
+        (
+            {"files": [{"name": "../x", "size": 1, "sha256": ""}]},
+            "manifest.json: files.0.name: Value error, file name '../x' leaves",
+        ),
+        ({"files": [{"name": "/etc/hosts", "size": 1, "sha256": ""}]}, "file name '/etc/hosts' leaves the checkpoint"),
+        ({"tensors": None}, "manifest.json: tensors: Input should be a valid dictionary"),
+    ],
+)
+def test_a_mistyped_manifest_is_one_message(
+    three: Path, heard: pytest.LogCaptureFixture, change: dict[str, Any], why: str
+) -> None:
+    path = three / "step_00000030" / "manifest.json"
+    content = {**json.loads(path.read_text()), **change}
+    del content["sha256"]
+    content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(content))
+    assert load(three) == (20, "weights of 20")
+    assert why in heard.text
+
+
+def test_a_link_out_of_the_checkpoint_is_not_followed(three: Path, heard: pytest.LogCaptureFixture) -> None:
+    path = three / "step_00000030" / "rank_00000.safetensors"
+    path.rename(three.parent / "elsewhere")
+    path.symlink_to(three.parent / "elsewhere")
+    assert load(three) == (20, "weights of 20")
+    assert "file rank_00000.safetensors is a link out of the checkpoint" in heard.text
 
 
 def test_leftovers_of_a_killed_save_are_removed(three: Path) -> None:
-    (three / "step_00000040.tmp" / "deep").mkdir(parents=True)
+    (three / "step_00000040.tmp" / "template").mkdir(parents=True)
     (three / "latest.tmp").write_text("step_000")
     assert load(three) == (30, "weights of 30")
     assert sorted(path.name for path in three.iterdir()) == ["latest", "step_00000010", "step_00000020", "step_00000030"]
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(three: Path) -> None:
-    manager = CheckpointManager(three, ALONE, keep=3)
+    manager = manager_of(three, keep=3)
     manager.load_latest(Shards())
 
     class Full(Shards):
-        def save_shards(self, directory: Path) -> None:
-            super().save_shards(directory)
-            raise OSError(errno.ENOSPC, "No space left on device", str(directory / "deep"))
+        def fragments(self) -> list[Fragment]:
+            raise OSError(errno.ENOSPC, "No space left on device", "rank_00000.safetensors")
 
     with pytest.raises(CheckpointError, match=r"No space left on device.*last complete checkpoint is .*step_00000030.*make room"):
         manager.save(40, Full("x"), {})
@@ -208,31 +287,27 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_says_so(three: Path) -> 
     assert load(three) == (30, "weights of 30")
 
 
-def test_an_error_of_torch_while_writing_is_explained_too(tmp_path: Path) -> None:
+def test_an_error_of_torch_while_copying_is_explained_too(tmp_path: Path) -> None:
     class Broken(Shards):
-        def save_shards(self, directory: Path) -> None:
-            raise RuntimeError("PytorchStreamWriter failed writing file data/0")
+        def fragments(self) -> list[Fragment]:
+            raise RuntimeError("out of memory")
 
-    with pytest.raises(
-        CheckpointError, match=r"saving .*step_00000001 failed: PytorchStreamWriter.*no checkpoint was complete before"
-    ):
-        CheckpointManager(tmp_path, ALONE, keep=1).save(1, Broken(), {})
+    with pytest.raises(CheckpointError, match=r"saving .*step_00000001 failed: out of memory; no checkpoint was complete before"):
+        manager_of(tmp_path, keep=1).save(1, Broken(), {})
 
 
 def test_a_state_that_json_cannot_hold_exactly_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float"):
-        CheckpointManager(tmp_path, ALONE, keep=1).save(1, Shards("x"), {"loss": float("nan")})
+        manager_of(tmp_path, keep=1).save(1, Shards("x"), {"loss": float("nan")})
 
 
 def test_three_ranks_save_and_load_together(tmp_path: Path) -> None:
     def save(ranks: ThreadRanks) -> Path:
-        return CheckpointManager(tmp_path, ranks, keep=1).save(
-            5, Shards(f"of rank {ranks.rank}", ranks.rank), {"rank": ranks.rank}
-        )
+        return manager_of(tmp_path, ranks, keep=1).save(5, Shards(f"of rank {ranks.rank}", ranks.rank), {"rank": ranks.rank})
 
     def load_all(ranks: ThreadRanks) -> tuple[object, ...]:
         engine = Shards(rank=ranks.rank)
-        found = CheckpointManager(tmp_path, ranks, keep=1).load_latest(engine)
+        found = manager_of(tmp_path, ranks, keep=1).load_latest(engine)
         return found and found.step, found and found.world_size, found and found.state, engine.text
 
     assert on_ranks(3, save) == [tmp_path / "step_00000005"] * 3
@@ -242,29 +317,27 @@ def test_three_ranks_save_and_load_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("failing", [0, 1, 2])
 def test_a_failure_of_one_rank_is_the_same_error_on_all(tmp_path: Path, failing: int) -> None:
     class Fails(Shards):
-        def save_shards(self, directory: Path) -> None:
-            super().save_shards(directory)
+        def fragments(self) -> list[Fragment]:
             if self.rank == failing:
                 raise OSError(errno.ENOSPC, "No space left on device")
+            return super().fragments()
 
-    results = on_ranks(3, lambda ranks: CheckpointManager(tmp_path, ranks, keep=1).save(5, Fails("x", ranks.rank), {}))
+    results = on_ranks(3, lambda ranks: manager_of(tmp_path, ranks, keep=1).save(5, Fails("x", ranks.rank), {}))
     assert all(isinstance(result, CheckpointError) for result in results)
     assert len({str(result) for result in results}) == 1
     assert f"failed on rank {failing}: [Errno 28] No space left on device" in str(results[0])
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["common.txt", "deep/rank_0.txt", "deep/rank_1.txt"])
+@pytest.mark.parametrize("name", ["template/common.txt", "rank_00000.safetensors", "rank_00001.safetensors"])
 def test_damage_that_one_rank_finds_moves_all_ranks_back(tmp_path: Path, name: str) -> None:
     for step in (1, 2):
-        on_ranks(
-            2, lambda ranks, step=step: CheckpointManager(tmp_path, ranks, keep=2).save(step, Shards(f"{step}", ranks.rank), {})
-        )
+        on_ranks(2, lambda ranks, step=step: manager_of(tmp_path, ranks, keep=2).save(step, Shards(f"{step}", ranks.rank), {}))
     flip(tmp_path / "step_00000002" / name)
 
     def load_all(ranks: ThreadRanks) -> str:
         engine = Shards(rank=ranks.rank)
-        CheckpointManager(tmp_path, ranks, keep=2).load_latest(engine)
+        manager_of(tmp_path, ranks, keep=2).load_latest(engine)
         return engine.text
 
     assert on_ranks(2, load_all) == ["1", "1"]
@@ -272,8 +345,8 @@ def test_damage_that_one_rank_finds_moves_all_ranks_back(tmp_path: Path, name: s
 
 def test_an_engine_that_refuses_a_sound_checkpoint_is_heard(three: Path) -> None:
     class Refuses(Shards):
-        def load_shards(self, directory: Path) -> None:
+        def load(self, stored: StoredState) -> None:
             raise CheckpointError("it was saved with world_size = 2")
 
     with pytest.raises(CheckpointError, match="world_size = 2"):
-        CheckpointManager(three, ALONE, keep=3).load_latest(Refuses())
+        manager_of(three, keep=3).load_latest(Refuses())

@@ -303,13 +303,13 @@ def test_a_source_is_asked_for_what_the_recipe_wants() -> None:
 def test_validation_is_the_students_own_loss_and_leaves_the_queue() -> None:
     module, batch = module_of(selection={"kind": "global", "rate": 0.5, "queue_size": 9}), batch_of(*pairs(5, 1, 9))
     step(module, [batch])
-    queue = module.objective.selection.state()[0].tolist()
+    queue = module.objective.selection.state()["queue.0"].tolist()
     module.eval()
     output = module(batch)
     expected = TrainModule(module.model, build_objective(CrossEntropyConfig(label_smoothing=0.1)))(batch)
     torch.testing.assert_close(output.loss_sum, expected.loss_sum)
     assert list(output.sums) == ["nll"]
-    assert module.objective.selection.state()[0].tolist() == queue
+    assert module.objective.selection.state()["queue.0"].tolist() == queue
     assert len(queue) == 9
 
 
@@ -356,5 +356,5 @@ def test_a_queue_is_shared_by_the_batches_of_a_step() -> None:
     sizes = []
     for _ in range(2):
         step(module, [batch_of(*pairs(5, 1, 9)), batch_of(*pairs(3)), empty_batch()])
-        sizes.append(len(selection.state()[0]))
+        sizes.append(len(selection.state()["queue.0"]))
     assert sizes == [30, 60]

@@ -14,6 +14,7 @@ from dstrain.batch import Batch, Size
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.data.batching.plan import PlannedStep
 from dstrain.engine.step_report import StepReport
+from dstrain.fragment import Fragment, StoredState
 from dstrain.parallel.group import Group
 from dstrain.parallel.mesh import Mesh
 from dstrain.training.bundles import BundleStore
@@ -55,12 +56,21 @@ class FakeEngine:
             sums={"nll": loss / 2, "other": loss / 4},
         )
 
-    def save_shards(self, directory: Path) -> None:
-        (directory / "shard_0.json").write_text(json.dumps({"weight": self.weight, "steps": self.steps}))
+    layout = "1 rank zero0 fp32"
+    rank = 0
 
-    def load_shards(self, directory: Path) -> None:
-        content = json.loads((directory / "shard_0.json").read_text())
-        self.weight, self.steps = content["weight"], content["steps"]
+    def fragments(self) -> list[Fragment]:
+        values = torch.tensor([self.weight], dtype=torch.float64)
+        return [Fragment("master/weight", (1,), 0, values)] if self.rank == 0 else []
+
+    def scalars(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load(self, stored: StoredState) -> None:
+        self.weight, self.steps = float(stored.whole("master")["weight"]), stored.scalars["steps"]
+
+    def sync(self) -> None:
+        pass
 
 
 def steps_from(epoch: int, index: int) -> Generator[tuple[PlannedStep, list[Batch]], None, None]:
@@ -108,7 +118,9 @@ class Setup:
             engine=self.engine,
             steps=steps_from,
             validate=self.validate,
-            checkpoints=CheckpointManager(self.directory / "checkpoints", ALONE, keep=self.checkpoint.keep_checkpoints),
+            checkpoints=CheckpointManager(
+                self.directory / "checkpoints", ALONE, keep=self.checkpoint.keep_checkpoints, run_id="test"
+            ),
             bundles=BundleStore(
                 self.directory / "bundles", ALONE, gather=weights, save=save_bundle, keep=self.checkpoint.keep_bundles
             ),

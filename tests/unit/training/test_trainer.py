@@ -357,7 +357,7 @@ def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(tmp_path: Path
         def ask(step: int) -> None:
             signals.preempted |= step == 7 and ranks.rank == asked
 
-        setup.engine.before_step = ask
+        setup.engine.before_step, setup.engine.rank = ask, ranks.rank
         return trainer.run(), setup.engine.steps
 
     assert on_ranks(2, run) == [(85, 7), (85, 7)]
