@@ -1,8 +1,9 @@
-"""A fragment: a flat range of one tensor of the training state, in which engines and checkpoints exchange it."""
+"""What engines and checkpoints exchange: fragments, the flat ranges of tensors of the training state."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -27,3 +28,24 @@ class Fragment(NamedTuple):
     start: int
     values: Tensor
     slice: DimensionSlice | None = None
+
+
+class StoredState(Protocol):
+    """A checkpoint as an engine reads it. No call communicates. All raise CheckpointError if the checkpoint does not fit."""
+
+    @property
+    def scalars(self) -> Mapping[str, Any]:
+        """What `Resumable.scalars` gave."""
+        ...
+
+    def require(self, shapes: Mapping[str, tuple[int, ...]], *, optional: str) -> None:
+        """Compare names and shapes of all tensors with those of this run. optional: a kind that is not compared."""
+        ...
+
+    def fill(self, fragments: Iterable[Fragment]) -> None:
+        """Copy the stored values into `values` of each fragment."""
+        ...
+
+    def whole(self, kind: str) -> dict[str, Tensor]:
+        """All tensors of a kind by name, without the kind."""
+        ...

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from dstrain.batch import Sequences
-from dstrain.fragment import Fragment
+from dstrain.fragment import Fragment, StoredState
 from dstrain.model_output import ActivationCapture, ModelOutput
 
 R = TypeVar("R")
@@ -118,27 +118,6 @@ class Ranks(Protocol):
 
     def gather_objects(self, value: R, /) -> list[R]:
         """Every rank's value in the order of ranks, on every rank."""
-        ...
-
-
-class StoredState(Protocol):
-    """A checkpoint as an engine reads it. No call communicates. All raise CheckpointError if the checkpoint does not fit."""
-
-    @property
-    def scalars(self) -> Mapping[str, Any]:
-        """What `Resumable.scalars` gave."""
-        ...
-
-    def require(self, shapes: Mapping[str, tuple[int, ...]], *, optional: str) -> None:
-        """Compare names and shapes of all tensors with those of this run. optional: a kind that is not compared."""
-        ...
-
-    def fill(self, fragments: Iterable[Fragment]) -> None:
-        """Copy the stored values into `values` of each fragment."""
-        ...
-
-    def whole(self, kind: str) -> dict[str, Tensor]:
-        """All tensors of a kind by name, without the kind."""
         ...
 
 

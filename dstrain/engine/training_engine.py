@@ -29,7 +29,7 @@ from dstrain.engine.schedule import learning_rate
 from dstrain.engine.stable_adamw import StableAdamW
 from dstrain.engine.step_report import StepReport
 from dstrain.errors import CheckpointError, TrainingError
-from dstrain.fragment import Fragment
+from dstrain.fragment import Fragment, StoredState
 from dstrain.models.weights import Layouts, ParameterLayout, TensorSlice, parameter_layouts, split_parameters
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule

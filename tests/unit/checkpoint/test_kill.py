@@ -21,8 +21,7 @@ import torch
 from dstrain.checkpoint import tensor_file
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.errors import CheckpointError
-from dstrain.fragment import Fragment
-from dstrain.protocols import StoredState
+from dstrain.fragment import Fragment, StoredState
 from tests.unit.training.fakes import ALONE
 
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.errors import CheckpointError
-from dstrain.fragment import Fragment
+from dstrain.fragment import Fragment, StoredState
 from dstrain.log import logger
-from dstrain.protocols import Ranks, StoredState
+from dstrain.protocols import Ranks
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
 from tests.unit.training.fakes import ALONE
 
