@@ -35,7 +35,6 @@ from dstrain.models.factory import Model, build_model
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
 from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module, collate, load, num_targets, save, sentences
-from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module, collate, num_targets, sentences
 
 Report = dict[str, Any]
 

@@ -74,7 +74,7 @@ def load(engine: TrainEngine, directory: Path) -> None:
 
 def manager_of(engine: TrainEngine, directory: Path, *, keep: int = 1) -> CheckpointManager:
     """What writes and reads checkpoints of the engine."""
-    return CheckpointManager(directory / "checkpoints", engine.world, keep=keep, run_id="run")
+    return CheckpointManager(directory / "checkpoints", engine.mesh.world, keep=keep, run_id="run")
 
 
 def sentences(step: int) -> list[tuple[list[int], list[int]]]:
