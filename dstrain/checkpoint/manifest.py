@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path, PurePosixPath
-from typing import Annotated, Any
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-from pydantic import AfterValidator, Field, Count, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from dstrain.checkpoint.fragments import Span
 from dstrain.checkpoint.tensor_file import TensorInfo

@@ -318,7 +318,7 @@ def test_a_full_disk_while_a_bundle_is_written_is_explained(tmp_path: Path, monk
     setup = straight(tmp_path, max_steps=10)
 
     def full(directory: Path, weights: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> None:
-        directory.mkdir()
+        directory.mkdir(exist_ok=True)
         raise OSError(errno.ENOSPC, "No space left on device", str(directory))
 
     kept = bundles(setup)
