@@ -138,7 +138,7 @@ def _read(path: Path) -> Tree:
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}; make it readable") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}")
+        raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}; write `section:` lines")
     return tree
 
 

@@ -111,7 +111,7 @@ class StoredAdapter:
 
 def is_adapter(directory: Path) -> bool:
     """Whether a directory is an adapter bundle."""
-    return (directory / ADAPTER / ADAPTER_YAML).is_file()
+    return (directory / ADAPTER / ADAPTER_YAML).exists()
 
 
 def adapters_of(directory: Path) -> tuple[Path, tuple[StoredAdapter, ...]]:

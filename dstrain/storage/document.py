@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import AfterValidator, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
 from dstrain.config_base import Config
 from dstrain.errors import DataError, DstrainError
@@ -22,7 +22,7 @@ from dstrain.storage.explain import explain
 from dstrain.storage.hashing import sha256_of_file
 from dstrain.storage.parsing import MAX_JSON_VALUES, dump_yaml, read_tree
 
-D = TypeVar("D", bound=Config)
+D = TypeVar("D", bound=BaseModel)
 MAX_MISTAKES = 3
 """So many are reported; a damaged file may have thousands."""
 

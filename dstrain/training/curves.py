@@ -48,10 +48,10 @@ def write_report(run: Path, output: Path) -> tuple[Path, Path]:
     if not any(event["kind"] in {"train", "valid"} for event in events):
         raise TrainingError(f"{run} has reported no step yet; wait for the first `reporting.log_every` steps")
     output.mkdir(parents=True, exist_ok=True)
-    picture = draw(events, title=run.resolve().name)
     recipe = run / "recipe.yaml"
     remedy = "restore it, or remove it to draw the curves without it"
-    tree = read_mapping(recipe, error=TrainingError, remedy=remedy) if recipe.is_file() else {}
+    tree = read_mapping(recipe, error=TrainingError, remedy=remedy) if recipe.exists() else {}
+    picture = draw(events, title=run.resolve().name)
     png, page = output / "report.png", output / "report.html"
     write_file(png, picture)
     write_file(page, render_page(run.resolve().name, events, tree, picture).encode())

@@ -148,7 +148,7 @@ def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], 
     if directory.exists() and not directory.is_dir():
         raise TrainingError(f"--output {directory} is a file; name a directory")
     others = sorted({path.name for path in directory.iterdir()} - OWN_FILES) if directory.is_dir() else []
-    if others and not recipe_file.is_file():
+    if others and not recipe_file.exists():
         raise TrainingError(
             f"--output {directory} is no run (it has no recipe.yaml) and not empty (it holds {', '.join(others[:3])}): "
             "name a new directory, or that of an earlier run"
@@ -164,7 +164,7 @@ def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], 
 def _begin_or_resume(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], upgrade: Upgrade) -> str:
     """The run's id."""
     recipe_file = directory / "recipe.yaml"
-    if recipe_file.is_file() and _has_begun(directory):
+    if recipe_file.exists() and _has_begun(directory):
         _check_recipe(recipe_file, recipe, upgrade)
         return _run_id(directory / "run.json", facts)
     run_id = uuid.uuid4().hex[:16]
