@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dstrain.ops.argmax import row_argmax
+from dstrain.ops.kernels import ARGMAX
 
 
 class TensorGroup(Protocol):
@@ -140,7 +140,7 @@ class VocabularySlice:
 
     def argmax(self, values: Tensor) -> Tensor:
         """The token id of the highest value, the first of equal ones. (c, V) -> (c, 1) int64"""
-        local = row_argmax(values)
+        local = ARGMAX.choose(values.device, values.dtype)(values)
         if self.group is None:
             return local
         own = values.gather(1, local)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dstrain.ops.attention import attention, attention_reference
 from dstrain.ops.bias import causal_bias, padding_bias
+from dstrain.ops.kernels import TRAINING_ATTENTION
 
 SHAPES = [
     (2, 4, 4, 5, 5, 8),
@@ -98,3 +99,27 @@ def test_dropout_keeps_the_mean() -> None:
     mixed = attention(query, key, torch.ones(1, 1, 100, 4), dropout=0.3)
     assert mixed.mean().item() == pytest.approx(1.0, abs=0.01)
     assert mixed.std().item() > 0.01
+
+
+@pytest.mark.parametrize("kernel", ["batched_products", "scaled_dot_product_attention"])
+@pytest.mark.parametrize("heads_of_bias", [None, 1, 4])
+@pytest.mark.parametrize("length", [3, 30])
+def test_a_learned_bias_gets_its_gradient_from_every_kernel(kernel: str, heads_of_bias: int | None, length: int) -> None:
+    """Of all rows, of each head, or of each row and head; below and above the length at which the table changes its choice."""
+    results = []
+    for function in (attention, attention_reference):
+        parts = inputs((2, 4, 4, length, length, 8))
+        shape = (length, length) if heads_of_bias is None else (heads_of_bias, length, length)
+        bias = torch.randn(shape, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        with TRAINING_ATTENTION.forced(kernel):
+            mixed = function(*parts, bias=bias)
+        mixed.square().sum().backward()
+        results.append([mixed, bias.grad, *(part.grad for part in parts)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+def test_a_bias_may_be_all_that_learns() -> None:
+    query, key, value = (part.detach() for part in inputs((2, 4, 4, 5, 5, 8)))
+    bias = torch.zeros(4, 5, 5, requires_grad=True)
+    attention(query, key, value, bias=bias).square().sum().backward()
+    assert bias.grad.abs().sum() > 0
