@@ -20,14 +20,14 @@ import numpy.typing as npt
 import torch
 from pydantic import ValidationError
 
-from dstrain.batch import Sequences
 from dstrain.checkpoint.bundle import Bundle, load_bundle
+from dstrain.data.batching.collate import Collator
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.errors import BundleError, DataError, DstrainError, RecipeError
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator, TextHypothesis, fitting, ignore_progress
-from dstrain.generation.padding import batches_by_length, pad
+from dstrain.generation.padding import batches_by_length
 from dstrain.generation.scoring import score_targets, teacher_forced_logits
 from dstrain.storage.explain import explain
 
@@ -228,9 +228,8 @@ class Model:
         ids = SpecialIds.of(tokenizer.target)
         scored: dict[int, TextHypothesis] = {}
         for rows in batches_by_length(longer_of(source_ids, target_ids), range(len(targets)), config.max_tokens):
-            source = self._sequences([source_ids[row] for row in rows])
-            batch = [target_ids[row] for row in rows]
-            found = score_targets(self.bundle.model, source, batch, config=config, ids=ids, device=self.device)
+            batch = [[side[row] for row in rows] for side in (source_ids, target_ids)]
+            found = score_targets(self.bundle.model, *batch, config=config, ids=ids, device=self.device)
             for row, hypothesis in zip(rows, found, strict=True):
                 scored[row] = TextHypothesis(hypothesis.tokens, hypothesis.score, hypothesis.token_scores, targets[row])
             progress(len(rows))
@@ -241,21 +240,24 @@ class Model:
     ) -> list[npt.NDArray[np.float32]]:
         """Teacher-forced logits after each decoder input, one (T, V) float32 array a row, without padding.
 
-        source_ids: ids ending in EOS, None for a decoder-only model. target_input_ids: EOS, then target tokens.
+        source_ids: ids ending in EOS; None for a decoder-only model that reads no source. target_input_ids: EOS, then target
+        tokens. DataError: unequal numbers of rows, or no sources for an encoder-decoder model.
         """
-        if source_ids is not None:
-            same_number(source_ids, target_input_ids, "targets")
+        vocabulary, kind = self.bundle.vocabulary, self.bundle.model_config.kind
+        if source_ids is None:
+            if kind == "encoder_decoder":
+                raise DataError("source_ids = None, but an encoder-decoder model reads sources; give one for each target")
+            source_ids = [[vocabulary.eos_id]] * len(target_input_ids)
+        same_number(source_ids, target_input_ids, "targets")
+        collator = Collator(kind, pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id)
         found: dict[int, npt.NDArray[np.float32]] = {}
-        lengths = longer_of(source_ids or target_input_ids, target_input_ids)
+        lengths = longer_of(source_ids, target_input_ids)
         for rows in batches_by_length(lengths, range(len(target_input_ids)), MAX_TOKENS):
-            source = None if source_ids is None else self._sequences([source_ids[row] for row in rows])
-            inputs = self._sequences([target_input_ids[row] for row in rows])
-            for row, values in zip(rows, teacher_forced_logits(self.bundle.model, source, inputs), strict=True):
+            sources, inputs = ([side[row] for row in rows] for side in (source_ids, target_input_ids))
+            logits = teacher_forced_logits(self.bundle.model, sources, inputs, collator=collator, device=self.device)
+            for row, values in zip(rows, logits, strict=True):
                 found[row] = values.cpu().numpy()
         return [found[row] for row in range(len(target_input_ids))]
-
-    def _sequences(self, rows: Sequence[Sequence[int]]) -> Sequences:
-        return Sequences(*pad(rows, self.bundle.vocabulary.pad_id)).to(torch.device(self.device))
 
 
 def same_number(sources: Sequence[object], others: Sequence[object], name: str) -> None:

@@ -1,18 +1,29 @@
-"""What flows through a model: padded sequences and the batch made of them. A batch is never a dict.
+"""What flows through a model, its losses and its reports: `Sequences`, `Targets`, `Batch`, `Metrics`. A batch is never a dict.
 
-Everything is right-padded. Shapes: B batch, S source, T target.
+Three words, used so everywhere: a *row* is a row of a tensor, an *example* is one line of the data set, a *segment* is an example
+inside a packed row. A padded row holds one example, a packed row several. The `Collator` makes every batch, on the CPU, with all
+counts: models and objectives never join, shift or recount. Shapes: B rows, S source, T target, b examples, n scored tokens.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""The label of a position that is not scored: padding."""
+"""The label of a row that a loss leaves out."""
+
+NO_SEGMENT = -1
+"""The segment of padding in a packed row."""
+
+ModelKind = Literal["encoder_decoder", "decoder_only"]
+"""How a model reads an example: source and target in a stack each, or both as one sequence."""
+
+Number = TypeVar("Number", Tensor, float)
 
 
 class Size(NamedTuple):
@@ -34,12 +45,13 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Sequences:
-    """Right-padded token sequences.
+    """Token sequences, right-padded or packed and then right-padded.
 
-    tokens: (B, S) int64, padded with the tokenizer's pad id after `lengths`.
+    tokens: (B, S) int64, the tokenizer's pad id after `lengths`.
     lengths: (B,) int64, real tokens of each row; 0 for a row of padding alone.
-    positions: (B, S) int64 or None; None means 0, 1, 2, ... from the left.
-    segments: (B, S) int64 or None; tokens see one another only within a segment (packing); None means one segment a row.
+    positions: (B, S) int64, 0, 1, 2, ... in each segment; None means from the left of the row.
+    segments: (B, S) int64, the number of each token's example in the batch, `NO_SEGMENT` at padding; tokens see one another only
+    within a segment. None means one segment a row.
     """
 
     tokens: Tensor
@@ -54,31 +66,122 @@ class Sequences:
 
 
 @dataclass(frozen=True)
+class Targets:
+    """The scored tokens of a batch: example by example, in the order of their positions.
+
+    index: (n,) int64, where each is predicted in the flattened (B * T) outputs of the decoder.
+    labels: (n,) int64, the tokens to predict.
+    weight: (n,) float32, 1 / (scored tokens of its example): by it a mean over sentences counts a token.
+    example_id: (n,) int64, line of the data set. position: (n,) int64, number in the target from 0. segment: (n,) int64, number
+    of its example in the batch. These three stay on the CPU, where examples are looked up.
+    """
+
+    index: Tensor
+    labels: Tensor
+    weight: Tensor
+    example_id: Tensor
+    position: Tensor
+    segment: Tensor
+
+    def to(self, device: torch.device) -> Targets:
+        """The same targets, with `index`, `labels` and `weight` on `device`."""
+        return replace(self, index=sent(self.index, device), labels=sent(self.labels, device), weight=sent(self.weight, device))
+
+
+@dataclass(frozen=True)
+class ExampleSpans:
+    """The b examples of a batch, in the order of its rows; (b,) int64 each, always on the CPU.
+
+    ids: lines of the data set. source_start: the first source token in the flattened tokens of `Batch.reading`. source_length,
+    target_length: tokens, the final EOS included.
+    """
+
+    ids: Tensor
+    source_start: Tensor
+    source_length: Tensor
+    target_length: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank.
 
-    source: what the encoder reads, ending in EOS; None for decoder-only models.
-    target: what the decoder reads: EOS, then the target tokens without their final EOS.
-    labels: (B, T) int64, the target tokens ending in EOS; `IGNORE_INDEX` at padding.
-    num_targets: number of scored labels, known on the CPU. 0 for an empty micro-batch, which adds exactly zero.
-    example_ids: (B,) int64, row numbers of the data set; always on the CPU, where rows are looked up.
+    source: what the encoder reads, each source ending in EOS; None for a decoder-only model.
+    target: what the decoder reads. For an encoder-decoder EOS, then the target without its final EOS; for a decoder-only model
+    the source before that, whose EOS is the first input of the target.
+    targets: empty in an empty micro-batch, whose one row holds EOS and adds exactly zero.
     sampled: whether the targets are samples of the model that is trained, not those of the data; alike in a whole step. One that
     was cut has no EOS at its end.
+    other: the same examples as a model of the other kind reads them, for a teacher that is one.
     """
 
     source: Sequences | None
     target: Sequences
-    labels: Tensor
-    num_targets: int
-    example_ids: Tensor
+    targets: Targets
+    examples: ExampleSpans
     sampled: bool = False
+    other: Batch | None = None
+
+    @property
+    def kind(self) -> ModelKind:
+        """Of the models that read it."""
+        return "decoder_only" if self.source is None else "encoder_decoder"
+
+    @property
+    def reading(self) -> Sequences:
+        """The sequences that hold the sources."""
+        return self.target if self.source is None else self.source
+
+    @property
+    def num_targets(self) -> int:
+        """Scored tokens; 0 in an empty micro-batch. Known without waiting for a GPU."""
+        return len(self.targets.labels)
 
     @property
     def size(self) -> Size:
-        """Its targets, and its rows, each of which is a sentence; none where nothing is scored."""
-        return Size(self.num_targets, len(self.example_ids) if self.num_targets else 0)
+        """Its scored tokens and its examples, each of which is a sentence."""
+        return Size(self.num_targets, len(self.examples.ids))
+
+    def for_kind(self, kind: ModelKind) -> Batch:
+        """As a model of `kind` reads it. ValueError if the collator was not told of such a model."""
+        if kind == self.kind:
+            return self
+        if self.other is None:
+            raise ValueError(f"this batch was made for {self.kind} models alone; name the kind {kind} to its Collator")
+        return self.other
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`, but for the example ids."""
-        source = None if self.source is None else self.source.to(device)
-        return replace(self, source=source, target=self.target.to(device), labels=sent(self.labels, device))
+        """The same batch on `device`, but for what is looked up on the CPU."""
+        return replace(
+            self,
+            source=None if self.source is None else self.source.to(device),
+            target=self.target.to(device),
+            targets=self.targets.to(device),
+            other=None if self.other is None else self.other.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class Metrics(Generic[Number]):
+    """Named sums, each over its own number of items: a mean is taken once, after all sums and counts are added up by name.
+
+    sums: () tensors without gradient in a micro-batch, floats in a report. counts: by the same names.
+    """
+
+    sums: Mapping[str, Number] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def over(cls, count: int, sums: Mapping[str, Number]) -> Self:
+        """Sums over the same items."""
+        return cls(sums, dict.fromkeys(sums, count))
+
+    def __add__(self: Metrics[float], other: Metrics[float]) -> Metrics[float]:
+        """Joined by name: what only one of both has stays as it is."""
+        names = dict.fromkeys([*self.sums, *other.sums])
+        sums = {name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in names}
+        return Metrics(sums, {name: self.counts.get(name, 0) + other.counts.get(name, 0) for name in names})
+
+    def means(self: Metrics[float]) -> dict[str, float]:
+        """Each sum by its count; a name without items has none."""
+        return {name: value / self.counts[name] for name, value in self.sums.items() if self.counts[name]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from torch import Tensor
@@ -38,8 +38,7 @@ class ActivationCapture:
     """The activations of one forward at the requested taps; in training with gradient.
 
     hidden_states: (B, S or T, D). attention: (B, queries, keys) float32, the probabilities before dropout, averaged over the
-    heads. Keys are the tokens that the stack reads; in a decoder-only model these are source and target together, its queries
-    and hidden states those of the target only.
+    heads. T are the decoder's positions; `Targets.index` says which of them predict a target.
     """
 
     def __init__(self, requested: Iterable[Tap]) -> None:
@@ -50,7 +49,3 @@ class ActivationCapture:
         """Keep an activation if it is requested."""
         if tap in self.requested:
             self.captured[tap] = value
-
-    def narrow(self, take: Callable[[Tensor], Tensor]) -> None:
-        """Replace every captured activation by `take` of it: of (B, L, ...) the positions that count."""
-        self.captured = {tap: take(value) for tap, value in self.captured.items()}

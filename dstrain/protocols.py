@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from dstrain.batch import Sequences
+from dstrain.batch import ModelKind, Sequences
 from dstrain.fragment import Fragment, StoredState
 from dstrain.model_output import ActivationCapture, ModelOutput
 
@@ -34,6 +34,11 @@ class TeacherForced(Protocol):
     """A model as an objective sees it."""
 
     @property
+    def kind(self) -> ModelKind:
+        """How it reads an example."""
+        ...
+
+    @property
     def projection(self) -> VocabularyProjection:
         """Hidden states to the vocabulary."""
         ...
@@ -44,7 +49,7 @@ class TeacherForced(Protocol):
         ...
 
     def __call__(self, source: Sequences | None, target: Sequences, capture: ActivationCapture | None = None) -> ModelOutput:
-        """All target positions at once. capture: the activations to store."""
+        """All decoder positions at once, of sequences that a `Collator` made. capture: the activations to store."""
         ...
 
     def project(self, hidden: Tensor) -> Tensor:

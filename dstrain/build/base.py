@@ -71,12 +71,12 @@ def check_reloaded(directory: Path, engine: Evaluates, batch: Batch, mesh: Mesh,
     bits. TrainingError, on every rank, where the two differ, BundleError where the bundle cannot be read.
     """
     with engine.averaged_weights() if averaged else nullcontext():
-        trained = float(engine.evaluate(batch).sums["nll"])
+        trained = float(engine.evaluate(batch).metrics.sums["nll"])
 
     def compare() -> None:
         model = load_bundle(directory, device=mesh.device).model
         plain = WholeModel(TrainModule(model, CrossEntropy(CrossEntropyConfig())), model, mesh.device)
-        reloaded = float(plain.evaluate(batch).sums["nll"])
+        reloaded = float(plain.evaluate(batch).metrics.sums["nll"])
         if not math.isclose(trained, reloaded, rel_tol=tolerance, abs_tol=tolerance):
             raise TrainingError(
                 f"{directory} does not compute what was trained: {batch.num_targets} tokens have a loss of {trained:.6g} in "

@@ -27,6 +27,7 @@ from dstrain.build.teachers import (
 from dstrain.checkpoint.bundle import StoredBundle, save_adapter_bundle, save_bundle
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.config_base import Precision, upgrade_config
+from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.loader import Steps, TrainLoader, evaluation_loader
 from dstrain.data.batching.plan import StepPlan
 from dstrain.data.config import DataConfig
@@ -82,7 +83,7 @@ def train(
         corpora.train.target_lengths,
         recipe.batching,
         recipe.training.seed,
-        sides=recipe.model.limits.sides,
+        kind=recipe.model.kind,
     )
     planned = plan_teachers(teachers, corpora.tokenizers, corpora.vocabulary, corpora.train)
     tag_position = _tag_position(recipe, corpora)
@@ -196,16 +197,16 @@ def build_trainer(
     teachers: Sequence[PlannedTeacher] = (),
 ) -> Trainer:
     """All parts of a training, put together."""
-    vocabulary, mesh = corpora.vocabulary, engine.mesh
+    mesh = engine.mesh
+    collator = build_collator(recipe, corpora, teachers)
     watchdog = Watchdog(recipe.training.hang_seconds, rank=mesh.world.rank)
-    own_samples = _build_own_samples(recipe, corpora, engine, teachers, watchdog)
+    own_samples = _build_own_samples(recipe, corpora, engine, teachers, collator=collator, watchdog=watchdog)
 
     def steps(epoch: int, index: int) -> Steps:
         loader = TrainLoader(
             corpora.train,
             plan,
-            pad_id=vocabulary.pad_id,
-            eos_id=vocabulary.eos_id,
+            collator,
             rank=mesh.data.rank,
             world_size=mesh.data.size,
             start=(epoch, index),
@@ -232,8 +233,20 @@ def build_trainer(
     )
 
 
+def build_collator(recipe: Recipe, corpora: Corpora, teachers: Sequence[PlannedTeacher] = ()) -> Collator:
+    """What makes the batches of the recipe's model and of its teachers."""
+    vocabulary, kinds = corpora.vocabulary, [teacher.model.kind for teacher in teachers]
+    return Collator(recipe.model.kind, pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id, teacher_kinds=kinds)
+
+
 def _build_own_samples(
-    recipe: Recipe, corpora: Corpora, engine: TrainEngine, teachers: Sequence[PlannedTeacher], watchdog: Watchdog
+    recipe: Recipe,
+    corpora: Corpora,
+    engine: TrainEngine,
+    teachers: Sequence[PlannedTeacher],
+    *,
+    collator: Collator,
+    watchdog: Watchdog,
 ) -> OwnSamples | None:
     """What writes the targets of on-policy steps, where the objective has any."""
     on_policy = recipe.objective.on_policy if isinstance(recipe.objective, DistillationConfig) else None
@@ -249,7 +262,7 @@ def _build_own_samples(
             longest_source=int(corpora.train.source_lengths.max()),
             max_tokens=recipe.batching.max_tokens,
         ),
-        sides=recipe.model.limits.sides,
+        collator=collator,
         max_tokens=recipe.batching.max_tokens,
         seed=recipe.training.seed,
         device=engine.device,
@@ -262,11 +275,9 @@ def _valid_batches(recipe: Recipe, corpora: Corpora, mesh: Mesh) -> Iterator[Bat
     return evaluation_loader(
         corpora.valid,
         recipe.batching.max_tokens,
-        pad_id=corpora.vocabulary.pad_id,
-        eos_id=corpora.vocabulary.eos_id,
+        build_collator(recipe, corpora),
         rank=mesh.data.rank,
         world_size=mesh.data.size,
-        sides=recipe.model.limits.sides,
     )
 
 

@@ -47,5 +47,4 @@ def build_dumper(args: argparse.Namespace, device: str) -> Dumper:
         bundle.vocabulary,
         lesson.device,
         args.max_tokens,
-        sides=bundle.model_config.limits.sides,
     )

@@ -21,6 +21,7 @@ def angles_of(args: argparse.Namespace) -> Iterator[Angle]:
     """The angles of the store `args.path`. DataError where it was not made by this teacher or of this data."""
     import torch
 
+    from dstrain.data.batching.collate import Collator
     from dstrain.distillation.store.gradient_angle import gradient_angles, random_batches
     from dstrain.distillation.store.manifest import load_store_manifest
     from dstrain.distillation.store.store import moved, open_store
@@ -32,7 +33,9 @@ def angles_of(args: argparse.Namespace) -> Iterator[Angle]:
     student, device = _student(args.student, lesson), torch.device(lesson.device)
 
     sizes = lesson.bundle.vocabulary
-    batches = random_batches(lesson.dataset, MAX_TOKENS, pad_id=sizes.pad_id, eos_id=sizes.eos_id)
+    kinds = [lesson.bundle.model_config.kind]
+    collator = Collator(student.config.kind, pad_id=sizes.pad_id, eos_id=sizes.eos_id, teacher_kinds=kinds)
+    batches = random_batches(lesson.dataset, MAX_TOKENS, collator)
     return gradient_angles(
         student,
         list(student.parameters()),

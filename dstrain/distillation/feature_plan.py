@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from dstrain.batch import ModelKind
 from dstrain.distillation.config import DistillationConfig, FeatureConfig, ObjectiveConfig
 from dstrain.errors import RecipeError
 from dstrain.models.config import ModelConfig, StackConfig
 
 
 class PlannedFeature(NamedTuple):
-    """A feature that fits. pairs: layers of student and teacher. student_dim, teacher_dim: how wide their hidden states are."""
+    """A feature that fits. pairs: layers of student and teacher. student_dim, teacher_dim: widths of their hidden states."""
 
     config: FeatureConfig
     pairs: tuple[tuple[int, int], ...]
     student_dim: int
     teacher_dim: int
+    teacher_kind: ModelKind
 
 
 def plan_features(objective: ObjectiveConfig, student: ModelConfig, teachers: Sequence[ModelConfig]) -> list[PlannedFeature]:
@@ -55,7 +57,7 @@ def _planned(where: str, feature: FeatureConfig, student: ModelConfig, teacher: 
     layers = uniform(own.depth, taught.depth) if feature.layers is None else feature.layers
     _require_layers(where, feature, "student", layers.keys(), own.depth)
     _require_layers(where, feature, "teacher", layers.values(), taught.depth)
-    return PlannedFeature(feature, tuple(layers.items()), student.model_dim, teacher.model_dim)
+    return PlannedFeature(feature, tuple(layers.items()), student.model_dim, teacher.model_dim, teacher.kind)
 
 
 def _stack(where: str, feature: FeatureConfig, model: ModelConfig, role: str) -> StackConfig:

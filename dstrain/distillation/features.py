@@ -27,7 +27,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dstrain.batch import IGNORE_INDEX, Batch
+from dstrain.batch import Batch, sent
 from dstrain.distillation.feature_plan import PlannedFeature
 from dstrain.model_output import ActivationCapture, Tap
 from dstrain.nn.linear import Linear
@@ -44,20 +44,22 @@ class FeatureLoss(nn.Module):
         self.name = f"feature_{config.side}_{config.kind}_{config.loss}"
         self.weight = config.weight
         self.side = config.side
+        self.teacher_kind = plan.teacher_kind
         self.distance = DISTANCES[config.loss]
         self.taps = [tuple(Tap(config.kind, config.side, layer) for layer in pair) for pair in plan.pairs]
         self.projection: nn.Module = nn.Identity()
         if config.kind == "hidden_states" and plan.student_dim != plan.teacher_dim:
             self.projection = _projection(plan, derive_seed(seed, f"initialize {self.name}"))
 
-    def forward(self, batch: Batch, rows: Tensor, student: ActivationCapture, teacher: ActivationCapture) -> Tensor:
-        """The sum over the batch, with gradient. rows: (n,) places of the scored tokens in the flattened (B * T) labels."""
+    def forward(self, batch: Batch, student: ActivationCapture, teacher: ActivationCapture) -> Tensor:
+        """The sum over the batch, with gradient."""
         weights = source_weights(batch) if self.side == "encoder" else None
-        total = torch.zeros((), device=rows.device)
+        index, teacher_index = batch.targets.index, batch.for_kind(self.teacher_kind).targets.index
+        total = torch.zeros((), device=index.device)
         for own, taught in self.taps:
             values, goals = (capture.captured[tap].flatten(0, 1) for capture, tap in ((student, own), (teacher, taught)))
             if weights is None:
-                values, goals = values.index_select(0, rows), goals.index_select(0, rows)
+                values, goals = values.index_select(0, index), goals.index_select(0, teacher_index)
             distances = self.distance(self.projection(values).float(), goals.float())  # (n,) or (B * S,)
             total = total + (distances if weights is None else distances * weights).sum()
         return total / len(self.taps)
@@ -73,25 +75,25 @@ class FeatureLosses(nn.Module):
         self.student_taps = frozenset(own for own, _ in taps)
         self.teacher_taps = frozenset(taught for _, taught in taps)
 
-    def forward(
-        self, batch: Batch, rows: Tensor, student: ActivationCapture, teacher: ActivationCapture
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, batch: Batch, student: ActivationCapture, teacher: ActivationCapture) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, with gradient, and each feature's own by name, detached."""
-        total, sums = torch.zeros((), device=rows.device), {}
+        total, sums = torch.zeros((), device=batch.targets.index.device), {}
         for loss in cast("list[FeatureLoss]", list(self.losses)):
-            value = loss(batch, rows, student, teacher)
+            value = loss(batch, student, teacher)
             total = total + loss.weight * value
             sums[loss.name] = value.detach()
         return total, sums
 
 
 def source_weights(batch: Batch) -> Tensor:
-    """What each source position counts, 0 for padding. (B * S,) float32"""
-    assert batch.source is not None
-    lengths = batch.source.lengths[:, None]  # (B, 1)
-    targets = (batch.labels != IGNORE_INDEX).sum(1, keepdim=True)  # (B, 1)
-    real = torch.arange(batch.source.tokens.shape[1], device=lengths.device) < lengths  # (B, S)
-    return (real * (targets / lengths.clamp_min(1))).flatten()
+    """What each source token counts, its example's targets / sources; 0 for padding. (B * S,) float32"""
+    tokens, examples = batch.reading.tokens, batch.examples
+    length = examples.source_length  # (b,)
+    first = length.cumsum(0) - length
+    index = torch.arange(int(length.sum())) + (examples.source_start - first).repeat_interleave(length)
+    weights = torch.zeros(tokens.numel())
+    weights[index] = (examples.target_length / length).repeat_interleave(length)
+    return sent(weights, tokens.device)
 
 
 def _projection(plan: PlannedFeature, seed: int) -> Linear:

@@ -25,13 +25,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dstrain.batch import Batch, Size
+from dstrain.batch import Batch, Metrics, Size
 from dstrain.distillation.config import DistillationConfig, DivergenceConfig, JensenShannon, SkewKl
 from dstrain.distillation.features import FeatureLosses
-from dstrain.distillation.scored_tokens import scored_tokens
 from dstrain.distillation.selection import Selection
 from dstrain.distillation.signals import SignalRequest, SignalSource
 from dstrain.model_output import ActivationCapture
+from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.objectives.objective import LossOutput
 from dstrain.ops.divergence import Divergence, kind_of
 from dstrain.ops.token_loss.distillation import DistillationSums, DistillationTerms, linear_distillation
@@ -71,30 +71,31 @@ class Distillation(nn.Module):
         self.terms_on_policy = self.terms._replace(hard_weight=0.0, label_smoothing=0.0)
 
     def forward(self, model: TeacherForced, batch: Batch, selected: Tensor | None = None) -> LossOutput:
-        """The sum of losses over the batch's scored labels; sums: those of the head of this file.
+        """The sum of losses over the batch's targets; metrics: those of the head of this file.
 
-        selected: (n,) bool, which of the scored tokens learn from the teacher's distribution; None for all.
+        selected: (n,) bool, which of the targets learn from the teacher's distribution; None for all.
         """
         inside, features = None, self.features
         if features is not None:
             inside = ActivationCapture(features.student_taps), ActivationCapture(features.teacher_taps)
         student, teacher = inside or (None, None)
-        scored = scored_tokens(model, batch, student)
-        with self.signals.open(batch, scored.rows, teacher) as signal:
+        hidden = target_hidden(model, batch, student)
+        with self.signals.open(batch, teacher) as signal:
             loss = partial(
                 linear_distillation,
-                labels=scored.labels,
+                labels=batch.targets.labels,
                 signal=signal,
                 terms=self.terms_on_policy if batch.sampled else self.terms,
                 chunk_tokens=self.config.chunk_tokens,
                 selected=selected,
             )
-            sums = model.reduce_projection(scored.hidden, loss)
+            sums = model.reduce_projection(hidden, loss)
         named = self._named(sums, sampled=batch.sampled)
         if features is None or inside is None:
-            return LossOutput(sums.loss, batch.size, named)
-        feature_loss, feature_sums = features(batch, scored.rows, *inside)
-        return LossOutput(sums.loss + feature_loss, batch.size, {**named, **feature_sums})
+            return LossOutput(sums.loss, batch.size, Metrics.over(batch.num_targets, named))
+        feature_loss, feature_sums = features(batch, *inside)
+        metrics = Metrics.over(batch.num_targets, {**named, **feature_sums})
+        return LossOutput(sums.loss + feature_loss, batch.size, metrics)
 
     def denominator(self, size: Size) -> int:
         """Targets."""

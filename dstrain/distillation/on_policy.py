@@ -27,10 +27,10 @@ import numpy as np
 import torch
 
 from dstrain.batch import Batch, Sequences
-from dstrain.data.batching.collate import Ids, collate
+from dstrain.data.batching.collate import Collator, Ids
 from dstrain.data.batching.loader import Steps
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.batching.plan import PlannedStep, Sides, micro_batches
+from dstrain.data.batching.plan import PlannedStep, micro_batches
 from dstrain.distillation.config import OnPolicyConfig
 from dstrain.generation.config import SamplingConfig
 from dstrain.generation.constraints import SpecialIds
@@ -56,8 +56,8 @@ class Source(NamedTuple):
 class OwnSamples:
     """Writes the targets of on-policy steps.
 
-    room: as `room_for_samples` finds it. sides: how the student reads source and target. max_tokens: padded tokens of a
-    micro-batch. seed: of the run. beat: called before each decoding pass.
+    room: as `room_for_samples` finds it. collator: of the planned batches. max_tokens: padded tokens of a micro-batch. seed: of
+    the run. beat: called before each decoding pass.
     """
 
     config: OnPolicyConfig
@@ -65,7 +65,7 @@ class OwnSamples:
     ranks: Ranks
     ids: SpecialIds
     room: int
-    sides: Sides
+    collator: Collator
     max_tokens: int
     seed: int
     device: torch.device
@@ -85,22 +85,20 @@ class OwnSamples:
         read, written = np.array([len(source.tokens) for source in sources]), np.array([len(target) for target in targets])
         groups: list[IntArray] = []
         if sources:
-            groups = micro_batches(np.arange(len(sources)), read, written, self.max_tokens, 1, sides=self.sides)
+            groups = micro_batches(np.arange(len(sources)), read, written, self.max_tokens, 1, kind=self.collator.kind)
         shares = self.ranks.gather_objects((len(groups), sum(map(len, targets))))
         groups += [np.arange(0)] * (max(count for count, _ in shares) - len(groups))
         made = [self._batch([sources[row] for row in group], [targets[row] for row in group]) for group in groups]
         return replace(planned, num_targets=sum(count for _, count in shares)), made
 
     def _sources(self, batches: Sequence[Batch]) -> list[Source]:
-        """Those of all micro-batches that hold any."""
-        found = []
+        """Those of all examples."""
+        sources = []
         for batch in batches:
-            if batch.source is None:
-                raise ValueError("a target is written for a source, but this batch has none")
-            if batch.num_targets:
-                rows = zip(batch.example_ids.tolist(), batch.source.tokens.tolist(), batch.source.lengths.tolist(), strict=True)
-                found += [Source(example, tokens[:length], self._limit(length)) for example, tokens, length in rows]
-        return found
+            tokens, examples = batch.reading.tokens.flatten().tolist(), batch.examples
+            spans = zip(examples.ids.tolist(), examples.source_start.tolist(), examples.source_length.tolist(), strict=True)
+            sources += [Source(number, tokens[start : start + length], self._limit(length)) for number, start, length in spans]
+        return sources
 
     def _limit(self, source_length: int) -> int:
         """Tokens after which a sample is cut; one place of the room is for the EOS that the sampler then puts."""
@@ -141,7 +139,7 @@ class OwnSamples:
             (np.array(source.tokens), np.array(target)) for source, target in zip(sources, targets, strict=True)
         ]
         numbers = np.array([source.example for source in sources], np.int64)
-        return replace(collate(examples, numbers, pad_id=self.ids.pad, eos_id=self.ids.eos), sampled=True)
+        return self.collator(examples, numbers, sampled=True)
 
 
 def room_for_samples(limits: Sequence[LengthLimits], *, longest_source: int, max_tokens: int) -> int:

@@ -29,8 +29,7 @@ from torch import Tensor
 
 from dstrain.batch import Batch, sent
 from dstrain.distillation.config import BatchSelection, GlobalByLanguageSelection, GlobalSelection
-from dstrain.distillation.scored_tokens import scored_tokens
-from dstrain.errors import DataError
+from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.ops.token_loss.cross_entropy import linear_nll
 from dstrain.protocols import TeacherForced
 
@@ -62,10 +61,9 @@ class Selection:
         self.queues: dict[int, Tensor] = {}
 
     def scan(self, model: TeacherForced, batch: Batch) -> Tensor:
-        """Statistics of the batch's scored tokens under the present weights, (n, 3)."""
-        scored = scored_tokens(model, batch)
-        loss = partial(linear_nll, labels=scored.labels, chunk_tokens=self.chunk_tokens)
-        return self.statistics(batch, scored.rows, model.reduce_projection(scored.hidden, loss))
+        """Statistics of the batch's targets under the present weights, (n, 3)."""
+        loss = partial(linear_nll, labels=batch.targets.labels, chunk_tokens=self.chunk_tokens)
+        return self.statistics(batch, model.reduce_projection(target_hidden(model, batch), loss))
 
     def select(self, own: Sequence[Tensor], step: Tensor) -> list[Tensor]:
         """Which tokens of a step learn from the teacher; the step's values enter the queues.
@@ -76,20 +74,15 @@ class Selection:
         thresholds = self._thresholds(TokenStatistics(*_in_order(step).unbind(1)))
         return [_reaching(thresholds, TokenStatistics(*statistics.unbind(1))) for statistics in own]
 
-    def statistics(self, batch: Batch, rows: Tensor, nll: Tensor) -> Tensor:
-        """Of the batch's scored tokens. rows: (n,) indices into the flattened (B * T) labels; nll: (n,) -> (n, 3)"""
-        width = batch.labels.shape[1]
-        sentences = rows // width
-        order = _scattered(sent(batch.example_ids, rows.device)[sentences], rows % width)
-        tag = torch.full_like(rows, ONE_QUEUE)
+    def statistics(self, batch: Batch, nll: Tensor) -> Tensor:
+        """Of the batch's targets. nll: (n,) -> (n, 3)"""
+        targets, examples = batch.targets, batch.examples
+        order = sent(_scattered(targets.example_id, targets.position), nll.device)
+        tag = torch.full_like(order, ONE_QUEUE)
         if self.by_language:
-            if batch.source is None:
-                raise DataError(
-                    "objective.selection.kind = global_by_language reads the language from the source, but there is none; choose "
-                    "selection: {kind: global}"
-                )
-            tokens = batch.source.tokens
-            tag = tokens[:, min(self.tag_position, tokens.shape[1] - 1)][sentences]  # an empty micro-batch may be narrower
+            position = torch.minimum(torch.tensor(self.tag_position), examples.source_length - 1)
+            index = sent((examples.source_start + position)[targets.segment], nll.device)
+            tag = batch.reading.tokens.flatten().index_select(0, index)
         return torch.stack([order.double(), nll.double(), tag.double()], dim=1)
 
     def _thresholds(self, step: TokenStatistics) -> dict[float, float]:

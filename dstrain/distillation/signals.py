@@ -37,11 +37,11 @@ class SignalSource(Protocol):
         """Raise a DstrainError if the source cannot give it."""
         ...
 
-    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> AbstractContextManager[Signal]:
-        """The signal of the batch's scored tokens, valid inside the context.
+    def open(self, batch: Batch, capture: ActivationCapture | None = None) -> AbstractContextManager[Signal]:
+        """The signal of the batch's targets, valid inside the context.
 
-        rows: (n,) indices of the scored tokens in the flattened (B * T) labels. capture: filled by the teacher's forward, if
-        `require` allows features. Collective under a sharded teacher: every rank opens equally often.
+        capture: filled by the teacher's forward, if `require` allows features. Collective under a sharded teacher: every rank
+        opens equally often.
         """
         ...
 
@@ -53,10 +53,8 @@ class SignalSource(Protocol):
 class Teacher(Protocol):
     """A model that computes beside the student (`engine.teacher_engine.TeacherEngine`)."""
 
-    def open(
-        self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None
-    ) -> AbstractContextManager[tuple[Tensor, Tensor]]:
-        """Features (n, E) of the scored tokens and the projection's weight (V, E) over the student's vocabulary."""
+    def open(self, batch: Batch, capture: ActivationCapture | None = None) -> AbstractContextManager[tuple[Tensor, Tensor]]:
+        """Features (n, E) of the targets and the projection's weight (V, E) over the student's vocabulary."""
         ...
 
     def close(self) -> None:
@@ -76,10 +74,10 @@ class TeacherSignals:
             require_one_teacher(len(self.teachers))
 
     @contextmanager
-    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> Iterator[DenseSignal]:
+    def open(self, batch: Batch, capture: ActivationCapture | None = None) -> Iterator[DenseSignal]:
         """One entry a teacher; each runs its body and keeps its projection's weight gathered until the context ends."""
         with ExitStack() as stack:
-            opened = [stack.enter_context(teacher.open(batch, rows, capture)) for teacher in self.teachers]
+            opened = [stack.enter_context(teacher.open(batch, capture)) for teacher in self.teachers]
             yield DenseSignal([features for features, _ in opened], [weight for _, weight in opened])
 
     def close(self) -> None:

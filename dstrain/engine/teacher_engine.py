@@ -41,20 +41,21 @@ class VocabularyMap:
 
 
 class TeacherModule(nn.Module):
-    """A model with a teacher's one forward: batch and rows in, hidden states of the scored tokens out, in the teacher's ids."""
+    """A model with a teacher's one forward: a batch in, hidden states of its targets out, in the teacher's ids."""
 
     def __init__(self, model: TeacherForced, vocabulary: VocabularyMap | None) -> None:
         super().__init__()
         self.model = model
         self.vocabulary = vocabulary
 
-    def forward(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None) -> Tensor:
-        """rows: (n,) indices into the flattened (B * T) labels -> (n, D)"""
+    def forward(self, batch: Batch, capture: ActivationCapture | None) -> Tensor:
+        """-> (n, D)"""
+        batch = batch.for_kind(self.model.kind)
         source, target = batch.source, batch.target
         if self.vocabulary is not None:
             source = None if source is None else _renamed(source, self.vocabulary.source)
             target = _renamed(target, self.vocabulary.target)
-        return self.model(source, target, capture).hidden.flatten(0, 1).index_select(0, rows)
+        return self.model(source, target, capture).hidden.flatten(0, 1).index_select(0, batch.targets.index)
 
 
 class TeacherEngine:
@@ -90,14 +91,14 @@ class TeacherEngine:
         self._gathered = partial(deepspeed.zero.GatheredParameters, list(self._projection.parameters()))
 
     @contextmanager
-    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Features (n, E) of the scored tokens and the projection's weight (V, E), valid inside the context.
+    def open(self, batch: Batch, capture: ActivationCapture | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Features (n, E) of the targets and the projection's weight (V, E), valid inside the context.
 
-        rows: (n,) indices into the flattened (B * T) labels. capture: the activations to store. V counts the student's
-        vocabulary; entries that only the teacher has are left out. Collective if sharded, at the start.
+        capture: the activations to store. V counts the student's vocabulary; entries that only the teacher has are left out.
+        Collective if sharded, at the start.
         """
         with torch.no_grad():
-            hidden: Tensor = self._forward(batch, rows, capture)
+            hidden: Tensor = self._forward(batch, capture)
         with self._gathered():
             with torch.no_grad():
                 features, weight = self._projection.operands(hidden)

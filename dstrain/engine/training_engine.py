@@ -22,6 +22,7 @@ from dstrain.engine.config import EmaConfig, EngineConfig, OptimizerConfig, Sche
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.ema import MovingAverage
 from dstrain.engine.launch import load_deepspeed, require_precision
+from dstrain.engine.loss_totals import LossReducer, LossTotals
 from dstrain.engine.master_weights import MOMENTS, Block, Masters
 from dstrain.engine.optimizer import build_optimizer
 from dstrain.engine.replica import empty_copy, filled_copy
@@ -86,6 +87,7 @@ class TrainEngine:
             built.partition(self._masters.layouts(), lambda sums: mesh.replicas.all_reduce(sums.to(mesh.device)).to(sums.device))
         self._masters.load_fp32(originals)
         self._average = None if ema is None else MovingAverage(self._masters.tensors, ema)
+        self._reduce = LossReducer(mesh.replicas)
 
     @property
     def device(self) -> torch.device:
@@ -105,8 +107,8 @@ class TrainEngine:
         self.module.train()
         selected = self._select(batches)
         denominator = self.module.objective.denominator(size)
-        sums = self._accumulate(batches, selected, self.mesh.replicas.size / denominator)
-        loss = sums.pop("loss") / denominator
+        total = self._reduce(self._accumulate(batches, selected, self.mesh.replicas.size / denominator))
+        loss = total.loss_sum / denominator
         if self._precision != "fp16" and not math.isfinite(loss):
             raise TrainingError(f"step {self.step + 1}: the loss is {loss}; {_REMEDY}")
         norm = self._update()
@@ -118,7 +120,7 @@ class TrainEngine:
             grad_norm=norm,
             learning_rate=rate,
             skipped=not math.isfinite(norm),
-            sums={name: total / size.num_targets for name, total in sums.items()},
+            metrics=total.metrics,
         )
         if not report.skipped:
             self.step += 1
@@ -139,17 +141,16 @@ class TrainEngine:
         seed_everything(self._seed, "dropout", self.step, self.mesh.replicas.rank)
         return list(selection.select(own, self.mesh.replicas.gather_rows(torch.cat(own))))
 
-    def _accumulate(self, batches: Sequence[Batch], selected: Sequence[Tensor | None], scale: float) -> dict[str, float]:
-        """Gradients of all micro-batches, `scale` times; the sums of the loss and of what is reported, over all ranks."""
-        totals, names = torch.zeros((), dtype=torch.float64, device=self.device), ["loss"]
+    def _accumulate(self, batches: Sequence[Batch], selected: Sequence[Tensor | None], scale: float) -> LossTotals:
+        """Gradients of all micro-batches, `scale` times; loss and metrics of this rank."""
+        totals = LossTotals()
         for index, (batch, chosen) in enumerate(zip(batches, selected, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             loss = partial(self.module.objective, selected=chosen)
             output: LossOutput = self._engine(batch.to(self.device), loss)
             self._engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
-            names = ["loss", *output.sums]
-            totals = totals + torch.stack([output.loss_sum.detach(), *output.sums.values()]).double()
-        return dict(zip(names, self.mesh.replicas.all_reduce(totals).tolist(), strict=True))
+            totals.add(output)
+        return totals
 
     def _update(self) -> float:
         """Clip and update; returns the gradient norm before clipping, infinite if fp16 scaling made the step skip."""

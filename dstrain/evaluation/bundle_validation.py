@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dstrain.checkpoint.bundle import Bundle
+from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.loader import evaluation_loader
 from dstrain.data.config import DataConfig, is_text_alone
 from dstrain.data.prepared.dataset import open_dataset
@@ -52,11 +53,9 @@ def validate_bundle(
         batches=lambda: evaluation_loader(
             dataset,
             max_tokens,
-            pad_id=bundle.vocabulary.pad_id,
-            eos_id=bundle.vocabulary.eos_id,
+            Collator(bundle.model_config.kind, pad_id=bundle.vocabulary.pad_id, eos_id=bundle.vocabulary.eos_id),
             rank=mesh.data.rank,
             world_size=mesh.data.size,
-            sides=bundle.model_config.limits.sides,
         ),
         denominator=objective.denominator,
         translation=translation,

@@ -18,6 +18,7 @@ from torch import nn
 
 from dstrain.batch import Batch, Size
 from dstrain.data.batching.plan import Lengths
+from dstrain.engine.loss_totals import LossReducer, LossTotals
 from dstrain.errors import DataError
 from dstrain.models.config import ModelConfig
 from dstrain.objectives.objective import LossOutput
@@ -130,6 +131,7 @@ class Validator:
         self._batches = batches
         self._denominator = denominator
         self._beat = beat
+        self._reduce = LossReducer(replicas)
 
     def __call__(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """loss as the objective averages it, perplexity and further sums per target token, and the scores of the translation.
@@ -145,22 +147,17 @@ class Validator:
             return None if generated is None else {**scores, **generated}
 
     def _losses(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
-        num_targets, num_sentences, totals, names = 0, 0, torch.zeros(1), [""]
+        totals = LossTotals()
         for number, batch in enumerate(self._batches()):
             if number % BATCHES_BETWEEN_LOOKS == 0 and interrupted():
                 return None
             self._beat(f"validation batch {number}")
-            output = self.engine.evaluate(batch)
-            num_targets += output.size.num_targets
-            num_sentences += output.size.num_sentences
-            names = list(output.sums)
-            totals = totals.to(output.loss_sum.device) + torch.stack([output.loss_sum, *output.sums.values()]).double()
-        targets, sentences, loss_sum, *sums = self.replicas.all_reduce_sums([num_targets, num_sentences, *totals.tolist()])
-        if targets == 0:
+            totals.add(self.engine.evaluate(batch))
+        loss_sum, size, metrics = self._reduce(totals)
+        if size.num_targets == 0:
             raise DataError("the split holds no target token; give it at least one sentence pair and prepare the data again")
-        loss = loss_sum / self._denominator(Size(int(targets), int(sentences)))
-        means = {name: value / targets for name, value in zip(names, sums, strict=True)}
-        return {"loss": loss, **means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": int(targets)}
+        loss, means = loss_sum / self._denominator(size), metrics.means()
+        return {"loss": loss, **means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": size.num_targets}
 
     def _translate(self, task: Translates, interrupted: Callable[[], bool]) -> Mapping[str, float] | None:
         texts: list[tuple[int, list[str]]] = []

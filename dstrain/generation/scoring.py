@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from dstrain.batch import Sequences
+from dstrain.data.batching.collate import Collator, Ragged
 from dstrain.generation.candidates import to_log_probs
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.hypothesis import Hypothesis
-from dstrain.generation.padding import pad
 from dstrain.protocols import TeacherForced
 
 POSITIONS = 1024
@@ -25,7 +25,7 @@ POSITIONS = 1024
 @torch.inference_mode()
 def score_targets(
     model: TeacherForced,
-    source: Sequences | None,
+    sources: Sequence[Sequence[int]],
     targets: Sequence[Sequence[int]],
     *,
     config: BeamSearchConfig | SamplingConfig,
@@ -34,11 +34,13 @@ def score_targets(
 ) -> list[Hypothesis]:
     """Each target as a hypothesis of its source.
 
-    targets: ids ending in EOS. Temperature, penalties and normalization follow `config`, as in a search.
+    sources, targets: ids ending in EOS; a language model reads sources of EOS alone. Temperature, penalties and normalization
+    follow `config`, as in a search.
     """
-    inputs = Sequences(*pad([[ids.eos, *target[:-1]] for target in targets], ids.pad)).to(torch.device(device))
-    labels = torch.tensor([token for target in targets for token in target], device=device)  # (M,)
-    hidden = _real_positions(model(source, inputs).hidden, inputs.lengths)  # (M, D)
+    examples = [(np.array(source), np.array(target)) for source, target in zip(sources, targets, strict=True)]
+    batch = Collator(model.kind, pad_id=ids.pad, eos_id=ids.eos)(examples, np.arange(len(examples))).to(torch.device(device))
+    hidden = model(batch.source, batch.target).hidden.flatten(0, 1)[batch.targets.index]  # (n, D)
+    labels = batch.targets.labels
     parts = []
     for features, tokens in zip(torch.split(hidden, POSITIONS), torch.split(labels, POSITIONS), strict=True):
         log_probs = to_log_probs(model.project(features), config.temperature)
@@ -52,13 +54,21 @@ def score_targets(
 
 
 @torch.inference_mode()
-def teacher_forced_logits(model: TeacherForced, source: Sequences | None, inputs: Sequences) -> list[Tensor]:
-    """Logits after each decoder input, padding left out: one float32 (T, V) a row."""
-    hidden = _real_positions(model(source, inputs).hidden, inputs.lengths)
+def teacher_forced_logits(
+    model: TeacherForced,
+    sources: Sequence[Sequence[int]],
+    inputs: Sequence[Sequence[int]],
+    *,
+    collator: Collator,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """Logits after each decoder input, padding left out: one float32 (T, V) a row.
+
+    sources: ids ending in EOS. inputs: EOS, then target tokens.
+    """
+    reading = collator.read(Ragged.of(sources), Ragged.of(inputs))
+    chosen, index = torch.device(device), torch.from_numpy(reading.target_index)
+    source = None if reading.source is None else reading.source.to(chosen)
+    hidden = model(source, reading.target.to(chosen)).hidden.flatten(0, 1)[index.to(chosen)]  # (n, D)
     logits = torch.cat([model.project(features).float() for features in torch.split(hidden, POSITIONS)])
-    return list(torch.split(logits, inputs.lengths.tolist()))
-
-
-def _real_positions(hidden: Tensor, lengths: Tensor) -> Tensor:
-    """(B, T, D) -> (M, D), row by row."""
-    return hidden[torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]]
+    return list(torch.split(logits, [len(row) for row in inputs]))

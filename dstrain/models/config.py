@@ -284,11 +284,6 @@ class LengthLimits(NamedTuple):
     target: int
     joint: bool
 
-    @property
-    def sides(self) -> Literal["apart", "joined"]:
-        """How source and target count towards a batch; see `data.plan.Sides`."""
-        return "joined" if self.joint else "apart"
-
     def target_after(self, source_length: int) -> int:
         """The longest target of a source of that length, its EOS counted."""
         return self.target - (source_length - 1 if self.joint else 0)

@@ -1,8 +1,8 @@
-"""The decoder-only transformer: a causal language model, which goes on from a source where there is one.
+"""The decoder-only transformer: a causal language model, which continues a source if there is one.
 
-A source and its target become one sequence: the source's tokens, its EOS, which is the first input of the target, and the
-target's tokens. A source that is a lone EOS adds nothing. In generation the source fills the first columns of the cache, where
-rows of different lengths stand right-padded.
+A source and its target are one sequence, which the `Collator` makes: the source's tokens, its EOS, which is the first input of
+the target, and the target's tokens. In generation the source fills the first columns of the cache, in which rows of different
+lengths are right-padded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dstrain.batch import Sequences
+from dstrain.batch import ModelKind, Sequences
 from dstrain.model_output import ActivationCapture, ModelOutput
 from dstrain.models.config import DecoderOnlyConfig, VocabularySizes
 from dstrain.nn.attention_bias import AttentionBias, AttentionContext
@@ -83,25 +83,17 @@ class DecoderOnly(nn.Module):
         self.decoder = decoder
         self.projection = projection
 
+    @property
+    def kind(self) -> ModelKind:
+        """How it reads an example."""
+        return self.config.kind
+
     def forward(self, source: Sequences | None, target: Sequences, capture: ActivationCapture | None = None) -> ModelOutput:
-        """All target positions at once. capture: the activations to store."""
-        if source is None:
-            return ModelOutput(self._whole(target, capture), None)
-        before = source.lengths - 1  # (B,)
-        hidden = self._whole(join(source, target), capture)
-        taps = before[:, None] + torch.arange(target.tokens.shape[1], device=before.device)  # (B, T)
-
-        def of_targets(x: Tensor) -> Tensor:
-            return x.gather(1, taps[:, :, None].expand(-1, -1, x.shape[2]))
-
-        if capture is not None:
-            capture.narrow(of_targets)
-        return ModelOutput(of_targets(hidden), None)
-
-    def _whole(self, sequences: Sequences, capture: ActivationCapture | None) -> Tensor:
-        """(B, L) -> (B, L, D)"""
-        x = self.target_embedding(sequences.tokens, 0 if sequences.positions is None else sequences.positions)
-        return self._run(x, self.target_attention_bias.whole(sequences, x), capture=capture)
+        """All positions at once, (B, T). source: None, for `target` holds the sources. capture: the activations to store."""
+        if source is not None:
+            raise ValueError("a decoder-only model reads source and target as one sequence; let a Collator join them")
+        x = self.target_embedding(target.tokens, 0 if target.positions is None else target.positions)
+        return ModelOutput(self._run(x, self.target_attention_bias.whole(target, x), capture=capture), None)
 
     def _run(
         self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None, capture: ActivationCapture | None = None
@@ -167,21 +159,6 @@ class DecoderOnly(nn.Module):
         hidden = self._run(x, self.target_attention_bias.step(query, keys, past + new, mask, x), state.cache)
         state.cache.advance(new)
         return self.project(hidden[:, -tokens.shape[1] :])
-
-
-def join(source: Sequences, target: Sequences) -> Sequences:
-    """Each source without its EOS, and its target after it. (B, S), (B, T) -> (B, S - 1 + T)
-
-    ValueError for packed sequences, which have no one source.
-    """
-    if source.segments is not None or target.segments is not None:
-        raise ValueError("packed sequences have no source of their own to be joined with")
-    before, width = source.lengths - 1, source.tokens.shape[1] - 1
-    columns = torch.arange(width + target.tokens.shape[1], device=before.device)
-    of_target = columns - before[:, None]  # (B, L), below zero in the source
-    source_tokens = source.tokens.gather(1, columns.clamp_max(width).expand_as(of_target))
-    target_tokens = target.tokens.gather(1, of_target.clamp(0, target.tokens.shape[1] - 1))
-    return Sequences(torch.where(of_target < 0, source_tokens, target_tokens), before + target.lengths)
 
 
 def _places(state: DecoderOnlyState, new: int) -> tuple[Positions, Positions, Tensor | None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dstrain.batch import Sequences
+from dstrain.batch import ModelKind, Sequences
 from dstrain.model_output import ActivationCapture, Memory, ModelOutput
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.nn.attention_bias import AttentionBias
@@ -80,13 +80,16 @@ class EncoderDecoder(nn.Module):
         self.decoder = decoder
         self.projection = projection
 
+    @property
+    def kind(self) -> ModelKind:
+        """How it reads an example."""
+        return self.config.kind
+
     def forward(self, source: Sequences | None, target: Sequences, capture: ActivationCapture | None = None) -> ModelOutput:
         """All target positions at once. capture: the activations to store."""
         source = required(source)
         memory = self.encode(source, capture)
-        memory_bias = padding_bias(source.lengths, source.tokens.shape[1], memory.hidden.dtype)
-        if source.segments is not None and target.segments is not None:
-            memory_bias = segment_bias(target.segments, source.segments, memory.hidden.dtype)
+        memory_bias = cross_attention_bias(source, target, memory.hidden.dtype)
         x = self.target_embedding(target.tokens, 0 if target.positions is None else target.positions)
         context, hooks = self.target_attention_bias.whole(target, x), StackCapture(capture, "decoder")
 
@@ -165,6 +168,15 @@ def select_sentences(source: list[tuple[Tensor, Tensor]], sentences: Tensor) -> 
     """Keys and values of some sentences, each tensor once however many depths share it."""
     chosen = {id(pair): tuple(part.index_select(0, sentences) for part in pair) for pair in source}
     return [(chosen[id(pair)][0], chosen[id(pair)][1]) for pair in source]
+
+
+def cross_attention_bias(source: Sequences, target: Sequences, dtype: torch.dtype) -> Tensor | None:
+    """Hide from each decoder position the padding of its row, or in packed rows all other segments. -> (B, 1, 1 or T, S)"""
+    if source.segments is None and target.segments is None:
+        return padding_bias(source.lengths, source.tokens.shape[1], dtype)
+    if source.segments is None or target.segments is None:
+        raise ValueError("source and target must both be packed, or neither")
+    return segment_bias(target.segments, source.segments, dtype)
 
 
 def required(source: Sequences | None) -> Sequences:

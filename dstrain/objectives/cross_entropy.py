@@ -1,24 +1,22 @@
 """Label-smoothed cross-entropy: the loss of plain training.
 
-Hidden states of padding are dropped before the projection; how many stay is known on the CPU, so no GPU is waited for. An
-empty micro-batch passes through the whole model and adds exactly zero to the loss and to every parameter's gradient, so that
-every rank runs the same modules whatever it holds.
+Only the hidden states of scored tokens reach the projection. An empty micro-batch passes through the whole model and adds exactly
+zero to the loss and to every parameter's gradient, so that every rank runs the same modules whatever it holds.
 
-Where the loss is a mean over sentences, a token weighs 1 / (targets of its sentence), and the denominator is the number of
-sentences; how a step is cut into micro-batches then moves nothing either. What is reported besides stays per token.
+If the loss is a mean over sentences, a token weighs 1 / (targets of its sentence), and the denominator is the number of
+sentences; how a step is cut into micro-batches then changes nothing either. The metrics stay per token.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
 
 from torch import Tensor
 
-from dstrain.batch import IGNORE_INDEX, Batch, Size
+from dstrain.batch import Batch, Metrics, Size
+from dstrain.model_output import ActivationCapture
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.objective import LossOutput
-from dstrain.ops.scored_rows import scored_rows
 from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy
 from dstrain.protocols import TeacherForced
 
@@ -32,18 +30,16 @@ class CrossEntropy:
         self.config = config
 
     def __call__(self, model: TeacherForced, batch: Batch, selected: Tensor | None = None) -> LossOutput:
-        """The sum of losses over the batch's scored labels; sums: `nll`, the same without smoothing and weights."""
-        hidden = model(batch.source, batch.target).hidden.flatten(0, 1)  # (B * T, D)
-        scored = scored_tokens(batch, self.config)
+        """The sum of losses over the batch's targets; metrics: `nll`, the same without smoothing and weights."""
         reduce = partial(
             linear_cross_entropy,
-            labels=scored.labels,
+            labels=batch.targets.labels,
             label_smoothing=self.config.label_smoothing,
             chunk_tokens=self.config.chunk_tokens,
-            token_weights=scored.weights,
+            token_weights=loss_weight(batch, self.config),
         )
-        loss_sum, nll_sum = model.reduce_projection(hidden.index_select(0, scored.rows), reduce)
-        return LossOutput(loss_sum, batch.size, {"nll": nll_sum})
+        loss_sum, nll_sum = model.reduce_projection(target_hidden(model, batch), reduce)
+        return LossOutput(loss_sum, batch.size, Metrics.over(batch.num_targets, {"nll": nll_sum}))
 
     def denominator(self, size: Size) -> int:
         """Targets or sentences, as `average` says."""
@@ -53,20 +49,12 @@ class CrossEntropy:
         """Nothing is open."""
 
 
-class ScoredTokens(NamedTuple):
-    """rows: (n,) their places in the flattened (B * T); labels: (n,); weights: (n,), or None where all are 1."""
-
-    rows: Tensor
-    labels: Tensor
-    weights: Tensor | None
+def target_hidden(model: TeacherForced, batch: Batch, capture: ActivationCapture | None = None) -> Tensor:
+    """What the projection reads of the batch's targets, (n, D). capture: the activations to store."""
+    hidden = model(batch.source, batch.target, capture).hidden.flatten(0, 1)  # (B * T, D)
+    return hidden.index_select(0, batch.targets.index)
 
 
-def scored_tokens(batch: Batch, config: CrossEntropyConfig) -> ScoredTokens:
-    """The tokens of a batch that the loss is made of."""
-    labels = batch.labels.flatten()
-    rows = scored_rows(labels, batch.num_targets)
-    weights = None
-    if config.average == "sentences":
-        lengths = (batch.labels != IGNORE_INDEX).sum(1)  # (B,)
-        weights = lengths.reciprocal().index_select(0, rows // batch.labels.shape[1])
-    return ScoredTokens(rows, labels.index_select(0, rows), weights)
+def loss_weight(batch: Batch, config: CrossEntropyConfig) -> Tensor | None:
+    """What each target's loss is multiplied by, (n,); None if all weigh 1."""
+    return batch.targets.weight if config.average == "sentences" else None

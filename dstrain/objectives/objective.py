@@ -7,20 +7,20 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
-from dstrain.batch import Batch, Size
+from dstrain.batch import Batch, Metrics, Size
 from dstrain.protocols import TeacherForced
 
 
 class LossOutput(NamedTuple):
     """Sums over one micro-batch, and how much it holds.
 
-    loss_sum: () with gradient, to be divided by the objective's `denominator`. sums: further () sums over its scored tokens to
-    report, detached; `nll` is one of them.
+    loss_sum: () with gradient, to be divided by the objective's `denominator`. metrics: further sums to report, over its targets;
+    names may differ from one micro-batch to the next.
     """
 
     loss_sum: Tensor
     size: Size
-    sums: dict[str, Tensor]
+    metrics: Metrics[Tensor]
 
 
 class TokenSelection(Protocol):

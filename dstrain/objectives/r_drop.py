@@ -13,9 +13,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dstrain.batch import Batch, Size
+from dstrain.batch import Batch, Metrics, Size
 from dstrain.objectives.config import CrossEntropyConfig, RDropConfig
-from dstrain.objectives.cross_entropy import CrossEntropy, scored_tokens
+from dstrain.objectives.cross_entropy import CrossEntropy, loss_weight, target_hidden
 from dstrain.objectives.objective import LossOutput
 from dstrain.ops.token_loss.r_drop import RDropSums, linear_r_drop
 from dstrain.protocols import TeacherForced
@@ -32,25 +32,24 @@ class RDrop:
         self._single = CrossEntropy(config)
 
     def __call__(self, model: TeacherForced, batch: Batch, selected: Tensor | None = None) -> LossOutput:
-        """In training the loss of two passes; sums: `nll`, the mean of both, and `kl`. In evaluation plain cross-entropy."""
+        """In training the loss of two passes; metrics: `nll`, the mean of both, and `kl`. In evaluation plain cross-entropy."""
         if not model.training:
             return self._single(model, batch)
-        scored = scored_tokens(batch, self.config)
-        passes = [model(batch.source, batch.target).hidden.flatten(0, 1).index_select(0, scored.rows) for _ in range(2)]
+        passes = [target_hidden(model, batch) for _ in range(2)]
         reduce = partial(
             linear_r_drop,
-            labels=scored.labels,
+            labels=batch.targets.labels,
             alpha=self.r_drop.alpha,
             label_smoothing=self.config.label_smoothing,
             chunk_tokens=self.config.chunk_tokens,
-            token_weights=scored.weights,
+            token_weights=loss_weight(batch, self.config),
         )
 
         def reduce_passes(features: Tensor, weight: Tensor) -> RDropSums:
-            return reduce(features.view(2, len(scored.rows), features.shape[1]), weight)
+            return reduce(features.view(2, batch.num_targets, features.shape[1]), weight)
 
         sums = model.reduce_projection(torch.cat(passes), reduce_passes)
-        return LossOutput(sums.loss, batch.size, {"nll": sums.nll, "kl": sums.kl})
+        return LossOutput(sums.loss, batch.size, Metrics.over(batch.num_targets, {"nll": sums.nll, "kl": sums.kl}))
 
     def denominator(self, size: Size) -> int:
         """As without R-Drop: a sentence that runs twice is one sentence."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
-from dstrain.batch import Batch
+from dstrain.batch import Batch, Metrics
 from dstrain.data.batching.plan import PlannedStep
 from dstrain.engine.step_report import StepReport
 from dstrain.errors import CheckpointError
@@ -21,10 +21,9 @@ from dstrain.errors import CheckpointError
 class Window:
     """Sums over the steps since the last training event, so that an event does not depend on where a run was cut.
 
-    num_targets, denominator, loss_sum: over steps that were applied. sums: the objective's further sums over their targets, by
-    name. targets: over how many targets each of these sums is, those of the steps that report it. positions, filled: label
-    positions of this rank's micro-batches, and how many of them are no padding. seconds, cpu_seconds: of steps alone, without
-    validation and saving; cpu_seconds are those of this process.
+    num_targets, denominator, loss_sum: over steps that were applied. sums, counts: the objective's metrics over these steps, by
+    name; see `dstrain.batch.Metrics`. positions, filled: decoder positions of this rank's micro-batches, and how many of them are
+    no padding. seconds, cpu_seconds: of steps alone, without validation and saving; cpu_seconds are those of this process.
     """
 
     steps: int = 0
@@ -33,7 +32,7 @@ class Window:
     denominator: int = 0
     loss_sum: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
-    targets: dict[str, int] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
     positions: int = 0
     filled: int = 0
     seconds: float = 0.0
@@ -42,24 +41,24 @@ class Window:
     def after(self, report: StepReport, batches: Sequence[Batch], seconds: float, cpu_seconds: float) -> Window:
         """With one more step and this rank's micro-batches of it."""
         applied = not report.skipped
-        added = {name: mean * report.num_targets for name, mean in report.sums.items()} if applied else {}
+        metrics = Metrics(self.sums, self.counts) + (report.metrics if applied else Metrics())
         return Window(
             steps=self.steps + 1,
             skipped=self.skipped + report.skipped,
             num_targets=self.num_targets + (report.num_targets if applied else 0),
             denominator=self.denominator + (report.denominator if applied else 0),
             loss_sum=self.loss_sum + (report.loss * report.denominator if applied else 0.0),
-            sums=self.sums | {name: self.sums.get(name, 0.0) + total for name, total in added.items()},
-            targets=self.targets | {name: self.targets.get(name, 0) + report.num_targets for name in added},
-            positions=self.positions + sum(batch.labels.numel() for batch in batches),
-            filled=self.filled + sum(batch.num_targets for batch in batches),
+            sums=dict(metrics.sums),
+            counts=dict(metrics.counts),
+            positions=self.positions + sum(batch.target.tokens.numel() for batch in batches),
+            filled=self.filled + sum(int(batch.target.lengths.sum()) for batch in batches if batch.num_targets),
             seconds=self.seconds + seconds,
             cpu_seconds=self.cpu_seconds + cpu_seconds,
         )
 
     def means(self) -> dict[str, float]:
-        """Each further sum per target of the steps that report it."""
-        return {name: total / self.targets[name] for name, total in self.sums.items()}
+        """Each metric per item of the micro-batches that report it."""
+        return Metrics(self.sums, self.counts).means()
 
 
 @dataclass(frozen=True)
@@ -114,15 +113,15 @@ class TrainingState:
 
 
 def load_state(content: Mapping[str, Any]) -> TrainingState:
-    """The state that `to_json` gave. Raises CheckpointError where fields are missing or unknown.
+    """The state that `to_json` gave. Raises CheckpointError if fields are missing or unknown.
 
-    A window without `targets` is of a time when every step reported every sum.
+    Earlier versions called a window's `counts` `targets`, or had none, when every step reported every sum.
     """
     expected, found = {entry.name for entry in fields(TrainingState)}, set(content)
     windows = {entry.name for entry in fields(Window)}
-    window = content["window"]
-    if "targets" not in window:
-        window = {**window, "targets": dict.fromkeys(window.get("sums", {}), window.get("num_targets"))}
+    window = dict(content["window"])
+    if "counts" not in window:
+        window["counts"] = window.pop("targets", dict.fromkeys(window.get("sums", {}), window.get("num_targets")))
     if found != expected or set(window) != windows:
         raise CheckpointError(
             f"the training state of this checkpoint has the fields {sorted(found)}, but this dstrain expects {sorted(expected)}: "

@@ -11,9 +11,9 @@ from itertools import count
 from typing import Protocol
 
 from dstrain.batch import Batch
-from dstrain.data.batching.collate import Ids, collate
+from dstrain.data.batching.collate import Collator, Ids
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.batching.plan import Lengths, PlannedStep, Sides, StepPlan, evaluation_batches, micro_batches
+from dstrain.data.batching.plan import Lengths, PlannedStep, StepPlan, evaluation_batches, micro_batches
 from dstrain.data.batching.prefetch import Prefetcher
 
 
@@ -57,16 +57,15 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
         self,
         examples: Examples,
         plan: StepPlan,
+        collator: Collator,
         *,
-        pad_id: int,
-        eos_id: int,
         rank: int = 0,
         world_size: int = 1,
         start: tuple[int, int] = (0, 0),
         prefetch: int = 8,
     ) -> None:
         def load(group: IntArray) -> Batch:
-            return collate([examples[row] for row in group], group, pad_id=pad_id, eos_id=eos_id)
+            return collator([examples[row] for row in group], group)
 
         def steps() -> Iterator[tuple[PlannedStep, list[Batch]]]:
             first_epoch, first_step = start
@@ -78,7 +77,7 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
                         plan.target_lengths,
                         plan.config.max_tokens,
                         world_size,
-                        sides=plan.sides,
+                        kind=plan.kind,
                     )
                     yield step, [load(group) for group in groups[rank::world_size]]
 
@@ -88,18 +87,16 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
 def evaluation_loader(
     examples: Examples,
     max_tokens: int,
+    collator: Collator,
     *,
-    pad_id: int,
-    eos_id: int,
     rank: int = 0,
     world_size: int = 1,
-    sides: Sides = "apart",
 ) -> Iterator[Batch]:
     """This rank's share of all examples, each exactly once over the ranks, in batches of similar lengths.
 
-    Every rank gets equally many batches; where they do not go round, the last ones are empty micro-batches.
+    Every rank gets equally many batches; if they do not go round, the last ones are empty micro-batches.
     """
-    groups = evaluation_batches(examples.source_lengths, examples.target_lengths, max_tokens, sides=sides)
+    groups = evaluation_batches(examples.source_lengths, examples.target_lengths, max_tokens, kind=collator.kind)
     groups += [groups[0][:0]] * (-len(groups) % world_size) if groups else []
     for group in groups[rank::world_size]:
-        yield collate([examples[row] for row in group], group, pad_id=pad_id, eos_id=eos_id)
+        yield collator([examples[row] for row in group], group)

@@ -19,19 +19,17 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dstrain.batch import Size
+from dstrain.batch import ModelKind, Size
 from dstrain.data.batching.permutation import IntArray, Permutation
 from dstrain.data.config import BatchingConfig
 from dstrain.errors import DataError
 from dstrain.seeding import derive_seed
 
-Sides = Literal["apart", "joined"]
-"""How a model reads an example: source and target each in a stack of its own, or as one sequence (decoder-only)."""
 Lengths = npt.NDArray[np.integer[Any]]
 """(N,) tokens of each example on one side, the final EOS included; any integer type, mapped from the disk or not."""
 
@@ -60,8 +58,8 @@ class StepPlan:
     """The steps of every epoch.
 
     source_lengths, target_lengths: (N,). A window holds at most max(shuffle_window, tokens_per_step) examples, several steps'
-    worth even where `shuffle_window` is less than that. sides: decides what fits into a micro-batch, not the steps. Raises
-    `DataError` where there is no example at all, or one that no micro-batch can hold.
+    worth even if `shuffle_window` is less than that. kind: of the model, decides what fits into a micro-batch, not the steps.
+    Raises `DataError` if there is no example at all, or one that no micro-batch can hold.
     """
 
     def __init__(
@@ -71,13 +69,13 @@ class StepPlan:
         config: BatchingConfig,
         seed: int,
         *,
-        sides: Sides = "apart",
+        kind: ModelKind = "encoder_decoder",
     ) -> None:
         self.source_lengths = source_lengths
         self.target_lengths = target_lengths
         self.config = config
         self.seed = seed
-        self.sides = sides
+        self.kind = kind
         self._check()
         size = len(target_lengths)
         num_windows = -(-size // max(config.shuffle_window, config.tokens_per_step))
@@ -121,12 +119,12 @@ class StepPlan:
             raise DataError("the training split holds no example; see the counts of dropped pairs in its manifest")
         limit = self.config.max_tokens
         read = {"source": self.source_lengths, "target": self.target_lengths}
-        if self.sides == "joined":
+        if self.kind == "decoder_only":
             read = {"source and target": np.add(self.source_lengths, self.target_lengths, dtype=np.int32) - 1}
         for side, lengths in read.items():
             row = int(lengths.argmax())
             if lengths[row] > limit:
-                key = "target" if self.sides == "joined" else side
+                key = "target" if self.kind == "decoder_only" else side
                 raise DataError(
                     f"training example {row} has {lengths[row]} {side} tokens, over batching.max_tokens {limit}; raise that, "
                     f"or lower data.filter.max_{key}_length and prepare again"
@@ -140,16 +138,16 @@ def micro_batches(
     max_tokens: int,
     world_size: int,
     *,
-    sides: Sides = "apart",
+    kind: ModelKind = "encoder_decoder",
 ) -> list[IntArray]:
     """Cut one step for `world_size` ranks, of which rank r takes `[r::world_size]`.
 
     Returns a multiple of `world_size` groups of similar lengths, as few as `max_tokens` allows, the costliest as cheap as can be:
-    the ranks wait for one another. A group costs rows x (its longest source or target), and where the sides are joined rows x
+    the ranks wait for one another. A group costs rows x (its longest source or target), for a decoder-only model rows x
     (longest source + longest target - 1). Groups are empty only where there are fewer examples than groups. Every example must
     fit into `max_tokens` alone, which `StepPlan` has checked.
     """
-    examples, widths = _sort_by_width(step_examples, source_lengths, target_lengths, sides)
+    examples, widths = _sort_by_width(step_examples, source_lengths, target_lengths, kind)
     count = -(-len(_fill(widths, max_tokens)) // world_size) * world_size
     low, high = max(widths), max_tokens
     while low < high:
@@ -164,10 +162,10 @@ def micro_batches(
 
 
 def evaluation_batches(
-    source_lengths: Lengths, target_lengths: Lengths, max_tokens: int, *, sides: Sides = "apart"
+    source_lengths: Lengths, target_lengths: Lengths, max_tokens: int, *, kind: ModelKind = "encoder_decoder"
 ) -> list[IntArray]:
     """Every example once, in batches of similar lengths that cost at most `max_tokens`; a longer example is a batch alone."""
-    examples, widths = _sort_by_width(np.arange(len(target_lengths)), source_lengths, target_lengths, sides)
+    examples, widths = _sort_by_width(np.arange(len(target_lengths)), source_lengths, target_lengths, kind)
     return [examples[start:end] for start, end in pairwise([0, *_fill(widths, max_tokens)])]
 
 
@@ -211,13 +209,13 @@ def _deal(buckets: list[IntArray], per_step: int, seed: int) -> list[list[IntArr
 
 
 def _sort_by_width(
-    examples: IntArray, source_lengths: Lengths, target_lengths: Lengths, sides: Sides
+    examples: IntArray, source_lengths: Lengths, target_lengths: Lengths, kind: ModelKind
 ) -> tuple[IntArray, list[int]]:
     """Examples ordered by their width, and how wide a row is at most in a group that ends with each: ascending numbers."""
     sources, targets = (lengths[examples].astype(np.int64) for lengths in (source_lengths, target_lengths))
-    widths = np.maximum(sources, targets) if sides == "apart" else sources + targets - 1
+    widths = np.maximum(sources, targets) if kind == "encoder_decoder" else sources + targets - 1
     order = np.lexsort((sources, targets, widths))
-    if sides == "joined":  # both sides are padded apart: the longest source and the longest target may stand in different rows
+    if kind == "decoder_only":  # as wide as the longest source and the longest target, even if of different examples
         widths = np.maximum.accumulate(sources[order]) + np.maximum.accumulate(targets[order]) - 1
         return examples[order], widths.tolist()
     return examples[order], widths[order].tolist()

@@ -21,10 +21,10 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from dstrain.batch import IGNORE_INDEX, Batch
+from dstrain.batch import Batch
 from dstrain.config_base import Precision
-from dstrain.data.batching.collate import collate
-from dstrain.data.batching.plan import Sides, evaluation_batches
+from dstrain.data.batching.collate import Collator
+from dstrain.data.batching.plan import evaluation_batches
 from dstrain.data.prepared.dataset import Dataset
 from dstrain.data.prepared.manifest import Manifest
 from dstrain.data.prepared.shard import MAX_ITEMS, list_array
@@ -42,9 +42,9 @@ from dstrain.distillation.store.manifest import (
 from dstrain.distillation.store.store import shard_starts
 from dstrain.errors import DataError
 from dstrain.models.config import VocabularySizes
+from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.ops.chunked_projection import logits_in_chunks
 from dstrain.ops.device_time import Mark, mark, seconds_between
-from dstrain.ops.scored_rows import scored_rows
 from dstrain.protocols import TeacherForced
 from dstrain.storage.atomic import atomic_writer
 from dstrain.storage.document import FileRecord
@@ -128,7 +128,7 @@ class Dumper:
     """Writes shards of `job` into `output`.
 
     teacher: in evaluation mode, on `device`. max_tokens: padded tokens of a batch. chunk_tokens: those whose logits exist at one
-    time. sides: how the teacher reads a pair.
+    time.
     """
 
     teacher: TeacherForced
@@ -139,7 +139,6 @@ class Dumper:
     device: str
     max_tokens: int = 4096
     chunk_tokens: int = 256
-    sides: Sides = "apart"
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -190,24 +189,23 @@ class Dumper:
         report.shards += 1
 
     def _batches(self, rows: range) -> Iterator[Batch]:
-        part, pad_id, eos_id = slice(rows.start, rows.stop), self.vocabulary.pad_id, self.vocabulary.eos_id
+        part = slice(rows.start, rows.stop)
+        collator = Collator(self.teacher.kind, pad_id=self.vocabulary.pad_id, eos_id=self.vocabulary.eos_id)
         sources, targets = self.dataset.source_lengths[part], self.dataset.target_lengths[part]
-        groups = evaluation_batches(sources, targets, self.max_tokens, sides=self.sides)
+        groups = evaluation_batches(sources, targets, self.max_tokens, kind=self.teacher.kind)
         for group in groups:
             examples = group + rows.start
-            yield collate([self.dataset[row] for row in examples], examples, pad_id=pad_id, eos_id=eos_id)
+            yield collator([self.dataset[row] for row in examples], examples)
 
     @torch.inference_mode()
     def _select(self, batch: Batch, codec: Codec) -> Selected:
-        """What is kept of the batch's scored tokens, on the teacher's device."""
+        """What is kept of the batch's targets, on the teacher's device."""
         keys, device = token_keys(batch), torch.device(self.device)
         begin, batch = mark(device), batch.to(device)
-        hidden = self.teacher(batch.source, batch.target).hidden.flatten(0, 1)  # (B * T, D)
-        rows = scored_rows(batch.labels.flatten(), batch.num_targets)
         choose = partial(
             select_in_chunks, codec=codec, keys=keys, temperature=self.job.method.temperature, size=self.chunk_tokens
         )
-        kept = self.teacher.reduce_projection(hidden.index_select(0, rows), choose)
+        kept = self.teacher.reduce_projection(target_hidden(self.teacher, batch), choose)
         return Selected(kept, begin, mark(device))
 
     def _keep(self, batch: Batch, selected: Selected, draft: ShardDraft) -> float:
@@ -218,7 +216,7 @@ class Dumper:
         kept = [tensor.cpu().numpy() for tensor in selected.kept]
         broken = np.flatnonzero(~draft.codec.is_whole(kept))
         if broken.size:
-            row = token_keys(batch).examples[broken[0]]
+            row = int(batch.targets.example_id[broken[0]])
             raise DataError(
                 f"the logits of teacher {self.job.teacher[:12]} are not finite for row {row} of the split {self.job.split!r}: "
                 "choose another --precision (fp32 has the widest range), or check the bundle"
@@ -248,9 +246,8 @@ def select_in_chunks(
 
 
 def token_keys(batch: Batch) -> TokenKeys:
-    """Row of the data and position of each scored token, row-major."""
-    rows, positions = np.nonzero(batch.labels.cpu().numpy() != IGNORE_INDEX)
-    return TokenKeys(batch.example_ids.cpu().numpy()[rows], positions)
+    """Line of the data and position of each target."""
+    return TokenKeys(batch.targets.example_id.numpy(), batch.targets.position.numpy())
 
 
 class Piece(NamedTuple):
@@ -271,11 +268,11 @@ class ShardDraft:
 
     def add(self, batch: Batch, selected: Sequence[Array]) -> None:
         """Take what was selected of a batch."""
-        lengths = batch.target.lengths.numpy()  # (B,)
+        lengths = batch.examples.target_length.numpy()  # (b,)
         row_starts = np.cumsum(lengths) - lengths
         for name, column in self.codec.pack(selected).items():
             self._pieces[name].append(Piece(column.values, np.add.reduceat(column.widths, row_starts)))
-        self._examples.append(batch.example_ids.numpy())
+        self._examples.append(batch.examples.ids.numpy())
         self._tokens += int(lengths.sum())
 
     def finish(self, sink: HashingWriter) -> int:

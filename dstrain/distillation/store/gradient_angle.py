@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Batch
-from dstrain.data.batching.collate import collate
+from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.permutation import Permutation
 from dstrain.data.prepared.dataset import Dataset
-from dstrain.distillation.scored_tokens import scored_tokens
+from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.ops.divergence import Divergence
 from dstrain.ops.teacher_signal import DenseSignal, KeptSignal
 from dstrain.ops.token_loss.distillation import DistillationTerms, linear_distillation
@@ -71,18 +71,18 @@ def gradient_angles(
         yield _angle(done, *sums)
 
 
-def random_batches(dataset: Dataset, max_tokens: int, *, pad_id: int, eos_id: int, seed: int = 1) -> Iterator[Batch]:
+def random_batches(dataset: Dataset, max_tokens: int, collator: Collator, *, seed: int = 1) -> Iterator[Batch]:
     """The rows of a split in random order, in batches of at most `max_tokens` padded tokens, once through."""
     group: list[int] = []
     widest = 0
     for row in _shuffled(len(dataset), seed):
         width = max(widest, int(dataset.source_lengths[row]), int(dataset.target_lengths[row]))
         if group and width * (len(group) + 1) > max_tokens:
-            yield collate([dataset[member] for member in group], np.array(group), pad_id=pad_id, eos_id=eos_id)
+            yield collator([dataset[member] for member in group], np.array(group))
             group, width = [], max(int(dataset.source_lengths[row]), int(dataset.target_lengths[row]))
         group.append(row)
         widest = width
-    yield collate([dataset[member] for member in group], np.array(group), pad_id=pad_id, eos_id=eos_id)
+    yield collator([dataset[member] for member in group], np.array(group))
 
 
 def _shuffled(count: int, seed: int) -> Iterator[int]:
@@ -103,11 +103,10 @@ def _both_gradients(
 ) -> list[tuple[Tensor, ...]]:
     """The student's gradients from the store and from the whole distribution. No model is sharded."""
     with torch.no_grad():
-        teacher_features, teacher_weight = teacher.projection.operands(scored_tokens(teacher, batch).hidden)
-    scored = scored_tokens(student, batch)
-    features, weight = student.projection.operands(scored.hidden)
+        teacher_features, teacher_weight = teacher.projection.operands(target_hidden(teacher, batch.for_kind(teacher.kind)))
+    features, weight = student.projection.operands(target_hidden(student, batch))
     terms = DistillationTerms(Divergence("forward_kl"), temperature, hard_weight=0.0, kd_weight=1.0, label_smoothing=0.0)
-    learn = partial(linear_distillation, labels=scored.labels, terms=terms, chunk_tokens=CHUNK, selected=None)
+    learn = partial(linear_distillation, labels=batch.targets.labels, terms=terms, chunk_tokens=CHUNK, selected=None)
     losses = [learn(features, weight, signal=each).loss for each in (signal, DenseSignal([teacher_features], [teacher_weight]))]
     return [
         torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True) for loss in losses

@@ -16,10 +16,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
 
 from dstrain.batch import Batch, sent
-from dstrain.data.batching.collate import NO_EXAMPLE
 from dstrain.data.prepared.dataset import ALWAYS_HASHED_BYTES
 from dstrain.data.prepared.manifest import Manifest
 from dstrain.data.prepared.shard import ListView, list_view
@@ -86,23 +84,19 @@ class LogitStore:
             )
 
     @contextmanager
-    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> Iterator[KeptSignal]:
-        """The signal on the batch's device; `rows` must be all scored tokens, whose order the store knows by itself.
-
-        capture: stays empty, for there is no forward; see `require`.
-        """
-        yield moved(self.signal(batch), batch.labels.device)
+    def open(self, batch: Batch, capture: ActivationCapture | None = None) -> Iterator[KeptSignal]:
+        """The signal on the batch's device. capture: stays empty, for there is no forward; see `require`."""
+        yield moved(self.signal(batch), batch.targets.labels.device)
 
     def close(self) -> None:
         """Mapped files close with the last reference to them."""
 
     def signal(self, batch: Batch) -> KeptSignal:
-        """The signals of the batch's scored tokens in row-major order, on the CPU.
+        """The signals of the batch's targets, on the CPU.
 
         Raises DataError where the batch is not of the split that was dumped.
         """
-        examples = [row for row in batch.example_ids.tolist() if row != NO_EXAMPLE]
-        places = [self._locate(row) for row in examples]
+        places = [self._locate(row) for row in batch.examples.ids.tolist()]
         columns = {name: [shard[name].row(row) for shard, row in places] for name in self._codec.columns}
         first = next(iter(columns.values()))
         num_tokens = sum(map(len, first)) // self._codec.items_per_token

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dstrain.batch import IGNORE_INDEX
-from dstrain.ops.scored_rows import scored_rows
 from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy, linear_nll, reference_linear_cross_entropy
 
 
@@ -218,11 +217,6 @@ def test_the_weight_may_be_gone_before_backward() -> None:
     gathered.untyped_storage().resize_(0)
     assert torch.equal(torch.autograd.grad(loss_sum, features)[0], expected)
 
-
-def test_scored_rows() -> None:
-    labels = torch.tensor([3, IGNORE_INDEX, 0, IGNORE_INDEX, 7])
-    assert scored_rows(labels, 3).tolist() == [0, 2, 4]
-    assert scored_rows(labels.fill_(IGNORE_INDEX), 0).tolist() == []
 
 
 PEAK = """
