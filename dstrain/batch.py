@@ -147,7 +147,7 @@ class Batch:
         if kind == self.kind:
             return self
         if self.other is None:
-            raise ValueError(f"this batch was made for {self.kind} models alone; name the kind {kind} to its Collator")
+            raise ValueError(f"this batch was made for {self.kind} models only; name the kind {kind} to its Collator")
         return self.other
 
     def to(self, device: torch.device) -> Batch:

@@ -25,7 +25,7 @@ from typing import get_args
 import numpy as np
 import torch
 
-from dstrain.data.batching.collate import collate
+from dstrain.data.batching.collate import Collator
 from dstrain.distillation.store.codec import TokenKeys, build_codec
 from dstrain.distillation.store.dump import ShardDraft
 from dstrain.distillation.store.manifest import Method, SampleMethod, TopKMethod
@@ -76,7 +76,7 @@ def stored(method: Method, types: int = 65536, sentences: int = 40, length: int 
     draft, kept = ShardDraft(build_codec(method, types)), 0
     for first in range(0, sentences, 4):
         examples = np.arange(first, first + 4)
-        batch = collate([(np.arange(length), np.arange(length))] * 4, examples, pad_id=1, eos_id=2)
+        batch = Collator("encoder_decoder", pad_id=1, eos_id=2)([(np.arange(length), np.arange(length))] * 4, examples)
         logits = 7.0 * torch.randn(4 * length, types)
         keys = TokenKeys(examples.repeat(length), np.tile(np.arange(length), 4))
         chosen = [tensor.numpy() for tensor in draft.codec.select(logits, keys)]

@@ -9,11 +9,13 @@ engine, no data, no logging. Prints one line of JSON like `bare_loop.py`; `--pro
 import argparse
 import json
 
+import numpy as np
 import torch
 from bare_loop import LENGTH, NUM_PAIRS, NUM_TYPES, cpu_seconds
 
-from dstrain.batch import Batch, Sequences
+from dstrain.batch import Batch
 from dstrain.build.objective import build_objective
+from dstrain.data.batching.collate import Collator
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.train_module import TrainModule
@@ -21,17 +23,10 @@ from dstrain.recipe_file import load_recipe
 
 
 def random_batch(length: int = LENGTH) -> Batch:
-    """Pairs of equal length, as many tokens as in the bare loop. Tensors are (B, S) and (B, T)."""
+    """Pairs of equal length, as many tokens as in the bare loop."""
     pairs = NUM_PAIRS * LENGTH // length
-    lengths = torch.full((pairs,), length)
-    target = torch.randint(4, NUM_TYPES, (pairs, length + 1))
-    return Batch(
-        source=Sequences(torch.randint(4, NUM_TYPES, (pairs, length)), lengths),
-        target=Sequences(target[:, :-1].contiguous(), lengths),
-        labels=target[:, 1:].contiguous(),
-        num_targets=pairs * length,
-        example_ids=torch.arange(pairs),
-    )
+    sides = [torch.randint(4, NUM_TYPES, (pairs, length)).numpy() for _ in range(2)]
+    return Collator("encoder_decoder", pad_id=1, eos_id=2)(list(zip(*sides, strict=True)), np.arange(pairs))
 
 
 def main() -> None:

@@ -137,7 +137,7 @@ def main() -> None:
     loops = {name: Loop(recipe, VARIANTS[name], args.length) for name in dict.fromkeys(["baseline", *args.only])}
     products = {name: loop.products() for name, loop in loops.items()}
     times = measure(loops, args.rounds, args.steps, lambda line: print(line, flush=True))
-    tokens = args.steps * len(random_batch(args.length).labels) * args.length
+    tokens = args.steps * random_batch(args.length).num_targets
     print(f"\n| variant ({args.length} tokens) | target tokens per CPU-second | time beside the baseline | products |")
     print("|---|---|---|---|")
     for name, seconds in times.items():

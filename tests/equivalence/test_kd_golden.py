@@ -27,6 +27,7 @@ from dstrain.model_output import ActivationCapture
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.models.weights import TensorSource, load_canonical
+from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from tests.parallel.trace import recorded_batches
@@ -48,10 +49,9 @@ class PlainTeacher:
         self.teacher = teacher
 
     @contextmanager
-    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def open(self, batch: Batch, capture: ActivationCapture | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         with torch.no_grad():
-            hidden = self.teacher(batch.source, batch.target, capture).hidden.flatten(0, 1)[rows]
-            operands = self.teacher.projection.operands(hidden)
+            operands = self.teacher.projection.operands(target_hidden(self.teacher, batch.for_kind(self.teacher.kind), capture))
         yield operands
 
 
@@ -84,8 +84,8 @@ def one_step(module: TrainModule, batch: Batch) -> LossOutput:
 def check(output: LossOutput, module: TrainModule, expected: dict[str, float]) -> None:
     assert output.size.num_targets == expected["sample_size"]
     assert output.loss_sum.item() == pytest.approx(expected["loss"], rel=1e-5)
-    assert output.sums["kd"].item() == pytest.approx(expected["kd_loss"], rel=1e-5)
-    assert output.sums["nll"].item() == pytest.approx(expected["nll_loss"], rel=1e-5)
+    assert output.metrics.sums["kd"].item() == pytest.approx(expected["kd_loss"], rel=1e-5)
+    assert output.metrics.sums["nll"].item() == pytest.approx(expected["nll_loss"], rel=1e-5)
     module.zero_grad()
     output.loss_sum.backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in module.parameters() if parameter.grad is not None])
@@ -117,7 +117,7 @@ def padded_count(real: int, padding: int, rate: float) -> float:
 @pytest.mark.parametrize("rate", [0.25, 0.5])
 def test_batch_level(rate: float) -> None:
     for batch, expected in zip(recorded_batches(GOLDEN), golden(f"batch_level_{rate}"), strict=True):
-        own = padded_count(batch.num_targets, batch.labels.numel() - batch.num_targets, rate)
+        own = padded_count(batch.num_targets, batch.target.tokens.numel() - batch.num_targets, rate)
         module = module_of({"kind": "batch", "rate": own})
         check(one_step(module, batch), module, expected)
 
@@ -127,7 +127,7 @@ def test_global_level() -> None:
     student, state = model("student"), {}
     padding = 0
     for batch, expected in zip(recorded_batches(GOLDEN), golden("global_level_0.5"), strict=True):
-        padding += batch.labels.numel() - batch.num_targets
+        padding += batch.target.tokens.numel() - batch.num_targets
         real = batch.num_targets + len(state.get("queue.0", []))
         assert real + padding == expected["queue_len"]
         module = module_of({"kind": "global", "rate": padded_count(real, padding, 0.5), "queue_size": 10000}, student)

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from dstrain.batch import IGNORE_INDEX, Batch
+from dstrain.batch import Batch
 from dstrain.build.objective import build_objective
 from dstrain.models.weights import parameter_layouts, split_parameters
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
-from tests.equivalence.test_fairseq_models import PAD, arrays, fairseq_name, imported, right_padded
+from tests.batches import recorded
+from tests.equivalence.test_fairseq_models import arrays, fairseq_name, imported, right_padded
 from tests.paths import GOLDEN, needs_golden
 
 pytestmark = needs_golden
@@ -22,14 +23,8 @@ VARIANTS = ["ref/a_base", "ref/b_prenorm_learned_lnemb", "ref/b_prenorm_sinusoid
 
 def module_and_batch(variant: str, chunk_tokens: int) -> tuple[TrainModule, Batch]:
     golden = arrays(variant)
-    labels = golden["target"].masked_fill(golden["target"] == PAD, IGNORE_INDEX)
-    batch = Batch(
-        source=right_padded(golden["src_tokens_rightpad"]),
-        target=right_padded(golden["prev_output_tokens"]),
-        labels=labels,
-        num_targets=int((labels != IGNORE_INDEX).sum()),
-        example_ids=torch.arange(len(labels)),
-    )
+    source, inputs = (right_padded(golden[name]) for name in ("src_tokens_rightpad", "prev_output_tokens"))
+    batch = recorded(source, inputs, golden["target"])
     config = CrossEntropyConfig(label_smoothing=0.1, chunk_tokens=chunk_tokens)
     return TrainModule(imported(variant), build_objective(config)), batch
 
@@ -42,7 +37,7 @@ def test_sums(variant: str, chunk_tokens: int) -> None:
     meta = json.loads((GOLDEN / variant / "meta.json").read_text())
     assert output.size.num_targets == meta["ntokens"]
     assert output.loss_sum.item() == pytest.approx(meta["loss"], rel=1e-6)
-    assert output.sums["nll"].item() == pytest.approx(meta["nll_loss"], rel=1e-6)
+    assert output.metrics.sums["nll"].item() == pytest.approx(meta["nll_loss"], rel=1e-6)
 
 
 @pytest.mark.parametrize("chunk_tokens", [7, 1024])

@@ -5,7 +5,7 @@ import hashlib
 import math
 import resource
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from dstrain.models.config import (
     VocabularySizes,
 )
 from dstrain.models.factory import Model, build_model
+from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
 from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module, collate, load, num_targets, save, sentences
@@ -75,9 +76,8 @@ INSIDE = (Tap("hidden_states", "encoder", 2), Tap("attention", "decoder", 1), Ta
 
 def seen(engine: TeacherEngine, batch: Batch) -> list[Tensor]:
     """Copies of features and weight, and of what stands inside."""
-    rows = (batch.labels.flatten() >= 0).nonzero().squeeze(1)
     capture = ActivationCapture(INSIDE)
-    with engine.open(batch, rows, capture) as (features, weight):
+    with engine.open(batch, capture) as (features, weight):
         return [features.clone(), weight.clone(), *(capture.captured[tap] for tap in INSIDE)]
 
 
@@ -119,13 +119,12 @@ def naively_distilled(steps: int, *, temperature: float, hard_weight: float) -> 
     losses, norms = [], []
     for step in range(steps):
         batch = collate(sentences(step))
-        scored = batch.labels >= 0
-        logits = student.project(student(batch.source, batch.target).hidden[scored])
+        logits = student.project(target_hidden(student, batch))
         with torch.no_grad():
-            taught = teacher.project(teacher(batch.source, batch.target).hidden[scored]).div(temperature).log_softmax(1)
+            taught = teacher.project(target_hidden(teacher, batch)).div(temperature).log_softmax(1)
         cool = (logits / temperature).log_softmax(1)
         kd = temperature**2 * (cool.exp() * (cool - taught)).sum()
-        hard = torch.nn.functional.cross_entropy(logits, batch.labels[scored], reduction="sum")
+        hard = torch.nn.functional.cross_entropy(logits, batch.targets.labels, reduction="sum")
         loss = (hard_weight * hard + (1 - hard_weight) * kd) / batch.num_targets
         adam.zero_grad()
         loss.backward()
@@ -187,8 +186,8 @@ def share(step: int, mesh: Mesh, parts: int) -> tuple[list[Batch], Size]:
     """This rank's micro-batches, with the number of each sentence in the data set."""
     pairs = sentences(step)
     numbers = list(range(parts))[mesh.data.rank :: mesh.data.size]
-    ids = {part: torch.arange(len(pairs))[part::parts] + 100 * step for part in numbers}
-    return [replace(collate(pairs[part::parts]), example_ids=ids[part]) for part in numbers], Size(num_targets(pairs), len(pairs))
+    ids = range(100 * step, 100 * step + len(pairs))
+    return [collate(pairs[part::parts], ids=ids[part::parts]) for part in numbers], Size(num_targets(pairs), len(pairs))
 
 
 def held_weights(mesh: Mesh, engine: TrainEngine) -> Report:

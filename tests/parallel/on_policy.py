@@ -1,22 +1,23 @@
 """What the ranks do with steps on the student's own samples; each scenario returns JSON, which the tests assert in the parent."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from dstrain.batch import Batch
+from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.plan import PlannedStep
 from dstrain.distillation.config import OnPolicyConfig
 from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples
 from dstrain.engine.training_engine import TrainEngine
 from dstrain.generation.constraints import SpecialIds
 from dstrain.parallel.mesh import Mesh
+from tests.batches import EOS, PAD, collate
 from tests.parallel.distilling import queues, student
-from tests.parallel.setting import EOS, PAD, collate, load, num_targets, save, sentences
+from tests.parallel.setting import load, num_targets, save, sentences
 
 Report = dict[str, Any]
 KEYS: dict[str, Any] = {"fraction": 0.5, "max_length_ratio": 1.0, "max_length_offset": 6}
@@ -35,7 +36,7 @@ class Steps:
             rows = list(range(len(pairs)))
             held = [[rows[0:6], rows[6:]]] if self.mesh.data.size == 1 else [[rows[0:6], rows[6:-1]], [rows[-1:], []]]
             batches = [
-                replace(collate([pairs[row] for row in part]), example_ids=torch.tensor(part, dtype=torch.int64) + 100 * step)
+                collate([pairs[row] for row in part], ids=[row + 100 * step for row in part])
                 for part in held[self.mesh.data.rank]
             ]
             yield PlannedStep(1, step, np.arange(len(pairs)), num_targets(pairs), last_of_epoch=False), batches
@@ -52,7 +53,7 @@ def train(mesh: Mesh, engine: TrainEngine, first: int, last: int) -> list[Report
         ranks=mesh.data,
         ids=SpecialIds(pad=PAD, eos=EOS, unk=3),
         room=30,
-        sides="apart",
+        collator=Collator("encoder_decoder", pad_id=PAD, eos_id=EOS),
         max_tokens=40,
         seed=11,
         device=mesh.device,
@@ -62,10 +63,10 @@ def train(mesh: Mesh, engine: TrainEngine, first: int, last: int) -> list[Report
     for planned, batches in OnPolicySteps(Steps(mesh, first, last), own_samples):
         report = asdict(engine.train_step(batches, planned.size))
         samples = {
-            str(number): row[row >= 0].tolist()
+            str(number): batch.targets.labels[batch.targets.example_id == number].tolist()
             for batch in batches
-            if batch.sampled and batch.num_targets
-            for number, row in zip(batch.example_ids.tolist(), batch.labels, strict=True)
+            if batch.sampled
+            for number in batch.examples.ids.tolist()
         }
         found.append({**report, "micro_batches": len(batches), "sampled": batches[0].sampled, "samples": samples})
     return found

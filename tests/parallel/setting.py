@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dstrain.batch import IGNORE_INDEX, Batch, Sequences, Size
+from dstrain.batch import Batch, Size
 from dstrain.build.objective import build_objective
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
@@ -23,9 +23,10 @@ from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
+from tests.batches import collate
 
 VOCABULARY = VocabularySizes(source=37, target=37)
-PAD, EOS = VOCABULARY.pad_id, VOCABULARY.eos_id
+EOS = VOCABULARY.eos_id
 SENTENCES = 12
 
 
@@ -86,28 +87,6 @@ def sentences(step: int) -> list[tuple[list[int], list[int]]]:
         source = torch.randint(4, 36, (length,), generator=generator).tolist()
         pairs.append(([*source, EOS], [*(token + 1 for token in source), EOS]))
     return pairs
-
-
-def collate(pairs: Sequence[tuple[list[int], list[int]]]) -> Batch:
-    """Padded sentences; none at all make an empty micro-batch, which adds nothing."""
-    rows = pairs or [([EOS], [EOS])]
-    labels = padded([target for _, target in rows], IGNORE_INDEX).tokens
-    return Batch(
-        source=padded([source for source, _ in rows], PAD),
-        target=padded([[EOS, *target[:-1]] for _, target in rows], PAD),
-        labels=labels if pairs else torch.full_like(labels, IGNORE_INDEX),
-        num_targets=num_targets(pairs),
-        example_ids=torch.arange(len(rows)),
-    )
-
-
-def padded(rows: Sequence[list[int]], value: int) -> Sequences:
-    """Right-padded rows."""
-    lengths = torch.tensor([len(row) for row in rows])
-    tokens = torch.full((len(rows), int(lengths.max())), value)
-    for index, row in enumerate(rows):
-        tokens[index, : len(row)] = torch.tensor(row)
-    return Sequences(tokens, lengths)
 
 
 def num_targets(pairs: Sequence[tuple[list[int], list[int]]]) -> int:

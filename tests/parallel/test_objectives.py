@@ -51,15 +51,17 @@ def test_each_kind_learns_and_differs_from_the_others(alone: Curves) -> None:
     for curve in (alone[0], alone[4], alone[8]):
         assert curve[-1]["loss"] < 0.99 * curve[0]["loss"]
     assert alone[0][0]["loss"] != pytest.approx(alone[4][0]["loss"], rel=1e-4)
-    assert alone[4][0]["sums"]["nll"] == pytest.approx(alone[0][0]["sums"]["nll"], rel=1e-5), "what is per token stays so"
+    assert alone[4][0]["metrics"]["sums"]["nll"] == pytest.approx(alone[0][0]["metrics"]["sums"]["nll"], rel=1e-5), (
+        "what is per token stays so"
+    )
     assert {report["denominator"] for report in alone[4]} == {12}
     assert [report["denominator"] for report in alone[0]] == [report["num_targets"] for report in alone[0]]
 
 
 def test_the_divergence_is_reported_apart(alone: Curves, together: list[Curves]) -> None:
     for curves in (alone, *together):
-        divergences = [[report["sums"]["kl"] for report in curve] for curve in curves[8:12]]
+        divergences = [[report["metrics"]["sums"]["kl"] for report in curve] for curve in curves[8:12]]
         assert min(divergences[0]) > 0
         for found in divergences[1:]:
             assert found == pytest.approx(divergences[0], rel=1e-4)
-    assert all(set(report["sums"]) == {"nll"} for report in alone[4])
+    assert all(set(report["metrics"]["sums"]) == {"nll"} for report in alone[4])

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dstrain.batch import IGNORE_INDEX, Batch, Sequences
+from dstrain.batch import Batch, Sequences
 from dstrain.engine.config import AdamConfig, EngineConfig, ScheduleConfig
 from dstrain.engine.training_engine import TrainEngine
 from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
@@ -18,9 +18,8 @@ from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
-from tests.parallel.setting import collate, size_of
-
-PAD = 1
+from tests.batches import PAD, collate, recorded
+from tests.parallel.setting import size_of
 
 
 def recorded_batches(golden: Path) -> list[Batch]:
@@ -37,14 +36,8 @@ def recorded_batch(arrays: dict[str, Tensor]) -> Batch:
     """fairseq pads the source on the left."""
     rows = [row[row != PAD] for row in arrays["src_tokens"]]
     source = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-    scored = arrays["target"] != PAD
-    return Batch(
-        source=Sequences(source, (source != PAD).sum(1)),
-        target=Sequences(arrays["prev_output_tokens"], scored.sum(1)),
-        labels=arrays["target"].masked_fill(~scored, IGNORE_INDEX),
-        num_targets=int(scored.sum()),
-        example_ids=torch.arange(len(source)),
-    )
+    inputs = Sequences(arrays["prev_output_tokens"], (arrays["target"] != PAD).sum(1))
+    return recorded(Sequences(source, (source != PAD).sum(1)), inputs, arrays["target"])
 
 
 def repeat(

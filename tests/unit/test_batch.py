@@ -1,29 +1,39 @@
-"""Where a batch goes: to a device without waiting, and its example ids nowhere."""
+"""A batch moves to a device without waiting; metrics are joined by name."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from dstrain.batch import sent
-from dstrain.data.batching.collate import collate
+from dstrain.batch import Metrics, sent
+from tests.batches import collate
 
 ELSEWHERE = torch.device("meta")
 """A device of which nothing can be asked."""
 
 
-def test_a_batch_goes_to_a_device_without_its_example_ids() -> None:
-    batch = collate([(np.array([5, 2]), np.array([6, 7, 2]))], np.array([41]), pad_id=1, eos_id=2)
+def test_a_batch_goes_to_a_device_but_for_what_is_looked_up_on_the_cpu() -> None:
+    batch = collate([([5, 2], [6, 7, 2])], ids=[41], rows=[0], teacher_kinds=["decoder_only"])
     moved = batch.to(ELSEWHERE)
-    assert moved.source is not None
-    for tensor in (moved.source.tokens, moved.source.lengths, moved.target.tokens, moved.target.lengths, moved.labels):
-        assert tensor.device == ELSEWHERE
-    assert moved.example_ids.tolist() == [41]
-    assert moved.size == batch.size
+    for part in (moved, moved.for_kind("decoder_only")):
+        sequences = [part.reading, part.target, part.targets]
+        for name in ("tokens", "lengths", "positions", "segments"):
+            assert all(getattr(each, name).device == ELSEWHERE for each in sequences[:2])
+        assert all(value.device == ELSEWHERE for value in (part.targets.index, part.targets.labels, part.targets.weight))
+        assert part.targets.example_id.tolist() == [41] * 3
+        assert part.examples.ids.tolist() == [41]
+        assert part.size == batch.size
+
+
+def test_metrics_are_joined_by_name() -> None:
+    first, second = Metrics.over(10, {"nll": 5.0, "kd": 2.0}), Metrics.over(30, {"nll": 3.0, "kl": 6.0})
+    both = first + second
+    assert both == Metrics({"nll": 8.0, "kd": 2.0, "kl": 6.0}, {"nll": 40, "kd": 10, "kl": 30})
+    assert both.means() == {"nll": 0.2, "kd": 0.2, "kl": 0.2}
+    assert (both + Metrics.over(0, {"empty": 0.0})).means() == both.means(), "a name without items has no mean"
 
 
 class Recorded:

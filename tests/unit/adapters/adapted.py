@@ -12,6 +12,7 @@ from dstrain.batch import Sequences
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import Model
 from dstrain.models.weights import TensorSource, load_canonical, to_canonical
+from tests.batches import decoder_hidden
 from tests.unit.models.build import sequences, small_config, small_model
 
 SOURCE, TARGET = sequences(5, 3, 1), sequences(4, 6, 1, seed=2)
@@ -46,8 +47,8 @@ def train(model: Model) -> None:
 @torch.no_grad()
 def logits(model: Model, source: Sequences = SOURCE, target: Sequences = TARGET) -> Tensor:
     """Of all real target positions."""
-    joined: Tensor = model.project(model(source, target).hidden)
-    return joined[target.tokens != 1]
+    found: Tensor = model.project(decoder_hidden(model, source, target))[target.tokens != 1]
+    return found
 
 
 def copies(model: Model) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ from dstrain.models.config import (
 )
 from dstrain.models.weights import TensorSource, load_canonical, to_canonical
 from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy
+from tests.batches import decoder_hidden
 from tests.unit.adapters.adapted import SOURCE, TARGET, adapted, adapter_of, copies, logits, lora, merged_model
 from tests.unit.models.build import sequences, small_config, small_model
 
@@ -73,7 +74,7 @@ def test_incremental_decoding_equals_the_full_forward(name: str) -> None:
     model = adapted(lora("*"), MODELS[name])
     tokens = sequences(6, 6).tokens
     with torch.no_grad():
-        full = model.project(model(sequences(5, 5), sequences(6, 6)).hidden)
+        full = model.project(decoder_hidden(model, sequences(5, 5), sequences(6, 6)))
     state = model.start(sequences(5, 5), num_sentences=2, rows_per_sentence=1, max_length=6)
     steps = torch.cat([model.step(tokens[:, t : t + 1], state) for t in range(6)], dim=1)
     torch.testing.assert_close(steps, full, rtol=1e-5, atol=1e-4)
@@ -164,7 +165,7 @@ def test_a_row_of_zeros_stays_one_under_dora() -> None:
     model = small_model(MODELS["plain-all"], projections="separate")
     assert not model.target_embedding.tokens.weight[1].any()
     load_canonical(model, inject(model, lora("tokens", dora=True), TensorSource(to_canonical(model)), seed=1))
-    model.project(model(SOURCE, TARGET).hidden).sum().backward()
+    model.project(decoder_hidden(model, SOURCE, TARGET)).sum().backward()
     gradients = [model.target_embedding.tokens.get_parameter(f"lora_{kind}").grad for kind in ("a", "b", "magnitude")]
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
     assert not model.target_embedding.tokens(torch.tensor([1])).any()
@@ -245,7 +246,7 @@ def outcome(adapter: LoraConfig) -> tuple[list[str], Tensor]:
     """Which tensors are trained, and the logits after a step of training in training mode."""
     model = adapted(adapter, small_config(dropout=0.0)).train()
     torch.manual_seed(4)
-    model.project(model(SOURCE, TARGET).hidden).square().sum().backward()
+    model.project(decoder_hidden(model, SOURCE, TARGET)).square().sum().backward()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.grad is not None:

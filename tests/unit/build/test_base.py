@@ -12,6 +12,7 @@ from dstrain.adapters.config import LoraConfig
 from dstrain.batch import Batch
 from dstrain.build.base import build_on_base, check_reloaded, find_base
 from dstrain.checkpoint.bundle import save_adapter_bundle
+from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.loader import evaluation_loader
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.manifest import load_manifest
@@ -100,7 +101,7 @@ def test_a_bundle_that_computes_something_else_is_an_error(data: Path, base: Pat
     train(model)
     bundle = tmp_path / "adapted"
     save_adapter_bundle(bundle, adapter=ADAPTER, base=found, weights=adapter_of(model), recipe=None, notes={})
-    batch: Batch = next(evaluation_loader(open_dataset(data, "valid"), 400, pad_id=1, eos_id=2))
+    batch: Batch = next(evaluation_loader(open_dataset(data, "valid"), 400, Collator("encoder_decoder", pad_id=1, eos_id=2)))
     engine = Averaging(TrainModule(model, CrossEntropy(CrossEntropyConfig())), model, mesh.device)
     check_reloaded(bundle, engine, batch, mesh, averaged=False, tolerance=1e-5)
     assert engine.asked == 0

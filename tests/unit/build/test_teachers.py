@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from dstrain.adapters.config import LoraConfig
-from dstrain.batch import Batch
 from dstrain.build.base import build_on_base
 from dstrain.build.teachers import TeacherOptions, open_logits, plan_teachers, signals_of, start_teachers
 from dstrain.checkpoint.bundle import find_bundle, load_bundle, save_adapter_bundle, save_bundle
@@ -28,6 +27,7 @@ from dstrain.models.weights import load_canonical, to_canonical
 from dstrain.ops.teacher_signal import DenseSignal
 from tests.unit.adapters.adapted import adapter_of, train
 from tests.unit.distillation import toy_store
+from tests.unit.distillation.toy_store import COLLATOR
 from tests.unit.evaluation.test_bundle_validation import MODEL, bundle_for, prepared
 from tests.unit.training.fakes import ONE_RANK
 
@@ -56,17 +56,13 @@ class Corpus:
         planned = self.plan(*bundles, vocabulary_map=vocabulary_map)
         signals = signals_of(start_teachers(planned, placement="sharded", precision=precision, mesh=ONE_RANK))
         assert signals is not None
-        batch = next(evaluation_loader(open_dataset(self.directory, "valid"), 200, pad_id=1, eos_id=2, rank=0, world_size=1))
-        with signals.open(batch, scored(batch), capture) as signal:
+        batch = next(evaluation_loader(open_dataset(self.directory, "valid"), 200, COLLATOR))
+        with signals.open(batch, capture) as signal:
             return signal
 
     def probabilities(self, *bundles: Path, vocabulary_map: Path | None = None) -> Tensor:
         signal = self.signal(*bundles, vocabulary_map=vocabulary_map)
         return (signal.features[0] @ signal.weights[0].T).softmax(1)
-
-
-def scored(batch: Batch) -> Tensor:
-    return (batch.labels.flatten() >= 0).nonzero().squeeze(1)
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,5 @@
+"""The collator: what the models read and what is scored, padded and packed, for both kinds of model."""
+
 import time
 
 import numpy as np
@@ -6,91 +8,142 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.batch import IGNORE_INDEX, Batch
-from dstrain.data.batching.collate import NO_EXAMPLE, Ids, collate
+from dstrain.batch import NO_SEGMENT, Batch, ModelKind, Sequences
+from dstrain.data.batching.collate import Collator
+from tests.batches import EOS, PAD, collate
 
-BOS, PAD, EOS, UNK = 0, 1, 2, 3
 SENTENCE = st.lists(st.integers(4, 60_000), max_size=12).map(lambda ids: [*ids, EOS])
+PAIRS = [([5, 6, EOS], [7, EOS]), ([5, EOS], [7, 8, 9, EOS]), ([EOS], [EOS])]
+KINDS: list[ModelKind] = ["encoder_decoder", "decoder_only"]
 
 
-def batch_of(pairs: list[tuple[list[int], list[int]]], dtype: type[np.integer] = np.uint16) -> Batch:
-    examples: list[tuple[Ids, Ids]] = [(np.array(source, dtype), np.array(target, dtype)) for source, target in pairs]
-    return collate(examples, np.arange(len(pairs)) + 100, pad_id=PAD, eos_id=EOS)
-
-
-def test_a_batch_written_out() -> None:
-    batch = batch_of([([5, 6, EOS], [7, EOS]), ([5, EOS], [7, 8, 9, EOS]), ([EOS], [EOS])])
-    x = IGNORE_INDEX
+def test_padded_pairs_written_out() -> None:
+    batch = collate(PAIRS, ids=[100, 101, 102])
     assert batch.source is not None
     assert batch.source.tokens.tolist() == [[5, 6, EOS], [5, EOS, PAD], [EOS, PAD, PAD]]
     assert batch.source.lengths.tolist() == [3, 2, 1]
     assert batch.target.tokens.tolist() == [[EOS, 7, PAD, PAD], [EOS, 7, 8, 9], [EOS, PAD, PAD, PAD]]
     assert batch.target.lengths.tolist() == [2, 4, 1]
-    assert batch.labels.tolist() == [[7, EOS, x, x], [7, 8, 9, EOS], [EOS, x, x, x]]
-    assert batch.num_targets == 7
-    assert batch.example_ids.tolist() == [100, 101, 102]
     assert batch.source.positions is batch.source.segments is batch.target.positions is batch.target.segments is None
+    targets = batch.targets
+    assert targets.index.tolist() == [0, 1, 4, 5, 6, 7, 8]
+    assert targets.labels.tolist() == [7, EOS, 7, 8, 9, EOS, EOS]
+    assert targets.weight.tolist() == [0.5] * 2 + [0.25] * 4 + [1.0]
+    assert targets.example_id.tolist() == [100] * 2 + [101] * 4 + [102]
+    assert targets.position.tolist() == [0, 1, 0, 1, 2, 3, 0]
+    assert targets.segment.tolist() == [0, 0, 1, 1, 1, 1, 2]
+    assert batch.examples.source_start.tolist() == [0, 3, 6]
+    assert (batch.num_targets, batch.size) == (7, (7, 3))
 
 
-def test_the_empty_micro_batch_scores_nothing() -> None:
-    batch = collate([], np.zeros(0, np.int64), pad_id=PAD, eos_id=EOS)
+def test_padded_joined_pairs_written_out() -> None:
+    batch = collate(PAIRS, kind="decoder_only")
+    assert batch.source is None
+    assert batch.target.tokens.tolist() == [
+        [5, 6, EOS, 7, PAD, PAD],
+        [5, EOS, 7, 8, 9, PAD],
+        [EOS, PAD, PAD, PAD, PAD, PAD],
+    ]
+    assert batch.target.lengths.tolist() == [4, 5, 1]
+    assert batch.targets.index.tolist() == [2, 3, 7, 8, 9, 10, 12]
+    assert batch.examples.source_start.tolist() == [0, 6, 12]
+
+
+def test_packed_pairs_written_out() -> None:
+    batch = collate(PAIRS, rows=[0, 0, 1])
     assert batch.source is not None
-    assert batch.source.tokens.tolist() == batch.target.tokens.tolist() == [[EOS]]
-    assert batch.source.lengths.tolist() == batch.target.lengths.tolist() == [1]
-    assert batch.labels.tolist() == [[IGNORE_INDEX]]
-    assert batch.num_targets == 0
-    assert batch.example_ids.tolist() == [NO_EXAMPLE]
+    assert batch.source.positions is not None and batch.source.segments is not None
+    assert batch.source.tokens.tolist() == [[5, 6, EOS, 5, EOS], [EOS, PAD, PAD, PAD, PAD]]
+    assert batch.source.positions.tolist() == [[0, 1, 2, 0, 1], [0] * 5]
+    assert batch.source.segments.tolist() == [[0, 0, 0, 1, 1], [2, *[NO_SEGMENT] * 4]]
+    assert batch.source.lengths.tolist() == [5, 1]
+    assert batch.target.tokens.tolist() == [[EOS, 7, EOS, 7, 8, 9], [EOS, PAD, PAD, PAD, PAD, PAD]]
+    assert batch.targets.index.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert batch.examples.source_start.tolist() == [0, 3, 5]
+    joined = collate(PAIRS, rows=[0, 0, 1], kind="decoder_only")
+    assert joined.target.tokens.tolist() == [[5, 6, EOS, 7, 5, EOS, 7, 8, 9], [EOS, *[PAD] * 8]]
+    assert joined.targets.index.tolist() == [2, 3, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_empty_micro_batch_scores_nothing(kind: ModelKind) -> None:
+    batch = collate([], kind=kind)
+    assert batch.target.tokens.tolist() == batch.reading.tokens.tolist() == [[EOS]]
+    assert batch.target.lengths.tolist() == [1]
+    assert (batch.num_targets, batch.size) == (0, (0, 0))
+    assert all(len(values) == 0 for part in (batch.targets, batch.examples) for values in vars(part).values())
+
+
+def real_tokens(sequences: Sequences, number: int, rows: list[int] | None) -> list[int]:
+    """Those of one example."""
+    if sequences.segments is not None:
+        return sequences.tokens[sequences.segments == number].tolist()
+    assert rows is None
+    return sequences.tokens[number, : sequences.lengths[number]].tolist()
+
+
+def check(batch: Batch, pairs: list[tuple[list[int], list[int]]], rows: list[int] | None) -> None:
+    flat = batch.target.tokens.flatten()
+    for number, (source, target) in enumerate(pairs):
+        chosen = batch.targets.segment == number
+        assert batch.targets.labels[chosen].tolist() == target
+        assert flat[batch.targets.index[chosen]].tolist() == [EOS, *target[:-1]]
+        start, length = int(batch.examples.source_start[number]), int(batch.examples.source_length[number])
+        assert batch.reading.tokens.flatten()[start : start + length].tolist() == source
+        joined = [EOS, *target[:-1]] if batch.source is not None else [*source, *target[:-1]]
+        assert real_tokens(batch.target, number, rows) == joined
+    for sequences in (batch.reading, batch.target):
+        real = torch.arange(sequences.tokens.shape[1]) < sequences.lengths[:, None]
+        assert sequences.tokens[~real].eq(PAD).all()
+        assert sequences.tokens.dtype == sequences.lengths.dtype == torch.int64
+        assert sequences.tokens.is_contiguous()
+    assert batch.num_targets == sum(len(target) for _, target in pairs)
 
 
 @settings(max_examples=100, deadline=None)
-@given(pairs=st.lists(st.tuples(SENTENCE, SENTENCE), min_size=1, max_size=20), dtype=st.sampled_from([np.uint16, np.int32]))
-def test_every_row_is_its_example(pairs: list[tuple[list[int], list[int]]], dtype: type[np.integer]) -> None:
-    batch = batch_of(pairs, dtype)
-    assert batch.source is not None
-    for tensor in (batch.source.tokens, batch.source.lengths, batch.target.tokens, batch.target.lengths, batch.labels):
-        assert tensor.dtype == torch.int64
-        assert tensor.is_contiguous()
-    assert batch.num_targets == int((batch.labels != IGNORE_INDEX).sum()) == sum(len(target) for _, target in pairs)
-    for row, (source, target) in enumerate(pairs):
-        s, t = len(source), len(target)
-        assert batch.source.tokens[row, :s].tolist() == source
-        assert batch.labels[row, :t].tolist() == target
-        assert batch.target.tokens[row, :t].tolist() == [EOS, *target[:-1]]
-        assert batch.source.tokens[row, s:].eq(PAD).all()
-        assert batch.target.tokens[row, t:].eq(PAD).all()
-        assert batch.labels[row, t:].eq(IGNORE_INDEX).all()
-    assert batch.source.tokens.shape[1] == max(len(source) for source, _ in pairs)
-    assert batch.labels.shape[1] == batch.target.tokens.shape[1] == max(len(target) for _, target in pairs)
+@given(
+    pairs=st.lists(st.tuples(SENTENCE, SENTENCE), min_size=1, max_size=20),
+    kind=st.sampled_from(KINDS),
+    starts=st.none() | st.lists(st.booleans(), min_size=20, max_size=20),
+)
+def test_every_example_is_where_the_batch_says(
+    pairs: list[tuple[list[int], list[int]]], kind: ModelKind, starts: list[bool] | None
+) -> None:
+    """starts: whether an example begins a row of a packed batch; None pads."""
+    rows = None if starts is None else [sum(starts[1 : number + 1]) for number in range(len(pairs))]
+    check(collate(pairs, kind=kind, rows=rows), pairs, rows)
 
 
-@pytest.mark.parametrize("pad", [1, 0, 7])
-def test_pad_is_the_tokenizers(pad: int) -> None:
-    batch = collate(
-        [(np.array([5, EOS]), np.array([EOS])), (np.array([EOS]), np.array([5, EOS]))], np.arange(2), pad_id=pad, eos_id=EOS
-    )
-    assert batch.source is not None
-    assert batch.source.tokens[1, 1] == batch.target.tokens[0, 1] == pad
+def test_a_teacher_of_the_other_kind_has_a_batch_of_its_own() -> None:
+    batch = collate(PAIRS, teacher_kinds=["encoder_decoder", "decoder_only"])
+    other = batch.for_kind("decoder_only")
+    assert batch.for_kind("encoder_decoder") is batch
+    assert other.kind == "decoder_only"
+    check(other, PAIRS, None)
+    assert torch.equal(other.targets.labels, batch.targets.labels)
+    with pytest.raises(ValueError, match="made for encoder_decoder models only; name the kind decoder_only to its Collator"):
+        collate(PAIRS).for_kind("decoder_only")
 
 
 def test_a_batch_does_not_share_memory_with_its_examples() -> None:
     """The data set hands out views of a mapped file, and the plan a view of its window."""
-    source, target, rows = np.array([5, EOS]), np.array([6, EOS]), np.array([9])
-    batch = collate([(source, target)], rows, pad_id=PAD, eos_id=EOS)
-    source[0] = target[0] = rows[0] = 0
-    assert batch.source is not None
-    assert (batch.source.tokens[0, 0], batch.labels[0, 0], batch.example_ids[0]) == (5, 6, 9)
+    source, target, ids = np.array([5, EOS]), np.array([6, EOS]), np.array([9])
+    batch = Collator("encoder_decoder", pad_id=PAD, eos_id=EOS)([(source, target)], ids)
+    source[0] = target[0] = ids[0] = 0
+    assert (batch.reading.tokens[0, 0], batch.targets.labels[0], batch.examples.ids[0]) == (5, 6, 9)
 
 
-def test_264_pairs_take_less_than_two_milliseconds() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_264_pairs_take_less_than_two_milliseconds(kind: ModelKind) -> None:
     random = np.random.default_rng(0)
     lengths = random.integers(8, 24, (264, 2))
     examples = [
         (random.integers(4, 8000, s).astype(np.uint16), random.integers(4, 8000, t).astype(np.uint16)) for s, t in lengths
     ]
-    rows = np.arange(264)
+    ids, collator = np.arange(264), Collator(kind, pad_id=PAD, eos_id=EOS)
     times = []
     for _ in range(30):
         began = time.perf_counter()
-        collate(examples, rows, pad_id=PAD, eos_id=EOS)
+        collator(examples, ids)
         times.append(time.perf_counter() - began)
     assert min(times) < 0.002

@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain.batch import Batch
-from dstrain.data.batching.collate import NO_EXAMPLE, Ids
+from dstrain.data.batching.collate import Collator, Ids
 from dstrain.data.batching.loader import TrainLoader, evaluation_loader
 from dstrain.data.batching.plan import StepPlan
 from dstrain.data.config import BatchingConfig
 from dstrain.errors import DataError
+from tests.batches import EOS, PAD, labels_of
 from tests.paths import ROOT
 
-PAD, EOS = 1, 2
+COLLATOR = Collator("encoder_decoder", pad_id=PAD, eos_id=EOS)
 CONFIG = BatchingConfig(tokens_per_step=60, max_tokens=70, shuffle_window=100)
 
 
@@ -43,11 +44,11 @@ class Corpus:
 
 
 def loader(corpus: Corpus, *, rank: int = 0, world_size: int = 1, start: tuple[int, int] = (0, 0)) -> TrainLoader:
-    return TrainLoader(corpus, corpus.plan(), pad_id=PAD, eos_id=EOS, rank=rank, world_size=world_size, start=start)
+    return TrainLoader(corpus, corpus.plan(), COLLATOR, rank=rank, world_size=world_size, start=start)
 
 
 def rows(batches: list[Batch]) -> list[int]:
-    return [row for batch in batches for row in batch.example_ids.tolist() if row != NO_EXAMPLE]
+    return [row for batch in batches for row in batch.examples.ids.tolist()]
 
 
 def read(
@@ -81,11 +82,12 @@ def test_batches_hold_the_ids_of_their_rows() -> None:
     for batches in read(corpus, 8):
         for batch in batches:
             assert batch.source is not None
-            for row, number in enumerate(batch.example_ids.tolist()):
+            labels = labels_of(batch)
+            for row, number in enumerate(batch.examples.ids.tolist()):
                 source, target = corpus[number]
                 assert batch.source.tokens[row, : len(source)].tolist() == source.tolist()
-                assert batch.labels[row, : len(target)].tolist() == target.tolist()
-            padded = batch.example_ids.numel() * max(batch.source.tokens.shape[1], batch.labels.shape[1])
+                assert labels[row, : len(target)].tolist() == target.tolist()
+            padded = max(batch.source.tokens.numel(), batch.target.tokens.numel())
             assert padded <= CONFIG.max_tokens
 
 
@@ -105,8 +107,8 @@ def test_a_loader_started_later_goes_on_as_the_first_would_have(skipped: int) ->
                 assert (step.epoch, step.index) == (expected_step.epoch, expected_step.index)
                 assert len(batches) == len(expected_batches)
                 for batch, expected in zip(batches, expected_batches, strict=True):
-                    assert torch.equal(batch.labels, expected.labels)
-                    assert torch.equal(batch.example_ids, expected.example_ids)
+                    assert torch.equal(labels_of(batch), labels_of(expected))
+                    assert torch.equal(batch.examples.ids, expected.examples.ids)
 
 
 def test_a_start_beyond_the_epoch_is_an_error() -> None:
@@ -146,14 +148,11 @@ with loader(Stuck(50)) as steps:
 @pytest.mark.parametrize("world_size", [1, 2, 7])
 def test_evaluation_sees_every_example_once_over_the_ranks(size: int, world_size: int) -> None:
     corpus = Corpus(size)
-    of_rank = [
-        list(evaluation_loader(corpus, 70, pad_id=PAD, eos_id=EOS, rank=rank, world_size=world_size))
-        for rank in range(world_size)
-    ]
+    of_rank = [list(evaluation_loader(corpus, 70, COLLATOR, rank=rank, world_size=world_size)) for rank in range(world_size)]
     assert len({len(batches) for batches in of_rank}) == 1
     assert sorted(row for batches in of_rank for row in rows(batches)) == list(range(size))
     assert sum(batch.num_targets for batches in of_rank for batch in batches) == corpus.target_lengths.sum()
 
 
 def test_evaluation_of_nothing_is_nothing() -> None:
-    assert list(evaluation_loader(Corpus(0), 70, pad_id=PAD, eos_id=EOS, world_size=2)) == []
+    assert list(evaluation_loader(Corpus(0), 70, COLLATOR, world_size=2)) == []

@@ -257,17 +257,17 @@ def test_joined_sides_are_counted_together(pairs: Pairs, tokens: int, world_size
     """A decoder-only model pads the longest source and the longest target of a batch, whichever rows they are of."""
     source, target = sides(pairs)
     config = BatchingConfig(tokens_per_step=150, max_tokens=tokens)
-    plan = StepPlan(source, target, config, 1, sides="joined")
+    plan = StepPlan(source, target, config, 1, kind="decoder_only")
     assert listed(list(plan.epoch(0))) == listed(list(StepPlan(source, target, config, 1).epoch(0))), "the steps are the same"
     groups = [
         group
         for step in plan.epoch(0)
-        for group in micro_batches(step.examples, source, target, tokens, world_size, sides="joined")
+        for group in micro_batches(step.examples, source, target, tokens, world_size, kind="decoder_only")
         if len(group)
     ]
     assert sorted(np.concatenate(groups)) == list(range(len(pairs)))
     assert all(len(group) * (source[group].max() + target[group].max() - 1) <= tokens for group in groups)
-    batches = evaluation_batches(source, target, 70, sides="joined")
+    batches = evaluation_batches(source, target, 70, kind="decoder_only")
     assert sorted(np.concatenate(batches)) == list(range(len(pairs)))
     assert all(len(rows) == 1 or len(rows) * (source[rows].max() + target[rows].max() - 1) <= 70 for rows in batches)
 
@@ -277,7 +277,7 @@ def test_sides_that_fit_apart_but_not_joined_are_named() -> None:
     lengths = np.array([5, 30], np.uint16), np.array([5, 22], np.uint16)
     StepPlan(*lengths, config, 1)
     with pytest.raises(DataError, match=r"training example 1 has 51 source and target tokens, over batching\.max_tokens 50"):
-        StepPlan(*lengths, config, 1, sides="joined")
+        StepPlan(*lengths, config, 1, kind="decoder_only")
 
 
 def best_worst_cost(widths: Sequence[int], pieces: int) -> int:

@@ -32,9 +32,11 @@ from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, Plai
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
+from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
-from tests.unit.objectives.test_cross_entropy import EOS, NUM_TYPES, PAD, batch_of, empty_batch, gradients, pairs
+from tests.batches import EOS, PAD, labels_of
+from tests.unit.objectives.test_cross_entropy import NUM_TYPES, batch_of, empty_batch, gradients, pairs
 
 VOCABULARY = VocabularySizes(source=NUM_TYPES, target=NUM_TYPES, pad_id=PAD, eos_id=EOS)
 
@@ -61,10 +63,9 @@ class PlainTeacher:
         self.model = model.eval()
 
     @contextmanager
-    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def open(self, batch: Batch, capture: ActivationCapture | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         with torch.no_grad():
-            hidden = self.model(batch.source, batch.target, capture).hidden.flatten(0, 1)[rows]
-            operands = self.model.projection.operands(hidden)
+            operands = self.model.projection.operands(target_hidden(self.model, batch.for_kind(self.model.kind), capture))
         yield operands
 
 
@@ -102,7 +103,7 @@ def logits_of(model: EncoderDecoder, batch: Batch) -> Tensor:
 
 def plain_losses(module: TrainModule, batch: Batch, temperature: float, teachers: int) -> tuple[Tensor, Tensor]:
     """Hard loss and divergence of each token, padding at 0, in words of torch."""
-    labels = batch.labels.flatten()
+    labels = labels_of(batch).flatten()
     logits = logits_of(module.model, batch)
     smoothing = 0.1 * NUM_TYPES / (NUM_TYPES - 1)
     hard = F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=IGNORE_INDEX, reduction="none")
@@ -120,13 +121,13 @@ def test_sums_and_gradients_are_those_of_the_plain_formula(temperature: float, t
     (output,) = step(module, [batch])
     hard, kd = (values.sum() for values in plain_losses(module, batch, temperature, teachers))
     expected = 0.4 * hard + 0.7 * kd
-    nll = F.cross_entropy(logits_of(module.model, batch), batch.labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
-    assert output.size.num_targets == output.sums["selected"] == 24
-    assert list(output.sums) == ["nll", "hard", "kd", "agreement", "selected"]
+    nll = F.cross_entropy(logits_of(module.model, batch), labels_of(batch).flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+    assert output.size.num_targets == output.metrics.sums["selected"] == 24
+    assert list(output.metrics.sums) == ["nll", "hard", "kd", "agreement", "selected"]
     torch.testing.assert_close(output.loss_sum, expected)
-    torch.testing.assert_close(output.sums["hard"], hard.detach())
-    torch.testing.assert_close(output.sums["kd"], kd.detach())
-    torch.testing.assert_close(output.sums["nll"], nll.detach())
+    torch.testing.assert_close(output.metrics.sums["hard"], hard.detach())
+    torch.testing.assert_close(output.metrics.sums["kd"], kd.detach())
+    torch.testing.assert_close(output.metrics.sums["nll"], nll.detach())
     torch.testing.assert_close(gradients(module, output.loss_sum), gradients(module, expected), rtol=1e-4, atol=1e-5)
 
 
@@ -135,7 +136,7 @@ def test_batch_selection_is_that_of_the_whole_step(rate: float) -> None:
     module, (sources, targets) = module_of(selection={"kind": "batch", "rate": rate}), pairs(5, 1, 9)
     whole = batch_of(sources, targets)
     hard, kd = plain_losses(module, whole, 1.0, 1)
-    labels = whole.labels.flatten()
+    labels = labels_of(whole).flatten()
     nll = F.cross_entropy(logits_of(module.model, whole), labels, ignore_index=IGNORE_INDEX, reduction="none")
     real = nll[labels != IGNORE_INDEX]
     chosen = (nll >= real.topk(-int(-len(real) * rate // 1)).values[-1]) & (labels != IGNORE_INDEX)
@@ -144,15 +145,15 @@ def test_batch_selection_is_that_of_the_whole_step(rate: float) -> None:
         batches = [batch_of([sources[i] for i in part], [targets[i] for i in part]) if part else empty_batch() for part in parts]
         outputs = step(module, batches)
         torch.testing.assert_close(torch.stack([output.loss_sum for output in outputs]).sum(), expected)
-        assert sum(output.sums["selected"].item() for output in outputs) == chosen.sum()
+        assert sum(output.metrics.sums["selected"].item() for output in outputs) == chosen.sum()
 
 
 def test_one_batch_is_the_sum_of_its_parts() -> None:
     module, (sources, targets) = module_of(divergence={"kind": "reverse_kl"}), pairs(5, 1, 9)
     (whole,) = step(module, [batch_of(sources, targets)])
     parts = step(module, [*(batch_of([s], [t]) for s, t in zip(sources, targets, strict=True)), empty_batch()])
-    for name in whole.sums:
-        torch.testing.assert_close(torch.stack([part.sums[name] for part in parts]).sum(), whole.sums[name])
+    for name in whole.metrics.sums:
+        torch.testing.assert_close(torch.stack([part.metrics.sums[name] for part in parts]).sum(), whole.metrics.sums[name])
     torch.testing.assert_close(torch.stack([part.loss_sum for part in parts]).sum(), whole.loss_sum)
 
 
@@ -161,7 +162,7 @@ def test_an_empty_micro_batch_adds_exactly_zero(selection: str) -> None:
     module = module_of(selection={"kind": selection})
     (output,) = step(module, [empty_batch()])
     assert output.size.num_targets == 0
-    assert all(value == 0 for value in (output.loss_sum, *output.sums.values()))
+    assert all(value == 0 for value in (output.loss_sum, *output.metrics.sums.values()))
     assert all(not gradient.any() for gradient in gradients(module, output.loss_sum).values())
 
 
@@ -215,7 +216,7 @@ def test_word_learns_from_the_teacher_alone() -> None:
     assert config_of(**config.model_dump(mode="json")) == config
     module = module_of(selection={"kind": "word"})
     (output,) = step(module, [batch_of(*pairs(5, 1, 9))])
-    assert output.loss_sum == output.sums["kd"]
+    assert output.loss_sum == output.metrics.sums["kd"]
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_validation_is_the_students_own_loss_and_leaves_the_queue() -> None:
     output = module(batch)
     expected = TrainModule(module.model, build_objective(CrossEntropyConfig(label_smoothing=0.1)))(batch)
     torch.testing.assert_close(output.loss_sum, expected.loss_sum)
-    assert list(output.sums) == ["nll"]
+    assert list(output.metrics.sums) == ["nll"]
     assert module.objective.selection.state()["queue.0"].tolist() == queue
     assert len(queue) == 9
 
@@ -331,22 +332,22 @@ def test_a_step_of_samples_learns_from_the_teacher_alone(kind: str) -> None:
     module = module_of(temperature=2.0, kd_weight=0.7, on_policy={}, selection={"kind": kind, **tags})
     sources, targets = pairs(5, 1, 9)
     (given,) = step(module, [batch_of(sources, targets)])
-    assert given.sums["on_policy"] == 0
+    assert given.metrics.sums["on_policy"] == 0
     before = state_of(module)
     batch = replace(batch_of(sources, [targets[0], targets[1][:-1], targets[2]]), sampled=True)
     output = module(batch)
     _, kd = plain_losses(module, batch, 2.0, 1)
-    assert output.size.num_targets == output.sums["on_policy"] == 23
-    assert set(output.sums) == {"on_policy_nll", "on_policy_kd", "on_policy_agreement", "on_policy"}
+    assert output.size.num_targets == output.metrics.sums["on_policy"] == 23
+    assert set(output.metrics.sums) == {"on_policy_nll", "on_policy_kd", "on_policy_agreement", "on_policy"}
     torch.testing.assert_close(output.loss_sum, 0.7 * kd.sum())
-    torch.testing.assert_close(output.sums["on_policy_kd"], kd.sum().detach())
+    torch.testing.assert_close(output.metrics.sums["on_policy_kd"], kd.sum().detach())
     torch.testing.assert_close(gradients(module, output.loss_sum), gradients(module, 0.7 * kd.sum()), rtol=1e-4, atol=1e-5)
     after = state_of(module)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[tag], after[tag]) for tag in before)
     empty = module(replace(empty_batch(), sampled=True))
     assert empty.loss_sum == 0
-    assert empty.sums.keys() == output.sums.keys()
+    assert empty.metrics.sums.keys() == output.metrics.sums.keys()
 
 
 def test_a_queue_is_shared_by_the_batches_of_a_step() -> None:

@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from dstrain.batch import Batch
+from dstrain.batch import Batch, ModelKind
 from dstrain.build.objective import build_objective
 from dstrain.distillation.config import AttentionFeature, HiddenStatesFeature, ObjectiveConfig
 from dstrain.distillation.feature_plan import plan_features, uniform
@@ -23,8 +23,9 @@ from dstrain.model_output import ActivationCapture, Tap
 from dstrain.models.config import DecoderOnlyConfig, ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
 from dstrain.objectives.train_module import TrainModule
+from tests.batches import EOS, PAD, collate
 from tests.unit.distillation.test_distillation import PlainTeacher, step
-from tests.unit.objectives.test_cross_entropy import EOS, NUM_TYPES, PAD, batch_of, empty_batch, gradients, pairs
+from tests.unit.objectives.test_cross_entropy import NUM_TYPES, batch_of, empty_batch, gradients, pairs
 
 VOCABULARY = VocabularySizes(source=NUM_TYPES, target=NUM_TYPES, pad_id=PAD, eos_id=EOS)
 STUDENT: dict[str, Any] = {
@@ -139,7 +140,7 @@ def test_sums_and_gradients_are_those_of_loops_over_sentences_and_tokens() -> No
     module.double(), teacher.double()  # gradients reach 350; distances and attention are computed in float32 all the same
     batch, sentences = batch_of(sources, targets), [batch_of([s], [t]) for s, t in zip(sources, targets, strict=True)]
     (output,) = step(module, [batch])
-    assert list(output.sums)[-5:] == NAMES
+    assert list(output.metrics.sums)[-5:] == NAMES
     projections = dict(module.objective.named_parameters())
     assert [tuple(weight.shape) for weight in projections.values()] == [(24, 16), (24, 16)], "one for each, whatever its layers"
     matrices = iter(weight.T for weight in projections.values())
@@ -147,8 +148,8 @@ def test_sums_and_gradients_are_those_of_loops_over_sentences_and_tokens() -> No
     for name, feature in zip(NAMES, ALL, strict=True):
         projection = next(matrices) if feature["kind"] == "hidden_states" else torch.empty(0)
         value = by_loops(module, teacher, feature, projection, sentences)
-        torch.testing.assert_close(output.sums[name], value.detach(), rtol=1e-5, atol=1e-5, check_dtype=False)
-        assert not output.sums[name].requires_grad
+        torch.testing.assert_close(output.metrics.sums[name], value.detach(), rtol=1e-5, atol=1e-5, check_dtype=False)
+        assert not output.metrics.sums[name].requires_grad
         expected = expected + feature["weight"] * value
     torch.testing.assert_close(output.loss_sum, expected)
     found, requested = gradients(module, output.loss_sum), gradients(module, expected)
@@ -160,20 +161,22 @@ def test_sums_and_gradients_are_those_of_loops_over_sentences_and_tokens() -> No
 def test_a_step_of_own_samples_learns_features_too() -> None:
     module, _ = module_of(*ALL, on_policy={"fraction": 0.5})
     (output,) = step(module, [replace(batch_of(*pairs(5, 1, 9)), sampled=True)])
-    features = sum(feature["weight"] * output.sums[name] for name, feature in zip(NAMES, ALL, strict=True))
-    torch.testing.assert_close(output.loss_sum.detach(), output.sums["on_policy_kd"] + features)
+    features = sum(feature["weight"] * output.metrics.sums[name] for name, feature in zip(NAMES, ALL, strict=True))
+    torch.testing.assert_close(output.loss_sum.detach(), output.metrics.sums["on_policy_kd"] + features)
 
 
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
-def test_one_batch_is_the_sum_of_its_parts(kind: str) -> None:
+def test_one_batch_is_the_sum_of_its_parts(kind: ModelKind) -> None:
     own = ALL if kind == "encoder_decoder" else [feature for feature in ALL if feature["side"] == "decoder"]
     student, teacher = (STUDENT, TEACHER) if kind == "encoder_decoder" else (DECODER_ONLY, {**DECODER_ONLY, "model_dim": 20})
     module, _ = module_of(*own, student=student, teacher=teacher, selection={"kind": "word"})
     sources, targets = pairs(5, 1, 23 if kind == "encoder_decoder" else 9)
-    (whole,) = step(module, [batch_of(sources, targets)])
-    parts = step(module, [*(batch_of([s], [t]) for s, t in zip(sources, targets, strict=True)), empty_batch()])
-    for name in whole.sums:
-        torch.testing.assert_close(torch.stack([part.sums[name] for part in parts]).sum(), whole.sums[name], rtol=1e-5, atol=1e-4)
+    (whole,) = step(module, [batch_of(sources, targets, kind)])
+    parts = step(module, [*(batch_of([s], [t], kind) for s, t in zip(sources, targets, strict=True)), empty_batch(kind)])
+    for name in whole.metrics.sums:
+        torch.testing.assert_close(
+            torch.stack([part.metrics.sums[name] for part in parts]).sum(), whole.metrics.sums[name], rtol=1e-5, atol=1e-4
+        )
     total = torch.stack([part.loss_sum for part in parts]).sum()
     torch.testing.assert_close(total, whole.loss_sum)
     torch.testing.assert_close(gradients(module, total), gradients(module, whole.loss_sum), rtol=1e-4, atol=1e-3)
@@ -182,7 +185,7 @@ def test_one_batch_is_the_sum_of_its_parts(kind: str) -> None:
 def test_an_empty_micro_batch_adds_exactly_zero() -> None:
     module, _ = module_of(*ALL)
     (output,) = step(module, [empty_batch()])
-    assert all(value == 0 for value in (output.loss_sum, *output.sums.values()))
+    assert all(value == 0 for value in (output.loss_sum, *output.metrics.sums.values()))
     found = gradients(module, output.loss_sum)
     assert len(found) == len(list(module.parameters()))
     assert all(not gradient.any() for gradient in found.values())
@@ -195,8 +198,8 @@ def test_distances_of_models_in_16_bits_are_taken_in_32() -> None:
     batch = batch_of(*pairs(5, 1, 9))
     (output,), (expected,) = step(module, [batch]), step(whole, [batch])
     for name in NAMES:
-        assert output.sums[name].dtype == torch.float32
-        torch.testing.assert_close(output.sums[name], expected.sums[name], rtol=0.05, atol=0)
+        assert output.metrics.sums[name].dtype == torch.float32
+        torch.testing.assert_close(output.metrics.sums[name], expected.metrics.sums[name], rtol=0.05, atol=0)
     assert all(gradient.isfinite().all() for gradient in gradients(module, output.loss_sum).values())
 
 
@@ -206,6 +209,7 @@ class Counting(torch.nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
+        self.kind = model.kind
         self.asked: list[bool] = []
 
     def forward(self, source: Any, target: Any, capture: ActivationCapture | None = None) -> Any:
@@ -235,7 +239,7 @@ def test_one_forward_each_and_no_features_in_a_scan(kind: str) -> None:
     plain, _ = module_of(*ALL)
     for output, expected in zip(outputs, step(plain, batches), strict=True):
         for name in NAMES:
-            torch.testing.assert_close(output.sums[name], expected.sums[name])
+            torch.testing.assert_close(output.metrics.sums[name], expected.metrics.sums[name])
 
 
 CHANGES: list[tuple[str, dict[str, Any]]] = [
@@ -347,8 +351,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_built(
 def test_hidden_states_of_targets_fit_between_both_kinds_of_model() -> None:
     section = feature(kind="hidden_states", layers={2: 2})
     module, _ = module_of(section, student=STUDENT, teacher=DECODER_ONLY)
-    (output,) = step(module, [batch_of(*pairs(5, 1, 9))])
-    assert output.sums["feature_decoder_hidden_states_mse"] > 0
+    (output,) = step(module, [collate(list(zip(*pairs(5, 1, 9), strict=True)), teacher_kinds=["decoder_only"])])
+    assert output.metrics.sums["feature_decoder_hidden_states_mse"] > 0
     assert isinstance(config_of(DECODER_ONLY), DecoderOnlyConfig)
 
 

@@ -25,8 +25,8 @@ from dstrain.models.config import EncoderDecoderConfig
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
-from dstrain.objectives.cross_entropy import CrossEntropy
-from tests.unit.distillation.toy_store import EOS, PAD, prepared, stored, teacher_for
+from dstrain.objectives.cross_entropy import CrossEntropy, target_hidden
+from tests.unit.distillation.toy_store import COLLATOR, EOS, prepared, stored, teacher_for
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def angles(
     student: EncoderDecoder, teacher: EncoderDecoder, store: LogitStore, dataset: Dataset, tokens: list[int]
 ) -> list[Angle]:
-    batches = random_batches(dataset, 1000, pad_id=PAD, eos_id=EOS)
+    batches = random_batches(dataset, 1000, COLLATOR)
     parameters = list(student.parameters())
     return list(
         gradient_angles(student, parameters, teacher, store.signal, batches, tokens=tokens, temperature=store.temperature)
@@ -64,12 +64,11 @@ def test_angle_and_ratio_are_those_of_autograd(method: Method, data: Path, tmp_p
     store = stored(data, tmp_path / "logits", method, teacher=teacher)
     dataset = open_dataset(data, "train")
     (found,) = angles(student, teacher, store, dataset, [1])
-    batch = next(random_batches(dataset, 1000, pad_id=PAD, eos_id=EOS))
+    batch = next(random_batches(dataset, 1000, COLLATOR))
     signal, temperature = store.signal(batch), store.temperature
 
     def log_probs(model: EncoderDecoder) -> Tensor:
-        scored = batch.labels != -100
-        return F.log_softmax(model.project(model(batch.source, batch.target).hidden[scored]) / temperature, -1)
+        return F.log_softmax(model.project(target_hidden(model, batch)) / temperature, -1)
 
     whole = -(log_probs(teacher).exp().detach() * log_probs(student)).sum()
     own, kept = log_probs(student), torch.zeros(())
@@ -86,12 +85,12 @@ def test_angle_and_ratio_are_those_of_autograd(method: Method, data: Path, tmp_p
 
 def test_random_batches_hold_every_row_once(data: Path) -> None:
     dataset = open_dataset(data, "train")
-    batches = list(random_batches(dataset, 90, pad_id=PAD, eos_id=EOS))
-    rows = torch.cat([batch.example_ids for batch in batches]).tolist()
+    batches = list(random_batches(dataset, 90, COLLATOR))
+    rows = torch.cat([batch.examples.ids for batch in batches]).tolist()
     assert sorted(rows) == list(range(len(dataset)))
     assert rows != sorted(rows)
     for batch in batches:
-        assert max(batch.labels.numel(), batch.source.tokens.numel()) <= 90 or len(batch.labels) == 1
+        assert max(batch.target.tokens.numel(), batch.reading.tokens.numel()) <= 90 or len(batch.examples.ids) == 1
 
 
 class ManyRows:
@@ -108,7 +107,7 @@ class ManyRows:
 
 def test_the_first_batch_does_not_wait_for_the_order_of_all_rows() -> None:
     tracemalloc.start()
-    next(random_batches(cast(Dataset, ManyRows()), 10, pad_id=PAD, eos_id=EOS))
+    next(random_batches(cast(Dataset, ManyRows()), 10, COLLATOR))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 2 * len(ManyRows())
@@ -123,7 +122,7 @@ def briefly_trained(data: Path, steps: int) -> EncoderDecoder:
     model = build_model(config, teacher_for(data).vocabulary, seed=5)
     objective, optimizer = CrossEntropy(CrossEntropyConfig()), torch.optim.Adam(model.parameters(), lr=1e-3)
     plan = StepPlan(dataset.source_lengths, dataset.target_lengths, BatchingConfig(tokens_per_step=1000, max_tokens=1000), seed=1)
-    with TrainLoader(dataset, plan, pad_id=PAD, eos_id=EOS) as loader:
+    with TrainLoader(dataset, plan, COLLATOR) as loader:
         for step, batches in islice(loader, steps):
             losses = [objective(model, batch).loss_sum for batch in batches]
             torch.stack(losses).sum().div(step.num_targets).backward()

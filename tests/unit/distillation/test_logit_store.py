@@ -18,8 +18,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dstrain.batch import IGNORE_INDEX
-from dstrain.data.batching.collate import collate
 from dstrain.data.batching.loader import TrainLoader
 from dstrain.data.batching.plan import StepPlan, evaluation_batches
 from dstrain.data.config import BatchingConfig
@@ -37,9 +35,10 @@ from dstrain.errors import DataError, RecipeError
 from dstrain.models.config import DecoderOnlyConfig, DecoderOnlyStackConfig, EncoderDecoderConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
+from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.ops.teacher_signal import KeptSignal, LogProbsSignal, SparseSignal
 from dstrain.storage.sharded_job import Worker
-from tests.unit.distillation.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for, teacher_probs
+from tests.unit.distillation.toy_store import COLLATOR, batch_of, dump, dumper, prepared, stored, teacher_for, teacher_probs
 
 METHODS = [SampleMethod(draws=20), TopKMethod(k=5), TopKMethod(k=5, dtype="float32", temperature=2.0), DenseMethod()]
 
@@ -99,11 +98,11 @@ def test_a_tokens_signal_is_independent_of_its_batch(method: Method, data: Path,
     plan = StepPlan(dataset.source_lengths, dataset.target_lengths, BatchingConfig(tokens_per_step=200, max_tokens=120), seed=1)
     seen = 0
     for rank in range(2):
-        with TrainLoader(dataset, plan, pad_id=1, eos_id=2, rank=rank, world_size=2) as loader:
+        with TrainLoader(dataset, plan, COLLATOR, rank=rank, world_size=2) as loader:
             for step, batches in loader:
                 for batch in batches:
                     together, start = parts_of(store.signal(batch)), 0
-                    for row in batch.example_ids.tolist():
+                    for row in batch.examples.ids.tolist():
                         one = alone[row]
                         part, width = slice(start, start + len(one[0])), one[0].shape[1]
                         for whole, own in zip(together, one, strict=True):
@@ -253,17 +252,16 @@ def test_shards_are_found_without_an_object_a_row() -> None:
 
 def test_an_empty_micro_batch_has_no_signal(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
     store = stored(data, tmp_path / "logits", SampleMethod(), teacher=teacher)
-    empty = collate([], np.array([], np.int64), pad_id=1, eos_id=2)
+    empty = COLLATOR([], np.array([], np.int64))
     assert len(store.signal(empty).ids) == 0
-    rows = torch.empty(0, dtype=torch.int64)
-    with store.open(empty, rows) as signal:
+    with store.open(empty) as signal:
         assert isinstance(signal, SparseSignal)
         assert signal.tail.shape == (0,)
 
 
 def test_an_empty_micro_batch_has_no_log_probabilities(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
     store = stored(data, tmp_path / "logits", DenseMethod(), teacher=teacher)
-    signal = store.signal(collate([], np.array([], np.int64), pad_id=1, eos_id=2))
+    signal = store.signal(COLLATOR([], np.array([], np.int64)))
     assert isinstance(signal, LogProbsSignal)
     assert sum(map(len, signal.log_probs)) == 0
 
@@ -483,7 +481,7 @@ def test_bytes_per_token_at_a_vocabulary_of_65536(method: Method, distinct: int,
     draft = ShardDraft(build_codec(method, 65_536))
     for examples in np.arange(len(lengths)).reshape(-1, 10):
         pairs = [(np.arange(lengths[row]), np.arange(lengths[row])) for row in examples]
-        batch = collate(pairs, examples, pad_id=1, eos_id=2)
+        batch = COLLATOR(pairs, examples)
         logits = torch.full((batch.num_targets, 65_536), -30.0)
         logits.scatter_(1, torch.randint(65_536, (len(logits), distinct), generator=generator), 0.0)
         draft.add(batch, [tensor.numpy() for tensor in draft.codec.select(logits, token_keys(batch))])
@@ -535,7 +533,7 @@ def test_the_teacher_takes_nine_tenths_of_a_dump(tmp_path: Path) -> None:
         with torch.inference_mode():
             for group in evaluation_batches(work.dataset.source_lengths, work.dataset.target_lengths, 4096):
                 batch = batch_of(work.dataset, group.tolist())
-                hidden = teacher(batch.source, batch.target).hidden[batch.labels != IGNORE_INDEX]
+                hidden = target_hidden(teacher, batch)
                 for chunk in hidden.split(256):
                     torch.softmax(teacher.project(chunk), 1)
 

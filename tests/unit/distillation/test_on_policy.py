@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dstrain.batch import IGNORE_INDEX, Batch
-from dstrain.data.batching.collate import collate
-from dstrain.data.batching.plan import PlannedStep, Sides
+from dstrain.batch import Batch, ModelKind
+from dstrain.data.batching.collate import Collator
+from dstrain.data.batching.plan import PlannedStep
 from dstrain.distillation.config import OnPolicyConfig
 from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples, room_for_samples
 from dstrain.models.config import (
@@ -27,6 +27,7 @@ from dstrain.models.config import (
 from dstrain.models.factory import build_model
 from dstrain.protocols import Generative, Ranks
 from dstrain.seeding import derive_seed
+from tests.batches import collate
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
 from tests.unit.generation.toy import IDS, ToyModel, log_probs, random_sources
 from tests.unit.training.fakes import ALONE
@@ -39,7 +40,13 @@ STEP = PlannedStep(2, 17, np.array(NUMBERS), 999, last_of_epoch=False)
 
 
 def own_samples(
-    model: object, *, ranks: object = ALONE, room: int = 40, sides: Sides = "apart", max_tokens: int = 40, **keys: Any
+    model: object,
+    *,
+    ranks: object = ALONE,
+    room: int = 40,
+    kind: ModelKind = "encoder_decoder",
+    max_tokens: int = 40,
+    **keys: Any,
 ) -> OwnSamples:
     return OwnSamples(
         config=OnPolicyConfig(**{"max_length_ratio": 1.0, "max_length_offset": 3, **keys}),
@@ -47,7 +54,7 @@ def own_samples(
         ranks=cast("Ranks", ranks),
         ids=IDS,
         room=room,
-        sides=sides,
+        collator=Collator(kind, pad_id=IDS.pad, eos_id=IDS.eos),
         max_tokens=max_tokens,
         seed=SEED,
         device=torch.device("cpu"),
@@ -55,25 +62,25 @@ def own_samples(
     )
 
 
-def batch_of(places: Sequence[int]) -> Batch:
+def batch_of(indices: Sequence[int], kind: ModelKind = "encoder_decoder", rows: Sequence[int] | None = None) -> Batch:
     """Some of the sources with targets of no meaning; none makes the empty micro-batch."""
-    examples = [(np.array(SOURCES[place]), np.array([4, IDS.eos])) for place in places]
-    return collate(examples, np.array([NUMBERS[place] for place in places]), pad_id=IDS.pad, eos_id=IDS.eos)
+    pairs = [(SOURCES[index], [4, IDS.eos]) for index in indices]
+    return collate(pairs, kind=kind, ids=[NUMBERS[index] for index in indices], rows=rows)
 
 
 def written(batches: Sequence[Batch]) -> dict[int, list[int]]:
-    """The labels of each example; what the decoder reads and what is counted must fit them."""
-    found = {}
+    """The labels of each example; what the model reads must fit them."""
+    found: dict[int, list[int]] = {}
     for batch in batches:
         assert batch.sampled
-        assert batch.num_targets == int((batch.labels != IGNORE_INDEX).sum())
-        for row, number in enumerate(batch.example_ids.tolist() if batch.num_targets else []):
-            labels = batch.labels[row][batch.labels[row] != IGNORE_INDEX].tolist()
-            length = int(batch.target.lengths[row])
-            assert batch.target.tokens[row].tolist() == [IDS.eos, *labels[:-1]] + [IDS.pad] * (batch.labels.shape[1] - length)
-            assert batch.source is not None
-            assert batch.source.tokens[row, : batch.source.lengths[row]].tolist() == SOURCES[NUMBERS.index(number)]
-            found[number] = labels
+        for number, label in zip(batch.targets.example_id.tolist(), batch.targets.labels.tolist(), strict=True):
+            found.setdefault(number, []).append(label)
+        numbers = batch.examples.ids.tolist()
+        pairs = [(SOURCES[NUMBERS.index(number)], found[number]) for number in numbers]
+        expected = collate(pairs, kind=batch.kind, ids=numbers)
+        assert torch.equal(batch.target.tokens, expected.target.tokens)
+        assert torch.equal(batch.reading.tokens, expected.reading.tokens)
+        assert torch.equal(batch.targets.index, expected.targets.index)
     return found
 
 
@@ -156,7 +163,7 @@ def test_micro_batches_hold_max_tokens_however_long_the_samples_are() -> None:
     work = own_samples(Endless(TYPES, seed=3), room=24, max_tokens=24, max_length_offset=100)
     found = work(STEP, [batch_of(range(9))])[1]
     assert len(found) > 4
-    assert all(batch.labels.shape[0] * max(batch.labels.shape[1], batch.source.tokens.shape[1]) <= 24 for batch in found)
+    assert all(max(batch.target.tokens.numel(), batch.reading.tokens.numel()) <= 24 for batch in found)
     assert {len(target) for target in written(found).values()} == {23}
 
 
@@ -195,14 +202,12 @@ def test_no_model_reads_more_than_it_can() -> None:
         limits = [config.limits, LengthLimits(teacher, teacher, joint=True)]
         room = room_for_samples(limits, longest_source=longest_source, max_tokens=max_tokens)
         assert room == min(max_tokens, teacher) - longest_source + 1
-        work = own_samples(student, room=room, sides="joined", max_tokens=max_tokens, max_length_offset=50)
-        batches = work(STEP, [batch_of(range(9))])[1]
+        work = own_samples(student, room=room, kind="decoder_only", max_tokens=max_tokens, max_length_offset=50)
+        batches = work(STEP, [batch_of(range(9), "decoder_only")])[1]
         for batch in batches:
-            assert batch.source is not None
             student(batch.source, batch.target)
-            width = batch.source.tokens.shape[1] + batch.target.tokens.shape[1] - 1
-            assert width <= teacher
-            assert width * len(batch.labels) <= max_tokens
+            assert batch.target.tokens.shape[1] <= teacher
+            assert batch.target.tokens.numel() <= max_tokens
         assert max(map(len, written(batches).values())) == room - 1
     apart = [LengthLimits(20, 9, joint=False), LengthLimits(20, 8, joint=False)]
     assert room_for_samples(apart, longest_source=15, max_tokens=30) == 8
@@ -225,9 +230,9 @@ def test_a_prompt_is_gone_on_from() -> None:
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.mul_(3.0)
-    work = own_samples(student, sides="joined")
-    together = written(work(STEP, [batch_of(range(9))])[1])
-    alone = [written(work(STEP, [batch_of([place])])[1]) for place in range(9)]
+    work = own_samples(student, kind="decoder_only")
+    together = written(work(STEP, [batch_of(range(9), "decoder_only")])[1])
+    alone = [written(work(STEP, [batch_of([index], "decoder_only")])[1]) for index in range(9)]
     assert together == {number: target for found in alone for number, target in found.items()}
     assert len({tuple(target) for target in together.values()}) > 4
 

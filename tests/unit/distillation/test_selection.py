@@ -1,16 +1,16 @@
 """Which tokens learn from the teacher: the formulas written out, queues that keep their size, and no trace of a split."""
 
 import math
-from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dstrain.batch import IGNORE_INDEX, Batch, Sequences
+from dstrain.batch import Batch, ModelKind
 from dstrain.distillation.config import BatchSelection, GlobalByLanguageSelection, GlobalSelection
 from dstrain.distillation.selection import Selection, threshold
-from dstrain.errors import DataError
+from tests.batches import EOS, collate
 
 
 def statistics(nll: list[float], tags: list[int] | None = None) -> Tensor:
@@ -26,12 +26,9 @@ def selected(selection: Selection, step: Tensor) -> Tensor:
     return selection.select([step], step)[0]
 
 
-def batch(ids: list[int], width: int = 7) -> Batch:
-    """Sentences of `width` tokens whose first source token is 10 + id % 2."""
-    first = torch.tensor([[10 + number % 2, 2] for number in ids])
-    labels = torch.zeros(len(ids), width, dtype=torch.int64)
-    target = Sequences(labels, torch.full((len(ids),), width))
-    return Batch(Sequences(first, torch.full((len(ids),), 2)), target, labels, labels.numel(), torch.tensor(ids))
+def batch(ids: list[int], width: int = 7, **how: Any) -> Batch:
+    """Examples of `width` target tokens whose first source token is 10 + id % 2."""
+    return collate([([10 + number % 2, EOS], [5] * (width - 1) + [EOS]) for number in ids], ids=ids, **how)
 
 
 @pytest.mark.parametrize(("number", "rate", "rank"), [(1, 0.01, 1), (10, 0.25, 3), (30, 0.1, 3), (75, 0.5, 38), (5, 1.0, 5)])
@@ -43,9 +40,7 @@ def test_the_threshold_is_the_kth_largest_value(number: int, rate: float, rank: 
 
 def test_statistics_are_taken_on_the_batchs_device() -> None:
     elsewhere, whole = torch.device("meta"), batch([4, 9])
-    found = Selection(BatchSelection()).statistics(
-        whole.to(elsewhere), torch.arange(14, device=elsewhere), torch.ones(14, device=elsewhere)
-    )
+    found = Selection(BatchSelection()).statistics(whole.to(elsewhere), torch.ones(14, device=elsewhere))
     assert (found.device, found.shape) == (elsewhere, (14, 3))
 
 
@@ -95,16 +90,17 @@ def test_values_that_are_not_finite_enter_no_queue() -> None:
     assert selection.queues[0].tolist() == [1, 3]
 
 
-def test_statistics_name_sentence_position_and_language() -> None:
-    labels = batch([5, 8]).labels.clone()
-    rows = torch.tensor([0, 3, 7, 13])
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+def test_statistics_name_example_position_and_language(kind: ModelKind) -> None:
     selection = Selection(GlobalByLanguageSelection(tags=["a"]))
-    found = selection.statistics(batch([5, 8], labels.shape[1]), rows, torch.arange(4.0))
-    assert found[:, 1].tolist() == [0, 1, 2, 3]
-    assert found[:, 2].tolist() == [11, 11, 10, 10]
-    again = selection.statistics(batch([8], labels.shape[1]), torch.tensor([0, 6]), torch.arange(2.0))
-    assert torch.equal(again[:, 0], found[2:, 0]), "the order is that of sentence and position, not of the batch"
-    assert len(set(found[:, 0].tolist())) == 4
+    found = selection.statistics(batch([5, 8], kind=kind), torch.arange(14.0))
+    assert found[:, 1].tolist() == list(range(14))
+    assert found[:, 2].tolist() == [11] * 7 + [10] * 7
+    again = selection.statistics(batch([8], kind=kind), torch.arange(7.0, 14.0))
+    assert torch.equal(again, found[7:]), "the order is that of example and position, not of the batch"
+    packed = selection.statistics(batch([5, 8], kind=kind, rows=[0, 0]), torch.arange(14.0))
+    assert torch.equal(packed, found)
+    assert len(set(found[:, 0].tolist())) == 14
 
 
 def test_how_a_step_is_split_leaves_no_trace() -> None:
@@ -112,9 +108,8 @@ def test_how_a_step_is_split_leaves_no_trace() -> None:
         selection = Selection(GlobalSelection(rate=0.5, queue_size=40))
         shares = []
         for ids in parts:
-            rows = torch.arange(7 * len(ids))
             nll = torch.tensor([float(number * 7 + place) for number in ids for place in range(7)])
-            shares.append(selection.statistics(batch(ids), rows, nll))
+            shares.append(selection.statistics(batch(ids), nll))
         selection.select(shares, torch.cat(shares))
         return selection.queues[0].tolist()
 
@@ -133,18 +128,3 @@ def test_a_queue_goes_on_from_what_was_saved() -> None:
     chosen = [selected(selection, statistics([9, 2, 6, 4, 5])) for selection in (straight, continued)]
     assert torch.equal(straight.queues[0], continued.queues[0])
     assert torch.equal(*chosen)
-
-
-def test_padding_has_no_statistics() -> None:
-    padded = batch([1, 2])
-    assert IGNORE_INDEX not in padded.labels
-    found = Selection(BatchSelection()).statistics(padded, torch.tensor([1, 8]), torch.zeros(2))
-    assert len(found) == 2
-
-
-def test_a_language_is_read_from_a_source() -> None:
-    selection = Selection(GlobalByLanguageSelection(tags=["a"]))
-    with pytest.raises(
-        DataError, match=r"reads the language from the source, but there is none; choose selection: \{kind: global\}"
-    ):
-        selection.statistics(replace(batch([1, 2]), source=None), torch.arange(14), torch.ones(14))

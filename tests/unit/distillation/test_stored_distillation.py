@@ -30,7 +30,7 @@ from dstrain.distillation.store.store import LogitStore
 from dstrain.model_output import ActivationCapture
 from dstrain.models.factory import Model
 from dstrain.objectives.config import CrossEntropyConfig
-from dstrain.objectives.cross_entropy import CrossEntropy
+from dstrain.objectives.cross_entropy import CrossEntropy, target_hidden
 from dstrain.objectives.objective import Objective
 from tests.unit.distillation.toy_store import batch_of, prepared, stored, teacher_for
 
@@ -47,10 +47,9 @@ class AtWork:
         self.model = model
 
     @contextmanager
-    def open(self, batch: Batch, rows: Tensor, capture: ActivationCapture | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    def open(self, batch: Batch, capture: ActivationCapture | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         with torch.no_grad():
-            hidden = self.model(batch.source, batch.target, capture).hidden.flatten(0, 1).index_select(0, rows)
-            operands = self.model.projection.operands(hidden)
+            operands = self.model.projection.operands(target_hidden(self.model, batch.for_kind(self.model.kind), capture))
         yield operands
 
     def close(self) -> None:
@@ -60,7 +59,7 @@ class AtWork:
 def loss_and_gradients(objective: Objective, student: Model, batch: Batch) -> tuple[dict[str, Tensor], list[Tensor]]:
     output = objective(student, batch)
     gradients = torch.autograd.grad(output.loss_sum, list(student.parameters()))
-    return {"loss": output.loss_sum.detach(), **output.sums}, list(gradients)
+    return {"loss": output.loss_sum.detach(), **output.metrics.sums}, list(gradients)
 
 
 DIVERGENCES: list[DivergenceConfig] = [ForwardKl(), ReverseKl(), JensenShannon(), TotalVariation(), SkewKl()]

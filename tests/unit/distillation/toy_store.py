@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dstrain.batch import Batch
-from dstrain.data.batching.collate import collate
+from dstrain.batch import Batch, ModelKind
+from dstrain.data.batching.collate import Collator
 from dstrain.data.config import DataConfig, GrammarText, TrainedSentencePiece
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
@@ -22,11 +22,13 @@ from dstrain.distillation.store.store import LogitStore, open_store
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import Model, build_model
+from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.storage.sharded_job import Worker
 
 STACK = {"depth": 1, "num_heads": 2, "ffn_dim": 16}
 MODEL = EncoderDecoderConfig.model_validate({"model_dim": 16, "encoder": STACK, "decoder": STACK})
 PAD, EOS = 1, 2
+COLLATOR = Collator("encoder_decoder", pad_id=PAD, eos_id=EOS)
 
 
 def prepared(directory: Path, *, num_pairs: int = 60, vocab_size: int = 120) -> Path:
@@ -88,8 +90,8 @@ def stored(
     return open_store(output, data=data, manifest=load_manifest(data), renormalize=renormalize)
 
 
-def batch_of(dataset: Dataset, rows: Sequence[int]) -> Batch:
-    return collate([dataset[row] for row in rows], np.array(rows), pad_id=PAD, eos_id=EOS)
+def batch_of(dataset: Dataset, rows: Sequence[int], kind: ModelKind = "encoder_decoder") -> Batch:
+    return Collator(kind, pad_id=PAD, eos_id=EOS)([dataset[row] for row in rows], np.array(rows))
 
 
 @torch.no_grad()
@@ -97,6 +99,6 @@ def teacher_probs(teacher: Model, dataset: Dataset, rows: Sequence[int], tempera
     """The plain way: one sentence at a time, all probabilities of its tokens; (n, V) in the order of rows and positions."""
     found = []
     for row in rows:
-        batch = batch_of(dataset, [row])
-        found.append(torch.softmax(teacher.project(teacher(batch.source, batch.target).hidden[0]) / temperature, -1))
+        batch = batch_of(dataset, [row], teacher.kind)
+        found.append(torch.softmax(teacher.project(target_hidden(teacher, batch)) / temperature, -1))
     return torch.cat(found)

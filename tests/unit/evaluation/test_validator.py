@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import nn
 
-from dstrain.batch import Batch, Size
-from dstrain.data.batching.collate import collate
+from dstrain.batch import Batch, Metrics, Size
+from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.loader import evaluation_loader
 from dstrain.errors import DataError
 from dstrain.evaluation import validator
@@ -22,6 +22,7 @@ from dstrain.evaluation.validator import Validator, WholeModel, check_split
 from dstrain.models.config import EncoderDecoderConfig
 from dstrain.objectives.objective import LossOutput
 from dstrain.protocols import Ranks
+from tests.batches import EOS, PAD, collate
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
 from tests.unit.training.fakes import ALONE
 
@@ -47,8 +48,8 @@ class Engine:
 
     def evaluate(self, batch: Batch) -> LossOutput:
         self.evaluated += 1
-        total = batch.labels[batch.labels >= 0].sum().double() * self.factor
-        return LossOutput(total, batch.size, {"nll": total / 2})
+        total = batch.targets.labels.sum().double() * self.factor
+        return LossOutput(total, batch.size, Metrics.over(batch.num_targets, {"nll": total / 2}))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -79,13 +80,14 @@ class Texts:
         return {"bleu": sum(map(str.__eq__, hypotheses, expected)) / len(hypotheses), "chrf": float(len(hypotheses))}
 
 
+COLLATOR = Collator("encoder_decoder", pad_id=PAD, eos_id=EOS)
 TOKENS = attrgetter("num_targets")
 LENGTHS = [5, 1, 3, 2, 2, 5, 4]
 LOSS = sum(length * length for length in LENGTHS) / sum(LENGTHS)
 
 
 def batches_of(ranks: Ranks, lengths: Sequence[int] = LENGTHS) -> Callable[[], Iterator[Batch]]:
-    return lambda: evaluation_loader(Examples(lengths), 6, pad_id=1, eos_id=2, rank=ranks.rank, world_size=ranks.size)
+    return lambda: evaluation_loader(Examples(lengths), 6, COLLATOR, rank=ranks.rank, world_size=ranks.size)
 
 
 def on(ranks: Ranks, engine: Engine | None = None, **options: Any) -> Validator:
@@ -159,7 +161,7 @@ def test_an_interruption_ends_it_on_all_ranks_at_the_same_place(monkeypatch: pyt
 
 
 def test_a_split_without_targets_is_refused() -> None:
-    empty = collate([], np.array([], dtype=np.int64), pad_id=1, eos_id=2)
+    empty = collate([])
     with pytest.raises(DataError, match="the split holds no target token; give it at least one"):
         Validator(Engine(), replicas=ALONE, data=ALONE, batches=lambda: [empty], denominator=TOKENS)()
 
@@ -194,9 +196,9 @@ def test_a_whole_model_is_scored_in_evaluation_mode_without_gradients() -> None:
             self.weight = nn.Parameter(torch.ones(()))
 
         def forward(self, batch: Batch) -> LossOutput:
-            return LossOutput(self.weight * 3, Size(1, 1), {"training": torch.tensor(float(self.training))})
+            return LossOutput(self.weight * 3, Size(1, 1), Metrics.over(1, {"training": torch.tensor(float(self.training))}))
 
     whole = WholeModel(Module(), nn.Identity(), torch.device("cpu"))
-    output = whole.evaluate(collate([], np.array([], dtype=np.int64), pad_id=1, eos_id=2))
+    output = whole.evaluate(collate([]))
     assert not output.loss_sum.requires_grad
-    assert float(output.sums["training"]) == 0.0
+    assert float(output.metrics.sums["training"]) == 0.0

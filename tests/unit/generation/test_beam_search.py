@@ -149,7 +149,7 @@ def test_a_prefix_that_ends_is_the_only_hypothesis_and_scored_as_given() -> None
     config = BeamSearchConfig(beam_size=3, num_best=3)
     found = search(model, sources, config, [8, 8], [[9, 4, EOS], [9, 4, 11]])
     assert [h.tokens for h in found[0]] == [[9, 4, EOS]]
-    assert_same(found[0], score_targets(model, sequences(sources[:1]), [[9, 4, EOS]], config=config, ids=IDS))
+    assert_same(found[0], score_targets(model, sources[:1], [[9, 4, EOS]], config=config, ids=IDS))
     assert len(found[1]) == 3
 
 
@@ -202,8 +202,8 @@ def test_forced_score_is_search_score(config: dict[str, float]) -> None:
     model = ToyModel(25, seed=7)
     sources = random_sources(5, 25)
     for source, hypotheses in zip(sources, search(model, sources, settings, [7] * 5), strict=True):
-        pairs = sequences([source] * len(hypotheses))
-        assert_same(hypotheses, score_targets(model, pairs, [h.tokens for h in hypotheses], config=settings, ids=IDS))
+        copies = [source] * len(hypotheses)
+        assert_same(hypotheses, score_targets(model, copies, [h.tokens for h in hypotheses], config=settings, ids=IDS))
 
 
 def test_limits_in_tokens_before_eos() -> None:

@@ -97,7 +97,7 @@ def test_scores_are_those_of_the_whole_distribution() -> None:
     config = SamplingConfig(num_best=3, top_k=4, top_p=0.8, temperature=0.7, min_length=2, length_penalty=0.6)
     for source, hypotheses in zip(sources, samples(model, sources, config, [6] * 4), strict=True):
         targets = [h.tokens for h in hypotheses]
-        expected = score_targets(model, sequences([source] * 3), targets, config=config, ids=IDS)
+        expected = score_targets(model, [source] * 3, targets, config=config, ids=IDS)
         for one, other in zip(hypotheses, expected, strict=True):
             assert one.score == pytest.approx(other.score, rel=1e-5)
             assert one.token_scores == pytest.approx(other.token_scores, rel=1e-5, abs=1e-5)

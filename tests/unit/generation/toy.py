@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dstrain.batch import Sequences
+from dstrain.batch import ModelKind, Sequences
 from dstrain.generation.constraints import SpecialIds
 from dstrain.model_output import Memory, ModelOutput
 
@@ -29,6 +29,8 @@ class ToyState:
 
 class ToyModel:
     """Implements Generative and TeacherForced. `sharpness` scales the logits."""
+
+    kind: ModelKind = "encoder_decoder"
 
     def __init__(self, vocab_size: int, *, seed: int = 0, sharpness: float = 2.0) -> None:
         generator = torch.Generator().manual_seed(seed)

@@ -15,6 +15,7 @@ from dstrain.checkpoint.bundle import load_bundle, save_bundle
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import Model, build_model
 from dstrain.models.weights import TensorSource, load_canonical, to_canonical
+from tests.batches import decoder_hidden
 from tests.unit.models.build import VOCABULARY, random_config, sequences, small_model
 
 SOURCE = sequences(9, 1, 5, 6, seed=8)
@@ -29,7 +30,7 @@ def name_of(config: EncoderDecoderConfig | DecoderOnlyConfig) -> str:
 
 def logits(model: Model, source: Sequences, target: Sequences) -> Tensor:
     with torch.no_grad():
-        return model.project(model(source, target).hidden)
+        return model.project(decoder_hidden(model, source, target))
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -113,7 +114,7 @@ def test_a_bundle_holds_the_model(config: EncoderDecoderConfig | DecoderOnlyConf
 def test_every_weight_learns(config: EncoderDecoderConfig | DecoderOnlyConfig) -> None:
     model = small_model(config).train()
     target = sequences(3, 7, 1, 5, seed=2)
-    model.project(model(SOURCE, target).hidden).log_softmax(-1)[..., 7].sum().backward()
+    model.project(decoder_hidden(model, SOURCE, target)).log_softmax(-1)[..., 7].sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name
 

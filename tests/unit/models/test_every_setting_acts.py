@@ -11,6 +11,7 @@ from dstrain.models import config as configurations
 from dstrain.models.config import DecoderOnlyConfig, DynamicYarnScaling, EncoderDecoderConfig, ModelConfig
 from dstrain.models.factory import build_model
 from dstrain.models.weights import to_canonical
+from tests.batches import decoder_hidden
 from tests.unit.models.build import VOCABULARY, sequences
 
 Tree = dict[str, Any]
@@ -150,7 +151,7 @@ def signature(tree: Tree) -> tuple[dict[str, torch.Size], Tensor]:
     """Shapes of the weights, and the logits of a training step."""
     model = build_model(read(tree), VOCABULARY, seed=1).train()
     torch.manual_seed(5)
-    logits = model.project(model(sequences(5, 3), sequences(4, 4)).hidden)
+    logits = model.project(decoder_hidden(model, sequences(5, 3), sequences(4, 4)))
     return {name: tensor.shape for name, tensor in to_canonical(model).items()}, logits.detach()
 
 

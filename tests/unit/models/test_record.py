@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from dstrain.batch import Sequences
 from dstrain.model_output import ActivationCapture, Tap
 from dstrain.models.config import DecoderStackConfig, StackConfig
 from dstrain.nn import attention as attention_part
 from dstrain.ops.attention import attention
+from tests.batches import EOS, collate, decoder_hidden
 from tests.unit.models.build import random_config, sequences, small_config, small_model
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -34,7 +36,7 @@ def heard(model: Any, source: Any, target: Any, monkeypatch: pytest.MonkeyPatch)
 
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(attention_part, "attention", listening)
-        model(source, target)
+        decoder_hidden(model, source, target)
     return calls
 
 
@@ -46,20 +48,15 @@ def test_attention_is_shown_as_the_model_mixes(seed: int, monkeypatch: pytest.Mo
     source, target = sequences(9, 1, 5, seed=2), sequences(7, 3, 1, seed=3)
     capture = ActivationCapture(EVERYTHING)
     with torch.no_grad():
-        captured = model(source, target, capture)
-        assert torch.equal(captured.hidden, model(source, target).hidden)
+        captured = decoder_hidden(model, source, target, capture)
+        assert torch.equal(captured, decoder_hidden(model, source, target))
     calls = iter([probabilities.mean(1) for probabilities in heard(model, source, target, monkeypatch)])
     if config.kind == "encoder_decoder":
         sides = [("encoder", layer) for layer in range(1, config.encoder.depth + 1)]
         sides += [(side, layer) for layer in range(1, config.decoder.depth + 1) for side in ("decoder", "cross")]
         expected = {Tap("attention", side, layer): next(calls) for side, layer in sides}
     else:
-        taps = [torch.arange(7) + length - 1 for length in source.lengths.tolist()]
-        layers = range(1, config.decoder.depth + 1)
-        expected = {
-            Tap("attention", "decoder", layer): torch.stack([row[tap] for row, tap in zip(next(calls), taps, strict=True)])
-            for layer in layers
-        }
+        expected = {Tap("attention", "decoder", layer): next(calls) for layer in range(1, config.decoder.depth + 1)}
     assert next(calls, None) is None
     found = {tap: value for tap, value in capture.captured.items() if tap.kind == "attention"}
     assert found.keys() == expected.keys()
@@ -91,22 +88,18 @@ def test_hidden_states_are_those_between_the_passes(order: str) -> None:
     assert torch.equal(last, model.decoder.final_norm(last)) == (order == "post")
 
 
-def test_hidden_states_of_a_joined_sequence_are_those_of_its_target() -> None:
+def test_activations_of_a_decoder_only_model_are_those_of_the_joined_sequence() -> None:
     seed = next(seed for seed in range(50) if random_config(seed).kind == "decoder_only")
-    model, capture = small_model(random_config(seed)), ActivationCapture(EVERYTHING)
-    source, target = sequences(9, 1, 5, seed=2), sequences(7, 3, 1, seed=3)
-    output = model(source, target, capture)
-    depth = random_config(seed).decoder.depth
-    assert torch.equal(capture.captured[Tap("hidden_states", "decoder", depth)], output.hidden)
-    for row, (source_length, target_length) in enumerate(zip(source.lengths.tolist(), target.lengths.tolist(), strict=True)):
+    config = random_config(seed)
+    model, capture = small_model(config), ActivationCapture(EVERYTHING)
+    batch = collate([([5, 6, 7, EOS], [8, EOS]), ([EOS], [9, 5, 6, EOS])], kind="decoder_only")
+    output = model(None, batch.target, capture)
+    assert torch.equal(capture.captured[Tap("hidden_states", "decoder", config.decoder.depth)], output.hidden)
+    for row, length in enumerate(batch.target.lengths.tolist()):
         alone = ActivationCapture(EVERYTHING)
-        one = [
-            type(side)(side.tokens[row : row + 1, :length], side.lengths[row : row + 1])
-            for side, length in ((source, source_length), (target, target_length))
-        ]
-        model(*one, alone)
+        model(None, Sequences(batch.target.tokens[row : row + 1, :length], batch.target.lengths[row : row + 1]), alone)
         for tap, value in alone.captured.items():
-            together = capture.captured[tap][row : row + 1, :target_length]
+            together = capture.captured[tap][row : row + 1, :length]
             torch.testing.assert_close(together[..., : value.shape[2]], value, **CLOSE)
 
 

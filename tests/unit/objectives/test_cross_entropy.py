@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dstrain.batch import IGNORE_INDEX, Batch, Sequences, Size
+from dstrain.batch import IGNORE_INDEX, Batch, ModelKind, Size
 from dstrain.build.objective import build_objective
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
+from tests.batches import EOS, PAD, collate, labels_of
 
-NUM_TYPES, EOS, PAD = 37, 2, 1
+NUM_TYPES = 37
 SMOOTHING = 0.1
 
 
@@ -33,20 +34,8 @@ def train_module(*, norm_order: str = "post", chunk_tokens: int = 8, dropout: fl
     return TrainModule(model, build_objective(CrossEntropyConfig(**options)))
 
 
-def padded(rows: list[list[int]], filler: int) -> Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
-
-
-def batch_of(sources: list[list[int]], targets: list[list[int]]) -> Batch:
-    inputs = [[EOS, *target[:-1]] for target in targets]
-    return Batch(
-        source=Sequences(padded(sources, PAD), torch.tensor([len(row) for row in sources])),
-        target=Sequences(padded(inputs, PAD), torch.tensor([len(row) for row in inputs])),
-        labels=padded(targets, IGNORE_INDEX),
-        num_targets=sum(map(len, targets)),
-        example_ids=torch.arange(len(sources)),
-    )
+def batch_of(sources: list[list[int]], targets: list[list[int]], kind: ModelKind = "encoder_decoder") -> Batch:
+    return collate(list(zip(sources, targets, strict=True)), kind=kind)
 
 
 def pairs(*lengths: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -58,15 +47,8 @@ def pairs(*lengths: int) -> tuple[list[list[int]], list[list[int]]]:
     return [words(length) for length in lengths], [words(length + 2) for length in reversed(lengths)]
 
 
-def empty_batch() -> Batch:
-    one = Sequences(torch.tensor([[EOS]]), torch.tensor([1]))
-    return Batch(
-        source=one,
-        target=one,
-        labels=torch.tensor([[IGNORE_INDEX]]),
-        num_targets=0,
-        example_ids=torch.empty(0, dtype=torch.int64),
-    )
+def empty_batch(kind: ModelKind = "encoder_decoder") -> Batch:
+    return collate([], kind=kind)
 
 
 def gradients(module: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -78,14 +60,14 @@ def test_sums_are_those_of_the_plain_formula() -> None:
     module, batch = train_module(), batch_of(*pairs(5, 1, 9))
     output = module(batch)
     logits = module.model.project(module.model(batch.source, batch.target).hidden).flatten(0, 1)
-    labels = batch.labels.flatten()
+    labels = labels_of(batch).flatten()
     smoothing = SMOOTHING * NUM_TYPES / (NUM_TYPES - 1)
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=IGNORE_INDEX, reduction="sum")
     nll = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     assert output.size.num_targets == 3 * 3 + 5 + 1 + 9
     torch.testing.assert_close(output.loss_sum, loss)
-    torch.testing.assert_close(output.sums, {"nll": nll.detach()})
-    assert not output.sums["nll"].requires_grad
+    torch.testing.assert_close(output.metrics.sums, {"nll": nll.detach()})
+    assert not output.metrics.sums["nll"].requires_grad
     torch.testing.assert_close(gradients(module, output.loss_sum), gradients(module, loss), rtol=1e-4, atol=1e-5)
 
 
@@ -97,14 +79,14 @@ def test_a_mean_over_sentences_is_that_of_each_sentences_mean() -> None:
     for source, target in zip(sources, targets, strict=True):
         batch = batch_of([source], [target])
         logits = module.model.project(module.model(batch.source, batch.target).hidden)[0]
-        losses.append(F.cross_entropy(logits, batch.labels[0], label_smoothing=SMOOTHING * NUM_TYPES / (NUM_TYPES - 1)))
-        nll += F.cross_entropy(logits, batch.labels[0], reduction="sum").item()
+        losses.append(F.cross_entropy(logits, labels_of(batch)[0], label_smoothing=SMOOTHING * NUM_TYPES / (NUM_TYPES - 1)))
+        nll += F.cross_entropy(logits, labels_of(batch)[0], reduction="sum").item()
     denominator = module.objective.denominator(output.size)
     loss = torch.stack(losses).mean()
     assert denominator == 3
     torch.testing.assert_close(output.loss_sum / denominator, loss)
-    assert output.sums["nll"].item() == pytest.approx(nll, rel=1e-5)
-    assert set(output.sums) == {"nll"}
+    assert output.metrics.sums["nll"].item() == pytest.approx(nll, rel=1e-5)
+    assert set(output.metrics.sums) == {"nll"}
     found = gradients(module, output.loss_sum / denominator)
     torch.testing.assert_close(found, gradients(module, loss), rtol=1e-5, atol=1e-6)
     assert loss.item() != pytest.approx((train_module()(batch_of(sources, targets)).loss_sum / 24).item(), rel=1e-4)
@@ -126,7 +108,7 @@ def test_one_batch_is_the_sum_of_its_parts(average) -> None:
     assert whole.size.num_targets == sum(part.size.num_targets for part in parts)
     total = torch.stack([part.loss_sum for part in parts]).sum()
     torch.testing.assert_close(whole.loss_sum, total)
-    torch.testing.assert_close(whole.sums["nll"], torch.stack([part.sums["nll"] for part in parts]).sum())
+    torch.testing.assert_close(whole.metrics.sums["nll"], torch.stack([part.metrics.sums["nll"] for part in parts]).sum())
     torch.testing.assert_close(gradients(module, whole.loss_sum), gradients(module, total), rtol=1e-4, atol=1e-5)
 
 
@@ -139,7 +121,7 @@ def test_an_empty_micro_batch_gives_every_parameter_a_gradient_of_exactly_zero(n
         module.model.projection.weight = nn.Parameter(module.model.projection.weight.detach().clone())
     output = module(empty_batch())
     assert output.loss_sum.item() == 0.0
-    assert [value.item() for value in output.sums.values()] == [0.0] * len(output.sums)
+    assert [value.item() for value in output.metrics.sums.values()] == [0.0] * len(output.metrics.sums)
     output.loss_sum.backward()
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name

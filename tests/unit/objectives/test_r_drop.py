@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX, Batch
+from tests.batches import labels_of
 from tests.unit.objectives.test_cross_entropy import NUM_TYPES, SMOOTHING, batch_of, gradients, pairs, train_module
 
 ALPHA = 3.0
@@ -16,7 +17,7 @@ def written_out(module, batch: Batch, average: str) -> tuple[Tensor, Tensor, Ten
     logits = [module.model.project(module.model(batch.source, batch.target).hidden) for _ in range(2)]  # (B, T, V) each
     loss, nll, kl = torch.zeros(()), torch.zeros(()), torch.zeros(())
     smoothing = SMOOTHING * NUM_TYPES / (NUM_TYPES - 1)
-    for row, labels in enumerate(batch.labels):
+    for row, labels in enumerate(labels_of(batch)):
         length = int((labels != IGNORE_INDEX).sum())
         first, second = (F.log_softmax(each[row, :length], dim=-1) for each in logits)
         hard = sum(
@@ -39,8 +40,8 @@ def test_equals_two_written_out_passes_with_the_same_dropout(average) -> None:
     loss, nll, kl = written_out(module, batch, average)
     assert kl > 0.1
     torch.testing.assert_close(output.loss_sum, loss)
-    torch.testing.assert_close(output.sums, {"nll": nll, "kl": kl}, rtol=1e-5, atol=1e-5)
-    assert not any(value.requires_grad for value in output.sums.values())
+    torch.testing.assert_close(output.metrics.sums, {"nll": nll, "kl": kl}, rtol=1e-5, atol=1e-5)
+    assert not any(value.requires_grad for value in output.metrics.sums.values())
     assert module.objective.denominator(output.size) == (3 if average == "sentences" else 24)
     found, expected = (gradients(module, total) for total in (output.loss_sum, loss))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
@@ -50,7 +51,7 @@ def test_without_dropout_the_divergence_is_exactly_zero_and_the_loss_plain() -> 
     batch = batch_of(*pairs(5, 1, 9, 33))
     module, plain = train_module(r_drop={"alpha": ALPHA}), train_module()
     output, expected = module(batch), plain(batch)
-    assert output.sums["kl"].item() == 0.0
+    assert output.metrics.sums["kl"].item() == 0.0
     torch.testing.assert_close(output.loss_sum, expected.loss_sum)
     torch.testing.assert_close(gradients(module, output.loss_sum), gradients(plain, expected.loss_sum), rtol=1e-4, atol=1e-5)
 
@@ -64,5 +65,5 @@ def test_evaluation_is_a_single_pass_of_plain_cross_entropy() -> None:
         output = module(batch)
         expected = train_module(dropout=0.3).eval()(batch)
     assert len(calls) == 1
-    assert set(output.sums) == {"nll"}
+    assert set(output.metrics.sums) == {"nll"}
     assert torch.equal(output.loss_sum, expected.loss_sum)

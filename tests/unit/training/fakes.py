@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dstrain.batch import Batch, Size
+from dstrain.batch import Batch, Metrics, Size
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.data.batching.plan import PlannedStep
 from dstrain.engine.step_report import StepReport
@@ -53,7 +53,7 @@ class FakeEngine:
             grad_norm=1.0 + loss,
             learning_rate=0.001 * self.steps,
             skipped=self.skipped(self.steps),
-            sums={"nll": loss / 2, "other": loss / 4},
+            metrics=Metrics.over(size.num_targets, {"nll": loss / 2 * size.num_targets, "other": loss / 4 * size.num_targets}),
         )
 
     layout = "1 rank zero0 fp32"

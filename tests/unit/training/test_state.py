@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from dstrain.batch import Metrics
 from dstrain.engine.step_report import StepReport
 from dstrain.errors import CheckpointError
 from dstrain.training.config import TrainingConfig, ValidationConfig
@@ -18,7 +19,16 @@ VALIDATION = ValidationConfig(patience=4)
 
 
 def test_json_and_back_is_the_same_state() -> None:
-    window = Window(steps=3, skipped=1, num_targets=99, denominator=7, loss_sum=0.1 + 0.2, sums={"nll": 1 / 3}, seconds=1e-9)
+    window = Window(
+        steps=3,
+        skipped=1,
+        num_targets=99,
+        denominator=7,
+        loss_sum=0.1 + 0.2,
+        sums={"nll": 1 / 3},
+        counts={"nll": 3},
+        seconds=1e-9,
+    )
     state = TrainingState(step=7, epoch=2, elapsed_seconds=1e17 / 3, best_score=2 / 3, best_step=5, window=window)
     assert load_state(json.loads(json.dumps(state.to_json()))) == state
 
@@ -27,9 +37,9 @@ def test_a_window_keeps_a_loss_per_sentence_apart_from_sums_per_token() -> None:
     """Two applied steps of 10 tokens in 2 sentences and 90 tokens in 3, and a skipped one that counts nowhere."""
     rest = {"grad_norm": 1.0, "learning_rate": 0.1}
     reports = [
-        StepReport(step=1, loss=5.0, num_targets=10, denominator=2, sums={"nll": 4.0, "kl": 1.0}, **rest),
-        StepReport(step=2, loss=math.nan, num_targets=50, denominator=9, sums={"nll": math.nan, "kl": 1.0}, skipped=True, **rest),
-        StepReport(step=2, loss=3.0, num_targets=90, denominator=3, sums={"nll": 2.0, "kl": 0.5}, **rest),
+        StepReport(step=1, loss=5.0, num_targets=10, denominator=2, metrics=Metrics.over(10, {"nll": 40.0, "kl": 10.0}), **rest),
+        StepReport(2, math.nan, 50, 9, skipped=True, metrics=Metrics.over(50, {"nll": math.nan, "kl": 50.0}), **rest),
+        StepReport(step=2, loss=3.0, num_targets=90, denominator=3, metrics=Metrics.over(90, {"nll": 180.0, "kl": 45.0}), **rest),
     ]
     window = Window()
     for report in reports:
@@ -43,8 +53,8 @@ def test_a_window_keeps_a_loss_per_sentence_apart_from_sums_per_token() -> None:
 def test_a_sum_is_divided_by_the_targets_of_the_steps_that_report_it() -> None:
     rest: dict[str, float] = {"loss": 1.0, "grad_norm": 1.0, "learning_rate": 0.1}
     window = Window()
-    for number, sums in ((10, {"nll": 4.0, "on_policy": 0.0}), (30, {"on_policy_nll": 2.0, "on_policy": 1.0})):
-        report = StepReport(step=1, num_targets=number, denominator=number, sums=sums, **rest)
+    for number, sums in ((10, {"nll": 40.0, "on_policy": 0.0}), (30, {"on_policy_nll": 60.0, "on_policy": 30.0})):
+        report = StepReport(step=1, num_targets=number, denominator=number, metrics=Metrics.over(number, sums), **rest)
         window = window.after(report, [], 1.0, 1.0)
     assert window.means() == {"nll": 4.0, "on_policy": 0.75, "on_policy_nll": 2.0}
     state = TrainingState(window=window)
@@ -52,10 +62,12 @@ def test_a_sum_is_divided_by_the_targets_of_the_steps_that_report_it() -> None:
 
 
 def test_a_window_saved_before_steps_differed_in_what_they_report_goes_on() -> None:
-    window = Window(steps=2, num_targets=40, sums={"nll": 80.0, "kd": 20.0}, targets={"nll": 40, "kd": 40})
+    window = Window(steps=2, num_targets=40, sums={"nll": 80.0, "kd": 20.0}, counts={"nll": 40, "kd": 40})
     content = TrainingState(window=window).to_json()
-    del content["window"]["targets"]
+    del content["window"]["counts"]
     assert load_state(content).window == window
+    content["window"]["targets"] = {"nll": 40, "kd": 20}
+    assert load_state(content).window.counts == {"nll": 40, "kd": 20}
 
 
 @pytest.mark.parametrize("change", [{"unknown": 1}, {"step": None}, {"window": {"steps": 1}}])
@@ -109,9 +121,9 @@ def test_a_score_that_is_not_finite_is_never_best(score: float) -> None:
 def test_every_reported_sum_adds_up_over_the_applied_steps_of_a_window() -> None:
     window = Window()
     for sums, targets, skipped in (
-        ({"kd": 2.0, "selected": 0.5}, 10, False),
-        ({"kd": 9.0, "selected": 1.0}, 10, True),
-        ({"kd": 1.0, "selected": 0.1}, 30, False),
+        ({"kd": 20.0, "selected": 5.0}, 10, False),
+        ({"kd": 90.0, "selected": 10.0}, 10, True),
+        ({"kd": 30.0, "selected": 3.0}, 30, False),
     ):
         report = StepReport(
             step=1,
@@ -121,7 +133,7 @@ def test_every_reported_sum_adds_up_over_the_applied_steps_of_a_window() -> None
             grad_norm=1.0,
             learning_rate=0.1,
             skipped=skipped,
-            sums=sums,
+            metrics=Metrics.over(targets, sums),
         )
         window = window.after(report, [], 0.1, 0.1)
     assert window.sums == {"kd": pytest.approx(50.0), "selected": pytest.approx(8.0)}
