@@ -224,7 +224,7 @@ def test_word_learns_from_the_teacher_alone() -> None:
     [
         (
             {"selection": {"kind": "word"}, "hard_weight": 1},
-            "selection.kind = word learns from the teacher alone, but hard_weight = 1",
+            "selection.kind = word learns from the teacher only, but hard_weight = 1",
         ),
         ({"hard_weight": 0}, "word_and_sequence learns from the labels too, but hard_weight = 0; choose selection: {kind: word}"),
         (
