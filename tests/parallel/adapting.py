@@ -22,7 +22,8 @@ from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
-from tests.parallel.setting import VOCABULARY, collate, load, padded, save, sentences, share
+from tests.batches import collate
+from tests.parallel.setting import VOCABULARY, load, padded, save, sentences, share
 
 BASE = "f" * 64
 PLAIN, FACTORIZED = PlainEmbedding(tie="all"), FactorizedEmbedding(tie="all", dim=12, activation="gelu")

@@ -35,7 +35,8 @@ from dstrain.models.factory import Model, build_model
 from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
-from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module, collate, load, num_targets, save, sentences
+from tests.batches import collate
+from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module, load, num_targets, save, sentences
 
 Report = dict[str, Any]
 

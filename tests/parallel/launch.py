@@ -33,3 +33,8 @@ def run_ranks(scenario: str, world_size: int, directory: Path, *, timeout: float
     logs = "\n".join(result.with_suffix(".log").read_text()[-3000:] for result in results)
     assert codes == [0] * world_size, f"{scenario} on {world_size} ranks ended with {codes}:\n{logs}"
     return [json.loads(result.read_text()) for result in results]
+
+
+def means(report: dict[str, Any]) -> dict[str, float]:
+    """The metrics of a step's report by name."""
+    return {name: value / report["metrics"]["counts"][name] for name, value in report["metrics"]["sums"].items()}

@@ -26,11 +26,12 @@ from dstrain.models.weights import TensorSource, load_canonical, to_canonical
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
+from tests.batches import collate
 from tests.parallel.adapting import adapted_curves, adapted_resume, other_base  # noqa: F401
 from tests.parallel.distilling import distilled, placements, resident, resumed_student  # noqa: F401
 from tests.parallel.meshes import collectives, meshes  # noqa: F401
 from tests.parallel.on_policy import on_policy  # noqa: F401
-from tests.parallel.setting import EOS, build_engine, build_module, collate, load, num_targets, padded, save, sentences, share
+from tests.parallel.setting import EOS, build_engine, build_module, load, num_targets, padded, save, sentences, share
 from tests.parallel.trace import repeat
 from tests.parallel.variants import variant_curves  # noqa: F401
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from dstrain.batch import Batch, Size
+from dstrain.batch import Batch, ModelKind, Sequences, Size
 from dstrain.build.objective import build_objective
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
@@ -89,6 +89,15 @@ def sentences(step: int) -> list[tuple[list[int], list[int]]]:
     return pairs
 
 
+def padded(rows: Sequence[list[int]], value: int) -> Sequences:
+    """Right-padded rows."""
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.full((len(rows), int(lengths.max())), value)
+    for index, row in enumerate(rows):
+        tokens[index, : len(row)] = torch.tensor(row)
+    return Sequences(tokens, lengths)
+
+
 def num_targets(pairs: Sequence[tuple[list[int], list[int]]]) -> int:
     """Target tokens of the pairs."""
     return sum(len(target) for _, target in pairs)
@@ -99,8 +108,8 @@ def size_of(batches: Sequence[Batch]) -> Size:
     return Size(sum(batch.num_targets for batch in batches), sum(batch.size.num_sentences for batch in batches))
 
 
-def share(step: int, mesh: Mesh, parts: int) -> tuple[list[Batch], Size]:
+def share(step: int, mesh: Mesh, parts: int, kind: ModelKind = "encoder_decoder") -> tuple[list[Batch], Size]:
     """This rank's micro-batches where the step's sentences are cut into `parts` in all, and the step's size."""
     pairs = sentences(step)
     cut = [pairs[index::parts] for index in range(parts)]
-    return [collate(part) for part in cut[mesh.data.rank :: mesh.data.size]], Size(num_targets(pairs), len(pairs))
+    return [collate(part, kind=kind) for part in cut[mesh.data.rank :: mesh.data.size]], Size(num_targets(pairs), len(pairs))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.parallel.distilling import naively_distilled
-from tests.parallel.launch import run_ranks
+from tests.parallel.launch import means, run_ranks
 
 SELECTIONS: list[dict[str, Any]] = [
     {"kind": "word"},
@@ -45,8 +45,8 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
             [report[name] for report in expected["reports"]], rel=tolerance
         )
     for name in ("nll", "hard", "kd", "agreement", "selected"):
-        assert [report["metrics"]["sums"][name] for report in found["reports"]] == pytest.approx(
-            [report["metrics"]["sums"][name] for report in expected["reports"]], rel=1e-5
+        assert [means(report)[name] for report in found["reports"]] == pytest.approx(
+            [means(report)[name] for report in expected["reports"]], rel=1e-5
         )
     assert found["queues"].keys() == expected["queues"].keys()
     for tag, queue in expected["queues"].items():
@@ -68,12 +68,12 @@ def test_placement_changes_no_bit(tmp_path: Path) -> None:
 def test_the_student_learns_and_selection_is_at_work(one_rank: list[dict[str, Any]]) -> None:
     for run, found in zip(RUNS, one_rank, strict=False):
         first, *_, last = found["reports"]
-        assert last["metrics"]["sums"]["kd"] < 0.9 * first["metrics"]["sums"]["kd"]
+        assert means(last)["kd"] < 0.9 * means(first)["kd"]
         rate = run["objective"]["selection"].get("rate")
         if rate is None:
-            assert first["metrics"]["sums"]["selected"] == last["metrics"]["sums"]["selected"] == 1
+            assert means(first)["selected"] == means(last)["selected"] == 1
         else:
-            assert 0.2 < last["metrics"]["sums"]["selected"] < 0.6
+            assert 0.2 < means(last)["selected"] < 0.6
     assert len(one_rank[3]["queues"]["0"]) == 100
     assert max(len(queue) for queue in one_rank[4]["queues"].values()) == 20
     assert len(one_rank[4]["queues"]) > 5
@@ -128,7 +128,7 @@ def features_on_one_rank(tmp_path_factory: pytest.TempPathFactory) -> list[dict[
 def assert_same_features(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert_same(found, expected)
     for name in FEATURE_NAMES:
-        values, wanted = ([report["metrics"]["sums"][name] for report in run["reports"]] for run in (found, expected))
+        values, wanted = ([means(report)[name] for report in run["reports"]] for run in (found, expected))
         assert values == pytest.approx(wanted, rel=1e-5)
     assert found["bundle"] == expected["bundle"]
     assert found["projections"].keys() == expected["projections"].keys()
@@ -141,7 +141,7 @@ def test_features_are_learned_by_weights_that_no_bundle_holds(
 ) -> None:
     found = features_on_one_rank[0]
     first, *_, last = found["reports"]
-    assert all(last["metrics"]["sums"][name] < first["metrics"]["sums"][name] for name in FEATURE_NAMES[:2])
+    assert all(means(last)[name] < means(first)[name] for name in FEATURE_NAMES[:2])
     assert found["bundle"] == one_rank[0]["bundle"]
     assert list(found["projections"]) == ["features.losses.0.projection.weight", "features.losses.1.projection.weight"]
     for name, weights in found["projections"].items():

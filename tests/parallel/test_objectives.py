@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.launch import run_ranks
+from tests.parallel.launch import means, run_ranks
 from tests.parallel.test_equivalence import STAGES, assert_same_curve
 
 STABLE: dict[str, Any] = {"steps": 8, "optimizer": {"kind": "stable_adamw", "weight_decay": 0.1, "eps": 1e-6}}
@@ -51,17 +51,15 @@ def test_each_kind_learns_and_differs_from_the_others(alone: Curves) -> None:
     for curve in (alone[0], alone[4], alone[8]):
         assert curve[-1]["loss"] < 0.99 * curve[0]["loss"]
     assert alone[0][0]["loss"] != pytest.approx(alone[4][0]["loss"], rel=1e-4)
-    assert alone[4][0]["metrics"]["sums"]["nll"] == pytest.approx(alone[0][0]["metrics"]["sums"]["nll"], rel=1e-5), (
-        "what is per token stays so"
-    )
+    assert means(alone[4][0])["nll"] == pytest.approx(means(alone[0][0])["nll"], rel=1e-5), "what is per token stays so"
     assert {report["denominator"] for report in alone[4]} == {12}
     assert [report["denominator"] for report in alone[0]] == [report["num_targets"] for report in alone[0]]
 
 
 def test_the_divergence_is_reported_apart(alone: Curves, together: list[Curves]) -> None:
     for curves in (alone, *together):
-        divergences = [[report["metrics"]["sums"]["kl"] for report in curve] for curve in curves[8:12]]
+        divergences = [[means(report)["kl"] for report in curve] for curve in curves[8:12]]
         assert min(divergences[0]) > 0
         for found in divergences[1:]:
             assert found == pytest.approx(divergences[0], rel=1e-4)
-    assert all(set(report["metrics"]["sums"]) == {"nll"} for report in alone[4])
+    assert all(set(means(report)) == {"nll"} for report in alone[4])

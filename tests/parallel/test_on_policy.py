@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.launch import run_ranks
+from tests.parallel.launch import means, run_ranks
 
 Ranks = list[dict[str, Any]]
 
@@ -29,14 +29,14 @@ def test_two_ranks_with_a_sharded_teacher_under_zero3_equal_one(one: Ranks, two:
             assert found["num_targets"] == found["denominator"] == step["num_targets"]
             assert found["loss"] == pytest.approx(step["loss"], rel=1e-5)
             assert found["grad_norm"] == pytest.approx(step["grad_norm"], rel=1e-4)
-            assert found["metrics"]["sums"] == pytest.approx(step["metrics"]["sums"], rel=1e-5)
+            assert means(found) == pytest.approx(means(step), rel=1e-5)
         assert rank["queue"] == pytest.approx(one[0]["queue"], rel=1e-5)
     for number, step in enumerate(expected):
         samples = two[0]["curve"][number]["samples"] | two[1]["curve"][number]["samples"]
         assert samples == step["samples"]
         if step["sampled"]:
             assert sum(map(len, samples.values())) == step["num_targets"]
-            assert step["metrics"]["sums"]["on_policy"] == 1
+            assert means(step)["on_policy"] == 1
 
 
 def test_ranks_of_unequal_samples_have_equally_many_micro_batches(two: Ranks) -> None:
@@ -50,9 +50,9 @@ def test_ranks_of_unequal_samples_have_equally_many_micro_batches(two: Ranks) ->
 def test_the_student_learns_from_its_samples_and_they_change(one: Ranks) -> None:
     own = [step for step in one[0]["curve"] if step["sampled"]]
     assert len({str(step["samples"]) for step in own}) == len(own)
-    assert all(step["loss"] == pytest.approx(step["metrics"]["sums"]["on_policy_kd"], rel=1e-6) for step in own)
+    assert all(step["loss"] == pytest.approx(means(step)["on_policy_kd"], rel=1e-6) for step in own)
     given = [step for step in one[0]["curve"] if not step["sampled"]]
-    assert all("on_policy_kd" not in step["metrics"]["sums"] and step["metrics"]["sums"]["on_policy"] == 0 for step in given)
+    assert all("on_policy_kd" not in means(step) and means(step)["on_policy"] == 0 for step in given)
 
 
 def test_resume_across_a_step_of_samples_is_bit_exact(one: Ranks, two: Ranks) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dstrain.batch import IGNORE_INDEX
 from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy, linear_nll, reference_linear_cross_entropy
 
 
@@ -216,7 +215,6 @@ def test_the_weight_may_be_gone_before_backward() -> None:
     loss_sum, _ = linear_cross_entropy(features, gathered, labels, **options)
     gathered.untyped_storage().resize_(0)
     assert torch.equal(torch.autograd.grad(loss_sum, features)[0], expected)
-
 
 
 PEAK = """
