@@ -5,8 +5,11 @@ Cheap checks come first: recipe, DeepSpeed file, data directory and run director
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,7 @@ from dstrain.build.teachers import (
     start_teachers,
 )
 from dstrain.checkpoint.bundle import StoredBundle, save_adapter_bundle, save_bundle
+from dstrain.checkpoint.files import together
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.config_base import Precision, upgrade_config
 from dstrain.data.batching.collate import Collator
@@ -36,11 +40,12 @@ from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.tags import locate_tags
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.distillation.config import DistillationConfig, GlobalByLanguageSelection
-from dstrain.distillation.feature_plan import plan_features
+from dstrain.distillation.feature_plan import PlannedFeature, plan_features
 from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples, room_for_samples
 from dstrain.distillation.store.store import LogitStore
+from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.training_engine import TrainEngine
-from dstrain.errors import DataError, RecipeError
+from dstrain.errors import DataError, RecipeError, TrainingError
 from dstrain.evaluation.translation import build_translation
 from dstrain.evaluation.validator import Validator, check_split
 from dstrain.generation.constraints import SpecialIds
@@ -56,6 +61,7 @@ from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
 from dstrain.training.bundles import BundleStore
 from dstrain.training.preemption import StopSignals
+from dstrain.training.rank_agreement import require_agreement
 from dstrain.training.reporting import build_reporter
 from dstrain.training.run_directory import Run, open_run, recipe_differences
 from dstrain.training.trainer import Trainer
@@ -71,9 +77,56 @@ def train(
     DstrainError where something does not fit together.
     """
     mesh = build_mesh(device, tensor=recipe.engine.parallel.tensor, sequence=recipe.engine.parallel.sequence)
-    require_teacher_source(recipe.objective, teacher=bool(teachers.bundles), logits=teachers.logits is not None)
     if mesh.device.type == "cpu":
         keep_freed_memory()
+    start = together(mesh.world, TrainingError, "starting", partial(_check, recipe, data, teachers, base))
+    require_agreement(mesh.world, _facts(recipe, start, output, teachers.placement))
+    corpora, fingerprints = start.corpora, start.teacher_fingerprints
+    upgrade = partial(upgrade_config, Recipe)
+    run = open_run(output, recipe_tree(recipe), mesh.world, data=corpora.manifest.job, teachers=fingerprints, upgrade=upgrade)
+    try:
+        teaching = start_teachers(start.teachers, placement=teachers.placement, precision=_teacher_precision(recipe), mesh=mesh)
+        signals = signals_of(teaching) if start.store is None else start.store
+        seed = recipe.training.seed
+        objective = build_objective(
+            recipe.objective, signals, tag_position=start.tag_position, features=start.features, seed=seed
+        )
+        engine = build_engine(recipe, corpora.vocabulary, mesh, objective, start.base)
+        code = build_trainer(recipe, corpora, start.plan, run, engine, base=start.base, teachers=start.teachers).run()
+        if code == 0 and recipe.adapter is not None:
+            _check_last_bundle(recipe, corpora, run, engine)
+    finally:
+        run.close()
+    engine.close()
+    finalize()  # in order only after a success: after a failure the other ranks may be inside a collective
+    return code
+
+
+@dataclass(frozen=True)
+class _Start:
+    """All that training reads before a model is built; each part suits the recipe.
+
+    store: of dumped logits. deepspeed: the file that engine.deepspeed names, resolved.
+    """
+
+    corpora: Corpora
+    base: StoredBundle | None
+    plan: StepPlan
+    teachers: list[PlannedTeacher]
+    store: LogitStore | None
+    tag_position: int
+    features: list[PlannedFeature]
+    deepspeed: dict[str, Any]
+
+    @property
+    def teacher_fingerprints(self) -> list[str]:
+        """Of the teachers, or of the store in their place."""
+        return [teacher.fingerprint for teacher in self.teachers] if self.store is None else [self.store.manifest.fingerprint]
+
+
+def _check(recipe: Recipe, data: Path, teachers: TeacherOptions, base: Path | None) -> _Start:
+    """The checks that need no model. Raises DstrainError if something does not fit the recipe."""
+    require_teacher_source(recipe.objective, teacher=bool(teachers.bundles), logits=teachers.logits is not None)
     corpora = Corpora(data, recipe)
     started_from = None if base is None else find_base(base, recipe.model, corpora.manifest)
     for split, dataset in (("train", corpora.train), ("valid", corpora.valid)):
@@ -89,23 +142,24 @@ def train(
     tag_position = _tag_position(recipe, corpora)
     store = _store(recipe, teachers, data, corpora)
     features = plan_features(recipe.objective, recipe.model, [teacher.model for teacher in planned])
-    fingerprints = [teacher.fingerprint for teacher in planned] if store is None else [store.manifest.fingerprint]
-    upgrade = partial(upgrade_config, Recipe)
-    run = open_run(output, recipe_tree(recipe), mesh.world, data=corpora.manifest.job, teachers=fingerprints, upgrade=upgrade)
-    try:
-        teaching = start_teachers(planned, placement=teachers.placement, precision=_teacher_precision(recipe), mesh=mesh)
-        signals = signals_of(teaching) if store is None else store
-        seed = recipe.training.seed
-        objective = build_objective(recipe.objective, signals, tag_position=tag_position, features=features, seed=seed)
-        engine = build_engine(recipe, corpora.vocabulary, mesh, objective, started_from)
-        code = build_trainer(recipe, corpora, plan, run, engine, base=started_from, teachers=planned).run()
-        if code == 0 and recipe.adapter is not None:
-            _check_last_bundle(recipe, corpora, run, engine)
-    finally:
-        run.close()
-    engine.close()
-    finalize()  # in order only after a success: after a failure the other ranks may be inside a collective
-    return code
+    return _Start(
+        corpora, started_from, plan, planned, store, tag_position, features, resolve_ds_config(recipe.engine, world_size=1)
+    )
+
+
+def _facts(recipe: Recipe, start: _Start, output: Path, placement: str) -> dict[str, Any]:
+    """What must be equal on every rank, under the keys by which a message names it."""
+    manifest = start.corpora.manifest.model_dump_json()
+    return {
+        **recipe_tree(recipe),
+        "DeepSpeed file": start.deepspeed,
+        "--data": hashlib.sha256(manifest.encode()).hexdigest(),
+        "--base": start.base and start.base.fingerprint,
+        "--teacher or --logits": start.teacher_fingerprints,
+        "--teacher-placement": placement,
+        "--output": str(output),
+        "version": {"dstrain": __version__, **{name: version(name) for name in ("torch", "deepspeed")}},
+    }
 
 
 class Corpora:

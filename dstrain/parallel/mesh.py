@@ -17,14 +17,19 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from dstrain.errors import TrainingError
 from dstrain.parallel.group import TIMEOUT, Group
 from dstrain.parallel.launch_environment import rank_from_environment
+
+JOIN_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits at the start for the other processes; those of a cold node may come minutes later."""
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 Backend = Literal["gloo", "nccl"]
@@ -159,7 +164,9 @@ def _join(rank: int, world_size: int, backend: Backend) -> None:
         if name not in os.environ:
             raise TrainingError(f"WORLD_SIZE={world_size} but {name} is not set: start with deepspeed, torchrun or srun")
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=TIMEOUT)
+        # Joining has a shorter limit than a collective: a rank that failed before it came here never comes.
+        store, _, _ = next(rendezvous("env://", rank, world_size, timeout=JOIN_TIMEOUT))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
         address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
         reason = "the port is in use; choose a free MASTER_PORT" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]

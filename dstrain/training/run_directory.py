@@ -118,7 +118,7 @@ def open_run(
 
 def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines `a.b: old -> new` for every key that differs and may not change on a resume."""
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = dict(flatten_tree(old)), dict(flatten_tree(new))
     lines = []
     for key in sorted(before.keys() | after.keys()):
         if key in MAY_CHANGE or key.startswith(SECTIONS_MAY_CHANGE) or before.get(key, _ABSENT) == after.get(key, _ABSENT):
@@ -131,14 +131,14 @@ def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
 _ABSENT = object()
 
 
-def _flat(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and plain values of a tree; an empty list or mapping is a value."""
+def flatten_tree(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys and plain values of a tree; an empty list or mapping is a value, too."""
     if isinstance(tree, Mapping) and tree:
         for key, value in tree.items():
-            yield from _flat(value, f"{prefix}.{key}" if prefix else str(key))
+            yield from flatten_tree(value, f"{prefix}.{key}" if prefix else str(key))
     elif isinstance(tree, list | tuple) and tree:
         for number, value in enumerate(tree):
-            yield from _flat(value, f"{prefix}[{number}]")
+            yield from flatten_tree(value, f"{prefix}[{number}]")
     else:
         yield prefix, list(tree) if isinstance(tree, tuple) else tree
 

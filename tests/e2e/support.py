@@ -74,9 +74,9 @@ def fails(result: subprocess.CompletedProcess[str], *fragments: str, code: int =
 
 
 class Ranks:
-    """A training started as bare ranks, so that a test can kill them at any moment."""
+    """A training started as bare ranks, so that a test can kill them at any moment. last: words that only the last one gets."""
 
-    def __init__(self, arguments: Sequence[str | Path], num_ranks: int, log: Path) -> None:
+    def __init__(self, arguments: Sequence[str | Path], num_ranks: int, log: Path, *, last: Sequence[str] = ()) -> None:
         port = str(free_port())
         self.log = log
         self.processes = []
@@ -84,7 +84,7 @@ class Ranks:
             place = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             with (log.parent / f"{log.name}.{rank}").open("w") as out:
-                command = [sys.executable, "-m", "dstrain", *map(str, arguments)]
+                command = [sys.executable, "-m", "dstrain", *map(str, arguments), *(last if rank == num_ranks - 1 else ())]
                 self.processes.append(subprocess.Popen(command, env=environment(place), stdout=out, stderr=out))
 
     def wait(self, timeout: float = 240) -> list[int]:

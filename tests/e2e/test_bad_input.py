@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -168,6 +169,18 @@ def test_a_port_in_use_is_named(data: Path, tmp_path: Path) -> None:
         command = [sys.executable, "-m", "dstrain", *map(str, train_words(data, tmp_path / "run"))]
         result = subprocess.run(command, env=environment(place), capture_output=True, text=True, timeout=120, check=False)
     fails(result, "MASTER_PORT", port)
+
+
+def test_ranks_started_with_different_words_end_with_one_message(data: Path, tmp_path: Path) -> None:
+    words = train_words(data, tmp_path / "run")
+    ranks = Ranks(words, 2, tmp_path / "log", last=settings("optimizer.learning_rate=0.5"))
+    assert ranks.wait(120) == [1, 1]
+    for rank in range(2):
+        said = (tmp_path / f"log.{rank}").read_text()
+        assert "Traceback" not in said
+        assert said.count("the ranks do not agree on what to train") == 1
+        assert re.search(r"optimizer\.learning_rate: \S+ on rank 0 \(.+\), 0\.5 on rank 1 \(.+\)\n", said)
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_output_that_is_no_run_is_refused(data: Path, tmp_path: Path) -> None:

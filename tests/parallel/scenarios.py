@@ -28,6 +28,7 @@ from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
 from tests.batches import collate
 from tests.parallel.adapting import adapted_curves, adapted_resume, other_base  # noqa: F401
+from tests.parallel.agreement import disagreements  # noqa: F401
 from tests.parallel.distilling import distilled, placements, resident, resumed_student  # noqa: F401
 from tests.parallel.meshes import collectives, meshes  # noqa: F401
 from tests.parallel.on_policy import on_policy  # noqa: F401
@@ -208,8 +209,8 @@ class Faulty(TrainModule):
 
     fault = ""
 
-    def forward(self, batch: Batch) -> LossOutput:
-        output = super().forward(batch)
+    def forward(self, batch: Batch, compute: Any = None) -> LossOutput:
+        output: LossOutput = super().forward(batch, compute)
         if self.fault == "gradient":
             return output._replace(loss_sum=Poison.apply(output.loss_sum))
         return output._replace(loss_sum=output.loss_sum * math.nan) if self.fault == "loss" else output
@@ -278,8 +279,8 @@ class Jumping(TrainModule):
 
     factor = 1.0
 
-    def forward(self, batch: Batch) -> LossOutput:
-        output = super().forward(batch)
+    def forward(self, batch: Batch, compute: Any = None) -> LossOutput:
+        output: LossOutput = super().forward(batch, compute)
         return output._replace(loss_sum=output.loss_sum * self.factor)
 
 

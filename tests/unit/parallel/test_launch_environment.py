@@ -9,6 +9,7 @@ import pytest
 from dstrain.errors import TrainingError
 from dstrain.parallel.launch_environment import first_host, master_port, rank_from_environment, tasks_per_node
 from tests.paths import ROOT
+from tests.ports import free_port
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -78,11 +79,13 @@ def test_a_rank_without_a_world() -> None:
         rank_from_environment({"RANK": "1"})
 
 
-def failure(code: str, **environment: str) -> str:
+def failure(code: str, setup: str = "", **environment: str) -> str:
     """The message of the TrainingError that `build_mesh` ends with in a process of its own."""
     program = f"""
 from dstrain.errors import TrainingError
+from dstrain.parallel import mesh
 from dstrain.parallel.mesh import build_mesh
+{setup}
 try:
     build_mesh({code})
 except TrainingError as error:
@@ -101,6 +104,17 @@ def test_a_port_in_use() -> None:
         found = failure("'cpu'", RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     meeting = f"rank 0 cannot meet the other ranks at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}"
     assert found == f"{meeting}: the port is in use; choose a free MASTER_PORT"
+
+
+def test_a_rank_that_never_comes() -> None:
+    found = failure(
+        "'cpu'",
+        "import datetime; mesh.JOIN_TIMEOUT = datetime.timedelta(seconds=1)",
+        **{"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
+    )
+    assert found.startswith("rank 0 cannot meet the other ranks at MASTER_ADDR=127.0.0.1 MASTER_PORT=")
+    assert "Timed out" in found
+    assert "1/2 clients joined" in found
 
 
 @pytest.mark.parametrize(
