@@ -28,7 +28,6 @@ from dstrain.build.teachers import (
     start_teachers,
 )
 from dstrain.checkpoint.bundle import StoredBundle, save_adapter_bundle, save_bundle
-from dstrain.checkpoint.files import together
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.config_base import Precision, upgrade_config
 from dstrain.data.batching.collate import Collator
@@ -56,6 +55,7 @@ from dstrain.models.weights import load_canonical
 from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import keep_freed_memory
+from dstrain.parallel.errors import raise_on_all_ranks
 from dstrain.parallel.mesh import DeviceChoice, Mesh, build_mesh, finalize
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
@@ -79,7 +79,7 @@ def train(
     mesh = build_mesh(device, tensor=recipe.engine.parallel.tensor, sequence=recipe.engine.parallel.sequence)
     if mesh.device.type == "cpu":
         keep_freed_memory()
-    start = together(mesh.world, TrainingError, "starting", partial(_check, recipe, data, teachers, base))
+    start = raise_on_all_ranks(mesh.world, TrainingError, "starting", partial(_check, recipe, data, teachers, base))
     require_agreement(mesh.world, _facts(recipe, start, output, teachers.placement))
     corpora, fingerprints = start.corpora, start.teacher_fingerprints
     upgrade = partial(upgrade_config, Recipe)

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from dstrain import __version__
-from dstrain.checkpoint.bundle import save_bundle
-from dstrain.checkpoint.files import sha256
+from dstrain.checkpoint.bundle import find_bundle, save_bundle
 from dstrain.data.prepared.prepare import prepare
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.models.config import VocabularySizes
@@ -67,7 +66,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         load_recipe("translation/quickstart", [*SMALL, "data.train.0.num_pairs=61"]).data, other_data, workers=1, progress=False
     )
     first, second = (bundle(directory / f"bundle{seed}", data, seed) for seed in (1, 2))
-    prints = [f'"{sha256(Path(path) / "model.safetensors")}"' for path in (first, second)]
+    prints = [json.dumps(find_bundle(Path(path)).fingerprint) for path in (first, second)]
     distil = [*SMALL, "objective={kind: distillation}"]
     plain: dict[str, Any] = {
         **{"settings": SMALL, "data": str(data), "output": str(directory / "run")},
