@@ -1,4 +1,4 @@
-"""CosSin a fairseq checkpoint of an encoder-decoder transformer into a bundle: weights, configuration and tokenizers.
+"""Convert a fairseq checkpoint of an encoder-decoder transformer into a bundle: weights, configuration and tokenizers.
 
 dstrain import fairseq checkpoint_best.pt --dictionary data-bin --sentencepiece spm.model --output BUNDLE
 

@@ -1,4 +1,4 @@
-"""CosSin a fairseq-train command line into a recipe.
+"""Convert a fairseq-train command line into a recipe.
 
 dstrain import fairseq-args 'fairseq-train data-bin --arch transformer --max-tokens 4096 ...' > recipe.yaml
 dstrain import fairseq-args "$(cat train.sh)" --output recipe.yaml

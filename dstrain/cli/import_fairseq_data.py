@@ -1,4 +1,4 @@
-"""CosSin what fairseq-preprocess wrote into prepared data that `dstrain train` and `validate` read.
+"""Convert the output of fairseq-preprocess into prepared data that `dstrain train` and `validate` read.
 
 dstrain import fairseq-data data-bin --output DATA > data.yaml
 dstrain import fairseq-data part1:part2 --source-lang en --target-lang de --sentencepiece spm.model --output DATA

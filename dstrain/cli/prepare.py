@@ -1,4 +1,4 @@
-"""CosSin the text that a recipe names into a tokenizer and Arrow shards.
+"""Turn the text that a recipe names into a tokenizer and Arrow shards.
 
 Reads the corpora of the recipe's data section, trains or takes its tokenizer, and writes DATA: shards, tokenizer/, manifest.json.
 The same command again continues an interrupted run, and does nothing where DATA is finished.

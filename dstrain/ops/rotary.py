@@ -86,7 +86,7 @@ def cos_sin(positions: Tensor, inv_freq: Tensor, attention_scaling: Tensor | flo
 
 
 def rotate(x: Tensor, by: CosSin, layout: Layout) -> Tensor:
-    """CosSin the first 2 P features of each head, leave the rest. x: (B, H, T, K) -> (B, H, T, K)"""
+    """Rotate the first 2 P features of each head, leave the rest. x: (B, H, T, K) -> (B, H, T, K)"""
     dim = 2 * by.cos.shape[-1]
     turning = x[..., :dim]
     first, second = turning.chunk(2, dim=-1) if layout == "half_split" else (turning[..., 0::2], turning[..., 1::2])

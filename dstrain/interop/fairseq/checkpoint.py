@@ -1,7 +1,7 @@
 """Checkpoints of fairseq's transformers, and their dictionaries -> our configuration, weights and tokenizers.
 
-Left padding, batch order and all else that is not the model stays behind. Half-precision weights become float32. A matrix that
-fairseq stores under several names must be the same under all of them.
+Only the model is read: no padding side, no batch order. Half-precision weights become float32. A matrix that fairseq stores under
+several names must be equal under all of them.
 """
 
 from __future__ import annotations
@@ -14,64 +14,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair
 from dstrain.errors import BundleError, ImportFormatError
-from dstrain.interop.fairseq.model_options import convert_config, convert_language_model_config
+from dstrain.interop.fairseq.command_line.flags import WITHOUT
+from dstrain.interop.fairseq.model import model_section
+from dstrain.interop.fairseq.names import FUSED, TABLES, canonical_name, current_name
+from dstrain.interop.fairseq.options import Reading, Settings
 from dstrain.interop.fairseq.safe_pickle import load_pickled
-from dstrain.models.config import ModelConfig, VocabularySizes
+from dstrain.models.config import ModelConfig, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
-from dstrain.models.weights import TensorSource, check_canonical, parameter_layouts
+from dstrain.models.weights import TensorSource, canonical_shapes, check_canonical, parameter_layouts
 
 PAD_ID, EOS_ID = 1, 2
 POSITION_ROWS = 2
 """Rows of a learned position table before that of the first token."""
-
-LAYER_PARTS = {
-    "self_attn": "self_attention",
-    "self_attn_layer_norm": "self_attention_norm",
-    "encoder_attn": "cross_attention",
-    "encoder_attn_layer_norm": "cross_attention_norm",
-    "fc1": "feed_forward.up_proj",
-    "fc2": "feed_forward.down_proj",
-    "glu": "feed_forward",
-    "final_layer_norm": "feed_forward_norm",
-}
-SIDE_PARTS = {
-    "encoder.embed_tokens": "source_embedding.tokens",
-    "encoder.embed_tokens.emb": "source_embedding.tokens.table",
-    "encoder.embed_tokens.m": "source_embedding.tokens.table",
-    "encoder.embed_tokens.up": "source_embedding.tokens.up_proj",
-    "encoder.embed_positions": "source_embedding.positions",
-    "encoder.layernorm_embedding": "source_embedding.norm",
-    "encoder.layer_norm": "encoder.final_norm",
-    "decoder.embed_tokens": "target_embedding.tokens",
-    "decoder.embed_tokens.emb": "target_embedding.tokens.table",
-    "decoder.embed_tokens.m": "target_embedding.tokens.table",
-    "decoder.embed_tokens.up": "target_embedding.tokens.up_proj",
-    "decoder.embed_positions": "target_embedding.positions",
-    "decoder.layernorm_embedding": "target_embedding.norm",
-    "decoder.layer_norm": "decoder.final_norm",
-    "decoder.output_projection": "projection",
-}
-TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
-FUSED_BLOCKS = {
-    "in_proj": ("q_proj", "k_proj", "v_proj"),
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "kv_proj": ("k_proj", "v_proj"),
-    "up_gate_proj": ("up_proj", "gate_proj"),
-}
-OLD_NORMS = {
-    "encoder": ("self_attn_layer_norm", "final_layer_norm"),
-    "decoder": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
-}
+WITH_FINAL_NORM = {"encoder": 2.0, "decoder": 3.0}
+"""The format version from which on a pre-norm stack has a final norm."""
+UNSUPPORTED = (
+    "adaptive_input",
+    "adaptive_softmax_cutoff",
+    "no_cross_attention",
+    "cross_self_attention",
+    "merge_src_tgt_embed",
+    "encoder_layers_to_keep",
+    "decoder_layers_to_keep",
+    "base_layers",
+    "scale_attn",
+    "scale_fc",
+    "scale_heads",
+    "scale_resids",
+)
+"""Settings that change the model in a way that dstrain cannot represent; a checkpoint with one of them is refused."""
 
 
 @dataclass(frozen=True)
 class FairseqCheckpoint:
-    """model: its settings (`cfg["model"]`, or `args` in old files). task: data directory, languages. weights: by its names."""
+    """model: settings (`cfg["model"]`, or `args` in old files). task: data directory, languages. weights: by fairseq's names."""
 
     model: dict[str, Any]
     task: dict[str, Any]
@@ -84,7 +65,7 @@ class FairseqCheckpoint:
 
     @property
     def data_directory(self) -> str:
-        """The first of the data directories that it was trained from."""
+        """The first of the data directories that it was trained on."""
         data = self.task.get("data") or "."
         return str(data[0] if isinstance(data, list) else data).partition(":")[0]
 
@@ -111,53 +92,105 @@ def read_fairseq_checkpoint(path: Path) -> FairseqCheckpoint:
 def convert(
     checkpoint: FairseqCheckpoint, tokenizers: TokenizerPair | None = None
 ) -> tuple[ModelConfig, VocabularySizes, dict[str, Tensor]]:
-    """Configuration, vocabulary sizes and portable weights.
+    """Configuration, vocabulary sizes and weights by canonical name.
 
     tokenizers: those that the model is to be used with, whose sizes must be the model's; BART's row for `<mask>`, which its
     dictionaries do not have, is cut off. ImportFormatError names settings that dstrain cannot represent, tied matrices and
     stacked layers that differ, names and sizes that do not fit.
     """
-    config = _convert_config(checkpoint)
-    weights = _modern_names(checkpoint.weights)
+    config = _checkpoint_config(checkpoint)
+    weights = {
+        current_name(name): tensor
+        for name, tensor in checkpoint.weights.items()
+        if not name.endswith((".version", "._float_tensor", "embed_positions.weights"))
+    }
     if tokenizers is not None:
         _fit_vocabularies(weights, tokenizers, is_bart="bart" in str(checkpoint.model.get("arch")))
-    stacks = (
-        {"encoder": config.encoder, "decoder": config.decoder}
-        if config.kind == "encoder_decoder"
-        else {"decoder": config.decoder}
-    )
-    for side, stack in stacks.items():
+    for side, stack in _stacks(config).items():
         if stack.final_norm == "no":
             weights = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{side}.layer_norm.")}
         weights = unstack(weights, side, stack.schedule)
     _untie(weights, [name for name in TABLES if checkpoint.has_encoder or name.startswith("decoder")], config.embedding.tie)
-    portable = {portable_name(name): tensor.float() for name, tensor in weights.items()}
-    for name in ("source_embedding.positions.weight", "target_embedding.positions.weight"):
-        if name in portable:
-            portable[name] = portable[name][POSITION_ROWS:]
+    canonical = {canonical_name(name): tensor.float() for name, tensor in weights.items()}
+    for side in ("source_embedding", "target_embedding"):
+        if f"{side}.tokens.up_proj.weight" in canonical and f"{side}.tokens.weight" in canonical:
+            canonical[f"{side}.tokens.table.weight"] = canonical.pop(f"{side}.tokens.weight")
+        if f"{side}.positions.weight" in canonical:
+            canonical[f"{side}.positions.weight"] = canonical[f"{side}.positions.weight"][POSITION_ROWS:]
     sizes = {
         name.partition("_")[0]: len(tensor)
-        for name, tensor in portable.items()
+        for name, tensor in canonical.items()
         if name.endswith(("tokens.weight", "table.weight"))
     }
     target = sizes.get("target", sizes.get("source", 0))
     vocabulary = VocabularySizes(source=sizes.get("source", target), target=target, pad_id=PAD_ID, eos_id=EOS_ID)
-    model = build_model(config, vocabulary, seed=None)
+    return config, vocabulary, _fitting(canonical, config, vocabulary)
+
+
+def _fitting(weights: Mapping[str, Tensor], config: ModelConfig, vocabulary: VocabularySizes) -> dict[str, Tensor]:
+    """The weights with fused matrices split, checked against the model."""
+    layouts = parameter_layouts(build_model(config, vocabulary, seed=None))
+    rows = {name: shape[0] for name, shape in canonical_shapes(layouts).items()}
+    blocks = {part: block for name, tensor in weights.items() for part, block in split_fused(name, tensor, rows).items()}
     try:
-        check_canonical(parameter_layouts(model), TensorSource(portable))
+        check_canonical(layouts, TensorSource(blocks))
     except BundleError as error:
         raise ImportFormatError(f"the checkpoint is not the transformer that its settings describe: {error}") from error
-    return config, vocabulary, portable
+    return blocks
 
 
-def _convert_config(checkpoint: FairseqCheckpoint) -> ModelConfig:
-    keeps_final_norm = {side: _version(checkpoint.weights, side) >= oldest for side, oldest in (("encoder", 2), ("decoder", 3))}
+def split_fused(name: str, tensor: Tensor, rows: Mapping[str, int]) -> dict[str, Tensor]:
+    """A fused matrix or bias as its blocks, any other tensor as it is. rows: of every tensor of the model, by canonical name.
+
+    Grouped heads make the blocks unequal: q has a row per feature of every head, k and v only of the heads that they have.
+    """
+    path, _, kind = name.rpartition(".")
+    parent, _, last = path.rpartition(".")
+    names = [f"{parent}.{block}.{kind}" for block in FUSED.get(last, ())]
+    if not names or not rows.keys() >= set(names):
+        return {name: tensor}
+    sizes = [rows[block] for block in names]
+    if sum(sizes) != len(tensor):
+        blocks = " + ".join(f"{size} of {block}" for size, block in zip(sizes, FUSED[last], strict=True))
+        raise ImportFormatError(
+            f"the checkpoint's {name} has {len(tensor)} rows, but its settings make {blocks}; they are not those of this model"
+        )
+    return dict(zip(names, torch.split(tensor, sizes), strict=True))
+
+
+def _checkpoint_config(checkpoint: FairseqCheckpoint) -> ModelConfig:
+    """The configuration of its settings, without final norms if the format is older than they are."""
+    versions = {side: checkpoint.weights.get(f"{side}.version") for side in WITH_FINAL_NORM}
+    number = {side: 1.0 if version is None else float(version.flatten()[0]) for side, version in versions.items()}
+    old = [side for side, oldest in WITH_FINAL_NORM.items() if number[side] < oldest]
+    return convert_config(checkpoint.model, decoder_only=not checkpoint.has_encoder, without_final_norm=old)
+
+
+def convert_config(given: Mapping[str, Any], *, decoder_only: bool, without_final_norm: Sequence[str] = ()) -> ModelConfig:
+    """Our configuration of a fairseq transformer, or of its `transformer_lm`.
+
+    given: its settings. without_final_norm: sides of a format so old that pre-norm models had no final norm. ImportFormatError
+    names a setting that cannot be represented.
+    """
+    reading = Reading()
+    for name in UNSUPPORTED:
+        if given.get(name):
+            raise reading.refusal(name, given[name], WITHOUT[name])
+    section = model_section(Settings(given, decoder_only), reading)
+    for side in without_final_norm:
+        if section["norm_order"] == "pre" and side in section:
+            section[side]["final_norm"] = "no"
     try:
-        if checkpoint.has_encoder:
-            return convert_config(checkpoint.model, keeps_final_norm=keeps_final_norm)
-        return convert_language_model_config(checkpoint.model, keeps_final_norm=keeps_final_norm["decoder"])
+        config: ModelConfig = TypeAdapter(ModelConfig).validate_python(section)
     except ValidationError as error:
         raise ImportFormatError(f"the checkpoint's settings make no model: {error.errors()[0]['msg']}") from error
+    return config
+
+
+def _stacks(config: ModelConfig) -> dict[str, StackConfig]:
+    if config.kind == "encoder_decoder":
+        return {"encoder": config.encoder, "decoder": config.decoder}
+    return {"decoder": config.decoder}
 
 
 def read_dictionaries(
@@ -165,7 +198,7 @@ def read_dictionaries(
 ) -> TokenizerPair:
     """The tokenizers of both sides, from dict.SOURCE.txt and dict.TARGET.txt (or dict.txt for both) in `directory`.
 
-    sentencepiece: models that make the dictionaries' symbols from source and target text; None where text is already split by
+    sentencepiece: models that make the dictionaries' symbols from source and target text; None if text is already split by
     spaces. ImportFormatError if a dictionary is missing, DataError if one is malformed.
     """
     sides = []
@@ -199,33 +232,8 @@ def _mapping(settings: Any) -> dict[str, Any]:
     return vars(settings) if isinstance(settings, Namespace) else dict(settings)
 
 
-def _version(weights: Mapping[str, Tensor], side: str) -> float:
-    version = weights.get(f"{side}.version")
-    return 1.0 if version is None else float(version.flatten()[0])
-
-
-def _modern_names(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Today's fairseq names: old ones renamed, fused projections split, bookkeeping left out."""
-    modern: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        if name.endswith((".version", "._float_tensor", "embed_positions.weights")):
-            continue
-        name = "decoder.output_projection.weight" if name == "decoder.embed_out" else name
-        old_norm = re.fullmatch(r"((encoder|decoder)\.layers\.\d+)\.layer_norms\.(\d)\.(weight|bias)", name)
-        if old_norm:
-            name = f"{old_norm[1]}.{OLD_NORMS[old_norm[2]][int(old_norm[3])]}.{old_norm[4]}"
-        fused = re.fullmatch(rf"(.*)\.({'|'.join(FUSED_BLOCKS)})[._](weight|bias)", name)
-        if fused:
-            blocks = FUSED_BLOCKS[fused[2]]
-            for block, rows in zip(blocks, tensor.chunk(len(blocks)), strict=True):
-                modern[f"{fused[1]}.{block}.{fused[3]}"] = rows
-        else:
-            modern[name] = tensor
-    return modern
-
-
 def unstack(weights: Mapping[str, Tensor], side: str, schedule: Sequence[int]) -> dict[str, Tensor]:
-    """Layers that run at several depths once, after a look that they hold the same at each."""
+    """The weights with each layer once, after a check that a layer that runs at several depths is equal at each."""
     kept = {}
     for name, tensor in weights.items():
         layer = re.fullmatch(rf"{side}\.layers\.(\d+)\.(.+)", name)
@@ -238,24 +246,15 @@ def unstack(weights: Mapping[str, Tensor], side: str, schedule: Sequence[int]) -
 
 
 def _untie(weights: dict[str, Tensor], tables: Sequence[str], tie: str) -> None:
-    """Drop the further names of tied tables, after a look that they hold the same. Factorized tables are never tied there."""
+    """Drop the further names of tied tables, after a check that they are equal. Factorized tables are never tied."""
     tied = {"all": tables, "decoder": tables[-2:], "none": tables[-1:]}[tie]
     factors = {f"{name.removesuffix('.weight')}.{part}.weight" for name in tables[:-1] for part in ("emb", "m", "up")}
     if factors & weights.keys():
         tables, tied = tables[-1:], tables[-1:]
-    lacking = [name for name in tables if name not in weights and name not in tied[1:]]
-    if lacking:
-        raise ImportFormatError(f"the checkpoint lacks {', '.join(lacking)}; it is incomplete or of another kind of model")
+    missing = [name for name in tables if name not in weights and name not in tied[1:]]
+    if missing:
+        raise ImportFormatError(f"the checkpoint lacks {', '.join(missing)}; it is incomplete or of another kind of model")
     for name in tied[1:]:
         other = weights.pop(name, None)
         if other is not None and not torch.equal(other, weights[tied[0]]):
             raise ImportFormatError(f"{tied[0]} and {name} differ, but the checkpoint's settings say that they are one matrix")
-
-
-def portable_name(name: str) -> str:
-    """`decoder.layers.3.encoder_attn.k_proj.weight` -> `decoder.layers.3.cross_attention.k_proj.weight`; others as they are."""
-    layer = re.fullmatch(r"((?:encoder|decoder)\.layers\.\d+)\.(\w+)\.(.+)", name)
-    if layer and layer[2] in LAYER_PARTS:
-        return f"{layer[1]}.{LAYER_PARTS[layer[2]]}.{layer[3]}"
-    part, _, kind = name.rpartition(".")
-    return f"{SIDE_PARTS.get(part, part)}.{kind}"

@@ -18,20 +18,21 @@ from torch import Tensor
 
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.errors import ImportFormatError
-from dstrain.interop.fairseq.checkpoint import FUSED_BLOCKS, FairseqCheckpoint, convert, portable_name, unstack
+from dstrain.interop.fairseq.checkpoint import FairseqCheckpoint, convert, split_fused, unstack
+from dstrain.interop.fairseq.model import LORA_DEFAULTS, lora_settings
+from dstrain.interop.fairseq.names import canonical_name
 from dstrain.models.config import ModelConfig, VocabularySizes
 
-DEFAULTS: Mapping[str, Any] = {"r": 0, "alpha": 1, "dropout": 0.0, "rank_scaled": False, "target_modules": "", "bias": "none"}
-TABLES = ("embed_tokens", "emb", "m")
-"""Last names of token tables, whose A and B stand the other way round: (R, V) and (D, R)."""
-WITHOUT_BIAS = ("output_projection", "up", "up_gate_proj", "down_proj")
+TOKEN_TABLES = ("embed_tokens", "emb", "m")
+"""Last names of token tables, whose A and B are transposed: (R, V) and (D, R)."""
+WITHOUT_BIAS = ("output_projection", "up", "up_gate_proj", "down_proj", "project_in_dim", "project_out_dim")
 Pairs = dict[str, tuple[Tensor, Tensor]]
 """Name of a matrix without `.weight` -> A (R, I) and B (O, R) with the matrix's own (O, I)."""
 
 
 @dataclass(frozen=True)
 class ForeignAdapter:
-    """settings: an `adapter` section of ours as plain values. weights: `lora_a`, `lora_b` by portable name."""
+    """settings: an `adapter` section of ours as plain values. weights: `lora_a`, `lora_b` by canonical name."""
 
     settings: dict[str, Any]
     weights: dict[str, Tensor]
@@ -40,15 +41,14 @@ class ForeignAdapter:
 def convert_adapted(
     checkpoint: FairseqCheckpoint, tokenizers: TokenizerPair | None = None, *, unmerged: bool
 ) -> tuple[ModelConfig, VocabularySizes, dict[str, Tensor], ForeignAdapter | None]:
-    """As `fairseq.convert`, with the weights of the base, and the adapter that was trained on it; None where there is none.
+    """As `convert`, with the weights of the base, and the adapter that was trained on it; None if there is none.
 
     unmerged: the file holds the weights of the base already. ImportFormatError also for adapters that are another function in
     fairseq's training than in its checkpoints, or that came with biases which the model does not have.
     """
     weights = {name: tensor for name, tensor in checkpoint.weights.items() if not name.endswith((".lora_A", ".lora_B"))}
-    model = {name: value for name, value in checkpoint.model.items() if name != "lora_args"}
     pairs = _pairs(checkpoint.weights)
-    plain = replace(checkpoint, model=model, weights=weights)
+    plain = replace(checkpoint, weights=weights)
     if not pairs:
         return *convert(plain, tokenizers), None
     _refuse_tied(checkpoint.model, pairs)
@@ -58,22 +58,15 @@ def convert_adapted(
                 f"the checkpoint has {name}.bias, a random bias that fairseq's adapter gave to a map without one; it has "
                 "no counterpart here; train the adapter again without this target"
             )
-    given = _settings(checkpoint.model.get("lora_args"), pairs)
-    scale = given["alpha"] / (given["r"] ** 0.5 if given["rank_scaled"] else given["r"])
+    lora = _lora_args(checkpoint.model.get("lora_args"), pairs)
+    scale = lora["alpha"] / (lora["r"] ** 0.5 if lora["rank_scaled"] else lora["r"])
     if not unmerged:
         for name, (a, b) in pairs.items():
             weights[f"{name}.weight"] = torch.addmm(weights[f"{name}.weight"].float(), b, a, alpha=-scale)
-    config, vocabulary, portable = convert(plain, tokenizers)
-    adapter = _without_cut_rows(_portable(pairs, config), portable)
-    settings = {
-        "kind": "lora",
-        "rank": given["r"],
-        "alpha": given["alpha"],
-        "dropout": given["dropout"],
-        "rank_scaled": given["rank_scaled"],
-        "targets": _targets({name.rpartition(".")[0] for name in adapter}, portable),
-    }
-    return config, vocabulary, portable, ForeignAdapter(settings, adapter)
+    config, vocabulary, base = convert(plain, tokenizers)
+    adapter = _canonical(pairs, config, base)
+    targets = _targets({name.rpartition(".")[0] for name in adapter}, base)
+    return config, vocabulary, base, ForeignAdapter({**lora_settings(lora), "targets": targets}, adapter)
 
 
 def _pairs(weights: Mapping[str, Tensor]) -> Pairs:
@@ -82,11 +75,11 @@ def _pairs(weights: Mapping[str, Tensor]) -> Pairs:
         path, _, kind = name.rpartition(".")
         if kind not in ("lora_A", "lora_B"):
             continue
-        lacking = [part for part in ("lora_A", "lora_B", "weight") if f"{path}.{part}" not in weights]
-        if lacking:
-            raise ImportFormatError(f"the checkpoint has {name} but no {path}.{lacking[0]}; it is incomplete")
+        missing = [kind for kind in ("lora_A", "lora_B", "weight") if f"{path}.{kind}" not in weights]
+        if missing:
+            raise ImportFormatError(f"the checkpoint has {name} but no {path}.{missing[0]}; it is incomplete")
         a, b = weights[f"{path}.lora_A"].float(), weights[f"{path}.lora_B"].float()
-        a, b = (b.t().contiguous(), a.t().contiguous()) if path.rpartition(".")[2] in TABLES else (a, b)
+        a, b = (b.t().contiguous(), a.t().contiguous()) if path.rpartition(".")[2] in TOKEN_TABLES else (a, b)
         shape, found = tuple(weights[f"{path}.weight"].shape), (len(b), a.shape[1])
         if found != shape:
             raise ImportFormatError(
@@ -106,50 +99,54 @@ def _refuse_tied(model: Mapping[str, Any], pairs: Pairs) -> None:
             )
 
 
-def _settings(lora_args: Any, pairs: Pairs) -> dict[str, Any]:
-    """The adapter's settings with fairseq's defaults."""
+def _lora_args(value: Any, pairs: Pairs) -> dict[str, Any]:
+    """The adapter's settings with fairseq's defaults. An unknown one is an error, since it may change the function."""
     try:
-        given = json.loads(lora_args) if isinstance(lora_args, str) else dict(lora_args)
-        unknown = sorted(given.keys() - DEFAULTS.keys())
+        given = json.loads(value) if isinstance(value, str) else dict(value)
+        unknown = sorted(given.keys() - LORA_DEFAULTS.keys())
     except (ValueError, TypeError, AttributeError):
         raise ImportFormatError(
-            f"the checkpoint has adapters but lora_args = {lora_args!r}, which is no JSON object, so their scale is unknown"
+            f"the checkpoint has adapters but lora_args = {value!r}, which is no JSON object, so their scale is unknown"
         ) from None
     if unknown:
         raise ImportFormatError(f"the checkpoint has lora_args with {', '.join(unknown)}, which dstrain cannot represent")
-    settings = {**DEFAULTS, **given}
+    lora = {**LORA_DEFAULTS, **given}
     ranks = {len(a) for a, _ in pairs.values()}
-    if ranks != {settings["r"]}:
-        raise ImportFormatError(f"the checkpoint's adapters have rank {sorted(ranks)}, but its lora_args say r = {settings['r']}")
-    return settings
+    if ranks != {lora["r"]}:
+        raise ImportFormatError(f"the checkpoint's adapters have rank {sorted(ranks)}, but its lora_args say r = {lora['r']}")
+    return lora
 
 
-def _portable(pairs: Pairs, config: ModelConfig) -> dict[str, Tensor]:
-    """By portable name: fused projections split, layers that run at several depths once."""
-    tensors: dict[str, Tensor] = {}
-    for path, (a, b) in pairs.items():
-        parent, _, last = path.rpartition(".")
-        blocks = FUSED_BLOCKS.get(last, (last,))
-        for block, rows in zip(blocks, b.chunk(len(blocks)), strict=True):
-            tensors |= {f"{parent}.{block}.lora_a": a, f"{parent}.{block}.lora_b": rows.contiguous()}
+def _canonical(pairs: Pairs, config: ModelConfig, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A and B by canonical name: fused projections split, stacked layers once, without the table rows that the base has not.
+
+    base: weights as `convert` leaves them. It cuts off the row for `<mask>` of BART's tables.
+    """
+    rows = {name: len(tensor) for name, tensor in base.items()}
+    tensors = {f"{path}.{kind}": tensor for path, pair in pairs.items() for kind, tensor in zip("ab", pair, strict=True)}
     tensors = unstack(tensors, "decoder", config.decoder.schedule)
     if config.kind == "encoder_decoder":
         tensors = unstack(tensors, "encoder", config.encoder.schedule)
-    return {portable_name(name): tensor for name, tensor in tensors.items()}
+    adapter: dict[str, Tensor] = {}
+    for name, b in tensors.items():
+        if not name.endswith(".b"):
+            continue
+        path = _base_path(canonical_name(f"{name.removesuffix('.b')}.weight"), rows)
+        for block, part in split_fused(path, b, rows).items():
+            stem = block.removesuffix(".weight")
+            adapter[f"{stem}.lora_a"] = tensors[f"{name.removesuffix('.b')}.a"]
+            adapter[f"{stem}.lora_b"] = part[: rows.get(block, len(part))].contiguous()
+    return adapter
 
 
-def _without_cut_rows(adapter: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapter of the weights as `convert` leaves them: of a table whose row for `<mask>` it cut off, without this row."""
-    kept = dict(adapter)
-    for name in adapter:
-        path, _, kind = name.rpartition(".")
-        if kind == "lora_b":
-            kept[name] = adapter[name][: len(weights[f"{path}.weight"])]
-    return kept
+def _base_path(name: str, rows: Mapping[str, int]) -> str:
+    """A token table that is projected to the model's width has a longer name here."""
+    table = f"{name.removesuffix('.weight')}.table.weight"
+    return table if table in rows else name
 
 
 def _targets(adapted: set[str], weights: Mapping[str, Tensor]) -> list[str]:
-    """Last names where they mean exactly the adapted parts, else whole paths."""
+    """Last names if they name exactly the adapted modules, else whole paths."""
     names = {path.rpartition(".")[2] for path in adapted}
-    meant = {name.removesuffix(".weight") for name in weights if name.split(".")[-1] == "weight" and name.split(".")[-2] in names}
-    return sorted(names if meant == adapted else adapted)
+    named = {name.removesuffix(".weight") for name in weights if name.split(".")[-1] == "weight" and name.split(".")[-2] in names}
+    return sorted(names if named == adapted else adapted)

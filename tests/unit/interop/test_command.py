@@ -5,7 +5,8 @@ import pytest
 
 from dstrain.errors import ImportFormatError
 from dstrain.interop.fairseq.command_line.command import parse_command
-from dstrain.interop.fairseq.command_line.flags import ALIASES, MAPPED, MAY_BE_BARE, SWITCHES, WITHOUT
+from dstrain.interop.fairseq.command_line.flags import ALIASES, MAY_BE_BARE, SWITCHES, WITHOUT
+from dstrain.interop.fairseq.options import OPTIONS, Settings
 from tests.paths import ROOT
 
 
@@ -17,30 +18,37 @@ def test_a_command_line_is_read_as_a_shell_reads_it() -> None:
     )
     assert command.data == ("data-bin/one", "data-bin/two")
     assert command.before == ["CUDA_VISIBLE_DEVICES=0,1", "python"]
-    assert (command.text("source-lang"), command.text("target-lang"), command.text("arch")) == ("en", "de", "transformer")
-    assert (command.integer("batch-size"), command.integer("seed")) == (32, -1)
-    assert command.has("fp16")
-    assert command.text("fp16") is None
-    assert command.numbers("adam-betas") == [0.9, 0.98]
-    assert command.numbers("update-freq") == [4, 2]
-    assert command.numbers("lr") == [0.001]
-    assert command.json("eval-bleu-args") == {"beam": 4}
-    assert command.has("eval-bleu-remove-bpe")
-    assert command.text("eval-bleu-remove-bpe") is None
-    assert list(command.rest()) == []
+    assert command.values == {
+        **{"source_lang": "en", "target_lang": "de", "arch": "transformer"},
+        **{"batch_size": 32, "seed": -1, "fp16": True, "adam_betas": [0.9, 0.98], "update_freq": [4, 2], "lr": [0.001]},
+        **{"eval_bleu_args": {"beam": 4}, "eval_bleu_remove_bpe": True},
+    }
+    assert command.words["adam_betas"] == "(0.9, 0.98)"
 
 
 def test_the_program_may_be_left_out_and_options_asked_for_are_known() -> None:
     command = parse_command("data-bin --arch transformer --max-tokens 4096")
-    assert command.text("arch") == "transformer"
-    assert list(command.rest()) == ["max-tokens"]
-    assert command.shown("max-tokens") == "--max-tokens 4096"
+    settings = Settings(command.values, decoder_only=False, words=command.words)
+    assert settings["arch"] == "transformer"
+    assert list(settings.unread()) == ["max_tokens"]
+    assert settings.shown("max_tokens") == "--max-tokens 4096"
+
+
+def test_an_option_is_as_given_then_of_the_architecture_then_inherited_then_the_default() -> None:
+    settings = Settings(
+        {"encoder_embed_dim": 64, "dropout": None, "rope_args": ""},
+        decoder_only=False,
+        arch={"encoder_embed_dim": 8, "dropout": 0.5},
+    )
+    names = ("encoder_embed_dim", "dropout", "decoder_output_dim", "encoder_layers", "rope_args", "share_all_embeddings")
+    assert [settings[name] for name in names] == [64, 0.5, 64, 6, None, False]
+    assert [settings.has(name) for name in names] == [True, False, False, False, False, False]
 
 
 def test_unknown_options_are_kept_with_their_values_and_the_nearest_name() -> None:
     command = parse_command("data-bin --max-token 4096 --frobnicate a b --switch --lr 1")
     assert command.unknown == ["--max-token 4096 (did you mean --max-tokens?)", "--frobnicate a b", "--switch"]
-    assert command.numbers("lr") == [1.0]
+    assert command.values == {"lr": [1.0]}
 
 
 @pytest.mark.parametrize(
@@ -59,25 +67,24 @@ def test_malformed_command_lines_are_one_message(line: str, message: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("words", "method", "message"),
+    ("words", "message"),
     [
-        ("--max-tokens many", "integer", r"--max-tokens many: not a whole number"),
-        ("--dropout half", "number", r"--dropout half: not a number"),
-        ("--lr fast", "numbers", r"--lr fast: not a list of numbers"),
-        ("--adam-betas '(0.9'", "numbers", r"--adam-betas \(0\.9: not a list of numbers"),
-        ("""--lora-args '{"bias": "none, "r": 8}'""", "json", r"--lora-args .*: not a JSON object in one pair of quotes"),
-        ("--kd-args '[1]'", "json", r"--kd-args \[1\]: not a JSON object .*it is a list"),
+        ("--max-tokens many", r"--max-tokens many: not a whole number"),
+        ("--dropout half", r"--dropout half: not a number"),
+        ("--lr fast", r"--lr fast: not a list of numbers"),
+        ("--adam-betas '(0.9'", r"--adam-betas \(0\.9: not a list of numbers"),
+        ("""--lora-args '{"bias": "none, "r": 8}'""", r"--lora-args .*: not a JSON object in one pair of quotes"),
+        ("--kd-args '[1]'", r"--kd-args \[1\]: not a JSON object .*it is a list"),
     ],
 )
-def test_values_of_the_wrong_kind_name_option_and_value(words: str, method: str, message: str) -> None:
-    command = parse_command(f"data-bin {words}")
+def test_values_of_the_wrong_kind_name_option_and_value(words: str, message: str) -> None:
     with pytest.raises(ImportFormatError, match=message):
-        getattr(command, method)(words.split(maxsplit=1)[0].lstrip("-"))
+        parse_command(f"data-bin {words}")
 
 
 def test_the_tables_agree() -> None:
-    assert not set(MAPPED) & set(WITHOUT)
-    assert set(MAPPED) | set(WITHOUT) >= SWITCHES | MAY_BE_BARE | set(ALIASES.values())
+    assert not OPTIONS.keys() & WITHOUT.keys()
+    assert OPTIONS.keys() | WITHOUT.keys() >= SWITCHES | MAY_BE_BARE | set(ALIASES.values())
 
 
 def test_the_readme_s_table_has_every_option() -> None:
@@ -85,6 +92,8 @@ def test_the_readme_s_table_has_every_option() -> None:
         line.split("|")[1] for line in (ROOT / "README.md").read_text().splitlines() if line.startswith(("| `--", "| `DIR`"))
     ]
     patterns = [pattern for cell in table for pattern in re.findall(r"`--([^`]+)`", cell)]
-    lacking = [name for name in MAPPED if not any(fnmatch(name, pattern) for pattern in patterns)]
-    assert not lacking
-    assert all(any(fnmatch(name, pattern) for name in (*MAPPED, *WITHOUT)) for pattern in patterns)
+    names = [name.replace("_", "-") for name in OPTIONS if name not in ALIASES]
+    missing = [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)]
+    assert not missing
+    names += [name.replace("_", "-") for name in WITHOUT]
+    assert all(any(fnmatch(name, pattern) for name in names) for pattern in patterns)

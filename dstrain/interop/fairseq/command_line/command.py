@@ -1,7 +1,4 @@
-"""A `fairseq-train` command line as the values of its options, and what is to be said about them.
-
-Nothing is dropped: an option that no part of the conversion asks for is reported when the recipe is written.
-"""
+"""A `fairseq-train` command line as the values of its options, and the words that are none of them."""
 
 from __future__ import annotations
 
@@ -11,112 +8,40 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, TypeVar
+from typing import Any
 
 from dstrain.errors import ImportFormatError
-from dstrain.interop.fairseq.command_line.flags import ALIASES, MAPPED, MAY_BE_BARE, SWITCHES, WITHOUT
-from dstrain.interop.fairseq.command_line.remarks import DIFFERS, LACKING, READ
+from dstrain.interop.fairseq.command_line.flags import ALIASES, MAY_BE_BARE, SWITCHES, WITHOUT
+from dstrain.interop.fairseq.options import OPTIONS, Kind, dashed
 
 PROGRAMS = {"fairseq-train", "train.py"}
-T = TypeVar("T")
-
 OPTION = re.compile(r"--?[A-Za-z]")
 
 
-@dataclass
-class Notes:
-    """What the reader of the recipe must know, in the order of finding.
+@dataclass(frozen=True)
+class Command:
+    """The options of a command line.
 
-    read: how options were read. differs: what fairseq did otherwise than the option says, and what dstrain does. lacking: options
-    without a counterpart. unknown: words that are no option of fairseq's that dstrain knows.
+    values: by option, of its kind, True for a bare one. words: the values as written. data: the directories. before: the words in
+    front of the program's name.
     """
 
-    read: list[str] = field(default_factory=list)
-    differs: list[str] = field(default_factory=list)
-    lacking: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-
-    def ignored(self, option: str, given: Mapping[str, Any], known: set[str]) -> None:
-        """Name the keys of a JSON value that fairseq did not read."""
-        self.unknown += [f"--{option}: key {key!r}" for key in given if key not in known]
-
-    def reads(self, option: str, remark: str, **values: object) -> None:
-        """Say how an option was read. remark: a key of remarks.READ."""
-        self.read.append(f"{option}: {READ[remark].format(**values)}")
-
-    def differ(self, option: str, remark: str, **values: object) -> None:
-        """Say what fairseq did otherwise. remark: a key of remarks.DIFFERS."""
-        self.differs.append(f"{option}: {DIFFERS[remark].format(**values)}")
-
-    def lack(self, option: str, remark: str, **values: object) -> None:
-        """Say what a recipe cannot. remark: a key of remarks.LACKING."""
-        self.lacking.append(f"{option}: {LACKING[remark].format(**values)}")
-
-
-class Command:
-    """The options of a command line. data: its directories. before: what stood in front of the program's name."""
-
-    def __init__(self, given: dict[str, str | None], data: tuple[str, ...], unknown: list[str], before: list[str]) -> None:
-        self.data = data
-        self.unknown = unknown
-        self.before = before
-        self._given = given
-        self._asked: set[str] = set()
-
-    def has(self, name: str) -> bool:
-        """Whether the option is there."""
-        self._asked.add(name)
-        return name in self._given
-
-    def text(self, name: str) -> str | None:
-        """Its value; None where it is not there or bare."""
-        self._asked.add(name)
-        return self._given.get(name)
-
-    def shown(self, name: str) -> str:
-        """The option as a user writes it."""
-        value = self._given.get(name)
-        return f"--{name}" if value is None else f"--{name} {value}"
-
-    def integer(self, name: str) -> int | None:
-        """A whole number. ImportFormatError where it is none."""
-        return self._converted(name, int, "a whole number")
-
-    def number(self, name: str) -> float | None:
-        """A number. ImportFormatError where it is none."""
-        return self._converted(name, float, "a number")
-
-    def numbers(self, name: str) -> list[float] | None:
-        """A list of numbers: `0.1,0.05`, `(0.9, 0.98)` or `[4, 2]`."""
-        return self._converted(name, _numbers, "a list of numbers")
-
-    def json(self, name: str) -> dict[str, Any] | None:
-        """A JSON object. ImportFormatError where it is none."""
-        return self._converted(name, _json_object, "a JSON object in one pair of quotes")
-
-    def rest(self) -> Iterator[str]:
-        """Options that nothing has asked for."""
-        return (name for name in self._given if name not in self._asked)
-
-    def _converted(self, name: str, convert: Callable[[str], T], what: str) -> T | None:
-        value = self.text(name)
-        if value is None:
-            return None
-        try:
-            return convert(value)
-        except (ValueError, SyntaxError, TypeError) as error:
-            raise ImportFormatError(f"--{name} {value}: not {what} ({error}); mend the command line") from error
+    values: Mapping[str, Any]
+    words: Mapping[str, str]
+    data: tuple[str, ...]
+    unknown: list[str]
+    before: list[str]
 
 
 def parse_command(line: str) -> Command:
-    """Split a command line as a shell does; the program's name, and what stands before it, may be left out.
+    """Split a command line as a shell does; the program's name and the words before it may be left out.
 
-    Raises ImportFormatError where a quote is open, an option lacks its value, or there is no data directory.
+    Raises ImportFormatError if a quote is open, an option has no value or one of another kind, or there is no data directory.
     """
     words, before = _words(line)
-    given: dict[str, str | None] = {}
+    given: dict[str, str] = {}  # an option without a value has an empty one
     data: list[str] = []
     unknown: list[str] = []
     while words:
@@ -125,15 +50,15 @@ def parse_command(line: str) -> Command:
             data.append(word)
             continue
         name, has_value, value = word.lstrip("-").partition("=")
-        name = ALIASES.get(name.replace("_", "-"), name.replace("_", "-"))
-        if name not in MAPPED and name not in WITHOUT:
+        name = ALIASES.get(name.replace("-", "_"), name.replace("-", "_"))
+        if name not in OPTIONS and name not in WITHOUT:
             unknown.append(" ".join([word, *_values(words)]) + _hint(name))
         elif name in SWITCHES:
-            given[name] = None
+            given[name] = ""
         elif has_value:
             given[name] = value
         elif name in MAY_BE_BARE:
-            given[name] = words.pop(0) if words and not OPTION.match(words[0]) else None
+            given[name] = words.pop(0) if words and not OPTION.match(words[0]) else ""
         elif words:
             given[name] = words.pop(0)
         else:
@@ -141,7 +66,21 @@ def parse_command(line: str) -> Command:
     if len(data) != 1:
         found = ", ".join(data) or "none"
         raise ImportFormatError(f"the command line names one data directory (several joined by ':'), found {found}; mend it")
-    return Command(given, tuple(data[0].split(":")), unknown, before)
+    values = {name: _value(name, word) for name, word in given.items()}
+    return Command(values, given, tuple(data[0].split(":")), unknown, before)
+
+
+def _value(name: str, word: str) -> Any:
+    """The value of an option, of its kind. ImportFormatError if the word is none such."""
+    if name in SWITCHES or (name in MAY_BE_BARE and not word):
+        return True
+    if name not in OPTIONS:
+        return word
+    convert, kind = _KINDS[OPTIONS[name].kind]
+    try:
+        return convert(word)
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ImportFormatError(f"{dashed(name)} {word}: not {kind} ({error}); mend the command line") from error
 
 
 def _words(line: str) -> tuple[list[str], list[str]]:
@@ -158,8 +97,8 @@ def _words(line: str) -> tuple[list[str], list[str]]:
 
 
 def _hint(name: str) -> str:
-    close = difflib.get_close_matches(name, [*MAPPED, *WITHOUT], n=1, cutoff=0.8)
-    return f" (did you mean --{close[0]}?)" if close else ""
+    close = difflib.get_close_matches(name, [*OPTIONS, *WITHOUT], n=1, cutoff=0.8)
+    return f" (did you mean {dashed(close[0])}?)" if close else ""
 
 
 def _values(words: list[str]) -> Iterator[str]:
@@ -178,3 +117,12 @@ def _json_object(text: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise TypeError(f"it is a {type(content).__name__}")
     return content
+
+
+_KINDS: Mapping[Kind, tuple[Callable[[str], Any], str]] = {
+    int: (int, "a whole number"),
+    float: (float, "a number"),
+    str: (str, "a word"),
+    list: (_numbers, "a list of numbers"),
+    dict: (_json_object, "a JSON object in one pair of quotes"),
+}

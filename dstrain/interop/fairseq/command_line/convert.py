@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -13,11 +13,9 @@ import yaml
 from dstrain.data.config import DataConfig
 from dstrain.data.sources.fairseq_directory import fairseq_data, fairseq_data_by_name, fairseq_text_by_name
 from dstrain.errors import ImportFormatError
-from dstrain.interop.fairseq.command_line.adapter import adapter_section
-from dstrain.interop.fairseq.command_line.architectures import Settings
-from dstrain.interop.fairseq.command_line.command import Command, Notes, parse_command
+from dstrain.interop.fairseq.command_line.command import Command, parse_command
 from dstrain.interop.fairseq.command_line.flags import WITHOUT
-from dstrain.interop.fairseq.command_line.model import model_section
+from dstrain.interop.fairseq.command_line.notes import Notes
 from dstrain.interop.fairseq.command_line.objective import objective_section
 from dstrain.interop.fairseq.command_line.optimization import (
     batching_section,
@@ -28,10 +26,11 @@ from dstrain.interop.fairseq.command_line.optimization import (
 from dstrain.interop.fairseq.command_line.running import (
     checkpoint_section,
     reporting_section,
-    run_name,
     training_section,
     validation_section,
 )
+from dstrain.interop.fairseq.model import adapter_section, model_section
+from dstrain.interop.fairseq.options import ARCHITECTURE_REMARKS, PRESETS_OF, Settings, architecture
 from dstrain.recipe import RECIPE_VERSION
 from dstrain.recipe_file import check_recipe
 
@@ -51,74 +50,82 @@ WIDTH = 126
 def recipe_from_command(line: str) -> str:
     """The recipe as text that `load_recipe` accepts, with notes as comments at the top.
 
-    Raises ImportFormatError where the command line is malformed or asks for what fairseq itself cannot do, RecipeError where its
-    values make no recipe.
+    Raises ImportFormatError if the command line is malformed or fails in fairseq itself, RecipeError if its values make none.
     """
     command, notes = parse_command(line), Notes()
-    tree = _tree(command, notes)
-    _note_the_rest(command, notes)
+    arch, values = architecture(command.values.get("arch"))
+    settings = Settings(command.values, arch.startswith("transformer_lm"), values, command.words)
+    settings.has("arch")  # counts as read
+    tree = _tree(arch, command, settings, notes)
+    _note_the_rest(command, settings, notes)
     check_recipe(tree, "the recipe of this command line")
     header = "".join(f"# {text}\n" if text else "#\n" for text in _comments(notes))
     return header + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
 
 
-def _tree(command: Command, notes: Notes) -> Tree:
-    settings = Settings(command)
-    optimizer = optimizer_section(command, notes)
-    schedule = schedule_section(command, notes, optimizer["learning_rate"])
-    model, adapter = model_section(settings, notes), adapter_section(command, notes)
+def _tree(arch: str, command: Command, settings: Settings, notes: Notes) -> Tree:
+    optimizer = optimizer_section(settings, notes)
+    schedule = schedule_section(settings, notes, optimizer["learning_rate"])
+    if arch in ARCHITECTURE_REMARKS:
+        notes.differs.append(f"--arch {arch}: {ARCHITECTURE_REMARKS[arch]}")
+    if arch in PRESETS_OF:
+        notes.reads(f"--arch {arch}", "preset", name=PRESETS_OF[arch])
+    for name in ("attn_implementation", "use_native_attention"):
+        if settings.has(name):
+            notes.reads(settings.shown(name), "attn-implementation")
+    model, adapter = model_section(settings, notes), adapter_section(settings, notes)
+    run_name = ":".join(PurePath(directory).name or directory for directory in command.data)
     return {
         "version": RECIPE_VERSION,
-        "description": f"From a fairseq-train command line: {settings.arch} on {run_name(command)}.",
-        "data": _data(settings, model, notes),
-        "batching": batching_section(command, notes),
+        "description": f"From a fairseq-train command line: {arch} on {run_name}.",
+        "data": _data(command, settings, model, notes),
+        "batching": batching_section(settings, notes),
         "model": model,
         **({} if adapter is None else {"adapter": adapter}),
-        "objective": objective_section(command, notes),
+        "objective": objective_section(settings, notes),
         "optimizer": optimizer,
         "schedule": schedule,
-        "engine": engine_section(command, notes),
-        "training": training_section(command, schedule, notes),
-        "validation": validation_section(command, notes),
-        "checkpoint": checkpoint_section(command, notes),
-        "reporting": reporting_section(command, notes),
+        "engine": engine_section(settings, notes),
+        "training": training_section(settings, schedule, notes),
+        "validation": validation_section(settings, notes),
+        "checkpoint": checkpoint_section(settings, notes),
+        "reporting": reporting_section(settings, notes),
     }
 
 
-def _data(settings: Settings, model: Tree, notes: Notes) -> Tree:
-    """What `dstrain import fairseq-data` makes of the same directories, filtered by the limits of model and batch."""
-    command = settings.command
-    task = command.text("task") or ("language_modeling" if settings.decoder_only else "translation")
-    if command.text("valid-subset") not in {None, "valid"}:
-        notes.lack(command.shown("valid-subset"), "valid-subset")
+def _data(command: Command, settings: Settings, model: Tree, notes: Notes) -> Tree:
+    """The data section of `dstrain import fairseq-data` for the same directories, filtered by the limits of model and batch."""
+    task = settings["task"] or ("language_modeling" if settings.decoder_only else "translation")
+    if settings["valid_subset"] != "valid":
+        notes.lack(settings.shown("valid_subset"), "valid-subset")
     if settings.decoder_only:
         notes.lack(f"--task {task}", "lines")
-        data = _text(command, notes)
+        data = _text(command, settings, notes)
     elif task not in PAIR_TASKS:
         notes.lack(f"--task {task}", "task")
-        return {"train": [PLACEHOLDER], "valid": [dict(PLACEHOLDER)], "filter": _filter(model, command, notes)}
+        return {"train": [PLACEHOLDER], "valid": [dict(PLACEHOLDER)], "filter": _filter(model, settings, notes)}
     else:
-        data = _pairs(command, notes)
+        data = _pairs(command, settings, notes)
     tree = data.model_dump(mode="json")
     tree["tokenizer"] = {name: value for name, value in tree["tokenizer"].items() if value}
-    tree["filter"] = _filter(model, command, notes)
+    tree["filter"] = _filter(model, settings, notes)
     return {name: tree[name] for name in ("train", "valid", "test", "tokenizer", "filter") if tree[name]}
 
 
-def _filter(model: Tree, command: Command, notes: Notes) -> dict[str, int]:
+def _filter(model: Tree, settings: Settings, notes: Notes) -> dict[str, int]:
     """fairseq's limits of a training example, by side."""
-    most = command.integer("max-tokens") or math.inf
+    most = settings["max_tokens"] or math.inf
     limits = {name: model[name] for name in ("max_source_length", "max_target_length") if name in model}
     if any(most < limit for limit in limits.values()):
-        notes.reads(command.shown("max-tokens"), "filter")
+        notes.reads(settings.shown("max_tokens"), "filter")
     return {name: int(min(limit, most)) for name, limit in limits.items()}
 
 
-def _pairs(command: Command, notes: Notes) -> DataConfig:
-    source, target = command.text("source-lang"), command.text("target-lang")
-    directories, model = _places(command, notes), _sentencepiece(command, notes)
+def _pairs(command: Command, settings: Settings, notes: Notes) -> DataConfig:
+    source, target = settings["source_lang"], settings["target_lang"]
+    directories, model = _directories(command, notes), _sentencepiece(settings, notes)
     models = None if model is None else (model, model)
-    tags = (command.text("language-tags") or "").split(",") if models and command.has("language-tags") else []
+    tags = (settings["language_tags"] or "").split(",") if models and settings.has("language_tags") else []
     if all(directory.is_dir() for directory in directories):
         return fairseq_data(directories, source=source, target=target, models=models, tags=tags)
     if source is None or target is None:
@@ -129,31 +136,31 @@ def _pairs(command: Command, notes: Notes) -> DataConfig:
     return fairseq_data_by_name(directories, source=source, target=target, models=models, tags=tags)
 
 
-def _text(command: Command, notes: Notes) -> DataConfig:
-    directories, model = _places(command, notes), _sentencepiece(command, notes)
+def _text(command: Command, settings: Settings, notes: Notes) -> DataConfig:
+    directories, model = _directories(command, notes), _sentencepiece(settings, notes)
     if all(directory.is_dir() for directory in directories):
         return fairseq_data(directories, models=None if model is None else (model, model))
     notes.reads(":".join(command.data), "elsewhere")
     return fairseq_text_by_name(directories, model=model)
 
 
-def _places(command: Command, notes: Notes) -> list[Path]:
+def _directories(command: Command, notes: Notes) -> list[Path]:
     if len(command.data) > 1:
         notes.differ(":".join(command.data), "directories")
     return [Path(directory) for directory in command.data]
 
 
-def _sentencepiece(command: Command, notes: Notes) -> str | None:
-    if command.text("bpe") not in {None, "sentencepiece"}:
-        notes.lack(command.shown("bpe"), "bpe")
-    return command.text("sentencepiece-model") if command.text("bpe") == "sentencepiece" else None
+def _sentencepiece(settings: Settings, notes: Notes) -> str | None:
+    if settings["bpe"] not in {None, "sentencepiece"}:
+        notes.lack(settings.shown("bpe"), "bpe")
+    return settings["sentencepiece_model"] if settings["bpe"] == "sentencepiece" else None
 
 
-def _note_the_rest(command: Command, notes: Notes) -> None:
-    """Every option that no section has asked for, with the reason."""
-    for name in command.rest():
+def _note_the_rest(command: Command, settings: Settings, notes: Notes) -> None:
+    """Every option that no section has read, with the reason."""
+    for name in settings.unread():
         reason = WITHOUT.get(name, "no effect together with the other options")
-        notes.lacking.append(f"{command.shown(name)}: {reason}")
+        notes.lacking.append(f"{settings.shown(name)}: {reason}")
     notes.unknown += command.unknown
     if command.before:
         notes.reads(" ".join(command.before), "before")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dstrain.errors import ImportFormatError
-from dstrain.interop.fairseq.command_line.command import Command, Notes
+from dstrain.interop.fairseq.command_line.notes import Notes
+from dstrain.interop.fairseq.options import Settings
 
 Tree = dict[str, Any]
 
@@ -20,65 +21,65 @@ SELECTIONS = {
 LATE_KEYS = ("strategy", "loss_type", "beta")
 
 
-def objective_section(command: Command, notes: Notes) -> Tree:
-    """What is minimized."""
-    criterion = command.text("criterion") or "cross_entropy"
-    smoothing = command.number("label-smoothing") or 0.0
+def objective_section(settings: Settings, notes: Notes) -> Tree:
+    """The loss."""
+    criterion = settings["criterion"]
+    smoothing = settings["label_smoothing"]
     match criterion:
         case "label_smoothed_cross_entropy_with_kd":
-            return _distillation(command, smoothing, notes)
+            return _distillation(settings, smoothing, notes)
         case "lm_distillation_loss":
-            return _late_distillation(command, notes)
+            return _late_distillation(settings, notes)
         case "label_smoothed_cross_entropy_with_rdrop":
-            return {**_cross_entropy(smoothing, command, notes), **_r_drop(command, notes)}
+            return {**_cross_entropy(smoothing, settings, notes), **_r_drop(settings, notes)}
         case "cross_entropy":
             if smoothing:
-                notes.differ(command.shown("label-smoothing"), "label-smoothing")
-            return _cross_entropy(0.0, command, notes)
+                notes.differ(settings.shown("label_smoothing"), "label-smoothing")
+            return _cross_entropy(0.0, settings, notes)
         case "label_smoothed_cross_entropy":
-            return _cross_entropy(smoothing, command, notes)
+            return _cross_entropy(smoothing, settings, notes)
         case _:
             notes.lack(f"--criterion {criterion}", "criterion")
-            return _cross_entropy(smoothing, command, notes)
+            return _cross_entropy(smoothing, settings, notes)
 
 
-def _cross_entropy(smoothing: float, command: Command, notes: Notes) -> Tree:
+def _cross_entropy(smoothing: float, settings: Settings, notes: Notes) -> Tree:
     section: Tree = {"kind": "cross_entropy", "label_smoothing": smoothing}
-    if command.has("length-normalize-loss"):
+    if settings.has("length_normalize_loss"):
         section["average"] = "sentences"
         notes.differ("--length-normalize-loss", "length-normalize-loss")
-    if command.has("sentence-avg"):
+    if settings.has("sentence_avg"):
         notes.lack("--sentence-avg", "sentence-avg")
     return section
 
 
-def _r_drop(command: Command, notes: Notes) -> Tree:
-    alpha = command.number("rdrop-alpha") or 0.0
+def _r_drop(settings: Settings, notes: Notes) -> Tree:
+    alpha = settings["rdrop_alpha"]
     if alpha == 0:
         notes.differ("--rdrop-alpha 0 (default)", "rdrop-alpha")
         return {}
-    notes.reads(command.shown("rdrop-alpha"), "rdrop-alpha")
+    notes.reads(settings.shown("rdrop_alpha"), "rdrop-alpha")
     return {"r_drop": {"alpha": alpha}}
 
 
-def _distillation(command: Command, smoothing: float, notes: Notes) -> Tree:
-    given = command.json("kd-args") or {}
-    notes.ignored("kd-args", given, {"strategy", "rate", "queue_size"})
+def _distillation(settings: Settings, smoothing: float, notes: Notes) -> Tree:
+    given = settings["kd_args"] or {}
+    notes.ignored("kd_args", given, {"strategy", "rate", "queue_size"})
     strategy = given.get("strategy", "word_level")
     if strategy not in SELECTIONS:
         raise ImportFormatError(f"--kd-args: strategy {strategy!r} is none of {', '.join(SELECTIONS)}; mend the JSON")
-    _note_teacher(command, notes)
+    _note_teacher(settings, notes)
     section: Tree = {"kind": "distillation", "label_smoothing": smoothing, "selection": {"kind": SELECTIONS[strategy]}}
     if strategy == "word_level":
         section |= {"label_smoothing": 0.0, "hard_weight": 0.0}
         if smoothing:
-            notes.differ(command.shown("label-smoothing"), "label-smoothing")
+            notes.differ(settings.shown("label_smoothing"), "label-smoothing")
     elif strategy != "word_seq_level":
-        section["selection"] |= _selected(given, strategy, command, notes)
+        section["selection"] |= _selected(given, strategy, settings, notes)
     return section
 
 
-def _selected(given: Mapping[str, Any], strategy: str, command: Command, notes: Notes) -> Tree:
+def _selected(given: Mapping[str, Any], strategy: str, settings: Settings, notes: Notes) -> Tree:
     rate = float(given.get("rate", 0.0))
     if not 0 < rate <= 1:
         raise ImportFormatError(f"--kd-args: rate = {rate:g} (0 by default) crashed {strategy}; give a share above 0, at most 1")
@@ -89,18 +90,18 @@ def _selected(given: Mapping[str, Any], strategy: str, command: Command, notes: 
     section: Tree = {"rate": rate, "queue_size": int(given.get("queue_size", 10000))}
     if strategy == "global_language_wise":
         notes.differ(f"--kd-args: {strategy}", "kd-language")
-        tags = command.text("language-tags")
+        tags = settings["language_tags"]
         if not tags:
             raise ImportFormatError(f"--kd-args: {strategy} needs --language-tags, the first symbols of source sentences")
         section["tags"] = tags.split(",")
     return section
 
 
-def _late_distillation(command: Command, notes: Notes) -> Tree:
-    given = command.json("kd-args") or {}
-    notes.ignored("kd-args", given, {"lambda", *LATE_KEYS})
+def _late_distillation(settings: Settings, notes: Notes) -> Tree:
+    given = settings["kd_args"] or {}
+    notes.ignored("kd_args", given, {"lambda", *LATE_KEYS})
     share = float(given.get("lambda", 1.0))
-    _note_teacher(command, notes)
+    _note_teacher(settings, notes)
     for key in LATE_KEYS:
         if key in given:
             notes.differ("--kd-args", "kd-late", key=key)
@@ -110,6 +111,6 @@ def _late_distillation(command: Command, notes: Notes) -> Tree:
     return {"kind": "distillation", **weights, "selection": {"kind": "word" if share == 1 else "word_and_sequence"}}
 
 
-def _note_teacher(command: Command, notes: Notes) -> None:
-    if command.has("teacher-checkpoint-path"):
-        notes.reads(command.shown("teacher-checkpoint-path"), "teacher-checkpoint-path")
+def _note_teacher(settings: Settings, notes: Notes) -> None:
+    if settings.has("teacher_checkpoint_path"):
+        notes.reads(settings.shown("teacher_checkpoint_path"), "teacher-checkpoint-path")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import PurePath
 from typing import Any
 
 from dstrain.errors import ImportFormatError
-from dstrain.interop.fairseq.command_line.command import Command, Notes
+from dstrain.interop.fairseq.command_line.notes import Notes
+from dstrain.interop.fairseq.options import Settings
 
 Tree = dict[str, Any]
 
@@ -26,14 +26,13 @@ GENERATION = {
     "diverse_beam_groups": "groups",
     "diverse_beam_strength": "diversity",
 }
-"""Keys of --eval-bleu-args by name of our own."""
+"""Keys of --eval-bleu-args -> keys of `generation`."""
 
 
-def training_section(command: Command, schedule: Mapping[str, Any], notes: Notes) -> Tree:
+def training_section(settings: Settings, schedule: Mapping[str, Any], notes: Notes) -> Tree:
     """When training ends, from which seed it starts, and the moving average."""
-    seed = command.integer("seed")
-    section: Tree = {"seed": 1 if seed is None else seed}
-    steps, epochs, hours = command.integer("max-update"), command.integer("max-epoch"), command.number("stop-time-hours")
+    section: Tree = {"seed": settings["seed"]}
+    steps, epochs, hours = settings["max_update"], settings["max_epoch"], settings["stop_time_hours"]
     total = schedule.get("total_steps")
     if steps and total and steps > total:
         notes.differ(f"--max-update {steps}", "max-update", total=total)
@@ -42,75 +41,72 @@ def training_section(command: Command, schedule: Mapping[str, Any], notes: Notes
     if not (steps or epochs or hours):
         section["max_epochs"] = ENDLESS_EPOCHS
         notes.reads("no --max-update, --max-epoch or --stop-time-hours", "endless", epochs=ENDLESS_EPOCHS)
-    if command.has("store-ema"):
-        decay = command.number("ema-decay")
-        section["ema"] = {"decay": 0.9999 if decay is None else decay, "start_step": command.integer("ema-start-update") or 0}
+    if settings["store_ema"]:
+        section["ema"] = {"decay": settings["ema_decay"], "start_step": settings["ema_start_update"]}
     return section
 
 
-def validation_section(command: Command, notes: Notes) -> Tree:
+def validation_section(settings: Settings, notes: Notes) -> Tree:
     """When and on what metric."""
-    unit, every = _interval(command, "validate-interval", notes)
-    if unit == "epochs" and (command.integer("save-interval-updates") or 0) > 0:
-        unit, every = "steps", command.integer("save-interval-updates") or 0
-        notes.reads(command.shown("save-interval-updates"), "save-interval-updates")
-        if command.has("validate-interval"):
-            notes.lack(command.shown("validate-interval"), "interval")
-    generation = _generation(command, notes) if command.has("eval-bleu") else None
-    patience = command.integer("patience") or 0
+    unit, every = _interval(settings, "validate_interval", notes)
+    if unit == "epochs" and settings["save_interval_updates"] > 0:
+        unit, every = "steps", settings["save_interval_updates"]
+        notes.reads(settings.shown("save_interval_updates"), "save-interval-updates")
+        if settings.has("validate_interval"):
+            notes.lack(settings.shown("validate_interval"), "interval")
+    generation = _generation(settings, notes) if settings["eval_bleu"] else None
     return {
         "unit": unit,
         "every": every,
-        "metric": _metric(command, generation is not None, notes),
+        "metric": _metric(settings, generation is not None, notes),
         "generation": generation,
-        "patience": patience if patience > 0 else None,
-        "run_sanity_validation": command.has("run-sanity-validation-steps"),
+        "patience": settings["patience"] if settings["patience"] > 0 else None,
+        "run_sanity_validation": settings["run_sanity_validation_steps"],
     }
 
 
-def checkpoint_section(command: Command, notes: Notes) -> Tree:
+def checkpoint_section(settings: Settings, notes: Notes) -> Tree:
     """How often, and how many stay. fairseq's files both resume and translate; dstrain keeps checkpoints and bundles apart."""
-    unit, every = _interval(command, "save-interval", notes)
-    kept = command.integer("keep-interval-updates" if unit == "steps" else "keep-last-epochs") or -1
+    unit, every = _interval(settings, "save_interval", notes)
+    kept = settings["keep_interval_updates" if unit == "steps" else "keep_last_epochs"] or -1
     bundles = kept if kept > 0 else KEPT_BUNDLES
-    if command.has("no-epoch-checkpoints"):
+    if settings["no_epoch_checkpoints"]:
         bundles = 1
     elif kept < 0:
         notes.reads("no --keep-interval-updates or --keep-last-epochs", "keep", bundles=bundles)
-    best = command.integer("keep-best-checkpoints") or 0
-    if best > 1:
-        notes.lack(command.shown("keep-best-checkpoints"), "keep-best-checkpoints")
-    other = "keep-last-epochs" if unit == "steps" else "keep-interval-updates"
-    if (command.integer(other) or 0) > 0:
-        notes.lack(command.shown(other), "keep-other", every=every, unit=unit)
+    if settings["keep_best_checkpoints"] > 1:
+        notes.lack(settings.shown("keep_best_checkpoints"), "keep-best-checkpoints")
+    other = "keep_last_epochs" if unit == "steps" else "keep_interval_updates"
+    if settings[other] > 0:
+        notes.lack(settings.shown(other), "keep-other", every=every, unit=unit)
     return {"unit": unit, "every": every, "keep_checkpoints": 2, "keep_bundles": bundles}
 
 
-def reporting_section(command: Command, notes: Notes) -> Tree:
+def reporting_section(settings: Settings, notes: Notes) -> Tree:
     """Events, TensorBoard, Weights & Biases."""
-    section: Tree = {"log_every": command.integer("log-interval") or 100}
-    if command.has("tensorboard-logdir"):
+    section: Tree = {"log_every": settings["log_interval"]}
+    if settings.has("tensorboard_logdir"):
         section["tensorboard"] = True
-        notes.reads(command.shown("tensorboard-logdir"), "tensorboard-logdir")
-    project, name = command.text("wandb-project"), command.text("wandb-run-name")
+        notes.reads(settings.shown("tensorboard_logdir"), "tensorboard-logdir")
+    project, name = settings["wandb_project"], settings["wandb_run_name"]
     if project is not None:
         section["wandb"] = {"project": project, **({"name": name} if name else {})}
     return section
 
 
-def _interval(command: Command, name: str, notes: Notes) -> tuple[str, int]:
-    """`--NAME-updates` where it is on, else `--NAME` in epochs."""
-    steps, epochs = command.integer(f"{name}-updates") or 0, command.integer(name)
+def _interval(settings: Settings, name: str, notes: Notes) -> tuple[str, int]:
+    """`--NAME-updates` if it is on, else `--NAME` in epochs."""
+    steps, given = settings[f"{name}_updates"], settings.has(name)
     if steps <= 0:
-        return "epochs", 1 if epochs is None else max(1, epochs)
-    if epochs is not None:
-        notes.lack(command.shown(name), "interval")
+        return "epochs", max(1, settings[name])
+    if given:
+        notes.lack(settings.shown(name), "interval")
     return "steps", steps
 
 
-def _metric(command: Command, generates: bool, notes: Notes) -> str:
-    name = command.text("best-checkpoint-metric") or "loss"
-    highest = command.has("maximize-best-checkpoint-metric")
+def _metric(settings: Settings, generates: bool, notes: Notes) -> str:
+    name: str = settings["best_checkpoint_metric"]
+    highest = settings["maximize_best_checkpoint_metric"]
     if name not in METRICS:
         notes.lack(f"--best-checkpoint-metric {name}", "best-checkpoint-metric")
         return "loss"
@@ -122,8 +118,8 @@ def _metric(command: Command, generates: bool, notes: Notes) -> str:
     return name
 
 
-def _generation(command: Command, notes: Notes) -> Tree:
-    given = command.json("eval-bleu-args") or {}
+def _generation(settings: Settings, notes: Notes) -> Tree:
+    given = settings["eval_bleu_args"] or {}
     section: Tree = {"kind": "beam", "beam_size": 5, "max_length_ratio": 0.0, "max_length_offset": 200}
     for key, value in given.items():
         if key in GENERATION:
@@ -135,24 +131,19 @@ def _generation(command: Command, notes: Notes) -> Tree:
     if section.get("groups", 1) < 1:
         section["groups"] = 1
     notes.differ("--eval-bleu", "eval-bleu")
-    detokenizer = command.text("eval-bleu-detok")
+    detokenizer = settings["eval_bleu_detok"]
     if detokenizer not in {None, "space"}:
-        notes.lack(command.shown("eval-bleu-detok"), "eval-bleu-detok")
-    if command.has("eval-bleu-remove-bpe"):
-        _note_pieces(command, notes)
-    if command.has("eval-tokenized-bleu"):
+        notes.lack(settings.shown("eval_bleu_detok"), "eval-bleu-detok")
+    if settings.has("eval_bleu_remove_bpe"):
+        _note_pieces(settings, notes)
+    if settings["eval_tokenized_bleu"]:
         notes.lack("--eval-tokenized-bleu", "eval-tokenized-bleu")
     return section
 
 
-def _note_pieces(command: Command, notes: Notes) -> None:
-    symbol = command.text("eval-bleu-remove-bpe")
+def _note_pieces(settings: Settings, notes: Notes) -> None:
+    symbol = settings["eval_bleu_remove_bpe"]
     if symbol == "sentencepiece":
-        notes.reads(command.shown("eval-bleu-remove-bpe"), "sentencepiece")
+        notes.reads(settings.shown("eval_bleu_remove_bpe"), "sentencepiece")
     else:
-        notes.lack(command.shown("eval-bleu-remove-bpe"), "eval-bleu-remove-bpe")
-
-
-def run_name(command: Command) -> str:
-    """The directories of the data, for the description."""
-    return ":".join(PurePath(directory).name or directory for directory in command.data)
+        notes.lack(settings.shown("eval_bleu_remove_bpe"), "eval-bleu-remove-bpe")

@@ -1,0 +1,93 @@
+"""The key table: names of fairseq's weights and modules, those of its fork included -> canonical names.
+
+Torch-free, as the names of adapted modules stand in command lines, too.
+"""
+
+from __future__ import annotations
+
+import re
+
+LAYER_MODULES = {
+    "self_attn": "self_attention",
+    "self_attn_layer_norm": "self_attention_norm",
+    "encoder_attn": "cross_attention",
+    "encoder_attn_layer_norm": "cross_attention_norm",
+    "fc1": "feed_forward.up_proj",
+    "fc2": "feed_forward.down_proj",
+    "glu": "feed_forward",
+    "final_layer_norm": "feed_forward_norm",
+}
+"""Modules of a layer."""
+_EMBEDDING_MODULES = {
+    "embed_tokens": "tokens",
+    "embed_tokens.emb": "tokens.table",
+    "embed_tokens.m": "tokens.table",
+    "embed_tokens.up": "tokens.up_proj",
+    "project_in_dim": "tokens.up_proj",
+    "embed_positions": "positions",
+    "layernorm_embedding": "norm",
+}
+STACK_MODULES = {
+    **{f"encoder.{theirs}": f"source_embedding.{ours}" for theirs, ours in _EMBEDDING_MODULES.items()},
+    **{f"decoder.{theirs}": f"target_embedding.{ours}" for theirs, ours in _EMBEDDING_MODULES.items()},
+    "encoder.layer_norm": "encoder.final_norm",
+    "decoder.layer_norm": "decoder.final_norm",
+    "decoder.project_out_dim": "projection.output_proj",
+    "decoder.output_projection": "projection",
+}
+"""Modules outside the layers."""
+FUSED = {
+    "in_proj": ("q_proj", "k_proj", "v_proj"),
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "kv_proj": ("k_proj", "v_proj"),
+    "up_gate_proj": ("up_proj", "gate_proj"),
+}
+"""One matrix of several canonical ones, in row order. With grouped heads the blocks differ in size."""
+OLD_NORMS = {
+    "encoder": ("self_attn_layer_norm", "final_layer_norm"),
+    "decoder": ("self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"),
+}
+"""Names of `layer_norms.0`, `layer_norms.1`, ..."""
+TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
+"""Matrices that may be tied."""
+_TARGETS = {
+    "fc1": ("*.feed_forward.up_proj",),
+    "fc2": ("down_proj",),
+    "self_attn": ("*.self_attention.*",),
+    "encoder_attn": ("*.cross_attention.*",),
+    "embed_tokens": ("tokens",),
+    "emb": ("table",),
+    "m": ("table",),
+    "up": ("*.tokens.up_proj",),
+    "project_in_dim": ("*.tokens.up_proj",),
+    "project_out_dim": ("output_proj",),
+    "output_projection": ("projection",),
+    **FUSED,
+    "up_gate_proj": ("*.feed_forward.up_proj", "gate_proj"),
+}
+
+
+def canonical_name(name: str) -> str:
+    """`decoder.layers.3.encoder_attn.k_proj.weight` -> `decoder.layers.3.cross_attention.k_proj.weight`; others as they are."""
+    layer = re.fullmatch(r"((?:encoder|decoder)\.layers\.\d+)\.(\w+)\.(.+)", name)
+    if layer and layer[2] in LAYER_MODULES:
+        return f"{layer[1]}.{LAYER_MODULES[layer[2]]}.{layer[3]}"
+    module, _, kind = name.rpartition(".")
+    return f"{STACK_MODULES.get(module, module)}.{kind}"
+
+
+def current_name(name: str) -> str:
+    """An old name of a weight -> fairseq's name of it today."""
+    if name == "decoder.embed_out":
+        return "decoder.output_projection.weight"
+    norm = re.fullmatch(r"((encoder|decoder)\.layers\.\d+)\.layer_norms\.(\d)\.(weight|bias)", name)
+    if norm:
+        return f"{norm[1]}.{OLD_NORMS[norm[2]][int(norm[3])]}.{norm[4]}"
+    return re.sub(r"\.in_proj_(weight|bias)$", r".in_proj.\1", name)
+
+
+def target_patterns(name: str) -> tuple[str, ...]:
+    """The name of an adapted module, or a part of its path -> our `adapter.targets`."""
+    if "." in name:
+        return (f"*{'.'.join(LAYER_MODULES.get(word, word) for word in name.split('.'))}*",)
+    return _TARGETS.get(name, (name,))
