@@ -22,12 +22,12 @@ from pydantic import ValidationError
 
 from dstrain.checkpoint.bundle import Bundle, load_bundle
 from dstrain.data.batching.collate import Collator
+from dstrain.data.batching.plan import batches_by_length
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.errors import BundleError, DataError, DstrainError, RecipeError
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator, TextHypothesis, fitting, ignore_progress
-from dstrain.generation.padding import batches_by_length
 from dstrain.generation.scoring import score_targets, teacher_forced_logits
 from dstrain.storage.explain import explain
 

@@ -25,7 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, answer, flush, until the input ends."""
-    from dstrain.generation.files import STANDARD_INPUT, decode_line, standard_output
+    from dstrain.data.sources.text import decode_line
+    from dstrain.generation.files import STANDARD_INPUT, standard_output
     from dstrain.generation.formats import Answer
 
     model, config, render = load_translator(args)

@@ -30,11 +30,11 @@ from dstrain.batch import Batch, Sequences
 from dstrain.data.batching.collate import Collator, Ids
 from dstrain.data.batching.loader import Steps
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.batching.plan import PlannedStep, micro_batches
+from dstrain.data.batching.plan import PlannedStep, batches_by_length, micro_batches
 from dstrain.distillation.config import OnPolicyConfig
 from dstrain.generation.config import SamplingConfig
 from dstrain.generation.constraints import SpecialIds
-from dstrain.generation.padding import batches_by_length, pad
+from dstrain.generation.padding import pad
 from dstrain.generation.sampling import sample
 from dstrain.models.config import LengthLimits
 from dstrain.protocols import Generative, Ranks

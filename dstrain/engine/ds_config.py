@@ -5,7 +5,6 @@ Torch-free, so that a login node can check it. See ds_schema.py for what a file 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from dstrain.engine.config import EngineConfig
 from dstrain.engine.ds_schema import BELONGS_ELSEWHERE, DeepSpeedFile
 from dstrain.errors import RecipeError, nearest
+from dstrain.storage.parsing import read_tree
 
 PACKAGE = Path(__file__).parent.parent
 DIRECTORIES = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")
@@ -65,17 +65,10 @@ def _names() -> list[str]:
 
 
 def _read(path: Path) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice = sorted({key for key in keys if keys.count(key) > 1})
-        if twice:
-            raise RecipeError(f"{path}: {twice[0]} stands twice in one section; keep one")
-        return dict(pairs)
-
     try:
-        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RecipeError(f"{path}: not a readable JSON file: {error}") from error
+        return read_tree(path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: not a readable JSON file: {error}; mend the file") from error
 
 
 def _mistakes(content: Any) -> list[str]:

@@ -1,22 +1,21 @@
 """A text file in, a file of answers out: chunk by chunk, in input order, with bounded memory.
 
 Answers go to OUTPUT.partial, which becomes OUTPUT when all are there; after an error or an interruption the finished chunks stay
-in OUTPUT.partial. Input ends a line at "\\n" and nowhere else; "\\r" before it is dropped; ".gz" is decompressed.
+in OUTPUT.partial. Input is read by the rules of `data/sources/text.py`.
 """
 
 from __future__ import annotations
 
-import gzip
 import io
 import sys
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
+from dstrain.data.sources.text import decode_line, open_lines
 from dstrain.errors import DataError
 from dstrain.generation.formats import Answer
 from dstrain.generation.generator import TextHypothesis
@@ -92,7 +91,7 @@ def parallel_chunks(source: str, reference: str | None, prefix: str | None, chun
 def read_chunks(path: str, chunk_lines: int) -> Iterator[list[str]]:
     """The lines of a file, or of standard input for `-`, some at a time, without their ends."""
     name = input_name(path)
-    with open_input(path) as stream:
+    with _open_input(path) as stream:
         first = 1
         while raw := list(islice(stream, chunk_lines)):
             yield [decode_line(line, name, number) for number, line in enumerate(raw, first)]
@@ -104,32 +103,8 @@ def input_name(path: str) -> str:
     return STANDARD_INPUT if path == STANDARD else path
 
 
-def decode_line(line: bytes, name: str, number: int) -> str:
-    """One line without its end. DataError for invalid UTF-8 and NUL, naming file and line."""
-    if b"\0" in line:
-        raise DataError(f"{name}:{number}: a NUL character; remove it from the text")
-    try:
-        text = line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        byte = line[error.start]
-        raise DataError(f"{name}:{number}: invalid UTF-8 (byte 0x{byte:02x}); convert the text to UTF-8") from error
-    text = text.removesuffix("\n").removesuffix("\r")
-    return text.removeprefix("\ufeff") if number == 1 else text
-
-
-@contextmanager
-def open_input(path: str) -> Iterator[BinaryIO]:
-    """A file, .gz or plain, or standard input. DataError where it cannot be read."""
-    if path == STANDARD:
-        yield sys.stdin.buffer
-        return
-    try:
-        with gzip.open(path) if path.endswith(".gz") else Path(path).open("rb") as stream:
-            yield stream  # type: ignore[misc]
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the paths of --input, --reference and --prefix") from error
+def _open_input(path: str) -> AbstractContextManager[BinaryIO]:
+    return nullcontext(sys.stdin.buffer) if path == STANDARD else open_lines(Path(path))
 
 
 @contextmanager

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 
 from dstrain.batch import Sequences
+from dstrain.data.batching.plan import batches_by_length
 from dstrain.errors import DataError
 from dstrain.generation.beam_search import beam_search
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.hypothesis import Hypothesis
-from dstrain.generation.padding import batches_by_length, pad
+from dstrain.generation.padding import pad
 from dstrain.generation.sampling import sample
 from dstrain.log import logger
 from dstrain.models.config import LengthLimits

@@ -39,6 +39,7 @@ from typing import Any
 
 from dstrain.errors import TrainingError
 from dstrain.log import logger
+from dstrain.storage.parsing import parse_json
 
 Event = Mapping[str, Any]
 
@@ -98,7 +99,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            event = json.loads(line)
+            event = parse_json(line.decode())
             if not isinstance(event, dict) or "kind" not in event:
                 raise ValueError("not an event")
             events.append(event)

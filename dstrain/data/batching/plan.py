@@ -16,7 +16,7 @@ Cost: the memory of one window, however long the corpus, and about 0.1 s per mil
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -169,6 +169,16 @@ def evaluation_batches(
     return [examples[start:end] for start, end in pairwise([0, *_fill(widths, max_tokens)])]
 
 
+def batches_by_length(lengths: Sequence[int], rows: Iterable[int], max_tokens: int) -> list[list[int]]:
+    """`rows` in batches of similar lengths that cost at most `max_tokens`, the longest first; a longer row is a batch alone.
+
+    lengths: of every row, by its number. The longest come first so that a batch that does not fit into memory fails at once.
+    """
+    ordered = sorted(rows, key=lambda row: -lengths[row])
+    ends = _fill([lengths[row] for row in ordered], max_tokens)
+    return [ordered[start:end] for start, end in pairwise([0, *ends])]
+
+
 def _cut_evenly(totals: IntArray, capacity: int) -> list[int]:
     """Bounds of the fewest pieces of at most `capacity`, each as near to an even share of what is left as that allows.
 
@@ -224,12 +234,13 @@ def _sort_by_width(
 def _fill(widths: list[int], capacity: int, at_least: int = 0) -> list[int]:
     """Ends of groups filled one after the other up to rows x widest <= capacity, or with one row that is wider.
 
-    widths: ascending. The groups are kept small enough to be `at_least` so many, if there are as many rows.
+    widths: ascending or descending. The groups are kept small enough to be `at_least` so many, if there are as many rows.
     """
     ends: list[int] = []
     start, size = 0, len(widths)
     while start < size:
-        fitting = bisect_right(range(start + 1, size + 1), capacity, key=lambda end: (end - start) * widths[end - 1])
+        ends_after = range(start + 1, size + 1)
+        fitting = bisect_right(ends_after, capacity, key=lambda end: (end - start) * max(widths[start], widths[end - 1]))
         spare = size - start - (at_least - len(ends) - 1)
         start += max(min(fitting, spare), 1)
         ends.append(start)

@@ -80,26 +80,32 @@ def scan_file(path: Path) -> FileScan:
     lines, last = 0, b"\n"
     with open_lines(path) as stream:
         while chunk := stream.read(SCAN_BYTES) + stream.readline():
-            _check_text(path, chunk, lines)
+            check_text(path, chunk, lines)
             lines += chunk.count(b"\n")
             last = chunk[-1:]
         return FileScan(lines + (last != b"\n"), sha256_of_file(path))
 
 
-def _check_text(path: Path, chunk: bytes, lines_before: int) -> None:
-    """Raise DataError where whole lines hold a NUL or are not UTF-8."""
-    where = chunk.find(b"\0")
-    if where >= 0:
-        raise DataError(
-            f"{path}:{lines_before + chunk.count(bytes([10]), 0, where) + 1}: a NUL character; remove it from the text"
-        )
+def check_text(name: Path | str, chunk: bytes, lines_before: int) -> None:
+    """Raise DataError, with file and line, if whole lines hold a NUL or are not UTF-8."""
+    position = chunk.find(b"\0")
+    if position >= 0:
+        line = lines_before + chunk.count(b"\n", 0, position) + 1
+        raise DataError(f"{name}:{line}: a NUL character; remove it from the text")
     if chunk.isascii():
         return
     try:
         chunk.decode("utf-8")
     except UnicodeDecodeError as error:
         line = lines_before + chunk.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: invalid UTF-8 (byte 0x{chunk[error.start]:02x}); convert the file to UTF-8") from error
+        raise DataError(f"{name}:{line}: invalid UTF-8 (byte 0x{chunk[error.start]:02x}); convert the file to UTF-8") from error
+
+
+def decode_line(line: bytes, name: Path | str, number: int) -> str:
+    """One line without its end. number: from 1. Raises DataError as `check_text`."""
+    check_text(name, line, number - 1)
+    text = line.decode("utf-8").removesuffix("\n").removesuffix("\r")
+    return text.removeprefix(BYTE_ORDER_MARK) if number == 1 else text
 
 
 class BlockReader:

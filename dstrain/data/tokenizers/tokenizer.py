@@ -23,6 +23,7 @@ import sentencepiece
 from pydantic import Field
 
 from dstrain.config_base import Config
+from dstrain.data.sources.text import check_text
 from dstrain.errors import DataError
 from dstrain.storage.atomic import write_file
 from dstrain.storage.document import DocumentFormat, RelativePath, path_inside
@@ -312,11 +313,8 @@ def _open_model(model: bytes, name: str) -> Any:
 
 def _parse_dictionary(content: bytes, name: str) -> tuple[list[str], dict[str, int]]:
     """The symbols by id, and the id that a symbol of text gets. The names of the specials are not text."""
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        lines_before = content.count(b"\n", 0, error.start)
-        raise DataError(f"{name}:{lines_before + 1}: invalid UTF-8; convert the dictionary to UTF-8") from error
+    check_text(name, content, 0)
+    text = content.decode("utf-8")
     symbols = list(SPECIAL_SYMBOLS)
     ids: dict[str, int] = {}
     taken = set(symbols)

@@ -181,7 +181,7 @@ def test_what_contradicts_the_recipe(content: Any, engine: dict[str, Any], expec
 
 def test_a_key_that_stands_twice(tmp_path: Path) -> None:
     text = '{"zero_optimization": {"stage": 1, "stage": 2}}'
-    assert message(tmp_path, text) == "stage stands twice in one section; keep one"
+    assert message(tmp_path, text) == "not a readable JSON file: the key 'stage' is given twice; mend the file"
 
 
 def test_a_file_that_is_no_json(tmp_path: Path) -> None:

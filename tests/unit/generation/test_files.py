@@ -70,7 +70,7 @@ def test_finished_chunks_stay_after_a_stop_and_the_output_is_not_touched(source:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a\nb\n\xff\xfe\n", r"in\.txt:3: invalid UTF-8 \(byte 0xff\); convert the text to UTF-8"),
+        (b"a\nb\n\xff\xfe\n", r"in\.txt:3: invalid UTF-8 \(byte 0xff\); convert the file to UTF-8"),
         (b"a\nb\0\n", r"in\.txt:2: a NUL character; remove it"),
     ],
 )
@@ -87,7 +87,7 @@ def test_a_file_that_cannot_be_read_or_written_is_named(source: Path, tmp_path: 
         translate_file(shout, str(tmp_path / "none.txt"), str(tmp_path / "out"), render)
     broken = tmp_path / "broken.gz"
     broken.write_bytes(gzip.compress(b"x\n" * 1000)[:20])
-    with pytest.raises(DataError, match=r"broken\.gz: not a whole gzip file"):
+    with pytest.raises(DataError, match=r"broken\.gz: (not a whole gzip file|the gzip file is truncated)"):
         translate_file(shout, str(broken), str(tmp_path / "out"), render)
     assert not (tmp_path / "out.partial").exists(), "nothing was finished"
     with pytest.raises(DataError, match=r"cannot write .*in\.txt/out: Not a directory|File exists"):

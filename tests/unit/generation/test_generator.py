@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
+from dstrain.data.batching.plan import batches_by_length
 from dstrain.errors import DataError
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.generator import Generator
-from dstrain.generation.padding import batches_by_length, pad
+from dstrain.generation.padding import pad
 from dstrain.log import logger
 from dstrain.models.config import LengthLimits
 from tests.unit.generation.toy import IDS, ToyModel, random_sources

@@ -20,6 +20,7 @@ import pytest
 from dstrain.adapters.config import LoraConfig
 from dstrain.checkpoint.adapter_files import AdapterDescription, BaseReference
 from dstrain.checkpoint.bundle import find_bundle, load_bundle
+from dstrain.checkpoint.manifest import read_manifest
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.derived import LABELING, LabelJob
 from dstrain.data.prepared.job import read_job
@@ -27,7 +28,7 @@ from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.distillation.store.manifest import DUMP, SampleMethod, load_store_manifest
 from dstrain.distillation.store.store import open_store
-from dstrain.errors import DstrainError
+from dstrain.errors import CheckpointError, DstrainError
 from dstrain.recipe_file import load_recipe
 from dstrain.storage.document import DocumentFormat
 from dstrain.storage.parsing import dump_yaml, parse_json, parse_yaml
@@ -303,6 +304,16 @@ def test_a_damaged_sidecar_means_that_its_shard_is_done_again(damage: str, root:
     assert finished_shard(root / "logits", "00000.arrow", DUMP.sidecar) is not None
     DAMAGES[damage][0](root / "logits/00000.json")
     assert finished_shard(root / "logits", "00000.arrow", DUMP.sidecar) is None
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_manifest_of_a_checkpoint_is_one_message(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    DAMAGES[damage][0](tmp_path / "manifest.json")
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        read_manifest(tmp_path)
+    assert time.process_time() - start < 1
 
 
 @pytest.mark.parametrize("kind", ["manifest of data", "manifest of logits", "model.yaml", "tokenizer.yaml"])
