@@ -1,291 +1,38 @@
-"""dstrain from Python: a bundle as an object that generates and scores text.
+"""dstrain from Python: the verbs as functions, and a bundle as an object that generates and scores text.
 
     from dstrain.api import load
     model = load("RUN/bundles/best")
     for hypotheses in model.generate(["a man rides a bike .", "two dogs run ."], beam_size=5):
         print(hypotheses[0].score, hypotheses[0].text)
 
-The verbs use these same objects.
+Each verb is a function of one options object with the options of the command line; `dstrain` calls the same functions.
 """
 
-from __future__ import annotations
+from dstrain.build.bundle_model import BundleModel, load
+from dstrain.build.dumping import DumpOptions, dump_logits
+from dstrain.build.evaluation import ValidateOptions, validate
+from dstrain.build.generation import GenerateOptions, generate_file
+from dstrain.build.labeling import LabelOptions, pseudo_label
+from dstrain.build.teachers import TeacherOptions
+from dstrain.build.training import train
+from dstrain.build.training_plan import TrainOptions
+from dstrain.data.prepared.prepare import prepare
+from dstrain.recipe_file import load_recipe
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
-import torch
-from pydantic import ValidationError
-
-from dstrain.checkpoint.bundle import Bundle, load_bundle
-from dstrain.data.batching.collate import Collator
-from dstrain.data.batching.plan import batches_by_length
-from dstrain.data.tokenizers.tokenizer import TokenizerPair
-from dstrain.errors import BundleError, DataError, DstrainError, RecipeError
-from dstrain.generation.config import BeamSearchConfig, SamplingConfig
-from dstrain.generation.constraints import SpecialIds
-from dstrain.generation.generator import Generator, TextHypothesis, fitting, ignore_progress
-from dstrain.generation.scoring import score_targets, teacher_forced_logits
-from dstrain.storage.explain import explain
-
-MethodConfig = BeamSearchConfig | SamplingConfig
-MAX_TOKENS = 8192
-"""Padded tokens of one batch of `logits`."""
-
-
-def load(bundle: str | Path, device: str = "cpu") -> Model:
-    """Read a bundle directory. device: cpu, cuda, cuda:1, or auto for a GPU where there is one.
-
-    BundleError: the bundle is missing, incomplete or altered. DstrainError: no such device.
-    """
-    chosen = usable_device(device)
-    return Model(load_bundle(Path(bundle), device=chosen), chosen)
-
-
-def usable_device(device: str) -> str:
-    """The device that a name means here. DstrainError: no such device."""
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    named = re.fullmatch(r"cpu|cuda(:(\d+))?", device)
-    if named is None:
-        raise DstrainError(f"device {device!r} is unknown; choose cpu, cuda, cuda:N or auto")
-    if device != "cpu" and not torch.cuda.is_available():
-        raise DstrainError(f"device {device}: no GPU is visible here; use cpu or auto")
-    if int(named[2] or 0) >= torch.cuda.device_count() and device != "cpu":
-        raise DstrainError(
-            f"device {device}: {torch.cuda.device_count()} GPUs are visible here, numbered from 0; use one of them"
-        )
-    return device
-
-
-def generation_config(recipe: Mapping[str, Any] | None, options: Mapping[str, Any]) -> MethodConfig:
-    """The `generation` section of a bundle's recipe, overridden by the options that are not None; defaults without a recipe.
-
-    A beam size alone means beam search. RecipeError explains what is wrong.
-    """
-    given = {name: value for name, value in options.items() if value is not None}
-    section = dict((recipe or {}).get("generation", {}))
-    kind = given.get("kind", "beam" if "beam_size" in given else section.get("kind", "beam"))
-    method = SamplingConfig if kind == "sampling" else BeamSearchConfig
-    if section.get("kind", "beam") != kind:
-        section = {name: value for name, value in section.items() if name in method.model_fields}
-    try:
-        return method.model_validate({**section, **given, "kind": kind})
-    except ValidationError as error:
-        raise RecipeError("generation options: " + "; ".join(explain(error, method))) from error
-
-
-class Model:
-    """A bundle ready for use, in evaluation mode."""
-
-    def __init__(self, bundle: Bundle, device: str) -> None:
-        self.bundle = bundle
-        self.device = device
-
-    @property
-    def continues(self) -> bool:
-        """Whether this is a language model: a line is the beginning of a text that it goes on with, not a source.
-
-        So it is for a decoder-only model unless its recipe trained it on pairs.
-        """
-        corpora = (self.bundle.recipe or {}).get("data", {}).get("train", ())
-        return self.bundle.model_config.kind == "decoder_only" and all(corpus["kind"] == "text" for corpus in corpora)
-
-    @property
-    def tokenizer(self) -> TokenizerPair:
-        """Tokenizers of source and target. BundleError where the bundle was made without them."""
-        if self.bundle.tokenizers is None:
-            raise BundleError(f"{self.bundle.directory} has no tokenizer, so it reads no text; use `logits`, or import with one")
-        return self.bundle.tokenizers
-
-    def generate(
-        self,
-        sentences: Sequence[str],
-        *,
-        prefixes: Sequence[str] | None = None,
-        kind: Literal["beam", "sampling"] | None = None,
-        beam_size: int | None = None,
-        groups: int | None = None,
-        diversity: float | None = None,
-        num_best: int | None = None,
-        score: Literal["normalized", "sum"] | None = None,
-        length_penalty: float | None = None,
-        min_length: int | None = None,
-        max_length_ratio: float | None = None,
-        max_length_offset: int | None = None,
-        no_repeat_ngram: int | None = None,
-        unk_penalty: float | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        max_tokens: int | None = None,
-        truncate_source: bool = False,
-    ) -> list[list[TextHypothesis]]:
-        """For each sentence its `num_best` hypotheses, best first; an empty sentence without prefix has an empty one.
-
-        A language model goes on from the sentence, which its hypotheses repeat; other models translate it (see `continues`).
-        prefixes: for each sentence the text that its hypotheses begin with; free where empty. The other options are those of
-        `generation.config`; what is left out follows the bundle's recipe. RecipeError: an option that this method does not have,
-        or of no valid value. DataError: a sentence longer than the model reads, without truncate_source.
-        """
-        options = {
-            "kind": kind,
-            "beam_size": beam_size,
-            "groups": groups,
-            "diversity": diversity,
-            "num_best": num_best,
-            "score": score,
-            "length_penalty": length_penalty,
-            "min_length": min_length,
-            "max_length_ratio": max_length_ratio,
-            "max_length_offset": max_length_offset,
-            "no_repeat_ngram": no_repeat_ngram,
-            "unk_penalty": unk_penalty,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "seed": seed,
-            "max_tokens": max_tokens,
-        }
-        config = self.generation_config(options)
-        return self.translate(sentences, config, prefixes=prefixes, truncate_source=truncate_source)
-
-    def translate(
-        self,
-        sentences: Sequence[str],
-        config: MethodConfig,
-        *,
-        prefixes: Sequence[str] | None = None,
-        truncate_source: bool = False,
-        first_line: int = 1,
-        progress: Callable[[int], object] = ignore_progress,
-    ) -> list[list[TextHypothesis]]:
-        """As `generate`, by a whole configuration. first_line, progress: as in `generation.generator`."""
-        for texts in (sentences, prefixes):
-            if isinstance(texts, str):
-                raise DataError(f"generate got one string ({texts[:40]!r}); give a list of sentences")
-        if prefixes is not None:
-            same_number(sentences, prefixes, "prefixes")
-        if self.continues:
-            sentences, prefixes = [""] * len(sentences), _beginnings(sentences, prefixes, first_line)
-        tokenizer = self.tokenizer
-        generator = Generator(
-            self.bundle.model,
-            config,
-            SpecialIds.of(tokenizer.target),
-            limits=self.bundle.model_config.limits,
-            device=self.device,
-            truncate_source=truncate_source,
-        )
-        return generator.translate(
-            sentences, tokenizer.source, tokenizer.target, prefixes=prefixes, first_line=first_line, progress=progress
-        )
-
-    def generation_config(self, options: Mapping[str, Any]) -> MethodConfig:
-        """As the function `generation_config`, with this bundle's recipe."""
-        return generation_config(self.bundle.recipe, options)
-
-    def score(
-        self,
-        sources: Sequence[str],
-        targets: Sequence[str],
-        *,
-        score: Literal["normalized", "sum"] | None = None,
-        length_penalty: float | None = None,
-        truncate: bool = False,
-    ) -> list[TextHypothesis]:
-        """Each target as a hypothesis of its source, scored as a search would score it; a language model wants empty sources.
-
-        DataError: unequal numbers of lines, or one longer than the model reads, without truncate.
-        """
-        config = self.generation_config({"score": score, "length_penalty": length_penalty})
-        return self.score_texts(sources, targets, config, truncate=truncate)
-
-    def score_texts(
-        self,
-        sources: Sequence[str],
-        targets: Sequence[str],
-        config: MethodConfig,
-        *,
-        truncate: bool = False,
-        first_line: int = 1,
-        progress: Callable[[int], object] = ignore_progress,
-    ) -> list[TextHypothesis]:
-        """As `score`, by a whole configuration. first_line, progress: as in `generation.generator`."""
-        same_number(sources, targets, "targets")
-        if self.continues:
-            _refuse_sources(sources, first_line)
-        tokenizer, limits = self.tokenizer, self.bundle.model_config.limits
-        encoded = [[*row, tokenizer.source.eos_id] for row in tokenizer.source.encode(sources)]
-        wanted = [[*row, tokenizer.target.eos_id] for row in tokenizer.target.encode(targets)]
-        source_ids = fitting(encoded, [limits.source] * len(encoded), truncate=truncate, first_line=first_line)
-        after = [limits.target_after(len(source)) for source in source_ids]
-        target_ids = fitting(wanted, after, truncate=truncate, first_line=first_line, what="target")
-        ids = SpecialIds.of(tokenizer.target)
-        scored: dict[int, TextHypothesis] = {}
-        for rows in batches_by_length(longer_of(source_ids, target_ids), range(len(targets)), config.max_tokens):
-            batch = [[side[row] for row in rows] for side in (source_ids, target_ids)]
-            found = score_targets(self.bundle.model, *batch, config=config, ids=ids, device=self.device)
-            for row, hypothesis in zip(rows, found, strict=True):
-                scored[row] = TextHypothesis(hypothesis.tokens, hypothesis.score, hypothesis.token_scores, targets[row])
-            progress(len(rows))
-        return [scored[row] for row in range(len(targets))]
-
-    def logits(
-        self, source_ids: Sequence[Sequence[int]] | None, target_input_ids: Sequence[Sequence[int]]
-    ) -> list[npt.NDArray[np.float32]]:
-        """Teacher-forced logits after each decoder input, one (T, V) float32 array a row, without padding.
-
-        source_ids: ids ending in EOS; None for a decoder-only model that reads no source. target_input_ids: EOS, then target
-        tokens. DataError: unequal numbers of rows, or no sources for an encoder-decoder model.
-        """
-        vocabulary, kind = self.bundle.vocabulary, self.bundle.model_config.kind
-        if source_ids is None:
-            if kind == "encoder_decoder":
-                raise DataError("source_ids = None, but an encoder-decoder model reads sources; give one for each target")
-            source_ids = [[vocabulary.eos_id]] * len(target_input_ids)
-        same_number(source_ids, target_input_ids, "targets")
-        collator = Collator(kind, pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id)
-        found: dict[int, npt.NDArray[np.float32]] = {}
-        lengths = longer_of(source_ids, target_input_ids)
-        for rows in batches_by_length(lengths, range(len(target_input_ids)), MAX_TOKENS):
-            sources, inputs = ([side[row] for row in rows] for side in (source_ids, target_input_ids))
-            logits = teacher_forced_logits(self.bundle.model, sources, inputs, collator=collator, device=self.device)
-            for row, values in zip(rows, logits, strict=True):
-                found[row] = values.cpu().numpy()
-        return [found[row] for row in range(len(target_input_ids))]
-
-
-def same_number(sources: Sequence[object], others: Sequence[object], name: str) -> None:
-    """DataError unless there is one of the others, called `name`, for each source."""
-    if len(sources) != len(others):
-        raise DataError(f"{len(sources)} sources but {len(others)} {name}; give one for each source")
-
-
-def _beginnings(lines: Sequence[str], prefixes: Sequence[str] | None, first_line: int) -> list[str]:
-    """What a language model goes on from: each line or its prefix. DataError where there are both."""
-    beginnings = []
-    for number, (line, prefix) in enumerate(zip(lines, prefixes or [""] * len(lines), strict=True), first_line):
-        if line.strip() and prefix.strip():
-            raise DataError(
-                f"line {number} ({line[:40]!r}) and its prefix: a language model goes on from one text; leave one of them empty"
-            )
-        beginnings.append(prefix if prefix.strip() else line)
-    return beginnings
-
-
-def _refuse_sources(lines: Sequence[str], first_line: int) -> None:
-    for number, line in enumerate(lines, first_line):
-        if line.strip():
-            raise DataError(
-                f"source line {number} ({line[:40]!r}): a language model scores whole texts, which have no source; leave it empty"
-            )
-
-
-def longer_of(sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> list[int]:
-    """The length of the longer side of each pair."""
-    return [max(len(source), len(target)) for source, target in zip(sources, targets, strict=True)]
+__all__ = [
+    "BundleModel",
+    "DumpOptions",
+    "GenerateOptions",
+    "LabelOptions",
+    "TeacherOptions",
+    "TrainOptions",
+    "ValidateOptions",
+    "dump_logits",
+    "generate_file",
+    "load",
+    "load_recipe",
+    "prepare",
+    "pseudo_label",
+    "train",
+    "validate",
+]

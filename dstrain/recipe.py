@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from dstrain.adapters.config import AdapterConfig
 from dstrain.config_base import Config
 from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece, has_no_source, is_text_alone
-from dstrain.distillation.config import DistillationConfig, ObjectiveConfig
+from dstrain.distillation.config import ObjectiveConfig
 from dstrain.engine.config import EngineConfig, FallingSchedule, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 from dstrain.models.config import ModelConfig
@@ -83,18 +83,13 @@ class Recipe(Config):
             yield "data.filter.max_ratio compares the lengths of two sides, but data.train is text without a source; leave it out"
 
     def _source_problems(self) -> Iterator[str]:
-        """What the objective reads from a source, where training data has none."""
+        """Keys of the objective that read a source, if training data has none."""
         plain = next(((number, corpus.kind) for number, corpus in enumerate(self.data.train) if is_text_alone(corpus)), None)
-        if plain is None or not isinstance(self.objective, DistillationConfig):
+        if plain is None:
             return
-        without = f"but data.train.{plain[0]} is text without a source (kind: {plain[1]})"
-        if self.objective.on_policy is not None:
-            yield f"objective.on_policy samples a target for each source, {without}; remove it, or choose corpora of pairs"
-        if self.objective.selection.kind == "global_by_language":
-            yield (
-                f"objective.selection.kind = global_by_language reads the language from the source, {without}; choose selection: "
-                "{kind: global}, or corpora of pairs"
-            )
+        without = f"data.train.{plain[0]} is text without a source (kind: {plain[1]})"
+        for use, remedy in self.objective.needs.source:
+            yield f"{use}, but {without}; {remedy}, or choose corpora of pairs"
 
     def _length_problems(self) -> Iterator[str]:
         kept, limits = self.data.filter, self.model.limits
@@ -117,11 +112,12 @@ class Recipe(Config):
                 yield f"data.filter.{name} = {longest} keeps sentences that the model does not read (model.{name} = {limit})"
 
     def _dropout_problems(self) -> Iterator[str]:
-        r_drop = self.objective.r_drop if isinstance(self.objective, CrossEntropyConfig) else None
-        if r_drop is not None and not any(_dropouts(self.model_dump(include={"model", "adapter"}))):
+        if any(_dropouts(self.model_dump(include={"model", "adapter"}))):
+            return
+        for use, remedy in self.objective.needs.dropout:
             yield (
-                f"objective.r_drop.alpha = {r_drop.alpha} has no effect: every dropout of model and adapter is 0, so both passes "
-                "are the same; raise model.dropout, or remove objective.r_drop"
+                f"{use} has no effect: every dropout of model and adapter is 0, so both passes are the same; raise "
+                f"model.dropout, or {remedy}"
             )
 
     def _vocabulary_problems(self) -> Iterator[str]:

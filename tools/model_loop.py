@@ -14,10 +14,10 @@ import torch
 from bare_loop import LENGTH, NUM_PAIRS, NUM_TYPES, cpu_seconds
 
 from dstrain.batch import Batch
-from dstrain.build.objective import build_objective
 from dstrain.data.batching.collate import Collator
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
+from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.train_module import TrainModule
 from dstrain.recipe_file import load_recipe
 
@@ -43,7 +43,7 @@ def main() -> None:
 
     recipe = load_recipe(args.recipe, args.overrides)
     model = build_model(recipe.model, VocabularySizes(source=NUM_TYPES, target=NUM_TYPES), seed=1)
-    module = TrainModule(model, build_objective(recipe.objective)).train()
+    module = TrainModule(model, build_cross_entropy(recipe.objective)).train()
     optimizer = torch.optim.Adam(module.parameters(), 5e-4, betas=(0.9, 0.98), fused=True)
 
     def step() -> None:

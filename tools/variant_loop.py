@@ -20,12 +20,12 @@ from model_loop import random_batch
 from pydantic import TypeAdapter
 from torch import nn
 
-from dstrain.build.objective import build_objective
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.nn.attention import CrossAttention, SelfAttention
 from dstrain.nn.embedding import Projection
 from dstrain.nn.linear import FusedLinear, Linear
+from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import keep_freed_memory
 from dstrain.recipe import Recipe
@@ -67,7 +67,7 @@ class Loop:
     def __init__(self, recipe: Recipe, changes: dict[str, Any], length: int) -> None:
         config: Any = TypeAdapter(ModelConfig).validate_python(merge(recipe_tree(recipe)["model"], changes))
         self.model = build_model(config, VocabularySizes(source=NUM_TYPES, target=NUM_TYPES), seed=1)
-        self.module = TrainModule(self.model, build_objective(recipe.objective)).train()
+        self.module = TrainModule(self.model, build_cross_entropy(recipe.objective)).train()
         self.optimizer = torch.optim.Adam(self.module.parameters(), 5e-4, betas=(0.9, 0.98), fused=True)
         self.length = length
 

@@ -1,83 +1,70 @@
-"""From an objective's configuration to the objective."""
+"""From a recipe's objective to the objective, by its kind.
 
-from collections.abc import Sequence
+A kind plans first: it checks that recipe, data and teachers fit together, without loading anything. The plan builds the objective
+once the run is open. A new kind is one planner and one line of `PLANNERS`.
+"""
 
-from dstrain.distillation.config import (
-    BatchSelection,
-    DistillationConfig,
-    GlobalByLanguageSelection,
-    GlobalSelection,
-    ObjectiveConfig,
-)
-from dstrain.distillation.feature_plan import PlannedFeature
-from dstrain.distillation.features import FeatureLosses
-from dstrain.distillation.objective import Distillation
-from dstrain.distillation.selection import Selection
-from dstrain.distillation.signals import SignalSource
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dstrain.build.distillation import plan_distillation
+from dstrain.build.objective_plan import ObjectivePlan
+from dstrain.build.teachers import TeacherOptions
+from dstrain.build.training_data import TrainingData
+from dstrain.distillation.config import ObjectiveConfig
 from dstrain.errors import RecipeError
+from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
-from dstrain.objectives.cross_entropy import CrossEntropy
-from dstrain.objectives.objective import Objective
-from dstrain.objectives.r_drop import RDrop
+from dstrain.recipe import Recipe
 
 
-def build_objective(
-    config: ObjectiveConfig,
-    signals: SignalSource | None = None,
-    *,
-    tag_position: int = 0,
-    features: Sequence[PlannedFeature] = (),
-    seed: int = 0,
-) -> Objective:
-    """The objective of `config`. signals: the teacher signals of a distillation, None for other objectives.
+def plan_cross_entropy(config: CrossEntropyConfig, recipe: Recipe, teachers: TeacherOptions, data: TrainingData) -> ObjectivePlan:
+    """A loss on labels has nothing to load."""
+    return ObjectivePlan(build=lambda mesh: build_cross_entropy(config))
 
-    tag_position: of the language tag in a source, for a selection by language. features: those of `config`, planned; seed: of
-    the initial values of their projections.
+
+Planner = Callable[[Any, Recipe, TeacherOptions, TrainingData], ObjectivePlan]
+PLANNERS: Mapping[str, Planner] = {"cross_entropy": plan_cross_entropy, "distillation": plan_distillation}
+
+
+def plan_objective(recipe: Recipe, teachers: TeacherOptions, data: TrainingData) -> ObjectivePlan:
+    """Check everything that the recipe's objective needs. Raises a DstrainError if something does not fit together."""
+    return PLANNERS[recipe.objective.kind](recipe.objective, recipe, teachers, data)
+
+
+def check_teacher_options(config: ObjectiveConfig, options: TeacherOptions) -> None:
+    """Raise RecipeError unless an objective with a teacher has either bundles or dumped logits, and another one neither.
+
+    Keys and options that have no use beside the other source are refused.
     """
-    if not isinstance(config, DistillationConfig) or signals is None:
-        assert isinstance(config, CrossEntropyConfig)
-        return CrossEntropy(config) if config.r_drop is None else RDrop(config, config.r_drop)
-    chosen = config.selection
-    selection = None
-    if isinstance(chosen, BatchSelection | GlobalSelection | GlobalByLanguageSelection):
-        selection = Selection(chosen, chunk_tokens=config.chunk_tokens, tag_position=tag_position)
-    inside = FeatureLosses(features, seed=seed) if features else None
-    return Distillation(config, signals, selection=selection, features=inside)
-
-
-def require_teacher_source(config: ObjectiveConfig, *, teacher: bool, logits: bool) -> None:
-    """Raise RecipeError unless a distillation has either teachers or dumped logits, and another objective neither.
-
-    Keys that only one of both has a use for are refused beside the other.
-    """
-    if not isinstance(config, DistillationConfig):
-        if teacher or logits:
+    if not options.bundles and (options.placement or options.vocabulary_map):
+        raise RecipeError(
+            "--teacher-placement and --vocabulary-map say how a teacher works: add --teacher BUNDLE, or leave them out"
+        )
+    needs, at_work, stored = config.needs.teacher, bool(options.bundles), options.logits is not None
+    if needs is None:
+        if at_work or stored:
             raise RecipeError(
-                f"objective.kind = {config.kind} has no use for a teacher: leave {'--teacher' if teacher else '--logits'} out, "
+                f"objective.kind = {config.kind} has no use for a teacher: leave {'--teacher' if at_work else '--logits'} out, "
                 "or choose objective: {kind: distillation}"
             )
         return
-    if teacher and logits:
-        raise RecipeError("--teacher and --logits are two ways to the same lesson: leave one of them out")
-    if not (teacher or logits):
+    if at_work and stored:
+        raise RecipeError("--teacher and --logits are two sources of the same signal: leave one of them out")
+    if not (at_work or stored):
         raise RecipeError(
-            "objective.kind = distillation needs a teacher: add --teacher BUNDLE, or --logits LOGITS for what `dstrain "
+            f"objective.kind = {config.kind} needs a teacher: add --teacher BUNDLE, or --logits LOGITS for what `dstrain "
             "dump-logits` wrote, or choose objective: {kind: cross_entropy}"
         )
-    if logits and config.teacher_precision is not None:
+    if stored and needs.precision is not None:
         raise RecipeError(
-            f"objective.teacher_precision = {config.teacher_precision} is what a teacher at work computes in, dumped logits are "
-            "as they are: leave it out beside --logits"
+            f"objective.teacher_precision = {needs.precision} is what a teacher at work computes in, dumped logits are as they "
+            "are: leave it out beside --logits"
         )
-    if teacher and config.renormalize:
+    if at_work and needs.renormalize:
         raise RecipeError(
             "objective.renormalize is for dumped logits of method topk; a teacher at work gives its whole distribution: leave "
             "it out beside --teacher"
         )
-
-
-def validation_objective(config: ObjectiveConfig) -> Objective:
-    """What is validated: the student's own loss on the labels, which needs no teacher."""
-    if isinstance(config, DistillationConfig):
-        return CrossEntropy(CrossEntropyConfig(label_smoothing=config.label_smoothing, chunk_tokens=config.chunk_tokens))
-    return build_objective(config)

@@ -1,4 +1,4 @@
-"""What a distillation learns from, as the command line names it: dumped logits, or bundles that become teachers at work.
+"""The teachers of a distillation: dumped logits, or bundles that become teachers at work.
 
 Everything is checked before anything is built; teachers are loaded once the run is open.
 
@@ -8,7 +8,7 @@ which id of the teacher's each of the student's is, one to one:
     source: [0, 1, 2, 3, 17, 4, ...]     one number for each id of the student, in a YAML or JSON file
     target: [...]                        may be left out where both sides share one vocabulary
 
-The teacher then reads its own ids, and of its types only those that the student has are left, with their shares of one. It must
+The teacher then reads its own ids, and its distribution is that over the vocabulary entries of the student, renormalized. It must
 still cut text into the same pieces: a permuted vocabulary, or a larger one of which the student's is a part.
 """
 
@@ -28,7 +28,6 @@ from dstrain.data.prepared.manifest import Manifest
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.distillation.config import DistillationConfig
 from dstrain.distillation.objective import signal_request
-from dstrain.distillation.signals import TeacherSignals
 from dstrain.distillation.store.store import LogitStore, open_store
 from dstrain.engine.teacher_engine import Placement, TeacherEngine, VocabularyMap
 from dstrain.errors import BundleError, DataError
@@ -43,10 +42,13 @@ MAX_MAP_VALUES = 2_000_000
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """What the command line says: dumped logits, or bundles, where their parameters are kept, and a vocabulary map if needed."""
+    """Where a distillation gets its signal from: dumped logits, or bundles.
+
+    placement: of the bundles' parameters, None for `sharded`. vocabulary_map: for bundles of another vocabulary.
+    """
 
     bundles: tuple[Path, ...] = ()
-    placement: Placement = "sharded"
+    placement: Placement | None = None
     vocabulary_map: Path | None = None
     logits: Path | None = None
 
@@ -66,7 +68,7 @@ def plan_teachers(
 ) -> list[PlannedTeacher]:
     """Look at every teacher, adapter bundles among them, without building it.
 
-    Raises BundleError where one is no bundle, has another vocabulary or reads shorter sentences than the data has; DataError for
+    Raises BundleError if one is no bundle, has another vocabulary or reads shorter sentences than the data has; DataError for
     a vocabulary map that is not one or not needed.
     """
     planned = []
@@ -109,9 +111,9 @@ def open_logits(directory: Path, data: Path, manifest: Manifest, objective: Dist
 def start_teachers(
     planned: Sequence[PlannedTeacher], *, placement: Placement, precision: Precision, mesh: Mesh
 ) -> list[TeacherEngine]:
-    """Read the weights of all teachers and put them to work, the same on every rank. Collective.
+    """Load all teachers, the same on every rank. Collective.
 
-    On one rank there is nothing to share out, so `sharded` is `replicated` there.
+    On one rank there is nothing to partition, so `sharded` is `replicated` there.
     """
     if placement == "sharded" and mesh.world.size == 1:
         placement = "replicated"
@@ -125,11 +127,6 @@ def start_teachers(
         )
         for teacher in planned
     ]
-
-
-def signals_of(engines: Sequence[TeacherEngine]) -> TeacherSignals | None:
-    """What an objective learns from; None without a teacher."""
-    return TeacherSignals(engines) if engines else None
 
 
 def read_vocabulary_map(path: Path, student: VocabularySizes, teacher: VocabularySizes) -> VocabularyMap:
@@ -164,7 +161,7 @@ def _problem(ids: Any, student_size: int, teacher_size: int) -> str | None:
         return f"{wrong!r} is no id of the teacher, which has {teacher_size}"
     if len(set(ids)) < len(ids):
         twice = next(value for value in ids if ids.count(value) > 1)
-        return f"the teacher's id {twice} stands there twice; two types of the student cannot share one"
+        return f"the teacher's id {twice} stands there twice; two ids of the student cannot share one"
     return None
 
 

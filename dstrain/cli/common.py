@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import load_recipe
@@ -58,3 +59,8 @@ def whole_number(text: str, least: int = 0) -> int:
 def positive_number(text: str) -> int:
     """A whole number from 1 on, for `type=` of an argument."""
     return whole_number(text, 1)
+
+
+def named(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The arguments of these names, for the options of a verb."""
+    return {name: vars(args)[name] for name in names}

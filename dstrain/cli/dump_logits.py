@@ -1,13 +1,14 @@
-"""dstrain dump-logits: write down what a teacher says of every target token, to distill from it later without the teacher.
+"""dstrain dump-logits: store a teacher's distribution of every target token, to distill from it later without the teacher.
 
     dstrain dump-logits --teacher BUNDLE --data DATA --output LOGITS
     dstrain dump-logits --teacher BUNDLE --data DATA --output LOGITS --method topk --k 64
     dstrain inspect LOGITS
 
-Methods: sample draws from the teacher's distribution (about 35 bytes a token; unbiased: prefer it) and teaches forward_kl; topk
-keeps the likeliest types (about 3 bytes each) and the mass of the rest, and teaches every divergence, the rest being one type to
-it (a student's objective.renormalize gives it to the others: biased); dense keeps everything, for small vocabularies, and
-teaches at every temperature, the others at their own. Batch size, order and number of ranks of the later training are free.
+Methods: sample draws from the teacher's distribution (about 35 bytes a token; unbiased: prefer it) and fits forward_kl; topk
+keeps the most probable tokens (about 3 bytes each) and the mass of the rest, and fits every divergence, for which the rest is one
+entry (a student's objective.renormalize gives its mass to the others: biased); dense keeps everything, for small vocabularies,
+and fits every temperature, the other methods only their own. Batch size, order and number of ranks of the later training may be
+any.
 
 The same command again goes on where it was interrupted. Under a launcher (deepspeed --num_gpus 8 --module dstrain dump-logits
 ...) the ranks share the work, each on its own GPU. To share it among jobs, run it once for every I in 0 .. N-1 with --shard I/N
@@ -19,15 +20,21 @@ The same command again goes on where it was interrupted. Under a launcher (deeps
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from dstrain import __version__
-from dstrain.cli.common import add_options, positive_number
-from dstrain.cli.dumping import METHOD, build_dumper
-from dstrain.cli.ranks import Task, do_work
-from dstrain.cli.teacher import add_work_arguments
-from dstrain.errors import DataError
+from dstrain.cli.common import add_options, named, positive_float, positive_number, whole_number
+from dstrain.cli.work_arguments import WORK, add_work_arguments, require_work_or_merge
+
+METHOD: dict[str, tuple[Callable[[str], object], str]] = {
+    "draws": (positive_number, "sample: draws a token (default: 50)"),
+    "seed": (whole_number, "sample: decides the draws (default: 1)"),
+    "k": (positive_number, "topk: vocabulary entries a token (default: 64)"),
+    "dtype": (str, "topk: of log-probabilities: uint8, float16 or float32 (default: uint8)"),
+    "temperature": (positive_float, "divide the teacher's logits by this (default: 1)"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,22 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Dump this share, or merge."""
-    from dstrain.distillation.store.manifest import merge_store
+    from dstrain.build.dumping import DumpOptions, dump_logits
+    from dstrain.distillation.store.manifest import StoreManifest, merge_store
 
-    given = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
-    if given not in ([True, True, True, False], [False, False, False, True]):
-        raise DataError("dump-logits takes --teacher, --data and --output, or --merge LOGITS alone")
-    if args.merge is not None or do_work(args, partial(_dump, args)):
-        store = merge_store(args.merge or args.output, f"dstrain {__version__}")
+    require_work_or_merge(args, "dump-logits", "LOGITS")
+    store: StoreManifest | None
+    if args.merge is not None:
+        store = merge_store(args.merge, f"dstrain {__version__}")
+    else:
+        own = named(args, *WORK, "split", "method", "max_tokens", "tokens_per_shard")
+        store = dump_logits(DumpOptions(**own, method_options=named(args, *METHOD)), partial(print, flush=True))
+    if store is not None:
         print(f"{args.merge or args.output} is complete: {store.job.tokens:,} tokens, {store.bytes_per_token:.1f} bytes a token")
     return 0
-
-
-def _dump(args: argparse.Namespace, task: Task) -> str:
-    from tqdm import tqdm
-
-    work = build_dumper(args, task.device)
-    hidden = None if task.is_first else True
-    with tqdm(unit=" tokens", unit_scale=True, disable=hidden, total=work.tokens_of(task.worker)) as bar:
-        report = work.run(task.worker, bar.update)
-    return report.line()

@@ -16,16 +16,9 @@ one score for each line.
 from __future__ import annotations
 
 import argparse
-import time
-from typing import TYPE_CHECKING
 
-from dstrain.cli.generation_options import add_generation_arguments, load_translator
-from dstrain.errors import DataError
+from dstrain.cli.generation_options import add_generation_arguments, generate_options
 from dstrain.log import logger
-
-if TYPE_CHECKING:
-    from dstrain.generation.files import Chunk
-    from dstrain.generation.generator import TextHypothesis
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,33 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Translate chunk by chunk; say at the end how much and how fast."""
-    from tqdm import tqdm
+    from dstrain.build.generation import generate_file
 
-    from dstrain.generation.files import count_lines, translate_file
-
-    if args.score_only and args.reference is None:
-        raise DataError("--score-only has nothing to score; add --reference FILE")
-    model, config, render = load_translator(args, score_only=args.score_only)
-    start = time.monotonic()
-    with tqdm(total=count_lines(args.input), unit=" lines", disable=None) as bar:
-
-        def answer(chunk: Chunk) -> list[list[TextHypothesis]]:
-            if chunk.references is not None and args.score_only:
-                scored = model.score_texts(
-                    chunk.lines, chunk.references, config, truncate=args.truncate, first_line=chunk.first, progress=bar.update
-                )
-                return [[hypothesis] for hypothesis in scored]
-            return model.translate(
-                chunk.lines,
-                config,
-                prefixes=chunk.prefixes,
-                truncate_source=args.truncate,
-                first_line=chunk.first,
-                progress=bar.update,
-            )
-
-        lines, tokens = translate_file(answer, args.input, args.output, render, reference=args.reference, prefix=args.prefix)
-    seconds = max(time.monotonic() - start, 1e-9)
+    lines, tokens, seconds = generate_file(generate_options(args, "input", "output", "reference", "prefix", "score_only"))
     logger.info(
         "%d lines, %d tokens in %.1f s: %.1f lines/s, %.0f tokens/s", lines, tokens, seconds, lines / seconds, tokens / seconds
     )

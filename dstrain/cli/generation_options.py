@@ -1,18 +1,18 @@
-"""What generate and interactive share: the options of a search or of sampling, and the model that they apply to."""
+"""The arguments that generate and interactive share: a bundle, and the options of a search or of sampling."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from dstrain.cli.common import add_options, positive_number
+from dstrain.cli.common import add_options, named, positive_number
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.formats import FORMATS
 
 if TYPE_CHECKING:
-    from dstrain.api import MethodConfig, Model
-    from dstrain.generation.formats import Answer
+    from dstrain.build.generation import GenerateOptions
 
 OPTIONS: dict[str, tuple[Callable[[str], float], str]] = {
     "beam_size": (positive_number, "hypotheses kept per sentence; 1 is greedy"),
@@ -38,7 +38,7 @@ OPTIONS: dict[str, tuple[Callable[[str], float], str]] = {
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """BUNDLE and all options; those not given follow the recipe in the bundle."""
-    parser.add_argument("bundle", metavar="BUNDLE", help="a bundle directory, for example RUN/bundles/best")
+    parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a bundle directory, for example RUN/bundles/best")
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the output (default: text)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU where there is one (default: auto)")
     parser.add_argument("--threads", type=positive_number, metavar="N", help="CPU threads (default: all cores)")
@@ -50,19 +50,10 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--score", choices=scores, help="log-probability by length ** length penalty, or the bare sum")
 
 
-def load_translator(args: argparse.Namespace, *, score_only: bool = False) -> tuple[Model, MethodConfig, Callable[[Answer], str]]:
-    """The model, how it generates, and what turns an answer into output lines. score_only: given texts are scored."""
-    import torch
+def generate_options(args: argparse.Namespace, *files: str) -> GenerateOptions:
+    """The options of both verbs. files: further arguments of `generate`."""
+    from dstrain.build.generation import GenerateOptions
 
-    from dstrain.api import load
-    from dstrain.generation.formats import formatter
-    from dstrain.ops.allocator import keep_freed_memory
-
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
-    model = load(args.bundle, args.device)
-    if model.device == "cpu":
-        keep_freed_memory()
-    config = model.generation_config({name: getattr(args, name) for name in ("kind", "score", *OPTIONS)})
-    render = formatter(args.format, model.tokenizer.target, num_best=config.num_best, score_only=score_only)
-    return model, config, render
+    return GenerateOptions(
+        **named(args, "bundle", "format", "truncate", "device", "threads", *files), method=named(args, "kind", "score", *OPTIONS)
+    )

@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dstrain.cli.common import positive_number
+from dstrain.cli.common import named, positive_number
 from dstrain.errors import DataError
 
 
@@ -63,9 +63,10 @@ def _facts(path: Path) -> list[str]:
 
 
 def _print_angles(args: argparse.Namespace) -> None:
-    from dstrain.cli.gradient_angles import angles_of
+    from dstrain.build.evaluation import AngleOptions, measure_angles
 
-    angles = angles_of(args)
+    options = named(args, "data", "student", "tokens", "renormalize", "device")
+    angles = measure_angles(AngleOptions(store=args.path, teacher=args.against_teacher, **options))
     print(f"{'tokens':>8} {'angle':>8} {'norm ratio':>11}")
     for angle in angles:
         print(f"{angle.tokens:8,} {angle.degrees:7.2f}° {angle.norm_ratio:11.3f}")

@@ -3,7 +3,7 @@
     dstrain interactive RUN/bundles/best
     echo "a man rides a bike ." | dstrain interactive RUN/bundles/best --beam-size 10
 
-A language model, trained on text alone, goes on from the line that is typed; other models answer it as their pairs taught them.
+A language model, trained on text alone, goes on from the line that is typed; other models answer it as in their training pairs.
 An empty line gives an empty line. Ctrl-D ends; Ctrl-C, too, with exit code 130. On a terminal a line that cannot be translated
 (too long, invalid UTF-8) gets a message and the next one is read; in a pipe it ends the command.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dstrain.cli.generation_options import add_generation_arguments, load_translator
+from dstrain.cli.generation_options import add_generation_arguments, generate_options
 from dstrain.errors import DataError
 from dstrain.log import logger
 
@@ -25,11 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, answer, flush, until the input ends."""
+    from dstrain.build.generation import open_translator
     from dstrain.data.sources.text import decode_line
     from dstrain.generation.files import STANDARD_INPUT, standard_output
     from dstrain.generation.formats import Answer
 
-    model, config, render = load_translator(args)
+    model, config, render = open_translator(generate_options(args))
     at_terminal = sys.stdin.isatty()
     out = standard_output()
     number = 0

@@ -1,4 +1,4 @@
-"""Turn the text that a recipe names into a tokenizer and Arrow shards.
+"""dstrain prepare: turn the text that a recipe names into a tokenizer and Arrow shards.
 
 Reads the corpora of the recipe's data section, trains or takes its tokenizer, and writes DATA: shards, tokenizer/, manifest.json.
 The same command again continues an interrupted run, and does nothing where DATA is finished.
@@ -10,15 +10,15 @@ import argparse
 import os
 from pathlib import Path
 
-from dstrain.cli.common import add_recipe_arguments, recipe_from
+from dstrain.cli.common import add_recipe_arguments, positive_number, recipe_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """RECIPE, --output, --workers, --overwrite."""
     add_recipe_arguments(parser)
     parser.add_argument("--output", metavar="DATA", type=Path, required=True, help="directory to write")
-    parser.add_argument("--workers", metavar="N", type=_positive, help="processes that encode (default: all cores)")
-    parser.add_argument("--overwrite", action="store_true", help="replace DATA where another recipe or other text made it")
+    parser.add_argument("--workers", metavar="N", type=positive_number, help="processes that encode (default: all cores)")
+    parser.add_argument("--overwrite", action="store_true", help="replace DATA if another recipe or other text made it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,10 +30,3 @@ def run(args: argparse.Namespace) -> int:
     report = prepare(recipe.data, args.output, workers=workers, overwrite=args.overwrite)
     print("\n".join(report.lines()))
     return 0
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not a number of processes; use 1 or more")
-    return value

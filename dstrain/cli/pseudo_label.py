@@ -25,10 +25,10 @@ from functools import partial
 from pathlib import Path
 
 from dstrain import __version__
-from dstrain.cli.common import positive_float, positive_number
-from dstrain.cli.ranks import Task, do_work
-from dstrain.cli.teacher import add_work_arguments
-from dstrain.errors import DataError
+from dstrain.cli.common import named, positive_float, positive_number
+from dstrain.cli.work_arguments import WORK, add_work_arguments, require_work_or_merge
+
+OWN = ("beam_size", "length_penalty", "max_tokens", "max_ratio", "max_repeats", "keep_original", "pairs_per_shard")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,28 +52,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Label this share, or merge."""
+    from dstrain.build.labeling import LabelOptions, pseudo_label
     from dstrain.data.prepared.derived import merge_labels
+    from dstrain.data.prepared.manifest import Manifest
 
-    given = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
-    if given not in ([True, True, True, False], [False, False, False, True]):
-        raise DataError("pseudo-label takes --teacher, --data and --output, or --merge DATA2 alone")
-    if args.merge is not None or do_work(args, partial(_label, args)):
-        train = merge_labels(args.merge or args.output, f"dstrain {__version__}").splits["train"]
+    require_work_or_merge(args, "pseudo-label", "DATA2")
+    manifest: Manifest | None
+    if args.merge is not None:
+        manifest = merge_labels(args.merge, f"dstrain {__version__}")
+    else:
+        manifest = pseudo_label(LabelOptions(**named(args, *WORK, *OWN)), partial(print, flush=True))
+    if manifest is not None:
+        train = manifest.splits["train"]
         lost = ", ".join(f"{reason} {count:,}" for reason, count in train.dropped.items() if count) or "none"
         print(f"{args.merge or args.output} is complete: {train.rows:,} of {train.pairs_read:,} pairs; dropped: {lost}")
     return 0
-
-
-def _label(args: argparse.Namespace, task: Task) -> str:
-    from tqdm import tqdm
-
-    from dstrain.cli.labeling import build_labeler
-    from dstrain.data.prepared.derived import copy_original
-
-    labeler = build_labeler(args, task.device)
-    total = sum(len(labeler.job.rows(number)) for number in task.worker.shards(labeler.job.parts))
-    with tqdm(unit=" pairs", disable=None if task.is_first else True, total=total) as bar:
-        report = labeler.run(task.worker, bar.update)
-    if task.worker.index == 0:
-        copy_original(args.data, args.output, labeler.job)
-    return report.line()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dstrain.cli.common import add_recipe_arguments, recipe_from
+from dstrain.cli.common import add_recipe_arguments, named, recipe_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,15 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the recipe, then build and run the trainer."""
+    """Check the recipe, then train."""
     recipe = recipe_from(args)
     from dstrain.build.teachers import TeacherOptions
     from dstrain.build.training import train
-    from dstrain.errors import RecipeError
+    from dstrain.build.training_plan import TrainOptions
 
-    if not args.teachers and (args.teacher_placement or args.vocabulary_map):
-        raise RecipeError(
-            "--teacher-placement and --vocabulary-map say how a teacher works: add --teacher BUNDLE, or leave them out"
-        )
-    teachers = TeacherOptions(tuple(args.teachers), args.teacher_placement or "sharded", args.vocabulary_map, logits=args.logits)
-    return train(recipe, data=args.data, output=args.output, device=args.device, base=args.base, teachers=teachers)
+    teachers = TeacherOptions(tuple(args.teachers), args.teacher_placement, args.vocabulary_map, logits=args.logits)
+    return train(recipe, TrainOptions(**named(args, "data", "output", "base", "device"), teachers=teachers))

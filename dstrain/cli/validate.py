@@ -9,13 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from dstrain.cli.common import positive_number
-
-if TYPE_CHECKING:
-    from dstrain.distillation.config import ObjectiveConfig
-    from dstrain.parallel.mesh import Mesh
+from dstrain.cli.common import named, positive_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,41 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score on as many processes as were started; rank 0 prints."""
-    from dstrain.parallel.mesh import build_mesh, finalize
+    from dstrain.build.evaluation import ValidateOptions, validate
 
-    mesh = build_mesh(args.device)
-    try:
-        scores = _score(args, mesh)
-    finally:
-        finalize()
-    if mesh.world.rank == 0:
+    scores = validate(ValidateOptions(**named(args, "bundle", "data", "split", "generate", "beam_size", "max_tokens", "device")))
+    if scores is not None:
         print(json.dumps({"bundle": str(args.bundle), "data": str(args.data), "split": args.split, **scores}, indent=1))
     return 0
-
-
-def _score(args: argparse.Namespace, mesh: Mesh) -> dict[str, float]:
-    from dstrain.api import generation_config
-    from dstrain.build.objective import validation_objective
-    from dstrain.checkpoint.bundle import load_bundle
-    from dstrain.evaluation.bundle_validation import validate_bundle
-
-    bundle = load_bundle(args.bundle, device=mesh.device)
-    objective = _objective(bundle.recipe or {})
-    generation = generation_config(bundle.recipe, {"beam_size": args.beam_size}) if args.generate else None
-    return validate_bundle(
-        bundle,
-        args.data,
-        args.split,
-        mesh,
-        objective=validation_objective(objective),
-        generation=generation,
-        max_tokens=args.max_tokens,
-    )
-
-
-def _objective(recipe: dict[str, Any]) -> ObjectiveConfig:
-    """The objective of the bundle's recipe; plain cross-entropy where it has none."""
-    from dstrain.objectives.config import CrossEntropyConfig
-    from dstrain.recipe_file import check_recipe
-
-    return check_recipe(recipe, "the bundle's recipe").objective if recipe else CrossEntropyConfig(label_smoothing=0.0)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from dstrain.config_base import Config, Precision
-from dstrain.objectives.config import CrossEntropyConfig
+from dstrain.objectives.config import CrossEntropyConfig, Needs, OnPolicyConfig, Rate, Requirement, TeacherNeeds
 
 
 class ForwardKl(Config):
@@ -47,8 +47,6 @@ DivergenceConfig = Annotated[
     ForwardKl | ReverseKl | JensenShannon | TotalVariation | SkewKl,
     Field(discriminator="kind"),
 ]
-
-Rate = Annotated[float, Field(gt=0, le=1)]
 
 
 class WordSelection(Config):
@@ -93,22 +91,6 @@ SelectionConfig = Annotated[
     WordSelection | WordAndSequenceSelection | BatchSelection | GlobalSelection | GlobalByLanguageSelection,
     Field(discriminator="kind"),
 ]
-
-
-class OnPolicyConfig(Config):
-    """On-policy distillation: on some steps the student learns from the teacher's distributions on its own samples.
-
-    After Agarwal et al., ICLR 2024, "On-Policy Distillation of Language Models". A sample has at most ratio x source length +
-    offset tokens (source with its EOS), and never more than the models and batching.max_tokens allow; a longer one is cut,
-    without an EOS.
-    """
-
-    fraction: Rate = Field(default=0.5, description="Probability that a whole optimizer step is on-policy (the paper's lambda).")
-    temperature: PositiveFloat = Field(default=1.0, description="Divides the student's logits when it samples.")
-    top_k: PositiveInt | None = Field(default=None, description="Sample from the k most probable tokens; null = all.")
-    top_p: Rate | None = Field(default=None, description="Sample from the smallest set with more than this mass; null = all.")
-    max_length_ratio: NonNegativeFloat = Field(default=1.2, description="Ratio of the length limit.")
-    max_length_offset: PositiveInt = Field(default=10, description="Offset of the length limit, in tokens.")
 
 
 class HiddenStatesFeature(Config):
@@ -227,6 +209,22 @@ class DistillationConfig(Config):
                     "and would be reported as one; put their layers into one map"
                 )
         return self
+
+    @property
+    def needs(self) -> Needs:
+        """A teacher, and a source for what is sampled or told apart by language."""
+        source = []
+        if self.on_policy is not None:
+            source.append(Requirement("objective.on_policy samples a target for each source", "remove it"))
+        if self.selection.kind == "global_by_language":
+            use = "objective.selection.kind = global_by_language reads the language from the source"
+            source.append(Requirement(use, "choose selection: {kind: global}"))
+        return Needs(TeacherNeeds(self.teacher_precision, self.renormalize), samples=self.on_policy, source=tuple(source))
+
+    @property
+    def validation(self) -> CrossEntropyConfig:
+        """What is validated: the student's own loss on the labels, which needs no teacher."""
+        return CrossEntropyConfig(label_smoothing=self.label_smoothing, chunk_tokens=self.chunk_tokens)
 
 
 ObjectiveConfig = Annotated[CrossEntropyConfig | DistillationConfig, Field(discriminator="kind")]

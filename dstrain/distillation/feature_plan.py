@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from dstrain.batch import ModelKind
-from dstrain.distillation.config import DistillationConfig, FeatureConfig, ObjectiveConfig
+from dstrain.distillation.config import DistillationConfig, FeatureConfig
 from dstrain.errors import RecipeError
 from dstrain.models.config import ModelConfig, StackConfig
 
@@ -21,15 +21,15 @@ class PlannedFeature(NamedTuple):
     teacher_kind: ModelKind
 
 
-def plan_features(objective: ObjectiveConfig, student: ModelConfig, teachers: Sequence[ModelConfig]) -> list[PlannedFeature]:
-    """The features of a distillation; none for other objectives.
+def plan_features(config: DistillationConfig, student: ModelConfig, teachers: Sequence[ModelConfig]) -> list[PlannedFeature]:
+    """The features of a distillation.
 
-    teachers: those at work. Raises RecipeError where there is not one alone, or a side or a layer is missing in a model.
+    teachers: those at work. Raises RecipeError unless there is exactly one, and if a stack or a layer is missing in a model.
     """
-    if not isinstance(objective, DistillationConfig) or not objective.features:
+    if not config.features:
         return []
     require_one_teacher(len(teachers))
-    named = ((f"objective.features.{number}", feature) for number, feature in enumerate(objective.features))
+    named = ((f"objective.features.{number}", feature) for number, feature in enumerate(config.features))
     return [_planned(where, feature, student, teachers[0]) for where, feature in named]
 
 

@@ -31,12 +31,12 @@ from dstrain.data.batching.collate import Collator, Ids
 from dstrain.data.batching.loader import Steps
 from dstrain.data.batching.permutation import IntArray
 from dstrain.data.batching.plan import PlannedStep, batches_by_length, micro_batches
-from dstrain.distillation.config import OnPolicyConfig
 from dstrain.generation.config import SamplingConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.padding import pad
 from dstrain.generation.sampling import sample
 from dstrain.models.config import LengthLimits
+from dstrain.objectives.config import OnPolicyConfig
 from dstrain.protocols import Generative, Ranks
 from dstrain.seeding import derive_seed
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from dstrain.config_base import Config
+from dstrain.errors import RecipeError
+from dstrain.storage.explain import explain
 
 
 class _Limits(Config):
@@ -59,3 +62,20 @@ class SamplingConfig(_Limits):
 
 
 GenerationConfig = Annotated[BeamSearchConfig | SamplingConfig, Field(discriminator="kind")]
+
+
+def generation_config(recipe: Mapping[str, Any] | None, options: Mapping[str, Any]) -> GenerationConfig:
+    """The `generation` section of a bundle's recipe, overridden by the options that are not None; defaults without a recipe.
+
+    A beam size without a kind means beam search. RecipeError explains what is wrong.
+    """
+    chosen = {name: value for name, value in options.items() if value is not None}
+    section = dict((recipe or {}).get("generation", {}))
+    kind = chosen.get("kind", "beam" if "beam_size" in chosen else section.get("kind", "beam"))
+    method = SamplingConfig if kind == "sampling" else BeamSearchConfig
+    if section.get("kind", "beam") != kind:
+        section = {name: value for name, value in section.items() if name in method.model_fields}
+    try:
+        return method.model_validate({**section, **chosen, "kind": kind})
+    except ValidationError as error:
+        raise RecipeError("generation options: " + "; ".join(explain(error, method))) from error

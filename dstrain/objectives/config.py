@@ -2,11 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from dstrain.config_base import Config
+from dstrain.config_base import Config, Precision
+
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class OnPolicyConfig(Config):
+    """On-policy distillation: on some steps the student learns from the teacher's distributions on its own samples.
+
+    After Agarwal et al., ICLR 2024, "On-Policy Distillation of Language Models". A sample has at most ratio x source length +
+    offset tokens (source with its EOS), and never more than the models and batching.max_tokens allow; a longer one is cut,
+    without an EOS.
+    """
+
+    fraction: Rate = Field(default=0.5, description="Probability that a whole optimizer step is on-policy (the paper's lambda).")
+    temperature: PositiveFloat = Field(default=1.0, description="Divides the student's logits when it samples.")
+    top_k: PositiveInt | None = Field(default=None, description="Sample from the k most probable tokens; null = all.")
+    top_p: Rate | None = Field(default=None, description="Sample from the smallest set with more than this mass; null = all.")
+    max_length_ratio: NonNegativeFloat = Field(default=1.2, description="Ratio of the length limit.")
+    max_length_offset: PositiveInt = Field(default=10, description="Offset of the length limit, in tokens.")
+
+
+class Requirement(NamedTuple):
+    """use: an objective's key, and what it does with something that a recipe may lack. remedy: the change if it is lacking."""
+
+    use: str
+    remedy: str
+
+
+class TeacherNeeds(NamedTuple):
+    """precision: that a teacher at work computes in, None for the student's. renormalize: change dumped logits of method topk."""
+
+    precision: Precision | None
+    renormalize: bool
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective asks of a training beside a model and labels; recipe and build provide it, or refuse the recipe.
+
+    samples: steps whose targets the student samples. source, dropout: keys that have no effect without them.
+    """
+
+    teacher: TeacherNeeds | None = None
+    samples: OnPolicyConfig | None = None
+    source: tuple[Requirement, ...] = ()
+    dropout: tuple[Requirement, ...] = ()
 
 
 class RDropConfig(Config):
@@ -33,3 +79,15 @@ class CrossEntropyConfig(Config):
         default=1024,
         description="Positions whose logits exist at one time; memory is chunk_tokens x vocabulary. Moves no result.",
     )
+
+    @property
+    def needs(self) -> Needs:
+        """Dropout, if there is R-Drop."""
+        if self.r_drop is None:
+            return Needs()
+        return Needs(dropout=(Requirement(f"objective.r_drop.alpha = {self.r_drop.alpha}", "remove objective.r_drop"),))
+
+    @property
+    def validation(self) -> CrossEntropyConfig:
+        """What is validated."""
+        return self.model_copy(update={"r_drop": None})

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from dstrain.batch import Batch
-from dstrain.build.objective import build_objective
+from dstrain.distillation.build import build_distillation
 from dstrain.distillation.config import ObjectiveConfig
 from dstrain.distillation.selection import threshold
 from dstrain.distillation.signals import TeacherSignals
@@ -60,7 +60,7 @@ def module_of(selection: dict[str, Any], student: EncoderDecoder | None = None) 
     if selection["kind"] != "word":
         section["label_smoothing"] = 0.1
     config = TypeAdapter(ObjectiveConfig).validate_python(section)
-    objective = build_objective(config, TeacherSignals([PlainTeacher(model("teacher"))]))
+    objective = build_distillation(config, TeacherSignals([PlainTeacher(model("teacher"))]))
     module = TrainModule(student or model("student"), objective)
     module.training = True  # the objective trains, the model stays in evaluation mode, as it was recorded
     return module

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dstrain.batch import Batch
-from dstrain.build.objective import build_objective
 from dstrain.models.weights import parameter_layouts, split_parameters
+from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
 from tests.batches import recorded
@@ -26,7 +26,7 @@ def module_and_batch(variant: str, chunk_tokens: int) -> tuple[TrainModule, Batc
     source, inputs = (right_padded(golden[name]) for name in ("src_tokens_rightpad", "prev_output_tokens"))
     batch = recorded(source, inputs, golden["target"])
     config = CrossEntropyConfig(label_smoothing=0.1, chunk_tokens=chunk_tokens)
-    return TrainModule(imported(variant), build_objective(config)), batch
+    return TrainModule(imported(variant), build_cross_entropy(config)), batch
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from dstrain.api import Model, load
+from dstrain.api import BundleModel, load
 from tests.paths import ROOT
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -13,17 +13,17 @@ EXPECTED = json.loads((GOLDEN / "tiny_bundle.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")
-def model() -> Model:
+def model() -> BundleModel:
     return load(GOLDEN / "tiny_bundle")
 
 
 @pytest.mark.parametrize("beam_size", [1, 4])
-def test_the_same_translations(model: Model, beam_size: int) -> None:
+def test_the_same_translations(model: BundleModel, beam_size: int) -> None:
     found = model.generate(EXPECTED["source"], beam_size=beam_size)
     assert [hypotheses[0].text for hypotheses in found] == EXPECTED["translations"]
 
 
-def test_the_same_ids_and_logits(model: Model) -> None:
+def test_the_same_ids_and_logits(model: BundleModel) -> None:
     eos = model.tokenizer.source.eos_id
     ids = [[*row, eos] for row in model.tokenizer.source.encode(EXPECTED["source"])]
     assert ids == EXPECTED["source_ids"]

@@ -14,8 +14,8 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from dstrain.batch import Batch, Size
-from dstrain.build.objective import build_objective, validation_objective
 from dstrain.checkpoint.manifest import read_manifest
+from dstrain.distillation.build import build_distillation
 from dstrain.distillation.config import ObjectiveConfig
 from dstrain.distillation.feature_plan import plan_features
 from dstrain.distillation.signals import TeacherSignals
@@ -32,7 +32,7 @@ from dstrain.models.config import (
     VocabularySizes,
 )
 from dstrain.models.factory import Model, build_model
-from dstrain.objectives.cross_entropy import target_hidden
+from dstrain.objectives.cross_entropy import CrossEntropy, target_hidden
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
 from tests.batches import collate
@@ -156,8 +156,8 @@ def student(
     engines = [teacher(mesh, seed=3 + number, placement=placement, factorized=factorized) for number in range(teachers)]
     model = build_module(dropout, FACTORIZED if factorized else TIED).model
     plans = plan_features(config, model.config, [TEACHER] * teachers)
-    objective = build_objective(config, TeacherSignals(engines), features=plans, seed=5)
-    module = TrainModule(model, objective, validation_objective(config))
+    objective = build_distillation(config, TeacherSignals(engines), features=plans, seed=5)
+    module = TrainModule(model, objective, CrossEntropy(config.validation))
     return build_engine(mesh, module, **options)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from dstrain.batch import Batch, ModelKind, Sequences, Size
-from dstrain.build.objective import build_objective
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
 from dstrain.engine.training_engine import TrainEngine
@@ -20,6 +19,7 @@ from dstrain.models.config import (
     VocabularySizes,
 )
 from dstrain.models.factory import build_model
+from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
@@ -45,7 +45,7 @@ def build_module(dropout: float = 0.0, embedding: EmbeddingConfig = TIED, **obje
         embedding=embedding,
     )
     return TrainModule(
-        build_model(config, VOCABULARY, seed=1), build_objective(CrossEntropyConfig(**{"chunk_tokens": 16, **objective}))
+        build_model(config, VOCABULARY, seed=1), build_cross_entropy(CrossEntropyConfig(**{"chunk_tokens": 16, **objective}))
     )
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from dstrain.build.objective import build_objective
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import build_model
+from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
@@ -27,7 +27,7 @@ def variant_curves(mesh: Mesh, *, seeds: list[int], stages: list[str], steps: in
 
 def _curve(mesh: Mesh, seed: int, stage: str, steps: int) -> list[list[float]]:
     model = build_model(variant(seed), VOCABULARY, seed=1)
-    objective: Any = build_objective(CrossEntropyConfig(chunk_tokens=16))
+    objective: Any = build_cross_entropy(CrossEntropyConfig(chunk_tokens=16))
     engine = build_engine(mesh, TrainModule(model, objective), deepspeed=stage)
     reports = [engine.train_step(*share(step, mesh, 4, model.kind)) for step in range(steps)]
     engine.close()

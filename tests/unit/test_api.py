@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from dstrain.api import Model, load, usable_device
+from dstrain.api import BundleModel, load
 from dstrain.batch import Sequences
+from dstrain.build.device import usable_device
 from dstrain.errors import BundleError, DataError, DstrainError, RecipeError
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.padding import pad
@@ -26,11 +27,11 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(directory: Path) -> Model:
+def model(directory: Path) -> BundleModel:
     return load(directory)
 
 
-def test_every_sentence_has_hypotheses_with_text_tokens_and_scores(model: Model) -> None:
+def test_every_sentence_has_hypotheses_with_text_tokens_and_scores(model: BundleModel) -> None:
     found = model.generate(SENTENCES, beam_size=5, num_best=4)
     assert len(found) == len(SENTENCES)
     for sentence, hypotheses in zip(SENTENCES, found, strict=True):
@@ -45,7 +46,7 @@ def test_every_sentence_has_hypotheses_with_text_tokens_and_scores(model: Model)
     assert found[0][0].text
 
 
-def test_a_sentence_means_the_same_alone_and_in_company(model: Model) -> None:
+def test_a_sentence_means_the_same_alone_and_in_company(model: BundleModel) -> None:
     together = model.generate(SENTENCES, max_tokens=30)
     for sentence, hypotheses in zip(SENTENCES, together, strict=True):
         (alone,) = model.generate([sentence])
@@ -53,7 +54,7 @@ def test_a_sentence_means_the_same_alone_and_in_company(model: Model) -> None:
         assert [h.score for h in alone] == pytest.approx([h.score for h in hypotheses], rel=1e-5)
 
 
-def test_forced_scores_equal_search_scores(model: Model) -> None:
+def test_forced_scores_equal_search_scores(model: BundleModel) -> None:
     """The search goes step by step with a cache, the forced score is one pass over whole sequences."""
     sentences = [sentence for sentence in SENTENCES if sentence.strip()]
     for hypotheses in zip(*model.generate(sentences, beam_size=4, num_best=3), strict=True):
@@ -65,14 +66,14 @@ def test_forced_scores_equal_search_scores(model: Model) -> None:
                 assert forced.token_scores == pytest.approx(searched.token_scores, rel=1e-4, abs=1e-5)
 
 
-def test_scores_follow_the_length_penalty(model: Model) -> None:
+def test_scores_follow_the_length_penalty(model: BundleModel) -> None:
     (normalized,) = model.score(["one two"], ["eins zwei drei"], length_penalty=1.0)
     (total,) = model.score(["one two"], ["eins zwei drei"], length_penalty=0.0)
     assert normalized.score == pytest.approx(total.score / 4, rel=1e-6)
     assert total.score == pytest.approx(sum(total.token_scores), rel=1e-6)
 
 
-def test_a_score_is_a_bare_sum_on_request(model: Model) -> None:
+def test_a_score_is_a_bare_sum_on_request(model: BundleModel) -> None:
     (normalized,) = model.generate(["one two three"], length_penalty=1.0)[0][:1]
     (found,) = model.generate(["one two three"], score="sum")[0][:1]
     assert found.score == pytest.approx(sum(found.token_scores), rel=1e-5)
@@ -82,7 +83,7 @@ def test_a_score_is_a_bare_sum_on_request(model: Model) -> None:
 
 
 @pytest.mark.parametrize("kind", ["beam", "sampling"])
-def test_hypotheses_begin_with_their_prefix(model: Model, kind: Literal["beam", "sampling"]) -> None:
+def test_hypotheses_begin_with_their_prefix(model: BundleModel, kind: Literal["beam", "sampling"]) -> None:
     prefixes = ["zwölf elf", "neun", "", "eins eins eins", "", "acht", ""]
     free = model.generate(SENTENCES, kind=kind)
     for prefix, without, hypotheses in zip(prefixes, free, model.generate(SENTENCES, kind=kind, prefixes=prefixes), strict=True):
@@ -92,14 +93,14 @@ def test_hypotheses_begin_with_their_prefix(model: Model, kind: Literal["beam", 
             assert [h.text for h in hypotheses] == [h.text for h in without]
 
 
-def test_prefixes_that_do_not_fit_are_refused(model: Model) -> None:
+def test_prefixes_that_do_not_fit_are_refused(model: BundleModel) -> None:
     with pytest.raises(DataError, match="2 sources but 1 prefixes; give one for each source"):
         model.generate(["one", "two"], prefixes=["eins"])
     with pytest.raises(DataError, match=r"prefix line 2 has 17 tokens .* reads at most 16"):
         model.generate(["one", "two"], prefixes=["", "eins " * 16])
 
 
-def test_logits_are_those_of_the_model_without_padding(model: Model) -> None:
+def test_logits_are_those_of_the_model_without_padding(model: BundleModel) -> None:
     sources = [[5, 6, 7, 2], [8, 2], [9, 10, 11, 12, 13, 14, 2]]
     inputs = [[2, 4], [2, 5, 6, 7, 8], [2]]
     found = model.logits(sources, inputs)
@@ -112,7 +113,7 @@ def test_logits_are_those_of_the_model_without_padding(model: Model) -> None:
         np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_recipe_in_the_bundle_gives_the_defaults(model: Model) -> None:
+def test_the_recipe_in_the_bundle_gives_the_defaults(model: BundleModel) -> None:
     config = model.generation_config({})
     assert isinstance(config, BeamSearchConfig)
     assert (config.beam_size, config.length_penalty, config.num_best) == (3, 0.4, 2)
@@ -120,7 +121,7 @@ def test_the_recipe_in_the_bundle_gives_the_defaults(model: Model) -> None:
     assert len(model.generate(["one"])[0]) == 2
 
 
-def test_sampling_keeps_what_both_methods_share(model: Model) -> None:
+def test_sampling_keeps_what_both_methods_share(model: BundleModel) -> None:
     config = model.generation_config({"kind": "sampling", "top_k": 4})
     assert isinstance(config, SamplingConfig)
     assert (config.top_k, config.length_penalty, config.num_best) == (4, 0.4, 2)
@@ -134,7 +135,7 @@ def test_without_a_recipe_the_configuration_has_its_own_defaults(tmp_path: Path)
     assert model.generation_config({}) == BeamSearchConfig()
 
 
-def test_every_option_of_both_methods_can_be_given(model: Model) -> None:
+def test_every_option_of_both_methods_can_be_given(model: BundleModel) -> None:
     fields = BeamSearchConfig.model_fields.keys() | SamplingConfig.model_fields.keys()
     assert fields <= set(inspect.signature(model.generate).parameters)
 
@@ -149,13 +150,13 @@ def test_every_option_of_both_methods_can_be_given(model: Model) -> None:
         ({"kind": "sampling", "top_p": 1.5}, "top_p: input should be less than or equal to 1, not 1.5"),
     ],
 )
-def test_a_wrong_option_is_explained(model: Model, options: dict[str, object], message: str) -> None:
+def test_a_wrong_option_is_explained(model: BundleModel, options: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match="generation options: ") as caught:
         model.generate(["one"], **options)  # type: ignore[arg-type]
     assert message in str(caught.value)
 
 
-def test_a_long_sentence_is_refused_or_cut(model: Model) -> None:
+def test_a_long_sentence_is_refused_or_cut(model: BundleModel) -> None:
     long = " ".join(["one"] * 40)
     with pytest.raises(DataError, match=r"source line 2 has 41 tokens .* reads at most 16"):
         model.generate(["two", long])
@@ -165,14 +166,14 @@ def test_a_long_sentence_is_refused_or_cut(model: Model) -> None:
         model.score(["one"], [long])
 
 
-def test_unequal_numbers_of_lines_are_refused(model: Model) -> None:
+def test_unequal_numbers_of_lines_are_refused(model: BundleModel) -> None:
     with pytest.raises(DataError, match="2 sources but 1 targets; give one for each source"):
         model.score(["one", "two"], ["eins"])
     with pytest.raises(DataError, match="1 sources but 2 targets"):
         model.logits([[5, 2]], [[2], [2]])
 
 
-def test_one_string_is_not_a_list_of_sentences(model: Model) -> None:
+def test_one_string_is_not_a_list_of_sentences(model: BundleModel) -> None:
     with pytest.raises(DataError, match=r"generate got one string \('one two'\); give a list of sentences"):
         model.generate("one two")
     with pytest.raises(DataError, match=r"generate got one string \('eins'\); give a list of sentences"):

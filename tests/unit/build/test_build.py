@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.build.training import Corpora
+from dstrain.build.training_data import TrainingData
 from dstrain.config_base import upgrade_config
 from dstrain.data.prepared.prepare import prepare
 from dstrain.errors import CheckpointError, DataError
@@ -25,10 +25,10 @@ def test_data_prepared_before_a_key_existed_have_its_default(tmp_path: Path) -> 
     manifest = json.loads(path.read_text())
     del manifest["data"]["tokenizer"]["tags"]
     path.write_text(json.dumps(manifest))
-    assert len(Corpora(tmp_path / "data", recipe).train) == 60
+    assert len(TrainingData(tmp_path / "data", recipe).train) == 60
     other = load_recipe("translation/quickstart", (*SMALL, "data.tokenizer.tags=[eng_Latn]"))
     with pytest.raises(DataError, match=r"data\.tokenizer\.tags: \[\] -> \(absent\)"):
-        Corpora(tmp_path / "data", other)
+        TrainingData(tmp_path / "data", other)
 
 
 def test_a_run_begun_before_a_key_existed_is_resumed(tmp_path: Path) -> None:

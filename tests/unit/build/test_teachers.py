@@ -12,13 +12,14 @@ from torch import Tensor
 
 from dstrain.adapters.config import LoraConfig
 from dstrain.build.base import build_on_base
-from dstrain.build.teachers import TeacherOptions, open_logits, plan_teachers, signals_of, start_teachers
+from dstrain.build.teachers import TeacherOptions, open_logits, plan_teachers, start_teachers
 from dstrain.checkpoint.bundle import find_bundle, load_bundle, save_adapter_bundle, save_bundle
 from dstrain.data.batching.loader import evaluation_loader
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.distillation.config import DistillationConfig
+from dstrain.distillation.signals import TeacherSignals
 from dstrain.distillation.store.manifest import TopKMethod
 from dstrain.errors import BundleError, DataError, RecipeError
 from dstrain.model_output import ActivationCapture, Tap
@@ -54,8 +55,7 @@ class Corpus:
     ) -> DenseSignal:
         """What the teachers show of the first batch of `valid`."""
         planned = self.plan(*bundles, vocabulary_map=vocabulary_map)
-        signals = signals_of(start_teachers(planned, placement="sharded", precision=precision, mesh=ONE_RANK))
-        assert signals is not None
+        signals = TeacherSignals(start_teachers(planned, placement="sharded", precision=precision, mesh=ONE_RANK))
         batch = next(evaluation_loader(open_dataset(self.directory, "valid"), 200, COLLATOR))
         with signals.open(batch, capture) as signal:
             return signal

@@ -117,7 +117,7 @@ def test_other_sentences_are_refused(data: Path, teacher: Path, logits: Path, tm
         (("--method", "topk", "--dtype", "int3"), "--dtype int3", 1),
         (("--shard", "3/3"), "is no share I/N", 2),
         (("--split", "nothing"), "has no split 'nothing'", 1),
-        (("--merge", "somewhere"), "or --merge LOGITS alone", 1),
+        (("--merge", "somewhere"), "or --merge LOGITS without them", 1),
         (("--device", "tpu"), "device 'tpu' is unknown", 1),
     ],
 )

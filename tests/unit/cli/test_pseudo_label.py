@@ -73,7 +73,7 @@ def test_strangers_and_options_that_cannot_be(data: Path, teacher: Path, tmp_pat
     )
     assert "is not a whole number" in verbs.fail(*words(teacher, data, output, "--beam-size", "0"), code=2)
     assert "is no share I/N" in verbs.fail(*words(teacher, data, output, "--shard", "2"), code=2)
-    assert "or --merge DATA2 alone" in verbs.fail("pseudo-label", "--teacher", teacher)
+    assert "or --merge DATA2 without them" in verbs.fail("pseudo-label", "--teacher", teacher)
     assert "was not written by `dstrain pseudo-label`" in verbs.fail("pseudo-label", "--merge", output)
     assert not output.exists()
     verbs.succeed(*words(teacher, data, output, "--shard", "1/2", "--pairs-per-shard", "10", "--beam-size", "1"))

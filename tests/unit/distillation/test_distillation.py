@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX, Batch
-from dstrain.build.objective import build_objective, require_teacher_source, validation_objective
+from dstrain.build.objective import check_teacher_options
+from dstrain.build.teachers import TeacherOptions
+from dstrain.distillation.build import build_distillation
 from dstrain.distillation.config import (
     DistillationConfig,
     ForwardKl,
@@ -32,7 +35,7 @@ from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, Plai
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.objectives.config import CrossEntropyConfig
-from dstrain.objectives.cross_entropy import target_hidden
+from dstrain.objectives.cross_entropy import CrossEntropy, target_hidden
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from tests.batches import EOS, PAD, labels_of
@@ -78,8 +81,8 @@ TEACHERS = [PlainTeacher(model_of(24, seed=7)), PlainTeacher(model_of(20, seed=8
 
 def module_of(teachers: int = 1, **changes: Any) -> TrainModule:
     config = config_of(**changes)
-    objective = build_objective(config, TeacherSignals(TEACHERS[:teachers]))
-    return TrainModule(model_of(16, seed=1), objective, validation_objective(config))
+    objective = build_distillation(config, TeacherSignals(TEACHERS[:teachers]))
+    return TrainModule(model_of(16, seed=1), objective, CrossEntropy(config.validation))
 
 
 def step(module: TrainModule, batches: Sequence[Batch]) -> list[LossOutput]:
@@ -266,25 +269,35 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
     ("config", "teacher", "logits", "message"),
     [
         (config_of(), False, False, "objective.kind = distillation needs a teacher: add --teacher BUNDLE, or --logits LOGITS"),
-        (config_of(), True, True, "--teacher and --logits are two ways to the same lesson"),
+        (config_of(), True, True, "--teacher and --logits are two sources of the same signal"),
         (CrossEntropyConfig(), True, False, "objective.kind = cross_entropy has no use for a teacher: leave --teacher out"),
         (CrossEntropyConfig(), False, True, "objective.kind = cross_entropy has no use for a teacher: leave --logits out"),
         (config_of(teacher_precision="bf16"), False, True, "objective.teacher_precision = bf16 is what a teacher at work"),
         (config_of(renormalize=True), True, False, "objective.renormalize is for dumped logits of method topk"),
     ],
 )
-def test_a_missing_and_a_superfluous_lesson_are_refused(
+def test_a_missing_and_a_superfluous_teacher_are_refused(
     config: DistillationConfig | CrossEntropyConfig, teacher: bool, logits: bool, message: str
 ) -> None:
     with pytest.raises(RecipeError) as caught:
-        require_teacher_source(config, teacher=teacher, logits=logits)
+        check_teacher_options(config, options_of(teacher=teacher, logits=logits))
     assert message in str(caught.value)
 
 
-def test_a_lesson_that_suits_is_accepted() -> None:
-    require_teacher_source(config_of(teacher_precision="bf16"), teacher=True, logits=False)
-    require_teacher_source(config_of(renormalize=True), teacher=False, logits=True)
-    require_teacher_source(CrossEntropyConfig(), teacher=False, logits=False)
+def options_of(*, teacher: bool, logits: bool) -> TeacherOptions:
+    return TeacherOptions((Path("bundle"),) if teacher else (), logits=Path("logits") if logits else None)
+
+
+def test_a_source_of_signals_that_fits_is_accepted() -> None:
+    check_teacher_options(config_of(teacher_precision="bf16"), options_of(teacher=True, logits=False))
+    check_teacher_options(config_of(renormalize=True), options_of(teacher=False, logits=True))
+    check_teacher_options(CrossEntropyConfig(), options_of(teacher=False, logits=False))
+
+
+@pytest.mark.parametrize("option", [{"placement": "sharded"}, {"vocabulary_map": Path("map.yaml")}])
+def test_options_of_a_teacher_without_one_are_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match="say how a teacher works: add --teacher BUNDLE, or leave them out"):
+        check_teacher_options(CrossEntropyConfig(), TeacherOptions(**option))
 
 
 class Kept:
@@ -307,7 +320,7 @@ def test_validation_is_the_students_own_loss_and_leaves_the_queue() -> None:
     queue = module.objective.selection.state()["queue.0"].tolist()
     module.eval()
     output = module(batch)
-    expected = TrainModule(module.model, build_objective(CrossEntropyConfig(label_smoothing=0.1)))(batch)
+    expected = TrainModule(module.model, CrossEntropy(CrossEntropyConfig(label_smoothing=0.1)))(batch)
     torch.testing.assert_close(output.loss_sum, expected.loss_sum)
     assert list(output.metrics.sums) == ["nll"]
     assert module.objective.selection.state()["queue.0"].tolist() == queue

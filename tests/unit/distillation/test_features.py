@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from dstrain.batch import Batch, ModelKind
-from dstrain.build.objective import build_objective
+from dstrain.distillation.build import build_distillation
 from dstrain.distillation.config import AttentionFeature, HiddenStatesFeature, ObjectiveConfig
 from dstrain.distillation.feature_plan import plan_features, uniform
 from dstrain.distillation.objective import Distillation
@@ -90,7 +90,7 @@ def module_of(
 ) -> tuple[TrainModule, Model]:
     config, taught = objective_of(*features, **changes), model_of(teacher, seed=7)
     plans = plan_features(config, config_of(student), [config_of(teacher)])
-    objective = build_objective(config, TeacherSignals([PlainTeacher(taught)]), features=plans, seed=seed)
+    objective = build_distillation(config, TeacherSignals([PlainTeacher(taught)]), features=plans, seed=seed)
     return TrainModule(model_of(student, seed=1), objective), taught
 
 
@@ -387,6 +387,6 @@ def test_signals_are_asked_for_features() -> None:
     plans = plan_features(config, config_of(STUDENT), [config_of(TEACHER)])
     teachers = [PlainTeacher(model_of(TEACHER, seed=seed)) for seed in (1, 2)]
     with pytest.raises(RecipeError, match="learns from inside one teacher at work, but there are 2"):
-        build_objective(config, TeacherSignals(teachers), features=plans)
+        build_distillation(config, TeacherSignals(teachers), features=plans)
     with pytest.raises(ValueError, match="must be the same"):
-        build_objective(config, TeacherSignals(teachers[:1]))
+        build_distillation(config, TeacherSignals(teachers[:1]))

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dstrain.batch import IGNORE_INDEX, Batch, ModelKind, Size
-from dstrain.build.objective import build_objective
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
+from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
 from tests.batches import EOS, PAD, collate, labels_of
@@ -31,7 +31,7 @@ def train_module(*, norm_order: str = "post", chunk_tokens: int = 8, dropout: fl
     )
     model = build_model(config, VocabularySizes(source=NUM_TYPES, target=NUM_TYPES, pad_id=PAD, eos_id=EOS), seed=1)
     options = {"label_smoothing": SMOOTHING, "chunk_tokens": chunk_tokens, **objective}
-    return TrainModule(model, build_objective(CrossEntropyConfig(**options)))
+    return TrainModule(model, build_cross_entropy(CrossEntropyConfig(**options)))
 
 
 def batch_of(sources: list[list[int]], targets: list[list[int]], kind: ModelKind = "encoder_decoder") -> Batch:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
-
 import pytest
 
-from dstrain.cli.ranks import Task, do_work
+from dstrain.build.shared_work import Task, do_work
 from dstrain.errors import DataError, TrainingError
 from dstrain.storage.sharded_job import Worker
 
 
-def args_of(share: Worker, device: str = "cpu") -> argparse.Namespace:
-    return argparse.Namespace(shard=share, device=device)
-
-
 @pytest.mark.parametrize(("share", "finishes"), [(Worker(0, 1), True), (Worker(0, 2), False), (Worker(1, 2), False)])
-def test_without_a_launcher_it_is_the_share_itself(
-    share: Worker, finishes: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_launcher_it_is_the_share_itself(share: Worker, finishes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     tasks: list[Task] = []
 
@@ -26,16 +18,17 @@ def test_without_a_launcher_it_is_the_share_itself(
         tasks.append(task)
         return "done"
 
-    assert do_work(args_of(share), work) is finishes
+    lines: list[str] = []
+    assert do_work(share, "cpu", work, lines.append) is finishes
     assert tasks == [Task(share, "cpu")]
-    assert capsys.readouterr().out == "done\n"
+    assert lines == ["done"]
 
 
 def test_one_device_is_not_for_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(DataError, match=r"--device cuda:1 is one device, but every rank needs its own; use --device cuda"):
-        do_work(args_of(Worker(0, 1), "cuda:1"), lambda task: "")
+        do_work(Worker(0, 1), "cuda:1", lambda task: "", print)
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(TrainingError, match=r"WORLD_SIZE='two' in the environment is not a number"):
-        do_work(args_of(Worker(0, 1)), lambda task: "")
+        do_work(Worker(0, 1), "cpu", lambda task: "", print)

@@ -1,0 +1,37 @@
+"""From the configuration of a distillation to its objective: the source of signals, the selection, the features."""
+
+from __future__ import annotations
+
+from dstrain.build.objective_plan import ObjectivePlan
+from dstrain.build.teachers import TeacherOptions, open_logits, plan_teachers, start_teachers
+from dstrain.build.training_data import TrainingData
+from dstrain.data.tags import locate_tags
+from dstrain.distillation.build import build_distillation
+from dstrain.distillation.config import DistillationConfig, GlobalByLanguageSelection
+from dstrain.distillation.feature_plan import plan_features
+from dstrain.distillation.objective import Distillation
+from dstrain.distillation.signals import TeacherSignals
+from dstrain.parallel.mesh import Mesh
+from dstrain.recipe import Recipe
+
+
+def plan_distillation(config: DistillationConfig, recipe: Recipe, options: TeacherOptions, data: TrainingData) -> ObjectivePlan:
+    """Look at teachers, stored logits, tags and features without loading them. Raises a DstrainError if one does not fit."""
+    store = None if options.logits is None else open_logits(options.logits, data.directory, data.manifest, config)
+    planned = plan_teachers(options, data.tokenizers, data.vocabulary, data.train)
+    features = plan_features(config, recipe.model, [teacher.model for teacher in planned])
+    tag_position = 0
+    if isinstance(config.selection, GlobalByLanguageSelection):
+        tag_position = locate_tags(config.selection.tags, data.tokenizers.source, data.train)
+    placement = options.placement or "sharded"
+    precision = config.teacher_precision or recipe.engine.precision
+
+    def build(mesh: Mesh) -> Distillation:
+        signals = store or TeacherSignals(start_teachers(planned, placement=placement, precision=precision, mesh=mesh))
+        return build_distillation(config, signals, tag_position=tag_position, features=features, seed=recipe.training.seed)
+
+    return ObjectivePlan(
+        build,
+        teachers=tuple(teacher.fingerprint for teacher in planned) if store is None else (store.manifest.fingerprint,),
+        models=tuple(teacher.model for teacher in planned),
+    )

@@ -1,0 +1,128 @@
+"""How good a finished bundle is on prepared data, and how good a store of logits is against its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dstrain.build.teacher_source import TeacherSource, load_teacher_source
+from dstrain.checkpoint.bundle import Bundle, load_bundle
+from dstrain.data.batching.collate import Collator
+from dstrain.distillation.store.gradient_angle import Angle, gradient_angles, random_batches
+from dstrain.distillation.store.manifest import load_store_manifest
+from dstrain.distillation.store.store import moved, open_store
+from dstrain.errors import BundleError
+from dstrain.evaluation.bundle_validation import validate_bundle
+from dstrain.generation.config import generation_config
+from dstrain.models.factory import Model, build_model
+from dstrain.objectives.config import CrossEntropyConfig
+from dstrain.objectives.cross_entropy import CrossEntropy
+from dstrain.parallel.mesh import DeviceChoice, Mesh, build_mesh, finalize
+from dstrain.recipe_file import check_recipe
+
+ANGLE_MAX_TOKENS = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateOptions:
+    """The options of `dstrain validate`.
+
+    generate: translate, too. beam_size: None as in the bundle's recipe. max_tokens: padded tokens of a batch.
+    """
+
+    bundle: Path
+    data: Path
+    split: str = "valid"
+    generate: bool = True
+    beam_size: int | None = None
+    max_tokens: int = 4096
+    device: DeviceChoice = "auto"
+
+
+def validate(options: ValidateOptions) -> dict[str, float] | None:
+    """Loss, perplexity and scores of generated text by name; every rank scores its share, and only rank 0 returns the result.
+
+    Raises DataError or BundleError if bundle and data do not fit together.
+
+    >>> from pathlib import Path
+    >>> from dstrain.api import ValidateOptions, validate
+    >>> scores = validate(ValidateOptions(bundle=Path("run/bundles/best"), data=Path("data"), beam_size=2))
+    >>> sorted(scores)
+    ['bleu', 'chrf', 'loss', 'nll', 'num_targets', 'perplexity', 'repetition']
+    """
+    mesh = build_mesh(options.device)
+    try:
+        scores = _validate(options, mesh)
+    finally:
+        finalize()
+    return scores if mesh.world.rank == 0 else None
+
+
+def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, float]:
+    bundle = load_bundle(options.bundle, device=mesh.device)
+    generation = generation_config(bundle.recipe, {"beam_size": options.beam_size}) if options.generate else None
+    return validate_bundle(
+        bundle,
+        options.data,
+        options.split,
+        mesh,
+        objective=CrossEntropy(_validation_config(bundle)),
+        generation=generation,
+        max_tokens=options.max_tokens,
+    )
+
+
+def _validation_config(bundle: Bundle) -> CrossEntropyConfig:
+    """That of the bundle's recipe; plain cross-entropy if it has none."""
+    if not bundle.recipe:
+        return CrossEntropyConfig(label_smoothing=0.0)
+    return check_recipe(bundle.recipe, "the bundle's recipe").objective.validation
+
+
+@dataclass(frozen=True, kw_only=True)
+class AngleOptions:
+    """The options of `inspect LOGITS --against-teacher`. student: a bundle, None for a fresh model of the teacher's shape."""
+
+    store: Path
+    teacher: Path
+    data: Path
+    student: Path | None = None
+    tokens: Sequence[int] = (1024, 4096, 16384)
+    renormalize: bool = False
+    device: str = "auto"
+
+
+def measure_angles(options: AngleOptions) -> Iterator[Angle]:
+    """The angles of a store. DataError if it was not made by this teacher or of this data."""
+    job = load_store_manifest(options.store).job
+    source = load_teacher_source(options.teacher, options.data, job.split, options.device)
+    job.require_teacher(source.fingerprint, options.store, options.teacher)
+    store = open_store(options.store, data=options.data, manifest=source.manifest, renormalize=options.renormalize)
+    student, device = _student(options.student, source), torch.device(source.device)
+
+    sizes = source.bundle.vocabulary
+    kinds = [source.bundle.model_config.kind]
+    collator = Collator(student.config.kind, pad_id=sizes.pad_id, eos_id=sizes.eos_id, teacher_kinds=kinds)
+    batches = random_batches(source.dataset, ANGLE_MAX_TOKENS, collator)
+    return gradient_angles(
+        student,
+        list(student.parameters()),
+        source.bundle.model,
+        lambda batch: moved(store.signal(batch), device),
+        (batch.to(device) for batch in batches),
+        tokens=options.tokens,
+        temperature=store.temperature,
+    )
+
+
+def _student(path: Path | None, source: TeacherSource) -> Model:
+    """The bundle's model, or a fresh one of the teacher's shape."""
+    if path is None:
+        return build_model(source.bundle.model_config, source.bundle.vocabulary, seed=1).to(source.device).eval()
+    bundle = load_bundle(path, device=source.device)
+    if bundle.vocabulary != source.bundle.vocabulary:
+        raise BundleError(f"{path} has another vocabulary than the teacher; name a student that was trained on the same data")
+    return bundle.model

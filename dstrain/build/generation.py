@@ -1,0 +1,107 @@
+"""Text files in, generated text out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from dstrain.build.bundle_model import BundleModel, load
+from dstrain.build.device import open_device
+from dstrain.errors import DataError
+from dstrain.generation.config import BeamSearchConfig, SamplingConfig
+from dstrain.generation.files import STANDARD, Chunk, count_lines, translate_file
+from dstrain.generation.formats import Answer, Format, formatter
+from dstrain.generation.generator import TextHypothesis
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateOptions:
+    """The options of `dstrain generate`.
+
+    input, output: files, `-` for standard input and output. reference: human translations to write beside the answers, or with
+    score_only to score in their place. prefix: a file with the beginning of each answer. method: fields of `generation.config`;
+    those left out or None follow the bundle's recipe. threads: None for all cores. truncate: cut lines that are too long.
+    """
+
+    bundle: Path
+    input: str = STANDARD
+    output: str = STANDARD
+    reference: str | None = None
+    prefix: str | None = None
+    score_only: bool = False
+    method: Mapping[str, Any] = field(default_factory=dict)
+    format: Format = "text"
+    truncate: bool = False
+    device: str = "auto"
+    threads: int | None = None
+
+
+class Translator(NamedTuple):
+    """A model, how it generates, and the function that turns an answer into output lines."""
+
+    model: BundleModel
+    config: BeamSearchConfig | SamplingConfig
+    render: Callable[[Answer], str]
+
+
+class GenerationReport(NamedTuple):
+    """lines, tokens: read and generated. seconds: without loading the model."""
+
+    lines: int
+    tokens: int
+    seconds: float
+
+
+def open_translator(options: GenerateOptions) -> Translator:
+    """Load the bundle. RecipeError for an option that the method does not have."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    model = load(options.bundle, open_device(options.device))
+    config = model.generation_config(options.method)
+    render = formatter(options.format, model.tokenizer.target, num_best=config.num_best, score_only=options.score_only)
+    return Translator(model, config, render)
+
+
+def generate_file(options: GenerateOptions) -> GenerationReport:
+    """Answer every line of the input, or score the lines of the reference, chunk by chunk.
+
+    Raises DataError for a file that cannot be read or does not fit, BundleError and RecipeError as `load` and `generate` do.
+
+    >>> from pathlib import Path
+    >>> from dstrain.api import GenerateOptions, generate_file
+    >>> method = {"beam_size": 2, "max_length_ratio": 1.0}
+    >>> options = GenerateOptions(bundle=Path("run/bundles/best"), input="in.txt", output="out.txt", method=method)
+    >>> generate_file(options).lines == len(Path("out.txt").read_text().splitlines())
+    True
+    """
+    if options.score_only and options.reference is None:
+        raise DataError("--score-only has nothing to score; add --reference FILE")
+    model, config, render = open_translator(options)
+    start = time.monotonic()
+    with tqdm(total=count_lines(options.input), unit=" lines", disable=None) as bar:
+
+        def answer(chunk: Chunk) -> list[list[TextHypothesis]]:
+            if chunk.references is not None and options.score_only:
+                scored = model.score_texts(
+                    chunk.lines, chunk.references, config, truncate=options.truncate, first_line=chunk.first, progress=bar.update
+                )
+                return [[hypothesis] for hypothesis in scored]
+            return model.translate(
+                chunk.lines,
+                config,
+                prefixes=chunk.prefixes,
+                truncate_source=options.truncate,
+                first_line=chunk.first,
+                progress=bar.update,
+            )
+
+        lines, tokens = translate_file(
+            answer, options.input, options.output, render, reference=options.reference, prefix=options.prefix
+        )
+    return GenerationReport(lines, tokens, max(time.monotonic() - start, 1e-9))

@@ -1,0 +1,118 @@
+"""Sequence-level distillation: prepared data whose training targets a teacher has generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from dstrain import __version__
+from dstrain.build.shared_work import ALL_WORK, Task, do_work
+from dstrain.build.teacher_source import TeacherSource, load_teacher_source
+from dstrain.config_base import Precision
+from dstrain.data.config import DataConfig, FilterConfig
+from dstrain.data.prepared.derived import LabelJob, copy_original, merge_labels
+from dstrain.data.prepared.manifest import Manifest
+from dstrain.errors import DataError
+from dstrain.generation.config import generation_config
+from dstrain.generation.constraints import SpecialIds
+from dstrain.generation.generator import Generator
+from dstrain.generation.pseudo_label import Labeler
+from dstrain.log import logger
+from dstrain.storage.sharded_job import Worker
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions:
+    """The options of `dstrain pseudo-label`.
+
+    beam_size, length_penalty, max_tokens: of the search, None as in the teacher's recipe. max_ratio: of the lengths of both
+    sides, None as in the data's filter. max_repeats: how often a group of 1 to 4 tokens may follow itself. keep_original: train
+    on the original pairs, too. pairs_per_shard: None for a 64th of all. worker: which shards this job writes.
+    """
+
+    teacher: Path
+    data: Path
+    output: Path
+    beam_size: int | None = None
+    length_penalty: float | None = None
+    max_tokens: int | None = None
+    max_ratio: float | None = None
+    max_repeats: int = 3
+    keep_original: bool = False
+    pairs_per_shard: int | None = None
+    worker: Worker = ALL_WORK
+    device: str = "auto"
+    precision: Precision = "fp32"
+
+
+def pseudo_label(options: LabelOptions, report: Callable[[str], object] = logger.info) -> Manifest | None:
+    """Write what is missing of this share; the process that finishes returns the manifest of the data, others None.
+
+    report: told what this process has done. Raises DataError or BundleError if teacher, data and output do not fit together.
+
+    >>> from pathlib import Path
+    >>> from dstrain.api import LabelOptions, pseudo_label
+    >>> teacher, data = Path("run/bundles/best"), Path("data")
+    >>> manifest = pseudo_label(LabelOptions(teacher=teacher, data=data, output=Path("labeled"), beam_size=2))
+    >>> train = manifest.splits["train"]
+    >>> train.pairs_read == train.rows + sum(train.dropped.values())
+    True
+    """
+    if not do_work(options.worker, options.device, partial(_label, options), report):
+        return None
+    return merge_labels(options.output, f"dstrain {__version__}")
+
+
+def _label(options: LabelOptions, task: Task) -> str:
+    labeler = build_labeler(options, task.device)
+    total = sum(len(labeler.job.rows(number)) for number in task.worker.shards(labeler.job.parts))
+    with tqdm(unit=" pairs", disable=None if task.is_first else True, total=total) as bar:
+        report = labeler.run(task.worker, bar.update)
+    if task.worker.index == 0:
+        copy_original(options.data, options.output, labeler.job)
+    return report.line()
+
+
+def build_labeler(options: LabelOptions, device: str) -> Labeler:
+    """Teacher, data and job. DataError if they do not fit together."""
+    source = load_teacher_source(options.teacher, options.data, "train", device, options.precision)
+    bundle, pairs = source.bundle, len(source.dataset)
+    method = {"beam_size": options.beam_size, "length_penalty": options.length_penalty, "max_tokens": options.max_tokens}
+    search = generation_config(bundle.recipe, {**method, "kind": "beam", "num_best": 1})
+    limits = _length_limits(options, source)
+    pairs_per_part = options.pairs_per_shard or max(min(pairs // 64, 50_000), 1000)
+    job = LabelJob(
+        teacher=source.fingerprint,
+        original=source.manifest.job,
+        generation=search.model_dump(mode="json", exclude={"max_tokens"}),
+        max_ratio=limits.max_ratio,
+        max_repeats=options.max_repeats,
+        keep_original=options.keep_original,
+        pairs=pairs,
+        parts=-(-pairs // pairs_per_part),
+        pairs_per_part=pairs_per_part,
+        precision=options.precision,
+    )
+    generator = Generator(
+        bundle.model,
+        search,
+        SpecialIds.of(source.tokenizers.target),
+        limits=bundle.model_config.limits,
+        device=source.device,
+    )
+    sizes = bundle.vocabulary.source, bundle.vocabulary.target
+    return Labeler(generator, source.dataset, job, limits, sizes, options.output)
+
+
+def _length_limits(options: LabelOptions, source: TeacherSource) -> FilterConfig:
+    """Which outputs are dropped by their lengths."""
+    limits = DataConfig.model_validate(source.manifest.data).filter
+    if options.max_ratio is None:
+        return limits
+    if options.max_ratio <= 1:
+        raise DataError(f"--max-ratio {options.max_ratio:g} would drop every pair of unequal lengths; choose a number above 1")
+    return limits.model_copy(update={"max_ratio": options.max_ratio})

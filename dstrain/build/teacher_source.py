@@ -1,0 +1,44 @@
+"""A teacher and the prepared data that it reads: what dump-logits, pseudo-label and the angles of a store begin with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dstrain.build.device import open_device
+from dstrain.checkpoint.bundle import Bundle, load_bundle
+from dstrain.config_base import Precision
+from dstrain.data.prepared.dataset import Dataset, open_dataset
+from dstrain.data.prepared.manifest import Manifest, load_manifest
+from dstrain.data.tokenizers.tokenizer import TokenizerPair
+from dstrain.engine.teacher_engine import DTYPES
+from dstrain.errors import BundleError
+from dstrain.evaluation.validator import check_split
+
+
+@dataclass(frozen=True)
+class TeacherSource:
+    """A whole teacher on a device and the prepared split that it reads."""
+
+    bundle: Bundle
+    tokenizers: TokenizerPair
+    device: str
+    fingerprint: str
+    manifest: Manifest
+    dataset: Dataset
+
+
+def load_teacher_source(teacher: Path, data: Path, split: str, device: str, precision: Precision = "fp32") -> TeacherSource:
+    """Open both; the teacher then computes in `precision`.
+
+    DataError or BundleError if they do not fit together or cannot be read.
+    """
+    chosen = open_device(device)
+    bundle, manifest = load_bundle(teacher, device=chosen), load_manifest(data)
+    if bundle.tokenizers is None:
+        raise BundleError(f"{teacher} has no tokenizer, so it cannot be told whether the ids of {data} are its own")
+    manifest.require_tokenizer(bundle.tokenizers.fingerprint, str(teacher))
+    bundle.model.to(DTYPES[precision])
+    dataset = open_dataset(data, split)
+    check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
+    return TeacherSource(bundle, bundle.tokenizers, chosen, bundle.fingerprint, manifest, dataset)

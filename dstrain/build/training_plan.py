@@ -1,0 +1,69 @@
+"""The checks that come before a training: everything is opened and compared with the recipe, and no model is built."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from dstrain import __version__
+from dstrain.build.base import find_base
+from dstrain.build.objective import check_teacher_options, plan_objective
+from dstrain.build.objective_plan import ObjectivePlan
+from dstrain.build.teachers import TeacherOptions
+from dstrain.build.training_data import TrainingData
+from dstrain.checkpoint.bundle import StoredBundle
+from dstrain.data.batching.plan import StepPlan
+from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.parallel.mesh import DeviceChoice
+from dstrain.recipe import Recipe
+from dstrain.recipe_file import recipe_tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """The options of `dstrain train`. output: the run directory. base: the bundle that training starts from, None for none."""
+
+    data: Path
+    output: Path
+    base: Path | None = None
+    teachers: TeacherOptions = field(default_factory=TeacherOptions)
+    device: DeviceChoice = "auto"
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """All that a training reads before a model is built. deepspeed: the file that engine.deepspeed names, resolved."""
+
+    recipe: Recipe
+    data: TrainingData
+    base: StoredBundle | None
+    steps: StepPlan
+    objective: ObjectivePlan
+    deepspeed: dict[str, Any]
+
+    def decisive(self, options: TrainOptions) -> dict[str, Any]:
+        """What must be equal on every rank, under the keys by which a message names it."""
+        manifest = self.data.manifest.model_dump_json()
+        return {
+            **recipe_tree(self.recipe),
+            "DeepSpeed file": self.deepspeed,
+            "--data": hashlib.sha256(manifest.encode()).hexdigest(),
+            "--base": self.base and self.base.fingerprint,
+            "--teacher or --logits": list(self.objective.teachers),
+            "--teacher-placement": options.teachers.placement,
+            "--output": str(options.output),
+            "version": {"dstrain": __version__, **{name: version(name) for name in ("torch", "deepspeed")}},
+        }
+
+
+def plan_training(recipe: Recipe, options: TrainOptions) -> TrainingPlan:
+    """Check everything that needs no model. Raises a DstrainError if something does not fit the recipe."""
+    check_teacher_options(recipe.objective, options.teachers)
+    data = TrainingData(options.data, recipe)
+    base = None if options.base is None else find_base(options.base, recipe.model, data.manifest)
+    steps = data.plan_steps(recipe)
+    objective = plan_objective(recipe, options.teachers, data)
+    return TrainingPlan(recipe, data, base, steps, objective, resolve_ds_config(recipe.engine, world_size=1))

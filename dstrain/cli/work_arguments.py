@@ -1,0 +1,52 @@
+"""The arguments that dump-logits and pseudo-label share: teacher, data, and this job's share of the work."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import get_args
+
+from dstrain.config_base import Precision
+from dstrain.errors import DataError
+from dstrain.storage.sharded_job import Worker
+
+WORK = ("teacher", "data", "output", "worker", "device", "precision")
+"""Names of the shared arguments, as in `DumpOptions` and `LabelOptions`."""
+
+
+def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required: bool) -> None:
+    """--teacher, --data, --output, --shard, --device, --precision. output: what its value is called."""
+    parser.add_argument("--teacher", metavar="BUNDLE", type=Path, required=required, help="model directory of the teacher")
+    parser.add_argument("--data", metavar="DATA", type=Path, required=required, help="directory that `dstrain prepare` wrote")
+    parser.add_argument("--output", metavar=output, type=Path, required=required, help="directory to write, or to go on with")
+    parser.add_argument(
+        "--shard",
+        dest="worker",
+        metavar="I/N",
+        type=worker,
+        default=Worker(0, 1),
+        help="do share I (from 0) of N shares of the work (default: 0/1)",
+    )
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU where there is one (default: auto)")
+    parser.add_argument(
+        "--precision",
+        choices=get_args(Precision),
+        default="fp32",
+        help="what the teacher computes in; bf16 for speed on a GPU (default: fp32)",
+    )
+
+
+def worker(text: str) -> Worker:
+    """I/N, for `type=` of an argument."""
+    numbers = re.fullmatch(r"(\d+)/(\d+)", text)
+    if numbers is None or int(numbers[1]) >= int(numbers[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share I/N of the work with I from 0 to N - 1; of two: 0/2 and 1/2")
+    return Worker(int(numbers[1]), int(numbers[2]))
+
+
+def require_work_or_merge(args: argparse.Namespace, verb: str, output: str) -> None:
+    """DataError unless there is either all that work needs, or --merge."""
+    present = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
+    if present not in ([True, True, True, False], [False, False, False, True]):
+        raise DataError(f"{verb} takes --teacher, --data and --output, or --merge {output} without them")
