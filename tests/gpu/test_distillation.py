@@ -27,7 +27,7 @@ from dstrain.ops.teacher_signal import DenseSignal, SparseSignal
 from dstrain.ops.token_loss.distillation import linear_distillation, reference_linear_distillation
 from tests.unit.distillation.test_stored_distillation import AtWork
 from tests.unit.distillation.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for
-from tests.unit.ops.test_linear_distillation import dense, draws, outcome, probabilities, student, terms, top_types
+from tests.unit.ops.test_token_distillation import dense, draws, outcome, probabilities, student, terms, top_types
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 GPU = torch.device("cuda")
