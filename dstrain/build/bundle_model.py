@@ -42,12 +42,8 @@ class BundleModel:
 
     @property
     def continues(self) -> bool:
-        """Whether this is a language model: a line is the beginning of a text that it goes on with, not a source.
-
-        So it is for a decoder-only model unless its recipe trained it on pairs.
-        """
-        corpora = (self.bundle.recipe or {}).get("data", {}).get("train", ())
-        return self.bundle.model_config.kind == "decoder_only" and all(corpus["kind"] == "text" for corpus in corpora)
+        """Whether this is a language model: a line is the beginning of a text that it goes on with, not a source."""
+        return self.bundle.task == "continuation"
 
     @property
     def tokenizer(self) -> TokenizerPair:

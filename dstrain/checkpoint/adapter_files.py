@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.adapters.lora import merged, unmatched_keys
+from dstrain.checkpoint.task import BundleTask
 from dstrain.config_base import Config
 from dstrain.errors import BundleError
 from dstrain.storage.document import DocumentFormat, Sha256
@@ -41,12 +42,13 @@ class BaseReference(Config):
 
 
 class AdapterDescription(Config):
-    """What adapter.yaml holds. sha256: of adapter.safetensors."""
+    """What adapter.yaml holds. sha256: of adapter.safetensors. task: None in bundles written before they stated it."""
 
     format: int
     adapter: AdapterConfig
     base: BaseReference
     sha256: Sha256
+    task: BundleTask | None = None
     notes: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -143,14 +145,20 @@ def read_adapter(directory: Path) -> StoredAdapter:
 
 
 def write_adapter(
-    directory: Path, *, config: AdapterConfig, base: BaseReference, weights: Mapping[str, Tensor], notes: Mapping[str, Any]
+    directory: Path,
+    *,
+    config: AdapterConfig,
+    base: BaseReference,
+    weights: Mapping[str, Tensor],
+    task: BundleTask,
+    notes: Mapping[str, Any],
 ) -> None:
     """Write an adapter into a bundle directory, read it back and compare. BundleError where the two differ."""
     folder = directory / ADAPTER
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
     checksum = sha256_of_file(folder / WEIGHTS)
-    description = AdapterDescription(format=FORMAT, adapter=config, base=base, sha256=checksum, notes=dict(notes))
+    description = AdapterDescription(format=FORMAT, adapter=config, base=base, sha256=checksum, task=task, notes=dict(notes))
     ADAPTER_FORMAT.write(folder / ADAPTER_YAML, description)
     stored = read_adapter(directory)
     same = stored.weights.keys() == weights.keys() and all(torch.equal(stored.weights[name], weights[name]) for name in weights)

@@ -37,6 +37,7 @@ def average_bundles(directories: Sequence[Path], output: Path) -> None:
         weights=average_weights([(str(bundle.directory), bundle) for bundle in bundles]),
         tokenizers=last.tokenizers(),
         recipe=last.recipe(),
+        task=last.task,
         notes={"average_of": [str(directory) for directory in directories]},
     )
 

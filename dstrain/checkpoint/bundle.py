@@ -35,6 +35,7 @@ from dstrain.checkpoint.adapter_files import (
     is_adapter,
     write_adapter,
 )
+from dstrain.checkpoint.task import BundleTask, task_of
 from dstrain.config_base import Config
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import BundleError, StorageError
@@ -51,21 +52,37 @@ MODEL, WEIGHTS, TOKENIZER, RECIPE = "model.yaml", "model.safetensors", "tokenize
 
 
 class BundleDescription(Config):
-    """What model.yaml holds. sha256: of model.safetensors. tokenizer: fingerprint, None without tokenizers."""
+    """What model.yaml holds. sha256: of model.safetensors. tokenizer: fingerprint, None without tokenizers.
+
+    task: None in bundles that were written before they stated it; see `StoredBundle.task`.
+    """
 
     format: int
     model: ModelConfig
     vocabulary: VocabularySizes
     sha256: Sha256
     tokenizer: str | None
+    task: BundleTask | None = None
     notes: dict[str, Any] = Field(default_factory=dict)
+
+
+class SavedCorpus(BaseModel):
+    """A corpus of recipe.yaml."""
+
+    kind: str
+
+
+class SavedData(BaseModel):
+    """The `data` section of recipe.yaml."""
+
+    train: list[SavedCorpus] = []
 
 
 class SavedRecipe(BaseModel):
     """recipe.yaml, as far as a bundle's readers depend on it; `build` checks the rest where it uses it."""
 
     description: str = ""
-    data: dict[str, Any] = {}
+    data: SavedData = SavedData()
     generation: dict[str, Any] = {}
 
 
@@ -86,6 +103,7 @@ class Bundle:
     model: Model
     model_config: ModelConfig
     vocabulary: VocabularySizes
+    task: BundleTask
     tokenizers: TokenizerPair | None
     recipe: dict[str, Any] | None
     notes: dict[str, Any]
@@ -103,12 +121,13 @@ def save_bundle(
     tokenizers: TokenizerPair | None,
     recipe: Mapping[str, Any] | None,
     notes: Mapping[str, Any] | None = None,
+    task: BundleTask | None = None,
 ) -> None:
     """Write a bundle, or replace one, atomically.
 
-    weights: by canonical name. notes: whatever a reader should know, such as step and score; plain YAML values. BundleError if
-    the weights do not fit the configuration, the disk is full (a bundle that was there before then stays), or `directory` holds
-    anything but a bundle.
+    weights: by canonical name. notes: whatever a reader should know, such as step and score; plain YAML values. task: of a bundle
+    that this one is made from; None derives it, see `task_of`. BundleError if the weights do not fit the configuration, the disk
+    is full (a bundle that was there before then stays), or `directory` holds anything but a bundle.
     """
     check_canonical(parameter_layouts(build_model(model_config, vocabulary, seed=None)), TensorSource(weights))
     with fresh_directory(directory) as fresh:
@@ -123,6 +142,7 @@ def save_bundle(
             vocabulary=vocabulary,
             sha256=sha256_of_file(fresh / WEIGHTS),
             tokenizer=None if tokenizers is None else tokenizers.fingerprint,
+            task=task or task_of(model_config, recipe),
             notes=dict(notes or {}),
         )
         DESCRIPTION.write(fresh / MODEL, description)
@@ -145,7 +165,8 @@ def save_adapter_bundle(
     path = base.directory if base.directory.is_absolute() else os.path.relpath(base.directory.resolve(), directory.resolve())
     with fresh_directory(directory) as fresh:
         reference = BaseReference(path=str(path), fingerprint=base.fingerprint)
-        write_adapter(fresh, config=adapter, base=reference, weights=weights, notes=notes)
+        task = base.task if recipe is None else task_of(base.description.model, recipe)
+        write_adapter(fresh, config=adapter, base=reference, weights=weights, task=task, notes=notes)
         if recipe is not None:
             write_file(fresh / RECIPE, dump_yaml(dict(recipe)).encode())
 
@@ -178,6 +199,12 @@ class StoredBundle:
     adapters: tuple[StoredAdapter, ...]
     notes: dict[str, Any]
     fingerprint: str
+
+    @property
+    def task(self) -> BundleTask:
+        """What the model does; that of its uppermost adapter, which was trained last."""
+        uppermost = self.adapters[-1].description if self.adapters else self.description
+        return uppermost.task or task_of(self.description.model, self.recipe())
 
     @cached_property
     def _shapes(self) -> dict[str, tuple[int, ...]]:
@@ -264,6 +291,7 @@ def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundl
         model=model.eval(),
         model_config=description.model,
         vocabulary=description.vocabulary,
+        task=stored.task,
         tokenizers=stored.tokenizers(),
         recipe=stored.recipe(),
         notes=stored.notes,

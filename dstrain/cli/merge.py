@@ -31,6 +31,7 @@ def run(args: argparse.Namespace) -> int:
         weights=to_canonical(bundle.model),
         tokenizers=bundle.tokenizers,
         recipe=bundle.recipe,
+        task=bundle.task,
         notes={**bundle.notes, "merged_from": str(args.bundle)},
     )
     print(f"{args.bundle} merged into its base -> {args.output}")

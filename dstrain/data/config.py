@@ -76,9 +76,13 @@ TextSource = Annotated[
 ]
 
 
+KINDS_WITHOUT_SOURCE = frozenset({"text", "fairseq_text"})
+"""Of `PlainText` and `FairseqText`."""
+
+
 def is_text_alone(source: TextSource) -> bool:
     """Whether a corpus is text without a source."""
-    return isinstance(source, PlainText | FairseqText)
+    return source.kind in KINDS_WITHOUT_SOURCE
 
 
 def has_no_source(sources: Iterable[TextSource]) -> bool:

@@ -214,7 +214,7 @@ def test_nothing_that_is_no_bundle_is_loaded(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("trained_on", ["text", None])
+@pytest.mark.parametrize("trained_on", ["text", "fairseq_text", None])
 def test_a_language_model_goes_on_from_a_line(trained_on: str | None, tmp_path: Path) -> None:
     model = load(make_decoder_only_bundle(tmp_path / "bundle", trained_on=trained_on))
     assert model.continues

@@ -50,8 +50,15 @@ def save_imported(
         return
     with fresh_directory(directory) as fresh:
         save(fresh / BASE)
-        reference = BaseReference(path=BASE, fingerprint=find_bundle(fresh / BASE).fingerprint)
-        write_adapter(fresh, config=LoraConfig(**adapter.settings), base=reference, weights=adapter.weights, notes=notes)
+        base = find_bundle(fresh / BASE)
+        write_adapter(
+            fresh,
+            config=LoraConfig(**adapter.settings),
+            base=BaseReference(path=BASE, fingerprint=base.fingerprint),
+            weights=adapter.weights,
+            task=base.task,
+            notes=notes,
+        )
         stored = find_bundle(fresh)
         for name in stored.names():
             stored.read(name)  # BundleError if the adapter does not fit

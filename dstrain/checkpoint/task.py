@@ -1,0 +1,23 @@
+"""What a model does with a line of text: a fact that each bundle states about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from dstrain.data.config import KINDS_WITHOUT_SOURCE
+from dstrain.models.config import ModelConfig
+
+BundleTask = Literal["translation", "continuation"]
+"""translation: a line is a source, and the model writes its target. continuation: a line is the beginning of a text."""
+
+
+def task_of(model: ModelConfig, recipe: Mapping[str, Any] | None) -> BundleTask:
+    """The task of a model that was trained by `recipe`; an imported one has none.
+
+    A decoder-only model continues unless a corpus of its training has sources. Bundles that were written before they stated their
+    task are read by this rule, too.
+    """
+    corpora = (recipe or {}).get("data", {}).get("train", ())
+    text_only = all(corpus["kind"] in KINDS_WITHOUT_SOURCE for corpus in corpora)
+    return "continuation" if model.kind == "decoder_only" and text_only else "translation"
