@@ -113,7 +113,7 @@ def _deepspeed_mistakes(tree: Tree) -> list[str]:
     except ValidationError:
         return []
     try:
-        resolve_ds_config(engine, world_size=1)
+        resolve_ds_config(engine, replicas=1)
     except RecipeError as error:
         return [str(error)]
     return []

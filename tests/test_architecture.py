@@ -29,7 +29,7 @@ LAYER_OF = {package: number for number, packages in enumerate(LAYERS) for packag
 MAY_LOOK_LEFT = {0, 1, 7, 8, 9}
 DOORS = {
     "deepspeed": {"engine"},
-    "torch.distributed": {"parallel", "engine"},
+    "torch.distributed": {"parallel"},
     "triton": {"ops"},
     "liger_kernel": {"ops"},
     "transformers": {"interop"},
@@ -115,6 +115,22 @@ def test_each_heavy_library_has_its_doors() -> None:
         for library, doors in DOORS.items()
         if f"{name}.".startswith(f"{library}.") and package_of(path) not in doors
     ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_only_parallel_knows_the_world() -> None:
+    """Everything else asks a group of the mesh, by which it says which ranks it means."""
+    variables = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID"}
+    wrong = []
+    for path, tree in TREES.items():
+        if package_of(path) == "parallel":
+            continue
+        for node in ast.walk(tree):
+            name = node.attr if isinstance(node, ast.Attribute) else node.arg if isinstance(node, ast.arg) else None
+            name = node.id if isinstance(node, ast.Name) else name
+            constant = isinstance(node, ast.Constant) and node.value in variables
+            if constant or name in {"get_rank", "get_world_size"} or (isinstance(node, ast.arg) and name == "world_size"):
+                wrong.append(f"{name_of(path)}:{node.lineno} reads a global rank or size")
     assert not wrong, "\n".join(wrong)
 
 

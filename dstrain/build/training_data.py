@@ -75,8 +75,8 @@ class TrainingData:
             self.train,
             plan,
             collator,
-            rank=mesh.data.rank,
-            world_size=mesh.data.size,
+            data_rank=mesh.data.rank,
+            data_size=mesh.data.size,
             start=(epoch, index),
         )
 
@@ -86,6 +86,6 @@ class TrainingData:
             self.valid,
             recipe.batching.max_tokens,
             self.collator(recipe),
-            rank=mesh.data.rank,
-            world_size=mesh.data.size,
+            data_rank=mesh.data.rank,
+            data_size=mesh.data.size,
         )

@@ -66,4 +66,4 @@ def plan_training(recipe: Recipe, options: TrainOptions) -> TrainingPlan:
     base = None if options.base is None else find_base(options.base, recipe.model, data.manifest)
     steps = data.plan_steps(recipe)
     objective = plan_objective(recipe, options.teachers, data)
-    return TrainingPlan(recipe, data, base, steps, objective, resolve_ds_config(recipe.engine, world_size=1))
+    return TrainingPlan(recipe, data, base, steps, objective, resolve_ds_config(recipe.engine, replicas=1))

@@ -8,6 +8,7 @@ import sys
 
 from dstrain.errors import DstrainError, RecipeError
 from dstrain.log import logger
+from dstrain.parallel.launch_environment import rank_for_messages
 
 
 def guarded(args: argparse.Namespace) -> int:
@@ -25,8 +26,10 @@ def guarded(args: argparse.Namespace) -> int:
     except (DstrainError, OSError) as error:
         if args.debug:
             raise
-        if not (isinstance(error, RecipeError) and os.environ.get("RANK", "0") != "0"):  # every rank finds the same in a recipe
-            logger.error("%s", error if isinstance(error, DstrainError) else _described(error))
+        text = str(error) if isinstance(error, DstrainError) else _described(error)
+        if isinstance(error, RecipeError) and rank_for_messages(os.environ):
+            text = text.partition("\n")[0]  # rank 0 mostly finds the same mistakes, and lists them
+        logger.error("%s", text)
         if isinstance(error, OSError):
             _let_go_of_stdout()
         return 1

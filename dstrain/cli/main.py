@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from dstrain import __version__
 from dstrain.cli.guard import guarded
 from dstrain.log import setup_logging
+from dstrain.parallel.launch_environment import rank_for_messages
 
 VERBS = {
     "show": "check a recipe and print it resolved",
@@ -62,5 +64,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
             subparser.set_defaults(run=module.run)
             subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     args = parser.parse_args(words)
-    setup_logging(debug=args.debug)
+    setup_logging(debug=args.debug, rank=rank_for_messages(os.environ))
     return guarded(args)

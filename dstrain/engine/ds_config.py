@@ -20,8 +20,8 @@ DIRECTORIES = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")
 """Where shipped files lie: inside an installed package, or beside it in a checkout."""
 
 
-def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any]:
-    """The dictionary that `deepspeed.initialize` gets for `engine.deepspeed`, without any "auto".
+def resolve_ds_config(engine: EngineConfig, *, replicas: int) -> dict[str, Any]:
+    """The dictionary that `deepspeed.initialize` gets for `engine.deepspeed`, without any "auto". replicas: of the parameters.
 
     Raises RecipeError with every mistake of the file: file, dotted path, value, remedy.
     """
@@ -32,7 +32,7 @@ def resolve_ds_config(engine: EngineConfig, *, world_size: int) -> dict[str, Any
         raise RecipeError("\n".join(f"{path}: {mistake}" for mistake in mistakes))
     resolved = DeepSpeedFile.model_validate(content).model_dump(mode="json", exclude_unset=True)
     resolved |= {
-        "train_batch_size": world_size,
+        "train_batch_size": replicas,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": engine.clip_norm,

@@ -141,11 +141,11 @@ class Masters:
 
         Under ZeRO-3 a rank's share of a parameter is padded to equal size, and only the local setter knows of that.
         """
-        rank, world_size = self._replicas.rank, self._replicas.size
+        rank, size = self._replicas.rank, self._replicas.size
         for parameter, weight in originals.items():
             if self._stage == 3:
                 share: int = cast("Any", parameter).ds_tensor.ds_numel
-                padded = nn.functional.pad(weight.flatten(), (0, share * world_size - weight.numel()))
+                padded = nn.functional.pad(weight.flatten(), (0, share * size - weight.numel()))
                 self._deepspeed.utils.safe_set_local_fp32_param(parameter, padded.narrow(0, share * rank, share))
             else:
                 self._deepspeed.utils.safe_set_full_fp32_param(parameter, weight)

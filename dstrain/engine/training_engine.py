@@ -59,7 +59,7 @@ class TrainEngine:
         mesh: Mesh,
         base: str | None = None,
     ) -> None:
-        config = resolve_ds_config(engine, world_size=mesh.replicas.size)
+        config = resolve_ds_config(engine, replicas=mesh.replicas.size)
         self.mesh = mesh
         self.module = module
         self.step = 0

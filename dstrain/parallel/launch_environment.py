@@ -43,6 +43,13 @@ def num_ranks(environment: Mapping[str, str]) -> int:
     return int(rank_from_environment(environment)["WORLD_SIZE"])
 
 
+def rank_for_messages(environment: Mapping[str, str]) -> int | None:
+    """The rank before the ranks have joined, None for a single process or an environment that makes no sense; never raises."""
+    rank = environment.get("RANK", environment.get("SLURM_PROCID", ""))
+    size = environment.get("WORLD_SIZE", environment.get("SLURM_STEP_NUM_TASKS", ""))
+    return int(rank) if rank.isdecimal() and size.isdecimal() and int(size) > 1 else None
+
+
 def master_port(job_id: int, step_id: int = 0) -> int:
     """The port at which the ranks of a Slurm job step meet, 20000 to 31999: below the range of which Linux gives out ports.
 

@@ -50,7 +50,8 @@ class Steps(Protocol):
 class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
     """The steps of a plan from `start` = (epoch, step in the epoch) on, each with this rank's micro-batches, without end.
 
-    All ranks get equally many micro-batches for a step. Close it, or use it as a context manager.
+    data_rank, data_size: this rank among those that share out the examples; all get equally many micro-batches for a step. Close
+    it, or use it as a context manager.
     """
 
     def __init__(
@@ -59,8 +60,8 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
         plan: StepPlan,
         collator: Collator,
         *,
-        rank: int = 0,
-        world_size: int = 1,
+        data_rank: int = 0,
+        data_size: int = 1,
         start: tuple[int, int] = (0, 0),
         prefetch: int = 8,
     ) -> None:
@@ -76,10 +77,10 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
                         plan.source_lengths,
                         plan.target_lengths,
                         plan.config.max_tokens,
-                        world_size,
+                        data_size,
                         kind=plan.kind,
                     )
-                    yield step, [load(group) for group in groups[rank::world_size]]
+                    yield step, [load(group) for group in groups[data_rank::data_size]]
 
         super().__init__(steps(), prefetch)
 
@@ -89,14 +90,14 @@ def evaluation_loader(
     max_tokens: int,
     collator: Collator,
     *,
-    rank: int = 0,
-    world_size: int = 1,
+    data_rank: int = 0,
+    data_size: int = 1,
 ) -> Iterator[Batch]:
     """This rank's share of all examples, each exactly once over the ranks, in batches of similar lengths.
 
     Every rank gets equally many batches; if they do not go round, the last ones are empty micro-batches.
     """
     groups = evaluation_batches(examples.source_lengths, examples.target_lengths, max_tokens, kind=collator.kind)
-    groups += [groups[0][:0]] * (-len(groups) % world_size) if groups else []
-    for group in groups[rank::world_size]:
+    groups += [groups[0][:0]] * (-len(groups) % data_size) if groups else []
+    for group in groups[data_rank::data_size]:
         yield collator([examples[row] for row in group], group)

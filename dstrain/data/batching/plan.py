@@ -136,19 +136,19 @@ def micro_batches(
     source_lengths: Lengths,
     target_lengths: Lengths,
     max_tokens: int,
-    world_size: int,
+    num_ranks: int,
     *,
     kind: ModelKind = "encoder_decoder",
 ) -> list[IntArray]:
-    """Cut one step for `world_size` ranks, of which rank r takes `[r::world_size]`.
+    """Cut one step for `num_ranks` ranks, of which rank r takes `[r::num_ranks]`.
 
-    Returns a multiple of `world_size` groups of similar lengths, as few as `max_tokens` allows, the costliest as cheap as can be:
+    Returns a multiple of `num_ranks` groups of similar lengths, as few as `max_tokens` allows, the costliest as cheap as can be:
     the ranks wait for one another. A group costs rows x (its longest source or target), for a decoder-only model rows x
     (longest source + longest target - 1). Groups are empty only where there are fewer examples than groups. Every example must
     fit into `max_tokens` alone, which `StepPlan` has checked.
     """
     examples, widths = _sort_by_width(step_examples, source_lengths, target_lengths, kind)
-    count = -(-len(_fill(widths, max_tokens)) // world_size) * world_size
+    count = -(-len(_fill(widths, max_tokens)) // num_ranks) * num_ranks
     low, high = max(widths), max_tokens
     while low < high:
         middle = (low + high) // 2

@@ -44,7 +44,7 @@ class Corpus:
 
 
 def loader(corpus: Corpus, *, rank: int = 0, world_size: int = 1, start: tuple[int, int] = (0, 0)) -> TrainLoader:
-    return TrainLoader(corpus, corpus.plan(), COLLATOR, rank=rank, world_size=world_size, start=start)
+    return TrainLoader(corpus, corpus.plan(), COLLATOR, data_rank=rank, data_size=world_size, start=start)
 
 
 def rows(batches: list[Batch]) -> list[int]:
@@ -148,11 +148,11 @@ with loader(Stuck(50)) as steps:
 @pytest.mark.parametrize("world_size", [1, 2, 7])
 def test_evaluation_sees_every_example_once_over_the_ranks(size: int, world_size: int) -> None:
     corpus = Corpus(size)
-    of_rank = [list(evaluation_loader(corpus, 70, COLLATOR, rank=rank, world_size=world_size)) for rank in range(world_size)]
+    of_rank = [list(evaluation_loader(corpus, 70, COLLATOR, data_rank=rank, data_size=world_size)) for rank in range(world_size)]
     assert len({len(batches) for batches in of_rank}) == 1
     assert sorted(row for batches in of_rank for row in rows(batches)) == list(range(size))
     assert sum(batch.num_targets for batches in of_rank for batch in batches) == corpus.target_lengths.sum()
 
 
 def test_evaluation_of_nothing_is_nothing() -> None:
-    assert list(evaluation_loader(Corpus(0), 70, COLLATOR, world_size=2)) == []
+    assert list(evaluation_loader(Corpus(0), 70, COLLATOR, data_size=2)) == []

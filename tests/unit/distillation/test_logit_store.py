@@ -98,7 +98,7 @@ def test_a_tokens_signal_is_independent_of_its_batch(method: Method, data: Path,
     plan = StepPlan(dataset.source_lengths, dataset.target_lengths, BatchingConfig(tokens_per_step=200, max_tokens=120), seed=1)
     seen = 0
     for rank in range(2):
-        with TrainLoader(dataset, plan, COLLATOR, rank=rank, world_size=2) as loader:
+        with TrainLoader(dataset, plan, COLLATOR, data_rank=rank, data_size=2) as loader:
             for step, batches in loader:
                 for batch in batches:
                     together, start = parts_of(store.signal(batch)), 0

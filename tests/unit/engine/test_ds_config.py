@@ -27,7 +27,7 @@ def message(directory: Path, content: Any, **engine: Any) -> str:
     """What is said about the file, without its path."""
     path = write(directory, content)
     with pytest.raises(RecipeError) as error:
-        resolve_ds_config(EngineConfig(deepspeed=path, **engine), world_size=2)
+        resolve_ds_config(EngineConfig(deepspeed=path, **engine), replicas=2)
     lines = str(error.value).splitlines()
     assert all(line.startswith(f"{path}: ") for line in lines)
     return "\n".join(line.removeprefix(f"{path}: ") for line in lines)
@@ -49,7 +49,7 @@ def test_these_files_are_shipped() -> None:
 )
 def test_shipped_files_resolve_without_auto(name: str, precision: Any) -> None:
     engine = EngineConfig(deepspeed=name, precision=precision, clip_norm=0.5)
-    resolved = resolve_ds_config(engine, world_size=3)
+    resolved = resolve_ds_config(engine, replicas=3)
     assert auto_values(resolved) == []
     assert resolved["zero_optimization"]["stage"] == int(name[4])
     assert resolved["gradient_clipping"] == 0.5
@@ -60,7 +60,7 @@ def test_shipped_files_resolve_without_auto(name: str, precision: Any) -> None:
 
 def test_the_additions_that_the_readme_shows_are_accepted(tmp_path: Path) -> None:
     text = (ROOT / "ds_configs" / "README.md").read_text().split("```json\n")[1].split("```")[0]
-    resolved = resolve_ds_config(EngineConfig(deepspeed=write(tmp_path, f"{{{text}}}"), precision="bf16"), world_size=1)
+    resolved = resolve_ds_config(EngineConfig(deepspeed=write(tmp_path, f"{{{text}}}"), precision="bf16"), replicas=1)
     assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
 
 
@@ -70,7 +70,7 @@ def test_the_readme_tells_about_every_file() -> None:
 
 
 def test_clipping_is_explicit_even_where_the_file_is_silent(tmp_path: Path) -> None:
-    resolved = resolve_ds_config(EngineConfig(deepspeed=write(tmp_path, ZERO1)), world_size=1)
+    resolved = resolve_ds_config(EngineConfig(deepspeed=write(tmp_path, ZERO1)), replicas=1)
     assert resolved["gradient_clipping"] == 0.0
 
 
@@ -82,7 +82,7 @@ def test_values_of_the_file_arrive(tmp_path: Path) -> None:
         "flops_profiler": {"enabled": True},
     }
     engine = EngineConfig(deepspeed=write(tmp_path, content), precision="fp16", clip_norm=1.5)
-    resolved = resolve_ds_config(engine, world_size=1)
+    resolved = resolve_ds_config(engine, replicas=1)
     assert resolved["zero_optimization"] == content["zero_optimization"]
     assert resolved["fp16"] == {"enabled": True, "loss_scale_window": 50}
     assert resolved["flops_profiler"] == {"enabled": True}
@@ -198,7 +198,7 @@ def test_a_file_that_is_no_json(tmp_path: Path) -> None:
 )
 def test_a_name_that_is_not_there(name: str, expected: str) -> None:
     with pytest.raises(RecipeError) as error:
-        resolve_ds_config(EngineConfig(deepspeed=name), world_size=1)
+        resolve_ds_config(EngineConfig(deepspeed=name), replicas=1)
     assert str(error.value).startswith(expected)
 
 

@@ -87,7 +87,7 @@ LOSS = sum(length * length for length in LENGTHS) / sum(LENGTHS)
 
 
 def batches_of(ranks: Ranks, lengths: Sequence[int] = LENGTHS) -> Callable[[], Iterator[Batch]]:
-    return lambda: evaluation_loader(Examples(lengths), 6, COLLATOR, rank=ranks.rank, world_size=ranks.size)
+    return lambda: evaluation_loader(Examples(lengths), 6, COLLATOR, data_rank=ranks.rank, data_size=ranks.size)
 
 
 def on(ranks: Ranks, engine: Engine | None = None, **options: Any) -> Validator:

@@ -1,5 +1,6 @@
 """The rank of a process from its environment: launchers, Slurm, a single process, and messages about contradictions."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -7,7 +8,7 @@ import sys
 import pytest
 
 from dstrain.errors import TrainingError
-from dstrain.parallel.launch_environment import first_host, master_port, rank_from_environment, tasks_per_node
+from dstrain.parallel.launch_environment import first_host, master_port, rank_for_messages, rank_from_environment, tasks_per_node
 from tests.paths import ROOT
 from tests.ports import free_port
 
@@ -51,6 +52,35 @@ def test_srun_with_a_task_per_rank() -> None:
 def test_a_batch_script_and_a_step_of_one_task_are_alone() -> None:
     assert rank_from_environment({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == place("0", "1", "0", "1")
     assert rank_from_environment({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == place("0", "1", "0", "1")
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({}, None),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, None),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, None),
+        ({"SLURM_PROCID": "0"}, None),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, 0),
+        (SLURM, 5),
+    ],
+)
+def test_messages_of_several_ranks_name_the_rank(environment: dict[str, str], rank: int | None) -> None:
+    assert rank_for_messages(environment) == rank
+
+
+def test_a_mistake_in_a_recipe_is_listed_by_rank_0_and_named_by_the_others() -> None:
+    command = [sys.executable, "-m", "dstrain", "show", "translation/quickstart", "--set", "a=1", "--set", "b=2"]
+    said = []
+    for rank in "01":
+        place = {**os.environ, "RANK": rank, "WORLD_SIZE": "2"}
+        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=place, timeout=60)
+        assert run.returncode == 1
+        said.append(run.stderr.splitlines())
+    first, second = said
+    assert len(first) > len(second) == 1
+    assert "[rank 1] ERROR" in second[0]
+    assert first[0].partition("ERROR")[2] == second[0].partition("ERROR")[2]
 
 
 @pytest.mark.parametrize(
