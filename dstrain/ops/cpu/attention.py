@@ -51,7 +51,8 @@ class _BatchedAttention(torch.autograd.Function):
         bias_grad = None
         if ctx.needs_input_grad[3]:  # a learned bias
             shape, dtype = ctx.bias
-            bias_grad = scores_grad.view(batch, heads, *scores_grad.shape[1:]).sum_to_size(shape).to(dtype)
+            # a copy: for a bias of full shape the sum is a view of the scores' gradient, which is scaled in place below
+            bias_grad = scores_grad.view(batch, heads, *scores_grad.shape[1:]).sum_to_size(shape).to(dtype, copy=True)
         scores_grad.mul_(query.shape[-1] ** -0.5)
         query_grad, key_grad = scores_grad.bmm(key), scores_grad.transpose(1, 2).bmm(query)
         grads = (each.unflatten(0, (batch, heads)).to(ctx.dtype) for each in (query_grad, key_grad, value_grad))

@@ -123,3 +123,32 @@ def test_a_bias_may_be_all_that_learns() -> None:
     bias = torch.zeros(4, 5, 5, requires_grad=True)
     attention(query, key, value, bias=bias).square().sum().backward()
     assert bias.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 7), (3, 3), (30, 30)], ids=["one step", "short", "long"])
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_learned_bias_gets_its_gradient_with_grouped_heads_and_masks(
+    queries: int, keys: int, key_heads: int, masked: bool
+) -> None:
+    """One step folds grouped heads into queries; the mask is added to the bias, as a stack's context does."""
+    mask = padding_bias(torch.tensor([keys, keys - 2]), keys, torch.float32) if masked else torch.zeros(())
+    results = []
+    for function in (attention, attention_reference):
+        parts = inputs((2, 4, key_heads, queries, keys, 8))
+        bias = torch.randn(4, queries, keys, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        mixed = function(*parts, bias=bias + mask)
+        mixed.square().sum().backward()
+        results.append([mixed, bias.grad, *(part.grad for part in parts)])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("key_heads", [2, 4])
+@pytest.mark.parametrize("length", [3, 30])
+def test_a_learned_bias_gets_its_gradient_under_dropout(key_heads: int, length: int) -> None:
+    parts = inputs((2, 4, key_heads, length, length, 8))
+    bias = torch.zeros(4, length, length, requires_grad=True)
+    torch.manual_seed(1)
+    attention(*parts, bias=bias, dropout=0.3).square().sum().backward()
+    assert bias.grad is not None
+    assert (bias.grad.abs().sum((1, 2)) > 0).all()

@@ -1,0 +1,102 @@
+"""Packed rows compute what padded rows do: positions restart and attention stays within a segment, in every kind of model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dstrain.batch import Batch
+from dstrain.build.objective import build_objective
+from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
+from dstrain.models.factory import Model
+from dstrain.objectives.config import CrossEntropyConfig
+from dstrain.objectives.cross_entropy import target_hidden
+from dstrain.objectives.train_module import TrainModule
+from tests.batches import EOS, collate
+from tests.unit.models.build import random_config, small_model
+
+CONFIGS = [random_config(seed) for seed in range(213)]
+ROWS = [0, 0, 0, 1, 1, 2]
+"""Three segments, two, and one; the rows are of unequal lengths."""
+
+
+def pairs() -> list[tuple[list[int], list[int]]]:
+    """Lengths on both sides of 4, 5 and 8, from which on the scalings of `random_config` change the frequencies."""
+    generator = torch.Generator().manual_seed(5)
+
+    def sentence(length: int) -> list[int]:
+        return [*torch.randint(4, 41, (length,), generator=generator).tolist(), EOS]
+
+    return [(sentence(source), sentence(target)) for source, target in ((8, 3), (0, 6), (4, 10), (11, 0), (2, 7), (5, 1))]
+
+
+def name_of(config: EncoderDecoderConfig | DecoderOnlyConfig) -> str:
+    position = config.position
+    return f"{config.kind}-{position.kind}" + (f"-{position.scaling.kind}" if position.kind == "rotary" else "")
+
+
+def chosen() -> list[EncoderDecoderConfig | DecoderOnlyConfig]:
+    """One model for each kind and way to give positions, whatever its other parts."""
+    return list({name_of(config): config for config in CONFIGS}.values())
+
+
+def both(model: Model) -> tuple[Batch, Batch]:
+    """The same examples padded and packed."""
+    return collate(pairs(), kind=model.kind), collate(pairs(), kind=model.kind, rows=ROWS)
+
+
+def gradients(module: TrainModule, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """To 1e-6 of the largest number."""
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6 * float(expected.detach().abs().max()))
+
+
+@pytest.mark.parametrize("config", chosen(), ids=name_of)
+@pytest.mark.parametrize("average", ["tokens", "sentences"])
+def test_losses_and_gradients_equal_the_padded_ones(config: EncoderDecoderConfig | DecoderOnlyConfig, average: str) -> None:
+    model = small_model(config.model_copy(update={"dropout": 0.0})).double()
+    module = TrainModule(model, build_objective(CrossEntropyConfig(average=average, chunk_tokens=8)))
+    padded, packed = both(model)
+    assert packed.target.tokens.shape[0] == 3
+    assert_close(target_hidden(model, packed), target_hidden(model, padded))
+    outputs = [module(batch) for batch in (packed, padded)]
+    assert outputs[0].size == outputs[1].size
+    assert_close(outputs[0].loss_sum, outputs[1].loss_sum)
+    assert_close(outputs[0].metrics.sums["nll"], outputs[1].metrics.sums["nll"])
+    found, expected = (gradients(module, output.loss_sum) for output in outputs)
+    for name, gradient in expected.items():
+        assert_close(found[name], gradient)
+
+
+def test_every_way_to_give_positions_is_covered() -> None:
+    kinds = ("sinusoidal", "learned", "none", "alibi")
+    scalings = ("none", "linear", "dynamic_ntk", "yarn", "dynamic_yarn")
+    names = {*kinds, *(f"rotary-{scaling}" for scaling in scalings)}
+    assert {name_of(config) for config in chosen()} == {
+        f"{model}-{name}" for model in ("encoder_decoder", "decoder_only") for name in names
+    }
+
+
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+def test_another_segment_changes_nothing(kind: str) -> None:
+    model = small_model(next(config for config in CONFIGS if config.kind == kind))
+    first, *rest = pairs()
+    own = collate([first, *rest], kind=model.kind, rows=ROWS)
+    others = collate([first, *(([*source[::-1][1:], EOS], target) for source, target in rest)], kind=model.kind, rows=ROWS)
+    with torch.no_grad():
+        mine = [target_hidden(model, batch)[batch.targets.segment == 0] for batch in (own, others)]
+        theirs = [target_hidden(model, batch)[batch.targets.segment == 2] for batch in (own, others)]
+    assert torch.equal(*mine)
+    assert not torch.allclose(*theirs)
+
+
+def test_only_one_side_packed_is_refused() -> None:
+    model = small_model()
+    padded, packed = both(model)
+    with pytest.raises(ValueError, match="source and target must both be packed, or neither"):
+        model(padded.source, packed.target)
