@@ -12,6 +12,7 @@ def scenarios(name: str, directory: str) -> dict[str, Any]:
     return {
         "views": ["views", {"deepspeed": name}],
         "empty": ["empty_micro_batches", {"deepspeed": name}],
+        "mixed": ["mixed_names", {"deepspeed": name}],
         "torch": ["against_torch", {"deepspeed": name}],
         "loss": ["guarded", {"deepspeed": name, "precision": "fp32", "fault": "loss"}],
         "gradient": ["guarded", {"deepspeed": name, "precision": "fp32", "fault": "gradient"}],

@@ -15,7 +15,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from dstrain.batch import Batch, Size
+from dstrain.batch import Batch, Metrics, Size
 from dstrain.engine.config import ScheduleConfig
 from dstrain.engine.launch import load_deepspeed
 from dstrain.engine.training_engine import TrainEngine
@@ -238,6 +238,30 @@ def empty_micro_batches(mesh: Mesh, *, deepspeed: str) -> Report:
         reports["with"].append(asdict(padded_out.train_step([batches[0], collate([]), *batches[1:], collate([])], targets)))
     same = digest(lean.gather_weights(averaged=False)) == digest(padded_out.gather_weights(averaged=False))
     return {**reports, "same_weights": same}
+
+
+class Renaming(TrainModule):
+    """Each micro-batch reports under a name that depends on it, so that ranks report different names in one step."""
+
+    def forward(self, batch: Batch, compute: Any = None) -> Any:
+        output = super().forward(batch, compute)
+        return output._replace(
+            metrics=Metrics.over(batch.num_targets, {f"nll_{batch.num_targets % 3}": output.metrics.sums["nll"]})
+        )
+
+
+def mixed_names(mesh: Mesh, *, deepspeed: str) -> Report:
+    """Metrics of a step whose micro-batches report different names, by the engine and by a loop over all micro-batches."""
+    plain = build_module()
+    engine = build_engine(mesh, Renaming(plain.model, plain.objective), deepspeed=deepspeed)
+    report = engine.train_step(*share(0, mesh, 4))
+    fresh, pairs = build_module(), sentences(0)
+    renaming = Renaming(fresh.model, fresh.objective)
+    expected = Metrics[float]()
+    for part in range(4):
+        metrics = renaming(collate(pairs[part::4])).metrics
+        expected = expected + Metrics({name: float(value) for name, value in metrics.sums.items()}, metrics.counts)
+    return {"found": asdict(report.metrics), "expected": asdict(expected)}
 
 
 def repeated(mesh: Mesh, *, files: list[str], precision: str) -> list[list[float]]:

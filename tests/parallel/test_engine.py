@@ -38,6 +38,13 @@ def test_empty_micro_batches_add_exactly_nothing(ranks: list[dict[str, Any]]) ->
         assert empty["same_weights"]
 
 
+def test_micro_batches_and_ranks_with_different_names_report_all_of_them(ranks: list[dict[str, Any]]) -> None:
+    for mixed in (rank["mixed"] for rank in ranks):
+        assert len(mixed["expected"]["sums"]) > 1
+        assert mixed["found"]["counts"] == mixed["expected"]["counts"]
+        assert mixed["found"]["sums"] == pytest.approx(mixed["expected"]["sums"], rel=1e-5)
+
+
 def test_clipping_and_decay_groups_equal_torch(ranks: list[dict[str, Any]]) -> None:
     for torch_loop in (rank["torch"] for rank in ranks):
         found, expected = zip(*torch_loop["norms"], strict=True)

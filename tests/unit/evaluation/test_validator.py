@@ -108,6 +108,26 @@ def test_losses_are_sums_divided_once_whatever_the_number_of_ranks(world_size: i
     assert len({tuple(scores.items()) for scores in results}) == 1
 
 
+class Mixed(Engine):
+    """Every second batch reports a further sum."""
+
+    def evaluate(self, batch: Batch) -> LossOutput:
+        output = super().evaluate(batch)
+        metrics = {**output.metrics.sums, **({"kl": output.loss_sum / 4} if self.evaluated % 2 else {})}
+        return output._replace(metrics=Metrics.over(batch.num_targets, metrics))
+
+
+def test_batches_that_report_different_names_are_scored_by_name() -> None:
+    expected: dict[str, list[float]] = {"nll": [0, 0], "kl": [0, 0]}
+    for number, batch in enumerate(batches_of(ALONE)()):
+        total = float(batch.targets.labels.sum())
+        for name, value in (("nll", total / 2), ("kl", total / 4))[: 2 - number % 2]:
+            expected[name] = [expected[name][0] + value, expected[name][1] + batch.num_targets]
+    scores = on(ALONE, Mixed(), denominator=TOKENS)()
+    assert expected["kl"][1] < expected["nll"][1]
+    assert {name: scores[name] for name in expected} == {name: total / count for name, (total, count) in expected.items()}
+
+
 @pytest.mark.parametrize("world_size", [1, 3, 5])
 def test_a_loss_per_sentence_is_divided_by_sentences_and_the_rest_by_tokens(world_size: int) -> None:
     """Ranks without a share hold an empty micro-batch, whose one row is no sentence."""
