@@ -16,7 +16,7 @@ from dstrain.adapters.freeze import freeze
 from dstrain.adapters.lora import inject
 from dstrain.batch import Batch
 from dstrain.checkpoint.bundle import StoredBundle, find_bundle, load_bundle
-from dstrain.data.prepared.manifest import Manifest
+from dstrain.data.prepared.manifest import DataManifest
 from dstrain.errors import BundleError, TrainingError
 from dstrain.evaluation.validator import Evaluates, WholeModel
 from dstrain.models.config import ModelConfig
@@ -33,7 +33,7 @@ TRAINING_ALONE = {"dropout", "attention_dropout", "activation_dropout", "layer_d
 """Keys of a model that change nothing outside training."""
 
 
-def find_base(directory: Path, model: ModelConfig, manifest: Manifest) -> StoredBundle:
+def find_base(directory: Path, model: ModelConfig, manifest: DataManifest) -> StoredBundle:
     """The bundle that training starts from, whose weights are not read yet. manifest: of the data.
 
     BundleError where it is another model than the recipe's or has no tokenizer, DataError where the data has another one.

@@ -15,7 +15,7 @@ from dstrain.build.teacher_source import TeacherSource, load_teacher_source
 from dstrain.config_base import Precision
 from dstrain.data.config import DataConfig, FilterConfig
 from dstrain.data.prepared.derived import LabelJob, copy_original, merge_labels
-from dstrain.data.prepared.manifest import Manifest
+from dstrain.data.prepared.manifest import DataManifest
 from dstrain.errors import DataError
 from dstrain.generation.config import generation_config
 from dstrain.generation.constraints import SpecialIds
@@ -49,7 +49,7 @@ class LabelOptions:
     precision: Precision = "fp32"
 
 
-def pseudo_label(options: LabelOptions, report: Callable[[str], object] = logger.info) -> Manifest | None:
+def pseudo_label(options: LabelOptions, report: Callable[[str], object] = logger.info) -> DataManifest | None:
     """Write what is missing of this share; the process that finishes returns the manifest of the data, others None.
 
     report: told what this process has done. Raises DataError or BundleError if teacher, data and output do not fit together.

@@ -9,7 +9,7 @@ from dstrain.build.device import open_device
 from dstrain.checkpoint.bundle import Bundle, load_bundle
 from dstrain.config_base import Precision
 from dstrain.data.prepared.dataset import Dataset, open_dataset
-from dstrain.data.prepared.manifest import Manifest, load_manifest
+from dstrain.data.prepared.manifest import DataManifest, load_manifest
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.engine.teacher_engine import DTYPES
 from dstrain.errors import BundleError
@@ -24,7 +24,7 @@ class TeacherSource:
     tokenizers: TokenizerPair
     device: str
     fingerprint: str
-    manifest: Manifest
+    manifest: DataManifest
     dataset: Dataset
 
 

@@ -24,7 +24,7 @@ import torch
 from dstrain.checkpoint.bundle import BundleDescription, find_bundle, load_bundle
 from dstrain.config_base import Precision
 from dstrain.data.prepared.dataset import Dataset
-from dstrain.data.prepared.manifest import Manifest
+from dstrain.data.prepared.manifest import DataManifest
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.distillation.config import DistillationConfig
 from dstrain.distillation.objective import signal_request
@@ -93,7 +93,7 @@ def plan_teachers(
     return planned
 
 
-def open_logits(directory: Path, data: Path, manifest: Manifest, objective: DistillationConfig) -> LogitStore:
+def open_logits(directory: Path, data: Path, manifest: DataManifest, objective: DistillationConfig) -> LogitStore:
     """Dumped logits as the objective's source of signals.
 
     data, manifest: what is trained on. Raises DataError where they are unfinished, damaged, of other data or another split than

@@ -1,4 +1,4 @@
-"""What an adapter bundle holds: the trained tensors, and where the base lies that they belong to.
+"""What an adapter bundle holds: the trained tensors, and a reference to their base.
 
     BUNDLE/adapter/adapter.yaml         format, adapter settings, reference to the base (path, fingerprint), checksum, notes
     BUNDLE/adapter/adapter.safetensors  A, B and trained biases by canonical name
@@ -67,12 +67,12 @@ class StoredAdapter:
 
     @property
     def base(self) -> Path:
-        """The directory of the base. BundleError where there is none."""
+        """The directory of the base. BundleError if there is none."""
         path = self.directory / self.description.base.path
         if not path.is_dir():
             raise BundleError(
                 f"{self.file}: base.path = {self.description.base.path} leads to {path}, which is no directory; put the base "
-                "bundle there, or write the path of its new place into base.path"
+                "bundle there, or write its new path into base.path"
             )
         return path
 
@@ -117,9 +117,9 @@ def is_adapter(directory: Path) -> bool:
 
 
 def adapters_of(directory: Path) -> tuple[Path, tuple[StoredAdapter, ...]]:
-    """The plain bundle that a bundle rests on, and the adapters over it, lowest first; none where it is plain itself.
+    """The plain bundle that a bundle rests on, and the adapters over it, lowest first; none if it is plain itself.
 
-    BundleError where a base is missing, a file is missing or altered, or bases go round in a circle.
+    BundleError if a base is missing, a file is missing or altered, or bases go round in a circle.
     """
     adapters: list[StoredAdapter] = []
     while is_adapter(directory):
@@ -153,7 +153,7 @@ def write_adapter(
     task: BundleTask,
     notes: Mapping[str, Any],
 ) -> None:
-    """Write an adapter into a bundle directory, read it back and compare. BundleError where the two differ."""
+    """Write an adapter into a bundle directory, read it back and compare. BundleError if the two differ."""
     folder = directory / ADAPTER
     folder.mkdir()
     save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)

@@ -22,7 +22,7 @@ def average_bundles(directories: Sequence[Path], output: Path) -> None:
 
     Of adapter bundles it is the adapted weights that are averaged, so the mean is a plain bundle.
 
-    Raises BundleError where they differ in architecture, vocabulary or tokenizer, or where one is altered.
+    Raises BundleError if they differ in architecture, vocabulary or tokenizer, or if one is altered.
     """
     if not directories:
         raise BundleError("nothing to average: name at least one bundle")

@@ -2,13 +2,13 @@
 
     BUNDLE/model.yaml         format, architecture, vocabulary sizes, notes, checksum of the weights, tokenizer fingerprint
     BUNDLE/model.safetensors  weights by canonical name: q, k, v separate, tied matrices once
-    BUNDLE/tokenizer/         as in prepared data; absent where the model was made without one
+    BUNDLE/tokenizer/         as in prepared data; absent if the model was made without one
     BUNDLE/recipe.yaml        the recipe that the model was trained by, if any
 
-An adapter bundle holds an adapter in the place of a model (adapter_files.py) and is read as its base with the adapter merged.
+An adapter bundle holds an adapter instead of a model (adapter_files.py) and is read as its base with the adapter merged.
 
-It is written beside its place and renamed when it is complete and on the disk. Reading checks every byte of the weights, which
-costs a pass over the file.
+It is written under a temporary name, and renamed when it is complete and on the disk. Reading checks every byte of the weights,
+which costs a pass over the file.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def save_adapter_bundle(
 ) -> None:
     """Write an adapter bundle, or replace a bundle by one, atomically, after what was written has been read back and compared.
 
-    base: what the adapter was trained on. Where its directory was named by a relative path, the reference to it is relative too,
+    base: what the adapter was trained on. If its directory was named by a relative path, the reference to it is relative too,
     and both may move together. weights: what was trained, by canonical name. BundleError as `save_bundle`.
     """
     path = base.directory if base.directory.is_absolute() else os.path.relpath(base.directory.resolve(), directory.resolve())
@@ -242,7 +242,7 @@ class StoredBundle:
             raise BundleError(f"{self.root / WEIGHTS}: {error}; restore it from a copy") from error
 
     def tokenizers(self) -> TokenizerPair | None:
-        """The tokenizers, None where the bundle was made without. BundleError where they are not those of the model."""
+        """The tokenizers, None if the bundle was made without. BundleError if they are not those of the model."""
         return _read_tokenizers(self.root, self.description)
 
     def recipe(self) -> dict[str, Any] | None:
@@ -278,7 +278,7 @@ def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundl
     """Read and verify a bundle; adapters are merged into their base.
 
     BundleError: not a bundle directory, a missing or altered file, weights that do not fit, another format version, an adapter
-    whose base is not where it was or not what it was.
+    whose base has moved or changed.
     """
     stored = find_bundle(directory)
     description = stored.description
@@ -302,7 +302,7 @@ def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundl
 
 
 def read_description(directory: Path) -> BundleDescription:
-    """model.yaml alone, without the weights. BundleError if it is missing, malformed or of another format."""
+    """Only model.yaml, without the weights. BundleError if it is missing, malformed or of another format."""
     return DESCRIPTION.validate(_description_tree(directory), directory / MODEL)
 
 
@@ -322,7 +322,7 @@ def _refuse_to_replace_others(directory: Path) -> None:
     if directory.is_dir() and (is_bundle(directory) or not any(directory.iterdir())):
         return
     if directory.exists():
-        raise BundleError(f"{directory} exists and is not a bundle, so it is not replaced; choose another place")
+        raise BundleError(f"{directory} exists and is not a bundle, so it is not replaced; choose another --output")
 
 
 def _read_tokenizers(directory: Path, description: BundleDescription) -> TokenizerPair | None:
@@ -342,5 +342,5 @@ def _require(path: Path) -> None:
 
 def _own_memory(tensor: Tensor) -> Tensor:
     """A tensor that safetensors can write: contiguous, sharing memory with no other."""
-    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor.contiguous() if whole else tensor.clone(memory_format=torch.contiguous_format)
+    owns_storage = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor.contiguous() if owns_storage else tensor.clone(memory_format=torch.contiguous_format)

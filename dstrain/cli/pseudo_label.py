@@ -54,10 +54,10 @@ def run(args: argparse.Namespace) -> int:
     """Label this share, or merge."""
     from dstrain.build.labeling import LabelOptions, pseudo_label
     from dstrain.data.prepared.derived import merge_labels
-    from dstrain.data.prepared.manifest import Manifest
+    from dstrain.data.prepared.manifest import DataManifest
 
     require_work_or_merge(args, "pseudo-label", "DATA2")
-    manifest: Manifest | None
+    manifest: DataManifest | None
     if args.merge is not None:
         manifest = merge_labels(args.merge, f"dstrain {__version__}")
     else:

@@ -77,13 +77,13 @@ def parallel_chunks(source: str, reference: str | None, prefix: str | None, chun
     files = [read_chunks(path, chunk_lines) for path in paths]
     first = 1
     nothing: list[str] = []
-    for parts in zip_longest(*files, fillvalue=nothing):
-        lines = parts[0]
-        if any(len(part) != len(lines) for part in parts):
-            counts = [first - 1 + len(part) + sum(map(len, rest)) for part, rest in zip(parts, files, strict=True)]
-            found = ", ".join(f"{input_name(path)} {count}" for path, count in zip(paths, counts, strict=True))
-            raise DataError(f"unequal numbers of lines: {found}; give one line for each line of the input")
-        others = iter(parts[1:])
+    for columns in zip_longest(*files, fillvalue=nothing):
+        lines = columns[0]
+        if any(len(column) != len(lines) for column in columns):
+            counts = [first - 1 + len(column) + sum(map(len, rest)) for column, rest in zip(columns, files, strict=True)]
+            totals = ", ".join(f"{input_name(path)} {count}" for path, count in zip(paths, counts, strict=True))
+            raise DataError(f"unequal numbers of lines: {totals}; give one line for each line of the input")
+        others = iter(columns[1:])
         yield Chunk(first, lines, None if reference is None else next(others), None if prefix is None else next(others))
         first += len(lines)
 
@@ -109,7 +109,7 @@ def _open_input(path: str) -> AbstractContextManager[BinaryIO]:
 
 @contextmanager
 def open_output(path: str) -> Iterator[TextIO]:
-    """Standard output for `-`; else a file that is renamed to `path` when the block ends well. DataError where that fails."""
+    """Standard output for `-`; else a file that is renamed to `path` when the block ends well. DataError if that fails."""
     if path == STANDARD:
         yield standard_output()
         sys.stdout.flush()
@@ -140,7 +140,7 @@ def partial_path(path: str) -> Path:
 
 
 def count_lines(path: str) -> int | None:
-    """How many lines a plain file has, for a progress bar; None where that would cost decompression or waiting."""
+    """How many lines a plain file has, for a progress bar; None if that would cost decompression or waiting."""
     if path == STANDARD or path.endswith(".gz") or not Path(path).is_file():
         return None
     with Path(path).open("rb") as stream:

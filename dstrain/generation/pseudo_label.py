@@ -108,13 +108,13 @@ class Labeler:
         limit = self.job.max_repeats
         repetitive = np.array([limit is not None and repeats(target) > limit for target in targets], np.bool_)
         cut = [len(target) > self.generator.max_length(len(source)) for source, target in zip(sources, targets, strict=True)]
-        for reason, found in (("repetition", repetitive), ("unfinished", np.array(cut, np.bool_))):
-            reasons[reason] = found & ~np.logical_or.reduce(list(reasons.values()))
+        for reason, mask in (("repetition", repetitive), ("unfinished", np.array(cut, np.bool_))):
+            reasons[reason] = mask & ~np.logical_or.reduce(list(reasons.values()))
         return reasons
 
 
 def repeats(tokens: Sequence[int]) -> int:
-    """How many times in a row some group of 1 to 4 tokens stands at most; 1 where none follows itself."""
+    """The largest number of times that a group of 1 to 4 tokens is repeated in a row; 1 if none follows itself."""
     ids = np.asarray(tokens)
     most = 1
     for size in range(1, min(LONGEST_GROUP, len(ids) // 2) + 1):

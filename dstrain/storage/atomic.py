@@ -54,7 +54,7 @@ def atomic_writer(path: Path) -> Iterator[HashingWriter]:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a whole file, or replace one, atomically. Raises StorageError as `atomic_writer`."""
+    """Write a file, or replace one, atomically. Raises StorageError as `atomic_writer`."""
     with atomic_writer(path) as writer:
         writer.write(content)
 
@@ -76,7 +76,7 @@ def sync_tree(directory: Path) -> None:
 
 @contextmanager
 def atomic_directory(directory: Path) -> Iterator[Path]:
-    """An empty directory to write into, which takes the place of `directory` when the block ends without an error."""
+    """An empty directory to write into, which replaces `directory` when the block ends without an error."""
     draft = directory.with_name(f".{directory.name}.new")
     shutil.rmtree(draft, ignore_errors=True)
     try:

@@ -21,21 +21,21 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
 
 def _explain_one(detail: Any, model: type[BaseModel]) -> str:
     path, owner = _follow(detail["loc"], model)
-    where = ".".join(path)
+    key_path = ".".join(path)
     message = detail["msg"].removeprefix("Value error, ")
     match detail["type"]:
         case "extra_forbidden":
-            return f"{where}: unknown key; {nearest(path[-1], owner.model_fields if owner else ())}"
+            return f"{key_path}: unknown key; {nearest(path[-1], owner.model_fields if owner else ())}"
         case "missing":
-            return f"{where}: missing; give it a value"
+            return f"{key_path}: missing; give it a value"
         case "value_error":
-            return f"{where}: {message}" if where else message
+            return f"{key_path}: {message}" if key_path else message
         case "union_tag_not_found":
-            return f"{where}: missing `kind`; choose one of {detail['ctx'].get('expected_tags', _tags_at(owner, path))}"
+            return f"{key_path}: missing `kind`; choose one of {detail['ctx'].get('expected_tags', _tags_at(owner, path))}"
         case "union_tag_invalid":
-            tags, found = detail["ctx"]["expected_tags"], detail["ctx"]["tag"]
-            return f"{where}.kind: {found!r} is unknown; choose one of {tags}"
-    return f"{where}: {message[:1].lower()}{message[1:]}, not {detail['input']!r}"
+            tags, tag = detail["ctx"]["expected_tags"], detail["ctx"]["tag"]
+            return f"{key_path}.kind: {tag!r} is unknown; choose one of {tags}"
+    return f"{key_path}: {message[:1].lower()}{message[1:]}, not {detail['input']!r}"
 
 
 def _tags_at(owner: type[BaseModel] | None, path: Sequence[str]) -> str:

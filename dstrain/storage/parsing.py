@@ -1,7 +1,7 @@
 """JSON and YAML as plain values, within bounds: text that is wrong or hostile costs a message, not time or memory.
 
 Bounds: the size of the file, the number of values (YAML aliases count each time they are used, so that a few lines cannot expand
-to billions), the depth of nesting, and the length of a number. Also refused: a key that is given twice or is not text, and values
+to billions), the depth of nesting, and the length of a number. Also refused: a duplicate key, a key that is not text; values
 that are neither text, number, boolean nor null.
 """
 

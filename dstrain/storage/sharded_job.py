@@ -128,14 +128,14 @@ class ShardedJob(Generic[J, S]):
         if job is None:
             raise DataError(f"{directory} was not written by `dstrain {self.verb}` (it has no {PARTS_FILE}); name its --output")
         total = self.num_shards(job)
-        found = [finished_shard(directory, self.shard_file(number), self.sidecar) for number in with_progress(range(total))]
-        if missing := [number for number, sidecar in enumerate(found) if sidecar is None]:
+        sidecars = [finished_shard(directory, self.shard_file(number), self.sidecar) for number in with_progress(range(total))]
+        if missing := [number for number, sidecar in enumerate(sidecars) if sidecar is None]:
             numbers = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise DataError(
                 f"{directory} is incomplete: {len(missing)} of {total} shards are missing or damaged ({numbers}); run `dstrain "
                 f"{self.verb}` again, with the same --shard if it was interrupted: it does only what is missing"
             )
-        return job, [sidecar for sidecar in found if sidecar is not None]
+        return job, [sidecar for sidecar in sidecars if sidecar is not None]
 
 
 def foreign_files(directory: Path, *, known: str) -> list[str]:

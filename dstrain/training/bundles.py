@@ -1,7 +1,7 @@
 """RUN/bundles: the weights of a run as portable bundles: `best`, `last` and the newest `step_...` ones.
 
 One gathering of the weights serves all names that are due at a step; further names are hard links to the first one's files, so
-they cost no space. A folder appears whole or not at all.
+they cost no space. A directory is complete or absent.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class BundleStore:
         raise_on_all_ranks(self.ranks, TrainingError, f"clearing {self.directory}", self._recover)
 
     def write(self, names: Sequence[str], notes: Mapping[str, Any]) -> None:
-        """Write the present weights under each of `names`. Raises TrainingError on every rank where rank 0 fails."""
+        """Write the current weights under each of `names`. Raises TrainingError on every rank if rank 0 fails."""
         weights = self._gather()
         raise_on_all_ranks(
             self.ranks,

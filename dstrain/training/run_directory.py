@@ -102,7 +102,7 @@ def open_run(
 
     recipe: the resolved recipe as plain YAML values. data, teachers: fingerprints of the prepared data and of all that teaches.
     upgrade: makes of a recipe that an earlier version resolved what this one would.
-    Raises TrainingError where another training holds the run or the directory is something else, CheckpointError where the
+    Raises TrainingError if another training holds the run or the directory is something else, CheckpointError if the
     recipe, the data or the teachers differ or the run has lost its checkpoints.
     """
     run = Run(directory, "")

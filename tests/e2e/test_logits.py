@@ -105,7 +105,7 @@ def test_a_student_trains_on_dumped_logits_as_beside_the_teacher(data: Path, tea
     plain = words(fresh, "--logits", logits, objective="objective={kind: cross_entropy}")
     fails(dstrain(*plain), "objective.kind = cross_entropy has no use for a teacher: leave --logits out")
     reverse = words(fresh, "--logits", logits, objective="objective={kind: distillation, divergence: {kind: reverse_kl}}")
-    fails(dstrain(*reverse), "objective.divergence.kind = reverse_kl needs the mass of all types", "keeps draws")
+    fails(dstrain(*reverse), "objective.divergence.kind = reverse_kl needs the mass of all tokens", "keeps draws")
     on_policy = words(fresh, "--logits", logits, objective="objective={kind: distillation, on_policy: {}}")
     fails(dstrain(*on_policy), "objective.on_policy has a teacher score what the student writes", "remove objective.on_policy")
     inside = "objective={kind: distillation, features: [{kind: hidden_states, side: encoder}]}"

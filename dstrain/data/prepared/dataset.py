@@ -4,7 +4,7 @@ Shards stay on the disk and are mapped; the lengths are mapped too, from one arr
 shards' list offsets. Opening hundreds of millions of pairs therefore reads footers only, and all ranks of a node share the pages.
 
 What is checked at opening: the manifest's version and fields, that the tokenizer beside it is the one that made the ids, and the
-size of every file, always; the SHA-256 of every file where the split holds at most 1 GiB (under a second), or on request. So an
+size of every file, always; the SHA-256 of every file if the split holds at most 1 GiB (under a second), or on request. So an
 altered byte in a small or middling set is always found, a truncated file in any set.
 """
 
@@ -50,10 +50,10 @@ class Dataset:
         batch, row = self._locate(index)
         return Example(batch.source.row(row), batch.target.row(row))
 
-    def source_column(self, place: int) -> Iterator[npt.NDArray[np.int64]]:
-        """The id at one place of every source, -1 where it is shorter; (rows,) each, in the order of the rows."""
+    def source_column(self, position: int) -> Iterator[npt.NDArray[np.int64]]:
+        """The id at one position of every source, -1 where it is shorter; (rows,) each, in the order of the rows."""
         for batch in self._batches:
-            starts, ends = batch.source.offsets[:-1].astype(np.int64) + place, batch.source.offsets[1:]
+            starts, ends = batch.source.offsets[:-1].astype(np.int64) + position, batch.source.offsets[1:]
             inside = starts < ends
             yield np.where(inside, batch.source.values[np.where(inside, starts, 0)], -1)
 
@@ -84,8 +84,8 @@ def _text(column: Any, row: int) -> str:
 def open_dataset(directory: Path, split: str, *, verify: bool = False) -> Dataset:
     """Open one split of a prepared directory.
 
-    verify: read every byte and compare SHA-256, whatever the size. Raises DataError where the directory was not finished, has
-    no such split, holds another tokenizer than its manifest says, or where a file is missing, truncated or altered.
+    verify: read every byte and compare SHA-256, whatever the size. Raises DataError if the directory was not finished, has
+    no such split, holds another tokenizer than its manifest says, or if a file is missing, truncated or altered.
     """
     directory = Path(directory)
     manifest = load_manifest(directory)

@@ -22,11 +22,11 @@ from dstrain.config_base import Config, Precision
 from dstrain.data.prepared.manifest import (
     MANIFEST_FILE,
     TOKENIZER_DIRECTORY,
-    Manifest,
+    DataManifest,
     ShardRecord,
     SplitRecord,
     load_manifest,
-    write_manifest,
+    write_data_manifest,
 )
 from dstrain.data.prepared.shard import PairSidecar, write_lengths
 from dstrain.errors import DataError
@@ -90,7 +90,7 @@ def copy_original(data: Path, output: Path, job: LabelJob) -> None:
     write_file(output / ORIGINAL / MANIFEST_FILE, (data / MANIFEST_FILE).read_bytes())
 
 
-def merge_labels(output: Path, created_by: str) -> Manifest:
+def merge_labels(output: Path, created_by: str) -> DataManifest:
     """Check that every shard is there and complete, and write the manifest.
 
     Raises DataError that lists the shards that are missing or damaged, or if every output was dropped.
@@ -103,7 +103,7 @@ def merge_labels(output: Path, created_by: str) -> Manifest:
     for file in (*_evaluation_files(original), *(_original_shards(original) if job.keep_original else ())):
         file.check(output, content=True, remedy=f"remove {output / ORIGINAL} and run `dstrain {LABELING.verb} --shard 0/N` again")
     train = _train_record(output, sidecars, _original_shards(original) if job.keep_original else ())
-    manifest = Manifest(
+    manifest = DataManifest(
         format_version=original.format_version,
         created_by=created_by,
         job=sha256_of_text(f"{job.model_dump_json(exclude_defaults=True)} {train.fingerprint}"),
@@ -112,7 +112,7 @@ def merge_labels(output: Path, created_by: str) -> Manifest:
         splits={**original.splits, TRAIN: train},
         pseudo_labels=job.model_dump(mode="json"),
     )
-    write_manifest(manifest, output)
+    write_data_manifest(manifest, output)
     return manifest
 
 
@@ -138,11 +138,11 @@ def _train_record(output: Path, sidecars: list[PairSidecar], originals: tuple[Sh
     )
 
 
-def _evaluation_files(manifest: Manifest) -> list[FileRecord]:
+def _evaluation_files(manifest: DataManifest) -> list[FileRecord]:
     return [file for name, split in manifest.splits.items() if name != TRAIN for file in split.files]
 
 
-def _original_shards(manifest: Manifest) -> tuple[ShardRecord, ...]:
+def _original_shards(manifest: DataManifest) -> tuple[ShardRecord, ...]:
     """Records of the original pairs under their new names."""
     shards = manifest.splits[TRAIN].shards
     return tuple(shard.model_copy(update={"file": f"{TRAIN}/original_{Path(shard.file).name}"}) for shard in shards)

@@ -2,7 +2,7 @@
 is checked instead.
 
 An evaluation split keeps every pair and its texts. A training pair is dropped for the first reason that applies: a side is empty,
-a side is too long, one side is too many times longer than the other. Text without a source is judged by its own length alone, and
+a side is too long, one side is too many times longer than the other. Text without a source is judged only by its own length, and
 its blank lines are dropped everywhere.
 """
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from dstrain.data.config import DataConfig, FilterConfig, TextSource, is_text_alone
 from dstrain.data.prepared.rows import Rows, id_dtype
-from dstrain.data.sources.corpora import Block, counted_files, parse, splits_of
+from dstrain.data.sources.corpora import PairBlock, counted_files, parse, splits_of
 from dstrain.data.sources.fairseq_binary import IdBlock, Sentences
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.errors import DataError
@@ -45,25 +45,25 @@ def make_encoder(config: DataConfig, tokenizer: Path) -> Encoder:
 
 
 class Encoder:
-    """Applies to blocks; depends on the block alone, so any process may do it."""
+    """Applies to blocks; depends only on the block, so any process may do it."""
 
     def __init__(self, config: DataConfig, tokenizers: TokenizerPair) -> None:
         self._filter = config.filter
         self._corpora = splits_of(config)
         self._tokenizers = tokenizers
 
-    def __call__(self, block: Block) -> EncodedBlock:
-        """Encode a block. Raises DataError where a record is malformed."""
+    def __call__(self, block: PairBlock) -> EncodedBlock:
+        """Encode a block. Raises DataError if a record is malformed."""
         corpus = self._corpora[block.split][block.corpus]
         evaluated = block.split != "train"
         if isinstance(block.text, IdBlock):
             rows = self._take_ids(corpus, block.text, with_text=evaluated)
         else:
             rows = self._encode_text(*parse(corpus, block.text))
-        alone = is_text_alone(corpus)
-        reasons = drop_reasons(None if alone else rows.source_lengths, rows.target_lengths, self._filter)
+        has_no_source = is_text_alone(corpus)
+        reasons = drop_reasons(None if has_no_source else rows.source_lengths, rows.target_lengths, self._filter)
         if evaluated:
-            reasons = {"empty": reasons["empty"]} if alone else {}
+            reasons = {"empty": reasons["empty"]} if has_no_source else {}
         else:
             rows = rows._replace(source_text=None, target_text=None)
         dropped = {reason: int(mask.sum()) for reason, mask in reasons.items()}
@@ -83,10 +83,10 @@ class Encoder:
     def _take_ids(self, corpus: TextSource, block: IdBlock, *, with_text: bool) -> Rows:
         """Ids that are there already, checked against the dictionaries; the text of an evaluation split is made from them."""
         tokenizers, files = self._tokenizers, counted_files(corpus)
-        given = _empty_sentences(block.num_lines, tokenizers.source) if block.source is None else block.source
-        source = checked_ids(given, tokenizers.source, files[0], block.first)
+        sentences = _empty_sentences(block.num_lines, tokenizers.source) if block.source is None else block.source
+        source = checked_ids(sentences, tokenizers.source, files[0], block.first)
         target = checked_ids(block.target, tokenizers.target, files[-1], block.first)
-        rows = Rows(source, given.lengths, target, block.target.lengths)
+        rows = Rows(source, sentences.lengths, target, block.target.lengths)
         if not with_text:
             return rows
         return rows._replace(

@@ -1,6 +1,6 @@
 """Which preparation an output directory belongs to: `job.json`, written before any work.
 
-A job is its data section, the content of its corpora and of a given tokenizer. Partial or finished output of the same job is
+A job is its data section and the content of its corpora and of a tokenizer that is not trained. Output of the same job is
 continued or kept; that of another is refused. Content is known by SHA-256, taken while the files are checked; a file whose path,
 size and modification time are as in job.json is not read again.
 """
@@ -117,7 +117,7 @@ def _scan_one(task: tuple[Path, Scan]) -> FileScan:
 
 
 def corpus_sizes(config: DataConfig, job: Job) -> dict[str, list[int]]:
-    """Pairs of every corpus, by split. Raises DataError where two sides differ in length or a split is empty."""
+    """Pairs of every corpus, by split. Raises DataError if two sides differ in length or a split is empty."""
     sizes = {split: [_size(source, job) for source in sources] for split, sources in splits_of(config).items()}
     for split, counts in sizes.items():
         if sum(counts) == 0:

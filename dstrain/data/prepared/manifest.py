@@ -64,7 +64,7 @@ class SplitRecord(Config):
         return (*self.shards, self.lengths)
 
 
-class Manifest(Config):
+class DataManifest(Config):
     """The whole directory. data: the recipe's data section; job: fingerprint of that section and of the corpora's content.
 
     pseudo_labels: how a teacher made the targets of `train` (`derived.py`); `job` covers that, too. None: the corpus's own.
@@ -79,7 +79,7 @@ class Manifest(Config):
     pseudo_labels: dict[str, Any] | None = None
 
     def require_tokenizer(self, fingerprint: str, owner: str) -> None:
-        """Raise DataError where `owner` (a bundle, a run) reads ids of another tokenizer than this data's."""
+        """Raise DataError if `owner` (a bundle, a run) reads ids of another tokenizer than this data's."""
         if fingerprint != self.tokenizer_fingerprint:
             raise DataError(
                 f"the data was prepared with tokenizer {self.tokenizer_fingerprint[:12]}, {owner} has {fingerprint[:12]}: ids "
@@ -88,7 +88,7 @@ class Manifest(Config):
 
 
 MANIFEST = DocumentFormat(
-    Manifest,
+    DataManifest,
     "manifest of prepared data",
     DataError,
     "prepare the data again",
@@ -97,12 +97,12 @@ MANIFEST = DocumentFormat(
 )
 
 
-def write_manifest(manifest: Manifest, directory: Path) -> None:
+def write_data_manifest(manifest: DataManifest, directory: Path) -> None:
     """Write `directory`/manifest.json; the same manifest always gives the same bytes."""
     MANIFEST.write(directory / MANIFEST_FILE, manifest)
 
 
-def load_manifest(directory: Path) -> Manifest:
+def load_manifest(directory: Path) -> DataManifest:
     """Read `directory`/manifest.json. Raises DataError if it is missing, of another version or not valid."""
     path = Path(directory) / MANIFEST_FILE
     if not path.exists() and (path.parent / PARTS_FILE).is_file():

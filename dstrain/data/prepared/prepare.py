@@ -1,8 +1,8 @@
 """Text to a data directory: check the text, train or take a tokenizer, encode in parallel, write shards, then the manifest.
 
-Every stage leaves whole files behind, so a run that was interrupted goes on at the first shard that is missing. Workers get
+Every stage leaves complete files behind, so a run that was interrupted goes on at the first shard that is missing. Workers get
 blocks and give back arrays; this process reads, writes and hashes, about 1 microsecond a pair, which keeps some thirty workers
-busy. Memory is a few blocks a worker and one record batch. Shards depend on the text and the data section alone.
+busy. Memory is a few blocks a worker and one record batch. Shards depend only on the text and the data section.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from dstrain.data.prepared.manifest import (
     FORMAT_VERSION,
     MANIFEST_FILE,
     TOKENIZER_DIRECTORY,
-    Manifest,
+    DataManifest,
     SplitRecord,
     load_manifest,
-    write_manifest,
+    write_data_manifest,
 )
 from dstrain.data.prepared.pool import WorkerPool
 from dstrain.data.prepared.report import PrepareReport, build_report
 from dstrain.data.prepared.rows import id_dtype
 from dstrain.data.prepared.shard import PairSidecar, ShardWriter, shard_schema, write_lengths
-from dstrain.data.sources.corpora import Block, read_blocks, splits_of
+from dstrain.data.sources.corpora import PairBlock, read_blocks, splits_of
 from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE, TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.data.tokenizers.training import TokenizerTrainer, given_tokenizers
 from dstrain.errors import DataError
@@ -52,7 +52,7 @@ def prepare(config: DataConfig, output: Path, *, workers: int, overwrite: bool =
     """Prepare the corpora of `config` into `output`, with `workers` processes.
 
     Finished output of the same text and configuration is kept; unfinished is continued; that of another is refused unless
-    `overwrite`. progress: show a bar on stderr where that is a terminal.
+    `overwrite`. progress: show a bar on stderr if that is a terminal.
 
     Raises DataError for any fault of the text, the tokenizer, the output directory or the disk.
     """
@@ -86,7 +86,7 @@ def _finished(output: Path, job: Job) -> PrepareReport:
     return build_report(output, manifest, load_tokenizers(output / TOKENIZER_DIRECTORY), {}, finished_before=True)
 
 
-def _remove_sidecars(output: Path, manifest: Manifest) -> None:
+def _remove_sidecars(output: Path, manifest: DataManifest) -> None:
     for split in manifest.splits.values():
         for shard in split.shards:
             sidecar_path(output / shard.file).unlink(missing_ok=True)
@@ -110,13 +110,13 @@ class _Preparation:
         with ExitStack() as stack:
             make = partial(make_encoder, self._config, self._output / TOKENIZER_DIRECTORY)
             if self._workers == 1:
-                encode: Callable[[Iterable[Block]], Iterator[EncodedBlock]] = partial(map, make())
+                encode: Callable[[Iterable[PairBlock]], Iterator[EncodedBlock]] = partial(map, make())
             else:
                 encode = stack.enter_context(WorkerPool(make, self._workers)).map
             total = sum(map(sum, self._sizes.values()))
             bar = stack.enter_context(tqdm(total=total, unit=" pairs", unit_scale=True, disable=None if self._progress else True))
             splits = {split: self._split(split, tokenizers, encode, bar) for split in self._sizes}
-        manifest = Manifest(
+        manifest = DataManifest(
             format_version=FORMAT_VERSION,
             created_by=f"dstrain {__version__}",
             job=self._job.fingerprint,
@@ -124,7 +124,7 @@ class _Preparation:
             data=self._job.data,
             splits=splits,
         )
-        write_manifest(manifest, self._output)
+        write_data_manifest(manifest, self._output)
         _remove_sidecars(self._output, manifest)
         return build_report(self._output, manifest, tokenizers, self._work, finished_before=False)
 
@@ -145,7 +145,7 @@ class _Preparation:
         self,
         split: str,
         tokenizers: TokenizerPair,
-        encode: Callable[[Iterable[Block]], Iterator[EncodedBlock]],
+        encode: Callable[[Iterable[PairBlock]], Iterator[EncodedBlock]],
         bar: Any,
     ) -> SplitRecord:
         per_shard, total = self._config.pairs_per_shard, sum(self._sizes[split])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstrain.data.config import DataConfig, has_no_source
-from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, Manifest, SplitRecord, load_manifest
+from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, DataManifest, SplitRecord, load_manifest
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.errors import DataError
@@ -15,9 +15,9 @@ from dstrain.storage.sharded_job import with_progress
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split. pairs_encoded and seconds are this run's: fewer pairs than the split's where an earlier run left shards.
+    """One split. pairs_encoded and seconds are this run's: fewer pairs than the split's if an earlier run left shards.
 
-    has_source: False for text alone, whose pairs are lines.
+    has_source: False for text without a source, whose pairs are lines.
     """
 
     name: str
@@ -62,17 +62,17 @@ class PrepareReport:
 
     def lines(self) -> list[str]:
         """The report as text."""
-        types = (
+        sizes = (
             f"{self.source_vocab_size:,} shared"
             if self.shared
             else f"{self.source_vocab_size:,} source + {self.target_vocab_size:,} target"
         )
         head = f"{self.output} was finished before; nothing to do" if self.finished_before else f"{self.output} is ready"
-        return [head, f"tokenizer: {types} types", *(split.line() for split in self.splits.values())]
+        return [head, f"tokenizer: {sizes} entries", *(split.line() for split in self.splits.values())]
 
 
 def build_report(
-    output: Path, manifest: Manifest, tokenizers: TokenizerPair, work: dict[str, tuple[int, float]], *, finished_before: bool
+    output: Path, manifest: DataManifest, tokenizers: TokenizerPair, work: dict[str, tuple[int, float]], *, finished_before: bool
 ) -> PrepareReport:
     """work: pairs encoded and seconds of this run, by split."""
     corpora = splits_of(DataConfig.model_validate(manifest.data))
@@ -90,7 +90,7 @@ def build_report(
 
 
 def describe_data(directory: Path) -> list[str]:
-    """What prepared data holds, after a check of every byte. Raises DataError where something is wrong with it."""
+    """What prepared data holds, after a check of every byte. Raises DataError if something is wrong with it."""
     manifest = load_manifest(directory)
     for file in with_progress([file for split in manifest.splits.values() for file in split.files]):
         file.check(directory, content=True)

@@ -21,5 +21,5 @@ class Rows(NamedTuple):
 
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:
-    """The type that shards use for ids below `vocab_size`: uint16 where it fits, else int32."""
+    """The type that shards use for ids below `vocab_size`: uint16 if it fits, else int32."""
     return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)

@@ -1,6 +1,6 @@
 """One Arrow IPC file of encoded pairs, written once and read through the page cache.
 
-Columns `source` and `target` are lists of ids, each with its final EOS: uint16 where the vocabulary fits, else int32.
+Columns `source` and `target` are lists of ids, each with its final EOS: uint16 if the vocabulary fits, else int32.
 Evaluation splits also carry `source_text` and `target_text`. A record batch holds at most 16,384 rows, so list offsets are
 int32 and the writer's memory is bounded. Reading maps the file: ids and lengths are views into it, nothing is copied.
 """
@@ -50,7 +50,7 @@ def shard_schema(source_dtype: np.dtype[Any], target_dtype: np.dtype[Any], *, wi
 
 
 class ShardWriter:
-    """Collects rows into record batches. The bytes depend on the rows and on where `add` cuts them, on nothing else."""
+    """Collects rows into record batches. The bytes depend only on the rows and on how `add` groups them."""
 
     def __init__(self, writer: HashingWriter, schema: Any) -> None:
         self._sink = writer
@@ -104,13 +104,13 @@ class ShardWriter:
 def list_array(values: Sequence[npt.NDArray[Any]], lengths: Sequence[npt.NDArray[Any]]) -> Any:
     """An Arrow list column. values: the items of all rows, in pieces; lengths: items of each row, in pieces.
 
-    Raises DataError where there are more items than its offsets can count.
+    Raises DataError if there are more items than its offsets can count.
     """
     counts = np.concatenate(lengths)
     items = int(counts.sum(dtype=np.int64))
     if items > MAX_ITEMS:
         raise DataError(
-            f"{len(counts):,} rows have {items:,} items, a column of a file holds at most {MAX_ITEMS:,}: make smaller parts "
+            f"{len(counts):,} rows have {items:,} items, a column of a file holds at most {MAX_ITEMS:,}: make smaller shards "
             "(--tokens-per-shard, --pairs-per-shard)"
         )
     offsets = np.zeros(len(counts) + 1, np.int32)
@@ -141,7 +141,7 @@ class BatchView(NamedTuple):
 
 
 def read_shard(path: Path) -> list[BatchView]:
-    """Map a shard into memory. Raises DataError naming the file where it is not a whole shard of dstrain's."""
+    """Map a shard into memory. Raises DataError naming the file if it is not a complete shard."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
@@ -151,7 +151,7 @@ def read_shard(path: Path) -> list[BatchView]:
 
 
 def write_lengths(shards: Sequence[Path], rows: int, writer: HashingWriter) -> None:
-    """Write the lengths of all rows as a (2, rows) int32 `.npy` file, source first, from the shards' offsets alone."""
+    """Write the lengths of all rows as a (2, rows) int32 `.npy` file, source first, only from the shards' offsets."""
     header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.int32)), "fortran_order": False, "shape": (2, rows)}
     np.lib.format.write_array_header_1_0(writer, header)
     for side in range(len(SIDES)):

@@ -1,7 +1,7 @@
 """The corpora of a recipe as numbered pairs, whatever their kind: how many there are, blocks of them, and the pairs of a block.
 
 The pairs of a split are numbered through its corpora in order; shard k holds those of numbers k * pairs_per_shard and up that the
-filter keeps. So a shard depends on its own pairs alone, and an interrupted run goes on at a shard's first pair.
+filter keeps. So a shard depends only on its own pairs, and an interrupted run goes on at a shard's first pair.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dstrain.errors import DataError
 UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
-class Block(NamedTuple):
+class PairBlock(NamedTuple):
     """Consecutive pairs of one split, still raw. corpus: which of the split's corpora they belong to."""
 
     split: str
@@ -85,7 +85,9 @@ def pairs_without_files(source: TextSource) -> int:
     return source.num_pairs if isinstance(source, GrammarText) else 0
 
 
-def read_blocks(split: str, sources: Sequence[TextSource], sizes: Sequence[int], start: int, per_shard: int) -> Iterator[Block]:
+def read_blocks(
+    split: str, sources: Sequence[TextSource], sizes: Sequence[int], start: int, per_shard: int
+) -> Iterator[PairBlock]:
     """All blocks of a split from pair `start` on, in order; none crosses a corpus or a shard.
 
     sizes: pairs of each corpus.
@@ -99,7 +101,7 @@ def read_blocks(split: str, sources: Sequence[TextSource], sizes: Sequence[int],
             while start < end:
                 shard_end = (start // per_shard + 1) * per_shard
                 text = reader.read(min(end, shard_end) - start)
-                yield Block(split, corpus, text)
+                yield PairBlock(split, corpus, text)
                 start += text.num_lines
 
 
@@ -116,7 +118,7 @@ def _open(source: TextSource, start: int) -> AbstractContextManager[Reader]:
 def parse(source: TextSource, block: TextBlock) -> tuple[list[str], list[str]]:
     """Source and target texts of a block's pairs; sources are empty where the corpus has none.
 
-    Raises DataError naming file and line where a record is malformed.
+    Raises DataError naming file and line if a record is malformed.
     """
     match source:
         case TsvText():

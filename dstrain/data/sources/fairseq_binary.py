@@ -36,7 +36,7 @@ class Sentences(NamedTuple):
 
 
 class IdBlock(NamedTuple):
-    """Consecutive pairs of one corpus. first: number of the first, from 0. source: None where the corpus has none."""
+    """Consecutive pairs of one corpus. first: number of the first, from 0. source: None if the corpus has none."""
 
     first: int
     num_lines: int

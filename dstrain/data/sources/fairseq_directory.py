@@ -29,7 +29,7 @@ def fairseq_data(
     """The data section.
 
     source, target: languages; None = those of the first directory's file names. models: SentencePiece models in front of the
-    dictionaries. tags: words that these do not split. Raises DataError where a directory, a split or a dictionary is missing, or
+    dictionaries. tags: words that these do not split. Raises DataError if a directory, a split or a dictionary is missing, or
     holds what no pairs are.
     """
     for directory in directories:
@@ -133,7 +133,7 @@ def _section(
 
 
 def _require_same(dictionaries: Sequence[Path], directories: Sequence[Path]) -> None:
-    """Raise DataError where another directory has another dictionary."""
+    """Raise DataError if another directory has another dictionary."""
     for path in dictionaries:
         for other in (directory / path.name for directory in directories):
             if other.exists() and other.read_bytes() != path.read_bytes():

@@ -1,8 +1,8 @@
-"""Text files as blocks of raw lines: found, checked whole once, then read in order.
+"""Text files as blocks of raw lines: checked once, then read in order.
 
 A line ends at "\\n" and nowhere else; a "\\r" before it is stripped, a byte order mark at the start of a file too. Files ending
 in .gz are decompressed while reading. Blocks are cut by lines and by bytes, so that memory does not grow with the corpus, and
-they hold bytes, so that decoding happens where they are encoded. `scan_file` costs one pass before the first sentence is encoded
+they hold bytes, so that the encoding processes decode them. `scan_file` costs one pass before the first sentence is encoded
 (about 0.5 GB/s); it finds every fault of encoding and length at once instead of hours later.
 """
 
@@ -75,7 +75,7 @@ def open_lines(path: Path) -> Iterator[BinaryIO]:
 def scan_file(path: Path) -> FileScan:
     """Count lines, hash the file, and check that it is whole, valid UTF-8 and free of NUL.
 
-    Raises DataError naming the file, and the line where there is one.
+    Raises DataError naming the file, and the line if there is one.
     """
     lines, last = 0, b"\n"
     with open_lines(path) as stream:
@@ -120,7 +120,7 @@ class BlockReader:
             deque(islice(stream, start), maxlen=0)
 
     def read(self, max_lines: int) -> TextBlock:
-        """The next lines, at most `max_lines`; fewer where they are long. Raises DataError where a file ends before."""
+        """The next lines, at most `max_lines`; fewer if they are long. Raises DataError if a file ends before."""
         first, lines = self._paths[0], _take(self._streams[0], min(max_lines, MAX_BLOCK_LINES))
         columns = [lines, *(list(islice(stream, len(lines))) for stream in self._streams[1:])]
         for path, column in zip(self._paths, columns, strict=True):

@@ -93,7 +93,7 @@ class SentencePieceTokenizer:
 
     @classmethod
     def from_file(cls, path: Path) -> SentencePieceTokenizer:
-        """Read a `.model` file. Raises DataError where it is missing or no SentencePiece model."""
+        """Read a `.model` file. Raises DataError if it is missing or no SentencePiece model."""
         return cls(_read(path, "SentencePiece model"), name=str(path))
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
@@ -154,7 +154,7 @@ class DictionaryTokenizer:
 
     @classmethod
     def from_files(cls, dictionary: Path, model: Path | None = None, tags: Sequence[str] = ()) -> DictionaryTokenizer:
-        """Read the files. Raises DataError where one is missing or malformed."""
+        """Read the files. Raises DataError if one is missing or malformed."""
         pieces = None if model is None else _read(model, "SentencePiece model")
         return cls(_read(dictionary, "dictionary"), pieces, tags=tags, name=str(dictionary))
 
@@ -242,7 +242,7 @@ class TokenizerPair:
 def with_tags(pair: TokenizerPair, patterns: Sequence[str]) -> TokenizerPair:
     """Both sides with the symbols that match a pattern as tags, which the model in front of a dictionary then does not split.
 
-    patterns: symbols, or patterns such as `???_????`. Raises DataError where one matches no symbol of either dictionary.
+    patterns: symbols, or patterns such as `???_????`. Raises DataError if one matches no symbol of either dictionary.
     """
     sides = [side.with_tags(patterns) if isinstance(side, DictionaryTokenizer) else side for side in (pair.source, pair.target)]
     tags = [tag for side in sides if isinstance(side, DictionaryTokenizer) for tag in side.tags]

@@ -44,7 +44,7 @@ NO_TEXT = re.compile(r"sentences_\.empty|all_chars_count")
 
 
 def given_tokenizers(config: GivenSentencePiece | GivenTokenizer | FairseqDictionaries) -> TokenizerPair:
-    """Read the tokenizers that a recipe names. Raises DataError where they are missing or broken."""
+    """Read the tokenizers that a recipe names. Raises DataError if they are missing or broken."""
     if isinstance(config, GivenTokenizer):
         return load_tokenizers(expand_path(config.path))
     if isinstance(config, FairseqDictionaries):
@@ -70,7 +70,7 @@ class TokenizerTrainer:
         self._directory = directory
 
     def __call__(self, tokenizer: TrainedSentencePiece) -> None:
-        """Train. Raises DataError where the text does not support the vocabulary."""
+        """Train. Raises DataError if the text does not support the vocabulary."""
         if tokenizer.sharing == "joint":
             joint = SentencePieceTokenizer(train_sentencepiece(self._lines((0, 1), tokenizer), tokenizer))
             pair = TokenizerPair(joint, joint)
@@ -96,7 +96,7 @@ class TokenizerTrainer:
 def train_sentencepiece(lines: Iterable[str], config: TrainedSentencePiece) -> bytes:
     """Train a model on `lines`; ids 0 <s>, 1 <pad>, 2 </s>, 3 <unk>, then user symbols, then tags.
 
-    A tag is the piece of a whole word: with its space before it. Raises DataError where a user symbol or a tag cannot be one or
+    A tag is the piece of a whole word: with its space before it. Raises DataError if a user symbol or a tag cannot be one or
     the text does not support the vocabulary, naming the size that it does.
     """
     _check_symbols("user_symbols", config.user_symbols)
@@ -132,7 +132,7 @@ def _short(lines: Iterable[str]) -> Iterator[str]:
 
 
 def _check_tags(model: bytes, tags: Sequence[str]) -> None:
-    """Raise DataError where a tag is not its own piece: SentencePiece normalizes text before it looks for pieces."""
+    """Raise DataError if a tag is not its own piece: SentencePiece normalizes text before it looks for pieces."""
     tokenizer = SentencePieceTokenizer(model)
     for tag in tags:
         (row,) = tokenizer.encode([tag])

@@ -116,7 +116,7 @@ class SampleCodec:
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
         """The type of each draw, ascending. (n, V) -> (n, draws) int32"""
         cumulative = torch.softmax(logits, 1, out=logits).cumsum(1)  # (n, V)
-        offsets = sent(torch.from_numpy(uniform(self._seed, keys)), logits.device)[:, None]
+        offsets = sent(torch.from_numpy(uniform_draws(self._seed, keys)), logits.device)[:, None]
         points = (torch.arange(self._draws, device=logits.device) + offsets) / self._draws  # (n, draws)
         drawn = torch.searchsorted(cumulative, points.to(cumulative.dtype) * cumulative[:, -1:], out_int32=True)
         return (drawn,)
@@ -249,7 +249,7 @@ def fixed_width(values: Array) -> Column:
     return Column(values.reshape(-1), np.full(len(values), width))
 
 
-def uniform(seed: int, keys: TokenKeys) -> Array:
+def uniform_draws(seed: int, keys: TokenKeys) -> Array:
     """One number in (0, 1] a token, from its row and position alone; (n,) float64.
 
     Two rounds of the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").

@@ -1,7 +1,7 @@
 """A teacher's distributions on a split, written to the disk: the offline half of distillation.
 
 The main thread does nothing but run the teacher and choose what is kept; another packs, puts rows in order and writes. Batches
-are cut within one shard, so a shard's bytes depend on the job and on `max_tokens` alone, not on the share of the work nor on
+are cut within one shard, so a shard's bytes depend only on the job and on `max_tokens`, not on the number of workers nor on
 interruptions. (Another `max_tokens` moves the last bits of the teacher's logits, and so, now and then, a draw.) Memory:
 chunk_tokens x V logits and one shard. A kill, a full disk and Ctrl-C lose the shard under way and no other.
 """
@@ -26,7 +26,7 @@ from dstrain.config_base import Precision
 from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.plan import evaluation_batches
 from dstrain.data.prepared.dataset import Dataset
-from dstrain.data.prepared.manifest import Manifest
+from dstrain.data.prepared.manifest import DataManifest
 from dstrain.data.prepared.shard import MAX_ITEMS, list_array
 from dstrain.distillation.store.codec import Array, Codec, TokenKeys, build_codec
 from dstrain.distillation.store.manifest import (
@@ -58,7 +58,7 @@ SMALLEST_SHARD = 4096
 def plan_dump(
     method: Method,
     dataset: Dataset,
-    manifest: Manifest,
+    manifest: DataManifest,
     split: str,
     teacher: str,
     *,
@@ -69,14 +69,14 @@ def plan_dump(
     """The job of a dump.
 
     teacher: its fingerprint; precision: of its parameters. tokens_per_shard: None for a 64th of the split, no more than 64 MiB
-    and no less than 4096 tokens. Raises DataError where the vocabulary is too small for k, or too large to be kept whole.
+    and no less than 4096 tokens. Raises DataError if the vocabulary is too small for k, or too large to be kept whole.
     """
     vocab_size = vocabulary.target
     if isinstance(method, TopKMethod) and method.k > vocab_size:
-        raise DataError(f"k = {method.k} exceeds the {vocab_size} types of the vocabulary; lower --k")
+        raise DataError(f"k = {method.k} exceeds the {vocab_size} entries of the vocabulary; lower --k")
     if isinstance(method, DenseMethod) and vocab_size > DENSE_VOCABULARY:
         raise DataError(
-            f"method dense would keep {2 * vocab_size:,} bytes a token of a vocabulary of {vocab_size:,} types; it is for at "
+            f"method dense would keep {2 * vocab_size:,} bytes a token of a vocabulary of {vocab_size:,}; it is for at "
             f"most {DENSE_VOCABULARY:,}: use --method sample, which keeps about 40 and is unbiased"
         )
     codec = build_codec(method, vocab_size)
@@ -189,9 +189,9 @@ class Dumper:
         report.shards += 1
 
     def _batches(self, rows: range) -> Iterator[Batch]:
-        part = slice(rows.start, rows.stop)
+        shard = slice(rows.start, rows.stop)
         collator = Collator(self.teacher.kind, pad_id=self.vocabulary.pad_id, eos_id=self.vocabulary.eos_id)
-        sources, targets = self.dataset.source_lengths[part], self.dataset.target_lengths[part]
+        sources, targets = self.dataset.source_lengths[shard], self.dataset.target_lengths[shard]
         groups = evaluation_batches(sources, targets, self.max_tokens, kind=self.teacher.kind)
         for group in groups:
             examples = group + rows.start
@@ -209,9 +209,9 @@ class Dumper:
         return Selected(kept, begin, mark(device))
 
     def _keep(self, batch: Batch, selected: Selected, draft: ShardDraft) -> float:
-        """Put it into the draft: the writer's thread alone waits for the device, whose seconds this returns.
+        """Put it into the draft: only the writer's thread waits for the device, whose seconds this returns.
 
-        Raises DataError where the teacher's logits are not finite.
+        Raises DataError if the teacher's logits are not finite.
         """
         kept = [tensor.cpu().numpy() for tensor in selected.kept]
         broken = np.flatnonzero(~draft.codec.is_whole(kept))
@@ -282,7 +282,7 @@ class ShardDraft:
         for name, pieces in self._pieces.items():
             lengths = np.concatenate([piece.lengths for piece in pieces])
             rows = [row for piece in pieces for row in np.split(piece.values, np.cumsum(piece.lengths)[:-1])]
-            columns[name] = list_array([rows[place] for place in order], [lengths[order]])
+            columns[name] = list_array([rows[index] for index in order], [lengths[order]])
             pieces.clear()
         types = {name: pa.list_(pa.from_numpy_dtype(dtype)) for name, dtype in self.codec.columns.items()}
         schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import FailFast, Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
 
 from dstrain.config_base import Config, Precision
-from dstrain.data.prepared.manifest import Manifest
+from dstrain.data.prepared.manifest import DataManifest
 from dstrain.errors import DataError
 from dstrain.storage.document import Count, DocumentFormat, FileRecord
 from dstrain.storage.hashing import sha256_of_text
@@ -29,9 +29,9 @@ DENSE_VOCABULARY = 16_384
 
 
 class SampleMethod(Config):
-    """`draws` types drawn from the teacher's distribution, kept as ids and counts; unbiased.
+    """`draws` tokens drawn from the teacher's distribution, kept as ids and counts; unbiased.
 
-    temperature: divides the teacher's logits. seed: decides the draws, together with row and position alone.
+    temperature: divides the teacher's logits. seed: decides the draws, together with row and position only.
     """
 
     kind: Literal["sample"] = "sample"
@@ -41,7 +41,7 @@ class SampleMethod(Config):
 
 
 class TopKMethod(Config):
-    """The `k` likeliest types with their log-probabilities, and the mass of all others together.
+    """The `k` likeliest tokens with their log-probabilities, and the mass of all others together.
 
     dtype: of the log-probabilities; uint8 is exact to about one percent of each probability (`logit_codec.py`).
     """
@@ -73,12 +73,12 @@ def choose_method(kind: str, options: Mapping[str, Any]) -> Method:
         "dense": DenseMethod,
     }
     chosen = kinds[kind]
-    given = {name: value for name, value in options.items() if value is not None}
-    for name in given:
+    chosen_options = {name: value for name, value in options.items() if value is not None}
+    for name in chosen_options:
         if name not in chosen.model_fields:
             raise DataError(f"--{name} does not go with --method {kind}; leave it out, or choose another method")
     try:
-        return chosen(**given)
+        return chosen(**chosen_options)
     except ValidationError as error:
         first = error.errors()[0]
         raise DataError(f"--{first['loc'][0]} {first['input']}: {first['msg']}; choose another value") from error
@@ -104,8 +104,8 @@ class DumpJob(Config):
     tokens_per_shard: PositiveInt
     precision: Precision = "fp32"
 
-    def require_data(self, manifest: Manifest, directory: Path, owner: Path) -> None:
-        """Raise DataError where the store `directory` was made from other text than that of `owner`, or by another tokenizer."""
+    def require_data(self, manifest: DataManifest, directory: Path, owner: Path) -> None:
+        """Raise DataError if the store `directory` was made from other text than that of `owner`, or by another tokenizer."""
         if self.tokenizer != manifest.tokenizer_fingerprint:
             raise DataError(
                 f"the logits in {directory} are of tokenizer {self.tokenizer[:12]}, {owner} has "
@@ -120,7 +120,7 @@ class DumpJob(Config):
             )
 
     def require_teacher(self, fingerprint: str, directory: Path, owner: Path) -> None:
-        """Raise DataError where the store `directory` was not made by the teacher `owner`."""
+        """Raise DataError if the store `directory` was not made by the teacher `owner`."""
         if self.teacher != fingerprint:
             raise DataError(
                 f"the logits in {directory} are of another teacher ({self.teacher[:12]}) than {owner} ({fingerprint[:12]}); "

@@ -1,6 +1,6 @@
 """Dumped logits as a source of signals: for every scored token of a batch what a teacher said of it, read from the disk.
 
-Signals are found by (row of the data, position), so batch size, order, packing and the number of ranks may be any. Shards are
+Signals are looked up by (row of the data, position), so batch size, order, packing and the number of ranks may be any. Shards are
 mapped, and all ranks of a node share the pages; a batch costs a few slices a row and one pass over what it needs, about a
 millisecond for 260 sentences.
 """
@@ -19,7 +19,7 @@ import torch
 
 from dstrain.batch import Batch, sent
 from dstrain.data.prepared.dataset import ALWAYS_HASHED_BYTES
-from dstrain.data.prepared.manifest import Manifest
+from dstrain.data.prepared.manifest import DataManifest
 from dstrain.data.prepared.shard import ListView, list_view
 from dstrain.distillation.signals import SignalRequest
 from dstrain.distillation.store.codec import Codec, build_codec
@@ -36,7 +36,7 @@ REMEDY = "dump this shard again with the same command, then merge"
 class LogitStore:
     """Implements `signals.SignalSource` for the batches of one split.
 
-    shards: columns by name, shard after shard. renormalize: give the tail's mass to the types that are kept.
+    shards: columns by name, shard after shard. renormalize: give the tail's mass to the tokens that are kept.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class LogitStore:
             )
         if request.features:
             raise RecipeError(
-                f"objective.features learns from inside a teacher, but {self._directory} keeps its probabilities alone: leave "
+                f"objective.features learns from inside a teacher, but {self._directory} keeps only its probabilities: leave "
                 "objective.features out, or choose a teacher at work (--teacher)"
             )
         method = self.manifest.job.method
         if isinstance(method, DenseMethod):
             return
         if request.divergence != "forward_kl" and (self._renormalize or isinstance(method, SampleMethod)):
-            kept = "gives the tail to the kept types" if self._renormalize else "keeps draws"
+            kept = "gives the tail to the kept tokens" if self._renormalize else "keeps draws"
             raise RecipeError(
-                f"objective.divergence.kind = {request.divergence} needs the mass of all types, {self._directory} {kept}: choose "
-                "forward_kl, a dump with a tail (dump-logits --method topk) or of all types (--method dense), or a teacher at "
-                "work (--teacher)"
+                f"objective.divergence.kind = {request.divergence} needs the mass of all tokens, {self._directory} {kept}: "
+                "choose forward_kl, a dump with a tail (dump-logits --method topk) or of all tokens (--method dense), or "
+                "a teacher at work (--teacher)"
             )
         if request.temperature != self.temperature:
             raise RecipeError(
@@ -94,10 +94,10 @@ class LogitStore:
     def signal(self, batch: Batch) -> KeptSignal:
         """The signals of the batch's targets, on the CPU.
 
-        Raises DataError where the batch is not of the split that was dumped.
+        Raises DataError if the batch is not of the split that was dumped.
         """
-        places = [self._locate(row) for row in batch.examples.ids.tolist()]
-        columns = {name: [shard[name].row(row) for shard, row in places] for name in self._codec.columns}
+        locations = [self._locate(row) for row in batch.examples.ids.tolist()]
+        columns = {name: [shard[name].row(row) for shard, row in locations] for name in self._codec.columns}
         first = next(iter(columns.values()))
         num_tokens = sum(map(len, first)) // self._codec.items_per_token
         if num_tokens != batch.num_targets:
@@ -119,23 +119,25 @@ class LogitStore:
 
 
 def moved(signal: KeptSignal, device: torch.device) -> KeptSignal:
-    """The same signal on `device`; log-probabilities of all types stay on the disk until a chunk of them is request."""
+    """The same signal on `device`; log-probabilities of all tokens stay on the disk until a chunk of them is read."""
     if not isinstance(signal, SparseSignal):
         return signal
     return replace(signal, ids=sent(signal.ids, device), probs=sent(signal.probs, device), tail=sent(signal.tail, device))
 
 
 def renormalized(signal: SparseSignal) -> SparseSignal:
-    """The same with the tail's mass given to the types that are kept: biased, the more so the flatter the teacher."""
+    """The same with the tail's mass given to the tokens that are kept: biased, the more so the flatter the teacher."""
     probs = signal.probs / signal.probs.sum(1, keepdim=True)
     return SparseSignal(signal.ids, probs, torch.zeros_like(signal.tail), with_tail=False)
 
 
-def open_store(directory: Path, *, data: Path, manifest: Manifest, verify: bool = False, renormalize: bool = False) -> LogitStore:
-    """Open a complete store for batches of the data directory `data`, whose manifest is given.
+def open_store(
+    directory: Path, *, data: Path, manifest: DataManifest, verify: bool = False, renormalize: bool = False
+) -> LogitStore:
+    """Open a complete store for batches of the data directory `data`, of that manifest.
 
-    verify: compare the SHA-256 of every file, whatever the size. renormalize: only for stores of the best types. Raises DataError
-    where the store is unfinished, of other data or another tokenizer, or where a file is missing, truncated or altered.
+    verify: compare the SHA-256 of every file, whatever the size. renormalize: only for top-k stores. Raises DataError
+    where the store is unfinished, of other data or another tokenizer, or if a file is missing, truncated or altered.
     """
     directory = Path(directory)
     store = load_store_manifest(directory)
@@ -156,7 +158,7 @@ def check_files(directory: Path, store: StoreManifest, *, verify: bool) -> None:
 
 
 def describe_store(directory: Path) -> list[str]:
-    """What a complete store holds, after a check of every byte. Raises DataError where something is wrong with it."""
+    """What a complete store holds, after a check of every byte. Raises DataError if something is wrong with it."""
     store = load_store_manifest(directory)
     check_files(directory, store, verify=True)
     job = store.job
@@ -164,13 +166,13 @@ def describe_store(directory: Path) -> list[str]:
         case SampleMethod(draws=draws, seed=seed):
             method = f"{draws} draws from the teacher's distribution (seed {seed}), unbiased"
         case TopKMethod(k=k, dtype=dtype):
-            method = f"the {k} likeliest types in {dtype}, the mass of all others as one number"
+            method = f"the {k} likeliest tokens in {dtype}, the mass of all others as one number"
         case DenseMethod():
             method = "all log-probabilities in float16"
     size = sum(file.size for file in store.files)
     return [
         f"dumped logits: {method}; temperature {job.method.temperature:g}",
-        f"split {job.split}: {job.rows:,} rows, {job.tokens:,} tokens, {job.vocab_size:,} types, {job.shards} shards",
+        f"split {job.split}: {job.rows:,} rows, {job.tokens:,} tokens, vocabulary of {job.vocab_size:,}, {job.shards} shards",
         f"{size:,} bytes, {store.bytes_per_token:.1f} a token",
         f"teacher {job.teacher[:12]} in {job.precision}, data {job.data[:12]}, tokenizer {job.tokenizer[:12]}",
         f"complete; every checksum is right; written by {store.created_by}",
@@ -200,7 +202,7 @@ def _warn_of_bias(directory: Path, store: StoreManifest) -> None:
     if not isinstance(store.job.method, TopKMethod):
         raise DataError(f"{directory} is of method {store.job.method.kind}, which leaves no tail; only topk can be renormalized")
     logger.warning(
-        "%s: the mass of all but the %d likeliest types is given to these: the gradient is biased; a sampled store is not",
+        "%s: the mass of all but the %d likeliest tokens is given to these: the gradient is biased; a sampled store is not",
         directory,
         store.job.method.k,
     )

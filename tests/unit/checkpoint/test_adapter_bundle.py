@@ -164,6 +164,15 @@ def test_damage_is_named(place: Path, damage: str) -> None:
     assert re.search(message, str(caught.value), re.DOTALL), caught.value
 
 
+def test_an_adapter_that_knows_its_base_by_the_weights_only_is_still_read(place: Path) -> None:
+    """As adapters were written before a bundle had one fingerprint."""
+    expected = find_bundle(ADAPTED).fingerprint
+    base = find_bundle(Path("base"))
+    change(base={"path": "../../base", "fingerprint": base.description.sha256})(ADAPTED)
+    assert find_bundle(ADAPTED).fingerprint == expected
+    assert load_bundle(ADAPTED).fingerprint == expected
+
+
 def test_adapters_are_trained_one_after_another(place: Path) -> None:
     """On an adapter bundle, and on a merged one: the same function, another fingerprint."""
     assert main(["merge", str(ADAPTED), "--output", "merged"]) == 0

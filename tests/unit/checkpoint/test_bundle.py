@@ -1,5 +1,7 @@
 """Bundles: what is written is what is read; replaced atomically; every kind of damage is named."""
 
+import hashlib
+import json
 import multiprocessing
 import re
 import time
@@ -12,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from dstrain.checkpoint import bundle as bundle_module
-from dstrain.checkpoint.bundle import load_bundle, save_bundle
+from dstrain.checkpoint.bundle import find_bundle, load_bundle, save_bundle
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair
 from dstrain.errors import BundleError, DataError
 from dstrain.models.config import PlainEmbedding
@@ -106,7 +108,7 @@ def test_only_bundles_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
     (tmp_path / "file").write_text("more of it")
     for name in ("thesis", "file"):
-        with pytest.raises(BundleError, match=f"{name} exists and is not a bundle, so it is not replaced; choose another place"):
+        with pytest.raises(BundleError, match=f"{name} exists and is not a bundle, so it is not replaced; choose another --output"):
             save(tmp_path / name, small_model())
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
@@ -217,6 +219,18 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
     with pytest.raises((BundleError, DataError)) as caught:
         load_bundle(tmp_path / "bundle")
     assert re.search(message, str(caught.value), re.DOTALL), caught.value
+
+
+def test_the_fingerprint_is_of_architecture_vocabulary_and_weights(tmp_path: Path) -> None:
+    """The value that dumped logits and pseudo-labels have always named their teacher by."""
+    save(tmp_path / "bundle", small_model())
+    content = yaml.safe_load((tmp_path / "bundle/model.yaml").read_text())
+    facts = json.dumps(
+        [content["model"], content["vocabulary"], sha256_of_file(tmp_path / "bundle/model.safetensors")], sort_keys=True
+    )
+    assert find_bundle(tmp_path / "bundle").fingerprint == hashlib.sha256(facts.encode()).hexdigest()
+    change_yaml(model={**content["model"], "activation": "gelu"})(tmp_path / "bundle")
+    assert find_bundle(tmp_path / "bundle").fingerprint != hashlib.sha256(facts.encode()).hexdigest()
 
 
 def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:

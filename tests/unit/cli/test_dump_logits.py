@@ -112,7 +112,7 @@ def test_other_sentences_are_refused(data: Path, teacher: Path, logits: Path, tm
         (("--temperature", "0"), "--temperature: '0' is not a number above 0", 2),
         (("--temperature", "-1"), "is not a number above 0", 2),
         (("--temperature", "nan"), "is not a number above 0", 2),
-        (("--method", "topk", "--k", "9999"), "k = 9999 exceeds the 120 types of the vocabulary; lower --k", 1),
+        (("--method", "topk", "--k", "9999"), "k = 9999 exceeds the 120 entries of the vocabulary; lower --k", 1),
         (("--method", "topk", "--draws", "9"), "--draws does not go with --method topk; leave it out", 1),
         (("--method", "topk", "--dtype", "int3"), "--dtype int3", 1),
         (("--shard", "3/3"), "is no share I/N", 2),
@@ -133,7 +133,7 @@ def test_a_dump_without_arguments_says_what_it_takes(verbs: Verbs) -> None:
 
 
 def test_every_method_dumps_and_is_described(data: Path, teacher: Path, tmp_path: Path, verbs: Verbs) -> None:
-    for method, fact in [("sample", "50 draws"), ("topk", "the 64 likeliest types in uint8"), ("dense", "in float16")]:
+    for method, fact in [("sample", "50 draws"), ("topk", "the 64 likeliest tokens in uint8"), ("dense", "in float16")]:
         output = tmp_path / method
         assert "is complete" in verbs.succeed(*words(teacher, data, output, "--method", method, "--temperature", "2"))
         text = verbs.succeed("inspect", output)

@@ -321,7 +321,7 @@ def test_a_given_tokenizer_is_used_and_its_change_is_seen(tmp_path: Path) -> Non
     config = data_config(tmp_path, tokenizer={"kind": "tokenizer_directory", "path": str(tmp_path / "given")})
     report = prepare(config, tmp_path / "data", workers=2)
     assert (report.source_vocab_size, report.target_vocab_size, report.shared) == (6, 5, False)
-    assert "tokenizer: 6 source + 5 target types" in report.lines()
+    assert "tokenizer: 6 source + 5 target entries" in report.lines()
     first = open_dataset(tmp_path / "data", "train")[0]
     assert (first.source.tolist()[0], first.target.tolist()[0]) == (4, 4)
     save_tokenizers(TokenizerPair(dictionaries[0], dictionaries[0]), tmp_path / "given")
@@ -463,7 +463,7 @@ def test_a_damaged_finished_shard_is_made_again(
     config, one = corpus
     data = tmp_path / "data"
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "write_manifest", None)
+        patch.setattr(prepare_module, "write_data_manifest", None)
         with pytest.raises(TypeError):
             prepare(config, data, workers=1)
     (data / "train/00002.arrow").write_bytes(b"short")

@@ -173,7 +173,7 @@ def test_the_verb_prepares_reports_and_refuses(tmp_path: Path, capsys: pytest.Ca
     words = ["prepare", str(path), "--output", str(tmp_path / "data"), "--workers", "1"]
     assert main(words) == 0
     out = capsys.readouterr().out
-    assert f"{tmp_path / 'data'} is ready\ntokenizer: 60 shared types\ntrain: 300 pairs" in out
+    assert f"{tmp_path / 'data'} is ready\ntokenizer: 60 shared entries\ntrain: 300 pairs" in out
     assert "dropped 0 of 300: none" in out
     assert main(words) == 0
     assert "was finished before; nothing to do" in capsys.readouterr().out

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dstrain.distillation.store.codec import Codec, TokenKeys, build_codec, uniform
+from dstrain.distillation.store.codec import Codec, TokenKeys, build_codec, uniform_draws
 from dstrain.distillation.store.manifest import DenseMethod, Method, SampleMethod, TopKMethod
 from dstrain.ops.teacher_signal import KeptSignal, LogProbsSignal, SparseSignal
 
@@ -55,7 +55,7 @@ def random_logits(num_tokens: int, vocab_size: int, scale: float = 2.0) -> Tenso
 def test_samples_are_the_systematic_draws_of_a_plain_loop(vocab_size: int, draws: int) -> None:
     logits, tokens = random_logits(9, vocab_size), keys(9)
     found = dense(through(SampleMethod(draws=draws), logits, tokens), vocab_size)
-    offsets = uniform(1, tokens)
+    offsets = uniform_draws(1, tokens)
     for row, probs in enumerate(torch.softmax(logits.double(), 1).tolist()):
         counts = [0] * vocab_size
         for draw in range(draws):
@@ -81,7 +81,7 @@ def test_samples_are_unbiased_and_spread_less_than_independent_draws() -> None:
 
 def test_offsets_are_uniform_and_independent_of_company() -> None:
     rows, positions = np.meshgrid(np.arange(300), np.arange(100), indexing="ij")
-    everything = uniform(1, TokenKeys(rows.ravel(), positions.ravel()))
+    everything = uniform_draws(1, TokenKeys(rows.ravel(), positions.ravel()))
     assert everything.min() > 0
     assert everything.max() <= 1
     counts, _ = np.histogram(everything, 100, (0, 1))
@@ -90,8 +90,8 @@ def test_offsets_are_uniform_and_independent_of_company() -> None:
     for neighbor in (grid[1:], grid[:, 1:]):
         here = grid[: len(neighbor), : neighbor.shape[1]]
         assert abs(np.corrcoef(here.ravel(), neighbor.ravel())[0, 1]) < 0.03
-    assert uniform(1, TokenKeys(np.array([17]), np.array([5])))[0] == grid[17, 5]
-    assert uniform(2, TokenKeys(np.array([17]), np.array([5])))[0] != grid[17, 5]
+    assert uniform_draws(1, TokenKeys(np.array([17]), np.array([5])))[0] == grid[17, 5]
+    assert uniform_draws(2, TokenKeys(np.array([17]), np.array([5])))[0] != grid[17, 5]
 
 
 def test_a_type_without_mass_is_never_drawn() -> None:

@@ -284,7 +284,7 @@ def test_draws_teach_the_forward_divergence_alone_at_the_dumps_temperature(
     fitting = SignalRequest("forward_kl", 2.0)
     store.require(fitting)
     store.require(signal_request(DistillationConfig(divergence=JensenShannon(beta=0), temperature=2.0)))
-    with pytest.raises(RecipeError, match=r"kind = reverse_kl needs the mass of all types, .* keeps draws: choose forward_kl, a"):
+    with pytest.raises(RecipeError, match=r"kind = reverse_kl needs the mass of all tokens, .* keeps draws: choose forward_kl"):
         store.require(fitting._replace(divergence="reverse_kl"))
     with pytest.raises(RecipeError, match=r"objective.temperature = 1, but the logits in .* are of temperature 2: set that, or"):
         store.require(fitting._replace(temperature=1.0))
@@ -408,7 +408,7 @@ def test_a_directory_of_something_else_is_not_touched(data: Path, teacher: Encod
 @pytest.mark.parametrize(
     ("method", "vocab_size", "message"),
     [
-        (TopKMethod(k=121), 120, "k = 121 exceeds the 120 types of the vocabulary; lower --k"),
+        (TopKMethod(k=121), 120, "k = 121 exceeds the 120 entries of the vocabulary; lower --k"),
         (DenseMethod(), 65_536, "would keep 131,072 bytes a token .* use --method sample"),
     ],
 )
