@@ -108,7 +108,9 @@ def test_only_bundles_are_replaced(tmp_path: Path) -> None:
     (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
     (tmp_path / "file").write_text("more of it")
     for name in ("thesis", "file"):
-        with pytest.raises(BundleError, match=f"{name} exists and is not a bundle, so it is not replaced; choose another --output"):
+        with pytest.raises(
+            BundleError, match=f"{name} exists and is not a bundle, so it is not replaced; choose another --output"
+        ):
             save(tmp_path / name, small_model())
     assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
