@@ -5,18 +5,14 @@ Cheap checks come first: recipe, DeepSpeed file, data, teachers and run director
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
-
-from torch import Tensor
 
 from dstrain import __version__
 from dstrain.build.base import build_on_base, check_reloaded
 from dstrain.build.training_plan import TrainingPlan, TrainOptions, plan_training
-from dstrain.checkpoint.bundle import StoredBundle, save_adapter_bundle, save_bundle
+from dstrain.checkpoint.bundle import StoredBundle
 from dstrain.checkpoint.manager import CheckpointManager
+from dstrain.checkpoint.template import BundleTemplate
 from dstrain.config_base import upgrade_config
 from dstrain.data.batching.loader import Steps
 from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples, room_for_samples
@@ -125,6 +121,8 @@ class Training:
         self.mesh = engine.mesh
         self.collator = plan.data.collator(recipe, plan.objective.models)
         self.averaged = recipe.training.ema is not None
+        adapter = None if recipe.adapter is None or plan.base is None else (recipe.adapter, plan.base)
+        self.template = BundleTemplate(recipe.model, plan.data.vocabulary, plan.data.tokenizers, recipe_tree(recipe), adapter)
         self.watchdog = Watchdog(recipe.training.hang_seconds, rank=self.mesh.world.rank)
 
     def trainer(self) -> Trainer:
@@ -139,7 +137,13 @@ class Training:
             engine=self.engine,
             steps=partial(self._steps, self._own_samples()),
             validate=self._validator(),
-            checkpoints=CheckpointManager(run.checkpoints, world, keep=recipe.checkpoint.keep_checkpoints, run_id=run.run_id),
+            checkpoints=CheckpointManager(
+                run.checkpoints,
+                world,
+                keep=recipe.checkpoint.keep_checkpoints,
+                run_id=run.run_id,
+                template=self.template.write,
+            ),
             bundles=self._bundles(),
             reporter=build_reporter(
                 run.directory, recipe.reporting, rank=world.rank, total_steps=recipe.training.max_steps, run_id=run.run_id
@@ -147,6 +151,7 @@ class Training:
             signals=StopSignals(),
             watchdog=self.watchdog,
             header={"dstrain": __version__, "run_id": run.run_id, "recipe": recipe_tree(recipe)},
+            changes=run.changes,
         )
 
     def _steps(self, own_samples: OwnSamples | None, epoch: int, index: int) -> Steps:
@@ -194,23 +199,8 @@ class Training:
             self.run.bundles,
             self.mesh.world,
             gather=lambda: self.engine.gather_weights(averaged=self.averaged),
-            save=self._save_bundle,
+            save=self.template.save,
             keep=self.recipe.checkpoint.keep_bundles,
-        )
-
-    def _save_bundle(self, directory: Path, weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        recipe, tree = self.recipe, recipe_tree(self.recipe)
-        if recipe.adapter is not None and self.plan.base is not None:
-            save_adapter_bundle(directory, adapter=recipe.adapter, base=self.plan.base, weights=weights, recipe=tree, notes=notes)
-            return
-        save_bundle(
-            directory,
-            model_config=recipe.model,
-            vocabulary=self.data.vocabulary,
-            weights=weights,
-            tokenizers=self.data.tokenizers,
-            recipe=tree,
-            notes=notes,
         )
 
     def check_last_bundle(self) -> None:

@@ -162,13 +162,18 @@ def save_adapter_bundle(
     base: what the adapter was trained on. If its directory was named by a relative path, the reference to it is relative too,
     and both may move together. weights: what was trained, by canonical name. BundleError as `save_bundle`.
     """
-    path = base.directory if base.directory.is_absolute() else os.path.relpath(base.directory.resolve(), directory.resolve())
     with fresh_directory(directory) as fresh:
-        reference = BaseReference(path=str(path), fingerprint=base.fingerprint)
         task = base.task if recipe is None else task_of(base.description.model, recipe)
+        reference = reference_to(base, directory)
         write_adapter(fresh, config=adapter, base=reference, weights=weights, task=task, notes=notes)
         if recipe is not None:
             write_file(fresh / RECIPE, dump_yaml(dict(recipe)).encode())
+
+
+def reference_to(base: StoredBundle, directory: Path) -> BaseReference:
+    """How an adapter in `directory` refers to its base: by a relative path if the base was named by one."""
+    path = base.directory if base.directory.is_absolute() else os.path.relpath(base.directory.resolve(), directory.resolve())
+    return BaseReference(path=str(path), fingerprint=base.fingerprint)
 
 
 @contextmanager

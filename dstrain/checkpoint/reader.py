@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from dstrain.checkpoint.fragments import Span, plan_reads
-from dstrain.checkpoint.manifest import Manifest
+from dstrain.checkpoint.manifest import Manifest, OtherFormatError, first_problem, read_manifest
 from dstrain.checkpoint.tensor_file import DTYPES, TensorFile
 from dstrain.errors import CheckpointError
 from dstrain.fragment import Fragment
+
+PIECE = 1 << 24
+"""Bytes that `StoredCheckpoint.pieces` reads at a time."""
 
 
 class _Copy(NamedTuple):
@@ -84,6 +87,16 @@ class StoredCheckpoint:
         self.fill([Fragment(name, info.shape, 0, values)])
         return values.view(info.shape)
 
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A whole tensor, flattened, in pieces of `PIECE` bytes at most."""
+        info = self.manifest.info(name)
+        dtype, size = DTYPES[info.dtype], torch.Size(info.shape).numel()
+        step = PIECE // dtype.itemsize
+        for start in range(0, size, step):
+            values = torch.empty(min(step, size - start), dtype=dtype)
+            self.fill([Fragment(name, info.shape, start, values)])
+            yield values
+
     def names(self, kind: str) -> list[str]:
         """Names of all tensors of a kind, without the kind."""
         return [name.removeprefix(f"{kind}/") for name in self.manifest.tensors if name.startswith(f"{kind}/")]
@@ -97,6 +110,20 @@ class StoredCheckpoint:
         holders = self._holders[name]
         reads = plan_reads(name, needed, [span for _, span in holders])
         return [(holders[source][0], start, offset, length) for source, start, offset, length in reads]
+
+
+def open_checkpoint(directory: Path) -> StoredCheckpoint:
+    """Open a checkpoint after comparing every file with its hash. Raises CheckpointError."""
+    try:
+        manifest = read_manifest(directory)
+        problem = first_problem(directory, manifest.files)
+    except OtherFormatError:
+        raise
+    except (OSError, CheckpointError) as error:
+        problem = str(error)
+    if problem is not None:
+        raise CheckpointError(f"{directory} is no whole checkpoint: {problem}; name another step_... of RUN/checkpoints")
+    return StoredCheckpoint(directory, manifest)
 
 
 def _listed(problem: str, names: Iterable[str]) -> list[str]:

@@ -62,7 +62,8 @@ def file_order(infos: Mapping[str, TensorInfo]) -> list[str]:
 def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable[Tensor]) -> tuple[int, str]:
     """Write a file; returns its size and SHA-256.
 
-    tensors: CPU tensors in `file_order`, taken one after another. Raises OSError if the disk is full. The caller syncs the file.
+    tensors: CPU tensors in `file_order`, or their pieces one after another. Raises OSError if the disk is full. The caller syncs
+    the file.
     """
     header, offset = {}, 0
     for name in file_order(infos):
@@ -79,6 +80,8 @@ def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable
                 block = content[start : start + BLOCK]
                 write_block(file, block)
                 digest.update(block)
+        if file.tell() != size:
+            raise ValueError(f"{path} holds {file.tell()} bytes, not the {size} of its header")
     return size, digest.hexdigest()
 
 

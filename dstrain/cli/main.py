@@ -23,6 +23,7 @@ VERBS = {
     "evaluate": "score hypotheses: BLEU, chrF, TER with sacreBLEU signatures",
     "validate": "loss, perplexity and BLEU of a bundle on prepared data",
     "text": "write the raw text of an evaluation split",
+    "consolidate": "make a bundle from a training checkpoint",
     "average": "average bundles into one",
     "merge": "merge an adapter bundle into its base, as a plain bundle",
     "report": "draw the curves of a run as PNG and HTML",

@@ -11,7 +11,7 @@ same objects.
 | valid | epoch, seconds, one number per score, best_score, best_step |
 | bundle | names |
 | checkpoint | path, seconds |
-| resume | path, world_size |
+| resume | path, world_size, layout (ranks, DeepSpeed file, precision), layout_before |
 | failure | message, epoch, index, examples: place and data set rows of the step that failed |
 | end | reason, exit_code, elapsed_seconds, best_score, best_step |
 

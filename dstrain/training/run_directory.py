@@ -7,8 +7,8 @@ RUN/events.jsonl  what happened (events.py)
 RUN/checkpoints/  for resuming          RUN/bundles/   models: best, last, step_...
 RUN/.lock         held by rank 0 while it trains
 ```
-A recipe may be continued with other values of the keys in `MAY_CHANGE`: these decide when training ends, how often it reports and
-what it keeps, or how a step's work is cut up, but not what the run computes. Every other difference is refused and shown.
+A run may be continued with another recipe where the difference does not decide the result: when training ends, what it reports,
+validates and keeps, and how a step is computed (ranks, ZeRO stage, precision). Every other difference is refused and shown.
 """
 
 from __future__ import annotations
@@ -40,11 +40,13 @@ MAY_CHANGE = {
     "training.max_epochs",
     "training.max_hours",
     "training.hang_seconds",
-    "validation.patience",
-    "checkpoint.keep_checkpoints",
-    "checkpoint.keep_bundles",
 }
-SECTIONS_MAY_CHANGE = ("reporting.", "generation.")
+SECTIONS_MAY_CHANGE = ("reporting.", "generation.", "validation.", "checkpoint.", "engine.")
+MAY_NOT_CHANGE = {
+    "engine.clip_norm": "clips other gradients",
+    "validation.metric": "the best score so far is of the other metric",
+}
+"""Exceptions in these sections, with the reason."""
 OWN_FILES = {".lock", "run.json", "run.json.tmp", "recipe.yaml.tmp"}
 """What a run that was killed while it was made may have left."""
 
@@ -66,10 +68,14 @@ RUN_FORMAT = DocumentFormat(
 
 @dataclass
 class Run:
-    """An open run. run_id: the same over all resumes. Closing it lets go of the lock."""
+    """An open run. run_id: the same over all resumes. changes: `a.b: old -> new` since it was begun.
+
+    Closing it lets go of the lock.
+    """
 
     directory: Path
     run_id: str
+    changes: tuple[str, ...] = ()
     _lock: OutputLock | None = None
 
     @property
@@ -109,23 +115,32 @@ def open_run(
 
     def on_first_rank() -> None:
         if ranks.rank == 0:
-            run._lock, run.run_id = _open(directory, recipe, {"data": data, "teachers": list(teachers)}, upgrade)
+            run._lock, run.run_id, run.changes = _open(directory, recipe, {"data": data, "teachers": list(teachers)}, upgrade)
 
     raise_on_all_ranks(ranks, TrainingError, f"opening {directory}", on_first_rank)
-    run.run_id = ranks.broadcast_object(run.run_id)
+    run.run_id, run.changes = ranks.broadcast_object((run.run_id, run.changes))
     return run
 
 
 def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines `a.b: old -> new` for every key that differs and may not change on a resume."""
+    return [f"  {key}: {change}" for key, change in _changes(old, new).items() if not _may_change(key)]
+
+
+def _may_change(key: str) -> bool:
+    return key in MAY_CHANGE or (key.startswith(SECTIONS_MAY_CHANGE) and key not in MAY_NOT_CHANGE)
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """`old -> new` of every key that differs."""
     before, after = dict(flatten_tree(old)), dict(flatten_tree(new))
-    lines = []
+    changes = {}
     for key in sorted(before.keys() | after.keys()):
-        if key in MAY_CHANGE or key.startswith(SECTIONS_MAY_CHANGE) or before.get(key, _ABSENT) == after.get(key, _ABSENT):
-            continue
-        was, now = (json.dumps(side[key]) if key in side else "(absent)" for side in (before, after))
-        lines.append(f"  {key}: {was} -> {now}")
-    return lines
+        if before.get(key, _ABSENT) != after.get(key, _ABSENT):
+            was, now = (json.dumps(side[key]) if key in side else "(absent)" for side in (before, after))
+            reason = f" ({MAY_NOT_CHANGE[key]})" if key in MAY_NOT_CHANGE else ""
+            changes[key] = f"{was} -> {now}{reason}"
+    return changes
 
 
 _ABSENT = object()
@@ -143,7 +158,9 @@ def flatten_tree(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, list(tree) if isinstance(tree, tuple) else tree
 
 
-def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], upgrade: Upgrade) -> tuple[OutputLock, str]:
+def _open(
+    directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], upgrade: Upgrade
+) -> tuple[OutputLock, str, tuple[str, ...]]:
     recipe_file = directory / "recipe.yaml"
     if directory.exists() and not directory.is_dir():
         raise TrainingError(f"--output {directory} is a file; name a directory")
@@ -155,22 +172,24 @@ def _open(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], 
         )
     lock = lock_output(directory, busy=partial(_busy, directory))
     try:
-        return lock, _begin_or_resume(directory, recipe, facts, upgrade)
+        return lock, *_begin_or_resume(directory, recipe, facts, upgrade)
     except BaseException:
         lock.release()
         raise
 
 
-def _begin_or_resume(directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], upgrade: Upgrade) -> str:
-    """The run's id."""
+def _begin_or_resume(
+    directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], upgrade: Upgrade
+) -> tuple[str, tuple[str, ...]]:
+    """The run's id, and what has changed in the recipe since it was begun."""
     recipe_file = directory / "recipe.yaml"
     if recipe_file.exists() and _has_begun(directory):
-        _check_recipe(recipe_file, recipe, upgrade)
-        return _run_id(directory / "run.json", facts)
+        changes = _check_recipe(recipe_file, recipe, upgrade)
+        return _run_id(directory / "run.json", facts), changes
     run_id = uuid.uuid4().hex[:16]
     RUN_FORMAT.write(directory / "run.json", RunDescription(format=FORMAT, run_id=run_id, **facts))
     write_file(recipe_file, dump_yaml(_plain(recipe)).encode())
-    return run_id
+    return run_id, ()
 
 
 def _busy(directory: Path, holder: str) -> TrainingError:
@@ -179,15 +198,16 @@ def _busy(directory: Path, holder: str) -> TrainingError:
     )
 
 
-def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any], upgrade: Upgrade) -> None:
-    old = read_mapping(recipe_file, error=CheckpointError, remedy=REMEDY)
-    differences = recipe_differences(upgrade(old), _plain(recipe))
+def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any], upgrade: Upgrade) -> tuple[str, ...]:
+    old, new = upgrade(read_mapping(recipe_file, error=CheckpointError, remedy=REMEDY)), _plain(recipe)
+    differences = recipe_differences(old, new)
     if differences:
         raise CheckpointError(
             f"{recipe_file.parent} was begun with another recipe; it is not resumed with this one:\n"
             + "\n".join(differences)
             + "\nundo these changes to resume, or choose another --output to train afresh"
         )
+    return tuple(f"{key}: {change}" for key, change in _changes(old, new).items())
 
 
 def _has_begun(directory: Path) -> bool:

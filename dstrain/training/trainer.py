@@ -61,7 +61,7 @@ class Stop:
 class Trainer:
     """Runs one training to its end, or to a signal. All ranks hold one and call `run`.
 
-    header: fields of the `start` event: run_id, recipe (a plain mapping), version.
+    header: fields of the `start` event: run_id, recipe (a plain mapping), version. changes: of the recipe since it began.
     """
 
     def __init__(
@@ -81,6 +81,7 @@ class Trainer:
         signals: StopSignals,
         watchdog: Watchdog,
         header: Mapping[str, Any],
+        changes: Sequence[str] = (),
     ) -> None:
         self.training = training
         self.validation = validation
@@ -96,6 +97,7 @@ class Trainer:
         self.signals = signals
         self.watchdog = watchdog
         self.header = header
+        self.changes = changes
         self._origin = time.monotonic()
         self._saved_step = -1
 
@@ -163,9 +165,12 @@ class Trainer:
         self._origin = time.monotonic() - state.elapsed_seconds
         self._saved_step = state.step
         self.reporter.cut(state.events_bytes)
-        self.reporter.emit("resume", state.step, path=str(found.directory), world_size=self.ranks.size)
+        layouts = {"layout": self.engine.layout, "layout_before": found.layout}
+        self.reporter.emit("resume", state.step, path=str(found.directory), world_size=self.ranks.size, **layouts)
         if self.ranks.rank == 0:
-            logger.info("resuming after step %d from %s", state.step, found.directory)
+            moved = [f"{found.layout} -> {self.engine.layout}"] if found.layout != self.engine.layout else []
+            changes = "; ".join([*moved, *self.changes]) or "nothing changed"
+            logger.info("resuming at step %d from %s: %s", state.step, found.directory, changes)
         return state
 
     def _record(

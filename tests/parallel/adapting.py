@@ -47,13 +47,13 @@ def adapted_module(*, factorized: bool, dropout: float = 0.0, **adapter: Any) ->
     return TrainModule(model, CrossEntropy(CrossEntropyConfig(chunk_tokens=16)))
 
 
-def adapting_engine(mesh: Mesh, module: TrainModule, *, deepspeed: str, base: str = BASE, ema: bool = False) -> TrainEngine:
-    """An engine over an adapted module."""
+def adapting_engine(mesh: Mesh, module: TrainModule, *, base: str = BASE, ema: bool = False, **names: Any) -> TrainEngine:
+    """An engine over an adapted module. names: deepspeed and precision."""
     return TrainEngine(
         module,
         optimizer=AdamConfig(learning_rate=0.01, kind="adamw", weight_decay=0.1),
         schedule=ConstantSchedule(warmup_steps=2),
-        engine=EngineConfig(deepspeed=deepspeed, clip_norm=1.0),
+        engine=EngineConfig(clip_norm=1.0, **names),
         ema=EmaConfig(decay=0.7) if ema else None,
         seed=7,
         mesh=mesh,

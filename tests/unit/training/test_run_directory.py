@@ -24,7 +24,9 @@ RECIPE: dict[str, Any] = {
     "optimizer": {"learning_rate": 0.005, "betas": (0.9, 0.98)},
     "data": {"train": [{"kind": "tsv", "path": "a.tsv"}], "test": {}},
     "training": {"seed": 1, "max_steps": 100},
-    "validation": {"patience": None},
+    "validation": {"patience": None, "metric": "loss", "every": 1, "generation": None},
+    "checkpoint": {"unit": "epochs"},
+    "engine": {"deepspeed": "zero1", "precision": "fp32", "clip_norm": 0.0},
     "reporting": {"log_every": 50},
 }
 
@@ -80,12 +82,49 @@ def test_another_recipe_is_refused_and_the_difference_shown(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("path", "value"),
-    [("training.max_steps", 200), ("validation.patience", 3), ("reporting.log_every", 1), ("batching.max_tokens", 2048)],
+    [
+        ("training.max_steps", 200),
+        ("validation.patience", 3),
+        ("validation.every", 7),
+        ("validation.generation", {"kind": "beam", "beam_size": 2}),
+        ("checkpoint.unit", "steps"),
+        ("reporting.log_every", 1),
+        ("batching.max_tokens", 2048),
+        ("engine.deepspeed", "zero3"),
+        ("engine.precision", "bf16"),
+    ],
 )
 def test_what_does_not_change_the_result_may_change(tmp_path: Path, path: str, value: Any) -> None:
     open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
     open_run(tmp_path / "run", changed(path, value), ALONE, data="d1").close()
     assert recipe_differences(RECIPE, changed(path, value)) == []
+
+
+def test_what_has_changed_is_told_to_whoever_resumes(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    for _ in range(2):
+        run = open_run(tmp_path / "run", changed("engine.precision", "bf16"), ALONE, data="d1")
+        run.close()
+        assert run.changes == ('engine.precision: "fp32" -> "bf16"',)
+    run = open_run(tmp_path / "run", RECIPE, ALONE, data="d1")
+    run.close()
+    assert run.changes == ()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "line"),
+    [
+        ("engine.clip_norm", 1.0, "engine.clip_norm: 0.0 -> 1.0 (clips other gradients)"),
+        ("validation.metric", "bleu", 'validation.metric: "loss" -> "bleu" (the best score so far is of the other metric)'),
+    ],
+)
+def test_what_decides_the_result_in_these_sections_is_refused_with_the_reason(
+    tmp_path: Path, path: str, value: Any, line: str
+) -> None:
+    begin(tmp_path / "run")
+    with pytest.raises(CheckpointError) as caught:
+        open_run(tmp_path / "run", changed(path, value), ALONE, data="d1")
+    assert f"\n  {line}\n" in str(caught.value)
 
 
 @pytest.mark.parametrize(("path", "value"), [("training.seed", 2), ("training.max_stepsize", 2), ("version", 2)])
