@@ -70,7 +70,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     distil = [*SMALL, "objective={kind: distillation}"]
     plain: dict[str, Any] = {
         **{"settings": SMALL, "data": str(data), "output": str(directory / "run")},
-        **{"base": None, "teachers": [], "placement": "sharded"},
+        **{"base": None, "teachers": [], "placement": None},
     }
     taught = {**plain, "settings": distil, "teachers": [first]}
     cases = {key: [{**plain, "settings": [*SMALL, f"{key}={value}"]} for value in values] for key, values in KEYS.items()}
