@@ -184,6 +184,15 @@ class FactorizedEmbedding(_Embedding):
     kind: Literal["factorized"] = "factorized"
     dim: PositiveInt = Field(description="Width of the token vectors.")
     activation: Activation = Field(default="linear", description="Between the token vectors and the map to model_dim.")
+    sides: Literal["both", "source", "target"] = Field(
+        default="both", description="Sides of this width; the other one has vectors of model_dim. Of an encoder-decoder only."
+    )
+
+    @model_validator(mode="after")
+    def _tied_sides_are_alike(self) -> FactorizedEmbedding:
+        if self.tie == "all" and self.sides != "both":
+            raise ValueError(f"sides = {self.sides} gives the sides unequal widths, but tie = all shares one; choose tie: none")
+        return self
 
 
 EmbeddingConfig = Annotated[PlainEmbedding | FactorizedEmbedding, Field(discriminator="kind")]
@@ -268,7 +277,7 @@ class TransformerParts(Config):
     def _tied_widths_fit(self) -> TransformerParts:
         """A tied vocabulary matrix is as wide as the token vectors, so the output projection must end there."""
         embedding = self.embedding
-        width = embedding.dim if embedding.kind == "factorized" else self.model_dim
+        width = embedding.dim if embedding.kind == "factorized" and embedding.sides != "source" else self.model_dim
         if embedding.tie != "none" and embedding.output_dim not in (None, width):
             raise ValueError(
                 f"embedding.output_dim = {embedding.output_dim} differs from the width of the tied token vectors, {width}; "
@@ -329,6 +338,8 @@ class DecoderOnlyConfig(TransformerParts):
         _check_heads(self.model_dim, self.position, {"decoder": self.decoder})
         if self.embedding.tie == "all":
             raise ValueError("embedding.tie = all ties both sides, but a decoder-only model has one; choose tie: decoder")
+        if self.embedding.kind == "factorized" and self.embedding.sides != "both":
+            raise ValueError(f"embedding.sides = {self.embedding.sides}: a decoder-only model has one side; leave sides out")
         return self
 
 

@@ -90,9 +90,9 @@ class _Factory(Generic[C]):
             scaled=self.config.embedding.scale,
         )
 
-    def tokens(self, vocab_size: int) -> TokenPart:
+    def tokens(self, vocab_size: int, side: Literal["source", "target"]) -> TokenPart:
         embedding, dim = self.config.embedding, self.config.model_dim
-        if embedding.kind == "plain":
+        if embedding.kind == "plain" or embedding.sides not in ("both", side):
             return TokenEmbedding(vocab_size, dim)
         return FactorizedEmbedding(
             table=TokenEmbedding(vocab_size, embedding.dim),
@@ -205,8 +205,8 @@ class _EncoderDecoderFactory(_Factory[EncoderDecoderConfig]):
                 f"model.embedding.tie = all needs one vocabulary for both sides, but they have {sizes.source} and {sizes.target} "
                 "entries; train a joint tokenizer (data.tokenizer.sharing: joint) or choose tie: decoder"
             )
-        source_tokens = self.tokens(sizes.source)
-        target_tokens = source_tokens if tie == "all" else self.tokens(sizes.target)
+        source_tokens = self.tokens(sizes.source, "source")
+        target_tokens = source_tokens if tie == "all" else self.tokens(sizes.target, "target")
         return EncoderDecoder(
             config=config,
             vocabulary=sizes,
@@ -250,7 +250,7 @@ class _DecoderOnlyFactory(_Factory[DecoderOnlyConfig]):
                 f"a decoder-only model reads source and target with one vocabulary, but they have {sizes.source} and "
                 f"{sizes.target} entries; train a joint tokenizer (data.tokenizer.sharing: joint)"
             )
-        tokens = self.tokens(sizes.target)
+        tokens = self.tokens(sizes.target, "target")
         return DecoderOnly(
             config=config,
             vocabulary=sizes,

@@ -142,6 +142,14 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "share-all": ({"share_all_embeddings": True}, {"embedding": {"kind": "plain", "tie": "all"}}),
     "output-dim": ({"decoder_output_dim": WIDTH}, {"embedding": {"kind": "plain", "output_dim": WIDTH}}),
 }
+VARIANTS |= {
+    f"{side}-input-dim": ({f"{side}_input_dim": WIDTH}, {"embedding": {"kind": "factorized", "dim": WIDTH, "sides": name}})
+    for side, name in (("encoder", "source"), ("decoder", "target"))
+}
+VARIANTS["input-and-output-dim"] = (
+    {"decoder_input_dim": WIDTH, "decoder_output_dim": WIDTH, "share_decoder_input_output_embed": True},
+    {"embedding": {"kind": "factorized", "dim": WIDTH, "sides": "target", "output_dim": WIDTH, "tie": "decoder"}},
+)
 VARIANTS["all-together"] = (
     ROPE | GLU | RMS | PRE | {"share_all_embeddings": True},
     {key: value for name in ("rope", "glu", "rmsnorm", "share-all") for key, value in VARIANTS[name][1].items()},

@@ -163,7 +163,11 @@ def _checkpoint_config(checkpoint: FairseqCheckpoint) -> ModelConfig:
     versions = {side: checkpoint.weights.get(f"{side}.version") for side in WITH_FINAL_NORM}
     number = {side: 1.0 if version is None else float(version.flatten()[0]) for side, version in versions.items()}
     old = [side for side, oldest in WITH_FINAL_NORM.items() if number[side] < oldest]
-    return convert_config(checkpoint.model, decoder_only=not checkpoint.has_encoder, without_final_norm=old)
+    settings = dict(checkpoint.model)
+    for side in WITH_FINAL_NORM:  # the weights decide: encoder-decoders ignore the option decoder_input_dim
+        up_proj = checkpoint.weights.get(f"{side}.project_in_dim.weight")
+        settings[f"{side}_input_dim"] = None if up_proj is None else up_proj.shape[1]
+    return convert_config(settings, decoder_only=not checkpoint.has_encoder, without_final_norm=old)
 
 
 def convert_config(given: Mapping[str, Any], *, decoder_only: bool, without_final_norm: Sequence[str] = ()) -> ModelConfig:

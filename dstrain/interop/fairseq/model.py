@@ -35,7 +35,6 @@ EQUAL = {
     "normalize_before": "model.norm_order is one for both sides",
     "use_rmsnorm": "model.norm is one for both sides",
     "learned_pos": "model.position is one for both sides",
-    "factorized_embed_dim": "model.embedding is one for both sides",
 }
 """Options that must agree between encoder and decoder, with the key that is one for both."""
 ROPE_KEYS = {"type", "base", "theta", "max_position_embeddings", "scaling_factor"}
@@ -72,7 +71,7 @@ def model_section(settings: Settings, reading: Reading) -> Tree:
         "norm": {"kind": "rms_norm" if settings[f"{side}_use_rmsnorm"] else "layer_norm"},
         "activation": _activation("activation_fn", settings, reading),
         "position": _position(settings, side, reading),
-        "embedding": _embedding(settings, side, reading),
+        "embedding": _embedding(settings, sides, reading),
         **{name: _stack(settings, name, reading) for name in sides},
         "dropout": settings["dropout"],
         "attention_dropout": settings["attention_dropout"],
@@ -106,24 +105,30 @@ def _stack(settings: Settings, side: str, reading: Reading) -> Tree:
     return stack
 
 
-def _embedding(settings: Settings, side: str, reading: Reading) -> Tree:
-    """Only language models project token vectors of another width; a translation model makes them as wide as the model."""
+def _embedding(settings: Settings, sides: list[str], reading: Reading) -> Tree:
+    """Token vectors and the vocabulary matrix. A projection between widths is a factorized embedding with a linear activation."""
     tie = "decoder" if settings["share_decoder_input_output_embed"] else "none"
     tie = "all" if settings["share_all_embeddings"] else tie
     tree: Tree = {"scale": not settings["no_scale_embedding"], "norm": settings["layernorm_embedding"], "tie": tie}
-    width, output_dim, factorized = settings["decoder_embed_dim"], settings["decoder_output_dim"], f"{side}_factorized_embed_dim"
-    if output_dim != width:
-        tree["output_dim"] = output_dim
-    if settings["decoder_input_dim"] != width:
-        if settings.decoder_only:
-            return {"kind": "factorized", "dim": settings["decoder_input_dim"], "activation": "linear", **tree}
+    if settings["decoder_output_dim"] != settings["decoder_embed_dim"]:
+        tree["output_dim"] = settings["decoder_output_dim"]
+    factorized = {side: settings[f"{side}_factorized_embed_dim"] for side in sides}
+    projected = {side: settings[f"{side}_input_dim"] for side in sides}
+    narrow = {side: projected[side] != settings[f"{side}_embed_dim"] for side in sides}
+    if narrow["decoder"] and not settings.decoder_only and not reading.faithful:
         reading.differ(settings.shown("decoder_input_dim"), "input-dim")
-    if not settings[factorized]:
+        narrow["decoder"] = False
+    dims = {side: factorized[side] or projected[side] for side in sides if factorized[side] or narrow[side]}
+    if not dims:
         return {"kind": "plain", **tree}
-    if tie != "none":
-        reading.differ(settings.shown(factorized), "factorized")
-    activation = _activation("factorized_embed_activation_fn", settings, reading)
-    return {"kind": "factorized", "dim": settings[factorized], "activation": activation, **tree}
+    if len(set(dims.values())) > 1:
+        reading.unequal("factorized_embed_dim", settings, "model.embedding.dim is one for both sides")
+    if tie != "none" and any(factorized.values()):
+        reading.differ(settings.shown(next(f"{side}_factorized_embed_dim" for side in dims)), "factorized")
+    activation = _activation("factorized_embed_activation_fn", settings, reading) if any(factorized.values()) else "linear"
+    if len(dims) < len(sides):
+        tree["sides"] = "source" if "encoder" in dims else "target"
+    return {"kind": "factorized", "dim": next(iter(dims.values())), "activation": activation, **tree}
 
 
 def _activation(option: str, settings: Settings, reading: Reading) -> Activation:

@@ -67,6 +67,7 @@ OPTIONS = {
 INHERITED = {
     "decoder_embed_dim": "encoder_embed_dim",
     "decoder_ffn_embed_dim": "encoder_ffn_embed_dim",
+    "encoder_input_dim": "encoder_embed_dim",  # no option of fairseq; a checkpoint's weights may have such a map
     "decoder_input_dim": "decoder_embed_dim",
     "decoder_output_dim": "decoder_embed_dim",
     "activation_dropout": "relu_dropout",

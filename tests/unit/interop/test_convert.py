@@ -314,6 +314,13 @@ def test_positions(words: str, position: dict[str, Any], note: str, tmp_path: Pa
     recipe_of(words, tmp_path)
 
 
+def test_one_side_may_be_factorized(tmp_path: Path) -> None:
+    model = recipe_of("--decoder-factorized-embed-dim 64", tmp_path).model
+    assert model.embedding.model_dump(include={"kind", "dim", "sides"}) == {"kind": "factorized", "dim": 64, "sides": "target"}
+    notes = notes_of("--encoder-factorized-embed-dim 64 --decoder-factorized-embed-dim 32")
+    assert "- --decoder-factorized-embed-dim = 32: differs from --encoder-factorized-embed-dim = 64: model.embedding.dim" in notes
+
+
 def test_variants_of_the_model(tmp_path: Path) -> None:
     words = (
         "--encoder-recurrent-stacking 6 --decoder-recurrent-stacking 4 --encoder-factorized-embed-dim 64 "
@@ -335,7 +342,7 @@ def test_variants_of_the_model(tmp_path: Path) -> None:
     )
     assert model.embedding.model_dump() == {
         **{"kind": "factorized", "dim": 64, "activation": "relu", "scale": False, "norm": True, "tie": "decoder"},
-        "output_dim": None,
+        **{"output_dim": None, "sides": "both"},
     }
     assert "inert without" not in notes_of(words)
     assert "inert without --attn-implementation fast_gqa" in notes_of("--decoder-kv-attention-heads 4")

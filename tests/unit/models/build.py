@@ -115,6 +115,8 @@ def random_config(seed: int) -> EncoderDecoderConfig | DecoderOnlyConfig:
     }
     if embedding["kind"] == "factorized":
         embedding |= {"dim": 10, "activation": draw.choice(["linear", "gelu"])}
+        if not decoder_only and embedding["tie"] != "all" and seed % 3 == 0:
+            embedding["sides"] = ("source", "target")[seed % 2]
     if position["kind"] == "alibi" and not decoder_only:
         position["encoder"] = draw.choice(["symmetric", "asymmetric", "none"])
 
@@ -146,7 +148,7 @@ def random_config(seed: int) -> EncoderDecoderConfig | DecoderOnlyConfig:
         tree |= {"encoder": stack(), "max_source_length": 40}
         tree["decoder"]["num_cross_kv_heads"] = draw.choice([None, 1, 2])
     if draw.random() < 0.4:
-        widths = {"plain": 48, "factorized": 10}
-        embedding["output_dim"] = 17 if embedding["tie"] == "none" else widths[embedding["kind"]]
+        width = 10 if embedding["kind"] == "factorized" and embedding.get("sides") != "source" else 48
+        embedding["output_dim"] = 17 if embedding["tie"] == "none" else width
     config: EncoderDecoderConfig | DecoderOnlyConfig = TypeAdapter(ModelConfig).validate_python(tree)
     return config

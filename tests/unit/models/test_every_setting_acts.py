@@ -121,6 +121,8 @@ COMMON: list[tuple[Tree, Tree]] = [
 OF_TWO_STACKS: list[tuple[Tree, Tree]] = [
     ({}, {"embedding": {"tie": "all"}}),
     (FACTORIZED, {"embedding": {"tie": "all"}}),
+    (FACTORIZED, {"embedding": {"sides": "source"}}),
+    (FACTORIZED, {"embedding": {"sides": "target", "tie": "decoder"}}),
     ({}, {"max_source_length": 41}),
     ({}, {"decoder": {"num_cross_kv_heads": 1}}),
     *[({}, {"encoder": change}) for change in STACK_CHANGES],
@@ -219,6 +221,14 @@ REFUSED: list[tuple[Tree, str]] = [
         "embedding.output_dim = 6 differs from the width of the tied token vectors, 16; choose the same width, or tie: none",
     ),
     (
+        {"embedding": {"kind": "factorized", "dim": 4, "sides": "source", "tie": "all"}},
+        "sides = source gives the sides unequal widths, but tie = all shares one; choose tie: none",
+    ),
+    (
+        {"embedding": {"kind": "factorized", "dim": 4, "sides": "source", "output_dim": 4, "tie": "decoder"}},
+        "embedding.output_dim = 4 differs from the width of the tied token vectors, 16",
+    ),
+    (
         {"embedding": {"kind": "factorized", "dim": 4, "output_dim": 16, "tie": "all"}},
         "embedding.output_dim = 16 differs from the width of the tied token vectors, 4",
     ),
@@ -234,6 +244,10 @@ def test_what_would_be_inert_or_wrong_is_refused(change: Tree, message: str) -> 
 def test_what_only_two_stacks_have_is_refused_for_one() -> None:
     for change, message in (
         ({"embedding": {"tie": "all"}}, "a decoder-only model has one; choose tie: decoder"),
+        (
+            {"embedding": {"kind": "factorized", "dim": 4, "sides": "target"}},
+            "has one side; leave sides out",
+        ),
         ({"encoder": STACK}, "encoder"),
         ({"decoder": {"num_cross_kv_heads": 1}}, "num_cross_kv_heads"),
         ({"position": {"kind": "alibi", "encoder": "symmetric"}}, "encoder"),
