@@ -1,14 +1,14 @@
 """Memory and time of distillation: chunked projection and loss beside all logits at once, and beside plain cross-entropy.
 
-    python tools/bench_kd.py [--tokens 4096] [--types 131072] [--chunk-tokens 256] [--divergence forward_kl]
+    python tools/bench_kd.py [--tokens 4096] [--vocab-size 131072] [--chunk-tokens 256] [--divergence forward_kl]
 
-Each way runs in a process of its own, which reports how far its resident memory rose above what stood before the loss (VmHWM),
-and the processor time of loss and backward. `dense` is `linear_distillation` with a teacher beside the student, `sampled` and
-`top` take 12 stored types a token, `naive` makes the logits of both models and leaves the rest to autograd. A limit that is given
-by --limit-percent makes the exit code 1 where `dense` needs more than that share of naive's memory.
+Each way runs in a process of its own, which reports how far its resident memory rose above that before the loss (VmHWM), and the
+processor time of loss and backward. `dense` is `linear_distillation` with a teacher beside the student, `sampled` and `top` take
+12 stored entries a token, `naive` makes the logits of both models and leaves the rest to autograd. A limit that is given by
+--limit-percent makes the exit code 1 where `dense` needs more than that share of naive's memory.
 
-Then the bytes that dumped logits take, files and all: 1,000 tokens in sentences of 25, at 65,536 types of which about 12 a token
-are likely.
+Then the bytes that dumped logits take, files and all: 1,000 tokens in sentences of 25, at 65,536 vocabulary entries of which
+about 12 a token are likely.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     """Memory above the inputs, and processor seconds, of one way."""
     torch.manual_seed(1)
     features = torch.randn(args.tokens, STUDENT_DIM, requires_grad=True)
-    weight = (torch.randn(args.types, STUDENT_DIM) / 8).requires_grad_()
-    labels = torch.randint(args.types, (args.tokens,))
+    weight = (torch.randn(args.vocab_size, STUDENT_DIM) / 8).requires_grad_()
+    labels = torch.randint(args.vocab_size, (args.tokens,))
     signal: DenseSignal | SparseSignal = DenseSignal(
-        [torch.randn(args.tokens, TEACHER_DIM)], [torch.randn(args.types, TEACHER_DIM) / 8]
+        [torch.randn(args.tokens, TEACHER_DIM)], [torch.randn(args.vocab_size, TEACHER_DIM) / 8]
     )
     if args.way in {"sampled", "top"}:
-        ids = torch.stack([torch.randperm(args.types)[:KEPT] for _ in range(args.tokens)])
+        ids = torch.stack([torch.randperm(args.vocab_size)[:KEPT] for _ in range(args.tokens)])
         tail = torch.full((args.tokens,), 0.4 if args.way == "top" else 0.0)
         signal = SparseSignal(ids, torch.full(ids.shape, 1 / KEPT) * (1 - tail[:, None]), tail)
     terms = DistillationTerms(Divergence(args.divergence, 0.5), 1.0, 1.0, 1.0, 0.1)
@@ -70,14 +70,14 @@ def one(args: argparse.Namespace) -> dict[str, float]:
     return {"bytes": peak_bytes() - before, "seconds": time.process_time() - begin, "loss": loss.item() / args.tokens}
 
 
-def stored(method: Method, types: int = 65536, sentences: int = 40, length: int = 25) -> tuple[float, float]:
-    """Types kept and bytes taken a token."""
+def stored(method: Method, vocab_size: int = 65536, sentences: int = 40, length: int = 25) -> tuple[float, float]:
+    """Entries kept and bytes taken a token."""
     torch.manual_seed(1)
-    draft, kept = ShardDraft(build_codec(method, types)), 0
+    draft, kept = ShardDraft(build_codec(method, vocab_size)), 0
     for first in range(0, sentences, 4):
         examples = np.arange(first, first + 4)
         batch = Collator("encoder_decoder", pad_id=1, eos_id=2)([(np.arange(length), np.arange(length))] * 4, examples)
-        logits = 7.0 * torch.randn(4 * length, types)
+        logits = 7.0 * torch.randn(4 * length, vocab_size)
         keys = TokenKeys(examples.repeat(length), np.tile(np.arange(length), 4))
         chosen = [tensor.numpy() for tensor in draft.codec.select(logits, keys)]
         kept += sum(len(np.unique(row)) for row in chosen[0])
@@ -92,7 +92,7 @@ def main() -> int:
     """Run all ways, each in its process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--types", type=int, default=131072)
+    parser.add_argument("--vocab-size", type=int, default=131072)
     parser.add_argument("--chunk-tokens", type=int, default=256)
     parser.add_argument("--divergence", choices=get_args(DivergenceKind), default="forward_kl")
     parser.add_argument("--limit-percent", type=float)
@@ -111,7 +111,7 @@ def main() -> int:
         print(f"{way:14} {size} {figures['seconds']:7.2f} s  loss {figures['loss']:.6f}")
     for name, method in (("sampled, 50 draws", SampleMethod()), ("top 64", TopKMethod(k=64))):
         kept, size = stored(method)
-        print(f"{name:18} {kept:5.1f} types  {size:6.1f} bytes a token")
+        print(f"{name:18} {kept:5.1f} entries  {size:6.1f} bytes a token")
     limit = args.limit_percent
     return int(limit is not None and found["dense"]["bytes"] > limit / 100 * found["naive"]["bytes"])
 

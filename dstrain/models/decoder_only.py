@@ -24,7 +24,7 @@ from dstrain.nn.embedding import InputEmbedding, Projection
 from dstrain.nn.layers import EncoderLayer
 from dstrain.nn.position import Positions
 from dstrain.nn.stack import LayerStack
-from dstrain.ops.bias import causal_bias, hide
+from dstrain.ops.bias import causal_bias, mask_bias
 from dstrain.protocols import DecodingState
 
 R = TypeVar("R")
@@ -154,7 +154,7 @@ class DecoderOnly(nn.Module):
         x = self.target_embedding(inputs, query)
         mask = causal_bias(new, past + new, x.dtype, x.device) if new > 1 else None
         if gap is not None:
-            hidden_gap = hide(gap, x.dtype)[:, None, None, :]  # (N, 1, 1, past + t)
+            hidden_gap = mask_bias(gap, x.dtype)[:, None, None, :]  # (N, 1, 1, past + t)
             mask = hidden_gap if mask is None else torch.minimum(mask, hidden_gap)
         hidden = self._run(x, self.target_attention_bias.step(query, keys, past + new, mask, x), state.cache)
         state.cache.advance(new)

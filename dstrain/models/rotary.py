@@ -20,7 +20,7 @@ from dstrain.models.config import (
     YarnScaling,
 )
 from dstrain.nn.rotary import LengthRotary, Rotary, RotaryFrequencies, RotaryPart
-from dstrain.ops.rotary import Yarn, frequencies, ntk_theta, yarn_attention_scaling, yarn_frequencies
+from dstrain.ops.rotary import Yarn, inverse_frequencies, ntk_theta, yarn_attention_scaling, yarn_inv_freq
 
 
 def build_rotary(config: RotaryPosition, head_dim: int) -> RotaryPart:
@@ -28,14 +28,14 @@ def build_rotary(config: RotaryPosition, head_dim: int) -> RotaryPart:
     dim, theta, layout = config.rotated_features(head_dim), config.theta, config.layout
     match config.scaling:
         case NoScaling():
-            return Rotary(lambda: RotaryFrequencies(frequencies(dim, theta), 1.0), layout)
+            return Rotary(lambda: RotaryFrequencies(inverse_frequencies(dim, theta), 1.0), layout)
         case LinearScaling(factor=factor):
-            return Rotary(lambda: RotaryFrequencies(frequencies(dim, theta) / factor, 1.0), layout)
+            return Rotary(lambda: RotaryFrequencies(inverse_frequencies(dim, theta) / factor, 1.0), layout)
         case DynamicNtkScaling() as ntk:
 
             def by_base(lengths: Tensor) -> RotaryFrequencies:
                 bases = ntk_theta(theta, dim, ntk.factor, ntk.original_length, lengths)
-                return RotaryFrequencies(frequencies(dim, bases.unsqueeze(-1)), 1.0)
+                return RotaryFrequencies(inverse_frequencies(dim, bases.unsqueeze(-1)), 1.0)
 
             return LengthRotary(by_base, layout, max_static_length=ntk.original_length)
         case DynamicYarnScaling() as scaling:
@@ -64,4 +64,4 @@ def _yarn(dim: int, theta: float, scaling: YarnScaling, factor: Tensor) -> Rotar
         extrapolation_factor=scaling.extrapolation_factor,
         attention_factor=scaling.attention_factor,
     )
-    return RotaryFrequencies(yarn_frequencies(dim, theta, factor, constants), yarn_attention_scaling(factor, constants))
+    return RotaryFrequencies(yarn_inv_freq(dim, theta, factor, constants), yarn_attention_scaling(factor, constants))

@@ -15,21 +15,21 @@ import torch
 from torch import Tensor
 
 from dstrain.nn.position import Positions, numbered
-from dstrain.ops.rotary import CosSin, Layout, cos_sin, rotate
+from dstrain.ops.rotary import CosSin, Layout, apply_rotary, compute_cos_sin
 
 Lengths = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """How queries and new keys of one forward turn."""
+    """The rotation of queries and new keys of one forward."""
 
-    by: CosSin
+    cos_sin: CosSin
     layout: Layout
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, H, T, K) -> (B, H, T, K)"""
-        return rotate(x, self.by, self.layout)
+        return apply_rotary(x, self.cos_sin, self.layout)
 
 
 class RotaryFrequencies(NamedTuple):
@@ -64,7 +64,7 @@ class Rotary:
             # Made under inference_mode, a cached table could not be used in training later.
             with torch.inference_mode(False):
                 positions = torch.arange(max(256, 1 << (needed - 1).bit_length()), device="cpu")
-                exact = cos_sin(positions, *self.rotary_frequencies(), torch.float32)
+                exact = compute_cos_sin(positions, *self.rotary_frequencies(), torch.float32)
                 table = CosSin(*(part.to(like.device, like.dtype) for part in exact))
             self._tables[like.device, like.dtype] = table
         return table
@@ -85,7 +85,8 @@ class LengthRotary:
     def rotation(self, positions: Positions, end_position: int, lengths: Lengths, like: Tensor) -> Rotation:
         """positions: of the new tokens, an offset goes up to `end_position`. lengths: gives what `rotary_frequencies` takes."""
         return Rotation(
-            cos_sin(numbered(positions, end_position, like.device), *self.rotary_frequencies(lengths()), like.dtype), self.layout
+            compute_cos_sin(numbered(positions, end_position, like.device), *self.rotary_frequencies(lengths()), like.dtype),
+            self.layout,
         )
 
     def moves(self, length: int) -> bool:

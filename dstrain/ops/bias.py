@@ -1,48 +1,49 @@
-"""What attention may not see, as small additive values that broadcast to (B, H, T, S). Built once per forward.
+"""Attention masks and ALiBi as additive biases that broadcast to (B, H, T, S). Built once per forward.
 
-Zero where a key is seen, the dtype's lowest finite number where it is not. Finite, so that a query that sees nothing (a row
-of padding alone) gets an average of its keys instead of NaN; low enough that the probability is exactly zero elsewhere.
+A mask is zero at visible keys and the dtype's lowest finite number at masked ones. It is finite, so that a query without visible
+keys (a row that is all padding) gets an average of its keys instead of NaN; and so low that any other query gives masked keys a
+probability of exactly zero.
 """
 
 import torch
 from torch import Tensor
 
 
-def hide(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """Additive form of a mask. hidden: bool, True = not seen -> the same shape in `dtype`."""
-    zeros = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-    return zeros.masked_fill_(hidden, torch.finfo(dtype).min)
+def mask_bias(masked: Tensor, dtype: torch.dtype) -> Tensor:
+    """Additive form of a mask. masked: bool, True at masked keys -> the same shape in `dtype`."""
+    zeros = torch.zeros(masked.shape, dtype=dtype, device=masked.device)
+    return zeros.masked_fill_(masked, torch.finfo(dtype).min)
 
 
 def padding_bias(lengths: Tensor, width: int, dtype: torch.dtype) -> Tensor | None:
-    """Hide keys after each row's length. (B,) -> (B, 1, 1, S).
+    """Mask keys after each row's length. (B,) -> (B, 1, 1, S).
 
-    None if nothing needs hiding, as far as that is known without waiting for a GPU.
+    None if nothing needs a mask, as far as that is known without waiting for a GPU.
     """
     if lengths.device.type == "cpu" and bool((lengths == width).all()):
         return None
     columns = torch.arange(width, device=lengths.device)
-    return hide(columns >= lengths[:, None], dtype)[:, None, None, :]
+    return mask_bias(columns >= lengths[:, None], dtype)[:, None, None, :]
 
 
 def causal_bias(num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Hide later keys; the last query is level with the last key. -> (T, S)"""
-    seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril_(num_keys - num_queries)
-    return hide(seen.logical_not_(), dtype)
+    """Mask later keys; the last query has the position of the last key. -> (T, S)"""
+    visible = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril_(num_keys - num_queries)
+    return mask_bias(visible.logical_not_(), dtype)
 
 
 def segment_bias(query_segments: Tensor, key_segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Hide keys of other segments (packing). (B, T), (B, S) -> (B, 1, T, S)"""
-    return hide(query_segments[:, :, None] != key_segments[:, None, :], dtype)[:, None]
+    """Mask keys of other segments (packing). (B, T), (B, S) -> (B, 1, T, S)"""
+    return mask_bias(query_segments[:, :, None] != key_segments[:, None, :], dtype)[:, None]
 
 
 def segment_lengths(segments: Tensor) -> Tensor:
-    """How many tokens each token's segment has. (B, T) -> (B, T)"""
+    """The number of tokens in each token's segment. (B, T) -> (B, T)"""
     return (segments[:, :, None] == segments[:, None, :]).sum(-1)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """The slope of each head (Press et al. 2022): 2**(-8 h / n), h = 1 .. n, where n = num_heads is a power of two.
+    """The slope of each head (Press et al. 2022): 2**(-8 h / n), h = 1 .. n, if n = num_heads is a power of two.
 
     Other numbers: the slopes of the power of two below, then every second one of the power above.
     """
@@ -52,7 +53,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def alibi_bias(slopes: Tensor, query_positions: Tensor, key_positions: Tensor, *, lead: float = 0.0) -> Tensor:
-    """-slope * |i - j| for query i and key j, with `lead` off the distance to a later key.
+    """-slope * |i - j| for query i and key j; `lead` is taken off the distance to a later key.
 
     slopes: (H,); positions: (T,) and (S,) -> (H, T, S), or (B, T) and (B, S) -> (B, H, T, S)
     """

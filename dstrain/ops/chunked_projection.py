@@ -2,20 +2,19 @@
 
 `chunked_loss` goes through the tokens in chunks. While a chunk's logits exist, a `TokenLoss` turns them into losses and, in their
 place, into their gradient; the op at once accumulates the gradients of features and weight, so that backward only multiplies
-them by the gradient of the loss. Memory: chunk_tokens x V in fp32 and what the loss needs beside it, instead of several times
+them by the gradient of the loss. Memory: chunk_tokens x V in fp32, and the loss's own temporaries, instead of several times
 N x V, plus the two gradients (N x E and V x E in fp32). The forward pass thus holds the work of the backward pass; if no gradient
 is needed (evaluation, `torch.no_grad`) it makes no product for one.
 
 A `TokenLoss` sees the logits of some tokens and nothing else: neither chunks nor dtypes, neither the weight nor how the
-vocabulary is sliced. What of the loss is linear in the sum of a token's logits costs no pass over them: the op hands out these
-sums (features times the sum of the weight's rows), and applies the constant `uniform_grad` to features and weight as an outer
-product (rank one).
+vocabulary is sliced. The terms of a loss that are linear in the sum of a token's logits cost no pass over them: the op provides
+these sums (features times the sum of the weight's rows), and applies the constant `uniform_grad` to features and weight as an
+outer product (rank one).
 
 Precision: products run in the inputs' dtype (fp16 and bf16 on tensor cores); losses and the sum of the weight's gradient are fp32
 (fp64 for fp64 inputs). Under `torch.autocast` both inputs are cast to its dtype, as `F.linear` does; the rest stays. In fp16 a
-gradient is rounded before backward multiplies it by the loss scale, so what is under 6e-8 of it is lost, which is most entries'
-if V is 100,000 and more: prefer bf16. A scale inside would have to fit into fp16 through a sum over all entries or tokens as
-well.
+gradient is rounded before backward multiplies it by the loss scale, so values under 6e-8 are lost, most entries' if V is 100,000
+and more: prefer bf16. A scale inside would have to fit into fp16 through a sum over all entries or tokens as well.
 
 The weight is read in forward only and never kept: under ZeRO-3 it is whole only while the projection module runs.
 """
@@ -49,13 +48,13 @@ Targets_contra = TypeVar("Targets_contra", contravariant=True)
 class TokenLosses(NamedTuple):
     """The losses of c tokens.
 
-    loss: (c, 1). figures: (c, 1) each, what is reported beside. logits_grad: of the shape of the logits, usually in their place:
+    loss: (c, 1). metrics: (c, 1) each, reported besides. logits_grad: of the shape of the logits, usually in their place:
     the gradient of each token's loss plus `uniform_grad`. uniform_grad: a number that is taken off the gradient with respect to
     every logit.
     """
 
     loss: Tensor
-    figures: Sequence[Tensor]
+    metrics: Sequence[Tensor]
     logits_grad: Tensor
     uniform_grad: float = 0.0
 
@@ -64,8 +63,8 @@ class TokenLoss(Protocol[Targets_contra]):
     """A loss that is a sum over tokens. It reduces over the vocabulary only by the methods of a `VocabularySlice`."""
 
     @property
-    def num_figures(self) -> int:
-        """How many figures it returns."""
+    def num_metrics(self) -> int:
+        """How many metrics it returns."""
         ...
 
     def __call__(
@@ -76,10 +75,10 @@ class TokenLoss(Protocol[Targets_contra]):
 
 
 class ChunkedLoss(NamedTuple):
-    """loss_sum: () with gradient to features and weight. figures: (number of figures, N) without."""
+    """loss_sum: () with gradient to features and weight. metrics: (number of metrics, N) without."""
 
     loss_sum: Tensor
-    figures: Tensor
+    metrics: Tensor
 
 
 def chunked_loss(
@@ -114,7 +113,7 @@ def chunked_loss(
 def logits_in_chunks(features: Tensor, weight: Tensor, chunk_tokens: int) -> Iterator[tuple[slice, Tensor]]:
     """The tokens of each chunk and their logits, fp32 or wider. features: (..., N, E), weight: (V, E) -> (..., c, V)
 
-    Every chunk has the same memory: what is still needed of the logits must be copied before the next one. The caller may
+    Every chunk has the same memory: logits that are needed after the chunk must be copied. The caller may
     overwrite them.
     """
     num_tokens = features.shape[-2]
@@ -187,18 +186,18 @@ def _chunked_forward(
     """The sums and, as far as needed, the gradients of loss_sum with respect to features and weight."""
     accum, num_tokens = accum_dtype(features.dtype), features.shape[-2]
     losses = features.new_empty(num_tokens, 1, dtype=accum)
-    figures = features.new_empty(loss.num_figures, num_tokens, 1, dtype=accum)
+    metrics = features.new_empty(loss.num_metrics, num_tokens, 1, dtype=accum)
     gradients = _Gradients(features, weight, plan)
     for tokens, logits in logits_in_chunks(features, weight, plan.chunk_tokens):
         chunk = features[..., tokens, :]
         logit_sums = plan.vocabulary.add_ranks(chunk.to(accum) @ gradients.weight_sum).unsqueeze(-1)
         result = loss(logits, logit_sums, targets[tokens], plan.vocabulary)
         losses[tokens] = result.loss
-        torch.stack(list(result.figures), out=figures[:, tokens])
+        torch.stack(list(result.metrics), out=metrics[:, tokens])
         if any(plan.needs_grad):
             gradients.add(tokens, chunk, None if plan.token_weights is None else plan.token_weights[tokens], result)
     loss_sum = (losses if plan.token_weights is None else losses * plan.token_weights).sum()
-    return ChunkedLoss(loss_sum, figures.squeeze(2)), gradients.finished(plan.vocabulary)
+    return ChunkedLoss(loss_sum, metrics.squeeze(2)), gradients.finished(plan.vocabulary)
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -210,7 +209,7 @@ class _GradientsInForward(torch.autograd.Function):
             sums, gradients = chunked_forward(features, weight)
         ctx.save_for_backward(*gradients)
         ctx.dtypes = features.dtype, weight.dtype
-        ctx.mark_non_differentiable(sums.figures)
+        ctx.mark_non_differentiable(sums.metrics)
         return tuple(sums)
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""How long a device works. A GPU is given work and does it later, so it takes its times itself."""
+"""Time that a device spends on its work. A GPU works asynchronously, so it records the times itself."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import time
 
 import torch
 
-Mark = float | torch.cuda.Event
-"""A place in the work of a device."""
+Timestamp = float | torch.cuda.Event
+"""A point in the work of a device."""
 
 
-def mark(device: torch.device) -> Mark:
-    """The place behind all work that `device` has been given so far; nothing waits for it."""
+def timestamp(device: torch.device) -> Timestamp:
+    """The end of all work that `device` has been given so far; nothing waits for it."""
     if device.type != "cuda":
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -19,10 +19,10 @@ def mark(device: torch.device) -> Mark:
     return event
 
 
-def seconds_between(begin: Mark, end: Mark) -> float:
-    """What the work between two marks of one device took; waits until it is done."""
+def seconds_between(begin: Timestamp, end: Timestamp) -> float:
+    """The time of the work between two timestamps of one device; waits until it is done."""
     if isinstance(begin, float) and isinstance(end, float):
         return end - begin
-    assert isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event), "marks of two devices"
+    assert isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event), "timestamps of two devices"
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1000

@@ -39,7 +39,7 @@ class Divergence(NamedTuple):
     parameter: float = 0.0
 
 
-ENDS: dict[tuple[str, float], DivergenceKind] = {
+LIMITS: dict[tuple[str, float], DivergenceKind] = {
     ("jensen_shannon", 0.0): "forward_kl",
     ("jensen_shannon", 1.0): "reverse_kl",
     ("skew_kl", 0.0): "forward_kl",
@@ -48,7 +48,7 @@ ENDS: dict[tuple[str, float], DivergenceKind] = {
 
 def kind_of(divergence: Divergence) -> DivergenceKind:
     """Its kind, which at an end of its parameter is another one."""
-    return ENDS.get(divergence, divergence.kind)
+    return LIMITS.get(divergence, divergence.kind)
 
 
 def value_and_grad(
@@ -104,7 +104,7 @@ def reference_value(divergence: Divergence, student: Tensor, teacher: Tensor) ->
 
 
 ABSENT = -1e9
-"""A logit that no entry has."""
+"""Below any real logit: its probability is exactly zero."""
 
 
 class SparseFit(NamedTuple):

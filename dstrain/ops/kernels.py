@@ -27,7 +27,7 @@ Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 @dataclass(frozen=True)
 class Kernel(Generic[Function]):
-    """One implementation, and where it is chosen.
+    """One implementation, and its conditions.
 
     device_type, dtypes: those it is for, None for all. max_size: the largest problem it is for, in the op's unit, None for all.
     package: what must be installed.
@@ -51,7 +51,7 @@ class Kernel(Generic[Function]):
         return self.package is None or find_spec(self.package) is not None
 
     def condition(self, unit: str) -> str:
-        """Where it is chosen, in words. unit: of the size."""
+        """Its conditions in words. unit: of the size."""
         words = [self.device_type or "any device"]
         if self.dtypes is not None:
             words.append(" or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes))

@@ -55,7 +55,7 @@ class LogProbsSignal:
     """
 
     log_probs: Sequence[npt.NDArray[np.floating[Any]]]  # (tokens of a piece, V) each, pieces one after another; finite
-    temperature: float  # what the teacher's logits were divided by
+    temperature: float  # the divisor of the teacher's logits
 
     def __getitem__(self, tokens: slice) -> LogProbsSignal:
         """Of some of the tokens; nothing is copied."""

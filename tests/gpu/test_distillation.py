@@ -22,12 +22,12 @@ from dstrain.distillation.store.codec import TokenKeys, build_codec
 from dstrain.distillation.store.dump import select_in_chunks
 from dstrain.distillation.store.manifest import DenseMethod, Method, SampleMethod, TopKMethod, merge_store
 from dstrain.distillation.store.store import open_store
-from dstrain.ops.device_time import mark, seconds_between
+from dstrain.ops.device_time import seconds_between, timestamp
 from dstrain.ops.teacher_signal import DenseSignal, SparseSignal
 from dstrain.ops.token_loss.distillation import linear_distillation, reference_linear_distillation
 from tests.unit.distillation.test_stored_distillation import AtWork
 from tests.unit.distillation.toy_store import batch_of, dump, dumper, prepared, stored, teacher_for
-from tests.unit.ops.test_token_distillation import dense, draws, outcome, probabilities, student, terms, top_types
+from tests.unit.ops.test_token_distillation import dense, draws, outcome, probabilities, student, terms, top_k_signal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 GPU = torch.device("cuda")
@@ -63,7 +63,7 @@ def signals(kind: str, dtype: torch.dtype) -> DenseSignal | SparseSignal:
         case "sample":
             return replace(draws(probabilities(whole), 12), with_tail=False)
         case _:
-            return top_types(probabilities(whole), 12, tail=True)
+            return top_k_signal(probabilities(whole), 12, tail=True)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -147,7 +147,7 @@ def test_a_dump_equals_the_cpus(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_gpus_work_is_timed_and_not_its_launch() -> None:
-    begin, start = mark(GPU), time.perf_counter()
+    begin, start = timestamp(GPU), time.perf_counter()
     torch.cuda._sleep(200_000_000)  # cycles: a tenth of a second at 2 GHz
-    end, launched = mark(GPU), time.perf_counter() - start
+    end, launched = timestamp(GPU), time.perf_counter() - start
     assert seconds_between(begin, end) > max(0.03, 2 * launched)

@@ -44,7 +44,7 @@ from dstrain.errors import DataError
 from dstrain.models.config import VocabularySizes
 from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.ops.chunked_projection import logits_in_chunks
-from dstrain.ops.device_time import Mark, mark, seconds_between
+from dstrain.ops.device_time import Timestamp, seconds_between, timestamp
 from dstrain.protocols import TeacherForced
 from dstrain.storage.atomic import atomic_writer
 from dstrain.storage.document import FileRecord
@@ -201,12 +201,12 @@ class Dumper:
     def _select(self, batch: Batch, codec: Codec) -> Selected:
         """What is kept of the batch's targets, on the teacher's device."""
         keys, device = token_keys(batch), torch.device(self.device)
-        begin, batch = mark(device), batch.to(device)
+        begin, batch = timestamp(device), batch.to(device)
         choose = partial(
             select_in_chunks, codec=codec, keys=keys, temperature=self.job.method.temperature, size=self.chunk_tokens
         )
         kept = self.teacher.reduce_projection(target_hidden(self.teacher, batch), choose)
-        return Selected(kept, begin, mark(device))
+        return Selected(kept, begin, timestamp(device))
 
     def _keep(self, batch: Batch, selected: Selected, draft: ShardDraft) -> float:
         """Put it into the draft: only the writer's thread waits for the device, whose seconds this returns.
@@ -229,8 +229,8 @@ class Selected(NamedTuple):
     """kept: of a batch's scored tokens; begin, end: of the work that the device had with it."""
 
     kept: tuple[Tensor, ...]
-    begin: Mark
-    end: Mark
+    begin: Timestamp
+    end: Timestamp
 
 
 def select_in_chunks(

@@ -19,10 +19,10 @@ from dstrain.ops.vocabulary import VocabularySlice
 
 @dataclass(frozen=True)
 class TokenCrossEntropy:
-    """Implements `TokenLoss` on labels (c, 1). Figure: the negative log-likelihood, without smoothing."""
+    """Implements `TokenLoss` on labels (c, 1). Metric: the negative log-likelihood, without smoothing."""
 
     label_smoothing: float
-    num_figures = 1
+    num_metrics = 1
 
     def __call__(self, logits: Tensor, logit_sums: Tensor, labels: Tensor, vocabulary: VocabularySlice) -> TokenLosses:
         """(c, V), (c, 1), (c, 1)"""
@@ -66,7 +66,7 @@ def linear_cross_entropy(
 @torch.no_grad()
 def linear_nll(features: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int) -> Tensor:
     """The negative log-likelihood of each token, in nats, without gradient. Arguments as above -> (N,)"""
-    return chunked_loss(features, weight, TokenCrossEntropy(0.0), labels.unsqueeze(1), chunk_tokens=chunk_tokens).figures[0]
+    return chunked_loss(features, weight, TokenCrossEntropy(0.0), labels.unsqueeze(1), chunk_tokens=chunk_tokens).metrics[0]
 
 
 def reference_linear_cross_entropy(

@@ -42,7 +42,7 @@ from dstrain.ops.vocabulary import VocabularySlice
 
 
 class DistillationTerms(NamedTuple):
-    """What the loss is made of. temperature: of both models, already inside the probabilities of a sparse signal."""
+    """The terms of the loss. temperature: of both models, already inside the probabilities of a sparse signal."""
 
     divergence: Divergence
     temperature: float
@@ -54,8 +54,8 @@ class DistillationTerms(NamedTuple):
 class DistillationSums(NamedTuple):
     """() sums over tokens, in nats. loss: with gradient to features and weight; the others have none.
 
-    kd: over selected tokens. agreement: how often the likeliest entry of student and teacher is the same, the first of equally
-    likely ones. selected: how many tokens, or the sum of their weights, learn from the teacher.
+    kd: over selected tokens. agreement: how often student and teacher have the same most probable entry, the first of equally
+    probable ones. selected: how many tokens, or the sum of their weights, learn from the teacher.
     """
 
     loss: Tensor
@@ -82,28 +82,29 @@ class DistillationTargets:
 
 @dataclass(frozen=True)
 class TokenDistillation:
-    """Implements `TokenLoss` on `DistillationTargets`. Figures: hard, kd, nll, agreement."""
+    """Implements `TokenLoss` on `DistillationTargets`. Metrics: hard, kd, nll, agreement."""
 
     terms: DistillationTerms
-    num_figures = 4
+    num_metrics = 4
 
     def __call__(
         self, logits: Tensor, logit_sums: Tensor, targets: DistillationTargets, vocabulary: VocabularySlice
     ) -> TokenLosses:
         """(c, V), (c, 1), of c tokens"""
         smoothing = LabelSmoothing.of(self.terms.label_smoothing, vocabulary.vocab_size)
-        student = self._sparse if isinstance(targets.signal, SparseSignal) and self.terms.temperature == 1 else self._dense
-        found = student(logits, targets, vocabulary)
-        vocabulary.add_at_(found.logits_grad, targets.labels, -self.terms.hard_weight * smoothing.confidence)
-        hard = smoothing.loss(found.nll, found.lse, logit_sums)
-        kd = found.value.mul_(self.terms.temperature**2)
+        is_sparse = isinstance(targets.signal, SparseSignal) and self.terms.temperature == 1
+        student_losses = self._sparse if is_sparse else self._dense
+        student = student_losses(logits, targets, vocabulary)
+        vocabulary.add_at_(student.logits_grad, targets.labels, -self.terms.hard_weight * smoothing.confidence)
+        hard = smoothing.loss(student.nll, student.lse, logit_sums)
+        kd = student.value.mul_(self.terms.temperature**2)
         if targets.selected is not None:
             kd.mul_(targets.selected)
         loss = self.terms.hard_weight * hard + self.terms.kd_weight * kd
-        figures = (hard, kd, found.nll, found.agreement.to(kd.dtype))
-        return TokenLosses(loss, figures, found.logits_grad, self.terms.hard_weight * smoothing.per_token)
+        metrics = (hard, kd, student.nll, student.agreement.to(kd.dtype))
+        return TokenLosses(loss, metrics, student.logits_grad, self.terms.hard_weight * smoothing.per_token)
 
-    def _dense(self, logits: Tensor, targets: DistillationTargets, vocabulary: VocabularySlice) -> _Student:
+    def _dense(self, logits: Tensor, targets: DistillationTargets, vocabulary: VocabularySlice) -> _StudentLosses:
         """By log-probabilities of all entries, twice if the temperature is not 1."""
         terms = self.terms
         log_probs = tempered_log_probs = logits
@@ -119,29 +120,29 @@ class TokenDistillation:
         logits_grad.mul_(kd_weight if targets.selected is None else targets.selected * kd_weight)
         if terms.hard_weight:
             logits_grad.add_(log_probs.exp_(), alpha=terms.hard_weight)
-        return _Student(nll, lse, value, teacher_best == student_best, logits_grad)
+        return _StudentLosses(nll, lse, value, teacher_best == student_best, logits_grad)
 
-    def _sparse(self, logits: Tensor, targets: DistillationTargets, vocabulary: VocabularySlice) -> _Student:
-        """By one softmax, of which both gradients are multiples but for few entries: as fast as cross-entropy."""
+    def _sparse(self, logits: Tensor, targets: DistillationTargets, vocabulary: VocabularySlice) -> _StudentLosses:
+        """By one softmax, of which both gradients are multiples except for few entries: as fast as cross-entropy."""
         assert isinstance(targets.signal, SparseSignal)
-        agreement = _likeliest(targets.signal) == vocabulary.argmax(logits)
+        agreement = _most_probable(targets.signal) == vocabulary.argmax(logits)
         label_logits = vocabulary.gather(logits, targets.labels)
         fit = sparse_fit(self.terms.divergence, logits, targets.signal, vocabulary)
         kd_weight = self.terms.kd_weight if targets.selected is None else targets.selected * self.terms.kd_weight
         logits_grad = fit.logits_grad_(kd_weight, self.terms.hard_weight)
-        return _Student(fit.lse - label_logits, fit.lse, fit.value, agreement, logits_grad)
+        return _StudentLosses(fit.lse - label_logits, fit.lse, fit.value, agreement, logits_grad)
 
     def _divergence(self, student: Tensor, signal: Signal, vocabulary: VocabularySlice) -> tuple[Tensor, Tensor, Tensor]:
-        """Divergence (c, 1), its gradient (c, V), and the teacher's likeliest entry (c, 1)."""
+        """Divergence (c, 1), its gradient (c, V), and the teacher's most probable entry (c, 1)."""
         if isinstance(signal, SparseSignal):
             fit = sparse_fit(self.terms.divergence, student, signal, vocabulary)
-            return fit.value, fit.logits_grad_(), _likeliest(signal)
+            return fit.value, fit.logits_grad_(), _most_probable(signal)
         teacher = _teacher_log_probs(signal, self.terms.temperature, vocabulary, like=student)
-        likeliest = vocabulary.argmax(teacher)
-        return *value_and_grad(self.terms.divergence, student, teacher, vocabulary), likeliest
+        teacher_best = vocabulary.argmax(teacher)
+        return *value_and_grad(self.terms.divergence, student, teacher, vocabulary), teacher_best
 
 
-class _Student(NamedTuple):
+class _StudentLosses(NamedTuple):
     """nll, lse: (c, 1), at temperature 1. value: (c, 1) of the divergence. logits_grad: (c, V), without the label's entry."""
 
     nll: Tensor
@@ -190,8 +191,8 @@ def check_signal(signal: Signal, divergence: Divergence) -> None:
         )
 
 
-def _likeliest(signal: SparseSignal) -> Tensor:
-    """The likeliest entry of each token. -> (c, 1)"""
+def _most_probable(signal: SparseSignal) -> Tensor:
+    """The most probable entry of each token. -> (c, 1)"""
     return signal.ids.gather(1, signal.probs.argmax(1, keepdim=True)).clamp_min(0)
 
 
@@ -229,17 +230,17 @@ def reference_linear_distillation(
     logits = F.linear(to_autocast_dtype(features), to_autocast_dtype(weight)).to(accum_dtype(features.dtype))  # (n, V)
     log_probs, tempered_log_probs = F.log_softmax(logits, dim=1), F.log_softmax(logits / terms.temperature, dim=1)
     if isinstance(signal, SparseSignal):
-        values, likeliest = reference_sparse_value(terms.divergence, tempered_log_probs, signal), _likeliest(signal)
+        values, teacher_best = reference_sparse_value(terms.divergence, tempered_log_probs, signal), _most_probable(signal)
     else:
         teacher = _reference_log_probs(signal, terms.temperature, logits.dtype)
-        values, likeliest = reference_value(terms.divergence, tempered_log_probs, teacher), teacher.argmax(1, keepdim=True)
+        values, teacher_best = reference_value(terms.divergence, tempered_log_probs, teacher), teacher.argmax(1, keepdim=True)
     weights = torch.ones_like(values) if selected is None else selected.to(values.dtype)
     smoothing_per_token = terms.label_smoothing / (logits.shape[1] - 1)
     nll = -log_probs.gather(1, labels.unsqueeze(1)).sum()
     hard = (1 - terms.label_smoothing - smoothing_per_token) * nll - smoothing_per_token * log_probs.sum()
     kd = terms.temperature**2 * (weights * values).sum()
     loss = terms.hard_weight * hard + terms.kd_weight * kd
-    agreement = (likeliest == logits.argmax(1, keepdim=True)).sum().to(loss.dtype)
+    agreement = (teacher_best == logits.argmax(1, keepdim=True)).sum().to(loss.dtype)
     return DistillationSums(loss, hard.detach(), kd.detach(), nll.detach(), agreement, weights.sum())
 
 

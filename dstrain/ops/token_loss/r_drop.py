@@ -39,11 +39,11 @@ class RDropSums(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenRDrop:
-    """Implements `TokenLoss` on labels (c, 1) and the logits of both passes (2, c, V). Figures: nll, kl."""
+    """Implements `TokenLoss` on labels (c, 1) and the logits of both passes (2, c, V). Metrics: nll, kl."""
 
     alpha: float
     label_smoothing: float
-    num_figures = 2
+    num_metrics = 2
 
     def __call__(self, logits: Tensor, logit_sums: Tensor, labels: Tensor, vocabulary: VocabularySlice) -> TokenLosses:
         """(2, c, V), (2, c, 1), (c, 1)"""

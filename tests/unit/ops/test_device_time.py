@@ -7,14 +7,14 @@ import time
 import pytest
 import torch
 
-from dstrain.ops.device_time import mark, seconds_between
+from dstrain.ops.device_time import seconds_between, timestamp
 
 
 def test_a_cpu_has_worked_until_now() -> None:
     cpu = torch.device("cpu")
-    begin = mark(cpu)
+    begin = timestamp(cpu)
     time.sleep(0.02)
-    assert 0.02 <= seconds_between(begin, mark(cpu)) < 10
+    assert 0.02 <= seconds_between(begin, timestamp(cpu)) < 10
 
 
 class Event:
@@ -38,7 +38,7 @@ class Event:
 def test_a_gpu_takes_its_own_times(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
-    begin, end = (mark(torch.device("cuda:1")) for _ in range(2))
+    begin, end = (timestamp(torch.device("cuda:1")) for _ in range(2))
     assert isinstance(begin, Event)
     assert isinstance(end, Event)
     assert begin.stream == end.stream == "the stream of cuda:1"

@@ -6,7 +6,15 @@ import math
 import pytest
 import torch
 
-from dstrain.ops.rotary import Yarn, cos_sin, frequencies, ntk_theta, rotate, yarn_attention_scaling, yarn_frequencies
+from dstrain.ops.rotary import (
+    Yarn,
+    apply_rotary,
+    compute_cos_sin,
+    inverse_frequencies,
+    ntk_theta,
+    yarn_attention_scaling,
+    yarn_inv_freq,
+)
 
 
 @pytest.mark.parametrize("layout", ["half_split", "interleaved"])
@@ -14,7 +22,7 @@ from dstrain.ops.rotary import Yarn, cos_sin, frequencies, ntk_theta, rotate, ya
 def test_pairs_turn_as_complex_numbers(layout: str, dim: int, head_dim: int) -> None:
     x = torch.randn(2, 3, 5, head_dim)
     positions = torch.tensor([0, 1, 7, 100, 2])
-    turned = rotate(x, cos_sin(positions, frequencies(dim, 50.0), 1.0, torch.float32), layout)
+    turned = apply_rotary(x, compute_cos_sin(positions, inverse_frequencies(dim, 50.0), 1.0, torch.float32), layout)
     for place, position in enumerate(positions.tolist()):
         for pair in range(dim // 2):
             first, second = (pair, pair + dim // 2) if layout == "half_split" else (2 * pair, 2 * pair + 1)
@@ -29,8 +37,8 @@ def test_scores_depend_on_distance_alone() -> None:
     query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def score(i: int, j: int) -> float:
-        turns = [cos_sin(torch.tensor([place]), frequencies(8, 10000.0), 1.0, torch.float32) for place in (i, j)]
-        return float((rotate(query, turns[0], "half_split") * rotate(key, turns[1], "half_split")).sum())
+        turns = [compute_cos_sin(torch.tensor([place]), inverse_frequencies(8, 10000.0), 1.0, torch.float32) for place in (i, j)]
+        return float((apply_rotary(query, turns[0], "half_split") * apply_rotary(key, turns[1], "half_split")).sum())
 
     assert score(3, 1) == pytest.approx(score(103, 101), abs=1e-4)
     assert score(3, 1) != pytest.approx(score(4, 1), abs=1e-3)
@@ -47,7 +55,7 @@ def test_ntk_changes_nothing_up_to_the_original_length() -> None:
 def test_yarn_pair_by_pair() -> None:
     """The formula written out for each pair; the slowest are divided, the fastest kept."""
     dim, theta, factor, yarn = 64, 10000.0, 8.0, Yarn(original_length=2048, beta_fast=32, beta_slow=1)
-    found = yarn_frequencies(dim, theta, torch.tensor([factor]), yarn).tolist()
+    found = yarn_inv_freq(dim, theta, torch.tensor([factor]), yarn).tolist()
 
     def pair_of(turns: float) -> float:
         return dim * math.log(2048 / (2 * math.pi * turns)) / (2 * math.log(theta))
@@ -65,5 +73,5 @@ def test_yarn_pair_by_pair() -> None:
 
 def test_a_factor_of_one_changes_nothing() -> None:
     yarn = Yarn(original_length=16)
-    torch.testing.assert_close(yarn_frequencies(8, 100.0, torch.ones(1), yarn), frequencies(8, 100.0))
+    torch.testing.assert_close(yarn_inv_freq(8, 100.0, torch.ones(1), yarn), inverse_frequencies(8, 100.0))
     assert float(yarn_attention_scaling(torch.ones(1), yarn)) == 1.0

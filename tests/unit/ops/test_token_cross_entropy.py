@@ -1,4 +1,4 @@
-"""The chunked projection and loss against its full twin, torch's own cross-entropy, finite differences and its memory promise."""
+"""The chunked projection and loss against its reference, torch's own cross-entropy, finite differences and its memory promise."""
 
 import subprocess
 import sys
@@ -45,7 +45,7 @@ def test_equals_the_reference_to_the_last_digits_in_double() -> None:
 
 @pytest.mark.parametrize("function", [linear_cross_entropy, reference_linear_cross_entropy])
 def test_equals_torch(function) -> None:
-    """torch smooths over V types instead of V - 1: its label_smoothing is ours times V / (V - 1)."""
+    """torch smooths over V entries instead of V - 1: its label_smoothing is ours times V / (V - 1)."""
     features, weight, labels = case(123, 16, 77, dtype=torch.float64)
     ours = outcome(function, features, weight, labels, label_smoothing=0.1, chunk_tokens=50)
     logits = features @ weight.T
@@ -106,17 +106,18 @@ def test_gradients_of_weighted_rows_equal_finite_differences() -> None:
 
 
 def test_small_weights_of_rows_do_not_underflow_in_half_precision() -> None:
-    """A slope of 1e-4 at a weight of 1e-4 is less than float16's smallest number, but the gradient is of features and weight."""
+    """A gradient of 1e-4 at a weight of 1e-4 is less than float16's smallest number, but the gradient is of features and
+    weight."""
     features = torch.full((4096, 1), 64.0, dtype=torch.float16)
     weight = torch.tensor([[0.125], [0.0], [-0.0179]], dtype=torch.float16, requires_grad=True)
     labels = torch.zeros(4096, dtype=torch.int64)
     token_weights = torch.full((4096,), 1e-4)
     loss = linear_cross_entropy(features, weight, labels, label_smoothing=0.0, chunk_tokens=64, token_weights=token_weights)[0]
-    wide = weight.detach().double().requires_grad_()
+    exact = weight.detach().double().requires_grad_()
     expected = reference_linear_cross_entropy(
-        features.double(), wide, labels, label_smoothing=0.0, chunk_tokens=64, token_weights=token_weights
+        features.double(), exact, labels, label_smoothing=0.0, chunk_tokens=64, token_weights=token_weights
     )[0]
-    found, target = (torch.autograd.grad(value, leaf)[0] for value, leaf in ((loss, weight), (expected, wide)))
+    found, target = (torch.autograd.grad(value, leaf)[0] for value, leaf in ((loss, weight), (expected, exact)))
     torch.testing.assert_close(found.double(), target, rtol=2e-3, atol=0)
 
 
@@ -128,14 +129,14 @@ def test_a_label_far_below_the_others_has_a_finite_loss() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_inputs_have_a_full_precision_loss(dtype) -> None:
-    """The twin reads the same rounded inputs in float64; what is left are the roundings of three products."""
+    """The reference reads the same rounded inputs in float64; what is left are the roundings of three products."""
     features, weight, labels = case(123, 16, 77)
     features = features.detach().to(dtype).requires_grad_()
     weight = (weight.detach() / 8).to(dtype).requires_grad_()  # logits below 3, so rounded by little more than one step
     options = {"label_smoothing": 0.1, "chunk_tokens": 50}
     ours = outcome(linear_cross_entropy, features, weight, labels, **options)
-    wide = [tensor.detach().double().requires_grad_() for tensor in (features, weight)]
-    expected = outcome(reference_linear_cross_entropy, *wide, labels, **options)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (features, weight)]
+    expected = outcome(reference_linear_cross_entropy, *exact, labels, **options)
     step = torch.finfo(dtype).eps
     assert [value.dtype for value in ours] == [torch.float32, torch.float32, dtype, dtype]
     for value, target in zip(ours, expected, strict=True):
@@ -237,7 +238,7 @@ print(peak_kib() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the resident memory is read from Linux's /proc")
 def test_logits_never_exist_in_full() -> None:
-    """4,096 tokens x 65,536 types are 1 GiB in fp32; 256 tokens at a time, a sixteenth, beside the gradients (8 MiB each)."""
+    """4,096 tokens x 65,536 entries are 1 GiB in fp32; 256 tokens at a time, a sixteenth, beside the gradients (8 MiB each)."""
     run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     peak_mib = int(run.stdout) / 1024

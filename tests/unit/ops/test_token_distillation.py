@@ -1,4 +1,4 @@
-"""The chunked projections and divergences against their full twin, formulas of torch and finite differences."""
+"""The chunked projections and divergences against their reference, formulas of torch and finite differences."""
 
 import math
 import os
@@ -56,8 +56,8 @@ def probabilities(signal: DenseSignal, temperature: float = 1.0) -> Tensor:
     return torch.stack([F.softmax(features @ weight.T / temperature, 1) for features, weight in pairs]).mean(0)
 
 
-def top_types(probs: Tensor, count: int, *, tail: bool) -> SparseSignal:
-    """Without a tail, its mass goes to the types that are kept."""
+def top_k_signal(probs: Tensor, count: int, *, tail: bool) -> SparseSignal:
+    """Without a tail, its mass goes to the entries that are kept."""
     best = probs.topk(count, dim=1)
     kept = best.values.sum(1)
     return SparseSignal(best.indices, best.values if tail else best.values / kept[:, None], (1 - kept) * tail)
@@ -71,7 +71,7 @@ def log_probs(signal: DenseSignal, kept_at: float = 1.0, dtype: type[np.floating
 
 
 def draws(probs: Tensor, number: int, seed: int = 5) -> SparseSignal:
-    """Sampled types with their shares, in slots of which some stay unused."""
+    """Sampled entries with their shares, in slots of which some stay unused."""
     generator = torch.Generator().manual_seed(seed)
     counts = torch.zeros_like(probs)
     drawn = torch.multinomial(probs, number, replacement=True, generator=generator)
@@ -85,7 +85,7 @@ def outcome(function, features, weight, labels, signal, *, scale: float = 1.0, s
     return [*(value.detach() for value in sums), *torch.autograd.grad(scale * sums.loss, (features, weight))]
 
 
-def assert_twins(inputs, signal, *, rtol: float = 1e-11, **options) -> None:
+def assert_equals_the_reference(inputs, signal, *, rtol: float = 1e-11, **options) -> None:
     found, expected = (
         outcome(f, *inputs, signal, scale=0.37, **options) for f in (linear_distillation, reference_linear_distillation)
     )
@@ -98,7 +98,7 @@ def assert_twins(inputs, signal, *, rtol: float = 1e-11, **options) -> None:
 def test_dense_equals_the_reference(shape, divergence, temperature) -> None:
     for smoothing, chunk_tokens, teachers in ((0.0, 1, 1), (0.1, 50, 1), (0.2, 4096, 3)):
         options = {"temperature": temperature, "label_smoothing": smoothing, "kd_weight": 0.7, "hard_weight": 0.4}
-        assert_twins(
+        assert_equals_the_reference(
             student(*shape),
             dense(shape[0], shape[2], teachers=teachers),
             terms=terms(divergence, **options),
@@ -116,13 +116,13 @@ def test_kept_log_probabilities_are_the_dense_signal_at_any_temperature(divergen
         found = outcome(linear_distillation, *student(123, 16, 77), log_probs(signal, kept_at), **options)
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
         rounded = log_probs(signal, kept_at, np.float16)
-        assert_twins(student(123, 16, 77), rounded, **options)
+        assert_equals_the_reference(student(123, 16, 77), rounded, **options)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
 def test_single_precision_keeps_five_digits(divergence) -> None:
     inputs, signal = student(123, 16, 77, torch.float32), dense(123, 77, torch.float32)
-    assert_twins(inputs, signal, terms=terms(divergence, temperature=2.0), rtol=1e-5)
+    assert_equals_the_reference(inputs, signal, terms=terms(divergence, temperature=2.0), rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["top", "all", "tail", "draws"])
@@ -131,26 +131,28 @@ def test_single_precision_keeps_five_digits(divergence) -> None:
 def test_sparse_equals_the_reference(shape, smoothing, kind) -> None:
     probs = probabilities(dense(shape[0], shape[2]))
     count = shape[2] if kind == "all" else shape[2] // 2
-    signal = draws(probs, 9) if kind == "draws" else top_types(probs, count, tail=kind == "tail")
+    signal = draws(probs, 9) if kind == "draws" else top_k_signal(probs, count, tail=kind == "tail")
     for chunk_tokens, temperature in ((1, 1.0), (50, 1.0), (50, 1.5)):
         options = {"temperature": temperature, "label_smoothing": smoothing, "kd_weight": 0.7, "hard_weight": 0.4}
-        assert_twins(student(*shape), signal, terms=terms(**options), chunk_tokens=chunk_tokens)
+        assert_equals_the_reference(student(*shape), signal, terms=terms(**options), chunk_tokens=chunk_tokens)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_types_with_a_tail_give_every_divergence_over_buckets(shape, divergence, temperature) -> None:
-    signal = top_types(probabilities(dense(shape[0], shape[2]), temperature), shape[2] // 2, tail=True)
+def test_top_k_entries_with_a_tail_give_every_divergence_over_buckets(shape, divergence, temperature) -> None:
+    signal = top_k_signal(probabilities(dense(shape[0], shape[2]), temperature), shape[2] // 2, tail=True)
     for smoothing, chunk_tokens in ((0.0, 1), (0.1, 50)):
         options = {"temperature": temperature, "label_smoothing": smoothing, "kd_weight": 0.7, "hard_weight": 0.4}
-        assert_twins(student(*shape), signal, terms=terms(divergence, **options), chunk_tokens=chunk_tokens)
-    single = top_types(probabilities(dense(shape[0], shape[2], torch.float32), temperature), shape[2] // 2, tail=True)
-    assert_twins(student(*shape, torch.float32), single, terms=terms(divergence, temperature=temperature), rtol=2e-5)
+        assert_equals_the_reference(student(*shape), signal, terms=terms(divergence, **options), chunk_tokens=chunk_tokens)
+    single = top_k_signal(probabilities(dense(shape[0], shape[2], torch.float32), temperature), shape[2] // 2, tail=True)
+    assert_equals_the_reference(
+        student(*shape, torch.float32), single, terms=terms(divergence, temperature=temperature), rtol=2e-5
+    )
 
 
 def test_a_tail_goes_to_the_others_as_the_student_has_them() -> None:
-    """The slope of forward_kl is p less the distribution towards which it pulls."""
+    """The gradient of forward_kl is p less the distribution that it has as its target."""
     own = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]])
     signal = SparseSignal(torch.tensor([[3, 0], [1, -1]]), torch.tensor([[0.5, 0.2], [1.0, 0.0]]), torch.tensor([0.3, 0.0]))
     expected = torch.tensor([[0.2, 0.3 * 0.4, 0.3 * 0.6, 0.5], [0.0, 1.0, 0.0, 0.0]])
@@ -161,7 +163,7 @@ def test_a_tail_goes_to_the_others_as_the_student_has_them() -> None:
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
 def test_the_more_types_are_kept_the_nearer_the_divergence_to_the_whole_from_below(divergence) -> None:
     inputs, signal = student(123, 16, 77), dense(123, 77)
-    kept = [top_types(probabilities(signal), count, tail=True) for count in (1, 4, 16, 64)]
+    kept = [top_k_signal(probabilities(signal), count, tail=True) for count in (1, 4, 16, 64)]
     values = [outcome(linear_distillation, *inputs, each, terms=terms(divergence))[2].item() for each in (*kept, signal)]
     assert values == sorted(values)
     assert 0 < values[0] < 0.7 * values[-1]
@@ -173,7 +175,7 @@ def test_the_more_types_are_kept_the_nearer_the_divergence_to_the_whole_from_bel
 def test_all_types_kept_are_the_dense_signal(divergence, temperature) -> None:
     signal, options = dense(123, 77), {"terms": terms(divergence, temperature=temperature)}
     expected = outcome(linear_distillation, *student(123, 16, 77), signal, **options)
-    kept = top_types(probabilities(signal, temperature), 77, tail=False)
+    kept = top_k_signal(probabilities(signal, temperature), 77, tail=False)
     found = outcome(linear_distillation, *student(123, 16, 77), kept, **options)
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
@@ -185,12 +187,12 @@ def test_drawn_types_give_the_dense_gradient_on_average() -> None:
     drawn = [outcome(linear_distillation, *inputs, draws(probs, 12, seed), terms=only_kd)[-1] for seed in range(200)]
     error = [(torch.stack(drawn[:n]).mean(0) - expected).norm() / expected.norm() for n in (2, 200)]
     assert error[1] < 0.2 * error[0]
-    truncated = outcome(linear_distillation, *inputs, top_types(probs, 6, tail=False), terms=only_kd)[-1]
+    truncated = outcome(linear_distillation, *inputs, top_k_signal(probs, 6, tail=False), terms=only_kd)[-1]
     assert (truncated - expected).norm() / expected.norm() > 3 * error[1]
 
 
 def test_equals_torch() -> None:
-    """torch's own kl_div and cross_entropy, which smooths over V types instead of V - 1."""
+    """torch's own kl_div and cross_entropy, which smooths over V entries instead of V - 1."""
     features, weight, labels = student(123, 16, 77)
     signal = dense(123, 77)
     found = outcome(linear_distillation, features, weight, labels, signal, terms=terms(temperature=3.0, kd_weight=0.6))
@@ -236,7 +238,7 @@ def test_the_teachers_of_an_ensemble_are_averaged_as_probabilities() -> None:
     signal = dense(23, 19, teachers=2)
     options = {"terms": terms(temperature=2.0)}
     found = outcome(linear_distillation, *student(23, 8, 19), signal, **options)
-    kept = top_types(probabilities(signal, 2.0), 19, tail=False)
+    kept = top_k_signal(probabilities(signal, 2.0), 19, tail=False)
     torch.testing.assert_close(found, outcome(linear_distillation, *student(23, 8, 19), kept, **options), rtol=1e-11, atol=1e-11)
 
 
@@ -245,7 +247,7 @@ def test_only_selected_rows_learn_from_the_teacher() -> None:
     signal, chosen = dense(60, 19), torch.arange(60) % 3 == 0
     weights = chosen * 0.5
     for selected in (chosen, weights):
-        assert_twins((features, weight, labels), signal, terms=terms(), selected=selected)
+        assert_equals_the_reference((features, weight, labels), signal, terms=terms(), selected=selected)
     found = outcome(linear_distillation, features, weight, labels, signal, terms=terms(), selected=chosen)
     apart = replace(signal, features=[signal.features[0][chosen]])
     part = linear_distillation(features[chosen], weight, labels[chosen], apart, terms=terms(), chunk_tokens=50, selected=None)
@@ -293,11 +295,12 @@ def test_certain_models_have_finite_losses(divergence) -> None:
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("divergence", [Divergence("forward_kl"), Divergence("skew_kl", 1e-3)], ids=lambda d: d.kind)
-def test_a_student_surer_than_its_teacher_is_still_pulled_back(divergence, smoothing, temperature) -> None:
-    """Best types 5 to 95 nats above all others, so that these have masses of e^-5 to 0 in fp32; the slopes are those of fp64."""
+def test_a_student_surer_than_its_teacher_still_gets_its_gradient(divergence, smoothing, temperature) -> None:
+    """Best entries 5 to 95 nats above all others, so that these have masses of e^-5 to 0 in fp32; the slopes are those of
+    fp64."""
     gaps, generator = torch.arange(5.0, 96.0, 5.0), torch.Generator().manual_seed(2)
     logits = torch.randn(len(gaps), 1000, generator=generator)
-    signal = top_types(torch.softmax(torch.randn(len(gaps), 1000, generator=generator), 1), 12, tail=True)
+    signal = top_k_signal(torch.softmax(torch.randn(len(gaps), 1000, generator=generator), 1), 12, tail=True)
     ids, probs, tail = signal.ids, signal.probs, torch.where(torch.arange(len(gaps)) % 4 == 3, 0.0, 0.05)
     probs[:, 1], tail[2] = probs[:, 0], 1e-4
     probs[1::2, 5], ids[1::2, 5] = 0.0, -1  # a slot that is not used
@@ -309,8 +312,8 @@ def test_a_student_surer_than_its_teacher_is_still_pulled_back(divergence, smoot
     options = {"terms": terms(divergence, temperature=temperature, hard_weight=0.3, label_smoothing=smoothing), "chunk_tokens": 5}
     identity = torch.eye(1000)
     found = outcome(linear_distillation, logits.requires_grad_(), identity.requires_grad_(), labels, signal, **options)
-    wide = logits.detach().double().requires_grad_(), identity.detach().double().requires_grad_()
-    expected = outcome(reference_linear_distillation, *wide, labels, signal, **options)
+    exact = logits.detach().double().requires_grad_(), identity.detach().double().requires_grad_()
+    expected = outcome(reference_linear_distillation, *exact, labels, signal, **options)
     torch.testing.assert_close([value.double() for value in found[:4]], expected[:4], rtol=1e-5, atol=0)
     others = torch.ones(len(gaps), 1000).scatter_(1, ids.clamp_min(0), 0.0).scatter_(1, labels[:, None], 0.0).bool()
     torch.testing.assert_close(found[6].double(), expected[6], rtol=1e-5, atol=5e-6)
@@ -323,9 +326,9 @@ def test_half_precision_inputs_have_a_full_precision_loss(dtype) -> None:
     inputs = features.detach().to(dtype).requires_grad_(), (weight.detach() / 8).to(dtype).requires_grad_(), labels
     signal = dense(123, 77, dtype)
     found = outcome(linear_distillation, *inputs, signal, terms=terms(temperature=2.0))
-    wide = [tensor.detach().double().requires_grad_() for tensor in inputs[:2]]
-    wide_signal = DenseSignal([signal.features[0].double()], [signal.weights[0].double()])
-    expected = outcome(reference_linear_distillation, *wide, labels, wide_signal, terms=terms(temperature=2.0))
+    exact = [tensor.detach().double().requires_grad_() for tensor in inputs[:2]]
+    exact_signal = DenseSignal([signal.features[0].double()], [signal.weights[0].double()])
+    expected = outcome(reference_linear_distillation, *exact, labels, exact_signal, terms=terms(temperature=2.0))
     assert [value.dtype for value in found] == [torch.float32] * 6 + [dtype] * 2
     step = torch.finfo(dtype).eps
     for number, (value, target) in enumerate(zip(found, expected, strict=True)):
@@ -365,15 +368,17 @@ def test_only_wanted_gradients_are_made(learns) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kind", ["dense", "log_probs", "top"])
-def test_types_that_tie_agree_once(kind, temperature) -> None:
-    """Logits rounded to 16 bits tie often: here 2 and 6 of 9 types for the student; 2, 5, 6 are the teacher's best."""
+def test_tied_entries_agree_once(kind, temperature) -> None:
+    """Logits rounded to 16 bits tie often: here 2 and 6 of 9 entries for the student; 2, 5, 6 are the teacher's best."""
     logits, best = torch.zeros(3, 9), torch.tensor([2, 5, 6])
     logits[:, [2, 6]] = 3.0
     teacher = F.one_hot(best, 9).double() * 4
     whole = DenseSignal([teacher], [torch.eye(9, dtype=torch.float64)])
-    signal = {"dense": whole, "log_probs": log_probs(whole), "top": top_types(probabilities(whole, temperature), 4, tail=True)}[
-        kind
-    ]
+    signal = {
+        "dense": whole,
+        "log_probs": log_probs(whole),
+        "top": top_k_signal(probabilities(whole, temperature), 4, tail=True),
+    }[kind]
     inputs = (
         logits.double().requires_grad_(),
         torch.eye(9, dtype=torch.float64).requires_grad_(),
@@ -384,7 +389,7 @@ def test_types_that_tie_agree_once(kind, temperature) -> None:
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "jensen_shannon", "total_variation", "skew_kl"])
-def test_a_signal_without_the_mass_of_other_types_gives_forward_kl_alone(kind) -> None:
+def test_a_signal_without_the_mass_of_other_entries_gives_only_forward_kl(kind) -> None:
     signal = replace(draws(probabilities(dense(5, 9)), 3), with_tail=False)
     message = f"{kind} needs the mass of all vocabulary entries, but this signal lacks that of the entries left out"
     for function in (linear_distillation, reference_linear_distillation):
@@ -430,8 +435,8 @@ print(peak_kib() - before)
     [("dense", 2.0, 200), ("log_probs", 1.0, 200), ("log_probs", 2.0, 200), ("sampled", 1.0, 64), ("top", 1.0, 64)],
 )
 def test_logits_never_exist_in_full(kind: str, temperature: float, most: int) -> None:
-    """4,096 tokens x 32,768 types are 512 MiB in fp32, for each of two models; 128 at a time are 16 MiB, held ten times, or
-    thrice where the teacher has few types."""
+    """4,096 tokens x 32,768 entries are 512 MiB in fp32, for each of two models; 128 at a time are 16 MiB, held ten times, or
+    thrice if the teacher has few entries."""
     plain = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back at once, so that no hole is counted
     run = subprocess.run(
         [sys.executable, "-c", PEAK, kind, str(temperature)], capture_output=True, text=True, timeout=120, env=plain

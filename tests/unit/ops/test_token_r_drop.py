@@ -112,8 +112,8 @@ def test_half_precision_inputs_have_full_precision_sums(dtype) -> None:
     weight = (weight.detach() / 8).to(dtype).requires_grad_()  # logits below 3, so rounded by little more than one step
     options = {"alpha": 1.0, "label_smoothing": 0.1, "chunk_tokens": 50}
     ours = outcome(linear_r_drop, features, weight, labels, token_weights=token_weights, **options)
-    wide = [tensor.detach().double().requires_grad_() for tensor in (features, weight)]
-    expected = outcome(reference_linear_r_drop, *wide, labels, token_weights=token_weights.double(), **options)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (features, weight)]
+    expected = outcome(reference_linear_r_drop, *exact, labels, token_weights=token_weights.double(), **options)
     step = torch.finfo(dtype).eps
     assert [value.dtype for value in ours] == [torch.float32] * 3 + [dtype] * 2
     for value, target in zip(ours, expected, strict=True):
@@ -162,7 +162,7 @@ print(peak_kib() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the resident memory is read from Linux's /proc")
 def test_logits_never_exist_in_full() -> None:
-    """2 x 1,024 tokens x 65,536 types are 512 MiB in fp32; a chunk of 256 is 64 MiB, and three times that is needed."""
+    """2 x 1,024 tokens x 65,536 entries are 512 MiB in fp32; a chunk of 256 is 64 MiB, and three times that is needed."""
     run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     peak_mib = int(run.stdout) / 1024

@@ -18,7 +18,7 @@ from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy
 from dstrain.ops.token_loss.distillation import linear_distillation
 from dstrain.ops.token_loss.r_drop import linear_r_drop
 from dstrain.ops.vocabulary import VocabularySlice
-from tests.unit.ops.test_token_distillation import dense, draws, log_probs, probabilities, student, terms, top_types
+from tests.unit.ops.test_token_distillation import dense, draws, log_probs, probabilities, student, terms, top_k_signal
 
 VOCAB_SIZE = 77
 CUTS = {1: [0, 77], 2: [0, 30, 77], 4: [0, 1, 30, 31, 77]}
@@ -171,7 +171,7 @@ def test_distillation_of_slices(divergence: Divergence, temperature: float) -> N
     features, weight, labels = student(23, 8, VOCAB_SIZE)
     teacher = dense(23, VOCAB_SIZE, teachers=2)
     probs = probabilities(teacher, temperature)
-    signals: list[Signal] = [teacher, log_probs(teacher, 2.0), top_types(probs, 12, tail=True), draws(probs, 12)]
+    signals: list[Signal] = [teacher, log_probs(teacher, 2.0), top_k_signal(probs, 12, tail=True), draws(probs, 12)]
     selected = torch.arange(23) % 3 != 0
     for signal in signals:
         options = {"terms": terms(divergence, temperature=temperature, hard_weight=0.6, kd_weight=0.7), "selected": selected}
