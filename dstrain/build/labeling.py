@@ -56,9 +56,8 @@ def pseudo_label(options: LabelOptions, report: Callable[[str], object] = logger
 
     >>> from pathlib import Path
     >>> from dstrain.api import LabelOptions, pseudo_label
-    >>> teacher, data = Path("run/bundles/best"), Path("data")
-    >>> manifest = pseudo_label(LabelOptions(teacher=teacher, data=data, output=Path("labeled"), beam_size=2))
-    >>> train = manifest.splits["train"]
+    >>> options = LabelOptions(teacher=Path("run/bundles/best"), data=Path("data"), output=Path("labeled"), max_repeats=20)
+    >>> train = pseudo_label(options).splits["train"]
     >>> train.pairs_read == train.rows + sum(train.dropped.values())
     True
     """

@@ -49,7 +49,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
 
     >>> from pathlib import Path
     >>> from dstrain.api import TrainOptions, load_recipe, train
-    >>> recipe = load_recipe("tiny.yaml", ["training.max_steps=2"])
+    >>> recipe = load_recipe("tiny.yaml", ["training.max_steps=30"])
     >>> train(recipe, TrainOptions(data=Path("data"), output=Path("run"), device="cpu"))
     0
     """

@@ -55,6 +55,13 @@ def prepare(config: DataConfig, output: Path, *, workers: int, overwrite: bool =
     `overwrite`. progress: show a bar on stderr if that is a terminal.
 
     Raises DataError for any fault of the text, the tokenizer, the output directory or the disk.
+
+    >>> from pathlib import Path
+    >>> from dstrain.api import load_recipe, prepare
+    >>> recipe = load_recipe("tiny.yaml")
+    >>> report = prepare(recipe.data, Path("data"), workers=1, progress=False)
+    >>> report.shared, report.source_vocab_size
+    (True, 120)
     """
     output = Path(output)
     with locked_output(output, busy=partial(_busy, output)):

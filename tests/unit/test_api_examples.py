@@ -1,0 +1,47 @@
+"""The verbs as Python functions: every docstring example of `dstrain.api` is run, in the order of a first training."""
+
+import doctest
+from pathlib import Path
+
+import pytest
+
+from dstrain import api
+from dstrain.recipe_file import dump_recipe, load_recipe
+
+VERBS = ("prepare", "train", "dump_logits", "pseudo_label", "validate", "generate_file")
+TINY = (
+    "data.train.0.num_pairs=60",
+    "data.valid.0.num_pairs=5",
+    "data.test={}",
+    "data.tokenizer.vocab_size=120",
+    "batching.tokens_per_step=256",
+    "batching.max_tokens=256",
+    "model.model_dim=16",
+    "model.encoder={depth: 1, num_heads: 2, ffn_dim: 32}",
+    "model.decoder={depth: 1, num_heads: 2, ffn_dim: 32}",
+    "schedule.warmup_steps=10",
+    "optimizer.learning_rate=0.01",
+    "validation.every=30",
+    "checkpoint.every=30",
+    "generation.beam_size=10",
+    "generation.length_penalty=-5.0",  # of a model that has learned next to nothing, only short outputs end
+    "generation.max_length_ratio=1.0",
+    "generation.max_length_offset=0",
+)
+
+
+def test_every_docstring_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tiny.yaml").write_text(dump_recipe(load_recipe("translation/quickstart", TINY)))
+    (tmp_path / "in.txt").write_text("the dog sleeps .\n\nthe cat sees the dog .\n")
+    monkeypatch.chdir(tmp_path)
+    for name in VERBS:
+        examples = doctest.DocTestFinder(recurse=False).find(getattr(api, name), name, globs={})
+        assert examples[0].examples, f"{name} has no example"
+        output: list[str] = []
+        result = doctest.DocTestRunner().run(examples[0], out=output.append)
+        assert result.failed == 0, "".join(output)
+
+
+def test_every_public_name_is_documented() -> None:
+    assert set(VERBS) < set(api.__all__)
+    assert all(getattr(api, name).__doc__ for name in api.__all__)
