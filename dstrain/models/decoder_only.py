@@ -93,7 +93,7 @@ class DecoderOnly(nn.Module):
         if source is not None:
             raise ValueError("a decoder-only model reads source and target as one sequence; let a Collator join them")
         x = self.target_embedding(target.tokens, 0 if target.positions is None else target.positions)
-        return ModelOutput(self._run(x, self.target_attention_bias.whole(target, x), capture=capture), None)
+        return ModelOutput(self._run(x, self.target_attention_bias.for_sequences(target, x), capture=capture), None)
 
     def _run(
         self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None, capture: ActivationCapture | None = None
@@ -135,7 +135,7 @@ class DecoderOnly(nn.Module):
         if source is not None and lengths is not None and width > 0:
             prompt = Sequences(cache.inputs(source.tokens[:, :width], moved=False), lengths)
             x = self.target_embedding(prompt.tokens, 0)
-            self._run(x, self.target_attention_bias.whole(prompt, x), cache)
+            self._run(x, self.target_attention_bias.for_sequences(prompt, x), cache)
             cache.advance(width)
         if lengths is not None and lengths.device.type == "cpu" and bool((lengths == width).all()):
             lengths = None
@@ -148,20 +148,20 @@ class DecoderOnly(nn.Module):
     def step(self, tokens: Tensor, state: DecodingState) -> Tensor:
         """Feed the next inputs. tokens: (N, t) -> logits after each, (N, t, V). state: made by `start`."""
         assert isinstance(state, DecoderOnlyState)
-        inputs = state.cache.inputs(tokens, self.target_attention_bias.moves(state.cache.length + tokens.shape[1]))
+        inputs = state.cache.inputs(tokens, self.target_attention_bias.invalidates_cache(state.cache.length + tokens.shape[1]))
         past, new = state.cache.length, inputs.shape[1]
-        query, keys, gap = _places(state, new)
+        query, keys, gap = _decoding_positions(state, new)
         x = self.target_embedding(inputs, query)
         mask = causal_bias(new, past + new, x.dtype, x.device) if new > 1 else None
         if gap is not None:
             hidden_gap = mask_bias(gap, x.dtype)[:, None, None, :]  # (N, 1, 1, past + t)
             mask = hidden_gap if mask is None else torch.minimum(mask, hidden_gap)
-        hidden = self._run(x, self.target_attention_bias.step(query, keys, past + new, mask, x), state.cache)
+        hidden = self._run(x, self.target_attention_bias.for_decoding(query, keys, past + new, mask, x), state.cache)
         state.cache.advance(new)
         return self.project(hidden[:, -tokens.shape[1] :])
 
 
-def _places(state: DecoderOnlyState, new: int) -> tuple[Positions, Positions, Tensor | None]:
+def _decoding_positions(state: DecoderOnlyState, new: int) -> tuple[Positions, Positions, Tensor | None]:
     """Positions of `new` tokens and of all columns with them, and which columns are padding of a source, (N, columns)."""
     past, lengths = state.cache.length, state.row_lengths()
     if lengths is None:

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from dstrain.batch import ModelKind, Sequences
 from dstrain.model_output import ActivationCapture, Memory, ModelOutput
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
-from dstrain.nn.attention_bias import AttentionBias
+from dstrain.nn.attention_bias import AttentionBias, cross_attention_bias
 from dstrain.nn.cache import KeyValueCache, is_identity
 from dstrain.nn.capture import StackCapture
 from dstrain.nn.embedding import InputEmbedding, Projection
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
-from dstrain.ops.bias import causal_bias, padding_bias, segment_bias
+from dstrain.ops.bias import causal_bias, padding_bias
 from dstrain.protocols import DecodingState
 
 R = TypeVar("R")
@@ -91,7 +91,7 @@ class EncoderDecoder(nn.Module):
         memory = self.encode(source, capture)
         memory_bias = cross_attention_bias(source, target, memory.hidden.dtype)
         x = self.target_embedding(target.tokens, 0 if target.positions is None else target.positions)
-        context, hooks = self.target_attention_bias.whole(target, x), StackCapture(capture, "decoder")
+        context, hooks = self.target_attention_bias.for_sequences(target, x), StackCapture(capture, "decoder")
 
         def run(depth: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             key, value = layer.cross_attention.project_memory(memory.hidden)
@@ -103,7 +103,7 @@ class EncoderDecoder(nn.Module):
     def encode(self, source: Sequences, capture: ActivationCapture | None = None) -> Memory:
         """(B, S) -> the encoder's output, (B, S, D); positions after a row's length hold no meaning."""
         x = self.source_embedding(source.tokens, 0 if source.positions is None else source.positions)
-        context, hooks = self.source_attention_bias.whole(source, x), StackCapture(capture, "encoder")
+        context, hooks = self.source_attention_bias.for_sequences(source, x), StackCapture(capture, "encoder")
 
         def run(depth: int, layer: EncoderLayer, x: Tensor) -> Tensor:
             passed: Tensor = layer(x, context=context, hooks=hooks.layer(depth))
@@ -147,11 +147,11 @@ class EncoderDecoder(nn.Module):
     def step(self, tokens: Tensor, state: DecodingState) -> Tensor:
         """Feed the next inputs. tokens: (N, t) -> logits after each, (N, t, V). state: made by `start`."""
         assert isinstance(state, EncoderDecoderState)
-        inputs = state.target.inputs(tokens, self.target_attention_bias.moves(state.target.length + tokens.shape[1]))
+        inputs = state.target.inputs(tokens, self.target_attention_bias.invalidates_cache(state.target.length + tokens.shape[1]))
         past, width = state.target.length, inputs.shape[1]
         x = self.target_embedding(inputs, past)
         mask = causal_bias(width, past + width, x.dtype, x.device) if width > 1 else None
-        context = self.target_attention_bias.step(past, 0, past + width, mask, x)
+        context = self.target_attention_bias.for_decoding(past, 0, past + width, mask, x)
 
         def run(depth: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             key, value = state.source[depth]
@@ -168,15 +168,6 @@ def select_sentences(source: list[tuple[Tensor, Tensor]], sentences: Tensor) -> 
     """Keys and values of some sentences, each tensor once however many depths share it."""
     chosen = {id(pair): tuple(part.index_select(0, sentences) for part in pair) for pair in source}
     return [(chosen[id(pair)][0], chosen[id(pair)][1]) for pair in source]
-
-
-def cross_attention_bias(source: Sequences, target: Sequences, dtype: torch.dtype) -> Tensor | None:
-    """Hide from each decoder position the padding of its row, or in packed rows all other segments. -> (B, 1, 1 or T, S)"""
-    if source.segments is None and target.segments is None:
-        return padding_bias(source.lengths, source.tokens.shape[1], dtype)
-    if source.segments is None or target.segments is None:
-        raise ValueError("source and target must both be packed, or neither")
-    return segment_bias(target.segments, source.segments, dtype)
 
 
 def required(source: Sequences | None) -> Sequences:

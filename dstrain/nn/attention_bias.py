@@ -1,7 +1,9 @@
-"""What all self-attentions of a stack share in one forward: who sees whom, and what positions do to queries, keys and scores.
+"""Which keys a query sees in a forward pass, and how positions act on queries, keys and scores.
 
-Built once per forward by the stack's `AttentionBias`, whose parts the factory chooses: causal or bidirectional, rotary positions,
-ALiBi, or neither.
+A stack's `AttentionBias` is made by the factory (causal or bidirectional, rotary positions, ALiBi, or neither) and builds one
+`AttentionContext` per forward, for all layers. Padding, causality and segments are additive biases that compose by their minimum.
+In a packed row attention stays within a segment; in a padded row a causal stack needs no padding bias, for padding comes after
+all real tokens.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from dstrain.ops.bias import alibi_bias, causal_bias, padding_bias, segment_bias
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """causal: query t sees keys 0..t, for whole sequences without a bias. bias: added to the scores, broadcasts to (B, H, T, S).
+    """causal: query t sees keys 0..t, of whole sequences without a bias. bias: added to the scores, broadcasts to (B, H, T, S).
 
-    rotation: None leaves queries and keys alone.
+    rotation: of queries and keys; None for none.
     """
 
     causal: bool = False
@@ -40,29 +42,28 @@ class Alibi:
 
     def bias(self, query: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
         """(T,), (S,) -> (H, T, S) or (B, T), (B, S) -> (B, H, T, S)"""
-        slopes = torch.tensor(self.slopes, dtype=torch.float32, device=query.device)
+        slopes = torch.tensor(self.slopes, device=query.device)
         return alibi_bias(slopes, query, keys, lead=self.lead).to(dtype)
 
 
-class _Places(NamedTuple):
+class _Span(NamedTuple):
+    """Positions of queries and keys; an offset goes up to `end_position`."""
+
     query: Positions
     keys: Positions
     end_position: int
 
 
 class AttentionBias:
-    """causal: whether a token sees only what comes before it. rotary, alibi: None for none."""
+    """causal: whether a token sees only the tokens before it. rotary, alibi: None for none."""
 
     def __init__(self, *, causal: bool, rotary: RotaryPart | None = None, alibi: Alibi | None = None) -> None:
         self.causal = causal
         self.rotary = rotary
         self.alibi = alibi
 
-    def whole(self, sequences: Sequences, like: Tensor) -> AttentionContext:
-        """Of whole right-padded sequences; on the device and in the dtype of `like`.
-
-        A causal stack needs no padding bias: padding comes after all real tokens, so none of them sees it.
-        """
+    def for_sequences(self, sequences: Sequences, like: Tensor) -> AttentionContext:
+        """Of whole sequences, padded or packed; on the device and in the dtype of `like`."""
         width, segments = sequences.tokens.shape[1], sequences.segments
         positions = 0 if sequences.positions is None else sequences.positions
         mask, lengths = None, lambda: sequences.lengths[:, None]
@@ -74,33 +75,47 @@ class AttentionBias:
         if self.causal and not plain:
             before = causal_bias(width, width, like.dtype, like.device)
             mask = before if mask is None else torch.minimum(mask, before)
-        context = self._context(_Places(positions, positions, width), mask, lengths, like)
+        context = self._context(_Span(positions, positions, width), mask, lengths, like)
         return replace(context, causal=plain)
 
-    def step(self, query: Positions, keys: Positions, end_position: int, mask: Tensor | None, like: Tensor) -> AttentionContext:
-        """Of new tokens to all so far. query, keys: their positions, all below `reach`, up to which an offset goes.
+    def for_decoding(
+        self, query: Positions, keys: Positions, end_position: int, mask: Tensor | None, like: Tensor
+    ) -> AttentionContext:
+        """Of new tokens to all so far. query, keys: their positions, all below `end_position`, up to which an offset goes.
 
-        mask: what new tokens do not see of the keys, None if they see all.
+        mask: additive, hides keys from new tokens; None if they see all.
         """
 
         def lengths() -> Tensor:
             return torch.tensor([[end_position]], device=like.device) if isinstance(query, int) else query[:, -1:] + 1
 
-        return self._context(_Places(query, keys, end_position), mask, lengths, like)
+        return self._context(_Span(query, keys, end_position), mask, lengths, like)
 
-    def moves(self, length: int) -> bool:
-        """Whether in a sequence of `length` tokens nothing computed for the tokens before holds any more."""
-        return self.rotary is not None and self.rotary.moves(length)
+    def invalidates_cache(self, length: int) -> bool:
+        """Whether a sequence of `length` tokens changes what was computed for its earlier tokens."""
+        return self.rotary is not None and self.rotary.invalidates_cache(length)
 
     @property
     def may_invalidate_cache(self) -> bool:
         """Whether there are such lengths."""
         return isinstance(self.rotary, LengthRotary)
 
-    def _context(self, taps: _Places, mask: Tensor | None, lengths: Callable[[], Tensor], like: Tensor) -> AttentionContext:
-        rotation = None if self.rotary is None else self.rotary.rotation(taps.query, taps.end_position, lengths, like)
+    def _context(self, span: _Span, mask: Tensor | None, lengths: Callable[[], Tensor], like: Tensor) -> AttentionContext:
+        rotation = None if self.rotary is None else self.rotary.rotation(span.query, span.end_position, lengths, like)
         if self.alibi is None:
             return AttentionContext(bias=mask, rotation=rotation)
-        query, keys = (numbered(part, taps.end_position, like.device) for part in (taps.query, taps.keys))
+        query, keys = (numbered(positions, span.end_position, like.device) for positions in (span.query, span.keys))
         bias = self.alibi.bias(query, keys, like.dtype)
         return AttentionContext(bias=bias if mask is None else bias + mask, rotation=rotation)
+
+
+def cross_attention_bias(source: Sequences, target: Sequences, dtype: torch.dtype) -> Tensor | None:
+    """Hide from each decoder position the padding of its row, in packed rows all other segments. -> (B, 1, 1 or T, S)
+
+    None if nothing needs hiding. ValueError if only one side is packed.
+    """
+    if source.segments is None and target.segments is None:
+        return padding_bias(source.lengths, source.tokens.shape[1], dtype)
+    if source.segments is None or target.segments is None:
+        raise ValueError("source and target must both be packed, or neither")
+    return segment_bias(target.segments, source.segments, dtype)

@@ -2,7 +2,7 @@
 
 With fixed frequencies they are rows of a table, cached for each device and dtype. If the frequencies depend on the length of a
 sequence, each further token of a long one changes everything computed before it, so nothing can be kept from step to step;
-`moves` says when.
+`invalidates_cache` says when.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Rotary:
             return Rotation(CosSin(*(part[positions:end_position] for part in table)), self.layout)
         return Rotation(CosSin(*(part[positions].unsqueeze(1) for part in table)), self.layout)  # (B, 1, T, P)
 
-    def moves(self, length: int) -> bool:
+    def invalidates_cache(self, length: int) -> bool:
         """Never."""
         return False
 
@@ -89,7 +89,7 @@ class LengthRotary:
             self.layout,
         )
 
-    def moves(self, length: int) -> bool:
+    def invalidates_cache(self, length: int) -> bool:
         """Whether the frequencies of a sequence of `length` tokens differ from those one token before."""
         return length > self.max_static_length
 

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Batch, ModelKind
-from dstrain.build.objective import build_objective
 from dstrain.data.prepared.dataset import open_dataset
+from dstrain.distillation.build import build_distillation
 from dstrain.distillation.feature_plan import plan_features
 from dstrain.distillation.signals import TeacherSignals
 from dstrain.distillation.store.dump import ShardDraft, token_keys
 from dstrain.distillation.store.manifest import Method, SampleMethod, TopKMethod
+from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
@@ -73,7 +74,7 @@ def module_of(student: dict[str, Any], teacher: dict[str, Any], features: list[d
     config = objective_of(*features, **changes)
     signals = TeacherSignals([PlainTeacher(model_of(teacher, seed=7).double())])
     plans = plan_features(config, config_of(student), [config_of(teacher)])
-    return TrainModule(model_of(student, seed=1), build_objective(config, signals, features=plans)).double()
+    return TrainModule(model_of(student, seed=1), build_distillation(config, signals, features=plans)).double()
 
 
 @pytest.mark.parametrize("selection", SELECTIONS, ids=lambda section: section["kind"])
@@ -98,7 +99,7 @@ def test_r_drop_equals_the_padded_one(kind: ModelKind) -> None:
     """Two passes without dropout of the model, so that the masks of both layouts cannot differ."""
     tree = STUDENT if kind == "encoder_decoder" else DECODER_ONLY
     config = CrossEntropyConfig(r_drop={"alpha": 3.0}, average="sentences", chunk_tokens=5)
-    assert_equal_steps(TrainModule(model_of(tree, seed=1), build_objective(config)).double(), *both(kind))
+    assert_equal_steps(TrainModule(model_of(tree, seed=1), build_cross_entropy(config)).double(), *both(kind))
 
 
 @pytest.mark.parametrize("method", [SampleMethod(), TopKMethod(k=8)], ids=lambda method: method.kind)

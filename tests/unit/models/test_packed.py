@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Batch
-from dstrain.build.objective import build_objective
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import Model
+from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.objectives.train_module import TrainModule
@@ -60,7 +60,7 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("average", ["tokens", "sentences"])
 def test_losses_and_gradients_equal_the_padded_ones(config: EncoderDecoderConfig | DecoderOnlyConfig, average: str) -> None:
     model = small_model(config.model_copy(update={"dropout": 0.0})).double()
-    module = TrainModule(model, build_objective(CrossEntropyConfig(average=average, chunk_tokens=8)))
+    module = TrainModule(model, build_cross_entropy(CrossEntropyConfig(average=average, chunk_tokens=8)))
     padded, packed = both(model)
     assert packed.target.tokens.shape[0] == 3
     assert_close(target_hidden(model, packed), target_hidden(model, padded))

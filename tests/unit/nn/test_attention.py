@@ -57,9 +57,9 @@ def test_step_by_step_equals_at_once(key_heads: int, position: RotaryPosition | 
     view = AttentionBias(causal=True, rotary=build_rotary(position, HEAD) if position else None)
     x = torch.randn(2, 6, DIM, generator=torch.Generator().manual_seed(7))
     cache = KeyValueCache(depth=1, num_rows=2, num_heads=key_heads, max_length=6, head_dim=HEAD, like=x)
-    whole = part(x, context=view.whole(Sequences(torch.zeros(2, 6), torch.tensor([6, 6])), x))
+    whole = part(x, context=view.for_sequences(Sequences(torch.zeros(2, 6), torch.tensor([6, 6])), x))
     for place in range(6):
-        step = part(x[:, place : place + 1], context=view.step(place, 0, place + 1, None, x), cache=cache.at(0))
+        step = part(x[:, place : place + 1], context=view.for_decoding(place, 0, place + 1, None, x), cache=cache.at(0))
         cache.advance(1)
         expected = whole[:, place : place + 1]
         torch.testing.assert_close(step, expected, rtol=1e-5, atol=1e-5)
