@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,6 +19,7 @@ from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.parallel.mesh import DeviceChoice
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
+from dstrain.storage.hashing import sha256_of_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class TrainingPlan:
         return {
             **recipe_tree(self.recipe),
             "DeepSpeed file": self.deepspeed,
-            "--data": hashlib.sha256(manifest.encode()).hexdigest(),
+            "--data": sha256_of_text(manifest),
             "--base": self.base and self.base.fingerprint,
             "--teacher or --logits": list(self.objective.teachers),
             "--teacher-placement": options.teachers.placement,

@@ -25,11 +25,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert, check, write."""
     from dstrain.interop.fairseq.command_line.convert import recipe_from_command
+    from dstrain.storage.atomic import write_file
 
     recipe = recipe_from_command(args.command)
     if args.output is None:
         sys.stdout.write(recipe)
         return 0
-    args.output.write_text(recipe, encoding="utf-8")
+    write_file(args.output, recipe.encode())
     sys.stderr.writelines(line for line in recipe.splitlines(keepends=True) if line.startswith("#"))
     return 0

@@ -16,11 +16,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write both sides, one line a pair."""
     from dstrain.data.prepared.dataset import open_dataset
+    from dstrain.storage.atomic import atomic_writer
 
     dataset = open_dataset(args.data, args.split)
-    args.output.mkdir(parents=True, exist_ok=True)
     for name, line_of in (("source.txt", dataset.source_text), ("target.txt", dataset.target_text)):
-        with (args.output / name).open("w", encoding="utf-8", newline="\n") as out:
-            out.writelines(line_of(row) + "\n" for row in range(len(dataset)))
+        with atomic_writer(args.output / name) as sink:
+            for row in range(len(dataset)):
+                sink.write(f"{line_of(row)}\n".encode())
     print(f"{len(dataset)} pairs of {args.data}/{args.split} -> {args.output}/source.txt, target.txt")
     return 0

@@ -20,6 +20,7 @@ from dstrain.errors import DataError
 from dstrain.generation.formats import Answer
 from dstrain.generation.generator import TextHypothesis
 from dstrain.log import logger
+from dstrain.storage.atomic import sync
 
 CHUNK_LINES = 4096
 STANDARD = "-"
@@ -119,6 +120,7 @@ def open_output(path: str) -> Iterator[TextIO]:
         partial.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("w", encoding="utf-8", newline="\n") as out:
             yield out
+        sync(partial)
         partial.replace(path)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --output") from error
