@@ -11,7 +11,7 @@ from dstrain.config_base import Precision
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import DataManifest, load_manifest
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
-from dstrain.engine.teacher_engine import DTYPES
+from dstrain.engine.construction import COMPUTE_DTYPES
 from dstrain.errors import BundleError
 from dstrain.evaluation.validator import check_split
 
@@ -38,7 +38,7 @@ def load_teacher_source(teacher: Path, data: Path, split: str, device: str, prec
     if bundle.tokenizers is None:
         raise BundleError(f"{teacher} has no tokenizer, so it cannot be told whether the ids of {data} are its own")
     manifest.require_tokenizer(bundle.tokenizers.fingerprint, str(teacher))
-    bundle.model.to(DTYPES[precision])
+    bundle.model.to(COMPUTE_DTYPES[precision])
     dataset = open_dataset(data, split)
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
     return TeacherSource(bundle, bundle.tokenizers, chosen, bundle.fingerprint, manifest, dataset)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dstrain.checkpoint.bundle import BundleDescription, find_bundle, load_bundle
+from dstrain.checkpoint.bundle import BundleDescription, StoredBundle, find_bundle
 from dstrain.config_base import Precision
 from dstrain.data.prepared.dataset import Dataset
 from dstrain.data.prepared.manifest import DataManifest
@@ -32,6 +32,7 @@ from dstrain.distillation.store.store import LogitStore, open_store
 from dstrain.engine.teacher_engine import Placement, TeacherEngine, VocabularyMap
 from dstrain.errors import BundleError, DataError
 from dstrain.models.config import ModelConfig, VocabularySizes
+from dstrain.models.factory import build_model
 from dstrain.parallel.mesh import Mesh
 from dstrain.storage.hashing import sha256_of_file
 from dstrain.storage.parsing import parse_json, parse_yaml, read_text
@@ -55,12 +56,16 @@ class TeacherOptions:
 
 @dataclass(frozen=True)
 class PlannedTeacher:
-    """A teacher that fits. fingerprint: of its weights and, where one is used, of the vocabulary map."""
+    """A teacher that fits. fingerprint: of its weights and of the vocabulary map, if one is used."""
 
-    directory: Path
-    model: ModelConfig
+    bundle: StoredBundle
     fingerprint: str
     vocabulary: VocabularyMap | None
+
+    @property
+    def model(self) -> ModelConfig:
+        """Its architecture."""
+        return self.bundle.description.model
 
 
 def plan_teachers(
@@ -87,7 +92,7 @@ def plan_teachers(
         if not same and options.vocabulary_map is not None:
             vocabulary = read_vocabulary_map(options.vocabulary_map, sizes, description.vocabulary)
             fingerprint += sha256_of_file(options.vocabulary_map)
-        planned.append(PlannedTeacher(directory, description.model, fingerprint, vocabulary))
+        planned.append(PlannedTeacher(stored, fingerprint, vocabulary))
     if options.vocabulary_map is not None and all(teacher.vocabulary is None for teacher in planned):
         raise DataError("--vocabulary-map is not needed: every teacher has the vocabulary of the data; leave it out")
     return planned
@@ -119,10 +124,11 @@ def start_teachers(
         placement = "replicated"
     return [
         TeacherEngine(
-            load_bundle(teacher.directory).model,
+            build_model(teacher.bundle.description.model, teacher.bundle.description.vocabulary, seed=None),
             placement=placement,
             precision=precision,
             mesh=mesh,
+            weights=teacher.bundle,
             vocabulary=teacher.vocabulary,
         )
         for teacher in planned

@@ -23,8 +23,7 @@ from dstrain.evaluation.validator import Validator
 from dstrain.generation.constraints import SpecialIds
 from dstrain.log import logger
 from dstrain.models.config import VocabularySizes
-from dstrain.models.factory import build_model
-from dstrain.models.weights import load_canonical
+from dstrain.models.factory import build_model, initial_values
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
@@ -86,11 +85,12 @@ def build_engine(
 
     Raises RecipeError for an adapter without a base, or one that does not suit the model.
     """
+    seed = recipe.training.seed
     if base is not None:
-        model, weights = build_on_base(base, recipe.model, recipe.adapter, recipe.training.seed)
-        load_canonical(model, weights)
+        model, weights = build_on_base(base, recipe.model, recipe.adapter, seed)
     elif recipe.adapter is None:
-        model = build_model(recipe.model, vocabulary, seed=recipe.training.seed)
+        model = build_model(recipe.model, vocabulary, seed=None)
+        weights = initial_values(model, vocabulary, seed)
     else:
         raise RecipeError("the recipe has an adapter section, which adapts a trained model; name its bundle with --base BUNDLE")
     if mesh.world.rank == 0 and recipe.adapter is not None:
@@ -103,8 +103,9 @@ def build_engine(
         schedule=recipe.schedule,
         engine=recipe.engine,
         ema=recipe.training.ema,
-        seed=recipe.training.seed,
+        seed=seed,
         mesh=mesh,
+        weights=weights,
         base=None if base is None else base.fingerprint,
     )
 

@@ -9,13 +9,14 @@ touches them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from dstrain.engine.construction import ParameterValues
 from dstrain.fragment import Fragment
 from dstrain.parallel.group import Group
 
@@ -136,17 +137,17 @@ class Masters:
             state |= {kind: torch.zeros_like(master.detach()) for kind in MOMENTS}
         return state
 
-    def load_fp32(self, originals: Mapping[nn.Parameter, Tensor]) -> None:
-        """Start from whole fp32 weights, where DeepSpeed has made masters of their 16-bit roundings.
+    def load_fp32(self, parameters: Iterable[nn.Parameter], values: ParameterValues) -> None:
+        """Start from exact fp32 weights, read one at a time: DeepSpeed has made masters of their 16-bit roundings.
 
         Under ZeRO-3 a rank's share of a parameter is padded to equal size, and only the local setter knows of that.
         """
-        rank, size = self._replicas.rank, self._replicas.size
-        for parameter, weight in originals.items():
+        for parameter in parameters:
+            weight = values.read(parameter, device=parameter.device, dtype=torch.float32)
             if self._stage == 3:
                 share: int = cast("Any", parameter).ds_tensor.ds_numel
-                padded = nn.functional.pad(weight.flatten(), (0, share * size - weight.numel()))
-                self._deepspeed.utils.safe_set_local_fp32_param(parameter, padded.narrow(0, share * rank, share))
+                own = weight.flatten()[share * self._replicas.rank :][:share]
+                self._deepspeed.utils.safe_set_local_fp32_param(parameter, nn.functional.pad(own, (0, share - own.numel())))
             else:
                 self._deepspeed.utils.safe_set_full_fp32_param(parameter, weight)
 

@@ -4,7 +4,8 @@ A teacher is whole on every rank (`replicated`), or its parameters are partition
 while it computes (`sharded`: DeepSpeed's ZeRO-3 without an optimizer; `offloaded`: the partitions wait in CPU memory). All three
 give the same numbers, in fp32 to the last bit: DeepSpeed's own linear layer, which adds biases in another order, stays off.
 Gathered layers are freed at once, so that a rank holds its partition, the largest layer and what is being fetched for the next;
-while a signal is open, also the projection.
+while a signal is open, also the projection. Weights are read from the bundle one tensor at a time; no rank holds a sharded
+teacher whole, not even while it is loaded.
 
 A teacher is in evaluation mode, without gradient, and outside the module that the training engine owns: no optimizer, no moving
 average and no checkpoint knows of it.
@@ -16,20 +17,20 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from dstrain.batch import Batch, Sequences
 from dstrain.config_base import Precision
+from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, partition
 from dstrain.engine.launch import load_deepspeed, require_precision
 from dstrain.model_output import ActivationCapture
 from dstrain.parallel.mesh import Mesh
-from dstrain.protocols import TeacherForced
+from dstrain.protocols import TeacherForced, WeightSource
 
 Placement = Literal["replicated", "sharded", "offloaded"]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class TeacherModule(nn.Module):
 class TeacherEngine:
     """Implements `distillation.signals.Teacher`. model: an `nn.Module`, the same on every rank; the engine takes it over.
 
+    weights: the source of its parameters if it is on the meta device, None if they have values already.
+
     Raises TrainingError if DeepSpeed cannot compute in `precision` on this device.
     """
 
@@ -71,6 +74,7 @@ class TeacherEngine:
         placement: Placement,
         precision: Precision,
         mesh: Mesh,
+        weights: WeightSource | None = None,
         vocabulary: VocabularyMap | None = None,
     ) -> None:
         module = TeacherModule(model, vocabulary).eval().requires_grad_(False)
@@ -79,12 +83,14 @@ class TeacherEngine:
         self._forward: Any = module
         self._engine: Any = None
         self._gathered: Callable[[], AbstractContextManager[None]] = nullcontext
+        values, dtype = ParameterValues(module, cast("nn.Module", model), weights), COMPUTE_DTYPES[precision]
         if placement == "replicated":
-            module.to(mesh.device, DTYPES[precision])
+            fill(module, values, device=mesh.device, dtype=dtype)
             return
         deepspeed = load_deepspeed(mesh)
         require_precision(deepspeed, precision, mesh)
         config = _zero3(precision, mesh, offloaded=placement == "offloaded")
+        partition(deepspeed, module, values, config, mpu=None, device=mesh.device, dtype=dtype)
         self._engine = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
         self._engine.eval()
         self._forward = self._engine

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dstrain.batch import Batch, Size
 from dstrain.engine.config import EmaConfig, EngineConfig, OptimizerConfig, ScheduleConfig
+from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, partition
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.ema import MovingAverage
 from dstrain.engine.launch import load_deepspeed, require_precision
@@ -35,7 +36,7 @@ from dstrain.models.weights import Layouts, ParameterLayout, TensorSlice, parame
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
-from dstrain.protocols import Generative
+from dstrain.protocols import Generative, WeightSource
 from dstrain.seeding import seed_everything
 
 
@@ -43,8 +44,9 @@ class TrainEngine:
     """Owns the model, the optimizer and the moving average; implements `protocols.Resumable`.
 
     module: `TrainModule`, called with a `Batch`, built identically on every rank; parameters without `requires_grad` stay as they
-    are, and neither checkpoints nor gathered weights hold them. base: fingerprint of the weights that training began from, None
-    for random ones; a checkpoint continues on the same base alone. step: completed optimizer steps.
+    are, and neither checkpoints nor gathered weights hold them. weights: the source of the model's parameters if it is on the
+    meta device, None if they have values already. base: fingerprint of the weights that training began from, None for random
+    ones; a checkpoint continues only on the same base. step: completed optimizer steps.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class TrainEngine:
         ema: EmaConfig | None,
         seed: int,
         mesh: Mesh,
+        weights: WeightSource | None = None,
         base: str | None = None,
     ) -> None:
         config = resolve_ds_config(engine, replicas=mesh.replicas.size)
@@ -75,17 +78,20 @@ class TrainEngine:
         self._comms_logger: bool = config.get("comms_logger", {}).get("enabled", False)
         self._deepspeed = load_deepspeed(mesh, talkative=_profiles(config))
         require_precision(self._deepspeed, engine.precision, mesh)
-        module.to(mesh.device)
-        rounded = engine.precision != "fp32"
-        originals = {parameter: parameter.data for parameter in module.parameters() if parameter.requires_grad and rounded}
-        built = build_optimizer(module, optimizer)
+        built = build_optimizer(module, optimizer)  # before ZeRO-3 flattens parameters: it groups them by their dimensions
+        values, dtype = ParameterValues(module, self._model, weights), COMPUTE_DTYPES[engine.precision]
+        if self.stage == 3:
+            partition(self._deepspeed, module, values, config, mpu=mesh.mpu, device=mesh.device, dtype=dtype)
+        else:
+            fill(module, values, device=mesh.device, dtype=dtype)
         self._engine: Any = self._deepspeed.initialize(
             model=module, optimizer=built, config=config, mpu=mesh.mpu, dist_init_required=False
         )[0]
         self._masters = Masters(self._deepspeed, self._engine, self.stage, mesh.replicas)
         if isinstance(built, StableAdamW) and self.stage > 0:
             built.partition(self._masters.layouts(), lambda sums: mesh.replicas.all_reduce(sums.to(mesh.device)).to(sums.device))
-        self._masters.load_fp32(originals)
+        if engine.precision != "fp32":
+            self._masters.load_fp32([parameter for parameter in module.parameters() if parameter.requires_grad], values)
         self._average = None if ema is None else MovingAverage(self._masters.tensors, ema)
         self._reduce = LossReducer(mesh.replicas)
 
