@@ -64,11 +64,14 @@ class ParameterLayout:
 
     def read(self, source: WeightSource, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """The whole parameter in new memory; in the dtype of the source if `dtype` is None."""
-        first = source.read(self.slices[0].name)
-        value = torch.empty(self.shape, dtype=dtype or first.dtype, device=device)
-        for index, part in enumerate(self.slices):
-            tensor = first if index == 0 else source.read(part.name)
+        value: Tensor | None = None
+        for part in self.slices:
+            tensor = source.read(part.name)
+            if value is None:
+                value = torch.empty(self.shape, dtype=dtype or tensor.dtype, device=device)
             (value if part.rows is None else value[part.rows]).copy_(tensor)
+            del tensor  # freed before the next one is read
+        assert value is not None
         return value
 
 

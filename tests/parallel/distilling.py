@@ -4,6 +4,7 @@ import gc
 import hashlib
 import math
 import resource
+import weakref
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -31,7 +32,8 @@ from dstrain.models.config import (
     StackConfig,
     VocabularySizes,
 )
-from dstrain.models.factory import Model, build_model
+from dstrain.models.factory import Model, build_model, initial_values
+from dstrain.models.weights import TensorSource, to_canonical
 from dstrain.objectives.cross_entropy import CrossEntropy, target_hidden
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
@@ -87,7 +89,9 @@ def placements(mesh: Mesh) -> Report:
     found: Report = {}
     for precision in ("fp32", "bf16"):
         for placement in ("replicated", "sharded", "offloaded"):
-            engine = TeacherEngine(teacher_model(PROJECTED), placement=placement, precision=precision, mesh=mesh)
+            source = OneAtATime(to_canonical(teacher_model(PROJECTED)))
+            empty = build_model(PROJECTED, VOCABULARY, seed=None)
+            engine = TeacherEngine(empty, placement=placement, precision=precision, mesh=mesh, weights=source)
             captured = [seen(engine, collate(sentences(10 * mesh.world.rank + step))) for step in range(3)]
             found[f"{placement} {precision}"] = {
                 "digest": digest([value for pair in captured for value in pair]),
@@ -98,6 +102,18 @@ def placements(mesh: Mesh) -> Report:
             }
             engine.close()
     return found
+
+
+class OneAtATime(TensorSource):
+    """Tensors of which a reader may hold one: the next is given when the last has been freed."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """A copy of the tensor."""
+        last = vars(self).get("last", lambda: None)
+        assert last() is None, f"{name} is read while another tensor is held"
+        tensor = super().read(name).clone()
+        vars(self)["last"] = weakref.ref(tensor)
+        return tensor
 
 
 def held(engine: TeacherEngine) -> int:
@@ -233,19 +249,20 @@ def resumed_student(mesh: Mesh, *, shards: str, deepspeed: str, placement: str, 
 
 
 def resident(mesh: Mesh, *, placement: str, dim: int, depth: int) -> Report:
-    """Resident memory of this rank in MiB: before a teacher of some size, with it, and at the peak."""
+    """Resident memory of this rank in MiB: before a teacher of some size, the highest while it is built, with it, the highest."""
     load_deepspeed(mesh)  # every training process has it
     before = resident_mib()
     sizes = VocabularySizes(source=16000, target=16000)
-    model = build_model(config_of(dim=dim, ffn_dim=4 * dim, depths=(depth, depth)), sizes, seed=1)
+    model = build_model(config_of(dim=dim, ffn_dim=4 * dim, depths=(depth, depth)), sizes, seed=None)
     numbers = sum(parameter.numel() for parameter in model.parameters())
-    engine = TeacherEngine(model, placement=placement, precision="fp32", mesh=mesh)
-    del model
+    weights = initial_values(model, sizes, 1)
+    engine = TeacherEngine(model, placement=placement, precision="fp32", mesh=mesh, weights=weights)
+    built = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     for step in range(2):
         seen(engine, collate(sentences(step)))
     gc.collect()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"before": before, "with": resident_mib(), "peak": peak, "model": numbers * 4 / 2**20}
+    return {"before": before, "built": built, "with": resident_mib(), "peak": peak, "model": numbers * 4 / 2**20}
 
 
 def resident_mib() -> float:

@@ -1,0 +1,134 @@
+"""How much host memory a rank needs until the end of the first training step, above its imports.
+
+    python tools/peak_memory.py [--deepspeed zero3] [--precision fp32] [--layers 8] [--model-dim 512] [--vocabulary 8000]
+
+Starts two ranks on this machine, builds a model of 63 million parameters under the engine, as `dstrain train` does, and takes one
+step of 32 tokens. Prints one JSON line per rank, in bytes:
+
+- `built`, `peak`: highest resident memory until the engine is built, and until the first step has ended, above what the process
+  holds after its imports, joining the group and one step of a toy model (libraries are loaded on first use);
+- `share`: parameters and gradients in the precision of computing, and 12 bytes of optimizer state (fp32 weight and two moments),
+  divided by the ranks; `largest`: the largest tensor, in fp32.
+
+The ranks run with glibc's malloc set to return freed memory at once, so that the figures are what the program uses, not what the
+allocator keeps. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+WORLD_SIZE = 2
+MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def resident(key: str) -> int:
+    """`VmRSS` (now) or `VmHWM` (highest) of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1]) * 1024
+
+
+def rank(args: argparse.Namespace) -> dict[str, Any]:
+    """What this rank measures."""
+    import numpy as np
+    import torch
+
+    from dstrain.batch import Size
+    from dstrain.data.batching.collate import Collator
+    from dstrain.engine.config import AdamConfig, ConstantSchedule, EngineConfig
+    from dstrain.engine.launch import load_deepspeed
+    from dstrain.engine.training_engine import TrainEngine
+    from dstrain.models.config import (
+        DecoderStackConfig,
+        EncoderDecoderConfig,
+        PlainEmbedding,
+        RotaryPosition,
+        StackConfig,
+        VocabularySizes,
+    )
+    from dstrain.models.factory import build_model, initial_values
+    from dstrain.objectives.config import CrossEntropyConfig
+    from dstrain.objectives.cross_entropy import CrossEntropy
+    from dstrain.objectives.train_module import TrainModule
+    from dstrain.parallel.mesh import build_mesh
+
+    mesh = build_mesh("cpu")
+    load_deepspeed(mesh)
+    toy = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(toy.parameters(), fused=True)
+    mesh.world.all_reduce(toy(torch.zeros(1, 2)).sum().detach())
+    toy(torch.zeros(1, 2)).sum().backward()
+    optimizer.step()
+
+    Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts again from here
+    before = resident("VmRSS")
+    stack: dict[str, Any] = {"depth": args.layers, "num_heads": 8, "ffn_dim": 4 * args.model_dim}
+    config = EncoderDecoderConfig(
+        model_dim=args.model_dim,
+        encoder=StackConfig(**stack),
+        decoder=DecoderStackConfig(**stack),
+        norm_order="pre",
+        embedding=PlainEmbedding(tie="all"),
+        position=RotaryPosition(),
+    )
+    vocabulary = VocabularySizes(source=args.vocabulary, target=args.vocabulary)
+    model = build_model(config, vocabulary, seed=None)
+    sizes = [parameter.numel() for parameter in model.parameters()]
+    engine = TrainEngine(
+        TrainModule(model, CrossEntropy(CrossEntropyConfig())),
+        optimizer=AdamConfig(learning_rate=1e-3),
+        schedule=ConstantSchedule(),
+        engine=EngineConfig(deepspeed=args.deepspeed, precision=args.precision),
+        ema=None,
+        seed=1,
+        mesh=mesh,
+        weights=initial_values(model, vocabulary, 1),
+    )
+    built = resident("VmHWM") - before
+    ids = np.arange(16).reshape(2, 8) + 4
+    batch = Collator("encoder_decoder", pad_id=1, eos_id=2)([(row, row) for row in ids], np.arange(2))
+    report = engine.train_step([batch], Size(16 * WORLD_SIZE, 2 * WORLD_SIZE))
+    computing = 4 if args.precision == "fp32" else 2
+    return {
+        "parameters": sum(sizes),
+        "built": built,
+        "peak": resident("VmHWM") - before,
+        "share": (2 * computing + 12) * sum(sizes) // WORLD_SIZE,
+        "largest": 4 * max(sizes),
+        "loss": report.loss,
+    }
+
+
+def main() -> None:
+    """Start the ranks, or be one of them."""
+    parser = argparse.ArgumentParser(description="Peak host memory of two ranks until the end of the first training step.")
+    parser.add_argument("--deepspeed", default="zero3", help="a file of ds_configs, by name or path")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--layers", type=int, default=8, help="of the encoder and of the decoder")
+    parser.add_argument("--model-dim", type=int, default=512)
+    parser.add_argument("--vocabulary", type=int, default=8000)
+    args = parser.parse_args()
+    if "RANK" in os.environ:
+        print(json.dumps(rank(args)), flush=True)
+        os._exit(0)  # DeepSpeed's threads may hold the interpreter
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    shared = {**os.environ, **MALLOC, "WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen([sys.executable, *sys.argv], env=shared | {"RANK": str(index), "LOCAL_RANK": str(index)})
+        for index in range(WORLD_SIZE)
+    ]
+    sys.exit(max(process.wait() for process in processes))
+
+
+if __name__ == "__main__":
+    main()
