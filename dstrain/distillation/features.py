@@ -7,7 +7,8 @@ A feature is the mean over its pairs of layers of a distance (`ops/distance.py`)
                      mean once for each of its target tokens
 
 and never over padding. So it is a sum over sentences like every other loss and enters the step's one division by target tokens,
-which makes a mean of it; no padding, company, micro-batch or number of ranks moves it. It is reported before its weight.
+which makes a mean of it; padding, packing, other rows, micro-batches and the number of ranks do not change it. It is reported
+before its weight.
 
 Attention is averaged over the heads first: a student's head stands for no certain head of the teacher, which may have other heads
 and more of them, while their mean is the same thing in both. TinyBERT (Jiao et al. 2020) and MiniLM (Wang et al. 2020) pair the
@@ -56,8 +57,8 @@ class FeatureLoss(nn.Module):
         weights = source_weights(batch) if self.side == "encoder" else None
         index, teacher_index = batch.targets.index, batch.for_kind(self.teacher_kind).targets.index
         total = torch.zeros((), device=index.device)
-        for own, taught in self.taps:
-            values, goals = (capture.captured[tap].flatten(0, 1) for capture, tap in ((student, own), (teacher, taught)))
+        for own, other in self.taps:
+            values, goals = (capture.captured[tap].flatten(0, 1) for capture, tap in ((student, own), (teacher, other)))
             if weights is None:
                 values, goals = values.index_select(0, index), goals.index_select(0, teacher_index)
             distances = self.distance(self.projection(values).float(), goals.float())  # (n,) or (B * S,)
@@ -73,7 +74,7 @@ class FeatureLosses(nn.Module):
         self.losses = nn.ModuleList(FeatureLoss(plan, seed) for plan in plans)
         taps = [pair for loss in self.losses for pair in cast("FeatureLoss", loss).taps]
         self.student_taps = frozenset(own for own, _ in taps)
-        self.teacher_taps = frozenset(taught for _, taught in taps)
+        self.teacher_taps = frozenset(other for _, other in taps)
 
     def forward(self, batch: Batch, student: ActivationCapture, teacher: ActivationCapture) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, with gradient, and each feature's own by name, detached."""

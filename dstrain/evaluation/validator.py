@@ -38,7 +38,7 @@ class Evaluates(Protocol):
         ...
 
     def averaged_weights(self) -> AbstractContextManager[None]:
-        """The moving average in the place of the weights; collective."""
+        """The moving average instead of the weights; collective."""
         ...
 
     def generation_model(self, averaged: bool) -> AbstractContextManager[Generative]:
@@ -63,7 +63,7 @@ class Translates(Protocol):
 
 
 class WholeModel:
-    """A model that is whole on this one process, in the engine's place: what `dstrain validate` scores."""
+    """A model that is whole on this one process instead of an engine: what `dstrain validate` scores."""
 
     def __init__(self, module: TrainModule, model: nn.Module, device: torch.device) -> None:
         self._module = module.to(device).eval()

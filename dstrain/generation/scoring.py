@@ -1,4 +1,4 @@
-"""What a model thinks of given targets: their log-probabilities, token by token, and raw logits.
+"""Forced scoring: log-probabilities of targets, token by token, and raw logits.
 
 One forward pass over whole sequences instead of a search; a target's score is the one that search gives to the same tokens. The
 vocabulary projection runs over slices of the real positions, so memory stays at `POSITIONS` x vocabulary.
@@ -34,7 +34,7 @@ def score_targets(
 ) -> list[Hypothesis]:
     """Each target as a hypothesis of its source.
 
-    sources, targets: ids ending in EOS; a language model reads sources of EOS alone. Temperature, penalties and normalization
+    sources, targets: ids ending in EOS; a language model reads a lone EOS as the source. Temperature, penalties and normalization
     follow `config`, as in a search.
     """
     examples = [(np.array(source), np.array(target)) for source, target in zip(sources, targets, strict=True)]

@@ -119,7 +119,7 @@ class DecoderOnly(nn.Module):
 
     @torch.no_grad()
     def start(self, source: Sequences | None, *, num_sentences: int, rows_per_sentence: int, max_length: int) -> DecoderOnlyState:
-        """Read the sources, each without its final EOS, and make room for `max_length` decoder inputs after them."""
+        """Read the sources, each without its final EOS, and allocate `max_length` decoder inputs after them."""
         lengths = None if source is None else source.lengths - 1
         width = 0 if source is None else source.tokens.shape[1] - 1
         stack = self.config.decoder

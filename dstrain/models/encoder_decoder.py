@@ -124,7 +124,7 @@ class EncoderDecoder(nn.Module):
     def start(
         self, source: Sequences | None, *, num_sentences: int, rows_per_sentence: int, max_length: int
     ) -> EncoderDecoderState:
-        """Encode the source once per sentence and make room for `max_length` decoder inputs."""
+        """Encode the source once per sentence and allocate `max_length` decoder inputs."""
         source = required(source)
         hidden = self.encode(source).hidden
         stack = self.config.decoder

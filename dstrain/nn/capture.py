@@ -1,8 +1,8 @@
 """How a stack fills a `model_output.ActivationCapture`: hidden states between its layers, attention probabilities within them.
 
 Counted are passes, not stored layers: a layer that runs at several depths is seen at each. A pass that LayerDrop skips shows its
-input as its output, and its attention as computed. Probabilities exist where they are wanted alone; the attention that the model
-computes with is not touched.
+input as its output, and its attention as computed. Probabilities are computed only if they are requested; the attention that the
+model computes with is not touched.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ same objects.
 | kind | further fields |
 |---|---|
 | start | world_size, run_id, recipe |
-| train | epoch, steps, loss, nll, perplexity, one number per further sum, learning_rate, grad_norm, num_targets, |
+| train | epoch, steps, loss, nll, perplexity, one number per further metric, learning_rate, grad_norm, num_targets, |
 | | tokens_per_second, seconds, cpu_seconds, padding, skipped, eta_seconds |
 | valid | epoch, seconds, one number per score, best_score, best_step |
 | bundle | names |
@@ -16,15 +16,15 @@ same objects.
 | end | reason, exit_code, elapsed_seconds, best_score, best_step |
 
 `train` and `valid`: loss is in nats, the mean over target tokens or over sentences that the objective minimizes; nll, perplexity
-and the objective's further sums (kl: the divergence of R-Drop; hard and kd: the losses of a distillation on labels and on the
+and the objective's further metrics (kl: the divergence of R-Drop; hard and kd: the losses of a distillation on labels and on the
 teacher before their weights; feature_...: what it learns from inside the teacher, by side, kind and loss, before its weight) are
-per target token, whatever the loss is a mean over; agreement (with the teacher's best type), selected (to learn from the
-teacher) and on_policy (sampled by the student) are shares of the target tokens. Steps on the student's own samples report
-on_policy_nll, on_policy_kd and on_policy_agreement instead of their namesakes. Each such figure is over the steps that report
-it; where none does, nll and perplexity are null and the others absent.
+per target token, whatever the loss is a mean over; agreement (with the teacher's most probable token), selected (to learn from
+the teacher) and on_policy (sampled by the student) are shares of the target tokens. Steps on the student's own samples report
+on_policy_nll, on_policy_kd and on_policy_agreement instead of their namesakes. Each such figure is a mean over the micro-batches
+that report it; if none does, nll and perplexity are null and the others absent.
 
 `train`: means are over `steps` steps, tokens_per_second counts target tokens of all ranks, and seconds those spent in steps;
-cpu_seconds and padding (a share of label positions) are rank 0's own; learning_rate and grad_norm are those of the last step. A
+cpu_seconds and padding (a share of decoder positions) are rank 0's own; learning_rate and grad_norm are those of the last step. A
 number that is not finite is null.
 """
 

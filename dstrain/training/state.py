@@ -23,7 +23,7 @@ class Window:
 
     num_targets, denominator, loss_sum: over steps that were applied. sums, counts: the objective's metrics over these steps, by
     name; see `dstrain.batch.Metrics`. positions, filled: decoder positions of this rank's micro-batches, and how many of them are
-    no padding. seconds, cpu_seconds: of steps alone, without validation and saving; cpu_seconds are those of this process.
+    no padding. seconds, cpu_seconds: of steps only, without validation and saving; cpu_seconds are those of this process.
     """
 
     steps: int = 0

@@ -1,8 +1,8 @@
 """Examples -> `Batch`: one `Collator` pads or packs, joins both sides for decoder-only models and shifts labels by one.
 
 A decoder reads EOS and then its target, one token behind the labels. A decoder-only model reads both sides as one sequence, in
-which the EOS of the source is the first input of the target; a source of EOS alone adds nothing. Everything is counted here, on
-the CPU, so that nothing later waits for a GPU.
+which the EOS of the source is the first input of the target; a source that is a lone EOS adds nothing. Everything is counted
+here, on the CPU, so that nothing later waits for a GPU.
 
 Choice: all tokens of a side are written at once through computed indices; there is no loop over examples. 264 pairs of 15 tokens
 take half a millisecond.

@@ -1,7 +1,7 @@
 """Batches of one rank: endless for training, made ahead in the background; once through for evaluation.
 
 Every rank plans every step, which is cheap and needs no communication, and reads only the examples of its own micro-batches.
-The place in the plan is all the state there is: a loader started at (epoch, step) goes on as the interrupted one would have.
+The position in the plan is all the state: a loader started at (epoch, step) goes on as the interrupted one would have.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Examples(Protocol):
 
 
 class Steps(Protocol):
-    """All steps from some place on, over epoch ends without end, each with this rank's micro-batches."""
+    """All steps from some position in the plan on, epoch after epoch, each with this rank's micro-batches."""
 
     def __iter__(self) -> Iterator[tuple[PlannedStep, Sequence[Batch]]]:
         """The steps in order."""

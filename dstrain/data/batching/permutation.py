@@ -20,7 +20,7 @@ _DOUBLE_ROUNDS = 4
 
 
 class Permutation:
-    """A bijection of 0..size-1 drawn by `seed`: place -> element."""
+    """A bijection of 0..size-1 drawn by `seed`: index -> element."""
 
     def __init__(self, size: int, seed: int) -> None:
         self.size = size
@@ -34,7 +34,7 @@ class Permutation:
         self._rounds = [(table(self._columns, self._rows), table(self._rows, self._columns)) for _ in range(_DOUBLE_ROUNDS)]
 
     def elements(self, start: int, stop: int) -> IntArray:
-        """The elements at places start..stop-1; (stop - start,) int64."""
+        """The elements at indices start..stop-1; (stop - start,) int64."""
         cells = self._shuffle(np.arange(start, stop))
         outside = np.flatnonzero(cells >= self.size)
         while outside.size:

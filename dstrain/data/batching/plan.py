@@ -1,13 +1,13 @@
 """Which examples make up each optimizer step, and how a step is cut into micro-batches.
 
-Choice: a step is a number of target tokens, whatever the number of devices. An epoch walks through the examples in a computed
+Choice: a step is a number of target tokens, whatever the number of devices. An epoch takes the examples in a computed
 random order (`permutation.py`), window by window. Within a window the examples are sorted by their longer side, then by how much
 longer the source is than the target, and cut into buckets of sentences of similar lengths, all about equally full; a step takes
 `tokens_per_step / bucket_tokens` of them, drawn at random from as many ranges of length, so that every step holds short and long
 sentences and its micro-batches little padding. A step of one bucket holds one length only, and the length of what such a model
-writes swings from step to step; a moving average of the weights (training.ema) stills that. The steps change places at random. A
+writes swings from step to step; a moving average of the weights (training.ema) stills that. The steps are shuffled. A
 window is used up before the next begins: no example is dropped, none waits, and no step is a mere remainder.
-The steps depend on (seed, epoch, lengths, tokens_per_step, bucket_tokens, shuffle_window) alone; the number of ranks and
+The steps depend on (seed, epoch, lengths, tokens_per_step, bucket_tokens, shuffle_window) only; the number of ranks and
 `max_tokens` only decide how each is cut into micro-batches.
 
 Cost: the memory of one window, however long the corpus, and about 0.1 s per million examples. Nothing here reads a text.
@@ -38,7 +38,7 @@ Lengths = npt.NDArray[np.integer[Any]]
 class PlannedStep:
     """One optimizer step of all ranks together.
 
-    index: its place in the epoch, from 0. examples: (n,) int64, rows of the data set. num_targets: their target tokens.
+    index: in the epoch, from 0. examples: (n,) int64, lines of the data set. num_targets: their target tokens.
     last_of_epoch: whether the epoch ends here.
     """
 
@@ -87,11 +87,11 @@ class StepPlan:
         index = 0
         for first, last in self._windows:
             steps = self._steps_of_window(order.elements(first, last), derive_seed(self.seed, "buckets", epoch, first))
-            places = Permutation(len(steps), derive_seed(self.seed, "steps", epoch, first))
+            order_of_steps = Permutation(len(steps), derive_seed(self.seed, "steps", epoch, first))
             final = index + len(steps) - 1 if last == order.size else None
-            for place in places.elements(0, places.size):
+            for number in order_of_steps.elements(0, order_of_steps.size):
                 if index >= start:
-                    examples = steps[place]
+                    examples = steps[number]
                     num_targets = int(self.target_lengths[examples].sum(dtype=np.int64))
                     yield PlannedStep(epoch, index, examples, num_targets, last_of_epoch=index == final)
                 index += 1
@@ -145,7 +145,7 @@ def micro_batches(
     Returns a multiple of `num_ranks` groups of similar lengths, as few as `max_tokens` allows, the costliest as cheap as can be:
     the ranks wait for one another. A group costs rows x (its longest source or target), for a decoder-only model rows x
     (longest source + longest target - 1). Groups are empty only where there are fewer examples than groups. Every example must
-    fit into `max_tokens` alone, which `StepPlan` has checked.
+    fit into `max_tokens` by itself, which `StepPlan` has checked.
     """
     examples, widths = _sort_by_width(step_examples, source_lengths, target_lengths, kind)
     count = -(-len(_fill(widths, max_tokens)) // num_ranks) * num_ranks
@@ -164,13 +164,13 @@ def micro_batches(
 def evaluation_batches(
     source_lengths: Lengths, target_lengths: Lengths, max_tokens: int, *, kind: ModelKind = "encoder_decoder"
 ) -> list[IntArray]:
-    """Every example once, in batches of similar lengths that cost at most `max_tokens`; a longer example is a batch alone."""
+    """Every example once, in batches of similar lengths that cost at most `max_tokens`; a longer example is its own batch."""
     examples, widths = _sort_by_width(np.arange(len(target_lengths)), source_lengths, target_lengths, kind)
     return [examples[start:end] for start, end in pairwise([0, *_fill(widths, max_tokens)])]
 
 
 def batches_by_length(lengths: Sequence[int], rows: Iterable[int], max_tokens: int) -> list[list[int]]:
-    """`rows` in batches of similar lengths that cost at most `max_tokens`, the longest first; a longer row is a batch alone.
+    """`rows` in batches of similar lengths that cost at most `max_tokens`, the longest first; a longer row is a batch of its own.
 
     lengths: of every row, by its number. The longest come first so that a batch that does not fit into memory fails at once.
     """
@@ -182,8 +182,8 @@ def batches_by_length(lengths: Sequence[int], rows: Iterable[int], max_tokens: i
 def _cut_evenly(totals: IntArray, capacity: int) -> list[int]:
     """Bounds of the fewest pieces of at most `capacity`, each as near to an even share of what is left as that allows.
 
-    totals: (n + 1,) running sums, from 0, of ascending numbers; a number above `capacity` is a piece alone. Filling pieces from
-    the right end backwards gives their number, and how far left each may begin at most so that the rest still fits.
+    totals: (n + 1,) running sums, from 0, of ascending numbers; a number above `capacity` is a piece of its own. Filling pieces
+    from the right end backwards gives their number, and how far left each may begin at most so that the rest still fits.
     """
     size = len(totals) - 1
     leftmost = [size]
@@ -202,7 +202,7 @@ def _cut_evenly(totals: IntArray, capacity: int) -> list[int]:
 
 
 def _deal(buckets: list[IntArray], per_step: int, seed: int) -> list[list[IntArray]]:
-    """Steps of `per_step` buckets, one from each range of length; where the buckets do not go round, the lack is spread.
+    """Steps of `per_step` buckets, one from each range of length; if the buckets do not go round, steps lack one in turn.
 
     buckets: by length.
     """
@@ -212,9 +212,9 @@ def _deal(buckets: list[IntArray], per_step: int, seed: int) -> list[list[IntArr
     for number in range(per_step):
         start, end = end, end + len(range(number, len(buckets), per_step))
         receivers = [step for step in range(count) if end - start == count or step != number % count]
-        places = Permutation(end - start, derive_seed(seed, "range", number))
-        for step, place in zip(receivers, places.elements(0, places.size), strict=True):
-            steps[step].append(buckets[start + place])
+        shuffled = Permutation(end - start, derive_seed(seed, "range", number))
+        for step, index in zip(receivers, shuffled.elements(0, shuffled.size), strict=True):
+            steps[step].append(buckets[start + index])
     return steps
 
 
