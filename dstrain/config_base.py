@@ -22,7 +22,7 @@ class Config(BaseModel):
 def upgrade_config(kind: type[Config], tree: Mapping[str, Any]) -> Mapping[str, Any]:
     """A resolved configuration as it would be written today: keys that came after it have their defaults.
 
-    As it is where it is not valid today.
+    Unchanged if it is not valid today.
     """
     try:
         return kind.model_validate(tree).model_dump(mode="json")

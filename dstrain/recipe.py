@@ -1,7 +1,7 @@
 """The recipe: all configurations in one tree, checked whole before anything heavy is imported.
 
-Reading a recipe file (names, `extends`, overrides, duplicate keys) stands in recipe_file.py; what is wrong with it is put into
-words by storage/explain.py. Torch-free: a recipe can be checked on a login node.
+Recipe files (names, `extends`, overrides, duplicate keys) are read by recipe_file.py; mistakes are put into words by
+storage/explain.py. Torch-free: a recipe can be checked on a login node.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.config_base import Config
-from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece, has_no_source, is_text_alone
+from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece, has_no_source, is_text_only
 from dstrain.distillation.config import ObjectiveConfig
 from dstrain.engine.config import EngineConfig, FallingSchedule, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
@@ -44,7 +44,7 @@ class Recipe(Config):
     generation: GenerationConfig = Field(default_factory=BeamSearchConfig, description="How the trained model generates text.")
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Recipe:
+    def _sections_fit(self) -> Recipe:
         problems = [
             *self._schedule_problems(),
             *self._text_problems(),
@@ -66,14 +66,14 @@ class Recipe(Config):
             )
 
     def _text_problems(self) -> Iterator[str]:
-        plain = {place: corpus.kind for place, corpus in self.data.corpora() if is_text_alone(corpus)}
+        plain = {key: corpus.kind for key, corpus in self.data.corpora() if is_text_only(corpus)}
         first = next(iter(plain), "")
         if plain and self.model.kind == "encoder_decoder":
             yield (
-                f"data.{first} is text without a source (kind: {plain[first]}), where an encoder has nothing to read; choose "
+                f"data.{first} is text without a source (kind: {plain[first]}), so an encoder has nothing to read; choose "
                 "model.kind: decoder_only, or a corpus of pairs"
             )
-        untranslatable = [place for place in plain if place.startswith("valid.") or has_no_source(self.data.train)]
+        untranslatable = [key for key in plain if key.startswith("valid.") or has_no_source(self.data.train)]
         if untranslatable and self.validation.generation is not None:
             yield (
                 f"validation.generation translates the valid split, but data.{untranslatable[0]} is text without a source (kind: "
@@ -84,7 +84,7 @@ class Recipe(Config):
 
     def _source_problems(self) -> Iterator[str]:
         """Keys of the objective that read a source, if training data has none."""
-        plain = next(((number, corpus.kind) for number, corpus in enumerate(self.data.train) if is_text_alone(corpus)), None)
+        plain = next(((number, corpus.kind) for number, corpus in enumerate(self.data.train) if is_text_only(corpus)), None)
         if plain is None:
             return
         without = f"data.train.{plain[0]} is text without a source (kind: {plain[1]})"

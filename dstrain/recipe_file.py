@@ -1,7 +1,7 @@
 """Recipes on disk: found by name or path, one `extends` level, `--set` overrides, duplicate keys refused.
 
-A merge goes key by key; where the `kind` of a part changes, the part is replaced whole, because its other keys belonged to the
-other kind. Every mistake of a recipe is reported at once.
+A merge goes key by key; if the `kind` of a section changes, the section is replaced whole, because its other keys belonged to the
+old kind. Every mistake of a recipe is reported at once.
 """
 
 from __future__ import annotations
@@ -151,33 +151,33 @@ def _override(tree: Tree, override: str) -> None:
         value = parse_yaml(text)
     except ValueError:
         raise RecipeError(f"--set {override}: {text!r} is not a YAML value; quote it") from None
-    place: Any = tree
+    node: Any = tree
     for depth, key in enumerate(keys[:-1]):
-        place = _enter(place, key, override, ".".join(keys[: depth + 1]))
-    _assign(place, keys[-1], value, override)
+        node = _enter(node, key, override, ".".join(keys[: depth + 1]))
+    _assign(node, keys[-1], value, override)
 
 
-def _enter(place: Any, key: str, override: str, path: str) -> Any:
-    if isinstance(place, list):
-        return place[_index(place, key, override)]
-    if not isinstance(place.get(key), dict | list):
-        if place.get(key) is not None:
-            raise RecipeError(f"--set {override}: {path} is the value {place[key]!r}, which has no parts")
-        place[key] = {}
-    return place[key]
+def _enter(node: Any, key: str, override: str, path: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, key, override)]
+    if not isinstance(node.get(key), dict | list):
+        if node.get(key) is not None:
+            raise RecipeError(f"--set {override}: {path} is the value {node[key]!r}, which has no keys")
+        node[key] = {}
+    return node[key]
 
 
-def _assign(place: Any, key: str, value: Any, override: str) -> None:
-    if isinstance(place, list):
-        place[_index(place, key, override)] = value
+def _assign(node: Any, key: str, value: Any, override: str) -> None:
+    if isinstance(node, list):
+        node[_index(node, key, override)] = value
     elif key == "preset":
-        place.clear()  # a preset brings all keys of its part
-        place[key] = value
+        node.clear()  # a preset brings all keys of its section
+        node[key] = value
     else:
-        place[key] = value
+        node[key] = value
 
 
-def _index(place: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(place):
-        raise RecipeError(f"--set {override}: {key!r} is no item of a list of {len(place)}; items count from 0")
+def _index(node: list[Any], key: str, override: str) -> int:
+    if not key.isdigit() or int(key) >= len(node):
+        raise RecipeError(f"--set {override}: {key!r} is no item of a list of {len(node)}; items count from 0")
     return int(key)

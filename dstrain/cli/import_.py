@@ -1,4 +1,4 @@
-"""Bring what fairseq made: a checkpoint, binarized data, or a training command.
+"""Import from fairseq: a checkpoint, binarized data, or a training command.
 
 dstrain import fairseq checkpoint_best.pt --dictionary data-bin --output BUNDLE
 dstrain import fairseq-data data-bin --output DATA
@@ -12,9 +12,9 @@ import argparse
 import importlib
 
 FORMATS = {
-    "fairseq": "turn a checkpoint of an encoder-decoder transformer into a bundle",
-    "fairseq-data": "turn binarized data (.bin, .idx, dict.*.txt) into prepared data",
-    "fairseq-args": "turn a fairseq-train command line into a recipe",
+    "fairseq": "convert a checkpoint of an encoder-decoder transformer into a bundle",
+    "fairseq-data": "convert binarized data (.bin, .idx, dict.*.txt) into prepared data",
+    "fairseq-args": "convert a fairseq-train command line into a recipe",
 }
 
 

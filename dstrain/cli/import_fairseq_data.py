@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TAG",
         help="words before the text that SentencePiece does not split, or patterns of them: '???_????' for eng_Latn and the like",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace DATA where other files made it")
+    parser.add_argument("--overwrite", action="store_true", help="replace DATA if it was made from other files")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -80,14 +80,14 @@ KINDS_WITHOUT_SOURCE = frozenset({"text", "fairseq_text"})
 """Of `PlainText` and `FairseqText`."""
 
 
-def is_text_alone(source: TextSource) -> bool:
+def is_text_only(source: TextSource) -> bool:
     """Whether a corpus is text without a source."""
     return source.kind in KINDS_WITHOUT_SOURCE
 
 
 def has_no_source(sources: Iterable[TextSource]) -> bool:
     """Whether these corpora are text without a source, all of them."""
-    return all(map(is_text_alone, sources))
+    return all(map(is_text_only, sources))
 
 
 class TrainedSentencePiece(Config):
@@ -147,7 +147,7 @@ class FairseqDictionaries(Config):
     @model_validator(mode="after")
     def _every_key_acts(self) -> FairseqDictionaries:
         if self.target is None and self.target_model is not None:
-            raise ValueError("target_model stands without target; give target, or leave both out for one tokenizer of both sides")
+            raise ValueError("target_model is set without target; give target, or leave both out for one tokenizer of both sides")
         if self.tags and self.source_model is None and self.target_model is None:
             raise ValueError("tags act before a SentencePiece model, and there is none: words stay whole anyway; leave tags out")
         return self

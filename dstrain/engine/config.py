@@ -1,6 +1,6 @@
 """Optimizer, schedule and precision: the settings of the engine that decide the result.
 
-How fast and how big (ZeRO stage, offload, buckets) stands in a DeepSpeed JSON file that `EngineConfig.deepspeed` names.
+Speed and memory (ZeRO stage, offload, buckets) are set in a DeepSpeed JSON file that `EngineConfig.deepspeed` names.
 """
 
 from __future__ import annotations

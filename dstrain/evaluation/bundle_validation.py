@@ -7,7 +7,7 @@ from pathlib import Path
 from dstrain.checkpoint.bundle import Bundle
 from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.loader import evaluation_loader
-from dstrain.data.config import DataConfig, is_text_alone
+from dstrain.data.config import DataConfig, is_text_only
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.sources.corpora import splits_of
@@ -42,7 +42,7 @@ def validate_bundle(
     if split == "train" and generation is not None:
         raise DataError("the split 'train' keeps no raw text to score translations against: add --no-generate")
     dataset = open_dataset(data, split)
-    if any(is_text_alone(corpus) for corpus in splits_of(DataConfig.model_validate(manifest.data))[split]):
+    if any(is_text_only(corpus) for corpus in splits_of(DataConfig.model_validate(manifest.data))[split]):
         _check_plain_text(split, bundle, generation)
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
     translation = build_translation(generation, bundle.model_config, dataset, bundle.tokenizers, mesh.device)

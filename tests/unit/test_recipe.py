@@ -114,7 +114,7 @@ LANGUAGE_MODEL = "language_modeling/wikitext_tiny"
 @pytest.mark.parametrize("place", ["data.train.0", "data.valid.0", "data.test.test.0"])
 def test_an_encoder_has_nothing_to_read_of_text_without_a_source(place: str) -> None:
     message = errors_of(f"{place}={TEXT}")
-    assert f"{place} is text without a source (kind: text), where an encoder has nothing to read" in message
+    assert f"{place} is text without a source (kind: text), so an encoder has nothing to read" in message
 
 
 @pytest.mark.parametrize("overrides", [[], ["data.valid.0={kind: grammar, split: valid, num_pairs: 3}"]])
@@ -189,7 +189,7 @@ def test_an_unknown_name_gets_the_nearest_one() -> None:
     ("override", "complaint"),
     [
         ("training.max_steps", "write it as section.key=value"),
-        ("training.max_steps.deeper=1", "which has no parts"),
+        ("training.max_steps.deeper=1", "which has no keys"),
         ("data.train.5.seed=1", "no item of a list of 1"),
         ("data.train.x.seed=1", "'x' is no item of a list"),
         ("training={a: [}", "is not a YAML value"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dstrain.data.config import DataConfig, FilterConfig, TextSource, is_text_alone
+from dstrain.data.config import DataConfig, FilterConfig, TextSource, is_text_only
 from dstrain.data.prepared.rows import Rows, id_dtype
 from dstrain.data.sources.corpora import PairBlock, counted_files, parse, splits_of
 from dstrain.data.sources.fairseq_binary import IdBlock, Sentences
@@ -60,7 +60,7 @@ class Encoder:
             rows = self._take_ids(corpus, block.text, with_text=evaluated)
         else:
             rows = self._encode_text(*parse(corpus, block.text))
-        has_no_source = is_text_alone(corpus)
+        has_no_source = is_text_only(corpus)
         reasons = drop_reasons(None if has_no_source else rows.source_lengths, rows.target_lengths, self._filter)
         if evaluated:
             reasons = {"empty": reasons["empty"]} if has_no_source else {}

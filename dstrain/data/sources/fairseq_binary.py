@@ -1,4 +1,4 @@
-"""What `fairseq-preprocess` wrote, mapped into memory: PREFIX.bin holds the ids of one side, PREFIX.idx says where sentences lie.
+"""Output of `fairseq-preprocess`, mapped into memory: PREFIX.bin holds the ids of one side, PREFIX.idx the bounds of sentences.
 
 Two formats, told apart by the first bytes of the index. `MMIDIDX`: lengths (int32) and byte offsets (int64); the ids have the
 type that a code names. `TNTIDX` (the older lazy and cached ones): offsets count ids, and every id is stored plus one. All numbers
@@ -45,7 +45,7 @@ class IdBlock(NamedTuple):
 
 
 class _Index(NamedTuple):
-    """dtype: of a stored id. shift: what is subtracted from it. lengths: (n,). offsets: (n,) bytes or (n + 1,) ids."""
+    """dtype: of a stored id. shift: subtracted from it. lengths: (n,). offsets: (n,) bytes or (n + 1,) ids."""
 
     dtype: np.dtype[Any]
     shift: int
@@ -54,7 +54,7 @@ class _Index(NamedTuple):
 
 
 class IndexedIds:
-    """One side of a corpus. Raises DataError naming the file where the two files are not whole and of one another."""
+    """One side of a corpus. Raises DataError naming the file if the two are incomplete or do not belong together."""
 
     def __init__(self, prefix: Path) -> None:
         index_path, ids_path = files_of_prefix(prefix)
@@ -86,7 +86,7 @@ class IndexedIds:
 
 
 class IdReader:
-    """Both sides of a corpus, or a target alone, open at pair `start`."""
+    """Both sides of a corpus, or only a target, open at pair `start`."""
 
     def __init__(self, source: Path | None, target: Path, *, start: int = 0) -> None:
         self._source = None if source is None else IndexedIds(source)
@@ -94,7 +94,7 @@ class IdReader:
         self._next = start
 
     def read(self, max_lines: int) -> IdBlock:
-        """The next pairs, at most `max_lines`; fewer where they are long."""
+        """The next pairs, at most `max_lines`; fewer if they are long."""
         count = min(max_lines, MAX_BLOCK_LINES)
         count = min(side.fitting(self._next, count) for side in (self._source, self._target) if side is not None)
         source = None if self._source is None else self._source.read(self._next, count)

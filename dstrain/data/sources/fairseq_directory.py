@@ -30,7 +30,7 @@ def fairseq_data(
 
     source, target: languages; None = those of the first directory's file names. models: SentencePiece models in front of the
     dictionaries. tags: words that these do not split. Raises DataError if a directory, a split or a dictionary is missing, or
-    holds what no pairs are.
+    holds other data than pairs.
     """
     for directory in directories:
         if not directory.is_dir():

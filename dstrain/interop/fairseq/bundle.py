@@ -32,11 +32,11 @@ def save_imported(
     tokenizers: TokenizerPair | None,
     notes: Mapping[str, Any],
 ) -> None:
-    """Write what an importer found, atomically. BundleError as `save_bundle`, and where the adapter does not fit."""
+    """Write an imported model, atomically. BundleError as `save_bundle`, and if the adapter does not fit."""
 
-    def save(place: Path) -> None:
+    def save(bundle: Path) -> None:
         save_bundle(
-            place,
+            bundle,
             model_config=model_config,
             vocabulary=vocabulary,
             weights=weights,

@@ -80,10 +80,10 @@ def _pairs(weights: Mapping[str, Tensor]) -> Pairs:
             raise ImportFormatError(f"the checkpoint has {name} but no {path}.{missing[0]}; it is incomplete")
         a, b = weights[f"{path}.lora_A"].float(), weights[f"{path}.lora_B"].float()
         a, b = (b.t().contiguous(), a.t().contiguous()) if path.rpartition(".")[2] in TOKEN_TABLES else (a, b)
-        shape, found = tuple(weights[f"{path}.weight"].shape), (len(b), a.shape[1])
-        if found != shape:
+        shape, adapted = tuple(weights[f"{path}.weight"].shape), (len(b), a.shape[1])
+        if adapted != shape:
             raise ImportFormatError(
-                f"the checkpoint's adapter of {path} is for a matrix of {found}, but it has {shape}; it is damaged"
+                f"the checkpoint's adapter of {path} is for a matrix of {adapted}, but it has {shape}; it is damaged"
             )
         pairs[path] = (a, b)
     return pairs

@@ -1,7 +1,7 @@
 """The `model` and `adapter` sections of a recipe from fairseq's options, of a checkpoint or a command line. Torch-free.
 
-A checkpoint is read faithfully: its model computes what fairseq's code computed, bugs of positions included, and what dstrain
-cannot represent is refused by name. A command line is read as its options say, with a note on every difference.
+A checkpoint is read faithfully: its model computes the same as fairseq's code, bugs of positions included, and a setting that
+dstrain cannot represent is refused by name. A command line is read as its options say, with a note on every difference.
 
 Two generations of the fork share option names. The earlier has `type` in `rope_args` and rotates whole heads by halves; the later
 has `theta` and rotates the first half of each head in neighboring pairs. ALiBi of the earlier never reached the encoder.
@@ -159,7 +159,7 @@ def _position(settings: Settings, side: str, reading: Reading) -> Tree:
         elif given == ["alibi_args"] and "type" not in values["alibi_args"]:
             values = {}  # the earlier generation applied ALiBi only without other positions
         else:
-            raise reading.refusal(given[0], settings[given[0]], "positions are added to the embeddings besides")
+            raise reading.refusal(given[0], settings[given[0]], "positions are added to the embeddings, too")
     if "rope_args" in values:
         return _rotary(values["rope_args"], reading)
     if "yarn_args" in values:

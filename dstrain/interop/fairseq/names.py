@@ -1,6 +1,6 @@
 """The key table: names of fairseq's weights and modules, those of its fork included -> canonical names.
 
-Torch-free, as the names of adapted modules stand in command lines, too.
+Torch-free, because command lines name adapted modules, too.
 """
 
 from __future__ import annotations

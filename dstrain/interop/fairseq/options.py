@@ -1,4 +1,4 @@
-"""fairseq's options that dstrain reads: kind and default of each, what an architecture sets, and where a missing one is found.
+"""fairseq's options that dstrain reads: kind and default of each, the values that an architecture sets, and inheritance.
 
 Checkpoints hold these options in a namespace, command lines in words. `Settings` reads both, model.py converts both.
 """

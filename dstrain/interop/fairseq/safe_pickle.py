@@ -1,7 +1,7 @@
-"""Foreign `.pt` files, read without running anything that they bring along.
+"""Foreign `.pt` files, read without running any code in them.
 
 A pickle may call any importable function. Torch's restricted unpickler builds tensors and plain containers only; to these we
-add what the predecessor's checkpoints hold besides: `argparse.Namespace` and numpy arrays. Everything else is refused by name.
+add the two further types of fairseq checkpoints: `argparse.Namespace` and numpy arrays. Everything else is refused by name.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ ALLOWED: list[Any] = [
 
 
 def load_pickled(path: Path) -> Any:
-    """What a `.pt` file holds, tensors on the CPU.
+    """The content of a `.pt` file, tensors on the CPU.
 
     ImportFormatError: no such file, truncated or no torch file, or a pickled class that is not allowed, named.
     """

@@ -11,7 +11,7 @@ from dstrain.checkpoint.average import average_bundles
 from dstrain.checkpoint.bundle import find_bundle, save_adapter_bundle
 from dstrain.checkpoint.task import BundleTask, task_of
 from dstrain.cli.main import main
-from dstrain.data.config import KINDS_WITHOUT_SOURCE, DataConfig, is_text_alone
+from dstrain.data.config import KINDS_WITHOUT_SOURCE, DataConfig, is_text_only
 from dstrain.errors import BundleError
 from dstrain.models.config import DecoderOnlyConfig
 from tests.unit.generation.small_bundle import make_bundle, make_decoder_only_bundle
@@ -43,7 +43,7 @@ def test_the_kinds_without_a_source_are_those_of_the_recipe() -> None:
         corpus = {"kind": kind, **{key: paths[key] for key in keys}}
         dictionaries = {"kind": "fairseq_dictionaries", "source": "d"}
         parsed = DataConfig.model_validate({"train": [corpus], "valid": [corpus], "tokenizer": dictionaries})
-        assert is_text_alone(parsed.train[0]) == (kind in KINDS_WITHOUT_SOURCE) == (len(type(parsed.train[0]).model_fields) == 2)
+        assert is_text_only(parsed.train[0]) == (kind in KINDS_WITHOUT_SOURCE) == (len(type(parsed.train[0]).model_fields) == 2)
 
 
 @pytest.mark.parametrize(

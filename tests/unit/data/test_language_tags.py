@@ -87,7 +87,7 @@ def test_tags_that_no_dictionary_has_are_refused(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ({"source": "dict.txt", "tags": ["a"]}, r"tags act before a SentencePiece model, and there is none"),
-        ({"source": "dict.txt", "target_model": "spm.model"}, r"target_model stands without target"),
+        ({"source": "dict.txt", "target_model": "spm.model"}, r"target_model is set without target"),
     ],
 )
 def test_keys_of_dictionaries_that_would_not_act_are_refused(content: dict[str, object], message: str) -> None:

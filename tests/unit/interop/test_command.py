@@ -55,7 +55,7 @@ def test_unknown_options_are_kept_with_their_values_and_the_nearest_name() -> No
     ("line", "message"),
     [
         ("data-bin --arch 'transformer", r"cannot be split into words \(No closing quotation\); quote it as a whole"),
-        ("data-bin --max-tokens", r"--max-tokens stands at the end without its value"),
+        ("data-bin --max-tokens", r"--max-tokens is the last word and has no value"),
         ("--max-tokens 4096", r"names one data directory .* found none"),
         ("one two", r"names one data directory \(several joined by ':'\), found one, two"),
         ("fairseq-hydra-train --config-dir x", r"fairseq-hydra-train reads a YAML tree"),

@@ -62,7 +62,7 @@ def parse_command(line: str) -> Command:
         elif words:
             given[name] = words.pop(0)
         else:
-            raise ImportFormatError(f"{word} stands at the end without its value; give the whole command line")
+            raise ImportFormatError(f"{word} is the last word and has no value; give the whole command line")
     if len(data) != 1:
         found = ", ".join(data) or "none"
         raise ImportFormatError(f"the command line names one data directory (several joined by ':'), found {found}; mend it")

@@ -40,7 +40,7 @@ PAIR_TASKS = {"translation", "translation_with_kd", "seq2seq_lm_distillation"}
 PLACEHOLDER = {"kind": "tsv", "path": "PAIRS.tsv"}
 HEADINGS = {
     "read": "How it was read",
-    "differs": "What fairseq did otherwise than the option says, and what dstrain does",
+    "differs": "Where fairseq differs from the option, and from dstrain",
     "lacking": "Options without a counterpart",
     "unknown": "Unknown, and not read",
 }

@@ -83,7 +83,7 @@ _REASONS = {
         tokenizer moses-source-lang moses-target-lang moses-no-dash-splits moses-no-escape bpe-codes bpe-separator
         gpt2-encoder-json gpt2-vocab-bpe bpe-vocab sentencepiece-enable-sampling sentencepiece-alpha""",
     "text is made by the tokenizer, which undoes its own splitting": "eval-bleu-detok-args eval-bleu-print-samples!",
-    "BLEU is sacreBLEU's, chrF stands beside it": "scoring",
+    "BLEU and chrF are sacreBLEU's": "scoring",
     "there is no such device": "tpu!",
     "the learning rate depends only on the step": "lr-patience lr-threshold",
     "the target is the next token": """

@@ -1,4 +1,4 @@
-"""What the reader of a converted recipe must know: how options were read, what fairseq computed instead, what a recipe lacks.
+"""Notes for the reader of a converted recipe: how options were read, where fairseq differs, and options without a counterpart.
 
 A remark is found by the name of an option or of its subject; `{name}` is filled in when the remark is made.
 """
@@ -67,7 +67,7 @@ LACKING = {
     "lr-scheduler": "a constant rate instead",
     "force-anneal": "the rate does not fall by epochs",
     "cycles": "one half cosine to the end, not several cycles",
-    "loss-scale": "constants of the loss scale stand in the DeepSpeed file, section fp16",
+    "loss-scale": "constants of the loss scale belong into the DeepSpeed file, section fp16",
     "keep-best-checkpoints": "one best bundle stays",
     "keep-other": "bundles are written every {every} {unit} only",
     "interval": "one interval, in steps",
@@ -77,7 +77,7 @@ LACKING = {
     "eval-bleu-remove-bpe": "`@@` stays in dictionary text, so BLEU is that of pieces; score files after `sed 's/@@ //g'`",
     "eval-tokenized-bleu": "BLEU is sacreBLEU's with its own tokenization",
     "valid-subset": "the split `valid` is validated; others are test sets",
-    "task": "dstrain's data are pairs, or text for a language model; put yours in the place of PAIRS.tsv",
+    "task": "dstrain's data are pairs, or text for a language model; replace PAIRS.tsv by yours",
     "lines": "an example is a line of the text, not a block of --tokens-per-sample; blank lines are left out",
     "bpe": "text is split only by dictionaries and SentencePiece; binarized data stay as they are",
 }
@@ -93,7 +93,7 @@ READ = {
         "the `wpb` of its log is the exact number"
     ),
     "deepspeed": "engine.deepspeed = {file}; swapping it does not move the loss",
-    "endless": "fairseq trained without end; training.max_epochs = {epochs} stands in",
+    "endless": "fairseq trained without end; training.max_epochs = {epochs} is taken",
     "save-interval-updates": "fairseq validates whenever it saves, and so does the recipe",
     "keep": "fairseq kept everything; two checkpoints to resume from, the {bundles} newest bundles and the best one stay",
     "tensorboard-logdir": "the files are written into RUN",
