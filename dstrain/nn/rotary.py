@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dstrain.nn.position import Positions, numbered
-from dstrain.ops.rotary import CosSin, Layout, apply_rotary, compute_cos_sin
+from dstrain.ops.rotary import CosSin, RotaryLayout, apply_rotary, compute_cos_sin
 
 Lengths = Callable[[], Tensor]
 
@@ -25,7 +25,7 @@ class Rotation:
     """The rotation of queries and new keys of one forward."""
 
     cos_sin: CosSin
-    layout: Layout
+    layout: RotaryLayout
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B, H, T, K) -> (B, H, T, K)"""
@@ -42,7 +42,7 @@ class RotaryFrequencies(NamedTuple):
 class Rotary:
     """Fixed frequencies. rotary_frequencies: makes them, float32 on the CPU."""
 
-    def __init__(self, rotary_frequencies: Callable[[], RotaryFrequencies], layout: Layout) -> None:
+    def __init__(self, rotary_frequencies: Callable[[], RotaryFrequencies], layout: RotaryLayout) -> None:
         self.rotary_frequencies = rotary_frequencies
         self.layout = layout
         self._tables: dict[tuple[torch.device, torch.dtype], CosSin] = {}
@@ -77,7 +77,9 @@ class LengthRotary:
     longest sequence up to which they do not change.
     """
 
-    def __init__(self, rotary_frequencies: Callable[[Tensor], RotaryFrequencies], layout: Layout, max_static_length: int) -> None:
+    def __init__(
+        self, rotary_frequencies: Callable[[Tensor], RotaryFrequencies], layout: RotaryLayout, max_static_length: int
+    ) -> None:
         self.rotary_frequencies = rotary_frequencies
         self.layout = layout
         self.max_static_length = max_static_length

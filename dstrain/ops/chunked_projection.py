@@ -41,8 +41,8 @@ class PerToken(Protocol):
         ...
 
 
-Targets = TypeVar("Targets", bound=PerToken)
-Targets_contra = TypeVar("Targets_contra", contravariant=True)
+TokenTargets = TypeVar("TokenTargets", bound=PerToken)
+TokenTargets_contra = TypeVar("TokenTargets_contra", contravariant=True)
 
 
 class TokenLosses(NamedTuple):
@@ -59,7 +59,7 @@ class TokenLosses(NamedTuple):
     uniform_grad: float = 0.0
 
 
-class TokenLoss(Protocol[Targets_contra]):
+class TokenLoss(Protocol[TokenTargets_contra]):
     """A loss that is a sum over tokens. It reduces over the vocabulary only by the methods of a `VocabularySlice`."""
 
     @property
@@ -68,7 +68,7 @@ class TokenLoss(Protocol[Targets_contra]):
         ...
 
     def __call__(
-        self, logits: Tensor, logit_sums: Tensor, targets: Targets_contra, vocabulary: VocabularySlice, /
+        self, logits: Tensor, logit_sums: Tensor, targets: TokenTargets_contra, vocabulary: VocabularySlice, /
     ) -> TokenLosses:
         """logits: (..., c, V), overwritten; logit_sums: (..., c, 1), their sums over the whole vocabulary."""
         ...
@@ -84,8 +84,8 @@ class ChunkedLoss(NamedTuple):
 def chunked_loss(
     features: Tensor,
     weight: Tensor,
-    loss: TokenLoss[Targets],
-    targets: Targets,
+    loss: TokenLoss[TokenTargets],
+    targets: TokenTargets,
     *,
     chunk_tokens: int,
     token_weights: Tensor | None = None,
@@ -181,7 +181,7 @@ class _Gradients:
 
 
 def _chunked_forward(
-    features: Tensor, weight: Tensor, loss: TokenLoss[Targets], targets: Targets, plan: _Plan
+    features: Tensor, weight: Tensor, loss: TokenLoss[TokenTargets], targets: TokenTargets, plan: _Plan
 ) -> tuple[ChunkedLoss, tuple[Tensor | None, Tensor | None]]:
     """The sums and, as far as needed, the gradients of loss_sum with respect to features and weight."""
     accum, num_tokens = accum_dtype(features.dtype), features.shape[-2]

@@ -131,6 +131,6 @@ ARGMAX: Op[Callable[[Tensor], Tensor]] = Op(
 OPS = (TRAINING_ATTENTION, DROPOUT, ARGMAX)
 
 
-def describe() -> str:
+def describe_kernels() -> str:
     """The table in words, a line per kernel in the order of choice."""
     return "\n".join(f"{op.name:20} {kernel.name:30} {kernel.condition(op.unit)}" for op in OPS for kernel in op.kernels)

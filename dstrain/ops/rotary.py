@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Layout = Literal["half_split", "interleaved"]
+RotaryLayout = Literal["half_split", "interleaved"]
 
 
 class CosSin(NamedTuple):
@@ -85,7 +85,7 @@ def compute_cos_sin(positions: Tensor, inv_freq: Tensor, attention_scaling: Tens
     return CosSin(cos.to(dtype), sin.to(dtype))
 
 
-def apply_rotary(x: Tensor, cos_sin: CosSin, layout: Layout) -> Tensor:
+def apply_rotary(x: Tensor, cos_sin: CosSin, layout: RotaryLayout) -> Tensor:
     """Rotate the first 2 P features of each head, leave the rest. x: (B, H, T, K) -> (B, H, T, K)"""
     cos, sin = cos_sin
     dim = 2 * cos.shape[-1]
