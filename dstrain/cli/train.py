@@ -10,7 +10,8 @@ Distillation:     dstrain train translation/multi30k_tiny_kd --data DATA --outpu
 From disk:        dstrain train translation/multi30k_tiny_kd --data DATA --output RUN --logits LOGITS
 
 RUN holds recipe.yaml, events.jsonl, checkpoints/ (for resuming) and bundles/ (models: best, last, step_...). Starting again
-with the same RUN resumes, bit for bit; a recipe that differs is refused. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first.
+with the same RUN resumes, bit for bit; on other ranks or under another ZeRO stage or precision, within rounding. A recipe that
+computes something else is refused. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first.
 Exit codes: 0 finished, 1 a mistake or a failed step, 85 saved after SIGTERM or SIGUSR1 (start again), 130 saved after Ctrl-C.
 """
 

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dstrain.checkpoint.manager import CheckpointManager
+from dstrain.checkpoint.manifest import FileEntry
+from dstrain.checkpoint.snapshot import take_snapshot
 from dstrain.errors import CheckpointError
 from dstrain.fragment import Fragment, StoredState
 from dstrain.log import logger
@@ -350,3 +353,20 @@ def test_an_engine_that_refuses_a_sound_checkpoint_is_heard(three: Path) -> None
 
     with pytest.raises(CheckpointError, match="world_size = 2"):
         manager_of(three, keep=3).load_latest(Refuses())
+
+
+def test_a_snapshot_is_written_without_the_engine_and_the_other_ranks(tmp_path: Path) -> None:
+    """The engine trains on, and is gone, before the snapshot reaches the disk, from a thread."""
+    engine = Shards("before")
+    values = engine.fragments()[0].values
+    engine.fragments = lambda: [Fragment("text/0", (6,), 0, values)]  # type: ignore[method-assign]
+    snapshot = take_snapshot(engine, 0, template)
+    values.copy_(torch.frombuffer(bytearray(b"behind"), dtype=torch.uint8))
+    del engine
+    entries: list[FileEntry] = []
+    thread = Thread(target=lambda: entries.extend(snapshot.write(tmp_path)))
+    thread.start()
+    thread.join(10)
+    assert bytes(load_file(tmp_path / "rank_00000.safetensors")["text/0"].tolist()) == b"before"
+    assert [entry.name for entry in entries] == ["rank_00000.safetensors", "template/common.txt"]
+    assert all(entry.problem(tmp_path) is None for entry in entries)
