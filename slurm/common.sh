@@ -56,8 +56,9 @@ deepspeed_on_all_nodes() {
   hosts | sed "s/\$/ slots=$(ranks_per_node)/" >"$hostfile"
   say "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)): $SLURM_JOB_NUM_NODES nodes ($SLURM_JOB_NODELIST), $(ranks_per_node) ranks each"
   say "output: $log"
+  # --ntasks, because a job that is requeued with other nodes keeps the old SLURM_NTASKS.
   # shellcheck disable=SC2016  # SLURM_NODEID is expanded by each task
-  run_step srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
+  run_step srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpu-bind=none \
     --kill-on-bad-exit=0 --wait="$SECONDS_FOR_OTHERS" --output="$log" --open-mode=append --label \
     bash -c 'trap "" USR1 TERM; exec '"${DSTRAIN_CONTAINER:-}"' deepspeed --node_rank "$SLURM_NODEID" "$@"' deepspeed \
     --log_level warning --hostfile "$hostfile" --no_ssh --num_nodes "$SLURM_JOB_NUM_NODES" --num_gpus "$(ranks_per_node)" \

@@ -77,20 +77,20 @@ def plan_reads(name: str, needed: Span, stored: Sequence[Span]) -> list[Read]:
     """
     if other := next((span.shape for span in stored if span.shape != needed.shape), None):
         raise CheckpointError(f"{name} was saved with shape {list(other)}, but this run needs {list(needed.shape)}")
-    held = sorted((run, source) for source, span in enumerate(stored) for run in span.runs())
-    for (before, _), (after, _) in pairwise(held):
+    stored_runs = sorted((run, source) for source, span in enumerate(stored) for run in span.runs())
+    for (before, _), (after, _) in pairwise(stored_runs):
         if before.start + before.length > after.start:
             raise CheckpointError(f"{name}: element {after.start} is stored twice")
-    starts = [run.start for run, _ in held]
+    starts = [run.start for run, _ in stored_runs]
     reads = []
     for run in needed.runs():
         position, stop = run.start, run.start + run.length
         index = bisect_right(starts, position) - 1
         while position < stop:
-            found, source = held[index] if 0 <= index < len(held) else (Run(0, 0, 0), 0)
-            length = min(found.start + found.length, stop) - position
-            if length <= 0 or position < found.start:
+            stored_run, source = stored_runs[index] if 0 <= index < len(stored_runs) else (Run(0, 0, 0), 0)
+            length = min(stored_run.start + stored_run.length, stop) - position
+            if length <= 0 or position < stored_run.start:
                 raise CheckpointError(f"{name}: element {position} is not stored")
-            reads.append(Read(source, found.offset + position - found.start, run.offset + position - run.start, length))
+            reads.append(Read(source, stored_run.offset + position - stored_run.start, run.offset + position - run.start, length))
             position, index = position + length, index + 1
     return reads

@@ -34,10 +34,10 @@ class StoredCheckpoint:
         self.manifest = manifest
         self._holders: dict[str, list[tuple[str, Span]]] = defaultdict(list)
         for entry in manifest.files:
-            for name, held in entry.fragments.items():
+            for name, fragment in entry.fragments.items():
                 if name not in manifest.tensors:
                     raise CheckpointError(f"{directory}: {entry.name} holds {name}, which the manifest does not list")
-                self._holders[name].append((entry.name, held.span(manifest.info(name))))
+                self._holders[name].append((entry.name, fragment.span(manifest.info(name))))
 
     @property
     def scalars(self) -> Mapping[str, Any]:
@@ -127,6 +127,6 @@ def open_checkpoint(directory: Path) -> StoredCheckpoint:
 
 
 def _listed(problem: str, names: Iterable[str]) -> list[str]:
-    found = sorted(names)
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return [f"{problem} {', '.join(found[:3])}{more}"] if found else []
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 3} more" if len(ordered) > 3 else ""
+    return [f"{problem} {', '.join(ordered[:3])}{more}"] if ordered else []

@@ -40,11 +40,11 @@ class Snapshot:
         """Write and sync the files of this rank. Raises OSError if the disk refuses."""
         entries = []
         if self.fragments:
-            held = {fragment.name: fragment for fragment in self.fragments}
-            infos = {name: info_of(fragment.values) for name, fragment in held.items()}
+            by_name = {fragment.name: fragment for fragment in self.fragments}
+            infos = {name: info_of(fragment.values) for name, fragment in by_name.items()}
             path = directory / f"rank_{self.rank:05d}.safetensors"
-            size, digest = write_tensors(path, infos, (held[name].values for name in file_order(infos)))
-            ranges = {name: FragmentRange(start=f.start, length=f.values.numel(), slice=f.slice) for name, f in held.items()}
+            size, digest = write_tensors(path, infos, (by_name[name].values for name in file_order(infos)))
+            ranges = {name: FragmentRange(start=f.start, length=f.values.numel(), slice=f.slice) for name, f in by_name.items()}
             entries.append(FileEntry(name=path.name, size=size, sha256=digest, fragments=ranges))
         if self.template is not None:
             (directory / TEMPLATE).mkdir()

@@ -45,7 +45,7 @@ class Block(NamedTuple):
     start: int
 
 
-class Held(NamedTuple):
+class Partition(NamedTuple):
     """What this rank holds of a parameter of `size` elements: [offset, offset + length), at `start` of the master."""
 
     size: int
@@ -84,33 +84,35 @@ class Masters:
         """The parameters in each flat master of stages 1 to 3."""
         layouts = {}
         for master, group in zip(self.tensors, self._groups(), strict=True):
-            held = [self._held(parameter) for parameter in group]
-            pieces = [(number, each.start, each.length) for number, each in enumerate(held) if each.length > 0]
-            layouts[master] = Layout(torch.tensor([each.size for each in held], dtype=master.dtype, device=master.device), pieces)
+            partitions = [self._partition(parameter) for parameter in group]
+            pieces = [(number, each.start, each.length) for number, each in enumerate(partitions) if each.length > 0]
+            layouts[master] = Layout(
+                torch.tensor([each.size for each in partitions], dtype=master.dtype, device=master.device), pieces
+            )
         return layouts
 
-    def _held(self, parameter: Any) -> Held:
+    def _partition(self, parameter: Any) -> Partition:
         """Under stage 3 all ranks have shares of one size, of which the last ones may be padding in part or in full."""
         if self._stage == 0:
-            return Held(parameter.numel(), 0, 0, parameter.numel())
+            return Partition(parameter.numel(), 0, 0, parameter.numel())
         if self._stage == 3:
             optimizer = self._engine.optimizer
             _, start, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
             offset = share * self._replicas.rank
-            return Held(parameter.ds_numel, offset, start, min(share, max(parameter.ds_numel - offset, 0)))
+            return Partition(parameter.ds_numel, offset, start, min(share, max(parameter.ds_numel - offset, 0)))
         if parameter._hp_mapping is None:
-            return Held(parameter.numel(), 0, 0, 0)
-        held, in_parameter = parameter._hp_mapping.hp_fragment_address, parameter._hp_mapping.lp_fragment_address
-        return Held(parameter.numel(), in_parameter.start, held.start, held.numel)
+            return Partition(parameter.numel(), 0, 0, 0)
+        in_master, in_parameter = parameter._hp_mapping.hp_fragment_address, parameter._hp_mapping.lp_fragment_address
+        return Partition(parameter.numel(), in_parameter.start, in_master.start, in_master.numel)
 
-    def _owned(self, parameter: Any) -> Held:
+    def _owned(self, parameter: Any) -> Partition:
         """What this rank holds and no other does; replicated parameters are shared out by rank."""
-        held = self._held(parameter)
+        partition = self._partition(parameter)
         if self._stage > 0:
-            return held
-        share = math.ceil(held.size / self._replicas.size)
-        start = min(share * self._replicas.rank, held.size)
-        return Held(held.size, start, start, min(share, held.size - start))
+            return partition
+        share = math.ceil(partition.size / self._replicas.size)
+        start = min(share * self._replicas.rank, partition.size)
+        return Partition(partition.size, start, start, min(share, partition.size - start))
 
     def fragments(
         self, blocks: Mapping[nn.Parameter, Sequence[Block]], average: Sequence[Tensor] | None, *, owned: bool
@@ -123,7 +125,7 @@ class Masters:
         kinds |= {kind: [self._optimizer_state(master)[kind] for master in self.tensors] for kind in MOMENTS}
         for index, group in enumerate(self._groups()):
             for parameter in group:
-                _, offset, start, length = self._owned(parameter) if owned else self._held(parameter)
+                _, offset, start, length = self._owned(parameter) if owned else self._partition(parameter)
                 for block in blocks[parameter]:
                     low, high = max(offset, block.start), min(offset + length, block.start + math.prod(block.shape))
                     for kind, tensors in kinds.items() if low < high else ():

@@ -47,6 +47,8 @@ MAY_NOT_CHANGE = {
     "validation.metric": "the best score so far is of the other metric",
 }
 """Exceptions in these sections, with the reason."""
+LAYOUT_KEYS = {"engine.deepspeed", "engine.precision"}
+"""Every checkpoint says what these were when it was written."""
 OWN_FILES = {".lock", "run.json", "run.json.tmp", "recipe.yaml.tmp"}
 """What a run that was killed while it was made may have left."""
 
@@ -207,7 +209,7 @@ def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any], upgrade: Upgrade
             + "\n".join(differences)
             + "\nundo these changes to resume, or choose another --output to train afresh"
         )
-    return tuple(f"{key}: {change}" for key, change in _changes(old, new).items())
+    return tuple(f"{key}: {change}" for key, change in _changes(old, new).items() if key not in LAYOUT_KEYS)
 
 
 def _has_begun(directory: Path) -> bool:

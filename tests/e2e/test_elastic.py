@@ -27,7 +27,7 @@ def test_a_run_continues_on_other_ranks_and_its_checkpoint_becomes_the_same_bund
     line = next(line for line in moved.splitlines() if "resuming" in line)
     assert "resuming at step 7 from " in line
     assert line.endswith(
-        ': 1 rank zero1 fp32 -> 2 ranks zero3 fp32; checkpoint.keep_bundles: 3 -> 2; engine.deepspeed: "zero1" -> "zero3"'
+        ": 1 rank zero1 fp32 -> 2 ranks zero3 fp32; checkpoint.keep_bundles: 3 -> 2; training.max_steps: 7 -> 14"
     )
     (resume,) = events(broken, "resume")
     assert (resume["layout_before"], resume["layout"]) == ("1 rank zero1 fp32", "2 ranks zero3 fp32")

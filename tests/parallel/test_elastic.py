@@ -29,7 +29,9 @@ def chain(directory: Path, layouts: list[Layout], kinds: tuple[str, ...], steps:
             }
             for kind in kinds
         ]
-        for kind, report in zip(kinds, run_ranks("legs", world_size, directory / str(number), runs=runs)[0], strict=True):
+        for kind, report in zip(
+            kinds, run_ranks("legs", world_size, directory / str(number), timeout=600, runs=runs)[0], strict=True
+        ):
             found[kind].append(report)
     return found
 

@@ -101,11 +101,14 @@ def test_what_does_not_change_the_result_may_change(tmp_path: Path, path: str, v
 
 
 def test_what_has_changed_is_told_to_whoever_resumes(tmp_path: Path) -> None:
+    """Ranks, ZeRO stage and precision stand in the checkpoint."""
     begin(tmp_path / "run")
+    recipe = changed("reporting.log_every", 10)
+    recipe["engine"]["precision"] = "bf16"
     for _ in range(2):
-        run = open_run(tmp_path / "run", changed("engine.precision", "bf16"), ALONE, data="d1")
+        run = open_run(tmp_path / "run", recipe, ALONE, data="d1")
         run.close()
-        assert run.changes == ('engine.precision: "fp32" -> "bf16"',)
+        assert run.changes == ("reporting.log_every: 50 -> 10",)
     run = open_run(tmp_path / "run", RECIPE, ALONE, data="d1")
     run.close()
     assert run.changes == ()
