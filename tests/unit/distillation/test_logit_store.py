@@ -226,7 +226,7 @@ def test_the_report_adds_up_what_the_device_worked(
 ) -> None:
     """By a clock that jumps 7 seconds a look, of which there are two a batch."""
     looks: list[float] = []
-    monkeypatch.setattr(logit_dump, "mark", lambda device: looks.append(7.0 * len(looks)) or looks[-1])
+    monkeypatch.setattr(logit_dump, "timestamp", lambda device: looks.append(7.0 * len(looks)) or looks[-1])
     report = dump(dumper(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=100))
     assert report.shards > 3
     assert report.teacher_seconds == 7.0 * len(looks) / 2
