@@ -291,7 +291,7 @@ def test_draws_teach_the_forward_divergence_alone_at_the_dumps_temperature(
     with pytest.raises(RecipeError, match=r"objective.on_policy has a teacher score what the student writes, .* remove objec"):
         store.require(fitting._replace(on_policy=True))
     with pytest.raises(
-        RecipeError, match=r"objective.features learns from inside a teacher, but .*logits keeps its probabilities"
+        RecipeError, match=r"objective.features learns from inside a teacher, but .*logits keeps only its probabilities"
     ):
         store.require(fitting._replace(features=True))
 
