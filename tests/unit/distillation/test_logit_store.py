@@ -224,7 +224,7 @@ def test_logits_that_are_not_finite_are_refused(method: Method, data: Path, tmp_
 def test_the_report_adds_up_what_the_device_worked(
     data: Path, teacher: EncoderDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that jumps 7 seconds a look, of which there are two a batch."""
+    """By a clock that jumps 7 seconds a reading, of which a batch has two."""
     looks: list[float] = []
     monkeypatch.setattr(logit_dump, "timestamp", lambda device: looks.append(7.0 * len(looks)) or looks[-1])
     report = dump(dumper(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=100))
