@@ -66,11 +66,11 @@ def test_a_job_requeued_with_another_number_of_nodes_goes_on(cluster: Cluster, d
     """Without dropout, whose masks depend on the rank, one node continues the curve of two."""
     run, whole, no_dropout = tmp_path / "run", tmp_path / "whole", "model.dropout=0.0"
     job = submit(cluster, data, run, no_dropout)
-    wait_for(lambda: len(events(run, "train")) >= 5, 120, f"five steps in {run}")
+    wait_for(lambda: len(events(run, "train")) >= 5, 240, f"five steps in {run}")
     cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", 120, f"job {job} back in the queue")
     cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1-1")
-    end = cluster.wait(job, 180)
+    end = cluster.wait(job, 300)
     assert (end["JobState"], end["Restarts"], end["NumNodes"]) == ("COMPLETED", "1", "1"), output(run)
     (resume,) = events(run, "resume")
     assert (resume["layout_before"], resume["layout"]) == ("2 ranks zero1 fp32", "1 rank zero1 fp32"), output(run)

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dstrain.checkpoint.adapter_files import read_adapter
+from dstrain.checkpoint.bundle import find_bundle, load_bundle
 from dstrain.checkpoint.consolidate import consolidate
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.checkpoint.template import BundleTemplate
@@ -21,9 +23,11 @@ from dstrain.models.config import EncoderDecoderConfig, PlainEmbedding, Vocabula
 from dstrain.models.factory import build_model
 from dstrain.models.weights import canonical_shapes, parameter_layouts
 from tests.paths import ROOT
+from tests.unit.adapters.adapted import logits
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
-from tests.unit.checkpoint.test_bundle import tokenizers
-from tests.unit.models.build import VOCABULARY, small_config
+from tests.unit.checkpoint.test_adapter_bundle import ADAPTER, make
+from tests.unit.checkpoint.test_bundle import save, tokenizers
+from tests.unit.models.build import VOCABULARY, small_config, small_model
 
 STATE = {"step": 7, "num_targets": 99, "best_score": 0.5, "epoch": 1}
 RECIPE = {"version": 1, "description": "Prüfung"}
@@ -104,6 +108,20 @@ def test_the_moving_average_is_what_bundles_hold_and_the_choice_is_free(tmp_path
         assert content(tmp_path / "found") == content(tmp_path / "expected")
 
 
+def test_an_adapter_keeps_its_reference_to_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base was named by a relative path, and the bundle lies elsewhere than the checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    save(Path("base"), small_model())
+    make(Path("runs/adapted"), Path("base"))
+    weights = read_adapter(Path("runs/adapted")).weights
+    template = BundleTemplate(small_config(), VOCABULARY, tokenizers(), RECIPE, (ADAPTER, find_bundle(Path("base"))))
+    checkpoint = checkpoint_of(Path("runs/checkpoints"), template, 3, master=weights)
+    consolidate(checkpoint, Path("other/place/bundle"))
+    template.save(Path("other/place/expected"), weights, NOTES)
+    assert content(Path("other/place/bundle")) == content(Path("other/place/expected"))
+    assert torch.equal(logits(load_bundle(Path("other/place/bundle")).model), logits(load_bundle(Path("runs/adapted")).model))
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     checkpoint = checkpoint_of(tmp_path / "c", TEMPLATE, 2, master=TRAINED)
     output = tmp_path / "bundle"
@@ -128,6 +146,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 MEASURE = """
 import sys
 from pathlib import Path
+from dstrain.checkpoint.adapter_files import read_adapter
+from dstrain.checkpoint.bundle import find_bundle, load_bundle
 from dstrain.checkpoint.consolidate import consolidate
 peak = lambda: int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 before = peak()
