@@ -84,7 +84,7 @@ class Generative(Protocol):
     """A model as generation sees it."""
 
     def start(self, source: Sequences | None, *, num_sentences: int, rows_per_sentence: int, max_length: int) -> DecodingState:
-        """Encode the source once per sentence and make room for `max_length` decoder inputs."""
+        """Encode the source once per sentence and allocate a cache of `max_length` decoder inputs."""
         ...
 
     def step(self, tokens: Tensor, state: DecodingState) -> Tensor:

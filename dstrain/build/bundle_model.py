@@ -172,10 +172,10 @@ class BundleModel:
             _refuse_sources(sources, first_line)
         tokenizer, limits = self.tokenizer, self.bundle.model_config.limits
         encoded = [[*row, tokenizer.source.eos_id] for row in tokenizer.source.encode(sources)]
-        wanted = [[*row, tokenizer.target.eos_id] for row in tokenizer.target.encode(targets)]
+        encoded_targets = [[*row, tokenizer.target.eos_id] for row in tokenizer.target.encode(targets)]
         source_ids = fitting(encoded, [limits.source] * len(encoded), truncate=truncate, first_line=first_line)
         after = [limits.target_after(len(source)) for source in source_ids]
-        target_ids = fitting(wanted, after, truncate=truncate, first_line=first_line, what="target")
+        target_ids = fitting(encoded_targets, after, truncate=truncate, first_line=first_line, what="target")
         ids = SpecialIds.of(tokenizer.target)
         scored: dict[int, TextHypothesis] = {}
         for rows in batches_by_length(longer_of(source_ids, target_ids), range(len(targets)), config.max_tokens):

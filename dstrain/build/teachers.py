@@ -160,8 +160,8 @@ def read_vocabulary_map(path: Path, student: VocabularySizes, teacher: Vocabular
 def _problem(ids: Any, student_size: int, teacher_size: int) -> str | None:
     """What is wrong with one side of a map."""
     if not isinstance(ids, list) or len(ids) != student_size:
-        found = f"{len(ids)} numbers" if isinstance(ids, list) else "no list"
-        return f"{found}, but the student has {student_size} ids; give one number for each"
+        content = f"{len(ids)} numbers" if isinstance(ids, list) else "no list"
+        return f"{content}, but the student has {student_size} ids; give one number for each"
     wrong = next((value for value in ids if type(value) is not int or not 0 <= value < teacher_size), None)
     if wrong is not None:
         return f"{wrong!r} is no id of the teacher, which has {teacher_size}"

@@ -15,7 +15,7 @@ from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.checkpoint.template import BundleTemplate
 from dstrain.config_base import upgrade_config
 from dstrain.data.batching.loader import Steps
-from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples, room_for_samples
+from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples, max_sample_length
 from dstrain.engine.training_engine import TrainEngine
 from dstrain.errors import RecipeError, TrainingError
 from dstrain.evaluation.translation import build_translation
@@ -169,7 +169,7 @@ class Training:
             student=lambda: self.engine.generation_model(averaged=False),
             ranks=self.mesh.data,
             ids=SpecialIds.of(data.tokenizers.target),
-            room=room_for_samples(
+            max_length=max_sample_length(
                 [model.limits for model in (recipe.model, *self.plan.objective.models)],
                 longest_source=int(data.train.source_lengths.max()),
                 max_tokens=recipe.batching.max_tokens,

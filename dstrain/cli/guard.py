@@ -42,5 +42,5 @@ def _let_go_of_stdout() -> None:
 
 def _described(error: OSError) -> str:
     """What the operating system refused, where, and what to look at."""
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}; check that the path exists, may be used and has room"
+    path = f"{error.filename}: " if error.filename else ""
+    return f"{path}{error.strerror or error}; check that the path exists, may be used and has room"

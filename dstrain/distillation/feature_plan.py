@@ -34,29 +34,29 @@ def plan_features(config: DistillationConfig, student: ModelConfig, teachers: Se
 
 
 def require_one_teacher(number: int) -> None:
-    """Raise RecipeError unless there is one teacher to look into."""
+    """Raise RecipeError unless there is exactly one teacher at work."""
     if number != 1:
         raise RecipeError(
-            f"objective.features learns from inside one teacher at work, but there are {number or 'none'}; name one --teacher "
-            "BUNDLE (an ensemble has no layers in common), or leave objective.features out"
+            f"objective.features needs the activations of one teacher at work, but there are {number or 'none'}; name one "
+            "--teacher BUNDLE (an ensemble has no layers in common), or leave objective.features out"
         )
 
 
 def uniform(student_depth: int, teacher_depth: int) -> dict[int, int]:
-    """Each layer of the student and the teacher's as far up, rounded up: the last learns from the last."""
+    """Each layer of the student -> the teacher's at the same relative depth, rounded up, so that the last maps to the last."""
     return {layer: -(-layer * teacher_depth // student_depth) for layer in range(1, student_depth + 1)}
 
 
 def _planned(where: str, feature: FeatureConfig, student: ModelConfig, teacher: ModelConfig) -> PlannedFeature:
-    own, taught = _stack(where, feature, student, "student"), _stack(where, feature, teacher, "teacher")
+    own, other = _stack(where, feature, student, "student"), _stack(where, feature, teacher, "teacher")
     if feature.kind == "attention" and student.kind != teacher.kind:
         raise RecipeError(
             f"{where}.kind = attention compares which tokens are looked at, but the decoder of a decoder-only model looks at the "
             f"source too: the student is {student.kind}, the teacher {teacher.kind}; choose kind: hidden_states, or leave it out"
         )
-    layers = uniform(own.depth, taught.depth) if feature.layers is None else feature.layers
+    layers = uniform(own.depth, other.depth) if feature.layers is None else feature.layers
     _require_layers(where, feature, "student", layers.keys(), own.depth)
-    _require_layers(where, feature, "teacher", layers.values(), taught.depth)
+    _require_layers(where, feature, "teacher", layers.values(), other.depth)
     return PlannedFeature(feature, tuple(layers.items()), student.model_dim, teacher.model_dim, teacher.kind)
 
 

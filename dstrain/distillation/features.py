@@ -1,22 +1,21 @@
-"""What a student learns from inside a teacher: hidden states and attention probabilities of one forward of the same tokens.
+"""Losses between activations of student and teacher: hidden states and attention probabilities of the same tokens.
 
 A feature is the mean over its pairs of layers of a distance (`ops/distance.py`) at each position, summed over
 
     decoder, cross   the scored target tokens
-    encoder          the source tokens, each of which weighs targets / sources of its own sentence, so that a sentence adds its
-                     mean once for each of its target tokens
+    encoder          the source tokens, each weighted by targets / sources of its example, so that an example adds its mean once
+                     for each of its target tokens
 
-and never over padding. So it is a sum over sentences like every other loss and enters the step's one division by target tokens,
-which makes a mean of it; padding, packing, other rows, micro-batches and the number of ranks do not change it. It is reported
-before its weight.
+and never over padding. So it is a sum over examples like every other loss, and the step's one division by target tokens makes a
+mean of it; padding, packing, other rows, micro-batches and the number of ranks do not change it. It is reported before its
+weight.
 
-Attention is averaged over the heads first: a student's head stands for no certain head of the teacher, which may have other heads
-and more of them, while their mean is the same thing in both. TinyBERT (Jiao et al. 2020) and MiniLM (Wang et al. 2020) pair the
-heads by number, which asks for equally many.
+Attention is averaged over the heads first, because heads of student and teacher do not correspond and may differ in number.
+TinyBERT (Jiao et al. 2020) and MiniLM (Wang et al. 2020) pair the heads by number, which requires equally many.
 
-Where the teacher is wider or narrower, one matrix for all layers of a feature maps the student's hidden states to its width, as
+If the teacher is wider or narrower, one matrix for all layers of a feature maps the student's hidden states to its width, as
 in TinyBERT. It belongs to the objective: optimizer and checkpoints hold it, bundles do not. Its initial values depend on the seed
-and the feature's name alone.
+and the feature's name only.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ class FeatureLoss(nn.Module):
         weights = source_weights(batch) if self.side == "encoder" else None
         index, teacher_index = batch.targets.index, batch.for_kind(self.teacher_kind).targets.index
         total = torch.zeros((), device=index.device)
-        for own, other in self.taps:
-            values, goals = (capture.captured[tap].flatten(0, 1) for capture, tap in ((student, own), (teacher, other)))
+        for tap, teacher_tap in self.taps:
+            values, goals = student.captured[tap].flatten(0, 1), teacher.captured[teacher_tap].flatten(0, 1)
             if weights is None:
                 values, goals = values.index_select(0, index), goals.index_select(0, teacher_index)
             distances = self.distance(self.projection(values).float(), goals.float())  # (n,) or (B * S,)
@@ -73,8 +72,8 @@ class FeatureLosses(nn.Module):
         super().__init__()
         self.losses = nn.ModuleList(FeatureLoss(plan, seed) for plan in plans)
         taps = [pair for loss in self.losses for pair in cast("FeatureLoss", loss).taps]
-        self.student_taps = frozenset(own for own, _ in taps)
-        self.teacher_taps = frozenset(other for _, other in taps)
+        self.student_taps = frozenset(tap for tap, _ in taps)
+        self.teacher_taps = frozenset(tap for _, tap in taps)
 
     def forward(self, batch: Batch, student: ActivationCapture, teacher: ActivationCapture) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum, with gradient, and each feature's own by name, detached."""
@@ -87,7 +86,7 @@ class FeatureLosses(nn.Module):
 
 
 def source_weights(batch: Batch) -> Tensor:
-    """What each source token counts, its example's targets / sources; 0 for padding. (B * S,) float32"""
+    """The weight of each source token, its example's targets / sources; 0 for padding. (B * S,) float32"""
     tokens, examples = batch.reading.tokens, batch.examples
     length = examples.source_length  # (b,)
     first = length.cumsum(0) - length

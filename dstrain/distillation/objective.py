@@ -55,7 +55,9 @@ class Distillation(nn.Module):
     ) -> None:
         super().__init__()
         if bool(config.features) != (features is not None):
-            raise ValueError("the features of the configuration and those given must be the same; build them from its plan")
+            raise ValueError(
+                "config.features and features must both be present or both absent; build the latter from the plan of the former"
+            )
         signals.require(signal_request(config))
         self.config = config
         self.signals = signals

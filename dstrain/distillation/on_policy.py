@@ -1,14 +1,14 @@
-"""Steps on the student's own samples: targets that the student writes, in the place of those that were planned.
+"""Steps on the student's own samples, which replace the targets that were planned.
 
-On-policy distillation after Agarwal et al., ICLR 2024, "On-Policy Distillation of Language Models". What such a step's loss is
-stands in `objectives/distillation.py`; here it gets its batches:
+On-policy distillation after Agarwal et al., ICLR 2024, "On-Policy Distillation of Language Models". The loss of such a
+step is defined in `objective.py`; this module makes its batches:
 
-- Whether a step is one follows from (seed, epoch, place in the epoch) alone, so every rank and every resume knows it.
-- The student writes with the weights it has then, not their moving average, in evaluation mode and without gradient. What it
-  draws for an example follows from the seed, the step and the example; neither its company nor the number of ranks enters, but
-  for the rounding of the logits.
-- A sample that has not ended at its length limit is cut there. All its tokens are scored, and no EOS is put after them.
-- Each rank keeps its examples and cuts them into micro-batches anew, of at most `max_tokens` padded tokens as any others. Where
+- Whether a step is on-policy depends on (seed, epoch, index in the epoch) only, so every rank and every resume knows it.
+- The student samples with its present weights, not their moving average, in evaluation mode and without gradient. The sample of
+  an example depends on the seed, the step and the example; other rows and the number of ranks enter only through the rounding of
+  the logits.
+- A sample that has not ended at its length limit is cut there. All its tokens are scored, and no EOS follows them.
+- Each rank keeps its examples and divides them into micro-batches anew, of at most `max_tokens` padded tokens like any others. If
   samples are longer than targets there are more micro-batches, not larger ones: on every rank as many as on the one that needs
   most, so that all make the same collective calls.
 
@@ -54,17 +54,17 @@ class Source(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class OwnSamples:
-    """Writes the targets of on-policy steps.
+    """Samples the targets of on-policy steps.
 
-    room: as `room_for_samples` finds it. collator: of the planned batches. max_tokens: padded tokens of a micro-batch. seed: of
-    the run. beat: called before each decoding pass.
+    max_length: tokens of a sample with its EOS, as `max_sample_length` computes it. collator: of the planned batches. max_tokens:
+    padded tokens of a micro-batch. seed: of the run. beat: called before each decoding pass.
     """
 
     config: OnPolicyConfig
     student: GenerationModel
     ranks: Ranks
     ids: SpecialIds
-    room: int
+    max_length: int
     collator: Collator
     max_tokens: int
     seed: int
@@ -72,7 +72,7 @@ class OwnSamples:
     beat: Callable[[str], None]
 
     def is_due(self, planned: PlannedStep) -> bool:
-        """Whether chance, by the seed, makes the step an on-policy one."""
+        """Whether the step is on-policy, drawn from the seed."""
         return derive_seed(self.seed, "on-policy step", planned.epoch, planned.index) < self.config.fraction * 2**63
 
     def __call__(self, planned: PlannedStep, batches: Sequence[Batch]) -> tuple[PlannedStep, list[Batch]]:
@@ -92,7 +92,7 @@ class OwnSamples:
         return replace(planned, num_targets=sum(count for _, count in shares)), made
 
     def _sources(self, batches: Sequence[Batch]) -> list[Source]:
-        """Those of all examples."""
+        """Of all examples."""
         sources = []
         for batch in batches:
             tokens, examples = batch.reading.tokens.flatten().tolist(), batch.examples
@@ -101,9 +101,9 @@ class OwnSamples:
         return sources
 
     def _limit(self, source_length: int) -> int:
-        """Tokens after which a sample is cut; one place of the room is for the EOS that the sampler then puts."""
-        wanted = int(self.config.max_length_ratio * source_length) + self.config.max_length_offset
-        return min(wanted, self.room - 1)
+        """Tokens after which a sample is cut; one is left for the EOS that the sampler appends."""
+        limit = int(self.config.max_length_ratio * source_length) + self.config.max_length_offset
+        return min(limit, self.max_length - 1)
 
     def _write(self, planned: PlannedStep, sources: Sequence[Source]) -> list[list[int]]:
         """A sample for each source, with its EOS where it has ended. Collective."""
@@ -120,7 +120,7 @@ class OwnSamples:
             for rows in batches_by_length(costs, range(len(sources)), self.max_tokens):
                 self.beat(f"sampling targets of epoch {planned.epoch}, step {planned.index} of it")
                 chosen = [sources[row] for row in rows]
-                found = sample(
+                samples = sample(
                     model,
                     Sequences(*pad([source.tokens for source in chosen], self.ids.pad)).to(self.device),
                     config=config,
@@ -128,10 +128,10 @@ class OwnSamples:
                     max_lengths=[source.limit for source in chosen],
                     sentences=[source.example for source in chosen],
                 )
-                for row, source, hypotheses in zip(rows, chosen, found, strict=True):
+                for row, source, hypotheses in zip(rows, chosen, samples, strict=True):
                     # without a finite hypothesis the model is broken, which the engine finds out on all ranks together
                     tokens = hypotheses[0].tokens if hypotheses else [self.ids.eos]
-                    targets[row] = tokens[: max(source.limit, 1)]  # without room the first state is scored
+                    targets[row] = tokens[: max(source.limit, 1)]  # if nothing fits, the first state is scored
         return targets
 
     def _batch(self, sources: Sequence[Source], targets: Sequence[Sequence[int]]) -> Batch:
@@ -142,7 +142,7 @@ class OwnSamples:
         return self.collator(examples, numbers, sampled=True)
 
 
-def room_for_samples(limits: Sequence[LengthLimits], *, longest_source: int, max_tokens: int) -> int:
+def max_sample_length(limits: Sequence[LengthLimits], *, longest_source: int, max_tokens: int) -> int:
     """The longest target that every model reads after any source, and that a micro-batch holds beside it; at least 1.
 
     limits: of the student, then of its teachers. A model that reads both as one sequence gets the longest source and the longest
@@ -153,7 +153,7 @@ def room_for_samples(limits: Sequence[LengthLimits], *, longest_source: int, max
 
 
 class OnPolicySteps:
-    """Implements `trainer.Steps`: those of `steps`, some of them with targets that the student writes when their turn comes."""
+    """Implements `trainer.Steps`: those of `steps`, some of them with targets that the student samples when they are due."""
 
     def __init__(self, steps: Steps, own_samples: OwnSamples) -> None:
         self._steps = steps
@@ -164,5 +164,5 @@ class OnPolicySteps:
             yield self._own_samples(planned, batches) if self._own_samples.is_due(planned) else (planned, batches)
 
     def close(self) -> None:
-        """No more are wanted."""
+        """Stop reading ahead."""
         self._steps.close()

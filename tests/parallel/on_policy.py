@@ -52,7 +52,7 @@ def train(mesh: Mesh, engine: TrainEngine, first: int, last: int) -> list[Report
         student=lambda: engine.generation_model(averaged=False),
         ranks=mesh.data,
         ids=SpecialIds(pad=PAD, eos=EOS, unk=3),
-        room=30,
+        max_length=30,
         collator=Collator("encoder_decoder", pad_id=PAD, eos_id=EOS),
         max_tokens=40,
         seed=11,

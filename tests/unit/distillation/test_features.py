@@ -330,13 +330,13 @@ def feature(**keys: Any) -> dict[str, Any]:
             feature(),
             STUDENT,
             [TEACHER, TEACHER],
-            "objective.features learns from inside one teacher at work, but there are 2; name one --teacher BUNDLE (an ensemble",
+            "objective.features needs the activations of one teacher at work, but there are 2; name one --teacher BUNDLE",
         ),
         (
             feature(),
             STUDENT,
             [],
-            "objective.features learns from inside one teacher at work, but there are none",
+            "objective.features needs the activations of one teacher at work, but there are none",
         ),
     ],
 )
@@ -386,7 +386,7 @@ def test_signals_are_asked_for_features() -> None:
     config = objective_of(feature())
     plans = plan_features(config, config_of(STUDENT), [config_of(TEACHER)])
     teachers = [PlainTeacher(model_of(TEACHER, seed=seed)) for seed in (1, 2)]
-    with pytest.raises(RecipeError, match="learns from inside one teacher at work, but there are 2"):
+    with pytest.raises(RecipeError, match="needs the activations of one teacher at work, but there are 2"):
         build_distillation(config, TeacherSignals(teachers), features=plans)
-    with pytest.raises(ValueError, match="must be the same"):
+    with pytest.raises(ValueError, match="must both be present or both absent"):
         build_distillation(config, TeacherSignals(teachers[:1]))

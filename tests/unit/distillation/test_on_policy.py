@@ -15,7 +15,7 @@ from dstrain.batch import Batch, ModelKind
 from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.plan import PlannedStep
 from dstrain.distillation.config import OnPolicyConfig
-from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples, room_for_samples
+from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples, max_sample_length
 from dstrain.models.config import (
     DecoderOnlyConfig,
     DecoderOnlyStackConfig,
@@ -43,7 +43,7 @@ def own_samples(
     model: object,
     *,
     ranks: object = ALONE,
-    room: int = 40,
+    max_length: int = 40,
     kind: ModelKind = "encoder_decoder",
     max_tokens: int = 40,
     **keys: Any,
@@ -53,7 +53,7 @@ def own_samples(
         student=lambda: nullcontext(cast("Generative", model)),
         ranks=cast("Ranks", ranks),
         ids=IDS,
-        room=room,
+        max_length=max_length,
         collator=Collator(kind, pad_id=IDS.pad, eos_id=IDS.eos),
         max_tokens=max_tokens,
         seed=SEED,
@@ -160,7 +160,7 @@ class Endless(ToyModel):
 
 
 def test_micro_batches_hold_max_tokens_however_long_the_samples_are() -> None:
-    work = own_samples(Endless(TYPES, seed=3), room=24, max_tokens=24, max_length_offset=100)
+    work = own_samples(Endless(TYPES, seed=3), max_length=24, max_tokens=24, max_length_offset=100)
     found = work(STEP, [batch_of(range(9))])[1]
     assert len(found) > 4
     assert all(max(batch.target.tokens.numel(), batch.reading.tokens.numel()) <= 24 for batch in found)
@@ -200,23 +200,23 @@ def test_no_model_reads_more_than_it_can() -> None:
     longest_source = max(map(len, SOURCES))
     for max_tokens, teacher in ((1000, 14), (1000, 12), (11, 14)):
         limits = [config.limits, LengthLimits(teacher, teacher, joint=True)]
-        room = room_for_samples(limits, longest_source=longest_source, max_tokens=max_tokens)
-        assert room == min(max_tokens, teacher) - longest_source + 1
-        work = own_samples(student, room=room, kind="decoder_only", max_tokens=max_tokens, max_length_offset=50)
+        longest = max_sample_length(limits, longest_source=longest_source, max_tokens=max_tokens)
+        assert longest == min(max_tokens, teacher) - longest_source + 1
+        work = own_samples(student, max_length=longest, kind="decoder_only", max_tokens=max_tokens, max_length_offset=50)
         batches = work(STEP, [batch_of(range(9), "decoder_only")])[1]
         for batch in batches:
             student(batch.source, batch.target)
             assert batch.target.tokens.shape[1] <= teacher
             assert batch.target.tokens.numel() <= max_tokens
-        assert max(map(len, written(batches).values())) == room - 1
+        assert max(map(len, written(batches).values())) == longest - 1
     apart = [LengthLimits(20, 9, joint=False), LengthLimits(20, 8, joint=False)]
-    assert room_for_samples(apart, longest_source=15, max_tokens=30) == 8
-    assert room_for_samples(apart, longest_source=15, max_tokens=15) == 8
-    assert room_for_samples(apart, longest_source=4, max_tokens=5) == 5
+    assert max_sample_length(apart, longest_source=15, max_tokens=30) == 8
+    assert max_sample_length(apart, longest_source=15, max_tokens=15) == 8
+    assert max_sample_length(apart, longest_source=4, max_tokens=5) == 5
 
 
-def test_without_room_the_first_state_is_scored() -> None:
-    found = written(own_samples(ToyModel(TYPES), room=1)(STEP, [batch_of(range(9))])[1])
+def test_if_nothing_fits_the_first_state_is_scored() -> None:
+    found = written(own_samples(ToyModel(TYPES), max_length=1)(STEP, [batch_of(range(9))])[1])
     assert set(map(tuple, found.values())) == {(IDS.eos,)}
 
 

@@ -41,7 +41,7 @@ class Beside:
 @pytest.mark.parametrize("room", [27, LONG])
 @pytest.mark.parametrize("beams", [1, 2, 5])
 def test_a_long_search_with_sentences_that_leave(beams: int, room: int) -> None:
-    pair = Beside(3, room=room)
+    pair = Beside(3, max_length=room)
     pair.step()
     pair.select(torch.arange(3).repeat_interleave(beams))
     for number in range(24):
@@ -54,7 +54,7 @@ def test_a_long_search_with_sentences_that_leave(beams: int, room: int) -> None:
 
 @pytest.mark.parametrize("room", [9, LONG])
 def test_after_a_rewind_all_entries_are_new(room: int) -> None:
-    pair = Beside(4, room=room)
+    pair = Beside(4, max_length=room)
     pair.step(3)
     pair.select(torch.tensor([1, 1, 2, 2]))
     pair.cache.length, pair.expected = 0, pair.expected[:, :, :, :, :0]
@@ -66,7 +66,7 @@ def test_after_a_rewind_all_entries_are_new(room: int) -> None:
 @pytest.mark.parametrize("room", [30, LONG + 1])
 def test_what_rows_have_in_common_stays_where_it_is(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows that were one two tokens ago, two tokens move at most, however long they are."""
-    pair, moved = Beside(4, room=room), []
+    pair, moved = Beside(4, max_length=room), []
     move = pair.cache._move
     monkeypatch.setattr(pair.cache, "_move", lambda *given: (moved.append(given[2].tolist()), move(*given)))
     monkeypatch.setattr(pair.cache, "_copy", lambda rows: pytest.fail(f"all was copied for {rows}"))
