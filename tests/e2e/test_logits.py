@@ -68,7 +68,7 @@ def test_three_shares_one_of_them_killed_make_the_same_bytes(data: Path, teacher
         assert killed.wait() == -signal.SIGKILL
     before = len(list(output.glob("*.arrow")))
     succeeds(dstrain(*words, "--shard", "2/3"))
-    fails(dstrain("dump-logits", "--merge", output), "is incomplete", "run the dump again")
+    fails(dstrain("dump-logits", "--merge", output), "is incomplete", "run `dstrain dump-logits` again")
     succeeds(dstrain(*words, "--shard", "0/3"))
     resumed = succeeds(dstrain(*words, "--shard", "1/3"))
     assert f"{before} were finished before" in resumed.stdout or "nothing to do" in resumed.stdout
