@@ -101,7 +101,7 @@ def test_a_student_trains_on_dumped_logits_as_beside_the_teacher(data: Path, tea
     fails(dstrain(*words(runs["store"], "--logits", logits)), "was begun with another teacher")
     fresh = tmp_path / "fresh"
     both = words(fresh, "--logits", logits, "--teacher", teacher)
-    fails(dstrain(*both), "--teacher and --logits are two ways to the same lesson")
+    fails(dstrain(*both), "--teacher and --logits are two sources of the same signal")
     plain = words(fresh, "--logits", logits, objective="objective={kind: cross_entropy}")
     fails(dstrain(*plain), "objective.kind = cross_entropy has no use for a teacher: leave --logits out")
     reverse = words(fresh, "--logits", logits, objective="objective={kind: distillation, divergence: {kind: reverse_kl}}")
