@@ -69,7 +69,7 @@ def test_a_job_requeued_with_another_number_of_nodes_goes_on(cluster: Cluster, d
     wait_for(lambda: len(events(run, "train")) >= 5, 240, f"five steps in {run}")
     cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     wait_for(lambda: cluster.job(job)["JobState"] == "PENDING", 120, f"job {job} back in the queue")
-    cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1-1")
+    cluster.run("scontrol", "update", f"JobId={job}", "NumNodes=1-1", "NumTasks=1")
     end = cluster.wait(job, 300)
     assert (end["JobState"], end["Restarts"], end["NumNodes"]) == ("COMPLETED", "1", "1"), output(run)
     (resume,) = events(run, "resume")
