@@ -7,14 +7,14 @@ storage/explain.py. Torch-free: a recipe can be checked on a login node.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.config_base import Config
 from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece, has_no_source, is_text_only
-from dstrain.distillation.config import ObjectiveConfig
+from dstrain.distillation.config import DistillationConfig
 from dstrain.engine.config import EngineConfig, FallingSchedule, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 from dstrain.models.config import ModelConfig
@@ -22,6 +22,7 @@ from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
 
 RECIPE_VERSION = 1
+ObjectiveConfig = Annotated[CrossEntropyConfig | DistillationConfig, Field(discriminator="kind")]
 
 
 class Recipe(Config):

@@ -1,7 +1,7 @@
 """From a recipe's objective to the objective, by its kind.
 
 A kind plans first: it checks that recipe, data and teachers fit together, without loading anything. The plan builds the objective
-once the run is open. A new kind is one planner and one line of `PLANNERS`.
+once the run is open. A new kind is one planner and one entry of `PLANNERS`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from dstrain.build.distillation import plan_distillation
 from dstrain.build.objective_plan import ObjectivePlan
 from dstrain.build.teachers import TeacherOptions
 from dstrain.build.training_data import TrainingData
-from dstrain.distillation.config import ObjectiveConfig
 from dstrain.errors import RecipeError
 from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
-from dstrain.recipe import Recipe
+from dstrain.recipe import ObjectiveConfig, Recipe
 
 
 def plan_cross_entropy(config: CrossEntropyConfig, recipe: Recipe, teachers: TeacherOptions, data: TrainingData) -> ObjectivePlan:

@@ -225,6 +225,3 @@ class DistillationConfig(Config):
     def validation(self) -> CrossEntropyConfig:
         """What is validated: the student's own loss on the labels, which needs no teacher."""
         return CrossEntropyConfig(label_smoothing=self.label_smoothing, chunk_tokens=self.chunk_tokens)
-
-
-ObjectiveConfig = Annotated[CrossEntropyConfig | DistillationConfig, Field(discriminator="kind")]

@@ -193,8 +193,13 @@ class _Factory(Generic[C]):
         return self.norm() if wanted else nn.Identity()
 
     def norm(self) -> nn.Module:
-        kind = nn.LayerNorm if self.config.norm.kind == "layer_norm" else nn.RMSNorm
-        return kind(self.config.model_dim, eps=self.config.norm.eps)
+        match self.config.norm.kind:
+            case "layer_norm":
+                return nn.LayerNorm(self.config.model_dim, eps=self.config.norm.eps)
+            case "rms_norm":
+                return nn.RMSNorm(self.config.model_dim, eps=self.config.norm.eps)
+            case other:
+                assert_never(other)
 
 
 class _EncoderDecoderFactory(_Factory[EncoderDecoderConfig]):

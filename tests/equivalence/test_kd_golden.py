@@ -19,7 +19,6 @@ from torch import Tensor
 
 from dstrain.batch import Batch
 from dstrain.distillation.build import build_distillation
-from dstrain.distillation.config import ObjectiveConfig
 from dstrain.distillation.selection import threshold
 from dstrain.distillation.signals import TeacherSignals
 from dstrain.interop.fairseq.checkpoint import convert, read_fairseq_checkpoint
@@ -30,6 +29,7 @@ from dstrain.models.weights import TensorSource, load_canonical
 from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
+from dstrain.recipe import ObjectiveConfig
 from tests.parallel.trace import recorded_batches
 from tests.paths import GOLDEN, needs_golden
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from dstrain.batch import Batch, Size
 from dstrain.checkpoint.manifest import read_manifest
 from dstrain.distillation.build import build_distillation
-from dstrain.distillation.config import ObjectiveConfig
 from dstrain.distillation.feature_plan import plan_features
 from dstrain.distillation.signals import TeacherSignals
 from dstrain.engine.launch import load_deepspeed
@@ -37,6 +36,7 @@ from dstrain.models.weights import TensorSource, to_canonical
 from dstrain.objectives.cross_entropy import CrossEntropy, target_hidden
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
+from dstrain.recipe import ObjectiveConfig
 from tests.batches import collate
 from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module, load, num_targets, save, sentences
 

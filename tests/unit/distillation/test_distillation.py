@@ -23,7 +23,6 @@ from dstrain.distillation.config import (
     GlobalByLanguageSelection,
     GlobalSelection,
     JensenShannon,
-    ObjectiveConfig,
     SkewKl,
 )
 from dstrain.distillation.objective import Distillation
@@ -38,6 +37,7 @@ from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy, target_hidden
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
+from dstrain.recipe import ObjectiveConfig
 from tests.batches import EOS, PAD, labels_of
 from tests.unit.objectives.test_cross_entropy import NUM_TYPES, batch_of, empty_batch, gradients, pairs
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dstrain.batch import Batch, ModelKind
 from dstrain.distillation.build import build_distillation
-from dstrain.distillation.config import AttentionFeature, HiddenStatesFeature, ObjectiveConfig
+from dstrain.distillation.config import AttentionFeature, HiddenStatesFeature
 from dstrain.distillation.feature_plan import plan_features, uniform
 from dstrain.distillation.objective import Distillation
 from dstrain.distillation.signals import TeacherSignals
@@ -23,6 +23,7 @@ from dstrain.model_output import ActivationCapture, Tap
 from dstrain.models.config import DecoderOnlyConfig, ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
 from dstrain.objectives.train_module import TrainModule
+from dstrain.recipe import ObjectiveConfig
 from tests.batches import EOS, PAD, collate
 from tests.unit.distillation.test_distillation import PlainTeacher, step
 from tests.unit.objectives.test_cross_entropy import NUM_TYPES, batch_of, empty_batch, gradients, pairs
