@@ -1,5 +1,6 @@
 """Packaging of dstrain. Ranges, not pins: the versions that the test suite runs with stand in tools/constraints.txt."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,8 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
+INIT = (ROOT / "dstrain" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.findall(r'__version__ = "(.+)"', INIT)[0]
 
 
 class BuildWithDeepSpeedFiles(build_py):
@@ -21,7 +24,7 @@ class BuildWithDeepSpeedFiles(build_py):
 
 setup(
     name="dstrain",
-    version="0.1.0",
+    version=VERSION,
     description="A DeepSpeed trainer for translation and other sequence-to-sequence transformers",
     long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

@@ -1,3 +1,3 @@
 """dstrain: a DeepSpeed trainer for translation and other sequence-to-sequence transformers."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
