@@ -8,18 +8,30 @@ from pathlib import Path
 
 import pytest
 
+from dstrain import __version__
 from tests.paths import ROOT
 from tests.test_architecture import FILES, LAYERS, package_of
 
+FOLDERS = ("", "dstrain", "dstrain/interop/fairseq", "tests", "tools", "slurm", "ds_configs")
 PAGES = [
-    *(
-        ROOT / folder / "README.md"
-        for folder in ("", "dstrain", "dstrain/interop/fairseq", "tests", "tools", "slurm", "ds_configs")
-    ),
+    *(ROOT / folder / "README.md" for folder in FOLDERS),
     ROOT / ".github" / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
 ]
 MAP = (ROOT / "dstrain" / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_page_is_here() -> None:
+    found = {path for path in ROOT.rglob("README.md") if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)}
+    assert found == {page for page in PAGES if page.name == "README.md"}
+
+
+def test_the_readme_ends_at_the_map() -> None:
+    assert (ROOT / "README.md").read_text(encoding="utf-8").splitlines()[-1].endswith("[dstrain/README.md](dstrain/README.md).")
+
+
+def test_the_version_is_in_the_changelog() -> None:
+    assert f"\n## {__version__} (" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
 def named(page: Path) -> str:
