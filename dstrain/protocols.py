@@ -15,7 +15,7 @@ from dstrain.batch import ModelKind, Sequences
 from dstrain.fragment import Fragment, StoredState
 from dstrain.model_output import ActivationCapture, ModelOutput
 
-R = TypeVar("R")
+_R = TypeVar("_R")
 
 
 class VocabularyProjection(Protocol):
@@ -56,7 +56,7 @@ class TeacherForced(Protocol):
         """Logits. (..., D) -> (..., V)"""
         ...
 
-    def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
+    def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], _R]) -> _R:
         """Call `reduce(features, weight)` where the vocabulary projection is `features @ weight.T`.
 
         hidden: (N, D); features: (N, E); weight: (V, E). The call happens inside the projection's own forward, so that ZeRO-3
@@ -117,11 +117,11 @@ class Ranks(Protocol):
         """Each number summed over the ranks."""
         ...
 
-    def broadcast_object(self, value: R, /) -> R:
+    def broadcast_object(self, value: _R, /) -> _R:
         """Rank 0's value, on every rank."""
         ...
 
-    def gather_objects(self, value: R, /) -> list[R]:
+    def gather_objects(self, value: _R, /) -> list[_R]:
         """Every rank's value in the order of ranks, on every rank."""
         ...
 

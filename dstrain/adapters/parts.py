@@ -22,7 +22,7 @@ from dstrain.nn.dropout import Dropout
 from dstrain.nn.embedding import Projection, TokenEmbedding
 from dstrain.nn.linear import Linear
 
-R = TypeVar("R")
+_R = TypeVar("_R")
 
 
 class LowRank(NamedTuple):
@@ -117,7 +117,7 @@ class LoraProjection(nn.Module):
         self.back_lora_a, self.back_lora_b, self.back_lora_magnitude = back or (None, None, None)
         self.scale = scale
 
-    def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
+    def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], _R]) -> _R:
         """`reduce(features, weight)`, as `nn.embedding.Projection` calls it."""
         return reduce(*self.operands(hidden))
 

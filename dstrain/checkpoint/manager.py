@@ -43,7 +43,7 @@ from dstrain.parallel.errors import raise_on_all_ranks
 from dstrain.protocols import Ranks, Resumable
 from dstrain.storage.atomic import sync, write_file
 
-R = TypeVar("R")
+_R = TypeVar("_R")
 POINTER = "latest"
 NAME = re.compile(r"step_\d{8,}")
 
@@ -150,7 +150,7 @@ class CheckpointManager:
             files=sorted((entry for entries, _ in shares for entry in entries), key=lambda entry: entry.name),
         )
 
-    def _on_all_ranks(self, doing: str, action: Callable[[], R]) -> R:
+    def _on_all_ranks(self, doing: str, action: Callable[[], _R]) -> _R:
         return raise_on_all_ranks(self.ranks, CheckpointError, doing, action)
 
     def _on_first_rank(self, doing: str, action: Callable[[], object]) -> None:

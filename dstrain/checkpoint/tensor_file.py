@@ -30,7 +30,7 @@ DTYPES = {
 }
 """By their names in the file, in the order of tensors there: so all are aligned."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BLOCK = 1 << 22
+COPY_BLOCK = 1 << 22
 """Bytes that are written and hashed at a time."""
 LARGEST_HEADER = 100_000_000
 """Bytes; safetensors refuses longer ones too."""
@@ -76,8 +76,8 @@ def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable
     with path.open("wb") as file:
         head = memoryview(len(text).to_bytes(8, "little") + text)
         for content in chain([head], map(_bytes_of, tensors)):
-            for start in range(0, len(content), BLOCK):
-                block = content[start : start + BLOCK]
+            for start in range(0, len(content), COPY_BLOCK):
+                block = content[start : start + COPY_BLOCK]
                 write_block(file, block)
                 digest.update(block)
         if file.tell() != size:

@@ -14,7 +14,7 @@ from dstrain.generation.formats import FORMATS
 if TYPE_CHECKING:
     from dstrain.build.generation import GenerateOptions
 
-OPTIONS: dict[str, tuple[Callable[[str], float], str]] = {
+GENERATION_OPTIONS: dict[str, tuple[Callable[[str], float], str]] = {
     "beam_size": (positive_number, "hypotheses kept per sentence; 1 is greedy"),
     "length_penalty": (float, "divide scores by length to this power; above 1 favors long hypotheses"),
     "groups": (positive_number, "diverse beam search with so many groups"),
@@ -45,7 +45,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncate", action="store_true", help="cut lines longer than the model reads instead of refusing them")
     group = parser.add_argument_group("method, by default as in the bundle's recipe")
     group.add_argument("--sampling", dest="kind", action="store_const", const="sampling", help="draw instead of searching")
-    add_options(group, OPTIONS)
+    add_options(group, GENERATION_OPTIONS)
     scores = get_args(BeamSearchConfig.model_fields["score"].annotation)
     group.add_argument("--score", choices=scores, help="log-probability by length ** length penalty, or the bare sum")
 
@@ -55,5 +55,6 @@ def generate_options(args: argparse.Namespace, *files: str) -> GenerateOptions:
     from dstrain.build.generation import GenerateOptions
 
     return GenerateOptions(
-        **named(args, "bundle", "format", "truncate", "device", "threads", *files), method=named(args, "kind", "score", *OPTIONS)
+        **named(args, "bundle", "format", "truncate", "device", "threads", *files),
+        method=named(args, "kind", "score", *GENERATION_OPTIONS),
     )

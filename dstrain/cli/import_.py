@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib
 
-FORMATS = {
+IMPORT_FORMATS = {
     "fairseq": "convert a checkpoint of an encoder-decoder transformer into a bundle",
     "fairseq-data": "convert binarized data (.bin, .idx, dict.*.txt) into prepared data",
     "fairseq-args": "convert a fairseq-train command line into a recipe",
@@ -21,7 +21,7 @@ FORMATS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A sub-command for each format; each imports what it needs when it runs."""
     formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True)
-    for name, summary in FORMATS.items():
+    for name, summary in IMPORT_FORMATS.items():
         module = importlib.import_module(f"dstrain.cli.import_{name.replace('-', '_')}")
         subparser = formats.add_parser(
             name,

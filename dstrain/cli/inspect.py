@@ -38,13 +38,13 @@ def run(args: argparse.Namespace) -> int:
     """Print the facts; with a teacher, the angles."""
     if (args.against_teacher is None) != (args.data is None):
         raise DataError("inspect --against-teacher BUNDLE needs --data DATA beside it, and the other way round")
-    print("\n".join(_facts(args.path)))
+    print("\n".join(_describe(args.path)))
     if args.against_teacher is not None:
         _print_angles(args)
     return 0
 
 
-def _facts(path: Path) -> list[str]:
+def _describe(path: Path) -> list[str]:
     from dstrain.checkpoint.bundle import is_bundle
     from dstrain.checkpoint.describe import describe_bundle
     from dstrain.data.prepared.manifest import MANIFEST_FILE

@@ -114,7 +114,7 @@ class TrainedSentencePiece(Config):
     )
 
 
-class GivenSentencePiece(Config):
+class SentencePieceFiles(Config):
     """Use existing SentencePiece models."""
 
     kind: Literal["sentencepiece_files"] = "sentencepiece_files"
@@ -122,7 +122,7 @@ class GivenSentencePiece(Config):
     target_model: str | None = Field(default=None, description="Model file of the target side; null = the source's.")
 
 
-class GivenTokenizer(Config):
+class TokenizerDirectory(Config):
     """Use the `tokenizer/` directory of a bundle or of prepared data, fairseq dictionaries included."""
 
     kind: Literal["tokenizer_directory"] = "tokenizer_directory"
@@ -154,7 +154,7 @@ class FairseqDictionaries(Config):
 
 
 TokenizerConfig = Annotated[
-    TrainedSentencePiece | GivenSentencePiece | GivenTokenizer | FairseqDictionaries, Field(discriminator="kind")
+    TrainedSentencePiece | SentencePieceFiles | TokenizerDirectory | FairseqDictionaries, Field(discriminator="kind")
 ]
 
 

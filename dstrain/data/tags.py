@@ -25,20 +25,20 @@ def locate_tags(tags: Sequence[str], tokenizer: TextTokenizer, dataset: Dataset)
                 f"the language tag {tag!r} is no symbol of the source tokenizer, which reads it as {tokenizer.tokens(ids)}; name "
                 "it in data.tokenizer.user_symbols and prepare again, or correct objective.selection.tags"
             )
-    place, known = len(prefix), np.array([ids[-1] for ids in encoded])
+    position, known = len(prefix), np.array([ids[-1] for ids in encoded])
     missing, row = set(known.tolist()), 0
-    for found in dataset.source_column(place):
-        strange = ~np.isin(found, known)
-        if strange.any():
-            number = row + int(np.argmax(strange))
-            start = tokenizer.tokens(dataset[number].source[: place + 1].tolist())
+    for column in dataset.source_column(position):
+        unknown = ~np.isin(column, known)
+        if unknown.any():
+            number = row + int(np.argmax(unknown))
+            start = tokenizer.tokens(dataset[number].source[: position + 1].tolist())
             raise DataError(
                 f"sentence {number + 1} of the training data begins with {''.join(start)!r}, which is none of the language tags "
                 f"{list(tags)}; add its tag to objective.selection.tags, or choose selection: {{kind: global}}"
             )
-        missing -= set(found.tolist())
-        row += len(found)
+        missing -= set(column.tolist())
+        row += len(column)
     if missing:
         tag = next(tag for tag, ids in zip(tags, encoded, strict=True) if ids[-1] in missing)
         raise DataError(f"no sentence of the training data begins with the language tag {tag!r}; remove it from the list of tags")
-    return place
+    return position

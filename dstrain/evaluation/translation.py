@@ -41,8 +41,8 @@ class Translation:
             device=self.device,
         )
         sources = [self.dataset[row].source.tolist() for row in rows]
-        found = generator.translate_ids(sources, first_line=rows.start + 1)
-        return self.tokenizers.target.decode([hypotheses[0].tokens for hypotheses in found])
+        ranked = generator.translate_ids(sources, first_line=rows.start + 1)
+        return self.tokenizers.target.decode([hypotheses[0].tokens for hypotheses in ranked])
 
     def score(self, hypotheses: Sequence[str]) -> Mapping[str, float]:
         """BLEU, chrF and the rate of repetition of the whole split, in percent."""

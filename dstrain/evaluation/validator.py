@@ -25,9 +25,9 @@ from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from dstrain.protocols import Generative, Ranks
 
-CHUNK = 512
+TRANSLATION_CHUNK = 512
 """Sentences per rank that are translated between two looks at the signals."""
-BATCHES_BETWEEN_LOOKS = 8
+BATCHES_PER_CHECK = 8
 
 
 class Evaluates(Protocol):
@@ -149,7 +149,7 @@ class Validator:
     def _losses(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         totals = LossTotals()
         for number, batch in enumerate(self._batches()):
-            if number % BATCHES_BETWEEN_LOOKS == 0 and interrupted():
+            if number % BATCHES_PER_CHECK == 0 and interrupted():
                 return None
             self._beat(f"validation batch {number}")
             totals.add(self.engine.evaluate(batch))
@@ -161,7 +161,7 @@ class Validator:
 
     def _translate(self, task: Translates, interrupted: Callable[[], bool]) -> Mapping[str, float] | None:
         texts: list[tuple[int, list[str]]] = []
-        chunk = min(CHUNK, math.ceil(len(task) / self.data.size))
+        chunk = min(TRANSLATION_CHUNK, math.ceil(len(task) / self.data.size))
         with self.engine.generation_model(averaged=False) as model:
             for start in range(0, len(task), chunk * self.data.size):
                 if interrupted():

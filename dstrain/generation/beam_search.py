@@ -111,9 +111,9 @@ class DiversePruning:
             own = slice(group, None, self.groups)
             penalties = self._penalties(chosen, log_probs.shape[1])  # (b, V)
             reduced = (by_hypothesis[:, own] - penalties[:, None]).flatten(0, 1)
-            found, tokens, parents = best_continuations(reduced, totals[:, own], self.group_size)
-            found = found.masked_fill(rank >= self._alive[:, group, None], -torch.inf)
-            chosen.append(Candidates(found, tokens, parents * self.groups + group))
+            best_totals, tokens, parents = best_continuations(reduced, totals[:, own], self.group_size)
+            best_totals = best_totals.masked_fill(rank >= self._alive[:, group, None], -torch.inf)
+            chosen.append(Candidates(best_totals, tokens, parents * self.groups + group))
         stacked = [torch.stack(parts, 2) for parts in zip(*chosen, strict=True)]  # 3 times (b, K / G, G)
         alive = stacked[0] > -torch.inf
         alike = (stacked[1][..., None] == stacked[1][..., None, :]) & alive[..., None] & alive[..., None, :]

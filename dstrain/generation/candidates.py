@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-BLOCK = 64
+TOP_K_BLOCK = 64
 
 
 def to_log_probs(logits: Tensor, temperature: float) -> Tensor:
@@ -39,20 +39,22 @@ def best_continuations(log_probs: Tensor, totals: Tensor, k: int) -> tuple[Tenso
     num_blocks = peaks.shape[2]
     best = peaks.flatten(1).topk(min(k, beam_size * num_blocks), dim=1, sorted=False).indices  # (b, k)
     parents = best // num_blocks
-    tokens = (best % num_blocks)[:, :, None] * BLOCK + torch.arange(BLOCK, device=best.device)  # (b, k, 64), some beyond V
-    places = parents[:, :, None] * width + tokens.clamp_max(width - 1)
-    values = log_probs.flatten(1).gather(1, places.flatten(1)).view_as(tokens) + totals.gather(1, parents)[:, :, None]
+    tokens = (best % num_blocks)[:, :, None] * TOP_K_BLOCK + torch.arange(
+        TOP_K_BLOCK, device=best.device
+    )  # (b, k, 64), some beyond V
+    flat_index = parents[:, :, None] * width + tokens.clamp_max(width - 1)
+    values = log_probs.flatten(1).gather(1, flat_index.flatten(1)).view_as(tokens) + totals.gather(1, parents)[:, :, None]
     values = _dead_if_nan(values.masked_fill(tokens >= width, -torch.inf)).flatten(1)  # (b, k * 64)
     values = F.pad(values, (0, max(0, k - values.shape[1])), value=-torch.inf)
-    found, order = values.topk(k, dim=1)
+    best_values, order = values.topk(k, dim=1)
     order = order.clamp_max(tokens[0].numel() - 1)
-    return found, tokens.flatten(1).gather(1, order).clamp_max(width - 1), parents.gather(1, order // BLOCK)
+    return best_values, tokens.flatten(1).gather(1, order).clamp_max(width - 1), parents.gather(1, order // TOP_K_BLOCK)
 
 
 def block_maxima(x: Tensor) -> Tensor:
     """The maximum of each 64 columns, the last block may be shorter. (..., V) -> (..., ceil(V / 64))"""
-    whole = x.shape[-1] // BLOCK * BLOCK
-    maxima = x[..., :whole].view(*x.shape[:-1], -1, BLOCK).amax(-1) if whole else x[..., :0]
+    whole = x.shape[-1] // TOP_K_BLOCK * TOP_K_BLOCK
+    maxima = x[..., :whole].view(*x.shape[:-1], -1, TOP_K_BLOCK).amax(-1) if whole else x[..., :0]
     if whole < x.shape[-1]:
         maxima = torch.cat([maxima, x[..., whole:].amax(-1, keepdim=True)], -1)
     return maxima

@@ -99,5 +99,5 @@ def forbid_repetition(log_probs: Tensor, tokens: Tensor, size: int) -> None:
         return
     ngrams = tokens.unfold(1, size, 1)  # (N, t - size + 1, size)
     context = tokens[:, tokens.shape[1] - size + 1 :]  # (N, size - 1)
-    rows, places = (ngrams[:, :, :-1] == context[:, None]).all(2).nonzero(as_tuple=True)
-    log_probs[rows, ngrams[rows, places, -1]] = -torch.inf
+    rows, starts = (ngrams[:, :, :-1] == context[:, None]).all(2).nonzero(as_tuple=True)
+    log_probs[rows, ngrams[rows, starts, -1]] = -torch.inf

@@ -25,9 +25,9 @@ class FinishedHypotheses:
         sentences: (b,) numbers within the batch; finishing: (b, n); tokens: (b, n, t) ending in EOS; totals: (b, n, t)
         log-probability of the tokens up to each.
         """
-        places = self.count[sentences, None] + finishing.cumsum(1) - 1  # (b, n)
-        rows, columns = (finishing & (places < self.capacity)).nonzero(as_tuple=True)
-        where = sentences[rows], places[rows, columns]
+        slots = self.count[sentences, None] + finishing.cumsum(1) - 1  # (b, n)
+        rows, columns = (finishing & (slots < self.capacity)).nonzero(as_tuple=True)
+        where = sentences[rows], slots[rows, columns]
         width = tokens.shape[2]
         self._lengths[where] = width
         self._tokens[(*where, slice(width))] = tokens[rows, columns]
@@ -46,8 +46,8 @@ class FinishedHypotheses:
             scores = scores / self._lengths.clamp_min(1) ** config.length_penalty
         token_scores = self._totals.diff(dim=2, prepend=torch.zeros_like(self._totals[:, :, :1]))
         everything = zip(*(x.tolist() for x in (self.count, self._lengths, self._tokens, scores, token_scores)), strict=True)
-        found = []
+        ranked = []
         for count, lengths, tokens, values, parts in everything:
             order = sorted(range(count), key=lambda i: -values[i])[: config.num_best]
-            found.append([Hypothesis(tokens[i][: lengths[i]], values[i], parts[i][: lengths[i]]) for i in order])
-        return found
+            ranked.append([Hypothesis(tokens[i][: lengths[i]], values[i], parts[i][: lengths[i]]) for i in order])
+        return ranked

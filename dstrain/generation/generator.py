@@ -68,7 +68,7 @@ class Generator:
         """
         limits = [self.limits.source] * len(sources)
         sources = fitting(sources, limits, truncate=self.truncate_source, first_line=first_line)
-        found: list[list[Hypothesis]] = [[Hypothesis([self.ids.eos], 0.0, [0.0])] for _ in sources]
+        results: list[list[Hypothesis]] = [[Hypothesis([self.ids.eos], 0.0, [0.0])] for _ in sources]
         forced = self._forced(prefixes, sources, first_line) if prefixes is not None else [[]] * len(sources)
         asked = [row for row, source in enumerate(sources) if len(source) > 1 or forced[row]]
         progress(len(sources) - len(asked))
@@ -80,7 +80,7 @@ class Generator:
             answers = self._generate(batch, [first_line + row for row in rows], prefix)
             for row, answer in zip(rows, answers, strict=True):
                 failed += not answer
-                found[row] = answer or [Hypothesis([self.ids.eos], -torch.inf, [-torch.inf])]
+                results[row] = answer or [Hypothesis([self.ids.eos], -torch.inf, [-torch.inf])]
             progress(len(rows))
         if failed:
             logger.warning(
@@ -89,7 +89,7 @@ class Generator:
                 failed,
                 len(sources),
             )
-        return found
+        return results
 
     def translate(
         self,
@@ -104,18 +104,18 @@ class Generator:
         """Texts in and out, as `translate_ids`."""
         ids = [[*row, source.eos_id] for row in source.encode(lines)]
         forced = None if prefixes is None else target.encode(prefixes)
-        found = self.translate_ids(ids, prefixes=forced, first_line=first_line, progress=progress)
-        texts = iter(target.decode([hypothesis.tokens for hypotheses in found for hypothesis in hypotheses]))
-        return [[TextHypothesis(h.tokens, h.score, h.token_scores, next(texts)) for h in hypotheses] for hypotheses in found]
+        results = self.translate_ids(ids, prefixes=forced, first_line=first_line, progress=progress)
+        texts = iter(target.decode([hypothesis.tokens for hypotheses in results for hypothesis in hypotheses]))
+        return [[TextHypothesis(h.tokens, h.score, h.token_scores, next(texts)) for h in hypotheses] for hypotheses in results]
 
     def max_length(self, source_length: int, prefix_length: int = 0) -> int:
         """The most tokens before EOS, never fewer than the prefix has; a hypothesis of so many is cut, its EOS is forced.
 
         source_length: with EOS. The model reads the start token in front of them.
         """
-        given = source_length if source_length > 1 else prefix_length + 1
-        wanted = int(self.config.max_length_ratio * given) + self.config.max_length_offset
-        return min(max(wanted, prefix_length), self.limits.target_after(source_length) - 1)
+        base_length = source_length if source_length > 1 else prefix_length + 1
+        limit = int(self.config.max_length_ratio * base_length) + self.config.max_length_offset
+        return min(max(limit, prefix_length), self.limits.target_after(source_length) - 1)
 
     def _generate(
         self, sources: Sequence[Sequence[int]], lines: Sequence[int], prefixes: Sequence[Sequence[int]]

@@ -24,7 +24,7 @@ from dstrain.nn.stack import LayerStack
 from dstrain.ops.bias import causal_bias, padding_bias
 from dstrain.protocols import DecodingState
 
-R = TypeVar("R")
+_R = TypeVar("_R")
 
 
 class EncoderDecoderState:
@@ -115,9 +115,9 @@ class EncoderDecoder(nn.Module):
         """Logits. (..., D) -> (..., V)"""
         return self.reduce_projection(hidden, F.linear)
 
-    def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
+    def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], _R]) -> _R:
         """`reduce(features, weight)` inside the projection's forward; see `protocols.TeacherForced`."""
-        result: R = self.projection(hidden, reduce)
+        result: _R = self.projection(hidden, reduce)
         return result
 
     @torch.no_grad()

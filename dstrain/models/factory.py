@@ -30,7 +30,7 @@ from dstrain.models.weights import canonical_shapes, load_canonical, parameter_l
 from dstrain.nn.attention import CrossAttention, SelfAttention
 from dstrain.nn.attention_bias import Alibi, AttentionBias
 from dstrain.nn.dropout import Dropout
-from dstrain.nn.embedding import FactorizedEmbedding, InputEmbedding, Projection, TokenEmbedding, TokenPart
+from dstrain.nn.embedding import FactorizedTokenEmbedding, InputEmbedding, Projection, TokenEmbedding, TokenPart
 from dstrain.nn.feed_forward import FeedForward, GatedFeedForward
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.linear import BlockLinear, FusedLinear, Linear, SeparateLinear
@@ -41,7 +41,7 @@ from dstrain.ops.bias import alibi_slopes
 
 Projections = Literal["fused", "separate"]
 Model = EncoderDecoder | DecoderOnly
-L = TypeVar("L", bound=nn.Module)
+_L = TypeVar("_L", bound=nn.Module)
 
 
 def build_model(
@@ -94,7 +94,7 @@ class _Factory(Generic[C]):
         embedding, dim = self.config.embedding, self.config.model_dim
         if embedding.kind == "plain" or embedding.sides not in ("both", side):
             return TokenEmbedding(vocab_size, dim)
-        return FactorizedEmbedding(
+        return FactorizedTokenEmbedding(
             table=TokenEmbedding(vocab_size, embedding.dim),
             activation=ACTIVATIONS[embedding.activation],
             up_proj=Linear(embedding.dim, dim, bias=False),
@@ -109,7 +109,7 @@ class _Factory(Generic[C]):
             case None:
                 own = nn.Parameter(torch.empty(self.vocabulary.target, width or dim))
                 return Projection(own, activation=activation, output_proj=output_proj)
-            case FactorizedEmbedding():
+            case FactorizedTokenEmbedding():
                 back = tokens.up_proj.weight if output_proj is None else None
                 return Projection(tokens.table.weight, activation=activation, output_proj=output_proj, back=back)
             case TokenEmbedding():
@@ -140,7 +140,7 @@ class _Factory(Generic[C]):
             case _:
                 return AttentionBias(causal=causal)
 
-    def stack(self, config: StackConfig, layer: Callable[[], L]) -> LayerStack[L]:
+    def stack(self, config: StackConfig, layer: Callable[[], _L]) -> LayerStack[_L]:
         return LayerStack(
             layers=[layer() for _ in range(config.unique_layers or config.depth)],
             schedule=config.schedule,

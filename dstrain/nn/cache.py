@@ -55,7 +55,7 @@ class KeyValueCache:
         self.length = 0
         self.tokens = torch.empty(num_rows, 0, dtype=torch.long, device=like.device) if keep_tokens else None
         self.num_rows = num_rows
-        self._buffers = [_room(num_rows, num_heads, max_length, head_dim, like) for _ in range(depth)]
+        self._buffers = [_empty_buffer(num_rows, num_heads, max_length, head_dim, like) for _ in range(depth)]
         self._makers = torch.empty(num_rows, max_length, dtype=torch.int32, device=like.device)
 
     @property
@@ -108,23 +108,23 @@ class KeyValueCache:
         of_half, of_row, of_head, of_position, _ = self._buffers[0].stride()
         width, heads = (num_heads * head_dim, 1) if of_head == head_dim else (head_dim, num_heads)  # what lies together
         corners = torch.arange(2)[:, None] * of_half + torch.arange(heads) * of_head  # (2, H or 1)
-        places = (corners[..., None] + row * of_row + position * of_position).flatten() // width
+        source_blocks = (corners[..., None] + row * of_row + position * of_position).flatten() // width
         sources = (corners[..., None] + rows[row] * of_row + position * of_position).flatten() // width
         for buffer in self._buffers:
             entries = buffer.as_strided((buffer.numel() // width, width), (width, 1))
-            entries.index_copy_(0, places, entries.index_select(0, sources))
+            entries.index_copy_(0, source_blocks, entries.index_select(0, sources))
 
     def _copy(self, rows: Tensor) -> None:
         """All entries, into new buffers."""
         used = slice(self.length)
         for depth, buffer in enumerate(self._buffers):
             _, _, num_heads, max_length, head_dim = buffer.shape
-            chosen = _room(len(rows), num_heads, max_length, head_dim, buffer)
+            chosen = _empty_buffer(len(rows), num_heads, max_length, head_dim, buffer)
             torch.index_select(buffer[:, :, :, used], 1, rows, out=chosen[:, :, :, used])
             self._buffers[depth] = chosen
 
 
-def _room(num_rows: int, num_heads: int, max_length: int, head_dim: int, like: Tensor) -> Tensor:
+def _empty_buffer(num_rows: int, num_heads: int, max_length: int, head_dim: int, like: Tensor) -> Tensor:
     """Keys and values of a layer pass, without initial values. (2, N, H, max, K)"""
     if max_length < LONG:
         return like.new_empty(max_length, 2, num_rows, num_heads, head_dim).permute(1, 2, 3, 0, 4)

@@ -15,7 +15,7 @@ from dstrain.nn.linear import Linear
 from dstrain.nn.position import PositionPart, Positions
 from dstrain.ops.activation import identity
 
-R = TypeVar("R")
+_R = TypeVar("_R")
 
 
 class TokenEmbedding(nn.Embedding):
@@ -30,7 +30,7 @@ class TokenEmbedding(nn.Embedding):
         """Leave the memory as it is."""
 
 
-class FactorizedEmbedding(nn.Module):
+class FactorizedTokenEmbedding(nn.Module):
     """A narrow vector per token, an activation and a linear map to the model's width: up(activation(table[token]))."""
 
     def __init__(self, *, table: TokenEmbedding, activation: Callable[[Tensor], Tensor], up_proj: Linear) -> None:
@@ -45,7 +45,7 @@ class FactorizedEmbedding(nn.Module):
         return result
 
 
-TokenPart = TokenEmbedding | FactorizedEmbedding
+TokenPart = TokenEmbedding | FactorizedTokenEmbedding
 
 
 class InputEmbedding(nn.Module):
@@ -93,7 +93,7 @@ class Projection(nn.Module):
         self.output_proj = output_proj
         self.back = back
 
-    def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], R]) -> R:
+    def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], _R]) -> _R:
         """`reduce(features, weight)`, called here because under ZeRO-3 the weights are whole inside this forward only."""
         return reduce(*self.operands(hidden))
 

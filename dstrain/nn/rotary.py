@@ -17,7 +17,7 @@ from torch import Tensor
 from dstrain.nn.position import Positions, numbered
 from dstrain.ops.rotary import CosSin, RotaryLayout, apply_rotary, compute_cos_sin
 
-Lengths = Callable[[], Tensor]
+LazyLengths = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Rotary:
         self.layout = layout
         self._tables: dict[tuple[torch.device, torch.dtype], CosSin] = {}
 
-    def rotation(self, positions: Positions, end_position: int, lengths: Lengths, like: Tensor) -> Rotation:
+    def rotation(self, positions: Positions, end_position: int, lengths: LazyLengths, like: Tensor) -> Rotation:
         """positions: of the new tokens, all below `end_position`, up to which an offset goes. Nothing depends on `lengths`."""
         table = self._rows(end_position, like)
         if isinstance(positions, int):
@@ -84,7 +84,7 @@ class LengthRotary:
         self.layout = layout
         self.max_static_length = max_static_length
 
-    def rotation(self, positions: Positions, end_position: int, lengths: Lengths, like: Tensor) -> Rotation:
+    def rotation(self, positions: Positions, end_position: int, lengths: LazyLengths, like: Tensor) -> Rotation:
         """positions: of the new tokens, an offset goes up to `end_position`. lengths: gives what `rotary_frequencies` takes."""
         return Rotation(
             compute_cos_sin(numbered(positions, end_position, like.device), *self.rotary_frequencies(lengths()), like.dtype),

@@ -15,26 +15,26 @@ from torch import Tensor, nn
 
 from dstrain.nn.capture import StackCapture
 
-L = TypeVar("L", bound=nn.Module)
-T = TypeVar("T")
+_L = TypeVar("_L", bound=nn.Module)
+_T = TypeVar("_T")
 
 
-class LayerStack(nn.Module, Generic[L]):
+class LayerStack(nn.Module, Generic[_L]):
     """layers: the unique ones. schedule: index of the layer at each depth. final_norm: `nn.Identity` for none."""
 
-    def __init__(self, *, layers: Sequence[L], schedule: Sequence[int], layer_drop: float, final_norm: nn.Module) -> None:
+    def __init__(self, *, layers: Sequence[_L], schedule: Sequence[int], layer_drop: float, final_norm: nn.Module) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.schedule = tuple(schedule)
         self.layer_drop = layer_drop
         self.final_norm = final_norm
 
-    def forward(self, x: Tensor, run: Callable[[int, L, Tensor], Tensor], hooks: StackCapture | None = None) -> Tensor:
+    def forward(self, x: Tensor, run: Callable[[int, _L, Tensor], Tensor], hooks: StackCapture | None = None) -> Tensor:
         """Pass x through `run(depth, layer, x)` at each depth. (B, T, D) -> (B, T, D). watch: sees x between the passes."""
         for depth, index in enumerate(self.schedule):
             if hooks is not None:
                 hooks.hidden_states(depth, x)
-            passed = run(depth, cast("L", self.layers[index]), x)
+            passed = run(depth, cast("_L", self.layers[index]), x)
             if self.training and self.layer_drop > 0:
                 dropped = torch.rand((), device=x.device) < self.layer_drop
                 passed = torch.where(dropped, x, passed)
@@ -44,7 +44,7 @@ class LayerStack(nn.Module, Generic[L]):
             hooks.hidden_states(len(self.schedule), result)
         return result
 
-    def passes(self, make: Callable[[L], T]) -> list[T]:
+    def passes(self, make: Callable[[_L], _T]) -> list[_T]:
         """What `make` gives for the layer at each depth, made once a layer."""
-        made = [make(cast("L", layer)) for layer in self.layers]
+        made = [make(cast("_L", layer)) for layer in self.layers]
         return [made[index] for index in self.schedule]

@@ -11,7 +11,7 @@ from dstrain.batch import Batch
 from dstrain.objectives.objective import LossOutput, Objective
 from dstrain.protocols import TeacherForced
 
-R = TypeVar("R")
+_R = TypeVar("_R")
 
 
 class TrainModule(nn.Module):
@@ -27,7 +27,7 @@ class TrainModule(nn.Module):
         self.objective = objective
         self.validation = objective if validation is None else validation
 
-    def forward(self, batch: Batch, compute: Callable[[TeacherForced, Batch], R] | None = None) -> R | LossOutput:
+    def forward(self, batch: Batch, compute: Callable[[TeacherForced, Batch], _R] | None = None) -> _R | LossOutput:
         """`compute(model, batch)`, called here because under ZeRO-3 parameters are gathered inside this forward only.
 
         compute: None for the loss, the objective's in training and the validation's in evaluation mode.

@@ -8,10 +8,10 @@ from typing import TypeVar
 from dstrain.errors import DstrainError
 from dstrain.protocols import Ranks
 
-R = TypeVar("R")
+_R = TypeVar("_R")
 
 
-def raise_on_all_ranks(ranks: Ranks, kind: type[DstrainError], doing: str, action: Callable[[], R]) -> R:
+def raise_on_all_ranks(ranks: Ranks, kind: type[DstrainError], doing: str, action: Callable[[], _R]) -> _R:
     """Run `action` on every rank; if it fails on one, all raise the same error. Collective.
 
     Without this a rank with a full disk would leave, and the others would wait for it for ever. Raises the failing rank's own

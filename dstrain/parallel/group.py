@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dstrain.errors import TrainingError
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective may wait. Long, because other ranks wait while one of them writes a checkpoint."""
@@ -69,7 +69,7 @@ class Group:
         """Wait until every rank has called it."""
         self.all_reduce_sums([0.0])
 
-    def broadcast_object(self, value: T, source: int = 0) -> T:
+    def broadcast_object(self, value: _T, source: int = 0) -> _T:
         """The value of rank `source` of the group, on every rank. Pickled: only between ranks of one run."""
         if self.size == 1:
             return value
@@ -77,7 +77,7 @@ class Group:
         dist.broadcast_object_list(box, group_src=source, group=self.process_group, device=self.device)
         return box[0]
 
-    def gather_objects(self, value: T) -> list[T]:
+    def gather_objects(self, value: _T) -> list[_T]:
         """Every rank's value in the order of ranks, on every rank. Pickled: only between ranks of one run."""
         if self.size == 1:
             return [value]

@@ -147,13 +147,13 @@ def finalize() -> None:
 
 def _join_group(world: Group, lists: list[list[int]]) -> Group:
     """This rank's group among `lists`. Every rank makes all of them, in the same order, as torch demands."""
-    joined = world
+    own = world
     for ranks in lists:
         # Without a timeout of ours a group has torch's, which is shorter for NCCL.
         process_group = dist.new_group(ranks, timeout=TIMEOUT) if len(ranks) < world.size else world.process_group
         if world.rank in ranks:
-            joined = Group(ranks.index(world.rank), len(ranks), process_group, world.device)
-    return joined
+            own = Group(ranks.index(world.rank), len(ranks), process_group, world.device)
+    return own
 
 
 def _join(rank: int, world_size: int, backend: Backend) -> None:

@@ -115,9 +115,9 @@ class DocumentFormat(Generic[D]):
         if not isinstance(tree, dict):
             raise self.error(f"{path} holds no mapping of fields but {_shown(tree)}; {self.remedy}")
         if self.version_field is not None and tree.get(self.version_field) != self.version:
-            found = _shown(tree.get(self.version_field))
+            version = _shown(tree.get(self.version_field))
             raise self.error(
-                f"{path} has {self.version_field} {found}, this dstrain reads {self.version}; "
+                f"{path} has {self.version_field} {version}, this dstrain reads {self.version}; "
                 f"use the version that wrote it, or {self.remedy}"
             )
         return tree

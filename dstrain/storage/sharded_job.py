@@ -29,7 +29,7 @@ from dstrain.storage.lock import LOCK_FILE
 
 PARTS_FILE = "parts.json"
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def warn_of_interruption(directory: Path) -> None:
     logger.warning("interrupted; finished shards stay in %s: run the same command again to go on", directory)
 
 
-def with_progress(items: Sequence[T]) -> Iterable[T]:
+def with_progress(items: Sequence[_T]) -> Iterable[_T]:
     """The items, with a bar on a terminal: the checksums of hundreds of gigabytes take minutes."""
     return tqdm(items, desc="checking", unit=" files", disable=None)
 

@@ -51,14 +51,14 @@ def write_report(run: Path, output: Path) -> tuple[Path, Path]:
     recipe = run / "recipe.yaml"
     remedy = "restore it, or remove it to draw the curves without it"
     tree = read_mapping(recipe, error=TrainingError, remedy=remedy) if recipe.exists() else {}
-    picture = draw(events, title=run.resolve().name)
+    picture = plot(events, title=run.resolve().name)
     png, page = output / "report.png", output / "report.html"
     write_file(png, picture)
     write_file(page, render_page(run.resolve().name, events, tree, picture).encode())
     return png, page
 
 
-def draw(events: Events, title: str) -> bytes:
+def plot(events: Events, title: str) -> bytes:
     """A PNG with one panel per quantity that the run has reported."""
     panels = _panels(events)
     rows = -(-len(panels) // 2)

@@ -39,7 +39,7 @@ class Ragged(NamedTuple):
         return cls(tokens, lengths)
 
 
-class Reading(NamedTuple):
+class ModelInputs(NamedTuple):
     """What a model reads. source: None for a decoder-only model.
 
     source_start: (b,) index of each source in the flattened tokens that hold it. target_index: (n,) index of each decoder input
@@ -99,28 +99,28 @@ class Collator:
         first, *others = map(batch, self.kinds)
         return replace(first, other=others[0]) if others else first
 
-    def read(self, sources: Ragged, inputs: Ragged, rows: IntArray | None = None) -> Reading:
+    def read(self, sources: Ragged, inputs: Ragged, rows: IntArray | None = None) -> ModelInputs:
         """Sources, each ending in EOS, and the decoder's inputs, each beginning with it, as the model reads them."""
         return _read(self.kind, sources, inputs, rows=rows, pad_id=self.pad_id)
 
 
-def _read(kind: ModelKind, sources: Ragged, inputs: Ragged, *, rows: IntArray | None, pad_id: int) -> Reading:
+def _read(kind: ModelKind, sources: Ragged, inputs: Ragged, *, rows: IntArray | None, pad_id: int) -> ModelInputs:
     if kind == "encoder_decoder":
         source, source_index = _lay_out(sources, rows, pad_id)
         target, index = _lay_out(inputs, rows, pad_id)
-        return Reading(source, target, source_index[_starts(sources.lengths)], index)
+        return ModelInputs(source, target, source_index[_starts(sources.lengths)], index)
     before = sources.lengths - 1  # without the EOS, which the inputs begin with
-    joined = np.empty(before.sum() + len(inputs.tokens), np.int64)
-    start = _starts(before + inputs.lengths)  # of each example in `joined`
+    sequence = np.empty(before.sum() + len(inputs.tokens), np.int64)
+    start = _starts(before + inputs.lengths)  # of each example in `sequence`
     of_inputs = np.repeat(start + before, inputs.lengths) + _positions(inputs.lengths)
-    is_source = np.ones(len(joined), np.bool_)
+    is_source = np.ones(len(sequence), np.bool_)
     is_source[of_inputs] = False
-    joined[of_inputs] = inputs.tokens
-    joined[is_source] = np.delete(sources.tokens, np.cumsum(sources.lengths) - 1)
+    sequence[of_inputs] = inputs.tokens
+    sequence[is_source] = np.delete(sources.tokens, np.cumsum(sources.lengths) - 1)
     # a padded row is as wide as the longest source and the longest input together, which is what the plan reserves
     width = None if rows is not None else int(before.max() + inputs.lengths.max())
-    target, index = _lay_out(Ragged(joined, before + inputs.lengths), rows, pad_id, width)
-    return Reading(None, target, index[start], index[of_inputs])
+    target, index = _lay_out(Ragged(sequence, before + inputs.lengths), rows, pad_id, width)
+    return ModelInputs(None, target, index[start], index[of_inputs])
 
 
 def _lay_out(ragged: Ragged, rows: IntArray | None, pad_id: int, width: int | None = None) -> tuple[Sequences, IntArray]:

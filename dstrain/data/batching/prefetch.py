@@ -13,7 +13,7 @@ from queue import SimpleQueue
 from types import TracebackType
 from typing import Generic, TypeVar
 
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 
 class _End:
@@ -23,35 +23,35 @@ class _End:
         self.error = error
 
 
-class Prefetcher(Generic[T]):
+class Prefetcher(Generic[_T]):
     """Iterates over `items`, at most `depth` of them ahead of the consumer; a context manager that stops the thread.
 
     An error inside `items` is raised, as it is, where the item would have come. After the end, an error or `close` there are no
     more items.
     """
 
-    def __init__(self, items: Iterable[T], depth: int) -> None:
+    def __init__(self, items: Iterable[_T], depth: int) -> None:
         self._items = items
-        self._queue: SimpleQueue[T | _End] = SimpleQueue()
-        self._room = threading.Semaphore(depth)
+        self._queue: SimpleQueue[_T | _End] = SimpleQueue()
+        self._free_slots = threading.Semaphore(depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="dstrain-prefetch", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[_T]:
         return self
 
-    def __next__(self) -> T:
+    def __next__(self) -> _T:
         if self._closed.is_set():
             raise StopIteration
         item = self._queue.get()
         if isinstance(item, _End):
             self.close()
             raise item.error or StopIteration
-        self._room.release()
+        self._free_slots.release()
         return item
 
-    def __enter__(self) -> Prefetcher[T]:
+    def __enter__(self) -> Prefetcher[_T]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -60,14 +60,14 @@ class Prefetcher(Generic[T]):
     def close(self) -> None:
         """Stop after the item under way, and wait a second for it at most; may be called again."""
         self._closed.set()
-        self._room.release()
+        self._free_slots.release()
         self._thread.join(timeout=1.0)
 
     def _produce(self) -> None:
         end = _End()
         try:
             for item in self._items:
-                self._room.acquire()
+                self._free_slots.acquire()
                 if self._closed.is_set():
                     return
                 self._queue.put(item)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LOST_WORD = "\u2047"
 
 Mask = npt.NDArray[np.bool_]
-Lengths = npt.NDArray[np.int32]
+LengthColumn = npt.NDArray[np.int32]
 
 
 class EncodedBlock(NamedTuple):
@@ -95,7 +95,7 @@ class Encoder:
         )
 
 
-def drop_reasons(source: Lengths | None, target: Lengths, limits: FilterConfig) -> dict[str, Mask]:
+def drop_reasons(source: LengthColumn | None, target: LengthColumn, limits: FilterConfig) -> dict[str, Mask]:
     """Which pairs to drop, by reason; no pair has two. source, target: lengths with EOS; None for text without a source."""
     empty, too_long = target <= 1, target > limits.max_target_length
     ratio = np.zeros_like(empty)
@@ -157,11 +157,11 @@ def _kept(rows: Rows, keep: Mask) -> Rows:
     )
 
 
-def _lengths(rows: list[list[int]]) -> Lengths:
+def _lengths(rows: list[list[int]]) -> LengthColumn:
     return np.fromiter(map(len, rows), np.int32, len(rows)) + 1
 
 
-def _flatten(rows: list[list[int]], tokenizer: TextTokenizer) -> tuple[npt.NDArray[Any], Lengths]:
+def _flatten(rows: list[list[int]], tokenizer: TextTokenizer) -> tuple[npt.NDArray[Any], LengthColumn]:
     """Ids of all rows with EOS after each, and the rows' lengths."""
     lengths = _lengths(rows)
     for row in rows:

@@ -15,12 +15,12 @@ from typing import Any
 
 from dstrain.config_base import Config
 from dstrain.data.config import DataConfig, FairseqIds, TextSource, TrainedSentencePiece
-from dstrain.data.prepared.manifest import FORMAT_VERSION, MANIFEST_FILE, TOKENIZER_DIRECTORY
+from dstrain.data.prepared.manifest import DATA_FORMAT_VERSION, MANIFEST_FILE, TOKENIZER_DIRECTORY
 from dstrain.data.prepared.pool import WorkerPool
 from dstrain.data.sources.corpora import counted_files, files_of, pairs_without_files, scan_of, splits_of
 from dstrain.data.sources.text import FileScan
 from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE
-from dstrain.data.tokenizers.training import given_tokenizers
+from dstrain.data.tokenizers.training import load_configured_tokenizers
 from dstrain.errors import DataError
 from dstrain.storage.document import Count, DocumentFormat
 from dstrain.storage.hashing import sha256_of_json
@@ -73,11 +73,13 @@ def read_job(output: Path) -> Job | None:
 def plan_job(config: DataConfig, known: Job | None, workers: int) -> Job:
     """Read every input once and say which job this is. Raises DataError for any fault of the text."""
     scans = {path: scan_of(source) for sources in splits_of(config).values() for source in sources for path in files_of(source)}
-    tokenizer = None if isinstance(config.tokenizer, TrainedSentencePiece) else given_tokenizers(config.tokenizer).fingerprint
+    tokenizer = (
+        None if isinstance(config.tokenizer, TrainedSentencePiece) else load_configured_tokenizers(config.tokenizer).fingerprint
+    )
     inputs = _inspect(scans, known, workers)
     data = config.model_dump(mode="json")
-    content = [FORMAT_VERSION, data, [file.sha256 for file in inputs], tokenizer]
-    return Job(format_version=FORMAT_VERSION, fingerprint=sha256_of_json(content), data=data, inputs=inputs)
+    content = [DATA_FORMAT_VERSION, data, [file.sha256 for file in inputs], tokenizer]
+    return Job(format_version=DATA_FORMAT_VERSION, fingerprint=sha256_of_json(content), data=data, inputs=inputs)
 
 
 def _inspect(scans: Mapping[Path, Scan], known: Job | None, workers: int) -> tuple[InputFile, ...]:

@@ -17,7 +17,7 @@ from dstrain.storage.document import Count, DocumentFormat, FileRecord
 from dstrain.storage.hashing import sha256_of_text
 from dstrain.storage.sharded_job import PARTS_FILE
 
-FORMAT_VERSION = 1
+DATA_FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_DIRECTORY = "tokenizer"
 
@@ -87,19 +87,19 @@ class DataManifest(Config):
             )
 
 
-MANIFEST = DocumentFormat(
+DATA_MANIFEST = DocumentFormat(
     DataManifest,
     "manifest of prepared data",
     DataError,
     "prepare the data again",
     version_field="format_version",
-    version=FORMAT_VERSION,
+    version=DATA_FORMAT_VERSION,
 )
 
 
 def write_data_manifest(manifest: DataManifest, directory: Path) -> None:
     """Write `directory`/manifest.json; the same manifest always gives the same bytes."""
-    MANIFEST.write(directory / MANIFEST_FILE, manifest)
+    DATA_MANIFEST.write(directory / MANIFEST_FILE, manifest)
 
 
 def load_manifest(directory: Path) -> DataManifest:
@@ -112,4 +112,4 @@ def load_manifest(directory: Path) -> DataManifest:
     if not path.exists():
         reason = "the preparation was not finished" if path.parent.is_dir() else "there is no such directory"
         raise DataError(f"{path} is missing: {reason}; run `dstrain prepare RECIPE --output {directory}`")
-    return MANIFEST.read(path)
+    return DATA_MANIFEST.read(path)

@@ -20,17 +20,17 @@ from typing import Any, Generic, TypeVar
 
 from dstrain.errors import DataError, DstrainError
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
 
 
-class WorkerPool(Generic[Task, Result]):
+class WorkerPool(Generic[_Task, _Result]):
     """Processes that each call `make_work()` once and then apply what it returned to tasks.
 
     make_work: picklable by reference, e.g. a partial of a module's function.
     """
 
-    def __init__(self, make_work: Callable[[], Callable[[Task], Result]], workers: int) -> None:
+    def __init__(self, make_work: Callable[[], Callable[[_Task], _Result]], workers: int) -> None:
         self._executor = ThreadPoolExecutor(workers)
         self._workers = workers
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -42,9 +42,9 @@ class WorkerPool(Generic[Task, Result]):
         for worker in self._processes:
             self._idle.put(worker)
 
-    def map(self, tasks: Iterable[Task]) -> Iterator[Result]:
+    def map(self, tasks: Iterable[_Task]) -> Iterator[_Result]:
         """Results in the order of `tasks`. A DstrainError raised by a worker is raised here."""
-        pending: deque[Future[Result]] = deque()
+        pending: deque[Future[_Result]] = deque()
         for task in tasks:
             pending.append(self._executor.submit(self._call, task))
             if len(pending) >= 2 * self._workers:
@@ -52,15 +52,15 @@ class WorkerPool(Generic[Task, Result]):
         while pending:
             yield pending.popleft().result()
 
-    def _call(self, task: Task) -> Result:
+    def _call(self, task: _Task) -> _Result:
         worker = self._idle.get()
         try:
-            result: Result = worker.call(task)
+            result: _Result = worker.call(task)
             return result
         finally:
             self._idle.put(worker)
 
-    def __enter__(self) -> WorkerPool[Task, Result]:
+    def __enter__(self) -> WorkerPool[_Task, _Result]:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

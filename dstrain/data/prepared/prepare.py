@@ -22,7 +22,7 @@ from dstrain.data.config import DataConfig, TrainedSentencePiece
 from dstrain.data.prepared.encode import EncodedBlock, make_encoder
 from dstrain.data.prepared.job import Job, corpus_sizes, plan_job, read_job, start_job
 from dstrain.data.prepared.manifest import (
-    FORMAT_VERSION,
+    DATA_FORMAT_VERSION,
     MANIFEST_FILE,
     TOKENIZER_DIRECTORY,
     DataManifest,
@@ -36,7 +36,7 @@ from dstrain.data.prepared.rows import id_dtype
 from dstrain.data.prepared.shard import PairSidecar, ShardWriter, shard_schema, write_lengths
 from dstrain.data.sources.corpora import PairBlock, read_blocks, splits_of
 from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE, TokenizerPair, load_tokenizers, save_tokenizers
-from dstrain.data.tokenizers.training import TokenizerTrainer, given_tokenizers
+from dstrain.data.tokenizers.training import TokenizerTrainer, load_configured_tokenizers
 from dstrain.errors import DataError
 from dstrain.log import logger
 from dstrain.storage.atomic import atomic_writer
@@ -124,7 +124,7 @@ class _Preparation:
             bar = stack.enter_context(tqdm(total=total, unit=" pairs", unit_scale=True, disable=None if self._progress else True))
             splits = {split: self._split(split, tokenizers, encode, bar) for split in self._sizes}
         manifest = DataManifest(
-            format_version=FORMAT_VERSION,
+            format_version=DATA_FORMAT_VERSION,
             created_by=f"dstrain {__version__}",
             job=self._job.fingerprint,
             tokenizer_fingerprint=tokenizers.fingerprint,
@@ -145,7 +145,7 @@ class _Preparation:
             with WorkerPool(partial(TokenizerTrainer, self._config, self._sizes["train"], directory), 1) as pool:
                 list(pool.map([tokenizer]))
         else:
-            save_tokenizers(given_tokenizers(tokenizer), directory)
+            save_tokenizers(load_configured_tokenizers(tokenizer), directory)
         return load_tokenizers(directory)
 
     def _split(

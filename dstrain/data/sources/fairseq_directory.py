@@ -150,7 +150,7 @@ def _corpus(directory: Path, piece: str, source: str, target: str, *, reverse: b
 
 def _pieces(directory: Path, split: str, source: str, target: str) -> dict[str, FairseqIds]:
     """`split`, `split`1, `split`2 and so on, as far as they go."""
-    found: dict[str, FairseqIds] = {}
+    tests: dict[str, FairseqIds] = {}
     for number in count():
         name = f"{split}{number or ''}"
         both = [_corpus(directory, name, source, target, reverse=reverse) for reverse in (False, True)]
@@ -160,8 +160,8 @@ def _pieces(directory: Path, split: str, source: str, target: str) -> dict[str, 
                 raise DataError(
                     f"{directory} holds {name} as text (--dataset-impl raw); name the text files in the recipe: kind: parallel"
                 )
-            return found
-        found[name] = there
+            return tests
+        tests[name] = there
     raise AssertionError("pieces are counted until one is missing")
 
 

@@ -25,9 +25,9 @@ from dstrain.data.sources.lexicon import (
     DETERMINER_ENDINGS,
     FAVORS,
     GIFTS,
+    LOCATIONS,
     MODALS,
     PERSONS,
-    PLACES,
     PREPOSITIONS,
     STATES,
     THINGS,
@@ -44,7 +44,7 @@ from dstrain.errors import DataError
 
 Split = Literal["train", "valid", "test"]
 Tense = Literal["present", "past", "modal"]
-T = TypeVar("T")
+_T = TypeVar("_T")
 
 HELD_OUT_SHARE = 8
 VALID_SHARE = 20
@@ -167,7 +167,7 @@ class _Speaker:
         if kind < 0.7:
             english, german = self._pick(TIMES[tense])
             return _finish([english, *clause.english], clause.second([german])), clause.held_out
-        other = self._thought() if kind < 0.85 else self._intransitive("present", place=False)
+        other = self._thought() if kind < 0.85 else self._intransitive("present", with_location=False)
         english, german = ("that", "dass") if kind < 0.85 else ("because", "weil")
         words = other.second()
         words[-1] += ","
@@ -178,7 +178,7 @@ class _Speaker:
     def _clause(self, tense: Tense) -> Clause:
         kind = self._random()
         if kind < 0.2:
-            return self._intransitive(tense, place=True)
+            return self._intransitive(tense, with_location=True)
         subject = self._phrase(PERSONS)
         if kind < 0.6:
             verb = self._pick(ACTIONS)
@@ -194,11 +194,11 @@ class _Speaker:
         held_out = any(_kept_back(verb.base, phrase.noun.singular) or _rare(phrase) for phrase, _ in objects)
         return _conjugate(subject, verb, self._helper(tense), Rest(english, german, held_out))
 
-    def _intransitive(self, tense: Tense, *, place: bool) -> Clause:
+    def _intransitive(self, tense: Tense, *, with_location: bool) -> Clause:
         subject, verb = self._phrase(PERSONS), self._pick(STATES)
-        if not place:
+        if not with_location:
             return _conjugate(subject, verb, self._helper(tense), Rest([], [], False))
-        phrase = self._phrase(PLACES)
+        phrase = self._phrase(LOCATIONS)
         english, german = self._pick(PREPOSITIONS)
         words = _contract([german, *phrase.german("dative")])
         return _conjugate(subject, verb, self._helper(tense), Rest([english, *phrase.english()], words, _rare(phrase)))
@@ -215,7 +215,7 @@ class _Speaker:
     def _helper(self, tense: Tense) -> Modal | Literal["present", "past"]:
         return self._pick(MODALS) if tense == "modal" else tense
 
-    def _pick(self, choices: Sequence[T]) -> T:
+    def _pick(self, choices: Sequence[_T]) -> _T:
         return choices[int(self._random() * len(choices))]
 
 

@@ -68,7 +68,7 @@ THINGS = (
     Noun("bag", "bags", "f", "Tasche", "Taschen"),
     Noun("apple", "apples", "m", "Apfel", "Äpfel"),
 )
-PLACES = (
+LOCATIONS = (
     Noun("garden", "gardens", "m", "Garten", "Gärten"),
     Noun("city", "cities", "f", "Stadt", "Städte"),
     Noun("village", "villages", "n", "Dorf", "Dörfer"),

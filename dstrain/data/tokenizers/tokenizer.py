@@ -33,7 +33,7 @@ from dstrain.storage.parsing import dump_yaml
 if TYPE_CHECKING:
     from dstrain.protocols import TextTokenizer
 
-FORMAT_VERSION = 1
+TOKENIZER_FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.yaml"
 SPECIAL_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
 WORD_START = "\u2581"
@@ -73,7 +73,7 @@ DESCRIPTION_FORMAT = DocumentFormat(
     DataError,
     "save the tokenizer again, or restore it from a copy",
     version_field="format_version",
-    version=FORMAT_VERSION,
+    version=TOKENIZER_FORMAT_VERSION,
 )
 
 
@@ -257,7 +257,9 @@ def save_tokenizers(pair: TokenizerPair, directory: Path) -> None:
     directory = Path(directory)
     source = _save(pair.source, directory, "joint" if pair.shared else "source")
     target = source if pair.shared else _save(pair.target, directory, "target")
-    description = TokenizerDescription(format_version=FORMAT_VERSION, fingerprint=pair.fingerprint, source=source, target=target)
+    description = TokenizerDescription(
+        format_version=TOKENIZER_FORMAT_VERSION, fingerprint=pair.fingerprint, source=source, target=target
+    )
     content = description.model_dump(mode="json", exclude_none=True)
     write_file(directory / TOKENIZER_FILE, dump_yaml(content).encode())
 

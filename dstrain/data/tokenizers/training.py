@@ -16,8 +16,8 @@ import sentencepiece
 from dstrain.data.config import (
     DataConfig,
     FairseqDictionaries,
-    GivenSentencePiece,
-    GivenTokenizer,
+    SentencePieceFiles,
+    TokenizerDirectory,
     TrainedSentencePiece,
     has_no_source,
 )
@@ -43,9 +43,9 @@ VOCABULARY_TOO_SMALL = re.compile(r"Vocabulary size is smaller than required_cha
 NO_TEXT = re.compile(r"sentences_\.empty|all_chars_count")
 
 
-def given_tokenizers(config: GivenSentencePiece | GivenTokenizer | FairseqDictionaries) -> TokenizerPair:
+def load_configured_tokenizers(config: SentencePieceFiles | TokenizerDirectory | FairseqDictionaries) -> TokenizerPair:
     """Read the tokenizers that a recipe names. Raises DataError if they are missing or broken."""
-    if isinstance(config, GivenTokenizer):
+    if isinstance(config, TokenizerDirectory):
         return load_tokenizers(expand_path(config.path))
     if isinstance(config, FairseqDictionaries):
         dictionary = _dictionary(config.source, config.source_model)
@@ -83,12 +83,12 @@ class TokenizerTrainer:
         """The training text of these sides, evenly spread; text without a source has a target side alone."""
         present = [[side for side in sides if side == 1 or not has_no_source([corpus])] for corpus in self._config.train]
         total, lines = sum(self._sizes), sum(size * len(own) for size, own in zip(self._sizes, present, strict=True))
-        wanted = min(total, max(1, total * tokenizer.max_training_lines // max(lines, 1)))
+        sample_size = min(total, max(1, total * tokenizer.max_training_lines // max(lines, 1)))
         number = 0
         for block in read_blocks("train", self._config.train, self._sizes, 0, total):
             assert isinstance(block.text, TextBlock), "no tokenizer is trained on ids"
             for pair in zip(*parse(self._config.train[block.corpus], block.text), strict=True):
-                if (number + 1) * wanted // total > number * wanted // total:
+                if (number + 1) * sample_size // total > number * sample_size // total:
                     yield from (pair[side] for side in present[block.corpus])
                 number += 1
 
@@ -157,11 +157,11 @@ def _check_symbols(key: str, symbols: Sequence[str]) -> None:
 
 def _explain(message: str, config: TrainedSentencePiece) -> str:
     size = f"data.tokenizer.vocab_size is {config.vocab_size}"
-    if found := CORPUS_TOO_SMALL.search(message):
-        return f"{size}, the training text supports at most {found[1]}; set it to {found[1]} or less, or add text"
-    if found := VOCABULARY_TOO_SMALL.search(message):
+    if match := CORPUS_TOO_SMALL.search(message):
+        return f"{size}, the training text supports at most {match[1]}; set it to {match[1]} or less, or add text"
+    if match := VOCABULARY_TOO_SMALL.search(message):
         return (
-            f"{size}, the characters of the training text and the special symbols alone need {found[1]}; set it to more, or "
+            f"{size}, the characters of the training text and the special symbols alone need {match[1]}; set it to more, or "
             "lower data.tokenizer.character_coverage"
         )
     if NO_TEXT.search(message):

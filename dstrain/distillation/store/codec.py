@@ -146,7 +146,7 @@ class SampleCodec:
 
     def unpack(self, columns: Mapping[str, Sequence[Array]], num_tokens: int) -> SparseSignal:
         """Probabilities are counts / draws; no tail."""
-        whole = joined(columns, self.columns)
+        whole = concatenate_columns(columns, self.columns)
         distinct = whole["distinct"]
         places = np.arange(distinct.max(initial=1))
         used, many = (places < whole[name][:, None] for name in ("distinct", "repeated"))  # (n, k)
@@ -198,7 +198,7 @@ class TopKCodec:
 
     def unpack(self, columns: Mapping[str, Sequence[Array]], num_tokens: int) -> SparseSignal:
         """Masses scaled to 1 - tail, which rounding has moved; a tail that rounding has made 0 is `LEAST_TAIL`."""
-        whole = joined(columns, self.columns)
+        whole = concatenate_columns(columns, self.columns)
         stored, tail = whole["log_probs"].reshape(num_tokens, self._k), whole["tail"]
         if not self._complete:
             tail = np.maximum(tail, LEAST_TAIL)
@@ -240,7 +240,7 @@ class DenseCodec:
         return LogProbsSignal([piece.reshape(-1, self.items_per_token) for piece in columns["log_probs"]], self._temperature)
 
 
-def joined(columns: Mapping[str, Sequence[Array]], dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, Array]:
+def concatenate_columns(columns: Mapping[str, Sequence[Array]], dtypes: Mapping[str, np.dtype[Any]]) -> dict[str, Array]:
     """Each column in one piece."""
     return {name: np.concatenate([np.empty(0, dtype), *columns[name]]) for name, dtype in dtypes.items()}
 
@@ -258,8 +258,8 @@ def uniform_draws(seed: int, keys: TokenKeys) -> Array:
     """
     start = np.uint64(derive_seed(seed, "sampled logits"))
     mixed = _mix(_mix(start + keys.examples.astype(np.uint64) * _GOLDEN) + keys.positions.astype(np.uint64) * _GOLDEN)
-    found: Array = ((mixed >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
-    return found
+    uniform: Array = ((mixed >> np.uint64(11)) + np.uint64(1)) * 2.0**-53
+    return uniform
 
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -27,7 +27,7 @@ from dstrain.ops.teacher_signal import DenseSignal, KeptSignal
 from dstrain.ops.token_loss.distillation import DistillationTerms, linear_distillation
 from dstrain.protocols import TeacherForced
 
-CHUNK = 256
+ANGLE_CHUNK_TOKENS = 256
 """Tokens whose logits exist at one time."""
 ROWS_AT_A_TIME = 4096
 """Of the random order."""
@@ -59,8 +59,8 @@ def gradient_angles(
     remaining, done = sorted(tokens), 0
     for batch in batches:
         gradients = _both_gradients(student, parameters, teacher, batch, signal_of(batch), temperature=temperature)
-        for total, found in zip(sums, gradients, strict=True):
-            torch._foreach_add_(total, found)
+        for total, gradient in zip(sums, gradients, strict=True):
+            torch._foreach_add_(total, gradient)
         done += batch.num_targets
         while remaining and done >= remaining[0]:
             yield _angle(done, *sums)
@@ -106,7 +106,7 @@ def _both_gradients(
         teacher_features, teacher_weight = teacher.projection.operands(target_hidden(teacher, batch.for_kind(teacher.kind)))
     features, weight = student.projection.operands(target_hidden(student, batch))
     terms = DistillationTerms(Divergence("forward_kl"), temperature, hard_weight=0.0, kd_weight=1.0, label_smoothing=0.0)
-    learn = partial(linear_distillation, labels=batch.targets.labels, terms=terms, chunk_tokens=CHUNK, selected=None)
+    learn = partial(linear_distillation, labels=batch.targets.labels, terms=terms, chunk_tokens=ANGLE_CHUNK_TOKENS, selected=None)
     losses = [learn(features, weight, signal=each).loss for each in (signal, DenseSignal([teacher_features], [teacher_weight]))]
     return [
         torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True) for loss in losses

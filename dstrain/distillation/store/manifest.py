@@ -22,7 +22,7 @@ from dstrain.storage.document import Count, DocumentFormat, FileRecord
 from dstrain.storage.hashing import sha256_of_text
 from dstrain.storage.sharded_job import PARTS_FILE, ShardedJob, Sidecar
 
-FORMAT_VERSION = 1
+STORE_FORMAT_VERSION = 1
 STORE_FILE = "logits.json"
 DENSE_VOCABULARY = 16_384
 """The largest vocabulary of a dense store, at 32 KiB a token."""
@@ -91,7 +91,7 @@ class DumpJob(Config):
     log-probabilities are float32.
     """
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = STORE_FORMAT_VERSION
     method: Method
     teacher: str
     data: str
@@ -173,7 +173,7 @@ DUMP = ShardedJob(
         DataError,
         "choose another --output, or remove the directory",
         version_field="format_version",
-        version=FORMAT_VERSION,
+        version=STORE_FORMAT_VERSION,
     ),
     sidecar=LogitSidecar,
     shard_file=logit_shard_file,
@@ -207,8 +207,10 @@ def load_store_manifest(directory: Path) -> StoreManifest:
     tree = STORE.read_tree(path)
     job = tree.get("job")
     version = job.get("format_version") if isinstance(job, dict) else None
-    if version != FORMAT_VERSION:
-        raise DataError(f"{path} has format_version {version!r}, this dstrain reads {FORMAT_VERSION}; dump the logits again")
+    if version != STORE_FORMAT_VERSION:
+        raise DataError(
+            f"{path} has format_version {version!r}, this dstrain reads {STORE_FORMAT_VERSION}; dump the logits again"
+        )
     manifest = STORE.validate(tree, path)
     _check_cover(path, manifest)
     return manifest

@@ -56,9 +56,9 @@ def corpus_scores(
             scores.append(_repetition(hypotheses, references, bleu))
         else:
             metric: Metric = {"bleu": bleu, "chrf": CHRF(lowercase=lowercase), "ter": TER()}[name]
-            found = metric.corpus_score(hypotheses, references)
-            detail = _bleu_detail(found) if isinstance(found, BLEUScore) else ""
-            scores.append(Score(name, found.score, str(metric.get_signature()), detail))
+            result = metric.corpus_score(hypotheses, references)
+            detail = _bleu_detail(result) if isinstance(result, BLEUScore) else ""
+            scores.append(Score(name, result.score, str(metric.get_signature()), detail))
     return scores
 
 

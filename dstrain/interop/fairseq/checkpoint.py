@@ -22,7 +22,7 @@ from dstrain.errors import BundleError, ImportFormatError
 from dstrain.interop.fairseq.command_line.flags import WITHOUT
 from dstrain.interop.fairseq.model import model_section
 from dstrain.interop.fairseq.names import FUSED, TABLES, canonical_name, current_name
-from dstrain.interop.fairseq.options import Reading, Settings
+from dstrain.interop.fairseq.options import Settings, SettingsReader
 from dstrain.interop.fairseq.safe_pickle import load_pickled
 from dstrain.models.config import ModelConfig, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
@@ -170,17 +170,17 @@ def _checkpoint_config(checkpoint: FairseqCheckpoint) -> ModelConfig:
     return convert_config(settings, decoder_only=not checkpoint.has_encoder, without_final_norm=old)
 
 
-def convert_config(given: Mapping[str, Any], *, decoder_only: bool, without_final_norm: Sequence[str] = ()) -> ModelConfig:
+def convert_config(values: Mapping[str, Any], *, decoder_only: bool, without_final_norm: Sequence[str] = ()) -> ModelConfig:
     """Our configuration of a fairseq transformer, or of its `transformer_lm`.
 
-    given: its settings. without_final_norm: sides of a format so old that pre-norm models had no final norm. ImportFormatError
+    values: its settings. without_final_norm: sides of a format so old that pre-norm models had no final norm. ImportFormatError
     names a setting that cannot be represented.
     """
-    reading = Reading()
+    reading = SettingsReader()
     for name in UNSUPPORTED:
-        if given.get(name):
-            raise reading.refusal(name, given[name], WITHOUT[name])
-    section = model_section(Settings(given, decoder_only), reading)
+        if values.get(name):
+            raise reading.refusal(name, values[name], WITHOUT[name])
+    section = model_section(Settings(values, decoder_only), reading)
     for side in without_final_norm:
         if section["norm_order"] == "pre" and side in section:
             section[side]["final_norm"] = "no"

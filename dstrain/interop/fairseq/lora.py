@@ -102,15 +102,15 @@ def _refuse_tied(model: Mapping[str, Any], pairs: Pairs) -> None:
 def _lora_args(value: Any, pairs: Pairs) -> dict[str, Any]:
     """The adapter's settings with fairseq's defaults. An unknown one is an error, since it may change the function."""
     try:
-        given = json.loads(value) if isinstance(value, str) else dict(value)
-        unknown = sorted(given.keys() - LORA_DEFAULTS.keys())
+        settings = json.loads(value) if isinstance(value, str) else dict(value)
+        unknown = sorted(settings.keys() - LORA_DEFAULTS.keys())
     except (ValueError, TypeError, AttributeError):
         raise ImportFormatError(
             f"the checkpoint has adapters but lora_args = {value!r}, which is no JSON object, so their scale is unknown"
         ) from None
     if unknown:
         raise ImportFormatError(f"the checkpoint has lora_args with {', '.join(unknown)}, which dstrain cannot represent")
-    lora = {**LORA_DEFAULTS, **given}
+    lora = {**LORA_DEFAULTS, **settings}
     ranks = {len(a) for a, _ in pairs.values()}
     if ranks != {lora["r"]}:
         raise ImportFormatError(f"the checkpoint's adapters have rank {sorted(ranks)}, but its lora_args say r = {lora['r']}")

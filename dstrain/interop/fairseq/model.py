@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dstrain.interop.fairseq.names import target_patterns
-from dstrain.interop.fairseq.options import Reading, Settings, dashed
+from dstrain.interop.fairseq.options import Settings, SettingsReader, dashed
 from dstrain.log import logger
 from dstrain.models.config import Activation
 
@@ -56,7 +56,7 @@ LORA_DEFAULTS: Mapping[str, Any] = {
 }
 
 
-def model_section(settings: Settings, reading: Reading) -> Tree:
+def model_section(settings: Settings, reading: SettingsReader) -> Tree:
     """The architecture, as plain values. ImportFormatError names an option that cannot be read."""
     sides = ["decoder"] if settings.decoder_only else ["encoder", "decoder"]
     side = sides[0]
@@ -80,7 +80,7 @@ def model_section(settings: Settings, reading: Reading) -> Tree:
     }
 
 
-def _stack(settings: Settings, side: str, reading: Reading) -> Tree:
+def _stack(settings: Settings, side: str, reading: SettingsReader) -> Tree:
     """With recurrent stacking one layer runs that many times, whatever the number of layers is."""
     passes, groups = f"{side}_recurrent_stacking", f"{side}_kv_attention_heads"
     stack: Tree = {"depth": settings[passes] or settings[f"{side}_layers"]}
@@ -105,7 +105,7 @@ def _stack(settings: Settings, side: str, reading: Reading) -> Tree:
     return stack
 
 
-def _embedding(settings: Settings, sides: list[str], reading: Reading) -> Tree:
+def _embedding(settings: Settings, sides: list[str], reading: SettingsReader) -> Tree:
     """Token vectors and the vocabulary matrix. A projection between widths is a factorized embedding with a linear activation."""
     tie = "decoder" if settings["share_decoder_input_output_embed"] else "none"
     tie = "all" if settings["share_all_embeddings"] else tie
@@ -131,7 +131,7 @@ def _embedding(settings: Settings, sides: list[str], reading: Reading) -> Tree:
     return {"kind": "factorized", "dim": next(iter(dims.values())), "activation": activation, **tree}
 
 
-def _activation(option: str, settings: Settings, reading: Reading) -> Activation:
+def _activation(option: str, settings: Settings, reading: SettingsReader) -> Activation:
     name = settings[option]
     if name not in ACTIVATION_NAMES:
         raise reading.refusal(option, name, f"dstrain has no such activation; known are {', '.join(ACTIVATION_NAMES)}")
@@ -145,21 +145,23 @@ def _lengths(settings: Settings) -> dict[str, int]:
     return {f"max_{side}_length": settings[f"max_{side}_positions"] for side in ("source", "target")}
 
 
-def _position(settings: Settings, side: str, reading: Reading) -> Tree:
+def _position(settings: Settings, side: str, reading: SettingsReader) -> Tree:
     """The one kind of position that the model has. Given options go before those of the architecture."""
     names = ("rope_args", "yarn_args", "alibi_args")
-    given = [name for name in names if settings.has(name)]
-    values = {name: json_object(name, settings, reading) for name in given or names if settings[name] is not None}
-    if len(given) > 1:
-        raise reading.refusal(given[1], settings[given[1]], f"{' and '.join(map(dashed, given))} exclude one another; give one")
+    present = [name for name in names if settings.has(name)]
+    values = {name: json_object(name, settings, reading) for name in present or names if settings[name] is not None}
+    if len(present) > 1:
+        raise reading.refusal(
+            present[1], settings[present[1]], f"{' and '.join(map(dashed, present))} exclude one another; give one"
+        )
     added = not settings["no_token_positional_embeddings"]
-    if given and added:
+    if present and added:
         if not reading.faithful:
-            reading.differ(dashed(given[0]), "positions-too")
-        elif given == ["alibi_args"] and "type" not in values["alibi_args"]:
+            reading.differ(dashed(present[0]), "positions-too")
+        elif present == ["alibi_args"] and "type" not in values["alibi_args"]:
             values = {}  # the earlier generation applied ALiBi only without other positions
         else:
-            raise reading.refusal(given[0], settings[given[0]], "positions are added to the embeddings, too")
+            raise reading.refusal(present[0], settings[present[0]], "positions are added to the embeddings, too")
     if "rope_args" in values:
         return _rotary(values["rope_args"], reading)
     if "yarn_args" in values:
@@ -171,7 +173,7 @@ def _position(settings: Settings, side: str, reading: Reading) -> Tree:
     return {"kind": "learned" if settings[f"{side}_learned_pos"] else "sinusoidal"}
 
 
-def json_object(name: str, settings: Settings, reading: Reading) -> dict[str, Any]:
+def json_object(name: str, settings: Settings, reading: SettingsReader) -> dict[str, Any]:
     """An option whose value is a JSON object; a command line's is parsed already."""
     value = settings[name]
     try:
@@ -183,7 +185,7 @@ def json_object(name: str, settings: Settings, reading: Reading) -> dict[str, An
     return content
 
 
-def _rotary(rope: Mapping[str, Any], reading: Reading) -> Tree:
+def _rotary(rope: Mapping[str, Any], reading: SettingsReader) -> Tree:
     reading.ignored("rope_args", rope, ROPE_KEYS)
     reading.differ("--rope-args", "decoding" if "type" in rope else "rope-late")
     factor = float(rope.get("scaling_factor", 1.0))
@@ -204,7 +206,7 @@ def _rotary(rope: Mapping[str, Any], reading: Reading) -> Tree:
     return {**tree, "scaling": scaling}
 
 
-def _yarn(yarn: Mapping[str, Any], reading: Reading) -> Tree:
+def _yarn(yarn: Mapping[str, Any], reading: SettingsReader) -> Tree:
     reading.ignored("yarn_args", yarn, YARN_KEYS)
     reading.differ("--yarn-args", "decoding")
     original, longest = int(yarn.get("original_max_position_embeddings", 256)), int(yarn.get("max_position_embeddings", 2048))
@@ -233,7 +235,7 @@ def _yarn(yarn: Mapping[str, Any], reading: Reading) -> Tree:
     return {**rotary, "scaling": scaling}
 
 
-def _alibi(alibi: Mapping[str, Any], settings: Settings, reading: Reading) -> Tree:
+def _alibi(alibi: Mapping[str, Any], settings: Settings, reading: SettingsReader) -> Tree:
     reading.ignored("alibi_args", alibi, ALIBI_KEYS)
     reading.differ("--alibi-args", "alibi-args")
     asymmetric = alibi.get("alibi_asymmetrical", alibi.get("type") == "asymmetrical")
@@ -248,7 +250,7 @@ def _alibi(alibi: Mapping[str, Any], settings: Settings, reading: Reading) -> Tr
     return {"kind": "alibi", "encoder": encoder}
 
 
-def adapter_section(settings: Settings, reading: Reading) -> Tree | None:
+def adapter_section(settings: Settings, reading: SettingsReader) -> Tree | None:
     """Low-rank adapters of a command line, None without them."""
     if not settings.has("lora_args"):
         return None

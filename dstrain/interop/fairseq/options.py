@@ -115,7 +115,7 @@ def dashed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-class Reading:
+class SettingsReader:
     """How a checkpoint is read: as the code that trained it computed. A setting that a model here cannot have is an error.
 
     A command line is read in another way (command_line/notes.py): as the options say, with notes on all that differs.

@@ -68,10 +68,10 @@ def load_pickled(path: Path) -> Any:
 
 
 def _refusal(path: Path, message: str) -> str:
-    found = re.search(r"GLOBAL ([\w.]+)|<class '([\w.]+)'>", message)
-    if found is None:
+    match = re.search(r"GLOBAL ([\w.]+)|<class '([\w.]+)'>", message)
+    if match is None:
         return f"{path} is truncated or no torch checkpoint; copy the file again"
     return (
-        f"{path} holds a pickled {found[1] or found[2]}, which could run code when read and is refused; save the checkpoint "
+        f"{path} holds a pickled {match[1] or match[2]}, which could run code when read and is refused; save the checkpoint "
         "again as a plain dict of tensors and settings"
     )

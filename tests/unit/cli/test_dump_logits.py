@@ -88,13 +88,13 @@ def test_strangers_are_refused(data: Path, teacher: Path, logits: Path, tmp_path
 
 def test_other_sentences_are_refused(data: Path, teacher: Path, logits: Path, tmp_path: Path, verbs: Verbs) -> None:
     """The same tokenizer, other rows."""
-    from dstrain.data.config import DataConfig, GivenTokenizer, GrammarText
+    from dstrain.data.config import DataConfig, GrammarText, TokenizerDirectory
     from dstrain.data.prepared.prepare import prepare
 
     config = DataConfig(
         train=(GrammarText(split="train", num_pairs=60, seed=2),),
         valid=(GrammarText(split="valid", num_pairs=7),),
-        tokenizer=GivenTokenizer(path=str(data / "tokenizer")),
+        tokenizer=TokenizerDirectory(path=str(data / "tokenizer")),
     )
     prepare(config, tmp_path / "other", workers=1, progress=False)
     message = verbs.fail("inspect", logits, "--against-teacher", teacher, "--data", tmp_path / "other", "--device", "cpu")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from dstrain.batch import Sequences
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
 from dstrain.cli.main import main
-from dstrain.data.config import DataConfig, GivenTokenizer, GrammarText, PlainText, TrainedSentencePiece
+from dstrain.data.config import DataConfig, GrammarText, PlainText, TokenizerDirectory, TrainedSentencePiece
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.prepare import prepare
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
@@ -148,7 +148,7 @@ def test_an_encoder_decoder_bundle_has_nothing_to_read_in_text_without_a_source(
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The girl sleeps.\n")
-    tokenizer = GivenTokenizer(path=str(data / "tokenizer"))
+    tokenizer = TokenizerDirectory(path=str(data / "tokenizer"))
     config = DataConfig(train=(PlainText(path=str(text)),), valid=(PlainText(path=str(text)),), tokenizer=tokenizer)
     prepare(config, tmp_path / "data", workers=1, progress=False)
     assert main(["validate", str(bundle), "--data", str(tmp_path / "data"), "--device", "cpu", "--no-generate"]) == 1

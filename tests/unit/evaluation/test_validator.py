@@ -151,7 +151,7 @@ def test_with_a_moving_average_it_is_the_average_that_is_scored() -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("size", [1, 2, 7, 23])
 def test_texts_of_all_ranks_are_scored_in_order(monkeypatch: pytest.MonkeyPatch, world_size: int, size: int) -> None:
-    monkeypatch.setattr(validator, "CHUNK", 4)
+    monkeypatch.setattr(validator, "TRANSLATION_CHUNK", 4)
     tasks = [Texts(size) for _ in range(world_size)]
     results = on_ranks(
         world_size,
@@ -163,8 +163,8 @@ def test_texts_of_all_ranks_are_scored_in_order(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.parametrize("look", range(1, 6))
 def test_an_interruption_ends_it_on_all_ranks_at_the_same_place(monkeypatch: pytest.MonkeyPatch, look: int) -> None:
-    monkeypatch.setattr(validator, "CHUNK", 2)
-    monkeypatch.setattr(validator, "BATCHES_BETWEEN_LOOKS", 2)
+    monkeypatch.setattr(validator, "TRANSLATION_CHUNK", 2)
+    monkeypatch.setattr(validator, "BATCHES_PER_CHECK", 2)
 
     def run(ranks: ThreadRanks) -> tuple[object, int]:
         looks = 0

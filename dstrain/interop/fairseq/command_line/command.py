@@ -41,7 +41,7 @@ def parse_command(line: str) -> Command:
     Raises ImportFormatError if a quote is open, an option has no value or one of another kind, or there is no data directory.
     """
     words, before = _words(line)
-    given: dict[str, str] = {}  # an option without a value has an empty one
+    words_by_name: dict[str, str] = {}  # an option without a value has an empty one
     data: list[str] = []
     unknown: list[str] = []
     while words:
@@ -54,20 +54,22 @@ def parse_command(line: str) -> Command:
         if name not in OPTIONS and name not in WITHOUT:
             unknown.append(" ".join([word, *_values(words)]) + _hint(name))
         elif name in SWITCHES:
-            given[name] = ""
+            words_by_name[name] = ""
         elif has_value:
-            given[name] = value
+            words_by_name[name] = value
         elif name in MAY_BE_BARE:
-            given[name] = words.pop(0) if words and not OPTION.match(words[0]) else ""
+            words_by_name[name] = words.pop(0) if words and not OPTION.match(words[0]) else ""
         elif words:
-            given[name] = words.pop(0)
+            words_by_name[name] = words.pop(0)
         else:
             raise ImportFormatError(f"{word} is the last word and has no value; give the whole command line")
     if len(data) != 1:
-        found = ", ".join(data) or "none"
-        raise ImportFormatError(f"the command line names one data directory (several joined by ':'), found {found}; mend it")
-    values = {name: _value(name, word) for name, word in given.items()}
-    return Command(values, given, tuple(data[0].split(":")), unknown, before)
+        directories = ", ".join(data) or "none"
+        raise ImportFormatError(
+            f"the command line names one data directory (several joined by ':'), found {directories}; mend it"
+        )
+    values = {name: _value(name, word) for name, word in words_by_name.items()}
+    return Command(values, words_by_name, tuple(data[0].split(":")), unknown, before)
 
 
 def _value(name: str, word: str) -> Any:

@@ -44,7 +44,7 @@ HEADINGS = {
     "lacking": "Options without a counterpart",
     "unknown": "Unknown, and not read",
 }
-WIDTH = 126
+REPORT_WIDTH = 126
 
 
 def recipe_from_command(line: str) -> str:
@@ -174,4 +174,4 @@ def _comments(notes: Notes) -> Iterator[str]:
             yield ""
             yield f"{heading}:"
         for entry in entries:
-            yield from textwrap.wrap(entry, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+            yield from textwrap.wrap(entry, REPORT_WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)

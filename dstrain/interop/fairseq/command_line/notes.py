@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dstrain.errors import ImportFormatError
-from dstrain.interop.fairseq.options import Reading, Settings, dashed
+from dstrain.interop.fairseq.options import Settings, SettingsReader, dashed
 
 DIFFERS = {
     "required-batch-size-multiple": "the rest of the last batch was dropped, in training and validation; dstrain drops none",
@@ -106,8 +106,8 @@ READ = {
 
 
 @dataclass
-class Notes(Reading):
-    """Remarks in the order of finding. The options of a command line are read as they say, see `Reading`.
+class Notes(SettingsReader):
+    """Remarks in the order of finding. The options of a command line are read as they say, see `SettingsReader`.
 
     lacking: options without a counterpart. unknown: words that are no option of fairseq's that dstrain knows.
     """

@@ -63,9 +63,9 @@ def _r_drop(settings: Settings, notes: Notes) -> Tree:
 
 
 def _distillation(settings: Settings, smoothing: float, notes: Notes) -> Tree:
-    given = settings["kd_args"] or {}
-    notes.ignored("kd_args", given, {"strategy", "rate", "queue_size"})
-    strategy = given.get("strategy", "word_level")
+    kd_args = settings["kd_args"] or {}
+    notes.ignored("kd_args", kd_args, {"strategy", "rate", "queue_size"})
+    strategy = kd_args.get("strategy", "word_level")
     if strategy not in SELECTIONS:
         raise ImportFormatError(f"--kd-args: strategy {strategy!r} is none of {', '.join(SELECTIONS)}; mend the JSON")
     _note_teacher(settings, notes)
@@ -75,19 +75,19 @@ def _distillation(settings: Settings, smoothing: float, notes: Notes) -> Tree:
         if smoothing:
             notes.differ(settings.shown("label_smoothing"), "label-smoothing")
     elif strategy != "word_seq_level":
-        section["selection"] |= _selected(given, strategy, settings, notes)
+        section["selection"] |= _selected(kd_args, strategy, settings, notes)
     return section
 
 
-def _selected(given: Mapping[str, Any], strategy: str, settings: Settings, notes: Notes) -> Tree:
-    rate = float(given.get("rate", 0.0))
+def _selected(kd_args: Mapping[str, Any], strategy: str, settings: Settings, notes: Notes) -> Tree:
+    rate = float(kd_args.get("rate", 0.0))
     if not 0 < rate <= 1:
         raise ImportFormatError(f"--kd-args: rate = {rate:g} (0 by default) crashed {strategy}; give a share above 0, at most 1")
     notes.differ(f"--kd-args: {strategy}", "kd-padding")
     if strategy == "batch_level":
         return {"rate": rate}
     notes.differ(f"--kd-args: {strategy}", "kd-queue")
-    section: Tree = {"rate": rate, "queue_size": int(given.get("queue_size", 10000))}
+    section: Tree = {"rate": rate, "queue_size": int(kd_args.get("queue_size", 10000))}
     if strategy == "global_language_wise":
         notes.differ(f"--kd-args: {strategy}", "kd-language")
         tags = settings["language_tags"]
@@ -98,12 +98,12 @@ def _selected(given: Mapping[str, Any], strategy: str, settings: Settings, notes
 
 
 def _late_distillation(settings: Settings, notes: Notes) -> Tree:
-    given = settings["kd_args"] or {}
-    notes.ignored("kd_args", given, {"lambda", *LATE_KEYS})
-    share = float(given.get("lambda", 1.0))
+    kd_args = settings["kd_args"] or {}
+    notes.ignored("kd_args", kd_args, {"lambda", *LATE_KEYS})
+    share = float(kd_args.get("lambda", 1.0))
     _note_teacher(settings, notes)
     for key in LATE_KEYS:
-        if key in given:
+        if key in kd_args:
             notes.differ("--kd-args", "kd-late", key=key)
     if not 0 < share <= 1:
         raise ImportFormatError(f"--kd-args: lambda = {share:g} is no share above 0 and at most 1; mend the JSON")

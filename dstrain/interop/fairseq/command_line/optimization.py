@@ -32,8 +32,8 @@ def batching_section(settings: Settings, notes: Notes) -> Tree:
     elif sentences is not None:
         notes.lack(settings.shown("batch_size"), "batch-size-too")
     step = tokens * accumulation * (ranks or 1)
-    given = [settings.shown(name) for name in ("max_tokens", "update_freq", "distributed_world_size") if settings.has(name)]
-    notes.reads(", ".join(given) or "steps", "step", tokens=tokens, accumulation=accumulation, ranks=ranks or 1, step=step)
+    options = [settings.shown(name) for name in ("max_tokens", "update_freq", "distributed_world_size") if settings.has(name)]
+    notes.reads(", ".join(options) or "steps", "step", tokens=tokens, accumulation=accumulation, ranks=ranks or 1, step=step)
     multiple = "required_batch_size_multiple"
     shown = settings.shown(multiple) if settings.has(multiple) else f"{dashed(multiple)} {settings[multiple]} (default)"
     notes.differ(shown, "required-batch-size-multiple")

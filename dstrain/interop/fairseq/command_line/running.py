@@ -96,10 +96,10 @@ def reporting_section(settings: Settings, notes: Notes) -> Tree:
 
 def _interval(settings: Settings, name: str, notes: Notes) -> tuple[str, int]:
     """`--NAME-updates` if it is on, else `--NAME` in epochs."""
-    steps, given = settings[f"{name}_updates"], settings.has(name)
+    steps, method = settings[f"{name}_updates"], settings.has(name)
     if steps <= 0:
         return "epochs", max(1, settings[name])
-    if given:
+    if method:
         notes.lack(settings.shown(name), "interval")
     return "steps", steps
 
@@ -119,9 +119,9 @@ def _metric(settings: Settings, generates: bool, notes: Notes) -> str:
 
 
 def _generation(settings: Settings, notes: Notes) -> Tree:
-    given = settings["eval_bleu_args"] or {}
+    method = settings["eval_bleu_args"] or {}
     section: Tree = {"kind": "beam", "beam_size": 5, "max_length_ratio": 0.0, "max_length_offset": 200}
-    for key, value in given.items():
+    for key, value in method.items():
         if key in GENERATION:
             section[GENERATION[key]] = value
         elif key == "unnormalized":
