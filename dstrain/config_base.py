@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+Tree = dict[str, Any]
+"""The plain values of a configuration, as a YAML file has them."""
 Precision = Literal["fp32", "bf16", "fp16"]
 """What a model computes in."""
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dstrain.config_base import Tree
 from dstrain.engine.config import EngineConfig
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.errors import RecipeError, nearest
@@ -21,7 +22,6 @@ from dstrain.storage.explain import explain
 from dstrain.storage.parsing import dump_yaml, parse_yaml, read_tree
 
 SHIPPED = Path(__file__).parent / "recipes"
-Tree = dict[str, Any]
 
 
 def recipe_names() -> list[str]:
@@ -55,8 +55,8 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 def check_recipe(tree: Mapping[str, Any], origin: str, mistakes: Sequence[str] = ()) -> Recipe:
     """The checked recipe of a tree of plain values. origin: its name in errors. mistakes: found before, reported too."""
     if tree.get("version", RECIPE_VERSION) != RECIPE_VERSION:
-        found = tree["version"]
-        raise RecipeError(f"{origin}: version: this dstrain reads recipes of version {RECIPE_VERSION}, not {found!r}")
+        version = tree["version"]
+        raise RecipeError(f"{origin}: version: this dstrain reads recipes of version {RECIPE_VERSION}, not {version!r}")
     lines = list(mistakes)
     try:
         recipe = Recipe.model_validate(tree)

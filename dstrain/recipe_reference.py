@@ -28,8 +28,8 @@ of a list item and `NAME` for a name of your own. Besides its keys, `model` take
 is one of:
 {textwrap.fill(", ".join(PRESETS), 130)}.
 """
-TABLE = ["", "| key | value | default | meaning |", "|---|---|---|---|"]
-WIDTH = 130
+TABLE_HEAD = ["", "| key | value | default | meaning |", "|---|---|---|---|"]
+PAGE_WIDTH = 130
 SCALARS = {int: "integer", float: "number", str: "text", bool: "true or false", NoneType: "null"}
 BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 Sections = dict[type[BaseModel], dict[str, set[type[BaseModel]]]]
@@ -49,19 +49,19 @@ def reference_page() -> str:
 
 def explain_key(key: str) -> str:
     """A key of the recipe, or a section with its keys. RecipeError with the nearest key if there is no such key."""
-    found: list[tuple[Any, FieldInfo | None]] = [(Recipe, None)]
+    entered: list[tuple[Any, FieldInfo | None]] = [(Recipe, None)]
     path = key.removesuffix(".kind").split(".")
     for depth, name in enumerate(path):
-        steps = [step for annotation, _ in found for step in _enter(annotation, name)]
+        steps = [step for annotation, _ in entered for step in _enter(annotation, name)]
         if not steps:
-            known = {field for annotation, _ in found for member in _sections_of(annotation) for field in member.model_fields}
+            known = {field for annotation, _ in entered for member in _sections_of(annotation) for field in member.model_fields}
             owner = ".".join(path[:depth])
             remedy = nearest(name, known) if known else f"{owner} has no keys"
             raise RecipeError(f"{'.'.join(path[: depth + 1])}: no such key of a recipe; {remedy}")
-        found = steps
-    lines = list(dict.fromkeys(_line(key, field) for _, field in found if field is not None))
-    for member in dict.fromkeys(member for annotation, _ in found for member in _sections_of(annotation)):
-        lines += ["", *textwrap.wrap(f"{key}{_kind(member)}: {_purpose(member)}", WIDTH)]
+        entered = steps
+    lines = list(dict.fromkeys(_line(key, field) for _, field in entered if field is not None))
+    for member in dict.fromkeys(member for annotation, _ in entered for member in _sections_of(annotation)):
+        lines += ["", *textwrap.wrap(f"{key}{_kind(member)}: {_purpose(member)}", PAGE_WIDTH)]
         lines += [f"  {_line(name, field)}" for name, field in _own_fields(member)]
     return "\n".join(lines) + "\n"
 
@@ -94,7 +94,7 @@ def _containers(annotation: Any) -> list[Any]:
     if origin in (tuple, list, dict):
         return [annotation]
     arguments = typing.get_args(annotation)
-    return [found for argument in arguments[: 1 if origin is typing.Annotated else None] for found in _containers(argument)]
+    return [entered for argument in arguments[: 1 if origin is typing.Annotated else None] for entered in _containers(argument)]
 
 
 def _sections_of(annotation: Any) -> list[type[BaseModel]]:
@@ -108,14 +108,14 @@ def _enter(annotation: Any, name: str) -> list[tuple[Any, FieldInfo | None]]:
         for member in union_members(annotation)
         if name in member.model_fields
     ]
-    inside = [found for found in _containers(annotation) if typing.get_origin(found) is dict or name.isdigit()]
+    inside = [entered for entered in _containers(annotation) if typing.get_origin(entered) is dict or name.isdigit()]
     return [*fields, *((element_type(container), None) for container in inside)]
 
 
 def _section(config: type[BaseModel], keys: dict[str, set[type[BaseModel]]], kinds_at: dict[str, set[type[BaseModel]]]) -> str:
     """Heading, purpose and the table of keys of one section."""
     first, *others = keys
-    lines = [f"## {first or 'The whole recipe'}{_kind(config)}", "", *textwrap.wrap(_purpose(config), WIDTH)]
+    lines = [f"## {first or 'The whole recipe'}{_kind(config)}", "", *textwrap.wrap(_purpose(config), PAGE_WIDTH)]
     siblings = next((kinds for kinds in kinds_at.values() if keys[first] and keys[first] < kinds), None)
     if siblings is not None:
         lines.append(f"Only in{' or'.join(_kind(owner).removeprefix(',') for owner in keys[first])}.")
@@ -125,7 +125,7 @@ def _section(config: type[BaseModel], keys: dict[str, set[type[BaseModel]]], kin
         f"| `{name}` | {type_text(field.annotation, field.metadata)} | {_default(field)} | {field.description} |"
         for name, field in _own_fields(config)
     ]
-    return "\n".join([*lines, *(TABLE if rows else []), *rows, ""])
+    return "\n".join([*lines, *(TABLE_HEAD if rows else []), *rows, ""])
 
 
 def _own_fields(config: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:

@@ -4,6 +4,7 @@ Every test looks at all modules and fails with the list of what breaks its rule;
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,31 @@ DOORS = {
     "ctranslate2": {"interop"},
 }
 """A library -> the packages that may import it."""
+NO_TERM = {
+    "num_types best_types": "vocab_size, top-k token ids",
+    "place places find_place": "index, position, target, tap",
+    "portable": "canonical names",
+    "stranger strangers": "unmatched keys; reference implementation",
+    "company": "other rows of the batch",
+    "lesson lessons": "teacher source",
+    "survey surveyed facts": "scan, statistics, summary",
+    "settle settled claim adopt publish": "update_queue, lock_output, load_fp32, sync_to_model",
+    "walk walked walks": "chunked_forward",
+    "wide cool spread": "accum_dtype, tempered_log_probs, smoothing_per_token",
+    "found taught given wanted told": "the thing itself: matches, results, requested",
+    "turn turns spectrum amplitude reach": "cos_sin, inv_freq, attention_scaling, end_position",
+    "same_until": "max_static_length",
+    "renewed": "upgrade_config",
+    "look looks watch": "poll, check, hook",
+    "slope slopes pull gap": "grad, logits_grad, difference",
+    "room rooms floor floors house": "capacity; package, layer",
+    "joined apart": "concatenated, sequence",
+}
+"""Words of no field -> the terms to use instead, for every identifier of the package."""
+FIELD_TERMS = {"alibi_slopes": "ALiBi's own term", "head_slopes": "ALiBi's own term", "up_gate": "the fused GLU projection"}
+"""Identifiers with such a word that are the field's own -> the reason."""
+VERB = {"add_arguments", "run"}
+"""The interface of a verb: every module in cli/ has it."""
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -189,3 +215,58 @@ def test_files_classes_and_functions_are_small() -> None:
             if isinstance(node, ast.ClassDef) and lines_of(node) > 300:
                 long.append(f"{name_of(path)}:{node.lineno} {node.name} has {lines_of(node)} lines, 300 at most")
     assert not long, "\n".join(long)
+
+
+def identifiers(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every name that a file defines: functions, classes, arguments, variables and attributes, with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, Function | ast.ClassDef):
+            yield node.name, node.lineno
+        elif isinstance(node, ast.arg):
+            yield node.arg, node.lineno
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id, node.lineno
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.attr, node.lineno
+
+
+def snake_case(name: str) -> str:
+    """`TokenStatistics` -> `_token_statistics_`; the underscores at both ends let whole words be looked for."""
+    words = re.sub("([a-z0-9])([A-Z])", r"\1_\2", name)
+    return f"_{words.lower().strip('_')}_"
+
+
+def test_identifiers_use_the_terms_of_the_field() -> None:
+    terms = {word: term for words, term in NO_TERM.items() for word in words.split()}
+    wrong = [
+        f"{name_of(path)}:{line} {name}: instead of {word!r} write {term}"
+        for path, tree in TREES.items()
+        for name, line in identifiers(tree)
+        for word, term in terms.items()
+        if f"_{word}_" in snake_case(name) and name not in FIELD_TERMS
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_public_name_is_defined_in_one_module() -> None:
+    modules: dict[str, set[str]] = {}
+    for path, tree in TREES.items():
+        for statement in tree.body:
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement]
+            for name in {name for target in targets for name in top_level_names(target)}:
+                if not name.startswith("_") and not (package_of(path) == "cli" and name in VERB):
+                    modules.setdefault(name, set()).add(name_of(path))
+    twice = [f"{name} is defined in {', '.join(sorted(paths))}" for name, paths in sorted(modules.items()) if len(paths) > 1]
+    assert not twice, "\n".join(twice)
+
+
+def top_level_names(node: ast.AST) -> Iterator[str]:
+    """The names that a statement at the top of a module, or a target of an assignment, defines."""
+    if isinstance(node, Function | ast.ClassDef):
+        yield node.name
+    elif isinstance(node, ast.AnnAssign):
+        yield from top_level_names(node.target)
+    elif isinstance(node, ast.Tuple):
+        yield from (name for element in node.elts for name in top_level_names(element))
+    elif isinstance(node, ast.Name):
+        yield node.id

@@ -180,8 +180,8 @@ class BundleModel:
         scored: dict[int, TextHypothesis] = {}
         for rows in batches_by_length(longer_of(source_ids, target_ids), range(len(targets)), config.max_tokens):
             batch = [[side[row] for row in rows] for side in (source_ids, target_ids)]
-            found = score_targets(self.bundle.model, *batch, config=config, ids=ids, device=self.device)
-            for row, hypothesis in zip(rows, found, strict=True):
+            results = score_targets(self.bundle.model, *batch, config=config, ids=ids, device=self.device)
+            for row, hypothesis in zip(rows, results, strict=True):
                 scored[row] = TextHypothesis(hypothesis.tokens, hypothesis.score, hypothesis.token_scores, targets[row])
             progress(len(rows))
         return [scored[row] for row in range(len(targets))]
@@ -201,14 +201,14 @@ class BundleModel:
             source_ids = [[vocabulary.eos_id]] * len(target_input_ids)
         same_number(source_ids, target_input_ids, "targets")
         collator = Collator(kind, pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id)
-        found: dict[int, npt.NDArray[np.float32]] = {}
+        results: dict[int, npt.NDArray[np.float32]] = {}
         lengths = longer_of(source_ids, target_input_ids)
         for rows in batches_by_length(lengths, range(len(target_input_ids)), MAX_TOKENS):
             sources, inputs = ([side[row] for row in rows] for side in (source_ids, target_input_ids))
             logits = teacher_forced_logits(self.bundle.model, sources, inputs, collator=collator, device=self.device)
             for row, values in zip(rows, logits, strict=True):
-                found[row] = values.cpu().numpy()
-        return [found[row] for row in range(len(target_input_ids))]
+                results[row] = values.cpu().numpy()
+        return [results[row] for row in range(len(target_input_ids))]
 
 
 def same_number(sources: Sequence[object], others: Sequence[object], name: str) -> None:

@@ -30,8 +30,8 @@ from dstrain.errors import BundleError
 from dstrain.storage.document import DocumentFormat, Sha256
 from dstrain.storage.hashing import sha256_of_file, sha256_of_text
 
-FORMAT = 1
-ADAPTER, ADAPTER_YAML, WEIGHTS = "adapter", "adapter.yaml", "adapter.safetensors"
+ADAPTER_VERSION = 1
+ADAPTER, ADAPTER_YAML, ADAPTER_WEIGHTS = "adapter", "adapter.yaml", "adapter.safetensors"
 
 
 class BaseReference(Config):
@@ -53,7 +53,12 @@ class AdapterDescription(Config):
 
 
 ADAPTER_FORMAT = DocumentFormat(
-    AdapterDescription, "description of an adapter", BundleError, "restore it from a copy", version_field="format", version=FORMAT
+    AdapterDescription,
+    "description of an adapter",
+    BundleError,
+    "restore it from a copy",
+    version_field="format",
+    version=ADAPTER_VERSION,
 )
 
 
@@ -101,14 +106,14 @@ class StoredAdapter:
     def check_names(self, base: Iterable[str]) -> None:
         """BundleError if a tensor of the adapter belongs to none of the base's, given by name."""
         if lost := sorted(unmatched_keys(self.weights, base)):
-            raise BundleError(f"{self.directory / ADAPTER / WEIGHTS}: the base has no place for {', '.join(lost[:8])}")
+            raise BundleError(f"{self.directory / ADAPTER / ADAPTER_WEIGHTS}: the base has no place for {', '.join(lost[:8])}")
 
     def applied(self, name: str, tensor: Tensor) -> Tensor:
         """A tensor of the base as this adapter leaves it. BundleError names the file where they do not fit."""
         try:
             return merged(name, tensor, self.weights, self.description.adapter)
         except BundleError as error:
-            raise BundleError(f"{self.directory / ADAPTER / WEIGHTS}: {error}") from error
+            raise BundleError(f"{self.directory / ADAPTER / ADAPTER_WEIGHTS}: {error}") from error
 
 
 def is_adapter(directory: Path) -> bool:
@@ -132,7 +137,7 @@ def adapters_of(directory: Path) -> tuple[Path, tuple[StoredAdapter, ...]]:
 
 def read_adapter(directory: Path) -> StoredAdapter:
     """The adapter in a bundle directory, without its base. BundleError: a file is missing, malformed or altered."""
-    weights_path = directory / ADAPTER / WEIGHTS
+    weights_path = directory / ADAPTER / ADAPTER_WEIGHTS
     description = ADAPTER_FORMAT.read(directory / ADAPTER / ADAPTER_YAML)
     if not weights_path.is_file():
         raise BundleError(f"{weights_path} is missing: the bundle is incomplete; restore it from a copy")
@@ -156,9 +161,11 @@ def write_adapter(
     """Write an adapter into a bundle directory, read it back and compare. BundleError if the two differ."""
     folder = directory / ADAPTER
     folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
-    checksum = sha256_of_file(folder / WEIGHTS)
-    description = AdapterDescription(format=FORMAT, adapter=config, base=base, sha256=checksum, task=task, notes=dict(notes))
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / ADAPTER_WEIGHTS)
+    checksum = sha256_of_file(folder / ADAPTER_WEIGHTS)
+    description = AdapterDescription(
+        format=ADAPTER_VERSION, adapter=config, base=base, sha256=checksum, task=task, notes=dict(notes)
+    )
     ADAPTER_FORMAT.write(folder / ADAPTER_YAML, description)
     stored = read_adapter(directory)
     same = stored.weights.keys() == weights.keys() and all(torch.equal(stored.weights[name], weights[name]) for name in weights)

@@ -47,7 +47,7 @@ from dstrain.storage.document import DocumentFormat, Sha256
 from dstrain.storage.hashing import sha256_of_file, sha256_of_json
 from dstrain.storage.parsing import dump_yaml
 
-FORMAT = 1
+BUNDLE_VERSION = 1
 MODEL, WEIGHTS, TOKENIZER, RECIPE = "model.yaml", "model.safetensors", "tokenizer", "recipe.yaml"
 
 
@@ -86,10 +86,10 @@ class SavedRecipe(BaseModel):
     generation: dict[str, Any] = {}
 
 
-REMEDY = "restore it from a copy of the bundle"
-SAVED_RECIPE = DocumentFormat(SavedRecipe, "recipe", BundleError, REMEDY)
+_REMEDY = "restore it from a copy of the bundle"
+SAVED_RECIPE = DocumentFormat(SavedRecipe, "recipe", BundleError, _REMEDY)
 DESCRIPTION = DocumentFormat(
-    BundleDescription, "description of a model", BundleError, REMEDY, version_field="format", version=FORMAT
+    BundleDescription, "description of a model", BundleError, _REMEDY, version_field="format", version=BUNDLE_VERSION
 )
 
 
@@ -137,7 +137,7 @@ def save_bundle(
         if recipe is not None:
             write_file(fresh / RECIPE, dump_yaml(dict(recipe)).encode())
         description = BundleDescription(
-            format=FORMAT,
+            format=BUNDLE_VERSION,
             model=model_config,
             vocabulary=vocabulary,
             sha256=sha256_of_file(fresh / WEIGHTS),

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from dstrain.checkpoint.adapter_files import ADAPTER, ADAPTER_FORMAT, ADAPTER_YAML, is_adapter
-from dstrain.checkpoint.adapter_files import WEIGHTS as ADAPTER_WEIGHTS
+from dstrain.checkpoint.adapter_files import ADAPTER, ADAPTER_FORMAT, ADAPTER_WEIGHTS, ADAPTER_YAML, is_adapter
 from dstrain.checkpoint.bundle import DESCRIPTION, MODEL, WEIGHTS, fresh_directory
 from dstrain.checkpoint.reader import StoredCheckpoint, open_checkpoint
 from dstrain.checkpoint.snapshot import TEMPLATE

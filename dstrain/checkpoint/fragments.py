@@ -18,7 +18,7 @@ from dstrain.errors import CheckpointError
 from dstrain.fragment import DimensionSlice
 
 
-class Run(NamedTuple):
+class ElementRun(NamedTuple):
     """`length` elements, from `start` of the flattened whole tensor on, which are those from `offset` of the fragment on."""
 
     start: int
@@ -37,7 +37,7 @@ class Span(NamedTuple):
     length: int
     slice: DimensionSlice | None = None
 
-    def runs(self) -> Iterator[Run]:
+    def runs(self) -> Iterator[ElementRun]:
         """The runs of the fragment, in ascending order. Raises CheckpointError if it leaves the tensor."""
         row, pitch, origin = self._rows()
         if self.start < 0 or self.length < 0 or self.start + self.length > (row * math.prod(self.shape) // pitch if pitch else 0):
@@ -46,7 +46,7 @@ class Span(NamedTuple):
         while offset < self.length:
             number, column = divmod(self.start + offset, row)
             length = min(row - column, self.length - offset)
-            yield Run(number * pitch + origin + column, length, offset)
+            yield ElementRun(number * pitch + origin + column, length, offset)
             offset += length
 
     def _rows(self) -> tuple[int, int, int]:
@@ -87,7 +87,7 @@ def plan_reads(name: str, needed: Span, stored: Sequence[Span]) -> list[Read]:
         position, stop = run.start, run.start + run.length
         index = bisect_right(starts, position) - 1
         while position < stop:
-            stored_run, source = stored_runs[index] if 0 <= index < len(stored_runs) else (Run(0, 0, 0), 0)
+            stored_run, source = stored_runs[index] if 0 <= index < len(stored_runs) else (ElementRun(0, 0, 0), 0)
             length = min(stored_run.start + stored_run.length, stop) - position
             if length <= 0 or position < stored_run.start:
                 raise CheckpointError(f"{name}: element {position} is not stored")

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from dstrain.checkpoint.manifest import (
-    FORMAT,
+    CHECKPOINT_VERSION,
     FileEntry,
     Manifest,
     OtherFormatError,
@@ -90,7 +90,7 @@ class CheckpointManager:
             entries = self._on_all_ranks(doing, partial(snapshot.write, aside))
             shares = self.ranks.gather_objects((entries, snapshot.tensors()))
             manifest = self._describe(step, engine, state, shares)
-            self._on_first_rank(doing, partial(_publish, aside, final, manifest))
+            self._on_first_rank(doing, partial(_commit_directory, aside, final, manifest))
         except DstrainError as error:
             if self.ranks.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
@@ -139,7 +139,7 @@ class CheckpointManager:
     ) -> Manifest:
         tensors = {name: info for _, infos in shares for name, info in infos.items()}
         return Manifest(
-            format=FORMAT,
+            format=CHECKPOINT_VERSION,
             run_id=self.run_id,
             step=step,
             world_size=self.ranks.size,
@@ -222,7 +222,7 @@ def _load(engine: Resumable, directory: Path, manifest: Manifest) -> None:
     engine.load(StoredCheckpoint(directory, manifest))
 
 
-def _publish(aside: Path, final: Path, manifest: Manifest) -> None:
+def _commit_directory(aside: Path, final: Path, manifest: Manifest) -> None:
     if [entry.name for entry in manifest.files] != _files(aside):
         raise OSError(f"the ranks see different files in {aside}: the shared file system lags behind")
     StoredCheckpoint(aside, manifest).require_coverage()

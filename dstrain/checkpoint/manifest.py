@@ -20,8 +20,8 @@ from dstrain.storage.explain import explain
 from dstrain.storage.hashing import sha256_of_file, sha256_of_json
 from dstrain.storage.parsing import read_tree
 
-FORMAT = 2
-MANIFEST = "manifest.json"
+CHECKPOINT_VERSION = 2
+MANIFEST_NAME = "manifest.json"
 MAX_VALUES = 20_000_000
 """One fragment has three values, and every rank may hold one of every tensor."""
 
@@ -104,30 +104,30 @@ class Manifest(Config):
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json durably. ValueError for a number that JSON does not have."""
     content = manifest.model_dump(exclude_defaults=True)
-    write_file(directory / MANIFEST, json.dumps({**content, "sha256": sha256_of_json(content)}, allow_nan=False).encode())
+    write_file(directory / MANIFEST_NAME, json.dumps({**content, "sha256": sha256_of_json(content)}, allow_nan=False).encode())
 
 
 def read_manifest(directory: Path) -> Manifest:
     """Raises CheckpointError if it is missing or damaged, OtherFormatError if it is of another format."""
-    path = directory / MANIFEST
+    path = directory / MANIFEST_NAME
     if not path.is_file():
-        raise CheckpointError(f"missing {MANIFEST}")
+        raise CheckpointError(f"missing {MANIFEST_NAME}")
     try:
         content: Any = read_tree(path, MAX_VALUES)
         sound = content.pop("sha256") == sha256_of_json(content)
     except (ValueError, AttributeError, KeyError, TypeError):
         sound = False
     if not sound:
-        raise CheckpointError(f"{MANIFEST} is damaged")
-    if content.get("format") != FORMAT:
+        raise CheckpointError(f"{MANIFEST_NAME} is damaged")
+    if content.get("format") != CHECKPOINT_VERSION:
         raise OtherFormatError(
-            f"{path} has format {content.get('format')!r}, this dstrain reads {FORMAT}: resume with the version that wrote it, "
-            "or start a new run from its last bundle (--base RUN/bundles/last)"
+            f"{path} has format {content.get('format')!r}, this dstrain reads {CHECKPOINT_VERSION}: resume with the "
+            "version that wrote it, or start a new run from its last bundle (--base RUN/bundles/last)"
         )
     try:
         return Manifest.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
-        raise CheckpointError(f"{MANIFEST}: {explain(error, Manifest)[0]}") from error
+        raise CheckpointError(f"{MANIFEST_NAME}: {explain(error, Manifest)[0]}") from error
 
 
 def first_problem(directory: Path, entries: Iterable[FileEntry]) -> str | None:

@@ -70,9 +70,9 @@ class StoredCheckpoint:
             needed = Span(fragment.shape, fragment.start, fragment.values.numel(), fragment.slice)
             for file, start, offset, length in self._plan(fragment.name, needed):
                 copies[file].append(_Copy(fragment.name, start, fragment.values[offset : offset + length]))
-        for file, wanted in copies.items():
+        for file, pieces in copies.items():
             with TensorFile(self.directory / file) as opened:
-                for name, start, values in wanted:
+                for name, start, values in pieces:
                     dtype = DTYPES[opened.info(name).dtype]
                     direct = values.device.type == "cpu" and values.dtype == dtype
                     buffer = values if direct else torch.empty(values.shape, dtype=dtype)

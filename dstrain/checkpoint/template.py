@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
-from dstrain.checkpoint.adapter_files import ADAPTER, ADAPTER_FORMAT, ADAPTER_YAML, AdapterDescription
+from dstrain.checkpoint.adapter_files import ADAPTER, ADAPTER_FORMAT, ADAPTER_VERSION, ADAPTER_YAML, AdapterDescription
 from dstrain.checkpoint.bundle import (
+    BUNDLE_VERSION,
     DESCRIPTION,
-    FORMAT,
     MODEL,
     RECIPE,
     TOKENIZER,
@@ -69,12 +69,12 @@ class BundleTemplate:
             config, base = self.adapter
             reference, task = reference_to(base, directory), task_of(base.description.model, self.recipe)
             (directory / ADAPTER).mkdir()
-            adapter = AdapterDescription(format=FORMAT, adapter=config, base=reference, sha256=NO_WEIGHTS, task=task)
+            adapter = AdapterDescription(format=ADAPTER_VERSION, adapter=config, base=reference, sha256=NO_WEIGHTS, task=task)
             ADAPTER_FORMAT.write(directory / ADAPTER / ADAPTER_YAML, adapter)
             return
         save_tokenizers(self.tokenizers, directory / TOKENIZER)
         description = BundleDescription(
-            format=FORMAT,
+            format=BUNDLE_VERSION,
             model=self.model_config,
             vocabulary=self.vocabulary,
             sha256=NO_WEIGHTS,

@@ -48,14 +48,14 @@ def uniform(student_depth: int, teacher_depth: int) -> dict[int, int]:
 
 
 def _planned(where: str, feature: FeatureConfig, student: ModelConfig, teacher: ModelConfig) -> PlannedFeature:
-    own, other = _stack(where, feature, student, "student"), _stack(where, feature, teacher, "teacher")
+    student_stack, other = _stack(where, feature, student, "student"), _stack(where, feature, teacher, "teacher")
     if feature.kind == "attention" and student.kind != teacher.kind:
         raise RecipeError(
             f"{where}.kind = attention compares which tokens are looked at, but the decoder of a decoder-only model looks at the "
             f"source too: the student is {student.kind}, the teacher {teacher.kind}; choose kind: hidden_states, or leave it out"
         )
-    layers = uniform(own.depth, other.depth) if feature.layers is None else feature.layers
-    _require_layers(where, feature, "student", layers.keys(), own.depth)
+    layers = uniform(student_stack.depth, other.depth) if feature.layers is None else feature.layers
+    _require_layers(where, feature, "student", layers.keys(), student_stack.depth)
     _require_layers(where, feature, "teacher", layers.values(), other.depth)
     return PlannedFeature(feature, tuple(layers.items()), student.model_dim, teacher.model_dim, teacher.kind)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.config_base import Precision
-from dstrain.models.weights import check_canonical, parameter_layouts, place
+from dstrain.models.weights import check_canonical, materialize_parameter, parameter_layouts
 from dstrain.parallel.mesh import ModelParallelUnit
 from dstrain.protocols import WeightSource
 
@@ -83,6 +83,6 @@ def partition(
 
 def _set(parameter: nn.Parameter, value: Tensor) -> None:
     if parameter.is_meta:
-        place(parameter, value)
+        materialize_parameter(parameter, value)
     else:
         parameter.data = value

@@ -88,10 +88,10 @@ def _mistakes(content: Any) -> list[str]:
 def _path_of(content: Any, location: tuple[int | str, ...]) -> tuple[str, ...]:
     """The part of pydantic's location that stands, or is missed, in the file; not the names of a union's members."""
     path: list[str] = []
-    for place in location:
+    for key in location:
         if isinstance(content, dict):
-            path.append(str(place))
-            content = content.get(place)
+            path.append(str(key))
+            content = content.get(key)
     return tuple(path)
 
 
@@ -112,8 +112,8 @@ def _explain(path: tuple[str, ...], details: list[Any]) -> str:
 def _section(path: tuple[str, ...]) -> type[BaseModel]:
     """The model of the section at `path`."""
     model: type[BaseModel] = DeepSpeedFile
-    for place in path:
-        annotation = model.model_fields[place].annotation
+    for key in path:
+        annotation = model.model_fields[key].annotation
         members = getattr(annotation, "__args__", (annotation,))
         model = next(member for member in members if isinstance(member, type) and issubclass(member, BaseModel))
     return model
@@ -122,31 +122,31 @@ def _section(path: tuple[str, ...]) -> type[BaseModel]:
 def _disagreements(file: DeepSpeedFile, engine: EngineConfig) -> list[str]:
     """Literals that contradict the recipe, and combinations that cannot train right."""
     zero, precision = file.zero_optimization, engine.precision
-    found = [
+    mistakes = [
         f'{name} = {getattr(file, name)}: micro-batches are made of tokens; write "auto" and set batching.max_tokens'
         for name in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
         if getattr(file, name) not in ("auto", 1)
     ]
     if file.gradient_clipping not in ("auto", engine.clip_norm):
         clip = file.gradient_clipping
-        found.append(f'gradient_clipping = {clip}, but the recipe has engine.clip_norm = {engine.clip_norm}; write "auto"')
+        mistakes.append(f'gradient_clipping = {clip}, but the recipe has engine.clip_norm = {engine.clip_norm}; write "auto"')
     for name, section in (("bf16", file.bf16), ("fp16", file.fp16)):
         if section.enabled not in ("auto", precision == name):
             value = str(section.enabled).lower()
-            found.append(f'{name}.enabled = {value}, but the recipe has engine.precision = {precision}; write "auto"')
+            mistakes.append(f'{name}.enabled = {value}, but the recipe has engine.precision = {precision}; write "auto"')
     if zero.stage == 0 and precision != "fp32":
-        found.append(
+        mistakes.append(
             f"zero_optimization.stage = 0 cannot train in {precision}: DeepSpeed's unpartitioned 16-bit optimizer counts a "
             "step too many, which bends the loss curve; use zero1, which needs less memory too"
         )
     if zero.stage == 0 and zero.offload_optimizer is not None:
-        found.append("zero_optimization.offload_optimizer: stage 0 offloads nothing; use stage 1, 2 or 3")
+        mistakes.append("zero_optimization.offload_optimizer: stage 0 offloads nothing; use stage 1, 2 or 3")
     if zero.stage != 3 and zero.offload_param is not None:
-        found.append(f"zero_optimization.offload_param: parameters are offloaded by stage 3 alone, not {zero.stage}")
+        mistakes.append(f"zero_optimization.offload_param: parameters are offloaded by stage 3 alone, not {zero.stage}")
     accumulation = file.data_types.grad_accum_dtype if file.data_types else precision
     if accumulation not in ("fp32", precision) or (accumulation != precision and zero.stage == 1):
-        found.append(
+        mistakes.append(
             f"data_types.grad_accum_dtype = {accumulation} does not work with engine.precision = {precision} under stage "
             f"{zero.stage}; leave it out, or use fp32 with stage 2 or 3"
         )
-    return found
+    return mistakes

@@ -54,8 +54,8 @@ class StableAdamW(torch.optim.Optimizer):
         parts = [[tensor.narrow(0, start, length) for tensor in flat] for _, start, length in layout.pieces]
         numbers = [number for number, _, _ in layout.pieces]
         sums = torch.zeros_like(layout.sizes)
-        for number, (_, slope, _, square) in zip(numbers, parts, strict=True):
-            sums[number] = slope.square().div_(square.clamp(min=group["eps"] ** 2)).sum()
+        for number, (_, grad, _, square) in zip(numbers, parts, strict=True):
+            sums[number] = grad.square().div_(square.clamp(min=group["eps"] ** 2)).sum()
         rates = group["lr"] / (self._add_up(sums) / layout.sizes).sqrt().clamp(min=1)
         for number, (own, _, mean, square) in zip(numbers, parts, strict=True):
             change = mean / square.sqrt().add_(group["eps"])

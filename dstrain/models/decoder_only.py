@@ -150,12 +150,12 @@ class DecoderOnly(nn.Module):
         assert isinstance(state, DecoderOnlyState)
         inputs = state.cache.inputs(tokens, self.target_attention_bias.invalidates_cache(state.cache.length + tokens.shape[1]))
         past, new = state.cache.length, inputs.shape[1]
-        query, keys, gap = _decoding_positions(state, new)
+        query, keys, unfilled = _decoding_positions(state, new)
         x = self.target_embedding(inputs, query)
         mask = causal_bias(new, past + new, x.dtype, x.device) if new > 1 else None
-        if gap is not None:
-            hidden_gap = mask_bias(gap, x.dtype)[:, None, None, :]  # (N, 1, 1, past + t)
-            mask = hidden_gap if mask is None else torch.minimum(mask, hidden_gap)
+        if unfilled is not None:
+            unfilled_bias = mask_bias(unfilled, x.dtype)[:, None, None, :]  # (N, 1, 1, past + t)
+            mask = unfilled_bias if mask is None else torch.minimum(mask, unfilled_bias)
         hidden = self._run(x, self.target_attention_bias.for_decoding(query, keys, past + new, mask, x), state.cache)
         state.cache.advance(new)
         return self.project(hidden[:, -tokens.shape[1] :])
@@ -169,5 +169,5 @@ def _decoding_positions(state: DecoderOnlyState, new: int) -> tuple[Positions, P
     columns = torch.arange(past + new, device=lengths.device)
     padding = (state.width - lengths)[:, None]  # (N, 1)
     keys = torch.where(columns < state.width, columns, columns - padding)
-    gap = (columns >= lengths[:, None]) & (columns < state.width)
-    return keys[:, past:], keys, gap
+    unfilled = (columns >= lengths[:, None]) & (columns < state.width)
+    return keys[:, past:], keys, unfilled

@@ -189,8 +189,8 @@ class _Factory(Generic[C]):
         )
 
     def final_norm(self, stack: StackConfig) -> nn.Module:
-        wanted = self.config.norm_order == "pre" if stack.final_norm == "auto" else stack.final_norm == "yes"
-        return self.norm() if wanted else nn.Identity()
+        is_normed = self.config.norm_order == "pre" if stack.final_norm == "auto" else stack.final_norm == "yes"
+        return self.norm() if is_normed else nn.Identity()
 
     def norm(self) -> nn.Module:
         match self.config.norm.kind:

@@ -53,7 +53,7 @@ def _widening(tensor: Tensor, fan_in: int, generator: torch.Generator) -> None:
     tensor.normal_(0.0, tensor.shape[0] ** -0.5, generator=generator)
 
 
-TABLE: tuple[tuple[str, Fill], ...] = (
+INITIALIZERS: tuple[tuple[str, Fill], ...] = (
     (r"norm\.weight", _ones),
     (r"norm\.bias", _zeros),
     (r"_attention\.[qkv]_proj\.weight", _attention_input),
@@ -89,7 +89,7 @@ class InitialValues:
     @torch.no_grad()
     def read(self, name: str) -> Tensor:
         """Draw one tensor. Device and dtype are explicit: the caller may build under another default."""
-        fill = next(fill for pattern, fill in TABLE if re.search(rf"{pattern}$", name))
+        fill = next(fill for pattern, fill in INITIALIZERS if re.search(rf"{pattern}$", name))
         tensor = torch.empty(self.shapes[name], dtype=torch.float32, device="cpu")
         generator = torch.Generator("cpu").manual_seed(derive_seed(self.seed, f"initialize {name}"))
         fan_in = self.shapes[re.sub("bias$", "weight", name)][-1]

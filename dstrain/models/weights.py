@@ -142,12 +142,12 @@ def load_canonical(model: nn.Module, source: WeightSource, *, device: torch.devi
     check_canonical(layouts, source)
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            place(parameter, layouts[name].read(source, device=device))
+            materialize_parameter(parameter, layouts[name].read(source, device=device))
         else:
             parameter.copy_(layouts[name].read(source, device=parameter.device, dtype=parameter.dtype))
 
 
-def place(parameter: nn.Parameter, value: Tensor) -> None:
+def materialize_parameter(parameter: nn.Parameter, value: Tensor) -> None:
     """Give a meta parameter its memory. The Parameter stays the same object, so ties and references to it hold."""
     filled = nn.Parameter(value, requires_grad=parameter.requires_grad)
     torch.utils.swap_tensors(parameter, filled)  # type: ignore[no-untyped-call]

@@ -35,15 +35,15 @@ class AttentionContext:
 
 @dataclass(frozen=True)
 class Alibi:
-    """slopes: of each head. lead: by how much a later key counts as nearer."""
+    """head_slopes: of each head. lead: by how much a later key counts as nearer."""
 
-    slopes: tuple[float, ...]
+    head_slopes: tuple[float, ...]
     lead: float = 0.0
 
     def bias(self, query: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
         """(T,), (S,) -> (H, T, S) or (B, T), (B, S) -> (B, H, T, S)"""
-        slopes = torch.tensor(self.slopes, device=query.device)
-        return alibi_bias(slopes, query, keys, lead=self.lead).to(dtype)
+        head_slopes = torch.tensor(self.head_slopes, device=query.device)
+        return alibi_bias(head_slopes, query, keys, lead=self.lead).to(dtype)
 
 
 class _Span(NamedTuple):

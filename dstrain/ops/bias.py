@@ -48,15 +48,15 @@ def alibi_slopes(num_heads: int) -> list[float]:
     Other numbers: the slopes of the power of two below, then every second one of the power above.
     """
     power = 1 << (num_heads.bit_length() - 1)
-    slopes = [2 ** (-8 * head / power) for head in range(1, power + 1)]
-    return slopes + [2 ** (-8 * head / (2 * power)) for head in range(1, 2 * (num_heads - power), 2)]
+    head_slopes = [2 ** (-8 * head / power) for head in range(1, power + 1)]
+    return head_slopes + [2 ** (-8 * head / (2 * power)) for head in range(1, 2 * (num_heads - power), 2)]
 
 
-def alibi_bias(slopes: Tensor, query_positions: Tensor, key_positions: Tensor, *, lead: float = 0.0) -> Tensor:
+def alibi_bias(head_slopes: Tensor, query_positions: Tensor, key_positions: Tensor, *, lead: float = 0.0) -> Tensor:
     """-slope * |i - j| for query i and key j; `lead` is taken off the distance to a later key.
 
-    slopes: (H,); positions: (T,) and (S,) -> (H, T, S), or (B, T) and (B, S) -> (B, H, T, S)
+    head_slopes: (H,); positions: (T,) and (S,) -> (H, T, S), or (B, T) and (B, S) -> (B, H, T, S)
     """
     distance = key_positions[..., None, :] - query_positions[..., :, None]  # (..., T, S), above zero for later keys
     steps = distance.abs() - lead * (distance > 0) if lead else distance.abs()
-    return steps.unsqueeze(-3) * -slopes[:, None, None]
+    return steps.unsqueeze(-3) * -head_slopes[:, None, None]

@@ -100,27 +100,27 @@ def summary(events: Events) -> dict[str, str]:
     """What a reader asks first: how far, how good, how fast, and how it ended."""
     trained = [event for event in events if event["kind"] == "train"]
     validated = [event for event in events if event["kind"] == "valid"]
-    facts: dict[str, str] = {}
+    summary: dict[str, str] = {}
     if trained:
         seconds = sum(event["seconds"] for event in trained)
         targets = sum(event["num_targets"] for event in trained)
-        facts |= {
+        summary |= {
             "last step": f"{trained[-1]['step']:,} (epoch {trained[-1]['epoch']})",
             "target tokens": f"{targets:,}",
             "target tokens per second": f"{targets / seconds:,.0f}" if seconds else "",
         }
     _, norms = series(events, "train", "grad_norm")
     if norms:
-        facts["gradient norm"] = f"last {norms[-1]:.3g}, largest {max(norms):.3g}"
+        summary["gradient norm"] = f"last {norms[-1]:.3g}, largest {max(norms):.3g}"
     for name, best in (("loss", min), ("perplexity", min), ("bleu", max), ("chrf", max)):
         steps, values = series(validated, "valid", name)
         if values:
             value = best(values)
-            facts[f"best validation {name}"] = f"{value:.4g} at step {steps[values.index(value)]:,}, last {values[-1]:.4g}"
+            summary[f"best validation {name}"] = f"{value:.4g} at step {steps[values.index(value)]:,}, last {values[-1]:.4g}"
     ends = [event for event in events if event["kind"] in {"end", "failure"}]
-    facts["resumes"] = str(sum(event["kind"] == "resume" for event in events))
-    facts["ended by"] = str(ends[-1].get("reason", ends[-1].get("message"))) if ends else "still running, or killed"
-    return facts
+    summary["resumes"] = str(sum(event["kind"] == "resume" for event in events))
+    summary["ended by"] = str(ends[-1].get("reason", ends[-1].get("message"))) if ends else "still running, or killed"
+    return summary
 
 
 def render_page(name: str, events: Events, recipe: Any, picture: bytes) -> str:

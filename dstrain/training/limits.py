@@ -6,7 +6,7 @@ from dstrain.training.config import TrainingConfig, ValidationConfig
 from dstrain.training.state import TrainingState
 
 
-def limit_reached(config: TrainingConfig, validation: ValidationConfig, state: TrainingState) -> str | None:
+def reason_to_stop(config: TrainingConfig, validation: ValidationConfig, state: TrainingState) -> str | None:
     """Which limit ends training here, in words. Hours count over all resumes of a run, validation and saving included."""
     if config.max_steps is not None and state.step >= config.max_steps:
         return f"max_steps = {config.max_steps}"

@@ -31,7 +31,7 @@ from dstrain.storage.document import DocumentFormat, read_mapping
 from dstrain.storage.lock import OutputLock, lock_output
 from dstrain.storage.parsing import dump_yaml
 
-FORMAT = 1
+RUN_VERSION = 1
 Upgrade = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 MAY_CHANGE = {
     "description",
@@ -62,9 +62,9 @@ class RunDescription(Config):
     teachers: tuple[str, ...] = ()
 
 
-REMEDY = "restore it, or choose another --output"
+_REMEDY = "restore it, or choose another --output"
 RUN_FORMAT = DocumentFormat(
-    RunDescription, "description of a run", CheckpointError, REMEDY, version_field="format", version=FORMAT
+    RunDescription, "description of a run", CheckpointError, _REMEDY, version_field="format", version=RUN_VERSION
 )
 
 
@@ -161,7 +161,7 @@ def flatten_tree(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _open(
-    directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], upgrade: Upgrade
+    directory: Path, recipe: Mapping[str, Any], origin: Mapping[str, Any], upgrade: Upgrade
 ) -> tuple[OutputLock, str, tuple[str, ...]]:
     recipe_file = directory / "recipe.yaml"
     if directory.exists() and not directory.is_dir():
@@ -174,22 +174,22 @@ def _open(
         )
     lock = lock_output(directory, busy=partial(_busy, directory))
     try:
-        return lock, *_begin_or_resume(directory, recipe, facts, upgrade)
+        return lock, *_begin_or_resume(directory, recipe, origin, upgrade)
     except BaseException:
         lock.release()
         raise
 
 
 def _begin_or_resume(
-    directory: Path, recipe: Mapping[str, Any], facts: Mapping[str, Any], upgrade: Upgrade
+    directory: Path, recipe: Mapping[str, Any], origin: Mapping[str, Any], upgrade: Upgrade
 ) -> tuple[str, tuple[str, ...]]:
     """The run's id, and what has changed in the recipe since it was begun."""
     recipe_file = directory / "recipe.yaml"
-    if recipe_file.exists() and _has_begun(directory):
+    if recipe_file.exists() and _has_progress(directory):
         changes = _check_recipe(recipe_file, recipe, upgrade)
-        return _run_id(directory / "run.json", facts), changes
+        return _run_id(directory / "run.json", origin), changes
     run_id = uuid.uuid4().hex[:16]
-    RUN_FORMAT.write(directory / "run.json", RunDescription(format=FORMAT, run_id=run_id, **facts))
+    RUN_FORMAT.write(directory / "run.json", RunDescription(format=RUN_VERSION, run_id=run_id, **origin))
     write_file(recipe_file, dump_yaml(_plain(recipe)).encode())
     return run_id, ()
 
@@ -201,7 +201,7 @@ def _busy(directory: Path, holder: str) -> TrainingError:
 
 
 def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any], upgrade: Upgrade) -> tuple[str, ...]:
-    old, new = upgrade(read_mapping(recipe_file, error=CheckpointError, remedy=REMEDY)), _plain(recipe)
+    old, new = upgrade(read_mapping(recipe_file, error=CheckpointError, remedy=_REMEDY)), _plain(recipe)
     differences = recipe_differences(old, new)
     if differences:
         raise CheckpointError(
@@ -212,7 +212,7 @@ def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any], upgrade: Upgrade
     return tuple(f"{key}: {change}" for key, change in _changes(old, new).items() if key not in LAYOUT_KEYS)
 
 
-def _has_begun(directory: Path) -> bool:
+def _has_progress(directory: Path) -> bool:
     """Whether there is something to resume. Without it any recipe may begin here, as nothing is lost.
 
     A run that once wrote a checkpoint and now has none is an accident, not a fresh start.
@@ -232,15 +232,15 @@ def _has_begun(directory: Path) -> bool:
     return False
 
 
-def _run_id(path: Path, facts: Mapping[str, Any]) -> str:
+def _run_id(path: Path, origin: Mapping[str, Any]) -> str:
     run = RUN_FORMAT.read(path)
-    if run.data != facts["data"]:
+    if run.data != origin["data"]:
         raise CheckpointError(
-            f"{path.parent} was begun on other data ({run.data[:12]}, this is {facts['data'][:12]}): "
+            f"{path.parent} was begun on other data ({run.data[:12]}, this is {origin['data'][:12]}): "
             "name the --data it was begun on, or choose another --output"
         )
-    if list(run.teachers) != facts["teachers"]:
-        then, now = (" ".join(name[:12] for name in names) or "none" for names in (run.teachers, facts["teachers"]))
+    if list(run.teachers) != origin["teachers"]:
+        then, now = (" ".join(name[:12] for name in names) or "none" for names in (run.teachers, origin["teachers"]))
         raise CheckpointError(
             f"{path.parent} was begun with another teacher ({then}, this is {now}): name the one it was begun with, in the same "
             "order, or choose another --output"

@@ -66,7 +66,7 @@ class TrainingState:
     """Where training stands after `step` steps.
 
     epoch, step_in_epoch: the position of the next step; epochs count from 1, and at the end of one this is (next epoch, 0).
-    settled_step: the last step after which everything that was due (validation, bundles) had been done; behind `step` only
+    completed_step: the last step after which everything that was due (validation, bundles) had been done; behind `step` only
     in a checkpoint written in haste on a signal. elapsed_seconds: over all resumes. events_bytes: length of the event file.
     """
 
@@ -76,7 +76,7 @@ class TrainingState:
     num_targets: int = 0
     consecutive_skipped: int = 0
     elapsed_seconds: float = 0.0
-    settled_step: int = -1
+    completed_step: int = -1
     best_score: float | None = None
     best_step: int | None = None
     validations_without_improvement: int = 0
@@ -117,14 +117,14 @@ def load_state(content: Mapping[str, Any]) -> TrainingState:
 
     Earlier versions called a window's `counts` `targets`, or had none, when every step reported every sum.
     """
-    expected, found = {entry.name for entry in fields(TrainingState)}, set(content)
+    expected, names = {entry.name for entry in fields(TrainingState)}, set(content)
     windows = {entry.name for entry in fields(Window)}
     window = dict(content["window"])
     if "counts" not in window:
         window["counts"] = window.pop("targets", dict.fromkeys(window.get("sums", {}), window.get("num_targets")))
-    if found != expected or set(window) != windows:
+    if names != expected or set(window) != windows:
         raise CheckpointError(
-            f"the training state of this checkpoint has the fields {sorted(found)}, but this dstrain expects {sorted(expected)}: "
+            f"the training state of this checkpoint has the fields {sorted(names)}, but this dstrain expects {sorted(expected)}: "
             "resume with the version that wrote it, or start again from a bundle"
         )
     return TrainingState(**{**content, "window": Window(**window)})

@@ -2,7 +2,7 @@
 
 Between steps, in this order: agree over all ranks on signals and time, report, validate, write bundles, write the checkpoint.
 So a checkpoint means that everything due at its step is done, and a resumed run repeats nothing. Only a checkpoint that a
-signal asked for comes before what is due; `TrainingState.settled_step` remembers that, and the resumed run does it first. The
+signal asked for comes before what is due; `TrainingState.completed_step` remembers that, and the resumed run does it first. The
 agreement costs one all-reduce of three numbers a step.
 """
 
@@ -26,7 +26,7 @@ from dstrain.protocols import Ranks, Resumable
 from dstrain.training.bundles import BundleStore
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
 from dstrain.training.failures import explained
-from dstrain.training.limits import limit_reached, remaining_seconds
+from dstrain.training.limits import reason_to_stop, remaining_seconds
 from dstrain.training.preemption import Request, StopSignals
 from dstrain.training.reporting import Reporter
 from dstrain.training.state import TrainingState, Window, load_state
@@ -118,7 +118,7 @@ class Trainer:
                 self.reporter.close()
 
     def _run(self) -> int:
-        state, stop = self._settle(self._resume())
+        state, stop = self._do_pending(self._resume())
         if stop is None:
             with closing(self.steps(state.epoch, state.step_in_epoch)) as steps:
                 state, stop = self._loop(state, steps)
@@ -130,7 +130,7 @@ class Trainer:
         for planned, batches in steps:
             self.watchdog.beat(f"training step {state.step + 1}")
             report = self._step(state, planned, batches)
-            state, stop = self._settle(self._record(state, planned, batches, report, clock))
+            state, stop = self._do_pending(self._record(state, planned, batches, report, clock))
             if stop is not None:
                 return state, stop
             clock = _Clock()
@@ -143,8 +143,8 @@ class Trainer:
             if not math.isfinite(report.loss) and not report.skipped:
                 raise TrainingError(f"the loss is {report.loss}; lower optimizer.learning_rate or set engine.clip_norm")
         except TrainingError as error:
-            place = {"epoch": planned.epoch, "index": planned.index, "examples": planned.examples.tolist()}
-            self.reporter.emit("failure", state.step, message=str(error), **place)
+            batch_position = {"epoch": planned.epoch, "index": planned.index, "examples": planned.examples.tolist()}
+            self.reporter.emit("failure", state.step, message=str(error), **batch_position)
             latest = self.checkpoints.latest or "none; start again to begin anew"
             raise TrainingError(
                 f"step {state.step + 1} failed (epoch {planned.epoch}, step {planned.index} of it; the last line of events.jsonl "
@@ -155,22 +155,22 @@ class Trainer:
     def _resume(self) -> TrainingState:
         """The state to go on from; the event file then holds what had happened until then, once."""
         self.watchdog.beat("loading the latest checkpoint")
-        found = self.checkpoints.load_latest(self.engine)
+        latest = self.checkpoints.load_latest(self.engine)
         self.bundles.recover()
-        if found is None:
+        if latest is None:
             self.reporter.cut(0)
             self.reporter.emit("start", 0, world_size=self.ranks.size, **self.header)
             return TrainingState()
-        state = load_state(found.state)
+        state = load_state(latest.state)
         self._origin = time.monotonic() - state.elapsed_seconds
         self._saved_step = state.step
         self.reporter.cut(state.events_bytes)
-        layouts = {"layout": self.engine.layout, "layout_before": found.layout}
-        self.reporter.emit("resume", state.step, path=str(found.directory), world_size=self.ranks.size, **layouts)
+        layouts = {"layout": self.engine.layout, "layout_before": latest.layout}
+        self.reporter.emit("resume", state.step, path=str(latest.directory), world_size=self.ranks.size, **layouts)
         if self.ranks.rank == 0:
-            moved = [f"{found.layout} -> {self.engine.layout}"] if found.layout != self.engine.layout else []
+            moved = [f"{latest.layout} -> {self.engine.layout}"] if latest.layout != self.engine.layout else []
             changes = "; ".join([*moved, *self.changes]) or "nothing changed"
-            logger.info("resuming at step %d from %s: %s", state.step, found.directory, changes)
+            logger.info("resuming at step %d from %s: %s", state.step, latest.directory, changes)
         return state
 
     def _record(
@@ -189,18 +189,18 @@ class Trainer:
             state = replace(state, window=Window())
         return state
 
-    def _settle(self, state: TrainingState) -> tuple[TrainingState, Stop | None]:
+    def _do_pending(self, state: TrainingState) -> tuple[TrainingState, Stop | None]:
         """Do what is due between two steps. Returns the state after it, and why training stops here, if it does."""
         state, request = self._agree(state)
-        limit = limit_reached(self.training, self.validation, state)
-        pending = state.settled_step < state.step
+        limit = reason_to_stop(self.training, self.validation, state)
+        pending = state.completed_step < state.step
         if pending and request is None and (limit is not None or self._validation_is_due(state)):
             state, request = self._run_validation(state)
-            limit = limit_reached(self.training, self.validation, state)
+            limit = reason_to_stop(self.training, self.validation, state)
         if request is None:
             self._write_bundles(state, pending=pending, last=limit is not None)
         if request is None or not (limit or self._validation_is_due(state) or _is_due(self.checkpoint, state)):
-            state = replace(state, settled_step=state.step)
+            state = replace(state, completed_step=state.step)
         if request or limit or _is_due(self.checkpoint, state):
             self._save(state)
         if request is not None:

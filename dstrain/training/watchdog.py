@@ -42,7 +42,7 @@ class Watchdog:
         self.beat("starting")
         if self.seconds > 0:
             self._leave.clear()
-            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
             self._thread.start()
         return self
 
@@ -52,7 +52,7 @@ class Watchdog:
             self._thread.join()
             self._thread = None
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         reported_beat: float | None = None
         while not self._leave.wait(min(self.seconds / 10, 5.0)):
             last = self._last

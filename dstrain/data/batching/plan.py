@@ -106,8 +106,8 @@ class StepPlan:
         order = _sorted_by(sources.astype(np.int64) - targets, np.maximum(sources, targets))
         examples, targets = examples[order], targets[order]
         totals = np.concatenate(([0], np.cumsum(targets, dtype=np.int64)))
-        buckets = -(-self.config.tokens_per_step // self.config.bucket_tokens)
-        per_step = max(1, min(buckets, self.config.tokens_per_step // int(targets.max())))
+        num_buckets = -(-self.config.tokens_per_step // self.config.bucket_tokens)
+        per_step = max(1, min(num_buckets, self.config.tokens_per_step // int(targets.max())))
         cuts = _cut_evenly(totals, self.config.tokens_per_step // per_step)
         buckets = [examples[start:end] for start, end in pairwise(cuts)]
         return buckets if per_step == 1 else [np.concatenate(step) for step in _deal(buckets, per_step, seed)]

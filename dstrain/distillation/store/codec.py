@@ -148,8 +148,8 @@ class SampleCodec:
         """Probabilities are counts / draws; no tail."""
         whole = concatenate_columns(columns, self.columns)
         distinct = whole["distinct"]
-        places = np.arange(distinct.max(initial=1))
-        used, many = (places < whole[name][:, None] for name in ("distinct", "repeated"))  # (n, k)
+        slots = np.arange(distinct.max(initial=1))
+        used, many = (slots < whole[name][:, None] for name in ("distinct", "repeated"))  # (n, k)
         ids = np.full(used.shape, -1, np.int64)
         ids[used] = whole["ids"]
         counts = used.astype(np.float32)

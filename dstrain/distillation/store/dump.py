@@ -284,8 +284,8 @@ class ShardDraft:
             rows = [row for piece in pieces for row in np.split(piece.values, np.cumsum(piece.lengths)[:-1])]
             columns[name] = list_array([rows[index] for index in order], [lengths[order]])
             pieces.clear()
-        types = {name: pa.list_(pa.from_numpy_dtype(dtype)) for name, dtype in self.codec.columns.items()}
-        schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in types.items()])
+        dtypes = {name: pa.list_(pa.from_numpy_dtype(dtype)) for name, dtype in self.codec.columns.items()}
+        schema = pa.schema([pa.field(name, kind, nullable=False) for name, kind in dtypes.items()])
         with pa.ipc.new_file(pa.PythonFile(sink, mode="w"), schema) as stream:
             stream.write_batch(pa.record_batch(list(columns.values()), schema=schema))
         return self._tokens

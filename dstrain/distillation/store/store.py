@@ -30,7 +30,7 @@ from dstrain.model_output import ActivationCapture
 from dstrain.ops.teacher_signal import KeptSignal, SparseSignal
 from dstrain.storage.sharded_job import with_progress
 
-REMEDY = "dump this shard again with the same command, then merge"
+_REMEDY = "dump this shard again with the same command, then merge"
 
 
 class LogitStore:
@@ -154,7 +154,7 @@ def check_files(directory: Path, store: StoreManifest, *, verify: bool) -> None:
     """Compare sizes, and checksums where there are at most 1 GiB or on request. Raises DataError naming the file."""
     content = verify or sum(file.size for file in store.files) <= ALWAYS_HASHED_BYTES
     for file in with_progress(store.files) if verify else store.files:
-        file.check(directory, content=content, remedy=REMEDY)
+        file.check(directory, content=content, remedy=_REMEDY)
 
 
 def describe_store(directory: Path) -> list[str]:
@@ -195,7 +195,7 @@ def _map_shard(path: Path, names: Sequence[str]) -> dict[str, ListView]:
         batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
         return {name: list_view(batch.column(name)) for name in names}
     except (pa.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{path} cannot be read as dumped logits ({str(error).splitlines()[0]}); {REMEDY}") from error
+        raise DataError(f"{path} cannot be read as dumped logits ({str(error).splitlines()[0]}); {_REMEDY}") from error
 
 
 def _warn_of_bias(directory: Path, store: StoreManifest) -> None:

@@ -13,12 +13,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from dstrain.config_base import Tree
 from dstrain.interop.fairseq.names import target_patterns
 from dstrain.interop.fairseq.options import Settings, SettingsReader, dashed
 from dstrain.log import logger
 from dstrain.models.config import Activation
-
-Tree = dict[str, Any]
 
 ACTIVATION_NAMES: Mapping[str, Activation] = {
     "relu": "relu",

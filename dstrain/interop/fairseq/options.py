@@ -79,11 +79,11 @@ INHERITED = {
 class Settings:
     """Options by name: as given, else as the architecture has them, else inherited, else fairseq's default.
 
-    given: values of their option's kind, True for an option without a value; None and an empty text count as missing. words: the
-    values as a command line has them. decoder_only: a language model.
+    explicit: values of their option's kind, True for an option without a value; None and an empty text count as missing. words:
+    the values as a command line has them. decoder_only: a language model.
     """
 
-    given: Mapping[str, Any]
+    explicit: Mapping[str, Any]
     decoder_only: bool
     arch: Mapping[str, Any] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
@@ -91,7 +91,7 @@ class Settings:
 
     def __getitem__(self, name: str) -> Any:
         self._read.add(name)
-        for values in (self.given, self.arch):
+        for values in (self.explicit, self.arch):
             if values.get(name) not in (None, ""):
                 return values[name]
         return self[INHERITED[name]] if name in INHERITED else OPTIONS[name].default
@@ -99,7 +99,7 @@ class Settings:
     def has(self, name: str) -> bool:
         """Whether the option is given, rather than the architecture's or a default."""
         self._read.add(name)
-        return self.given.get(name) not in (None, "")
+        return self.explicit.get(name) not in (None, "")
 
     def shown(self, name: str) -> str:
         """The option as a user writes it."""
@@ -107,7 +107,7 @@ class Settings:
 
     def unread(self) -> Iterator[str]:
         """Given options that nothing has asked for."""
-        return (name for name in self.given if name not in self._read)
+        return (name for name in self.explicit if name not in self._read)
 
 
 def dashed(name: str) -> str:

@@ -12,7 +12,7 @@ from dstrain.batch import Metrics
 from dstrain.engine.step_report import StepReport
 from dstrain.errors import CheckpointError
 from dstrain.training.config import TrainingConfig, ValidationConfig
-from dstrain.training.limits import limit_reached, remaining_seconds
+from dstrain.training.limits import reason_to_stop, remaining_seconds
 from dstrain.training.state import TrainingState, Window, load_state
 
 VALIDATION = ValidationConfig(patience=4)
@@ -81,13 +81,13 @@ def test_a_state_of_another_version_is_refused(change: dict[str, object]) -> Non
 
 def test_the_first_limit_reached_ends_training() -> None:
     config = TrainingConfig(max_steps=10, max_epochs=2, max_hours=0.5)
-    assert limit_reached(config, VALIDATION, TrainingState(step=9, epoch=2, step_in_epoch=3, elapsed_seconds=1799)) is None
-    assert limit_reached(config, VALIDATION, TrainingState(step=10, epoch=2)) == "max_steps = 10"
-    assert limit_reached(config, VALIDATION, TrainingState(step=9, epoch=3)) == "max_epochs = 2"
-    assert limit_reached(config, VALIDATION, TrainingState(step=9, elapsed_seconds=1800)) == "max_hours = 0.5"
+    assert reason_to_stop(config, VALIDATION, TrainingState(step=9, epoch=2, step_in_epoch=3, elapsed_seconds=1799)) is None
+    assert reason_to_stop(config, VALIDATION, TrainingState(step=10, epoch=2)) == "max_steps = 10"
+    assert reason_to_stop(config, VALIDATION, TrainingState(step=9, epoch=3)) == "max_epochs = 2"
+    assert reason_to_stop(config, VALIDATION, TrainingState(step=9, elapsed_seconds=1800)) == "max_hours = 0.5"
     worse = TrainingState(step=9, validations_without_improvement=4, best_step=5)
-    assert limit_reached(config, VALIDATION, worse) == "patience = 4: loss has not improved since step 5"
-    assert limit_reached(config, ValidationConfig(), worse) is None
+    assert reason_to_stop(config, VALIDATION, worse) == "patience = 4: loss has not improved since step 5"
+    assert reason_to_stop(config, ValidationConfig(), worse) is None
 
 
 def test_the_time_left_follows_the_nearest_limit() -> None:

@@ -6,10 +6,10 @@ import math
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import Any
 
 import yaml
 
+from dstrain.config_base import Tree
 from dstrain.data.config import DataConfig
 from dstrain.data.sources.fairseq_directory import fairseq_data, fairseq_data_by_name, fairseq_text_by_name
 from dstrain.errors import ImportFormatError
@@ -33,8 +33,6 @@ from dstrain.interop.fairseq.model import adapter_section, model_section
 from dstrain.interop.fairseq.options import ARCHITECTURE_REMARKS, PRESETS_OF, Settings, architecture
 from dstrain.recipe import RECIPE_VERSION
 from dstrain.recipe_file import check_recipe
-
-Tree = dict[str, Any]
 
 PAIR_TASKS = {"translation", "translation_with_kd", "seq2seq_lm_distillation"}
 PLACEHOLDER = {"kind": "tsv", "path": "PAIRS.tsv"}

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dstrain.config_base import Tree
 from dstrain.errors import ImportFormatError
 from dstrain.interop.fairseq.command_line.notes import Notes
 from dstrain.interop.fairseq.options import Settings
-
-Tree = dict[str, Any]
 
 SELECTIONS = {
     "word_level": "word",

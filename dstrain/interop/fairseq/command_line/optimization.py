@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from dstrain.config_base import Tree
 from dstrain.errors import ImportFormatError
 from dstrain.interop.fairseq.command_line.notes import Notes
 from dstrain.interop.fairseq.options import Settings, dashed
-
-Tree = dict[str, Any]
 
 TOKENS_PER_SENTENCE = 32
 """Assumed if a command line counts only sentences."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from dstrain.config_base import Tree
 from dstrain.errors import ImportFormatError
 from dstrain.interop.fairseq.command_line.notes import Notes
 from dstrain.interop.fairseq.options import Settings
-
-Tree = dict[str, Any]
 
 ENDLESS_EPOCHS = 1000
 KEPT_BUNDLES = 10
@@ -96,10 +95,10 @@ def reporting_section(settings: Settings, notes: Notes) -> Tree:
 
 def _interval(settings: Settings, name: str, notes: Notes) -> tuple[str, int]:
     """`--NAME-updates` if it is on, else `--NAME` in epochs."""
-    steps, method = settings[f"{name}_updates"], settings.has(name)
+    steps, in_epochs = settings[f"{name}_updates"], settings.has(name)
     if steps <= 0:
         return "epochs", max(1, settings[name])
-    if method:
+    if in_epochs:
         notes.lack(settings.shown(name), "interval")
     return "steps", steps
 
