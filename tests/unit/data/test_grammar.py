@@ -5,11 +5,11 @@ import pytest
 
 from dstrain.data.sources import grammar
 from dstrain.data.sources.grammar import GrammarReader, NounPhrase, Split, sentence_pairs
-from dstrain.data.sources.lexicon import ADJECTIVES, PERSONS, PLACES, STATES, THINGS, THOUGHTS, Case, Noun
+from dstrain.data.sources.lexicon import ADJECTIVES, LOCATIONS, PERSONS, STATES, THINGS, THOUGHTS, Case, Noun
 from dstrain.data.sources.text import decode_lines
 from dstrain.errors import DataError
 
-NOUNS = {noun.singular: noun for noun in PERSONS + THINGS + PLACES}
+NOUNS = {noun.singular: noun for noun in PERSONS + THINGS + LOCATIONS}
 
 
 def pairs(split: Split, number: int, seed: int = 1) -> list[grammar.Pair]:

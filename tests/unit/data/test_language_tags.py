@@ -13,7 +13,7 @@ from dstrain.data.tokenizers.tokenizer import (
     save_tokenizers,
     with_tags,
 )
-from dstrain.data.tokenizers.training import given_tokenizers, train_sentencepiece
+from dstrain.data.tokenizers.training import load_configured_tokenizers, train_sentencepiece
 from dstrain.errors import DataError
 from tests.unit.data.corpus import sentences
 
@@ -99,6 +99,6 @@ def test_one_dictionary_and_model_serve_both_sides(tmp_path: Path) -> None:
     (tmp_path / "spm.model").write_bytes(train_sentencepiece(sentences(200), TrainedSentencePiece(vocab_size=60)))
     (tmp_path / "dict.txt").write_text("\u2581the 1\neng_Latn 1\n")
     names = {"source": str(tmp_path / "dict.txt"), "source_model": str(tmp_path / "spm.model"), "tags": ("eng_Latn",)}
-    pair = given_tokenizers(FairseqDictionaries.model_validate(names))
+    pair = load_configured_tokenizers(FairseqDictionaries.model_validate(names))
     assert pair.shared
     assert pair.target.encode(["eng_Latn the"])[0][0] == 5

@@ -12,7 +12,7 @@ from dstrain.data.tokenizers.tokenizer import (
     load_tokenizers,
     save_tokenizers,
 )
-from dstrain.data.tokenizers.training import TokenizerTrainer, given_tokenizers, train_sentencepiece
+from dstrain.data.tokenizers.training import TokenizerTrainer, load_configured_tokenizers, train_sentencepiece
 from dstrain.errors import DataError
 from tests.unit.data.corpus import data_config, parallel, sentences, write_lines
 
@@ -142,7 +142,7 @@ def test_given_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSTRAIN_DATA", str(tmp_path))
     one, two = ({"source_model": "${DSTRAIN_DATA}/a.model", **more} for more in ({}, {"target_model": str(tmp_path / "b.model")}))
     configs = [data_config(tmp_path, tokenizer={"kind": "sentencepiece_files", **content}).tokenizer for content in (one, two)]
-    pairs = [given_tokenizers(config) for config in configs]  # type: ignore[arg-type]
+    pairs = [load_configured_tokenizers(config) for config in configs]  # type: ignore[arg-type]
     assert [pair.shared for pair in pairs] == [True, False]
     assert pairs[1].target.fingerprint == SentencePieceTokenizer(models[1]).fingerprint
 
@@ -151,4 +151,4 @@ def test_a_given_directory_of_dictionaries(tmp_path: Path) -> None:
     pair = TokenizerPair(DictionaryTokenizer(b"the 1\n"), DictionaryTokenizer(b"das 1\n"))
     save_tokenizers(pair, tmp_path / "tokenizer")
     config = data_config(tmp_path, tokenizer={"kind": "tokenizer_directory", "path": str(tmp_path / "tokenizer")}).tokenizer
-    assert given_tokenizers(config).fingerprint == pair.fingerprint  # type: ignore[arg-type]
+    assert load_configured_tokenizers(config).fingerprint == pair.fingerprint  # type: ignore[arg-type]
