@@ -1,4 +1,4 @@
-"""Which parameters of an adapted model are trained; the optimizer, checkpoints and bundles of a run hold these alone."""
+"""Which parameters of an adapted model are trained; the optimizer, checkpoints and bundles of a run hold only these."""
 
 from __future__ import annotations
 

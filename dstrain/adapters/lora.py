@@ -1,7 +1,7 @@
-"""Put adapters into a built model, and take them into its weights for good.
+"""Put adapters into a built model, and merge them into its weights.
 
-`inject` replaces modules of a model that was made with separate projections, and may be on the meta device; `merged` does to
-weights on disk what the adapted modules do in a forward pass. Paths are those of canonical names:
+`inject` replaces modules of a model that was made with separate projections, and may be on the meta device; `merged` applies
+to weights on disk the change that the adapted modules make in a forward pass. Paths are those of canonical names:
 `decoder.layers.3.cross_attention.q_proj`, without the name of the block of projections in between.
 """
 
@@ -26,7 +26,7 @@ from dstrain.seeding import derive_seed
 
 Adaptable = Linear | TokenEmbedding | Projection
 A, B, MAGNITUDE = ".lora_a", ".lora_b", ".lora_magnitude"
-"""Ends of the names of an adapter's tensors; what stands before them is the path of the module."""
+"""Ends of the names of an adapter's tensors; before them is the path of the module."""
 
 
 class AdapterTarget(NamedTuple):
@@ -55,7 +55,7 @@ def adapter_targets(model: nn.Module) -> list[AdapterTarget]:
 def inject(model: nn.Module, config: LoraConfig, base: WeightSource, *, seed: int) -> WeightSource:
     """Adapt the targets of `config` in place; returns the weights of the adapted model: those of `base` and a fresh adapter.
 
-    With them the model computes what the base does, bit for bit; until they are loaded, the adapter has no values. seed: decides
+With them the model computes the same as the base, bit for bit; until they are loaded, the adapter has no values. seed: decides
     the adapter's initial values, with their paths. RecipeError if a target matches nothing or a setting would change nothing in
     this model.
     """
@@ -90,7 +90,7 @@ def select(targets: Sequence[AdapterTarget], patterns: Sequence[str]) -> list[Ad
     if unmatched:
         names = dict.fromkeys(target.path.rpartition(".")[2] for target in targets)
         raise RecipeError(
-            f"adapter.targets: {', '.join(map(repr, unmatched))} matches no part of the model; its parts are called "
+            f"adapter.targets: {', '.join(map(repr, unmatched))} matches no module of the model; its modules are called "
             f"{', '.join(names)}, one of them in full {targets[len(targets) // 2].path}"
         )
     return [target for target in targets if any(_matches(pattern, target.path) for pattern in patterns)]
@@ -158,7 +158,7 @@ def _adapted(module: Adaptable, adapters: Mapping[nn.Parameter, LowRank], config
 def merged(name: str, tensor: Tensor, adapter: Mapping[str, Tensor], config: LoraConfig) -> Tensor:
     """The base's tensor of that canonical name with the adapter: a matrix plus its low-rank change, or a trained bias instead.
 
-    BundleError if the adapter's tensors do not have the shapes that the base asks for.
+    BundleError if the adapter's tensors do not have the shapes that the base requires.
     """
     path = name.removesuffix(".weight")
     required: dict[str, tuple[int, ...]] = {}

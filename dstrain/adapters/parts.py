@@ -1,11 +1,11 @@
-"""Parts of a model with low-rank adapters: linear map, token table, vocabulary projection.
+"""Modules with low-rank adapters: linear map, token table, vocabulary projection.
 
-Each takes the place of a plain part and holds the very same Parameters under the same names, with `lora_a`, `lora_b` and, for
+Each replaces a plain module and holds the same Parameters under the same names, with `lora_a`, `lora_b` and, for
 DoRA, `lora_magnitude` beside them; so no name of the base moves. For a matrix W (O, I), A is (R, I) and B is (O, R). B starts at
-zero, so a fresh adapter changes nothing, bit for bit. Parameters stand directly in the part that computes with them, because
+zero, so a fresh adapter changes nothing, bit for bit. Parameters belong directly to the module that computes with them, because
 ZeRO-3 gathers those of a module when its forward begins.
 
-DoRA's effective matrix is m (W + scale B A) / |W + scale B A| with lengths m, |.| over rows, and no gradient through |.|
+DoRA's effective matrix is m (W + scale B A) / |W + scale B A| with magnitudes m, |.| over rows, and no gradient through |.|
 (Liu et al. 2024, section 4.3).
 """
 
@@ -75,7 +75,7 @@ class LoraLinear(nn.Module):
 
 
 class LoraEmbedding(nn.Module):
-    """(W + scale B A)[tokens], from the rows of the tokens alone; with DoRA, from the whole matrix, which is made for it."""
+    """(W + scale B A)[tokens], from the rows of the tokens only; with DoRA, from the whole matrix, which is made for it."""
 
     def __init__(self, base: TokenEmbedding, low_rank: LowRank, *, scale: float) -> None:
         super().__init__()
@@ -95,9 +95,9 @@ class LoraEmbedding(nn.Module):
 class LoraProjection(nn.Module):
     """Features to the vocabulary by an adapted matrix, by an adapted way back to a factorized embedding, or both.
 
-    `reduce` gets the effective matrix, made anew in each forward, as a chunked loss knows a projection by one matrix alone. That
+    `reduce` gets the effective matrix, made anew in each forward, as a chunked loss takes a projection as one matrix. That
     is V x E values and as many for its gradient (features and matrix widened by R columns would copy the matrix just the same).
-    Nobody keeps it when `reduce` has returned, which is all that ZeRO-3 asks.
+It is not kept after `reduce` has returned, as ZeRO-3 requires.
     """
 
     lora_a: Tensor | None

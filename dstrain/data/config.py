@@ -38,7 +38,7 @@ class JsonlText(Config):
 
 
 class GrammarText(Config):
-    """English-German pairs made by dstrain's own grammar. `test` sentences hold combinations that `train` never shows."""
+    """English-German pairs made by dstrain's own grammar. `test` sentences hold combinations that `train` never has."""
 
     kind: Literal["grammar"] = "grammar"
     split: Literal["train", "valid", "test"] = Field(description="Which sentences are made.")
@@ -110,7 +110,7 @@ class TrainedSentencePiece(Config):
     )
     max_training_lines: PositiveInt = Field(
         default=5_000_000,
-        description="Lines that one model learns from, spread evenly over the corpora; both sides together if it is joint.",
+        description="Lines that one model is trained on, at even intervals over the corpora; both sides together if it is joint.",
     )
 
 

@@ -12,9 +12,9 @@ from dstrain.protocols import TextTokenizer
 
 
 def locate_tags(tags: Sequence[str], tokenizer: TextTokenizer, dataset: Dataset) -> int:
-    """The place of the tag among the ids of every source sentence: 0, or 1 where the tokenizer puts a word start before it.
+    """The position of the tag in the ids of every source sentence: 0, or 1 if the tokenizer puts a word start before it.
 
-    Reads one id of every sentence. Raises DataError where a tag is not one symbol, a sentence begins with none of the tags or a
+    Reads one id of every sentence. Raises DataError if a tag is not one symbol, a sentence begins with none of the tags or a
     tag begins no sentence.
     """
     encoded = tokenizer.encode(tags)

@@ -32,11 +32,11 @@ def validate_bundle(
 ) -> dict[str, float]:
     """The scores of `Validator` for a bundle whose model is on `mesh.device`; every rank scores its share.
 
-    generation: how to translate; None = losses alone.
-    Raises DataError where the data was prepared with another tokenizer, BundleError where the bundle has none to compare.
+    generation: how to translate; None = only losses.
+    Raises DataError if the data was prepared with another tokenizer, BundleError if the bundle has none to compare.
     """
     if bundle.tokenizers is None:
-        raise BundleError(f"{bundle.directory} has no tokenizer, so it cannot be told whether the ids of {data} are its own")
+        raise BundleError(f"{bundle.directory} has no tokenizer, so it is unknown whether the ids of {data} are its own")
     manifest = load_manifest(data)
     manifest.require_tokenizer(bundle.tokenizers.fingerprint, str(bundle.directory))
     if split == "train" and generation is not None:

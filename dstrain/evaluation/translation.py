@@ -32,7 +32,7 @@ class Translation:
         return len(self.dataset)
 
     def translate(self, model: Generative, rows: range) -> list[str]:
-        """The best hypothesis of each row; what sampling draws for a row depends on its number alone."""
+        """The best hypothesis of each row; sampling of a row depends only on its number."""
         generator = Generator(
             model,
             self.config,
@@ -53,7 +53,7 @@ class Translation:
 def build_translation(
     config: GenerationConfig | None, model_config: ModelConfig, dataset: Dataset, tokenizers: TokenizerPair, device: torch.device
 ) -> Translation | None:
-    """None where nothing is to be generated. Raises DataError where the split keeps no raw text to compare with."""
+    """None if nothing is to be generated. Raises DataError if the split keeps no raw text to compare with."""
     if config is None:
         return None
     references = [dataset.target_text(row) for row in range(len(dataset))]

@@ -1,8 +1,8 @@
 """Scores of the present weights on the valid split: loss and perplexity from the labels, BLEU and chrF from generated text.
 
 Every rank scores its share. Losses are added up as sums and divided once; texts are gathered on rank 0 and scored there
-together, so no score is a mean of parts. With a moving average it is the averaged weights that are scored, as it is these
-that bundles hold. The cost is one forward pass over the split and, with generation, one search per sentence.
+together, so no score is a mean of parts. With a moving average the averaged weights are scored, as
+bundles hold them. The cost is one forward pass over the split and, with generation, one search per sentence.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dstrain.objectives.train_module import TrainModule
 from dstrain.protocols import Generative, Ranks
 
 TRANSLATION_CHUNK = 512
-"""Sentences per rank that are translated between two looks at the signals."""
+"""Sentences per rank that are translated between two checks for a signal."""
 BATCHES_PER_CHECK = 8
 
 
@@ -86,7 +86,7 @@ class WholeModel:
 
 
 def check_split(name: str, source_lengths: Lengths, target_lengths: Lengths, model: ModelConfig) -> None:
-    """Raise DataError, before anything is trained, where a split is empty or a sentence exceeds the model's limits."""
+    """Raise DataError, before anything is trained, if a split is empty or a sentence exceeds the model's limits."""
     if not len(target_lengths):
         raise DataError(f"the split {name!r} is empty; give it at least one sentence pair in the recipe's data section")
     limits = model.limits
@@ -136,8 +136,8 @@ class Validator:
     def __call__(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
         """loss as the objective averages it, perplexity and further sums per target token, and the scores of the translation.
 
-        The same on every rank. interrupted: collective; asked now and then, and where it says yes the result is None. Raises
-        DataError where the split holds no target token.
+        The same on every rank. interrupted: collective, polled at intervals; once true, the result is None. Raises DataError
+        if the split holds no target token.
         """
         with self.engine.averaged_weights() if self.averaged else nullcontext():
             scores = self._losses(interrupted)

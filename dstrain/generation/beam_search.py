@@ -7,8 +7,8 @@ early stop by score. The score of a hypothesis is its summed log-probability div
 
 Diverse beam search (Vijayakumar et al., 2018) splits the K hypotheses into G groups, hypothesis i into group i mod G. The groups
 choose one after the other, and a group pays `diversity` for each token that an earlier group chose at this step, once more for
-each earlier step at which the two had chosen alike. A group finishes K / G hypotheses: one that ends gives up its place, and
-nothing is ever continued beyond EOS. Scores contain what was paid.
+each earlier step at which the two had chosen alike. A group finishes K / G hypotheses: one that ends frees its slot, and
+nothing is ever continued beyond EOS. Scores contain these penalties.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class DiversePruning:
         return Candidates(*(part.flatten(1) for part in stacked))
 
     def survivors(self, candidates: Candidates, ended: Tensor) -> Candidates:
-        """Every column stays in its place; those that ended are dead."""
+        """Every column keeps its index; those that ended are dead."""
         self._alive = self._alive - ended.view(-1, self.group_size, self.groups).sum(1)
         return candidates._replace(totals=candidates.totals.masked_fill(ended, -torch.inf))
 
@@ -131,7 +131,7 @@ class DiversePruning:
         self._agreements = self._agreements[sentences]
 
     def _penalties(self, chosen: Sequence[Candidates], vocab_size: int) -> Tensor:
-        """What the next group pays for each token, given the choice of the groups before it. (b, V)"""
+        """The penalty of each token for the next group, by the choices of the groups before it. (b, V)"""
         penalties = self._agreements.new_zeros(len(self._agreements), vocab_size)
         group = len(chosen)
         for earlier, candidates in enumerate(chosen):
@@ -155,7 +155,7 @@ class _Beams:
         self.tokens = torch.full((*self.totals.shape, 1), eos_id, device=device)  # (b, R, 1 + t), the start token first
 
     def inputs(self) -> Tensor:
-        """What the model reads next. (b * R, 1)"""
+        """The next input of the model. (b * R, 1)"""
         return self.tokens[:, :, -1:].flatten(0, 1)
 
     def advance(self, log_probs: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -1,6 +1,6 @@
 """The best continuations of a sentence's hypotheses, found without sorting the vocabulary.
 
-The k best stand in the k best blocks of 64 columns, so the maximum of each block is looked at first, over all hypotheses of a
+The k best are in the k best blocks of 64 columns, so the maximum of each block is computed first, over all hypotheses of a
 sentence together. With five hypotheses this takes a CPU a quarter of the time of `topk` over all log-probabilities.
 """
 
@@ -28,9 +28,9 @@ def to_log_probs(logits: Tensor, temperature: float) -> Tensor:
 def best_continuations(log_probs: Tensor, totals: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """The k best extensions of each sentence's hypotheses by one token.
 
-    log_probs: (b * K, V), -inf where a token is forbidden; totals: (b, K) summed log-probabilities so far, -inf for a dead
+    log_probs: (b * K, V), -inf for a forbidden token; totals: (b, K) summed log-probabilities so far, -inf for a dead
     hypothesis. Returns new totals, tokens and parents (the column of `totals` that is extended), each (b, k), best first; -inf
-    where there are fewer than k. A hypothesis whose log-probabilities are NaN is dead.
+if there are fewer than k. A hypothesis whose log-probabilities are NaN is dead.
     """
     num_sentences, beam_size = totals.shape
     log_probs = log_probs.view(num_sentences, beam_size, -1)

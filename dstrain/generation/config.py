@@ -67,7 +67,7 @@ GenerationConfig = Annotated[BeamSearchConfig | SamplingConfig, Field(discrimina
 def generation_config(recipe: Mapping[str, Any] | None, options: Mapping[str, Any]) -> GenerationConfig:
     """The `generation` section of a bundle's recipe, overridden by the options that are not None; defaults without a recipe.
 
-    A beam size without a kind means beam search. RecipeError explains what is wrong.
+    A beam size without a kind means beam search. RecipeError explains every mistake.
     """
     chosen = {name: value for name, value in options.items() if value is not None}
     section = dict((recipe or {}).get("generation", {}))

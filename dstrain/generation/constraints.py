@@ -1,4 +1,4 @@
-"""What a hypothesis may say next, written into a step's log-probabilities as -inf.
+"""Constraints on the next token of a hypothesis, written into a step's log-probabilities as -inf.
 
 In order: never padding; the penalty of <unk>; no EOS before the minimal length; no n-gram twice; and, above all of these, what is
 forced: a given prefix, and EOS at the maximal length. A forced token keeps its own log-probability. EOS is never held back by
@@ -85,7 +85,7 @@ class Constraints:
         self._prefix = self._prefix[sentences]
 
     def _forced(self, step: int) -> Tensor | None:
-        """The token that each sentence must take, pad where it is free; None where all are free. (b,)"""
+        """The token that each sentence must take, pad if it is free; None if all are free. (b,)"""
         in_prefix = step < self._prefix.shape[1]
         if not in_prefix and step not in self._ends:
             return None

@@ -100,7 +100,7 @@ def read_chunks(path: str, chunk_lines: int) -> Iterator[list[str]]:
 
 
 def input_name(path: str) -> str:
-    """What messages call an input."""
+    """The name of an input in messages."""
     return STANDARD_INPUT if path == STANDARD else path
 
 

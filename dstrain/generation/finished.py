@@ -1,4 +1,4 @@
-"""Finished hypotheses of a batch, kept in tensors until the end: no row is looked at alone while the search runs."""
+"""Finished hypotheses of a batch, kept in tensors until the end: no row is read by itself while the search runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class FinishedHypotheses:
         self._totals = torch.zeros(num_sentences, capacity, max_length, device=device)
 
     def add(self, sentences: Tensor, finishing: Tensor, tokens: Tensor, totals: Tensor) -> None:
-        """Take in the hypotheses marked in `finishing`, by column, as long as a sentence has room.
+        """Take in the hypotheses marked in `finishing`, by column, as long as a sentence has a free slot.
 
         sentences: (b,) numbers within the batch; finishing: (b, n); tokens: (b, n, t) ending in EOS; totals: (b, n, t)
         log-probability of the tokens up to each.
@@ -35,7 +35,7 @@ class FinishedHypotheses:
         self.count[sentences] = (self.count[sentences] + finishing.sum(1)).clamp_max(self.capacity)
 
     def is_full(self, sentences: Tensor) -> Tensor:
-        """Which of these sentences have no room left. (b,) -> (b,)"""
+        """Which of these sentences are full. (b,) -> (b,)"""
         return self.count[sentences] >= self.capacity
 
     def best(self, config: BeamSearchConfig | SamplingConfig) -> list[list[Hypothesis]]:

@@ -24,7 +24,7 @@ FORMATS: tuple[Format, ...] = get_args(Format)
 
 @dataclass(frozen=True)
 class Answer:
-    """The hypotheses of one input line. line: from 1. reference: what a human wrote, if known."""
+    """The hypotheses of one input line. line: from 1. reference: a human translation, if known."""
 
     line: int
     source: str
@@ -61,7 +61,7 @@ def as_score(answer: Answer) -> str:
 
 
 def as_json(answer: Answer, target: TextTokenizer) -> str:
-    """One object: line, source, reference where there is one, hypotheses with text, score, tokens and token_scores, best first.
+    """One object: line, source, reference if there is one, hypotheses with text, score, tokens and token_scores, best first.
 
     A score that is not finite is null.
     """

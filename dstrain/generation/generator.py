@@ -35,7 +35,7 @@ class TextHypothesis(Hypothesis):
 
 
 def ignore_progress(finished: int) -> None:
-    """A progress report that nobody reads."""
+    """A progress report that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Generator:
         """The `num_best` hypotheses of each source, best first; at least one each.
 
         sources: ids ending in EOS. prefixes: first target tokens, forced, without EOS; none where empty. first_line: number of
-        the first source, for messages and for the draws of sampling. progress: told how many sentences each batch has finished.
+        the first source, for messages and for the draws of sampling. progress: called with the finished sentences of each batch.
         DataError names the line of a source or prefix that is longer than the model allows.
         """
         limits = [self.limits.source] * len(sources)
@@ -134,7 +134,7 @@ class Generator:
     def _forced(
         self, prefixes: Sequence[Sequence[int]], sources: Sequence[Sequence[int]], first_line: int
     ) -> list[Sequence[int]]:
-        """The prefixes, each with room for an EOS after it."""
+        """The prefixes, each cut to leave a position for EOS."""
         ended = [[*prefix, self.ids.eos] for prefix in prefixes]
         limits = [self.limits.target_after(len(source)) for source in sources]
         kept = fitting(ended, limits, truncate=self.truncate_source, first_line=first_line, what="prefix")

@@ -1,4 +1,4 @@
-"""What a search or a sampler returns."""
+"""The results of a search or a sampler."""
 
 from __future__ import annotations
 

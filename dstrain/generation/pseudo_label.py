@@ -33,7 +33,7 @@ LONGEST_GROUP = 4
 
 @dataclass
 class LabelReport:
-    """What one process did. pairs: sources that it translated; dropped: of these, by reason."""
+    """Counts of one process. pairs: sources that it translated; dropped: of these, by reason."""
 
     shards: int = 0
     finished_before: int = 0
@@ -66,7 +66,7 @@ class Labeler:
     output: Path
 
     def run(self, worker: Worker, progress: Callable[[int], object]) -> LabelReport:
-        """Every shard of `worker` that is not complete yet. progress: told how many sources are done.
+        """Every shard of `worker` that is not complete yet. progress: called with the number of finished sources.
 
         Raises DataError if `output` belongs to another job, StorageError if the disk is full; finished shards stay.
         """

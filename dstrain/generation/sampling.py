@@ -2,9 +2,9 @@
 
 The draws of a sentence are a function of the seed, the sentence's number and nothing else: all its uniform numbers come from one
 generator of its own, and each picks a token by the inverse of the cumulative distribution. So a sample does not depend on batch
-size, order or company (beyond the rounding of the logits). It costs one pass over the vocabulary's cumulative sum a step.
+size, order or the other rows (beyond the rounding of the logits). It costs one pass over the vocabulary's cumulative sum a step.
 
-Truncation works on what the constraints allow, renormalized: first `top_k`, then `top_p`, the smallest set of best tokens with
+Truncation applies to the allowed tokens, renormalized: first `top_k`, then `top_p`, the smallest set of best tokens with
 more than that mass. Scores are log-probabilities of the whole distribution, at the given temperature, before constraints.
 """
 

@@ -1,6 +1,6 @@
 """How the C library keeps the memory that CPU tensors give back.
 
-torch takes CPU tensors from malloc. glibc asks the kernel anew for every block over a threshold (32 MiB at most), and gives
+torch takes CPU tensors from malloc. glibc asks the kernel again for every block over a threshold (32 MiB at most), and gives
 memory at the top of the heap back at once; each new page then costs a fault and a clearing. A training step makes and frees
 the same tensors again and again, so for training it is better to keep the pages.
 """

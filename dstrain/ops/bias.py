@@ -53,7 +53,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def alibi_bias(head_slopes: Tensor, query_positions: Tensor, key_positions: Tensor, *, lead: float = 0.0) -> Tensor:
-    """-slope * |i - j| for query i and key j; `lead` is taken off the distance to a later key.
+    """-slope * |i - j| for query i and key j; `lead` is subtracted from the distance to a later key.
 
     head_slopes: (H,); positions: (T,) and (S,) -> (H, T, S), or (B, T) and (B, S) -> (B, H, T, S)
     """

@@ -6,7 +6,7 @@ them by the gradient of the loss. Memory: chunk_tokens x V in fp32, and the loss
 N x V, plus the two gradients (N x E and V x E in fp32). The forward pass thus holds the work of the backward pass; if no gradient
 is needed (evaluation, `torch.no_grad`) it makes no product for one.
 
-A `TokenLoss` sees the logits of some tokens and nothing else: neither chunks nor dtypes, neither the weight nor how the
+A `TokenLoss` gets the logits of some tokens and nothing else: neither chunks nor dtypes, neither the weight nor how the
 vocabulary is sliced. The terms of a loss that are linear in the sum of a token's logits cost no pass over them: the op provides
 these sums (features times the sum of the weight's rows), and applies the constant `uniform_grad` to features and weight as an
 outer product (rank one).
@@ -48,8 +48,8 @@ TokenTargets_contra = TypeVar("TokenTargets_contra", contravariant=True)
 class TokenLosses(NamedTuple):
     """The losses of c tokens.
 
-    loss: (c, 1). metrics: (c, 1) each, reported besides. logits_grad: of the shape of the logits, usually in their place:
-    the gradient of each token's loss plus `uniform_grad`. uniform_grad: a number that is taken off the gradient with respect to
+    loss: (c, 1). metrics: (c, 1) each, reported besides. logits_grad: of the shape of the logits, usually in their memory:
+    the gradient of each token's loss plus `uniform_grad`. uniform_grad: a number that is subtracted from the gradient with respect to
     every logit.
     """
 

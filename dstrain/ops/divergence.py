@@ -126,7 +126,7 @@ class SparseFit(NamedTuple):
     vocabulary: VocabularySlice
 
     def logits_grad_(self, kd_weight: Tensor | float = 1.0, prob_weight: float = 0.0) -> Tensor:
-        """`kd_weight` times the gradient plus `prob_weight` times p, (c, V), in the place of `others`."""
+        """`kd_weight` times the gradient plus `prob_weight` times p, (c, V), written over `others`."""
         grad = self.others.mul_(kd_weight * self.others_grad + prob_weight * self.others_prob)
         return self.vocabulary.add_at_(grad, self.ids, kd_weight * self.grads + prob_weight * self.probs)
 

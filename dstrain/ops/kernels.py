@@ -1,4 +1,4 @@
-"""Which kernel runs an op: a table by device, dtype, problem size and installed packages. No other place chooses.
+"""Which kernel runs an op: a table by device, dtype, problem size and installed packages. No other module chooses.
 
 A kernel is in the table if it is certain to be the faster one there. Nothing is measured at start or read from the machine, so a
 resumed run chooses as before and repeats the losses bit for bit. All kernels of an op compute the same; tests hold each to the
@@ -30,7 +30,7 @@ class Kernel(Generic[Function]):
     """One implementation, and its conditions.
 
     device_type, dtypes: those it is for, None for all. max_size: the largest problem it is for, in the op's unit, None for all.
-    package: what must be installed.
+    package: that must be installed.
     """
 
     name: str

@@ -118,7 +118,7 @@ class VocabularySlice:
         if self.group is None:
             first = logits[:, :1].clone()
             torch.log_softmax(logits, 1, out=out)
-            return first.sub_(out[:, :1])  # any entry tells it, without another pass over the vocabulary
+            return first.sub_(out[:, :1])  # any entry gives it, without another pass over the vocabulary
         normalizer = self.logsumexp(logits)
         torch.sub(logits, normalizer, out=out)
         return normalizer

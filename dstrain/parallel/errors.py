@@ -14,7 +14,7 @@ _R = TypeVar("_R")
 def raise_on_all_ranks(ranks: Ranks, kind: type[DstrainError], doing: str, action: Callable[[], _R]) -> _R:
     """Run `action` on every rank; if it fails on one, all raise the same error. Collective.
 
-    Without this a rank with a full disk would leave, and the others would wait for it for ever. Raises the failing rank's own
+    Without this a rank with a full disk would leave, and the others would wait for it forever. Raises the failing rank's own
     DstrainError, or `kind` with a sentence that begins with `doing`.
     """
     problem: DstrainError | None = None

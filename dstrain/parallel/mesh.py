@@ -74,7 +74,7 @@ class ModelParallelUnit:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The groups of this process; the table above says which is used for what. local_rank: this process on its node."""
+    """The groups of this process; the table above gives their uses. local_rank: this process on its node."""
 
     world: Group
     data: Group
@@ -146,7 +146,7 @@ def finalize() -> None:
 
 
 def _join_group(world: Group, lists: list[list[int]]) -> Group:
-    """This rank's group among `lists`. Every rank makes all of them, in the same order, as torch demands."""
+    """This rank's group among `lists`. Every rank makes all of them, in the same order, as torch requires."""
     own = world
     for ranks in lists:
         # Without a timeout of ours a group has torch's, which is shorter for NCCL.
@@ -174,7 +174,7 @@ def _join(rank: int, world_size: int, backend: Backend) -> None:
 
 
 def _num_cores() -> int:
-    """Cores that this process may use; macOS cannot tell, so there it is all."""
+    """Cores that this process may use; macOS does not report them: there all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

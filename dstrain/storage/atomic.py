@@ -1,4 +1,4 @@
-"""Files and directories that are complete or absent, whatever is killed and whenever.
+"""Files and directories that are complete or absent, whichever process is killed and at any time.
 
 New content is written under a temporary name in the same directory, flushed to the disk and renamed. A rename within a file
 system is atomic; it survives a power cut once the directory that holds the name is flushed as well. Cost: one wait for the disk

@@ -1,7 +1,7 @@
 """Documents that dstrain writes and reads back: JSON or YAML files with a version, each a frozen pydantic model.
 
-A `DocumentFormat` says all there is to know of one kind of document; `read` either returns a valid model or raises one error that
-names the file, the field, the value and the remedy. `parsing.py` bounds what a damaged or hostile file can cost.
+A `DocumentFormat` describes one kind of document; `read` either returns a valid model or raises one error that
+names the file, the field, the value and the remedy. `parsing.py` bounds the cost of a damaged or hostile file.
 
 Values are not converted (`"12"` is no number, `true` is no count), and file names cannot leave their directory: see `FileRecord`.
 """
@@ -83,7 +83,7 @@ class FileRecord(Config):
 
 @dataclass(frozen=True)
 class DocumentFormat(Generic[D]):
-    """One kind of document. name: what messages call it. remedy: for a file that is missing or damaged.
+    """One kind of document. name: in messages. remedy: for a file that is missing or damaged.
 
     version_field, version: the number that the file begins with, None for a document that belongs to another one. max_values: a
     JSON file with more is refused.

@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words: dotted path, value, remedy; unknown keys with the nearest valid one."""
+"""The mistakes of a configuration in words: dotted path, value, remedy; unknown keys with the nearest valid one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> list[str]:
     """One line per mistake, in the order of the tree."""
     details = error.errors(include_url=False)
     containers = {detail["loc"][:depth] for detail in details for depth in range(len(detail["loc"]))}
-    # A list whose only item is wrong is reported by pydantic as too short as well.
+    # Pydantic also reports a list whose only item is wrong as too short.
     return [_explain_one(detail, model) for detail in details if detail["loc"] not in containers]
 
 
@@ -79,6 +79,6 @@ def union_members(annotation: Any) -> list[type[BaseModel]]:
 
 
 def element_type(annotation: Any) -> Any:
-    """What a tuple, list or dict holds."""
+    """The type of the items of a tuple, list or dict."""
     arguments = [argument for argument in typing.get_args(annotation) if argument is not Ellipsis]
     return arguments[-1] if arguments else None

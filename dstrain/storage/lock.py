@@ -34,7 +34,7 @@ class OutputLock:
         """Let other processes write into the directory. Calling it again does nothing."""
         if not self._file.closed:
             _held.pop(self._path, None)
-            self._path.unlink(missing_ok=True)  # while it is still locked: whoever waits for this file looks for a new one
+            self._path.unlink(missing_ok=True)  # while it is still locked: a process that waits for this file opens a new one
             self._file.close()
 
 

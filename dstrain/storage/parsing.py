@@ -50,7 +50,7 @@ def read_text(path: Path, max_bytes: int) -> str:
 
 
 def parse_json(text: str, max_values: int = MAX_JSON_VALUES) -> Any:
-    """The values of a JSON text. Raises ValueError that says what is wrong."""
+    """The values of a JSON text. Raises ValueError with the mistake."""
     if sum(map(text.count, "{[,")) > max_values:
         raise ValueError(f"more than {max_values:,} values")
     try:
@@ -62,7 +62,7 @@ def parse_json(text: str, max_values: int = MAX_JSON_VALUES) -> Any:
 
 
 def parse_yaml(text: str, max_values: int = MAX_YAML_VALUES) -> Any:
-    """The values of a YAML text. Raises ValueError that says what is wrong, with the line if it is known."""
+    """The values of a YAML text. Raises ValueError with the mistake, and the line if it is known."""
     try:
         return _BoundedLoader(text, max_values).get_single_data()
     except yaml.MarkedYAMLError as error:

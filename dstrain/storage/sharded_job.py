@@ -1,6 +1,6 @@
 """Resumable work in numbered shards, done by any number of processes that do not communicate.
 
-    OUTPUT/parts.json    the job: what is computed, from which inputs; written before any work
+    OUTPUT/parts.json    the job: its computation and its inputs; written before any work
     OUTPUT/00000.arrow   one shard
     OUTPUT/00000.json    its sidecar: size, SHA-256 and counts of the shard beside it
 
@@ -60,7 +60,7 @@ S = TypeVar("S", bound=Sidecar)
 
 @dataclass(frozen=True)
 class ShardedJob(Generic[J, S]):
-    """What a verb writes in shards.
+    """The work that a verb does in shards.
 
     verb: its name on the command line. shard_file: the name of a shard in the output directory. num_shards: of a job.
     """
@@ -86,7 +86,7 @@ class ShardedJob(Generic[J, S]):
     def start(self, directory: Path, job: J) -> None:
         """Make the directory belong to `job`. Raises DataError that lists the differences if it belongs to another job.
 
-        Processes that start at the same time write the same bytes, and each reads back what is there in the end.
+        Processes that start at the same time write the same bytes, and each reads back the final file.
         """
         known = self.read(directory)
         if known is None:
@@ -98,14 +98,14 @@ class ShardedJob(Generic[J, S]):
             old, new = known.model_dump(mode="json"), job.model_dump(mode="json")
             changes = "; ".join(f"{name}: {_short(old[name])} -> {_short(new[name])}" for name in old if old[name] != new[name])
             raise DataError(
-                f"{directory} was begun with another job ({changes}); choose another --output, or remove the directory"
+                f"{directory} was started with another job ({changes}); choose another --output, or remove the directory"
             )
 
     def run(self, directory: Path, job: J, worker: Worker, write: Callable[[int], object], skip: Callable[[S], object]) -> None:
         """Do every shard of `worker` that is not complete.
 
         write: makes a shard, by number; skip: is called for a complete one. Raises DataError if the directory belongs to another
-        job; complete shards stay, whatever is raised.
+        job; complete shards stay after any error.
         """
         self.start(directory, job)
         try:
@@ -133,7 +133,7 @@ class ShardedJob(Generic[J, S]):
             numbers = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise DataError(
                 f"{directory} is incomplete: {len(missing)} of {total} shards are missing or damaged ({numbers}); run `dstrain "
-                f"{self.verb}` again, with the same --shard if it was interrupted: it does only what is missing"
+                f"{self.verb}` again, with the same --shard if it was interrupted: only missing shards are done"
             )
         return job, [sidecar for sidecar in sidecars if sidecar is not None]
 
@@ -168,7 +168,7 @@ def sidecar_path(shard: Path) -> Path:
 
 
 def warn_of_interruption(directory: Path) -> None:
-    """Say that Ctrl-C has lost nothing."""
+    """Log that Ctrl-C has lost nothing."""
     logger.warning("interrupted; finished shards stay in %s: run the same command again to go on", directory)
 
 

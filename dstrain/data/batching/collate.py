@@ -4,7 +4,7 @@ A decoder reads EOS and then its target, one token behind the labels. A decoder-
 which the EOS of the source is the first input of the target; a source that is a lone EOS adds nothing. Everything is counted
 here, on the CPU, so that nothing later waits for a GPU.
 
-Choice: all tokens of a side are written at once through computed indices; there is no loop over examples. 264 pairs of 15 tokens
+Choice: all source or target tokens are written at once through computed indices, without a loop over examples. 264 pairs of 15 tokens
 take half a millisecond.
 """
 
@@ -40,7 +40,7 @@ class Ragged(NamedTuple):
 
 
 class ModelInputs(NamedTuple):
-    """What a model reads. source: None for a decoder-only model.
+    """The inputs of a model. source: None for a decoder-only model.
 
     source_start: (b,) index of each source in the flattened tokens that hold it. target_index: (n,) index of each decoder input
     of a target in the flattened decoder tokens, example by example.
@@ -55,7 +55,7 @@ class ModelInputs(NamedTuple):
 class Collator:
     """Makes the batches of one model.
 
-    kind: how the model reads an example. teacher_kinds: of the teachers that read the same batches; where one is not `kind`, a
+    kind: how the model reads an example. teacher_kinds: of the teachers that read the same batches; if one is not `kind`, a
     batch has it as `other`.
     """
 
@@ -117,14 +117,14 @@ def _read(kind: ModelKind, sources: Ragged, inputs: Ragged, *, rows: IntArray | 
     is_source[of_inputs] = False
     sequence[of_inputs] = inputs.tokens
     sequence[is_source] = np.delete(sources.tokens, np.cumsum(sources.lengths) - 1)
-    # a padded row is as wide as the longest source and the longest input together, which is what the plan reserves
+    # a padded row is as wide as the longest source and the longest input together, as the plan reserves
     width = None if rows is not None else int(before.max() + inputs.lengths.max())
     target, index = _lay_out(Ragged(sequence, before + inputs.lengths), rows, pad_id, width)
     return ModelInputs(None, target, index[start], index[of_inputs])
 
 
 def _lay_out(ragged: Ragged, rows: IntArray | None, pad_id: int, width: int | None = None) -> tuple[Sequences, IntArray]:
-    """The sequences in rows of `width`, None for the longest row; and where each token lies in the flattened (B * width)."""
+    """The sequences in rows of `width`, None for the longest row; and the index of each token in the flattened (B * width)."""
     lengths, positions = ragged.lengths, _positions(ragged.lengths)
     row, column = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
     filled = lengths  # (B,) tokens of each row
@@ -147,7 +147,7 @@ def _lay_out(ragged: Ragged, rows: IntArray | None, pad_id: int, width: int | No
 
 
 def _starts(lengths: IntArray) -> IntArray:
-    """Where each of the sequences begins that stand one after another."""
+    """The start of each of a series of adjacent sequences."""
     return np.cumsum(lengths) - lengths
 
 

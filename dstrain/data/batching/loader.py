@@ -43,7 +43,7 @@ class Steps(Protocol):
         ...
 
     def close(self) -> None:
-        """No more are wanted."""
+        """No more are needed."""
         ...
 
 

@@ -144,7 +144,7 @@ def micro_batches(
 
     Returns a multiple of `num_ranks` groups of similar lengths, as few as `max_tokens` allows, the costliest as cheap as can be:
     the ranks wait for one another. A group costs rows x (its longest source or target), for a decoder-only model rows x
-    (longest source + longest target - 1). Groups are empty only where there are fewer examples than groups. Every example must
+    (longest source + longest target - 1). Groups are empty only if there are fewer examples than groups. Every example must
     fit into `max_tokens` by itself, which `StepPlan` has checked.
     """
     examples, widths = _sort_by_width(step_examples, source_lengths, target_lengths, kind)
@@ -180,7 +180,7 @@ def batches_by_length(lengths: Sequence[int], rows: Iterable[int], max_tokens: i
 
 
 def _cut_evenly(totals: IntArray, capacity: int) -> list[int]:
-    """Bounds of the fewest pieces of at most `capacity`, each as near to an even share of what is left as that allows.
+    """Bounds of the fewest pieces of at most `capacity`, each as near to an even share of the rest as that allows.
 
     totals: (n + 1,) running sums, from 0, of ascending numbers; a number above `capacity` is a piece of its own. Filling pieces
     from the right end backwards gives their number, and how far left each may begin at most so that the rest still fits.
@@ -221,11 +221,11 @@ def _deal(buckets: list[IntArray], per_step: int, seed: int) -> list[list[IntArr
 def _sort_by_width(
     examples: IntArray, source_lengths: Lengths, target_lengths: Lengths, kind: ModelKind
 ) -> tuple[IntArray, list[int]]:
-    """Examples ordered by their width, and how wide a row is at most in a group that ends with each: ascending numbers."""
+    """Examples ordered by their row length, and the longest row of a group that ends with each: ascending numbers."""
     sources, targets = (lengths[examples].astype(np.int64) for lengths in (source_lengths, target_lengths))
     widths = np.maximum(sources, targets) if kind == "encoder_decoder" else sources + targets - 1
     order = np.lexsort((sources, targets, widths))
-    if kind == "decoder_only":  # as wide as the longest source and the longest target, even if of different examples
+    if kind == "decoder_only":  # as long as the longest source and the longest target, even if of different examples
         widths = np.maximum.accumulate(sources[order]) + np.maximum.accumulate(targets[order]) - 1
         return examples[order], widths.tolist()
     return examples[order], widths[order].tolist()
@@ -248,7 +248,7 @@ def _fill(widths: list[int], capacity: int, at_least: int = 0) -> list[int]:
 
 
 def _sorted_by(*keys: Lengths) -> IntArray:
-    """The stable order by the last key, then by the one before: `np.lexsort`, but fast where numbers fit into 16 bits."""
+    """The stable order by the last key, then by the one before: `np.lexsort`, but fast if the numbers fit into 16 bits."""
     order: IntArray = np.arange(len(keys[0]))
     for key in keys:
         low, high = int(key.min()), int(key.max())

@@ -1,6 +1,6 @@
 """Work done ahead in a background thread, a bounded number of items at a time.
 
-Choice: a thread, not processes: what it does is numpy and memory-mapped reading, which let other threads run, and an error
+Choice: a thread, not processes: it runs numpy and memory-mapped reading, which let other threads run, and an error
 arrives as the object it was. A thread stuck in a dead file system does not hold up the end of the process. Cost: up to
 `depth` + 1 finished items in memory.
 """
@@ -26,7 +26,7 @@ class _End:
 class Prefetcher(Generic[_T]):
     """Iterates over `items`, at most `depth` of them ahead of the consumer; a context manager that stops the thread.
 
-    An error inside `items` is raised, as it is, where the item would have come. After the end, an error or `close` there are no
+    An error inside `items` is raised, as it is, instead of the item. After the end, an error or `close` there are no
     more items.
     """
 

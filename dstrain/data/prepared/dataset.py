@@ -3,7 +3,7 @@
 Shards stay on the disk and are mapped; the lengths are mapped too, from one array of 8 bytes a pair that `prepare` took from the
 shards' list offsets. Opening hundreds of millions of pairs therefore reads footers only, and all ranks of a node share the pages.
 
-What is checked at opening: the manifest's version and fields, that the tokenizer beside it is the one that made the ids, and the
+Checked at opening: the manifest's version and fields, that the tokenizer beside it is the one that made the ids, and the
 size of every file, always; the SHA-256 of every file if the split holds at most 1 GiB (under a second), or on request. So an
 altered byte in a small or middling set is always found, a truncated file in any set.
 """
@@ -51,7 +51,7 @@ class Dataset:
         return Example(batch.source.row(row), batch.target.row(row))
 
     def source_column(self, position: int) -> Iterator[npt.NDArray[np.int64]]:
-        """The id at one position of every source, -1 where it is shorter; (rows,) each, in the order of the rows."""
+        """The id at one position of every source, -1 for a shorter one; (rows,) each, in the order of the rows."""
         for batch in self._batches:
             starts, ends = batch.source.offsets[:-1].astype(np.int64) + position, batch.source.offsets[1:]
             inside = starts < ends

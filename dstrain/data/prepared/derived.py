@@ -3,11 +3,11 @@
     DATA2/parts.json                  the job; train/00000.json, ... are the sidecars of its shards (`storage/sharded_job.py`)
     DATA2/original/manifest.json      that of the original data, once all that is copied from it is there
     DATA2/train/00000.arrow           sources with the teacher's targets
-    DATA2/train/original_00000.arrow  the original pairs, if asked for
+    DATA2/train/original_00000.arrow  the original pairs, if requested
     DATA2/manifest.json               as of any prepared data, once every shard is there
 
 Its manifest has the data section of the original, so that it is trained by the same recipe, and another fingerprint, so that a
-run begun on one is not continued on the other. Files of the original are linked if the file system can, and then cost nothing.
+run started on one is not continued on the other. Files of the original are linked if the file system can, and then cost nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class LabelJob(Config):
     """How training targets are made. teacher, original: fingerprints of the model and of the data; generation: the search.
 
     max_ratio, max_repeats: which outputs are dropped; None for no limit. keep_original: whether the original pairs stay, too.
-    precision: what the teacher computes in.
+    precision: of the teacher's computation.
     """
 
     teacher: str
@@ -77,7 +77,7 @@ LABELING = ShardedJob(
 
 
 def copy_original(data: Path, output: Path, job: LabelJob) -> None:
-    """Link or copy the tokenizer, the evaluation splits and, if asked for, the original pairs of `data` into `output`."""
+    """Link or copy the tokenizer, the evaluation splits and, if requested, the original pairs of `data` into `output`."""
     if (output / ORIGINAL / MANIFEST_FILE).is_file():
         return
     manifest = load_manifest(data)

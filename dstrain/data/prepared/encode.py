@@ -1,4 +1,4 @@
-"""Raw blocks to ids: what a worker process does. Decode, parse, tokenize, add EOS, filter; numpy arrays come out. A corpus of ids
+"""Raw blocks to ids, in a worker process. Decode, parse, tokenize, add EOS, filter; numpy arrays come out. A corpus of ids
 is checked instead.
 
 An evaluation split keeps every pair and its texts. A training pair is dropped for the first reason that applies: a side is empty,
@@ -139,7 +139,7 @@ def checked_ids(side: Sentences, tokenizer: TextTokenizer, index: Path, first: i
 
 
 def _spelled(ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32], tokenizer: TextTokenizer) -> list[str]:
-    """The text of each sentence. What the dictionary did not know is U+2047, which no hypothesis equals."""
+    """The text of each sentence. Words unknown to the dictionary are U+2047, which no hypothesis contains."""
     rows = np.split(ids, np.cumsum(lengths)[:-1])
     unknown = tokenizer.tokens([tokenizer.unk_id])[0]
     return [text.replace(unknown, LOST_WORD) for text in tokenizer.decode([row[:-1].tolist() for row in rows])]

@@ -71,7 +71,7 @@ def read_job(output: Path) -> Job | None:
 
 
 def plan_job(config: DataConfig, known: Job | None, workers: int) -> Job:
-    """Read every input once and say which job this is. Raises DataError for any fault of the text."""
+    """Read every input once and describe the job. Raises DataError for any fault of the text."""
     scans = {path: scan_of(source) for sources in splits_of(config).values() for source in sources for path in files_of(source)}
     tokenizer = (
         None if isinstance(config.tokenizer, TrainedSentencePiece) else load_configured_tokenizers(config.tokenizer).fingerprint
@@ -162,7 +162,7 @@ def _holds_work(output: Path, job: Job) -> bool:
 
 
 def _remove(output: Path, job: Job) -> None:
-    """Delete what a job wrote, its job.json last."""
+    """Delete the files of a job, its job.json last."""
     (output / MANIFEST_FILE).unlink(missing_ok=True)
     for name in [TOKENIZER_DIRECTORY, *splits_of(DataConfig.model_validate(job.data))]:
         shutil.rmtree(output / name, ignore_errors=True)

@@ -1,7 +1,7 @@
-"""What a prepared data directory holds: `manifest.json`, the last file that `prepare` writes.
+"""The contents of a prepared data directory: `manifest.json`, the last file that `prepare` writes.
 
 A directory without a manifest is unfinished. Every file is listed in it with its size and SHA-256, so that truncation is seen
-from the size alone and an altered byte by reading.
+from the size only and an altered byte by reading.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class SplitRecord(Config):
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the content of all shards in order: what row numbers of this split stand for."""
+        """SHA-256 over the content of all shards in order, which row numbers of this split refer to."""
         return sha256_of_text(" ".join(shard.sha256 for shard in self.shards))
 
     @property

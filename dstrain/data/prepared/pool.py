@@ -25,7 +25,7 @@ _Result = TypeVar("_Result")
 
 
 class WorkerPool(Generic[_Task, _Result]):
-    """Processes that each call `make_work()` once and then apply what it returned to tasks.
+    """Processes that each call `make_work()` once and then apply the returned function to tasks.
 
     make_work: picklable by reference, e.g. a partial of a module's function.
     """

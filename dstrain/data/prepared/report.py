@@ -1,4 +1,4 @@
-"""What a preparation did, for people and for tests."""
+"""Counts of a preparation, for people and for tests."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def _open(source: TextSource, start: int) -> AbstractContextManager[Reader]:
 
 
 def parse(source: TextSource, block: TextBlock) -> tuple[list[str], list[str]]:
-    """Source and target texts of a block's pairs; sources are empty where the corpus has none.
+    """Source and target texts of a block's pairs; sources are empty if the corpus has none.
 
     Raises DataError naming file and line if a record is malformed.
     """

@@ -1,8 +1,8 @@
 """Output of `fairseq-preprocess`, mapped into memory: PREFIX.bin holds the ids of one side, PREFIX.idx the bounds of sentences.
 
-Two formats, told apart by the first bytes of the index. `MMIDIDX`: lengths (int32) and byte offsets (int64); the ids have the
+Two formats, distinguished by the first bytes of the index. `MMIDIDX`: lengths (int32) and byte offsets (int64); the ids have the
 type that a code names. `TNTIDX` (the older lazy and cached ones): offsets count ids, and every id is stored plus one. All numbers
-are little-endian. An index is checked whole when it is opened: sentences lie one after another and fill the .bin exactly, which
+are little-endian. The whole index is checked when it is opened: sentences are contiguous and fill the .bin exactly, which
 costs one pass over 12 to 24 bytes a sentence. Memory does not grow with the corpus.
 """
 
@@ -192,7 +192,7 @@ def _mapped(path: Path, dtype: str, offset: int, count: int) -> npt.NDArray[Any]
 
 
 def _check_layout(index: _Index, index_path: Path, ids_path: Path, size: int) -> None:
-    """Raise DataError unless the sentences lie one after another and fill the .bin exactly."""
+    """Raise DataError unless the sentences are contiguous and fill the .bin exactly."""
     unit = index.dtype.itemsize
     end = 0
     for first, lengths, offsets in _chunks(index):

@@ -1,10 +1,10 @@
 """An endless small corpus: English sentences and their German translations, made by rule.
 
-German has what makes translating into it more than looking up words: three genders, case and number in articles, adjectives and
+German needs more than a word-by-word translation: it has three genders, case and number in articles, adjectives and
 nouns, the finite verb second in main clauses and last in subordinate ones, infinitives and participles at the end. Every English
 sentence has exactly one translation, so a model can be right or wrong.
 
-`test` sentences hold at least one combination (adjective with noun, verb with object) that no `train` or `valid` sentence shows;
+`test` sentences hold at least one combination (adjective with noun, verb with object) that no `train` or `valid` sentence holds;
 a model that translates them has learned the rules. `train` and `valid` share no sentence. The same arguments always give the same
 pairs; nothing but Python's own generator is used, about 25,000 pairs a second.
 """
@@ -104,7 +104,7 @@ def _german_determiner(phrase: NounPhrase, case: Case) -> str:
 
 
 def _bare(phrase: NounPhrase, case: Case) -> bool:
-    """Whether `ein` and `mein` take no ending: the adjective then shows the gender."""
+    """Whether `ein` and `mein` take no ending: the adjective then marks the gender."""
     return (_form(phrase), case) in {("m", "nominative"), ("n", "nominative"), ("n", "accusative")}
 
 
@@ -143,7 +143,7 @@ class Clause(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """What follows the verb, in both languages; held_out: it shows a combination kept for the test."""
+    """The words after the verb, in both languages; held_out: they hold a combination kept for the test."""
 
     english: list[str]
     german: list[str]
@@ -220,7 +220,7 @@ class _Speaker:
 
 
 def _conjugate(subject: NounPhrase, verb: Verb, tense: Modal | Literal["present", "past"], rest: Rest) -> Clause:
-    """Put subject and verb to what follows. German's perfect stands for the English past."""
+    """Add subject and verb to a rest. German's perfect translates the English past."""
     plural = subject.plural
     final: list[str] = []
     match tense:
@@ -271,7 +271,7 @@ def sentence_pairs(split: Split, seed: int) -> Iterator[Pair]:
         else:
             misses += 1
     raise DataError(
-        f"the grammar has said {len(seen)} different {split} sentences and finds no more; lower num_pairs in the recipe"
+        f"the grammar has made {len(seen)} different {split} sentences and has no more; lower num_pairs in the recipe"
     )
 
 

@@ -1,4 +1,4 @@
-"""The words of the grammar, English and German side by side. English singular and plural differ everywhere, and so do present
+"""The words of the grammar, in English and German. English singular and plural differ everywhere, and so do present
 and past: an English sentence names its German one.
 """
 

@@ -32,7 +32,7 @@ VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 class FileScan(NamedTuple):
-    """What one pass over a file found. lines: an unfinished last line counts; sha256: of the bytes on the disk."""
+    """The result of one pass over a file. lines: an unfinished last line counts; sha256: of the bytes on the disk."""
 
     lines: int
     sha256: str

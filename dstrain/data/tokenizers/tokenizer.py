@@ -1,12 +1,12 @@
-"""Text to ids and back: SentencePiece models and fairseq dictionaries, alone or as a pair for source and target.
+"""Text to ids and back: SentencePiece models and fairseq dictionaries, single or as a pair for source and target.
 
 A tokenizer is its bytes: it can be written, read back and compared by fingerprint, and the directory made by `save_tokenizers` is
 the same in prepared data and in bundles. The special ids bos, pad and eos never come out of text, whatever the text spells.
 
-SentencePiece normalizes what it reads by the rules stored in the model. For models that dstrain trains these are `nmt_nfkc`:
+SentencePiece normalizes its input by the rules stored in the model. For models that dstrain trains these are `nmt_nfkc`:
 Unicode NFKC character by character, so that combining marks may keep their order; control characters vanish; white space,
 zero-width spaces and non-joiners, marks of direction, U+2581 and U+FFFD are spaces, runs of them one, none at either end.
-`decode(encode(text))` gives the normalized text back, with U+2047 for what the model never saw.
+`decode(encode(text))` gives the normalized text back, with U+2047 for characters that the model never saw.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class SentencePieceTokenizer:
         return texts
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """The pieces that the ids stand for."""
+        """The pieces of the ids."""
         return [self._appended.get(int(i)) or self._processor.id_to_piece(int(i)) for i in ids]
 
     @cached_property
@@ -131,7 +131,7 @@ class SentencePieceTokenizer:
 class DictionaryTokenizer:
     """A fairseq `dict.txt`: white-space separated symbols, behind an optional SentencePiece model.
 
-    Lines of the file are `symbol count`, line k (from 0) has id 4 + k, after <s> <pad> </s> <unk>. A symbol that stands there
+    Lines of the file are `symbol count`, line k (from 0) has id 4 + k, after <s> <pad> </s> <unk>. A symbol that occurs
     twice is an error unless the later line ends in `#fairseq:overwrite`; then text maps to the later id. Padding words are kept.
 
     tags: symbols of the dictionary that stay whole as words at the beginning of a line, before the text that the model splits:
@@ -180,7 +180,7 @@ class DictionaryTokenizer:
         return [[find(symbol, unknown) for symbol in row] for row in rows]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Symbols joined by spaces, or glued to words where a SentencePiece model stands in front."""
+        """Symbols joined by spaces, or joined to words by the SentencePiece model."""
         hidden = {self.bos_id, self.pad_id, self.eos_id}
         rows = [self.tokens([i for i in row if i not in hidden]) for row in ids]
         if self._processor is None:
@@ -201,12 +201,12 @@ class DictionaryTokenizer:
         return " ".join([*tags, text] if text else tags)
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """The symbols that the ids stand for."""
+        """The symbols of the ids."""
         return [self._symbols[i] for i in ids]
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the symbols in order, what they are looked up as, the model in front and tags; counts do not matter."""
+        """SHA-256 over the symbols in order, their keys, the SentencePiece model and tags; counts do not matter."""
         table = repr((self._symbols, sorted(self._ids.items()))).encode()
         tags = "".join(f"\0{tag}" for tag in sorted(self._tags)).encode()
         symbols = bytes.fromhex(sha256_of_bytes(table))
@@ -223,7 +223,7 @@ class DictionaryTokenizer:
 
 @dataclass(frozen=True)
 class TokenizerPair:
-    """How source and target are read; the same object twice where both share one vocabulary."""
+    """How source and target are read; the same object twice if both share one vocabulary."""
 
     source: TextTokenizer
     target: TextTokenizer
@@ -329,7 +329,7 @@ def _parse_dictionary(content: bytes, name: str) -> tuple[list[str], dict[str, i
             raise DataError(f"{name}:{number}: {line[:80]!r} is not `symbol count`; use a fairseq dictionary")
         if symbol in taken and not overwrite:
             raise DataError(
-                f"{name}:{number}: symbol {symbol!r} stands there twice; remove the line or end it with `#fairseq:overwrite`"
+                f"{name}:{number}: symbol {symbol!r} occurs twice; remove the line or end it with `#fairseq:overwrite`"
             )
         taken.add(symbol)
         ids[symbol] = len(symbols)

@@ -62,7 +62,7 @@ def _dictionary(path: str, model: str | None) -> DictionaryTokenizer:
 
 
 class TokenizerTrainer:
-    """Trains what `config` asks for and saves it; called in a process of its own, which Ctrl-C can end at any time."""
+    """Trains and saves the tokenizers of `config`; called in a process of its own, which Ctrl-C can end at any time."""
 
     def __init__(self, config: DataConfig, sizes: Sequence[int], directory: Path) -> None:
         self._config = config
@@ -80,7 +80,7 @@ class TokenizerTrainer:
         save_tokenizers(pair, self._directory)
 
     def _lines(self, sides: tuple[int, ...], tokenizer: TrainedSentencePiece) -> Iterator[str]:
-        """The training text of these sides, evenly spread; text without a source has a target side alone."""
+        """A sample of the training text of these sides at even intervals; text without a source has only a target side."""
         present = [[side for side in sides if side == 1 or not has_no_source([corpus])] for corpus in self._config.train]
         total, lines = sum(self._sizes), sum(size * len(own) for size, own in zip(self._sizes, present, strict=True))
         sample_size = min(total, max(1, total * tokenizer.max_training_lines // max(lines, 1)))
@@ -150,7 +150,7 @@ def _check_symbols(key: str, symbols: Sequence[str]) -> None:
         elif not symbol or WORD_START in symbol or any(character.isspace() or character == "\0" for character in symbol):
             fault = "must be one or more characters without white space"
         elif symbol in symbols[:number]:
-            fault = "stands there twice"
+            fault = "is listed twice"
         if fault:
             raise DataError(f"data.tokenizer.{key}: {symbol!r} {fault}; choose another symbol")
 
@@ -161,7 +161,7 @@ def _explain(message: str, config: TrainedSentencePiece) -> str:
         return f"{size}, the training text supports at most {match[1]}; set it to {match[1]} or less, or add text"
     if match := VOCABULARY_TOO_SMALL.search(message):
         return (
-            f"{size}, the characters of the training text and the special symbols alone need {match[1]}; set it to more, or "
+            f"{size}, the characters of the training text and the special symbols together need {match[1]}; set it to more, or "
             "lower data.tokenizer.character_coverage"
         )
     if NO_TEXT.search(message):

@@ -25,7 +25,7 @@ MetricName = Literal["bleu", "chrf", "ter", "repetition"]
 
 @dataclass(frozen=True)
 class Score:
-    """value: percent. signature: every setting that decides it. detail: what explains it, for people; may be empty."""
+    """value: percent. signature: every setting that decides it. detail: an explanation for people; may be empty."""
 
     name: MetricName
     value: float
@@ -42,7 +42,7 @@ def corpus_scores(
 ) -> list[Score]:
     """Score detokenized lines against one or more sets of references, each as long as `hypotheses`.
 
-    Raises `DataError` where numbers of lines differ, there are none, or sacreBLEU cannot tokenize as asked.
+    Raises `DataError` if numbers of lines differ, there are none, or sacreBLEU cannot tokenize as asked.
     """
     if not hypotheses:
         raise DataError("there is nothing to score: the hypotheses hold no line")
@@ -65,8 +65,8 @@ def corpus_scores(
 def repetition_rate(lines: Sequence[Sequence[str]]) -> float:
     """Percent of tokens that repeat: equal to the token before, or the end of a bigram that the line held before.
 
-    lines: the tokens of each. 0 where there is no token. After the repetition measures of Welleck et al., "Neural Text Generation
-    with Unlikelihood Training" (2020), which count n-grams alone and so miss a doubled word. Ordinary text has about 0.5.
+    lines: the tokens of each. 0 if there is no token. After the repetition measures of Welleck et al., "Neural Text Generation
+    with Unlikelihood Training" (2020), which count only n-grams and so miss a doubled word. Ordinary text has about 0.5.
     """
     repeated = 0
     for tokens in lines:

@@ -2,7 +2,7 @@
 
 fairseq merges when it saves, W = W_base + scale B A, and keeps A and B in the same file; so W_base = W - scale B A, exact up to
 one rounding of the stored precision. `crash.pt` is written from the middle of a step and holds W_base itself. A run that fairseq
-resumed trains on with the adapter's state at the resume added to its base for good; the base read here has that in it, as the
+resumed trains on with the adapter's state at the resume added to its base permanently; the base read here includes it, as the
 model had. Trained biases are in the base, too, since their untrained values are nowhere.
 """
 

@@ -97,7 +97,7 @@ class Settings:
         return self[INHERITED[name]] if name in INHERITED else OPTIONS[name].default
 
     def has(self, name: str) -> bool:
-        """Whether the option is given, rather than the architecture's or a default."""
+        """Whether the option is explicit, not the architecture's or a default."""
         self._read.add(name)
         return self.explicit.get(name) not in (None, "")
 
@@ -106,7 +106,7 @@ class Settings:
         return f"{dashed(name)} {self.words.get(name, '')}".rstrip()
 
     def unread(self) -> Iterator[str]:
-        """Given options that nothing has asked for."""
+        """Explicit options that nothing has read."""
         return (name for name in self.explicit if name not in self._read)
 
 
@@ -142,10 +142,10 @@ class SettingsReader:
         """Say how an option was read."""
 
     def differ(self, option: str, remark: str, **values: object) -> None:
-        """Say what fairseq computed instead of what the option says."""
+        """Note that fairseq computed something other than the option's meaning."""
 
     def lack(self, option: str, remark: str, **values: object) -> None:
-        """Say what a recipe cannot express."""
+        """Note an option that a recipe cannot express."""
 
 
 def _arch(layers: int, dim: int, ffn: int, heads: int, **more: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Foreign `.pt` files, read without running any code in them.
 
 A pickle may call any importable function. Torch's restricted unpickler builds tensors and plain containers only; to these we
-add the two further types of fairseq checkpoints: `argparse.Namespace` and numpy arrays. Everything else is refused by name.
+add two more classes of fairseq checkpoints: `argparse.Namespace` and numpy arrays. Everything else is refused by name.
 """
 
 from __future__ import annotations

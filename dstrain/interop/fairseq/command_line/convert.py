@@ -128,7 +128,7 @@ def _pairs(command: Command, settings: Settings, notes: Notes) -> DataConfig:
         return fairseq_data(directories, source=source, target=target, models=models, tags=tags)
     if source is None or target is None:
         raise ImportFormatError(
-            f"{':'.join(command.data)} is not here to look at, so its languages are unknown; give --source-lang and --target-lang"
+            f"{':'.join(command.data)} is not on this machine, so its languages are unknown; give --source-lang and --target-lang"
         )
     notes.reads(":".join(command.data), "elsewhere")
     return fairseq_data_by_name(directories, source=source, target=target, models=models, tags=tags)

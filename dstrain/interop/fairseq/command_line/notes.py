@@ -29,10 +29,10 @@ DIFFERS = {
     "rope-dynamic": "type dynamic ignored scaling_factor, and so does the recipe",
     "rope-late": (
         "without `type` half of each head was rotated, in interleaved pairs; the recipe rotates whole heads in half-split pairs "
-        "(position.fraction: 0.5, layout: interleaved is what it was)"
+        "(position.fraction: 0.5, layout: interleaved is the old meaning)"
     ),
     "yarn-plain": (
-        "without `scale` YaRN was plain rotary, and so is the recipe; to reach {longest} tokens say "
+        "without `scale` YaRN was plain rotary, and so is the recipe; for {longest} tokens set "
         "scaling: {{kind: yarn, factor: {factor:g}, original_length: {original}}}"
     ),
     "yarn-dynamic": "type dynamic never went back for shorter text; dstrain goes by the length of each sequence",
@@ -53,7 +53,7 @@ DIFFERS = {
     "max-update": "beyond the schedule's {total} steps the rate stayed at its end; the recipe ends there",
     "best-checkpoint-metric": "kept the worst, {how} --maximize-best-checkpoint-metric; dstrain knows which direction is better",
     "eval-bleu": (
-        "scored pieces unless told otherwise, and lengths depended on a batch's padding; dstrain scores text with sacreBLEU 13a"
+        "scored pieces by default, and lengths depended on a batch's padding; dstrain scores text with sacreBLEU 13a"
     ),
 }
 LACKING = {
@@ -82,7 +82,7 @@ LACKING = {
     "bpe": "text is split only by dictionaries and SentencePiece; binarized data stay as they are",
 }
 READ = {
-    "preset": "the preset {name}, written out below with what the other options change",
+    "preset": "the preset {name}, written out below with the changes of the other options",
     "filter": "fairseq left longer training sentences out as well; data.filter is the smaller of the two",
     "attn-implementation": "dstrain chooses how attention is computed; every variant works with every way",
     "lora-base": "the base is a bundle that `dstrain import fairseq` makes; `dstrain train --base` takes it",
@@ -100,7 +100,7 @@ READ = {
     "teacher-checkpoint-path": "the teacher is a bundle that `dstrain import fairseq` makes; `dstrain train --teacher` takes it",
     "rdrop-alpha": "alpha as in the paper: half of (both cross-entropies + alpha times their symmetric divergence)",
     "sentencepiece": "text is joined if data.tokenizer.source_model and target_model name the models",
-    "elsewhere": "not here to look at: the usual names, one piece a split",
+    "elsewhere": "not on this machine: the usual names, one piece a split",
     "before": "stood before the program's name and was not read",
 }
 
@@ -140,9 +140,9 @@ class Notes(SettingsReader):
         self.read.append(f"{option}: {READ[remark].format(**values)}")
 
     def differ(self, option: str, remark: str, **values: object) -> None:
-        """Say what fairseq computed instead of what the option says. remark: a key of DIFFERS."""
+        """Note that fairseq computed something other than the option's meaning. remark: a key of DIFFERS."""
         self.differs.append(f"{option}: {DIFFERS[remark].format(**values)}")
 
     def lack(self, option: str, remark: str, **values: object) -> None:
-        """Say what a recipe cannot express. remark: a key of LACKING."""
+        """Note an option that a recipe cannot express. remark: a key of LACKING."""
         self.lacking.append(f"{option}: {LACKING[remark].format(**values)}")
