@@ -1,4 +1,4 @@
-"""What flows through a model, its losses and its reports: `Sequences`, `Targets`, `Batch`, `Metrics`. A batch is never a dict.
+"""The data of models, losses and reports: `Sequences`, `Targets`, `Batch`, `Metrics`. A batch is never a dict.
 
 Three words, used so everywhere: a *row* is a row of a tensor, an *example* is one line of the data set, a *segment* is an example
 inside a packed row. A padded row holds one example, a packed row several. The `Collator` makes every batch, on the CPU, with all
@@ -48,7 +48,7 @@ class Sequences:
     """Token sequences, right-padded or packed and then right-padded.
 
     tokens: (B, S) int64, the tokenizer's pad id after `lengths`.
-    lengths: (B,) int64, real tokens of each row; 0 for a row of padding alone.
+    lengths: (B,) int64, real tokens of each row; 0 for a row of padding only.
     positions: (B, S) int64, 0, 1, 2, ... in each segment; None means from the left of the row.
     segments: (B, S) int64, the number of each token's example in the batch, `NO_SEGMENT` at padding; tokens see one another only
     within a segment. None means one segment a row.
@@ -69,11 +69,11 @@ class Sequences:
 class Targets:
     """The scored tokens of a batch: example by example, in the order of their positions.
 
-    index: (n,) int64, where each is predicted in the flattened (B * T) outputs of the decoder.
+    index: (n,) int64, the index of its prediction in the flattened (B * T) outputs of the decoder.
     labels: (n,) int64, the tokens to predict.
     weight: (n,) float32, 1 / (scored tokens of its example): by it a mean over sentences counts a token.
     example_id: (n,) int64, line of the data set. position: (n,) int64, number in the target from 0. segment: (n,) int64, number
-    of its example in the batch. These three stay on the CPU, where examples are looked up.
+    of its example in the batch. These three stay on the CPU, for lookups by example.
     """
 
     index: Tensor
@@ -106,8 +106,8 @@ class ExampleSpans:
 class Batch:
     """One micro-batch of one rank.
 
-    source: what the encoder reads, each source ending in EOS; None for a decoder-only model.
-    target: what the decoder reads. For an encoder-decoder EOS, then the target without its final EOS; for a decoder-only model
+    source: the encoder's input, each source ending in EOS; None for a decoder-only model.
+    target: the decoder's input. For an encoder-decoder EOS, then the target without its final EOS; for a decoder-only model
     the source before that, whose EOS is the first input of the target.
     targets: empty in an empty micro-batch, whose one row holds EOS and adds exactly zero.
     sampled: whether the targets are samples of the model that is trained, not those of the data; alike in a whole step. One that
@@ -143,7 +143,7 @@ class Batch:
         return Size(self.num_targets, len(self.examples.ids))
 
     def for_kind(self, kind: ModelKind) -> Batch:
-        """As a model of `kind` reads it. ValueError if the collator was not told of such a model."""
+        """As a model of `kind` reads it. ValueError if the collator has no such model."""
         if kind == self.kind:
             return self
         if self.other is None:
@@ -151,7 +151,7 @@ class Batch:
         return self.other
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`, but for what is looked up on the CPU."""
+        """The same batch on `device`, except for tensors that are read on the CPU."""
         return replace(
             self,
             source=None if self.source is None else self.source.to(device),

@@ -1,4 +1,4 @@
-"""The base of every configuration: frozen, and without room for unknown keys.
+"""The base of every configuration: frozen, without unknown keys.
 
 Torch-free, so that a recipe can be checked on a login node. Choices are enums or unions tagged by `kind`, never booleans
 that come in pairs.
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 Tree = dict[str, Any]
 """The plain values of a configuration, as a YAML file has them."""
 Precision = Literal["fp32", "bf16", "fp16"]
-"""What a model computes in."""
+"""The precision of a model's computation."""
 
 
 class Config(BaseModel):

@@ -1,7 +1,7 @@
-"""Errors that a user can cause and mend.
+"""Errors that a user can cause and fix.
 
-Every message says what is wrong (field or file), which value was found, and what to do about it. The command line prints
-the message alone; anything that is not a `DstrainError` is a defect of dstrain and keeps its stack trace.
+Every message names the field or file, its value and the remedy. The command line prints
+only the message; anything that is not a `DstrainError` is a defect of dstrain and keeps its stack trace.
 """
 
 import difflib
@@ -25,7 +25,7 @@ class DataError(DstrainError):
 
 
 class BundleError(DstrainError):
-    """A portable model directory is missing, incomplete or of another kind."""
+    """A bundle is missing, incomplete or of another kind."""
 
 
 class CheckpointError(DstrainError):
@@ -41,7 +41,7 @@ class TrainingError(DstrainError):
 
 
 def nearest(key: str, valid: Iterable[str]) -> str:
-    """The end of an unknown-key message: the nearest valid key where there is one, else all of them."""
+    """The end of an unknown-key message: the nearest valid key if there is one, else all of them."""
     valid = sorted(valid)
     close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
     return f"did you mean {close[0]}?" if close else f"valid: {', '.join(valid)}"

@@ -1,4 +1,4 @@
-"""What engines and checkpoints exchange: fragments, the flat ranges of tensors of the training state."""
+"""Exchange between engines and checkpoints: fragments, the flat ranges of tensors of the training state."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model hands back: its last hidden states, and the activations in between that a caller has asked for."""
+"""The outputs of a model: its last hidden states, and the activations that a caller has requested."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Memory(NamedTuple):
-    """What the decoder sees of the source. hidden: (B, S, D); lengths: (B,)."""
+    """The source for the decoder. hidden: (B, S, D); lengths: (B,)."""
 
     hidden: Tensor
     lengths: Tensor
 
 
 class ModelOutput(NamedTuple):
-    """hidden: (B, T, D), what the projection reads; memory: the encoder's output, None for decoder-only models."""
+    """hidden: (B, T, D), the projection's input; memory: the encoder's output, None for decoder-only models."""
 
     hidden: Tensor
     memory: Memory | None

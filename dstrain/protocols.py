@@ -57,7 +57,7 @@ class TeacherForced(Protocol):
         ...
 
     def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], _R]) -> _R:
-        """Call `reduce(features, weight)` where the vocabulary projection is `features @ weight.T`.
+        """Call `reduce(features, weight)`, where the vocabulary projection is `features @ weight.T`.
 
         hidden: (N, D); features: (N, E); weight: (V, E). The call happens inside the projection's own forward, so that ZeRO-3
         has gathered the weight; `reduce` returns a tensor or a tuple of tensors and never keeps the weight.
@@ -66,7 +66,7 @@ class TeacherForced(Protocol):
 
 
 class DecodingState(Protocol):
-    """What a decoder remembers between steps for `sentences x rows_per_sentence` rows, sentence-major."""
+    """The state of a decoder between steps for `sentences x rows_per_sentence` rows, sentence-major."""
 
     def reorder(self, rows: Tensor) -> None:
         """Row i continues what row `rows[i]` was; rows: (n,), sentence-major, each within its own sentence, equally many of each.
@@ -135,11 +135,11 @@ class Resumable(Protocol):
         ...
 
     def fragments(self) -> list[Fragment]:
-        """What this rank must write: views, each element of the training state on one rank. No communication."""
+        """The fragments that this rank writes: views, each element of the training state on one rank. No communication."""
         ...
 
     def scalars(self) -> dict[str, Any]:
-        """What the next step needs beside tensors; JSON, the same on every rank. No communication."""
+        """State of the next step besides tensors; JSON, the same on every rank. No communication."""
         ...
 
     def load(self, stored: StoredState) -> None:
@@ -152,7 +152,7 @@ class Resumable(Protocol):
 
 
 class TextTokenizer(Protocol):
-    """Text to ids and back; ids never hold specials that the text did not ask for. EOS is not added here."""
+    """Text to ids and back; ids never hold specials that are not in the text. EOS is not added here."""
 
     vocab_size: int
     pad_id: int
@@ -169,7 +169,7 @@ class TextTokenizer(Protocol):
         ...
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
-        """The pieces that the ids stand for."""
+        """The pieces of the ids."""
         ...
 
     @property

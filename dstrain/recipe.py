@@ -41,7 +41,7 @@ class Recipe(Config):
     training: TrainingConfig = Field(description="Seed, limits and moving average.")
     validation: ValidationConfig = Field(default_factory=ValidationConfig, description="When and how the valid split is scored.")
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig, description="When checkpoints are written.")
-    reporting: ReportingConfig = Field(default_factory=ReportingConfig, description="What is logged.")
+    reporting: ReportingConfig = Field(default_factory=ReportingConfig, description="Logging.")
     generation: GenerationConfig = Field(default_factory=BeamSearchConfig, description="How the trained model generates text.")
 
     @model_validator(mode="after")

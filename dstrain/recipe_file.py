@@ -107,7 +107,7 @@ def _with_preset(tree: Tree) -> Tree:
 
 
 def _deepspeed_mistakes(tree: Tree) -> list[str]:
-    """What is wrong with the DeepSpeed file that the recipe names, as far as the recipe's engine section is readable."""
+    """The mistakes of the DeepSpeed file that the recipe names, as far as the recipe's engine section is readable."""
     try:
         engine = EngineConfig.model_validate(tree.get("engine", {}))
     except ValidationError:
@@ -134,7 +134,7 @@ def _read(path: Path) -> Tree:
     try:
         tree = read_tree(path)
     except ValueError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}; mend the file") from None
+        raise RecipeError(f"{path}: not valid YAML: {error}; fix the file") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}; make it readable") from None
     if not isinstance(tree, dict):

@@ -102,7 +102,7 @@ def _sections_of(annotation: Any) -> list[type[BaseModel]]:
 
 
 def _enter(annotation: Any, name: str) -> list[tuple[Any, FieldInfo | None]]:
-    """What the part `name` of a key leads to: a field, the item of a list or the entry of a mapping."""
+    """The annotations at part `name` of a key: a field, the item of a list or the entry of a mapping."""
     fields: list[tuple[Any, FieldInfo | None]] = [
         (member.model_fields[name].annotation, member.model_fields[name])
         for member in union_members(annotation)

@@ -10,7 +10,7 @@ import torch
 
 
 def derive_seed(seed: int, purpose: str, *numbers: int) -> int:
-    """A 63-bit seed from `seed`, the name of what it is for, and any numbers (step, rank, epoch)."""
+    """A 63-bit seed from `seed`, the name of its purpose, and any numbers (step, rank, epoch)."""
     text = ":".join([str(seed), purpose, *map(str, numbers)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 

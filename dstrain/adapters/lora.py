@@ -55,7 +55,7 @@ def adapter_targets(model: nn.Module) -> list[AdapterTarget]:
 def inject(model: nn.Module, config: LoraConfig, base: WeightSource, *, seed: int) -> WeightSource:
     """Adapt the targets of `config` in place; returns the weights of the adapted model: those of `base` and a fresh adapter.
 
-With them the model computes the same as the base, bit for bit; until they are loaded, the adapter has no values. seed: decides
+    With them the model equals the base, bit for bit; until they are loaded, the adapter has no values. seed: decides
     the adapter's initial values, with their paths. RecipeError if a target matches nothing or a setting would change nothing in
     this model.
     """

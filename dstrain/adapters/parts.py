@@ -97,7 +97,7 @@ class LoraProjection(nn.Module):
 
     `reduce` gets the effective matrix, made anew in each forward, as a chunked loss takes a projection as one matrix. That
     is V x E values and as many for its gradient (features and matrix widened by R columns would copy the matrix just the same).
-It is not kept after `reduce` has returned, as ZeRO-3 requires.
+    It is not kept after `reduce` has returned, as ZeRO-3 requires.
     """
 
     lora_a: Tensor | None

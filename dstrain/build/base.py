@@ -1,6 +1,6 @@
-"""Training that starts from a bundle: its weights, and an adapter over them where the recipe has one.
+"""Training that starts from a bundle: its weights, and an adapter over them if the recipe has one.
 
-Only what training alone knows of (dropout, dropped layers) may differ between the base's architecture and the recipe's.
+Only settings that act in training alone (dropout, dropped layers) may differ between the base's architecture and the recipe's.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ TRAINING_ALONE = {"dropout", "attention_dropout", "activation_dropout", "layer_d
 def find_base(directory: Path, model: ModelConfig, manifest: DataManifest) -> StoredBundle:
     """The bundle that training starts from, whose weights are not read yet. manifest: of the data.
 
-    BundleError where it is another model than the recipe's or has no tokenizer, DataError where the data has another one.
+    BundleError if it is another model than the recipe's or has no tokenizer, DataError if the data has another one.
     """
     bundle = find_bundle(directory)
     if bundle.description.tokenizer is None:
-        raise BundleError(f"--base {directory} has no tokenizer, so it cannot be told whether the ids of the data are its own")
+        raise BundleError(f"--base {directory} has no tokenizer, so it is unknown whether the ids of the data are its own")
     manifest.require_tokenizer(bundle.description.tokenizer, f"--base {directory}")
     sides = [{"model": config.model_dump(mode="json")} for config in (bundle.description.model, model)]
     if differences := recipe_differences(*(_without(TRAINING_ALONE, side) for side in sides)):
@@ -65,10 +65,10 @@ def build_on_base(
 
 
 def check_reloaded(directory: Path, engine: Evaluates, batch: Batch, mesh: Mesh, *, averaged: bool, tolerance: float) -> None:
-    """Read the bundle `directory` as a user will and compare what it computes with what was trained. Collective.
+    """Read the bundle `directory` as a user will and compare its losses with those of the trained weights. Collective.
 
     batch: of this rank. averaged: bundles hold the moving average. tolerance: of the loss, relative; the engine may compute in 16
-    bits. TrainingError, on every rank, where the two differ, BundleError where the bundle cannot be read.
+    bits. TrainingError, on every rank, if the two differ, BundleError if the bundle cannot be read.
     """
     with engine.averaged_weights() if averaged else nullcontext():
         trained = float(engine.evaluate(batch).metrics.sums["nll"])

@@ -25,7 +25,7 @@ MAX_TOKENS = 8192
 
 
 def load(bundle: str | Path, device: str = "cpu") -> BundleModel:
-    """Read a bundle directory. device: cpu, cuda, cuda:1, or auto for a GPU where there is one.
+    """Read a bundle directory. device: cpu, cuda, cuda:1, or auto for a GPU if there is one.
 
     BundleError: the bundle is missing, incomplete or altered. DstrainError: no such device.
     """
@@ -47,7 +47,7 @@ class BundleModel:
 
     @property
     def tokenizer(self) -> TokenizerPair:
-        """Tokenizers of source and target. BundleError where the bundle was made without them."""
+        """Tokenizers of source and target. BundleError if the bundle was made without them."""
         if self.bundle.tokenizers is None:
             raise BundleError(f"{self.bundle.directory} has no tokenizer, so it reads no text; use `logits`, or import with one")
         return self.bundle.tokenizers
@@ -80,7 +80,7 @@ class BundleModel:
 
         A language model goes on from the sentence, which its hypotheses repeat; other models translate it (see `continues`).
         prefixes: for each sentence the text that its hypotheses begin with; free where empty. The other options are those of
-        `generation.config`; what is left out follows the bundle's recipe. RecipeError: an option that this method does not have,
+        `generation.config`; the others follow the bundle's recipe. RecipeError: an option that this method does not have,
         or of no valid value. DataError: a sentence longer than the model reads, without truncate_source.
         """
         options = {
@@ -218,7 +218,7 @@ def same_number(sources: Sequence[object], others: Sequence[object], name: str) 
 
 
 def _beginnings(lines: Sequence[str], prefixes: Sequence[str] | None, first_line: int) -> list[str]:
-    """What a language model goes on from: each line or its prefix. DataError where there are both."""
+    """The text that a language model continues: each line or its prefix. DataError if there are both."""
     beginnings = []
     for number, (line, prefix) in enumerate(zip(lines, prefixes or [""] * len(lines), strict=True), first_line):
         if line.strip() and prefix.strip():

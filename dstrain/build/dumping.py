@@ -44,9 +44,9 @@ class DumpOptions:
 
 
 def dump_logits(options: DumpOptions, report: Callable[[str], object] = logger.info) -> StoreManifest | None:
-    """Write what is missing of this share; the process that finishes returns the complete store, others None.
+    """Write the missing shards of this share; the process that finishes returns the complete store, others None.
 
-    report: told what this process has done. Raises DataError or BundleError if teacher, data and output do not fit together.
+    report: called with a sentence on this share. Raises DataError or BundleError if teacher, data and output do not fit together.
 
     >>> from pathlib import Path
     >>> from dstrain.api import DumpOptions, dump_logits

@@ -25,7 +25,7 @@ class GenerateOptions:
     """The options of `dstrain generate`.
 
     input, output: files, `-` for standard input and output. reference: human translations to write beside the answers, or with
-    score_only to score in their place. prefix: a file with the beginning of each answer. method: fields of `generation.config`;
+    score_only to score instead. prefix: a file with the beginning of each answer. method: fields of `generation.config`;
     those left out or None follow the bundle's recipe. threads: None for all cores. truncate: cut lines that are too long.
     """
 

@@ -50,9 +50,9 @@ class LabelOptions:
 
 
 def pseudo_label(options: LabelOptions, report: Callable[[str], object] = logger.info) -> DataManifest | None:
-    """Write what is missing of this share; the process that finishes returns the manifest of the data, others None.
+    """Write the missing shards of this share; the process that finishes returns the manifest of the data, others None.
 
-    report: told what this process has done. Raises DataError or BundleError if teacher, data and output do not fit together.
+    report: called with a sentence on this share. Raises DataError or BundleError if teacher, data and output do not fit together.
 
     >>> from pathlib import Path
     >>> from dstrain.api import LabelOptions, pseudo_label

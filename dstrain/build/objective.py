@@ -59,7 +59,7 @@ def check_teacher_options(config: ObjectiveConfig, options: TeacherOptions) -> N
         )
     if stored and needs.precision is not None:
         raise RecipeError(
-            f"objective.teacher_precision = {needs.precision} is what a teacher at work computes in, dumped logits are as they "
+            f"objective.teacher_precision = {needs.precision} is the precision of an online teacher, dumped logits are as they "
             "are: leave it out beside --logits"
         )
     if at_work and needs.renormalize:

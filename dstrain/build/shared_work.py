@@ -20,7 +20,7 @@ ALL_WORK = Worker(0, 1)
 
 @dataclass(frozen=True)
 class Task:
-    """The work of this process, and its device. is_first: only the first rank shows progress."""
+    """The work of this process, and its device. is_first: only the first rank prints progress."""
 
     worker: Worker
     device: str

@@ -36,7 +36,7 @@ def load_teacher_source(teacher: Path, data: Path, split: str, device: str, prec
     chosen = open_device(device)
     bundle, manifest = load_bundle(teacher, device=chosen), load_manifest(data)
     if bundle.tokenizers is None:
-        raise BundleError(f"{teacher} has no tokenizer, so it cannot be told whether the ids of {data} are its own")
+        raise BundleError(f"{teacher} has no tokenizer, so it is unknown whether the ids of {data} are its own")
     manifest.require_tokenizer(bundle.tokenizers.fingerprint, str(teacher))
     bundle.model.to(COMPUTE_DTYPES[precision])
     dataset = open_dataset(data, split)

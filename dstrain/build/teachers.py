@@ -2,11 +2,11 @@
 
 Everything is checked before anything is built; teachers are loaded once the run is open.
 
-A teacher must speak the student's vocabulary, which its tokenizer's fingerprint tells. Where it does not, a vocabulary map says
+A teacher must have the student's vocabulary, by its tokenizer's fingerprint. If it has not, a vocabulary map gives
 which id of the teacher's each of the student's is, one to one:
 
     source: [0, 1, 2, 3, 17, 4, ...]     one number for each id of the student, in a YAML or JSON file
-    target: [...]                        may be left out where both sides share one vocabulary
+    target: [...]                        may be left out if both sides share one vocabulary
 
 The teacher then reads its own ids, and its distribution is that over the vocabulary entries of the student, renormalized. It must
 still cut text into the same pieces: a permuted vocabulary, or a larger one of which the student's is a part.
@@ -101,8 +101,8 @@ def plan_teachers(
 def open_logits(directory: Path, data: Path, manifest: DataManifest, objective: DistillationConfig) -> LogitStore:
     """Dumped logits as the objective's source of signals.
 
-    data, manifest: what is trained on. Raises DataError where they are unfinished, damaged, of other data or another split than
-    train; RecipeError where they cannot give what the objective asks for.
+    data, manifest: of the training data. Raises DataError if they are unfinished, damaged, of other data or another split than
+    train; RecipeError if they lack a signal of the objective.
     """
     store = open_store(directory, data=data, manifest=manifest, renormalize=objective.renormalize)
     if store.manifest.job.split != "train":
@@ -136,7 +136,7 @@ def start_teachers(
 
 
 def read_vocabulary_map(path: Path, student: VocabularySizes, teacher: VocabularySizes) -> VocabularyMap:
-    """Read a map as the head of this file shows it. DataError: unreadable, of other sizes, not one to one, special ids astray."""
+    """Read a map as the head of this file describes it. DataError: unreadable, other sizes, not one to one, special ids moved."""
     try:
         text = read_text(path, MAX_MAP_BYTES)
         content = parse_json(text, MAX_MAP_VALUES) if path.suffix == ".json" else parse_yaml(text, MAX_MAP_VALUES)
@@ -158,7 +158,7 @@ def read_vocabulary_map(path: Path, student: VocabularySizes, teacher: Vocabular
 
 
 def _problem(ids: Any, student_size: int, teacher_size: int) -> str | None:
-    """What is wrong with one side of a map."""
+    """The mistake in one side of a map."""
     if not isinstance(ids, list) or len(ids) != student_size:
         content = f"{len(ids)} numbers" if isinstance(ids, list) else "no list"
         return f"{content}, but the student has {student_size} ids; give one number for each"
@@ -167,12 +167,12 @@ def _problem(ids: Any, student_size: int, teacher_size: int) -> str | None:
         return f"{wrong!r} is no id of the teacher, which has {teacher_size}"
     if len(set(ids)) < len(ids):
         twice = next(value for value in ids if ids.count(value) > 1)
-        return f"the teacher's id {twice} stands there twice; two ids of the student cannot share one"
+        return f"the teacher's id {twice} occurs twice; two ids of the student cannot share one"
     return None
 
 
 def _require_lengths(directory: Path, description: BundleDescription, dataset: Dataset) -> None:
-    """BundleError where the data has sentences that the teacher cannot read."""
+    """BundleError if the data has sentences that the teacher cannot read."""
     limits = description.model.limits
     longest = {"source": int(dataset.source_lengths.max()), "target": int(dataset.target_lengths.max())}
     readable = {"source": limits.source, "target": limits.target}

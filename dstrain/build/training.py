@@ -42,7 +42,7 @@ from dstrain.training.watchdog import Watchdog
 
 
 def train(recipe: Recipe, options: TrainOptions) -> int:
-    """Train `recipe` into a run directory, or resume what is there.
+    """Train `recipe` into a run directory, or resume its run.
 
     Returns the exit code of `dstrain train`, 0 for finished. Raises a DstrainError if something does not fit together.
 
@@ -160,7 +160,7 @@ class Training:
         return loader if own_samples is None else OnPolicySteps(loader, own_samples)
 
     def _own_samples(self) -> OwnSamples | None:
-        """What writes the targets of on-policy steps, if the objective needs any."""
+        """The writer of targets for on-policy steps, if the objective needs any."""
         recipe, data = self.recipe, self.data
         if (samples := recipe.objective.needs.samples) is None:
             return None
@@ -205,7 +205,7 @@ class Training:
         )
 
     def check_last_bundle(self) -> None:
-        """Compare the last bundle, read back, with what was trained. Collective."""
+        """Compare the last bundle, read back, with the trained weights. Collective."""
         check_reloaded(
             self.run.bundles / "last",
             self.engine,

@@ -45,7 +45,7 @@ class TrainingPlan:
     deepspeed: dict[str, Any]
 
     def decisive(self, options: TrainOptions) -> dict[str, Any]:
-        """What must be equal on every rank, under the keys by which a message names it."""
+        """The values that must be equal on every rank, by their keys in messages."""
         manifest = self.data.manifest.model_dump_json()
         return {
             **recipe_tree(self.recipe),

@@ -1,4 +1,4 @@
-"""What an adapter bundle holds: the trained tensors, and a reference to their base.
+"""The contents of an adapter bundle: the trained tensors, and a reference to their base.
 
     BUNDLE/adapter/adapter.yaml         format, adapter settings, reference to the base (path, fingerprint), checksum, notes
     BUNDLE/adapter/adapter.safetensors  A, B and trained biases by canonical name
@@ -64,7 +64,7 @@ ADAPTER_FORMAT = DocumentFormat(
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter as it lies in the bundle `directory`, read and verified."""
+    """An adapter in the bundle `directory`, read and verified."""
 
     directory: Path
     description: AdapterDescription
@@ -99,17 +99,17 @@ class StoredAdapter:
             )
 
     def weights_id_on(self, weights_id: str) -> str:
-        """What identifies the weights of a base together with this adapter."""
+        """The id of the weights of a base together with this adapter."""
         settings = json.dumps(self.description.adapter.model_dump(mode="json"), sort_keys=True)
         return sha256_of_text(f"{weights_id} {self.description.sha256} {settings}")
 
     def check_names(self, base: Iterable[str]) -> None:
         """BundleError if a tensor of the adapter belongs to none of the base's, given by name."""
         if lost := sorted(unmatched_keys(self.weights, base)):
-            raise BundleError(f"{self.directory / ADAPTER / ADAPTER_WEIGHTS}: the base has no place for {', '.join(lost[:8])}")
+            raise BundleError(f"{self.directory / ADAPTER / ADAPTER_WEIGHTS}: the base has no weights for {', '.join(lost[:8])}")
 
     def applied(self, name: str, tensor: Tensor) -> Tensor:
-        """A tensor of the base as this adapter leaves it. BundleError names the file where they do not fit."""
+        """A tensor of the base with this adapter in it. BundleError names the file if they do not fit."""
         try:
             return merged(name, tensor, self.weights, self.description.adapter)
         except BundleError as error:
@@ -170,4 +170,4 @@ def write_adapter(
     stored = read_adapter(directory)
     same = stored.weights.keys() == weights.keys() and all(torch.equal(stored.weights[name], weights[name]) for name in weights)
     if not same or stored.description != description:
-        raise BundleError(f"{folder} does not hold what was written into it; the disk or its memory is not to be trusted")
+        raise BundleError(f"{folder} differs from the data written into it; check the disk and the memory of this machine")

@@ -79,7 +79,7 @@ class SavedData(BaseModel):
 
 
 class SavedRecipe(BaseModel):
-    """recipe.yaml, as far as a bundle's readers depend on it; `build` checks the rest where it uses it."""
+    """recipe.yaml, as far as a bundle's readers depend on it; `build` checks the rest."""
 
     description: str = ""
     data: SavedData = SavedData()
@@ -95,7 +95,7 @@ DESCRIPTION = DocumentFormat(
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle directory holds, ready for use; the model is in evaluation mode, an adapter is merged into it.
+    """The contents of a bundle directory, ready for use; the model is in evaluation mode, an adapter is merged into it.
 
     adapters: how many, one over the other. fingerprint: see `StoredBundle`.
     """
@@ -157,10 +157,10 @@ def save_adapter_bundle(
     recipe: Mapping[str, Any] | None,
     notes: Mapping[str, Any],
 ) -> None:
-    """Write an adapter bundle, or replace a bundle by one, atomically, after what was written has been read back and compared.
+    """Write an adapter bundle, or replace a bundle by one, atomically, after it has been read back and compared.
 
-    base: what the adapter was trained on. If its directory was named by a relative path, the reference to it is relative too,
-    and both may move together. weights: what was trained, by canonical name. BundleError as `save_bundle`.
+    base: of the adapter's training. If its directory was named by a relative path, the reference to it is relative too,
+    and both may move together. weights: the trained tensors, by canonical name. BundleError as `save_bundle`.
     """
     with fresh_directory(directory) as fresh:
         task = base.task if recipe is None else task_of(base.description.model, recipe)
@@ -207,7 +207,7 @@ class StoredBundle:
 
     @property
     def task(self) -> BundleTask:
-        """What the model does; that of its uppermost adapter, which was trained last."""
+        """The task of the model: that of its uppermost adapter, which was trained last."""
         uppermost = self.adapters[-1].description if self.adapters else self.description
         return uppermost.task or task_of(self.description.model, self.recipe())
 
@@ -261,7 +261,7 @@ class StoredBundle:
 
 
 def find_bundle(directory: Path) -> StoredBundle:
-    """A bundle and, for an adapter bundle, what it rests on. BundleError as `load_bundle`, before weights are read."""
+    """A bundle and, for an adapter bundle, its bases. BundleError as `load_bundle`, before weights are read."""
     directory = complete_version(Path(directory))
     root, adapters = adapters_of(directory)
     tree = _description_tree(root)

@@ -22,7 +22,7 @@ from dstrain.models.weights import TensorSource, check_canonical, parameter_layo
 WeightChoice = Literal["as_bundles", "averaged", "trained"]
 KINDS = {"averaged": "ema", "trained": "master"}
 NOTES = ("step", "num_targets", "best_score")
-"""What the bundles of a run note, from the trainer's state."""
+"""The notes of a run's bundles, from the trainer's state."""
 
 
 def consolidate(checkpoint: Path, output: Path, *, weights: WeightChoice = "as_bundles") -> str:

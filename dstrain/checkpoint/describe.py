@@ -9,7 +9,7 @@ from dstrain.models.config import EncoderDecoderConfig
 
 
 def describe_bundle(directory: Path) -> list[str]:
-    """What a bundle holds. Raises BundleError where something is wrong with it."""
+    """A summary of a bundle. Raises BundleError if it is not valid."""
     bundle = load_bundle(directory)
     config, parameters = bundle.model_config, sum(parameter.numel() for parameter in bundle.model.parameters())
     encoder = f"{config.encoder.depth} + " if isinstance(config, EncoderDecoderConfig) else ""
@@ -20,7 +20,7 @@ def describe_bundle(directory: Path) -> list[str]:
     return [
         f"bundle: {config.kind}, {parameters:,} parameters, {encoder}{config.decoder.depth} layers, model_dim {config.model_dim}",
         *adapted,
-        f"vocabulary: {bundle.vocabulary.source:,} source and {bundle.vocabulary.target:,} target types; tokenizer {tokenizer}",
+        f"vocabulary: {bundle.vocabulary.source:,} source and {bundle.vocabulary.target:,} target entries; tokenizer {tokenizer}",
         f"recipe: {description}",
         f"notes: {notes}",
         f"fingerprint {bundle.fingerprint[:12]}; the checksum of the weights is right",

@@ -78,8 +78,8 @@ class CheckpointManager:
     def save(self, step: int, engine: Resumable, state: Mapping[str, Any]) -> Path:
         """Write checkpoint `step`, publish it, then remove those beyond `keep`.
 
-        state: whatever JSON can hold, floats included bit for bit. Raises CheckpointError on every rank where one of them
-        fails; the checkpoints that exist stay, and what was half written is removed.
+        state: any value that JSON can hold, floats included bit for bit. Raises CheckpointError on every rank if one of them
+        fails; the checkpoints that exist stay, and unfinished files are removed.
         """
         final = self.directory / f"step_{step:08d}"
         aside = final.with_name(final.name + ".tmp")
@@ -95,7 +95,7 @@ class CheckpointManager:
             if self.ranks.rank == 0:
                 shutil.rmtree(aside, ignore_errors=True)
             kept = f"the last complete checkpoint is {self.latest}" if self.latest else "no checkpoint was complete before it"
-            raise CheckpointError(f"{error}; {kept}; make room or mend the disk, then start again to resume") from error
+            raise CheckpointError(f"{error}; {kept}; free space or repair the disk, then start again to resume") from error
         self.latest = final
         self._damaged.discard(final.name)
         self._on_first_rank(f"removing old checkpoints in {self.directory}", self._prune)
@@ -104,7 +104,7 @@ class CheckpointManager:
     def load_latest(self, engine: Resumable) -> Checkpoint | None:
         """Load the newest checkpoint whose files are all as they were written; None if there has never been one.
 
-        Raises CheckpointError if checkpoints exist but none is usable: training never starts afresh in their place. A checkpoint
+        Raises CheckpointError if checkpoints exist but none is usable: training never starts over beside them. A checkpoint
         of another run or format is refused, not skipped.
         """
         self._on_first_rank(f"clearing {self.directory}", self._remove_leftovers)
@@ -161,7 +161,7 @@ class CheckpointManager:
             logger.warning("%s", text)
 
     def _candidates(self) -> tuple[list[str], str | None]:
-        """Names to try, best first, and what is wrong with the pointer, if anything."""
+        """Names to try, best first, and the fault of the pointer, if any."""
         names = sorted((path.name for path in self._complete()), key=_step_of, reverse=True)
         pointer = self.directory / POINTER
         if not pointer.is_file():
@@ -180,7 +180,7 @@ class CheckpointManager:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _first_problem(self, directory: Path) -> str | None:
-        """What is wrong with a checkpoint, agreed by all ranks, each of which verifies its share of the files."""
+        """The fault of a checkpoint, agreed by all ranks, each of which verifies its share of the files."""
         try:
             share = read_manifest(directory).files[self.ranks.rank :: self.ranks.size]
             problem = first_problem(directory, share)
@@ -193,7 +193,7 @@ class CheckpointManager:
         return next(filter(None, self.ranks.gather_objects(problem)))
 
     def _prune(self) -> None:
-        """Keep the one just written and the newest before it; later ones are what a damaged or abandoned run left."""
+        """Keep the one just written and the newest before it; later ones are of a damaged or abandoned run."""
         assert self.latest is not None
         paths = sorted(self._complete(), key=lambda path: _step_of(path.name))
         sound = [p for p in paths if p.name not in self._damaged and _step_of(p.name) <= _step_of(self.latest.name)]

@@ -31,7 +31,7 @@ class OtherFormatError(CheckpointError):
 
 
 class FragmentRange(Config):
-    """Where a fragment lies in its tensor; see `fragments.Span`. slice: dimension, start, stop."""
+    """The position of a fragment in its tensor; see `fragments.Span`. slice: dimension, start, stop."""
 
     start: Count
     length: Count
@@ -51,7 +51,7 @@ class FileEntry(Config):
     fragments: dict[str, FragmentRange] = Field(default_factory=dict)
 
     def problem(self, directory: Path) -> str | None:
-        """What is wrong with the file. Reads it whole."""
+        """The fault of the file, None for a sound one. Reads it whole."""
         path = directory / self.name
         if not path.is_file():
             return f"missing file {self.name}"
@@ -131,5 +131,5 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def first_problem(directory: Path, entries: Iterable[FileEntry]) -> str | None:
-    """What is wrong with the first file that is not as it was written."""
+    """The fault of the first file that is not as it was written."""
     return next(filter(None, (entry.problem(directory) for entry in entries)), None)

@@ -27,7 +27,7 @@ class _Copy(NamedTuple):
 
 
 class StoredCheckpoint:
-    """Implements `protocols.StoredState` over the files of a verified checkpoint. Reads only what is asked for."""
+    """Implements `protocols.StoredState` over the files of a verified checkpoint. Reads only the requested ranges."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory

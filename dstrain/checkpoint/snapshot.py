@@ -19,7 +19,7 @@ from dstrain.storage.atomic import sync
 from dstrain.storage.hashing import sha256_of_file
 
 TEMPLATE = "template"
-"""Folder of a checkpoint that holds what a bundle needs beside the weights."""
+"""Folder of a checkpoint with the files of a bundle except the weights."""
 WriteTemplate = Callable[[Path], None]
 """Writes a bundle without weights into an empty directory."""
 

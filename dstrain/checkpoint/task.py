@@ -1,4 +1,4 @@
-"""What a model does with a line of text: a fact that each bundle states about itself."""
+"""The task of a model for a line of text, which each bundle states."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class BundleTemplate:
     adapter: tuple[AdapterConfig, StoredBundle] | None
 
     def save(self, directory: Path, weights: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
-        """Write a bundle. weights: what was trained, by canonical name. BundleError as `save_bundle`."""
+        """Write a bundle. weights: the trained tensors, by canonical name. BundleError as `save_bundle`."""
         if self.adapter is not None:
             config, base = self.adapter
             save_adapter_bundle(directory, adapter=config, base=base, weights=weights, recipe=self.recipe, notes=notes)

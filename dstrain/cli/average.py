@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--last", metavar="N", type=positive_number, help="how many of the run's newest step_... bundles (default: all)"
     )
-    parser.add_argument("--output", metavar="BUNDLE", type=Path, required=True, help="where the averaged bundle goes")
+    parser.add_argument("--output", metavar="BUNDLE", type=Path, required=True, help="directory of the averaged bundle")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
 dstrain consolidate RUN/checkpoints/step_00001000 --output BUNDLE
 
-The checkpoint alone suffices, and no GPU: tensors are copied in pieces, so a model of any size needs little memory.
+The checkpoint suffices, without a GPU: tensors are copied in pieces, so a model of any size needs little memory.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a directory step_... of RUN/checkpoints")
-    parser.add_argument("--output", metavar="BUNDLE", type=Path, required=True, help="where the bundle goes")
+    parser.add_argument("--output", metavar="BUNDLE", type=Path, required=True, help="directory of the bundle")
     parser.add_argument(
         "--weights",
         choices=("as_bundles", "averaged", "trained"),

@@ -10,7 +10,7 @@ entry (a student's objective.renormalize gives its mass to the others: biased); 
 and fits every temperature, the other methods only their own. Batch size, order and number of ranks of the later training may be
 any.
 
-The same command again goes on where it was interrupted. Under a launcher (deepspeed --num_gpus 8 --module dstrain dump-logits
+The same command continues an interrupted dump. Under a launcher (deepspeed --num_gpus 8 --module dstrain dump-logits
 ...) the ranks share the work, each on its own GPU. To share it among jobs, run it once for every I in 0 .. N-1 with --shard I/N
 (a Slurm array: --shard $SLURM_ARRAY_TASK_ID/16), in any order, then check and finish:
 

@@ -6,7 +6,7 @@
     dstrain generate BUNDLE --input test.en --reference test.de --score-only > scores.txt
     echo "The castle was built" | dstrain generate LANGUAGE_MODEL --sampling --top-p 0.9
 
-A language model, trained on text alone, goes on from each line, which its answer repeats; other models translate the line.
+A language model, trained on text only, continues each line, which its answer repeats; other models translate the line.
 Formats: text is one line for each input line; jsonl one object with all hypotheses, pieces and scores (natural logarithms);
 fairseq the S- T- H- D- P- lines, numbered from 0, scores in base 2. Answers wait in OUTPUT.partial until all are there;
 after Ctrl-C those that are finished stay in it. With --score-only the references are the only hypotheses; format text then is
@@ -28,9 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", default="-", help="default: standard output")
     parser.add_argument("--reference", metavar="FILE", help="human translations to write beside the answers (jsonl, fairseq)")
     task = parser.add_mutually_exclusive_group()
-    task.add_argument(
-        "--prefix", metavar="FILE", help="how each answer must begin, one text a line; free where the line is empty"
-    )
+    task.add_argument("--prefix", metavar="FILE", help="how each answer must begin, one text a line; free if the line is empty")
     task.add_argument("--score-only", action="store_true", help="translate nothing: score the lines of --reference")
 
 

@@ -18,7 +18,7 @@ GENERATION_OPTIONS: dict[str, tuple[Callable[[str], float], str]] = {
     "beam_size": (positive_number, "hypotheses kept per sentence; 1 is greedy"),
     "length_penalty": (float, "divide scores by length to this power; above 1 favors long hypotheses"),
     "groups": (positive_number, "diverse beam search with so many groups"),
-    "diversity": (float, "diverse beam search: what a group pays for saying the same as an earlier one"),
+    "diversity": (float, "diverse beam search: the penalty of a group for repeating an earlier one"),
     "num_best": (positive_number, "hypotheses (or samples) written per line"),
     "top_k": (positive_number, "sampling: only the k best tokens"),
     "top_p": (float, "sampling: only the smallest set of tokens with more than this mass"),
@@ -40,7 +40,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """BUNDLE and all options; those not given follow the recipe in the bundle."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a bundle directory, for example RUN/bundles/best")
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the output (default: text)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU where there is one (default: auto)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
     parser.add_argument("--threads", type=positive_number, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--truncate", action="store_true", help="cut lines longer than the model reads instead of refusing them")
     group = parser.add_argument_group("method, by default as in the bundle's recipe")

@@ -12,7 +12,7 @@ from dstrain.parallel.launch_environment import rank_for_messages
 
 
 def guarded(args: argparse.Namespace) -> int:
-    """Run the chosen verb. --debug shows stack traces; a defect of dstrain always does."""
+    """Run the chosen verb. --debug prints stack traces; a defect of dstrain always does."""
     try:
         code = int(args.run(args))
         sys.stdout.flush()
@@ -36,11 +36,11 @@ def guarded(args: argparse.Namespace) -> int:
 
 
 def _let_go_of_stdout() -> None:
-    """What could not be written shall not be tried again while the interpreter ends."""
+    """Drop output that could not be written, so that the interpreter does not try again at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def _described(error: OSError) -> str:
-    """What the operating system refused, where, and what to look at."""
+    """The refusal of the operating system, its path and the remedy."""
     path = f"{error.filename}: " if error.filename else ""
-    return f"{path}{error.strerror or error}; check that the path exists, may be used and has room"
+    return f"{path}{error.strerror or error}; check that the path exists, may be used and has space"

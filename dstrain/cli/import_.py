@@ -19,7 +19,7 @@ IMPORT_FORMATS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """A sub-command for each format; each imports what it needs when it runs."""
+    """A sub-command for each format; each imports its modules when it runs."""
     formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True)
     for name, summary in IMPORT_FORMATS.items():
         module = importlib.import_module(f"dstrain.cli.import_{name.replace('-', '_')}")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the format takes."""
+    """Arguments of the format."""
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="a checkpoint*.pt file")
     parser.add_argument(
         "--dictionary",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the format takes."""
+    """Arguments of the format."""
     parser.add_argument(
         "command", metavar="COMMAND", help="the command line in one pair of quotes; `fairseq-train` may be left out"
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """What the format takes."""
+    """Arguments of the format."""
     parser.add_argument("directories", metavar="DIR", help="--destdir of fairseq-preprocess, or several joined by ':'")
     parser.add_argument("--output", type=Path, required=True, metavar="DATA", help="directory to write")
     parser.add_argument("-s", "--source-lang", metavar="LANG", help="default: from the names of the files")

@@ -1,4 +1,4 @@
-"""dstrain inspect: what a directory holds, whether every byte of it is right, and how good dumped logits are.
+"""dstrain inspect: the contents of a directory, a check of every byte, and the quality of dumped logits.
 
     dstrain inspect DATA
     dstrain inspect BUNDLE
@@ -30,8 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tokens", metavar="N", type=positive_number, nargs="+", default=[1024, 4096, 16384], help="default: 1024 4096 16384"
     )
-    group.add_argument("--renormalize", action="store_true", help="topk: give the tail to the types that were kept (biased)")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU where there is one (default: auto)")
+    group.add_argument("--renormalize", action="store_true", help="topk: give the tail to the kept tokens (biased)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
 
 
 def run(args: argparse.Namespace) -> int:

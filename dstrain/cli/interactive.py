@@ -3,7 +3,7 @@
     dstrain interactive RUN/bundles/best
     echo "a man rides a bike ." | dstrain interactive RUN/bundles/best --beam-size 10
 
-A language model, trained on text alone, goes on from the line that is typed; other models answer it as in their training pairs.
+A language model, trained on text only, continues the typed line; other models answer it as in their training pairs.
 An empty line gives an empty line. Ctrl-D ends; Ctrl-C, too, with exit code 130. On a terminal a line that cannot be translated
 (too long, invalid UTF-8) gets a message and the next one is read; in a pipe it ends the command.
 """

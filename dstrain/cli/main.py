@@ -1,4 +1,4 @@
-"""The command line: finds the verb, imports it alone, and turns a user's mistake into one message."""
+"""The command line: finds the verb, imports only this one, and turns a user's mistake into one message."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ VERBS = {
     "merge": "merge an adapter bundle into its base, as a plain bundle",
     "report": "draw the curves of a run as PNG and HTML",
     "import": "bring what fairseq made: checkpoints, binarized data, command lines",
-    "inspect": "what a data directory, a bundle or dumped logits hold, and whether they are whole",
+    "inspect": "describe a data directory, a bundle or dumped logits, and check that they are complete",
     "pseudo-label": "let a teacher translate the training sources: data for a student",
-    "dump-logits": "keep on disk what a teacher says of every token, to distill from later",
+    "dump-logits": "write a teacher's distribution of every token to disk, to distill from later",
 }
 EPILOG = """a first run:
   dstrain prepare translation/quickstart --output data/quickstart

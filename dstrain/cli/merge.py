@@ -12,7 +12,7 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="an adapter bundle")
-    parser.add_argument("--output", metavar="BUNDLE", type=Path, required=True, help="where the plain bundle goes")
+    parser.add_argument("--output", metavar="BUNDLE", type=Path, required=True, help="directory of the plain bundle")
 
 
 def run(args: argparse.Namespace) -> int:

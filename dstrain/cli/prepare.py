@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare, and print what was done."""
+    """Prepare, and print the counts."""
     from dstrain.data.prepared.prepare import prepare
 
     recipe = recipe_from(args)

@@ -8,7 +8,7 @@ tokenizer are those of DATA. --keep-original adds the original pairs. Outputs th
 allows, too many times longer or shorter than the source, that repeat themselves, or that were cut at the length limit of the
 search (unfinished) are dropped, and counted by reason.
 
-The same command again goes on where it was interrupted. Under a launcher the ranks share the work, each on its own GPU:
+The same command continues an interrupted run. Under a launcher the ranks share the work, each on its own GPU:
 
     deepspeed --num_gpus 8 --module dstrain pseudo-label --teacher BUNDLE --data DATA --output DATA2
 

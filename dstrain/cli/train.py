@@ -1,4 +1,4 @@
-"""dstrain train: train a recipe on prepared data into a run directory, or resume what is there.
+"""dstrain train: train a recipe on prepared data into a run directory, or resume its run.
 
 One process:      dstrain train RECIPE --data DATA --output RUN
 GPUs of a node:   deepspeed --num_gpus 8 --module dstrain train RECIPE --data DATA --output RUN
@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DATA", type=Path, required=True, help="directory that `dstrain prepare` wrote")
     parser.add_argument("--output", metavar="RUN", type=Path, required=True, help="run directory; an existing run is resumed")
     parser.add_argument(
-        "--base", metavar="BUNDLE", type=Path, help="start from the weights of this bundle; what an adapter section adapts"
+        "--base", metavar="BUNDLE", type=Path, help="start from the weights of this bundle; an adapter section adapts them"
     )
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
     parser.add_argument(
         "--teacher",
         dest="teachers",

@@ -16,7 +16,7 @@ WORK = ("teacher", "data", "output", "worker", "device", "precision")
 
 
 def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required: bool) -> None:
-    """--teacher, --data, --output, --shard, --device, --precision. output: what its value is called."""
+    """--teacher, --data, --output, --shard, --device, --precision. output: the name of its value."""
     parser.add_argument("--teacher", metavar="BUNDLE", type=Path, required=required, help="model directory of the teacher")
     parser.add_argument("--data", metavar="DATA", type=Path, required=required, help="directory that `dstrain prepare` wrote")
     parser.add_argument("--output", metavar=output, type=Path, required=required, help="directory to write, or to go on with")
@@ -28,12 +28,12 @@ def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required
         default=Worker(0, 1),
         help="do share I (from 0) of N shares of the work (default: 0/1)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU where there is one (default: auto)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
     parser.add_argument(
         "--precision",
         choices=get_args(Precision),
         default="fp32",
-        help="what the teacher computes in; bf16 for speed on a GPU (default: fp32)",
+        help="precision of the teacher's computation; bf16 for speed on a GPU (default: fp32)",
     )
 
 

@@ -153,7 +153,7 @@ class DistillationConfig(Config):
     )
     features: tuple[FeatureConfig, ...] = Field(default=(), description="Inner values of the teacher that are matched too.")
     teacher_precision: Precision | None = Field(
-        default=None, description="What an online teacher computes in; null = engine.precision."
+        default=None, description="Precision of an online teacher; null = engine.precision."
     )
     renormalize: bool = Field(
         default=False, description="Give the mass outside the stored top-k tokens to the stored ones, which is biased."
@@ -212,7 +212,7 @@ class DistillationConfig(Config):
 
     @property
     def needs(self) -> Needs:
-        """A teacher, and a source for what is sampled or told apart by language."""
+        """A teacher, and a source if samples or language tags need one."""
         source = []
         if self.on_policy is not None:
             source.append(Requirement("objective.on_policy samples a target for each source", "remove it"))
@@ -223,5 +223,5 @@ class DistillationConfig(Config):
 
     @property
     def validation(self) -> CrossEntropyConfig:
-        """What is validated: the student's own loss on the labels, which needs no teacher."""
+        """The objective of validation: the student's own loss on the labels, which needs no teacher."""
         return CrossEntropyConfig(label_smoothing=self.label_smoothing, chunk_tokens=self.chunk_tokens)

@@ -1,4 +1,4 @@
-"""Which layers of a student learn from which of a teacher: settled from the two configurations, before anything is built."""
+"""Which layers of a student learn from which of a teacher: derived from the two configurations, before anything is built."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _planned(where: str, feature: FeatureConfig, student: ModelConfig, teacher: 
     student_stack, other = _stack(where, feature, student, "student"), _stack(where, feature, teacher, "teacher")
     if feature.kind == "attention" and student.kind != teacher.kind:
         raise RecipeError(
-            f"{where}.kind = attention compares which tokens are looked at, but the decoder of a decoder-only model looks at the "
+            f"{where}.kind = attention compares attention over tokens, but the decoder of a decoder-only model attends to the "
             f"source too: the student is {student.kind}, the teacher {teacher.kind}; choose kind: hidden_states, or leave it out"
         )
     layers = uniform(student_stack.depth, other.depth) if feature.layers is None else feature.layers

@@ -117,7 +117,7 @@ class Distillation(nn.Module):
 
 
 def signal_request(config: DistillationConfig) -> SignalRequest:
-    """What the source of signals must be able to give."""
+    """The requirements on the source of signals."""
     kind, on_policy = kind_of(divergence_of(config.divergence)), config.on_policy is not None
     return SignalRequest(kind, config.temperature, on_policy=on_policy, features=bool(config.features))
 

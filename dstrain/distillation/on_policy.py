@@ -8,7 +8,7 @@ step is defined in `objective.py`; this module makes its batches:
   an example depends on the seed, the step and the example; other rows and the number of ranks enter only through the rounding of
   the logits.
 - A sample that has not ended at its length limit is cut there. All its tokens are scored, and no EOS follows them.
-- Each rank keeps its examples and divides them into micro-batches anew, of at most `max_tokens` padded tokens like any others. If
+- Each rank keeps its examples and divides them into new micro-batches, of at most `max_tokens` padded tokens like any others. If
   samples are longer than targets there are more micro-batches, not larger ones: on every rank as many as on the one that needs
   most, so that all make the same collective calls.
 
@@ -45,7 +45,7 @@ GenerationModel = Callable[[], AbstractContextManager[Generative]]
 
 
 class Source(NamedTuple):
-    """What a target is to be written for. example: row of the data set; limit: tokens after which it is cut."""
+    """The source of a target to be sampled. example: row of the data set; limit: tokens after which it is cut."""
 
     example: int
     tokens: list[int]
@@ -106,7 +106,7 @@ class OwnSamples:
         return min(limit, self.max_length - 1)
 
     def _write(self, planned: PlannedStep, sources: Sequence[Source]) -> list[list[int]]:
-        """A sample for each source, with its EOS where it has ended. Collective."""
+        """A sample for each source, with its EOS if it has ended. Collective."""
         config = SamplingConfig(
             temperature=self.config.temperature,
             top_k=self.config.top_k,

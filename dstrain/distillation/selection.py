@@ -35,7 +35,7 @@ from dstrain.protocols import TeacherForced
 
 SelectiveConfig = BatchSelection | GlobalSelection | GlobalByLanguageSelection
 ONE_QUEUE = 0
-"""The tag of all tokens where languages are not told apart."""
+"""The tag of all tokens if languages are not distinguished."""
 
 
 class TokenStatistics(NamedTuple):
@@ -106,7 +106,7 @@ class Selection:
 
 
 def threshold(values: Tensor, rate: float) -> float:
-    """The k-th largest of n values, k = ceil(n rate); infinite where there are none."""
+    """The k-th largest of n values, k = ceil(n rate); infinite if there are none."""
     number = len(values)
     count = math.ceil(number * rate - 1e-9)  # 30 x 0.1 is 3, though not in binary
     return values.kthvalue(number - count + 1).values.item() if number else math.inf

@@ -19,7 +19,7 @@ from dstrain.ops.teacher_signal import DenseSignal, Signal
 
 
 class SignalRequest(NamedTuple):
-    """What a distillation asks of its source of signals.
+    """The requirements of a distillation on its source of signals.
 
     on_policy: signals of targets that are not in the data, too. features: activations of the teacher, too.
     """

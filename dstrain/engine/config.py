@@ -134,7 +134,7 @@ class EngineConfig(Config):
     """How the model is computed and distributed."""
 
     deepspeed: str = Field(default="zero1", description="Name of a file in ds_configs/, or a path to a DeepSpeed JSON file.")
-    precision: Precision = Field(default="fp32", description="What the model computes in; master weights are fp32.")
+    precision: Precision = Field(default="fp32", description="Precision of the model's computation; master weights are fp32.")
     clip_norm: NonNegativeFloat = Field(default=0.0, description="Largest L2 norm of the gradient; 0 = no clipping.")
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="How many ranks share one model, or one batch.")
 

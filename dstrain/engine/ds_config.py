@@ -1,6 +1,6 @@
 """DeepSpeed's JSON: found by name, checked to the last key, and filled one way from the recipe.
 
-Torch-free, so that a login node can check it. See ds_schema.py for what a file may hold.
+Torch-free, so that a login node can check it. See ds_schema.py for the keys of a file.
 """
 
 from __future__ import annotations
@@ -68,11 +68,11 @@ def _read(path: Path) -> Any:
     try:
         return read_tree(path)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: not a readable JSON file: {error}; mend the file") from error
+        raise RecipeError(f"{path}: not a readable JSON file: {error}; fix the file") from error
 
 
 def _mistakes(content: Any) -> list[str]:
-    """What the schema refuses, one line each."""
+    """The mistakes against the schema, one line each."""
     if not isinstance(content, dict):
         return ["the file holds no JSON object; see ds_configs/zero1.json"]
     try:
@@ -86,7 +86,7 @@ def _mistakes(content: Any) -> list[str]:
 
 
 def _path_of(content: Any, location: tuple[int | str, ...]) -> tuple[str, ...]:
-    """The part of pydantic's location that stands, or is missed, in the file; not the names of a union's members."""
+    """The part of pydantic's location that is a path of the file, without the names of a union's members."""
     path: list[str] = []
     for key in location:
         if isinstance(content, dict):
@@ -96,7 +96,7 @@ def _path_of(content: Any, location: tuple[int | str, ...]) -> tuple[str, ...]:
 
 
 def _explain(path: tuple[str, ...], details: list[Any]) -> str:
-    """One line for what is wrong at `path`; several details are the members of a union."""
+    """One line for the mistake at `path`; several details are the members of a union."""
     where = ".".join(path)
     match details[0]["type"]:
         case "extra_forbidden" if where in BELONGS_ELSEWHERE:
@@ -142,7 +142,7 @@ def _disagreements(file: DeepSpeedFile, engine: EngineConfig) -> list[str]:
     if zero.stage == 0 and zero.offload_optimizer is not None:
         mistakes.append("zero_optimization.offload_optimizer: stage 0 offloads nothing; use stage 1, 2 or 3")
     if zero.stage != 3 and zero.offload_param is not None:
-        mistakes.append(f"zero_optimization.offload_param: parameters are offloaded by stage 3 alone, not {zero.stage}")
+        mistakes.append(f"zero_optimization.offload_param: parameters are offloaded by stage 3 only, not {zero.stage}")
     accumulation = file.data_types.grad_accum_dtype if file.data_types else precision
     if accumulation not in ("fp32", precision) or (accumulation != precision and zero.stage == 1):
         mistakes.append(

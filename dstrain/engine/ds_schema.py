@@ -1,8 +1,8 @@
 """Every key of a DeepSpeed JSON file that dstrain accepts; each is used.
 
 DeepSpeed itself drops unknown keys of most sections silently and fills "auto" with its own defaults, so nothing reaches it
-that has not passed here. What decides the result (optimizer, schedule, batch sizes, clipping, precision) belongs to the
-recipe: such keys are refused with the place where they are set, or may be "auto". The defaults shown are DeepSpeed's; only what
+that has not passed here. The keys that decide the result (optimizer, schedule, batch sizes, clipping, precision) belongs to the
+recipe: they are refused with the recipe's key for them, or may be "auto". The defaults shown are DeepSpeed's; only what
 a file says is passed on.
 """
 
@@ -64,7 +64,7 @@ class OffloadSection(Config):
 
 
 class ZeroSection(Config):
-    """What is partitioned over the ranks: 0 nothing, 1 optimizer states, 2 + gradients, 3 + parameters."""
+    """The state that is partitioned over the ranks: 0 nothing, 1 optimizer states, 2 + gradients, 3 + parameters."""
 
     stage: Literal[0, 1, 2, 3]
     contiguous_gradients: bool = True

@@ -1,7 +1,7 @@
-"""An exponential moving average of the weights, kept where the fp32 masters are.
+"""An exponential moving average of the weights, on the device of the fp32 masters.
 
 Each rank averages only the partition that it owns, so the average costs 4 bytes a parameter divided by the ranks and no
-communication. It is exchanged with the masters for as long as someone looks at it.
+communication. It is swapped with the masters while it is read.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def swap(self) -> None:
-        """Put the average where the masters are and the masters where the average is; twice is nothing."""
+        """Exchange the average and the masters; twice is the identity."""
         for average, master in zip(self.tensors, self._masters, strict=True):
             keep = master.detach().clone()
             master.copy_(average)

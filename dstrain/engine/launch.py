@@ -16,7 +16,7 @@ from dstrain.parallel.mesh import Mesh
 
 
 def require_precision(deepspeed: ModuleType, precision: str, mesh: Mesh) -> None:
-    """Raises TrainingError where the device cannot compute in `precision`."""
+    """Raises TrainingError if the device cannot compute in `precision`."""
     accelerator = deepspeed.accelerator.get_accelerator()
     supported = {"fp32": True, "bf16": accelerator.is_bf16_supported(), "fp16": accelerator.is_fp16_supported()}
     if not supported[precision]:
@@ -25,7 +25,7 @@ def require_precision(deepspeed: ModuleType, precision: str, mesh: Mesh) -> None
 
 
 def load_deepspeed(mesh: Mesh, *, talkative: bool = False) -> ModuleType:
-    """DeepSpeed, joined to the process group of `mesh.world`. talkative: let it print what its profilers measure."""
+    """DeepSpeed, joined to the process group of `mesh.world`. talkative: let it print its profilers' measurements."""
     os.environ["DS_ACCELERATOR"] = mesh.device.type
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
     import deepspeed

@@ -1,7 +1,7 @@
 """The fp32 weights that the optimizer updates and its state, wherever the ZeRO stage keeps them.
 
 Stage 0: the parameters themselves. Stages 1 and 2: one flat partition per parameter group. Stage 3: one flat partition per
-sub-group. Everything that changes in training is a function of these tensors, so they are what a checkpoint holds, as fragments
+sub-group. Everything that changes in training is a function of these tensors, so a checkpoint holds them, as fragments
 by name: 12 bytes a parameter divided by the ranks. The attributes read here are DeepSpeed's own bookkeeping; no other file
 touches them.
 """
@@ -23,14 +23,14 @@ from dstrain.parallel.group import Group
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Optimizer state of every optimizer here, beside its step."""
 SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""What moves in DeepSpeed's fp16 loss scaler; its constants come from the JSON file."""
+"""The variables of DeepSpeed's fp16 loss scaler; its constants are in the JSON file."""
 
 
 class Layout(NamedTuple):
     """How a flat master is made of parameters.
 
-    sizes: (P,) elements of each parameter, on all ranks together. pieces: (parameter, start, length) of what this rank holds,
-    start and length in elements of the master; what only pads it lies in no piece.
+    sizes: (P,) elements of each parameter, on all ranks together. pieces: (parameter, start, length) of this rank's share,
+    start and length in elements of the master; its padding is in no piece.
     """
 
     sizes: Tensor
@@ -46,7 +46,7 @@ class Block(NamedTuple):
 
 
 class Partition(NamedTuple):
-    """What this rank holds of a parameter of `size` elements: [offset, offset + length), at `start` of the master."""
+    """This rank's range of a parameter of `size` elements: [offset, offset + length), at `start` of the master."""
 
     size: int
     offset: int
@@ -65,7 +65,7 @@ class Masters:
         self.tensors = self._find()
 
     def _find(self) -> list[Tensor]:
-        """What the optimizer writes to, in its own order; other values on each rank, the same list on all."""
+        """The optimizer's tensors, in its own order; other values on each rank, the same list on all."""
         optimizer = self._engine.optimizer
         if self._stage == 0:
             return [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -106,7 +106,7 @@ class Masters:
         return Partition(parameter.numel(), in_parameter.start, in_master.start, in_master.numel)
 
     def _owned(self, parameter: Any) -> Partition:
-        """What this rank holds and no other does; replicated parameters are shared out by rank."""
+        """This rank's own share; replicated parameters are divided by rank."""
         partition = self._partition(parameter)
         if self._stage > 0:
             return partition
@@ -119,7 +119,7 @@ class Masters:
     ) -> Iterator[Fragment]:
         """Views of masters, moments and moving average, if there is one, by the tensors that each parameter is made of.
 
-        owned: what this rank writes; else everything that it holds. Optimizer state that does not exist yet is created as zeros.
+        owned: only this rank's own share; else all that it holds. Optimizer state that does not exist yet is created as zeros.
         """
         kinds = {"master": self.tensors, **({} if average is None else {"ema": average})}
         kinds |= {kind: [self._optimizer_state(master)[kind] for master in self.tensors] for kind in MOMENTS}

@@ -27,7 +27,7 @@ def build_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.O
 def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Trainable parameters, tied ones once, with the decay each gets.
 
-    One group where the decay is the same for all; else matrices first, then biases, norms and whatever has one dimension.
+    One group if the decay is the same for all; else matrices first, then biases, norms and other vectors.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if config.weight_decay == 0 or config.decay == "all":

@@ -1,6 +1,6 @@
 """Learning rates as a pure function of how many steps are done.
 
-The engine asks before each step and writes the answer into the optimizer. A schedule therefore has no state to save, and is
+The engine calls it before each step and writes the result into the optimizer. A schedule therefore has no state to save, and is
 the same under every ZeRO stage.
 """
 
@@ -38,7 +38,7 @@ def learning_rate(schedule: ScheduleConfig, peak: float, step: int) -> float:
 
 
 def _height(schedule: FallingSchedule, step: int) -> float:
-    """How high between `final` (0) and the peak (1) a falling schedule stands after warm-up."""
+    """The value of a falling schedule after warm-up, between `final` (0) and the peak (1)."""
     start = schedule.total_steps - schedule.decay_steps if isinstance(schedule, WsdSchedule) else schedule.warmup_steps
     remaining = min(1.0, max(0.0, (schedule.total_steps - step) / (schedule.total_steps - start)))
     match schedule:

@@ -1,4 +1,4 @@
-"""What one optimizer step reports."""
+"""The report of one optimizer step."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ class TrainEngine:
         """One optimizer step. Collective.
 
         batches: this rank's micro-batches, the same number on every rank. size: of all batches of all ranks together.
-        Raises TrainingError, on every rank, where the loss or a gradient is not finite.
+        Raises TrainingError, on every rank, if the loss or a gradient is not finite.
         """
         rate = learning_rate(self._schedule, self._peak, self.step)
         for group in self._engine.optimizer.param_groups:
@@ -204,7 +204,7 @@ class TrainEngine:
     def gather_weights(self, *, averaged: bool) -> dict[str, Tensor] | None:
         """The trained fp32 weights by canonical name on rank 0's CPU, None elsewhere. Collective.
 
-        averaged: the moving average in their place.
+        averaged: the moving average instead.
         """
         if averaged:
             self._required_average().swap()
@@ -234,7 +234,7 @@ class TrainEngine:
                     self.module.train()
 
     def close(self) -> None:
-        """Print what DeepSpeed's communication log has counted, if the JSON asks for it; release objective and engine."""
+        """Print DeepSpeed's communication log, if the JSON enables it; release objective and engine."""
         if self._comms_logger:
             self._deepspeed.comm.log_summary()
         self.module.objective.close()
@@ -256,7 +256,7 @@ class TrainEngine:
         return fragments
 
     def scalars(self) -> dict[str, Any]:
-        """What the next step needs beside tensors; JSON, the same on every rank."""
+        """State of the next step besides tensors; JSON, the same on every rank."""
         return {"step": self.step, "base": self._base, **self._masters.scalars()}
 
     @torch.no_grad()
@@ -268,7 +268,7 @@ class TrainEngine:
         if stored.scalars["base"] != self._base:
             raise CheckpointError(
                 f"the checkpoint was saved with base = {stored.scalars['base']}, but this run has base = {self._base}; resume "
-                "with what it was saved with, or start a new run from its last bundle"
+                "with the settings it was saved with, or start a new run from its last bundle"
             )
         average = None if self._average is None else self._average.tensors
         kinds = ["master", *MOMENTS, *([] if average is None else ["ema"])]

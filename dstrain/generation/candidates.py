@@ -30,7 +30,7 @@ def best_continuations(log_probs: Tensor, totals: Tensor, k: int) -> tuple[Tenso
 
     log_probs: (b * K, V), -inf for a forbidden token; totals: (b, K) summed log-probabilities so far, -inf for a dead
     hypothesis. Returns new totals, tokens and parents (the column of `totals` that is extended), each (b, k), best first; -inf
-if there are fewer than k. A hypothesis whose log-probabilities are NaN is dead.
+    if there are fewer than k. A hypothesis whose log-probabilities are NaN is dead.
     """
     num_sentences, beam_size = totals.shape
     log_probs = log_probs.view(num_sentences, beam_size, -1)

@@ -33,7 +33,7 @@ class Answer:
 
 
 def formatter(name: Format, target: TextTokenizer, *, num_best: int, score_only: bool = False) -> Callable[[Answer], str]:
-    """Turns an answer into its lines, each ending in a line break. RecipeError where plain text would need several lines.
+    """Turns an answer into its lines, each ending in a line break. RecipeError if plain text would need several lines.
 
     score_only: the one hypothesis is a given text, of which plain text then writes the score.
     """

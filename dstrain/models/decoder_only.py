@@ -33,7 +33,7 @@ _R = TypeVar("_R")
 class DecoderOnlyState:
     """What decoding remembers: keys and values of the source, `width` columns, and after them those of the target.
 
-    lengths: (b,) source tokens of each sentence; None where every source fills its columns.
+    lengths: (b,) source tokens of each sentence; None if every source fills its columns.
     """
 
     def __init__(self, cache: KeyValueCache, *, width: int, lengths: Tensor | None, rows_per_sentence: int) -> None:

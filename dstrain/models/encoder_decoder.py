@@ -33,7 +33,7 @@ class EncoderDecoderState:
     def __init__(
         self, *, source: list[tuple[Tensor, Tensor]], source_bias: Tensor | None, target: KeyValueCache, rows_per_sentence: int
     ) -> None:
-        self.source = source  # by depth: keys, values (b, H, S, K), the same ones where a layer runs again
+        self.source = source  # by depth: keys, values (b, H, S, K), the same ones if a layer runs again
         self.source_bias = source_bias  # (b, 1, 1, S)
         self.target = target
         self.rows_per_sentence = rows_per_sentence

@@ -1,4 +1,4 @@
-"""The one place where a configuration becomes modules: the model, drawn from top to bottom."""
+"""The only module that builds modules from a configuration: the model, drawn from top to bottom."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def build_model(
 ) -> Model:
     """The model of `config`, in float32 whatever torch's default dtype and device are.
 
-    projections: `fused` computes what reads the same input (q, k, v; k, v of the source; both halves of a gated network) in one
+    projections: `fused` computes maps of the same input (q, k, v; k, v of the source; both halves of a gated network) in one
     matrix product, `separate` keeps one module each, which adapters can address; same results, same weights on disk. seed:
     decides the initial weights, whatever the projections; with None all parameters stay on the meta device, without memory, for
     `load_canonical` or an engine to fill from a `WeightSource`. RecipeError if the vocabularies do not suit the model.
@@ -127,7 +127,7 @@ class _Factory(Generic[C]):
                 assert_never(other)
 
     def view(self, stack: StackConfig, *, causal: bool) -> AttentionBias:
-        """What positions do inside the self-attention of a stack."""
+        """The position encoding inside the self-attention of a stack."""
         match self.config.position:
             case RotaryPosition() as position:
                 return AttentionBias(causal=causal, rotary=build_rotary(position, self.head_dim(stack)))

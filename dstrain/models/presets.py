@@ -54,6 +54,6 @@ PRESETS: MappingProxyType[str, EncoderDecoderConfig] = MappingProxyType(
 """tiny: Wu et al. 2021. iwslt, base, big: Vaswani et al. 2017 as fairseq has them. The rest are IndicTrans2's shapes.
 
 it2, it2_dist: the model and its student, by their fork of fairseq; roformer, aliformer: with rotary positions and ALiBi.
-transformer_*: the plug-in that they were trained with before. Its names say widths, depths and norms alone; trainings gave the
+transformer_*: the plug-in that they were trained with before. Its names give only widths, depths and norms; trainings gave the
 activation besides.
 """

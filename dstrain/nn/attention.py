@@ -15,7 +15,7 @@ from dstrain.nn.linear import BlockLinear
 from dstrain.ops.attention import attention, mean_probabilities
 
 AttentionHook = Callable[[Tensor], None]
-"""Takes the attention probabilities averaged over the heads, (B, T, S); they are computed for it alone."""
+"""Takes the attention probabilities averaged over the heads, (B, T, S); they are computed only for it."""
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
@@ -76,7 +76,7 @@ class CrossAttention(nn.Module):
     ) -> Tensor:
         """x: (N, T, D); key, value: (B, H or fewer, S, K); bias: broadcasts to (B, H, *, S) -> (N, T, D).
 
-        N is a multiple of B: all rows of a source (beams) stand side by side as queries, the source is never copied.
+        N is a multiple of B: all rows of a source (beams) are adjacent as queries, the source is never copied.
         """
         query = split_heads(self.q_proj(x).reshape(key.shape[0], -1, x.shape[-1]), self.head_dim)  # (B, H, N / B * T, K)
         if hooks is not None:

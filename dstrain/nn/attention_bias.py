@@ -92,7 +92,7 @@ class AttentionBias:
         return self._context(_Span(query, keys, end_position), mask, lengths, like)
 
     def invalidates_cache(self, length: int) -> bool:
-        """Whether a sequence of `length` tokens changes what was computed for its earlier tokens."""
+        """Whether a sequence of `length` tokens changes the results of its earlier tokens."""
         return self.rotary is not None and self.rotary.invalidates_cache(length)
 
     @property

@@ -1,12 +1,12 @@
 """Keys and values of past positions, by depth: a layer used at several depths has one entry for each.
 
-Choosing rows (beams that continue others) costs what has changed, not what is there: beams descend from a common one a few tokens
+Choosing rows (beams that continue others) costs only the changed entries: beams descend from a common one a few tokens
 ago, and whatever is older is the same in all of them already. So each row knows at each position in which row its entry was made,
 and only entries of other makers move. On a GPU, where counting these would mean waiting, and where most entries would move or the
 number of rows changes, all are copied.
 
 In a long cache the positions of a head follow one another in memory, as attention reads them (at 1,024 tokens 2.7 times as fast
-as heads that do). In a short one the heads of a position do, so that what is used is one block, appending writes one piece a row
+as heads that do). In a short one the heads of a position do, so that the used part is one block, appending writes one piece a row
 and a move is of whole positions; there this is up to 1.5 times as fast. The two meet at about 128 positions.
 """
 
@@ -38,7 +38,7 @@ class LayerCache:
 class KeyValueCache:
     """Room for `max_length` positions of `num_rows` rows at each of `depth` layer passes.
 
-    keep_tokens: remember the tokens too, (N, length), for models that must compute everything anew at times.
+    keep_tokens: remember the tokens too, (N, length), for models that must recompute everything at times.
     """
 
     def __init__(
@@ -60,15 +60,15 @@ class KeyValueCache:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """Its device."""
         return self._makers.device
 
     def at(self, depth: int) -> LayerCache:
-        """What the layer pass number `depth` sees; all passes of a step see the same `length`."""
+        """The cache of layer pass number `depth`; all passes of a step have the same `length`."""
         return LayerCache(self._buffers[depth], self.length)
 
     def inputs(self, tokens: Tensor, moved: bool) -> Tensor:
-        """What a step with these new tokens computes: them, or after a rewind all so far. (N, t) -> (N, t or length + t)
+        """The tokens that a step with these new ones computes: them, or after a rewind all so far. (N, t) -> (N, t or length + t)
 
         moved: whether nothing computed before holds any more.
         """
@@ -106,7 +106,7 @@ class KeyValueCache:
         """Some entries only: those at (`row`, `position`), (P,) each."""
         _, _, num_heads, _, head_dim = self._buffers[0].shape
         of_half, of_row, of_head, of_position, _ = self._buffers[0].stride()
-        width, heads = (num_heads * head_dim, 1) if of_head == head_dim else (head_dim, num_heads)  # what lies together
+        width, heads = (num_heads * head_dim, 1) if of_head == head_dim else (head_dim, num_heads)  # adjacent in memory
         corners = torch.arange(2)[:, None] * of_half + torch.arange(heads) * of_head  # (2, H or 1)
         source_blocks = (corners[..., None] + row * of_row + position * of_position).flatten() // width
         sources = (corners[..., None] + rows[row] * of_row + position * of_position).flatten() // width
@@ -132,5 +132,5 @@ def _empty_buffer(num_rows: int, num_heads: int, max_length: int, head_dim: int,
 
 
 def is_identity(rows: Tensor) -> bool:
-    """Whether `rows` is 0, 1, 2, ...; answers only where that needs no waiting for a GPU."""
+    """Whether `rows` is 0, 1, 2, ...; False without a look if that would wait for a GPU."""
     return rows.device.type == "cpu" and torch.equal(rows, torch.arange(len(rows)))

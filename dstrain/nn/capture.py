@@ -1,6 +1,6 @@
 """How a stack fills a `model_output.ActivationCapture`: hidden states between its layers, attention probabilities within them.
 
-Counted are passes, not stored layers: a layer that runs at several depths is seen at each. A pass that LayerDrop skips shows its
+Counted are passes, not stored layers: a layer that runs at several depths counts at each. A pass that LayerDrop skips shows its
 input as its output, and its attention as computed. Probabilities are computed only if they are requested; the attention that the
 model computes with is not touched.
 """
@@ -17,7 +17,7 @@ from dstrain.nn.attention import AttentionHook
 
 
 class LayerHooks(NamedTuple):
-    """Who watches the attentions of one layer pass, to itself and to the source; None for nobody."""
+    """Hooks of the attentions of one layer pass, to itself and to the source; None for no hook."""
 
     own: AttentionHook | None = None
     cross: AttentionHook | None = None
@@ -27,7 +27,7 @@ NO_HOOKS = LayerHooks()
 
 
 class StackCapture:
-    """One stack as a record sees it; without a record nobody watches."""
+    """The captures of one stack; empty without an `ActivationCapture`."""
 
     def __init__(self, capture: ActivationCapture | None, side: Literal["encoder", "decoder"]) -> None:
         self.capture = capture

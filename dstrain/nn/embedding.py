@@ -76,7 +76,7 @@ class Projection(nn.Module):
     """Hidden states (..., D) to the vocabulary: activation(output_proj(hidden)) times weight (V, E), transposed.
 
     weight: the model's own or the very Parameter of an embedding (tied). output_proj: D to E, None if the widths agree. back:
-    (D, E), the up-projection of a tied factorized embedding, used transposed in place of output_proj, after the activation.
+    (D, E), the up-projection of a tied factorized embedding, used transposed instead of output_proj, after the activation.
     """
 
     def __init__(

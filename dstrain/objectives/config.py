@@ -1,4 +1,4 @@
-"""What is minimized."""
+"""The training loss."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OnPolicyConfig(Config):
 
 
 class Requirement(NamedTuple):
-    """use: an objective's key, and what it does with something that a recipe may lack. remedy: the change if it is lacking."""
+    """use: an objective's key, and its use of something that a recipe may lack. remedy: the change if it is lacking."""
 
     use: str
     remedy: str
@@ -44,7 +44,7 @@ class TeacherNeeds(NamedTuple):
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective asks of a training beside a model and labels; recipe and build provide it, or refuse the recipe.
+    """The needs of an objective besides a model and labels; recipe and build provide it, or refuse the recipe.
 
     samples: steps whose targets the student samples. source, dropout: keys that have no effect without them.
     """
@@ -89,5 +89,5 @@ class CrossEntropyConfig(Config):
 
     @property
     def validation(self) -> CrossEntropyConfig:
-        """What is validated."""
+        """The objective of validation."""
         return self.model_copy(update={"r_drop": None})

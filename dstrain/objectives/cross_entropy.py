@@ -50,11 +50,11 @@ class CrossEntropy:
 
 
 def target_hidden(model: TeacherForced, batch: Batch, capture: ActivationCapture | None = None) -> Tensor:
-    """What the projection reads of the batch's targets, (n, D). capture: the activations to store."""
+    """Features of the batch's targets for the projection, (n, D). capture: the activations to store."""
     hidden = model(batch.source, batch.target, capture).hidden.flatten(0, 1)  # (B * T, D)
     return hidden.index_select(0, batch.targets.index)
 
 
 def loss_weight(batch: Batch, config: CrossEntropyConfig) -> Tensor | None:
-    """What each target's loss is multiplied by, (n,); None if all weigh 1."""
+    """The factor of each target's loss, (n,); None if all weigh 1."""
     return batch.targets.weight if config.average == "sentences" else None

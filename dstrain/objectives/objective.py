@@ -1,4 +1,4 @@
-"""What the engine knows of an objective."""
+"""The interface of an objective for the engine."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class LossOutput(NamedTuple):
 class TokenSelection(Protocol):
     """Chooses among all tokens of a step, over all ranks, those that a loss treats in a special way.
 
-    The engine runs `scan` on every micro-batch before the first loss, passes the result to `select`, and what that returns to
+    The engine runs `scan` on every micro-batch before the first loss, passes the result to `select`, and its result to
     the objective's call with the same micro-batch.
     """
 
@@ -42,7 +42,7 @@ class TokenSelection(Protocol):
         ...
 
     def state(self) -> dict[str, Tensor]:
-        """What the next step needs of those before, by name, the same on every rank."""
+        """State of the next step, by name, the same on every rank."""
         ...
 
     def load_state(self, state: Mapping[str, Tensor], /) -> None:
@@ -55,7 +55,7 @@ class Objective(Protocol):
 
     @property
     def selection(self) -> TokenSelection | None:
-        """Which tokens of a step it must be told of; None if it needs no second pass."""
+        """The selector of a step's tokens; None if it needs no second pass."""
         ...
 
     def __call__(self, model: TeacherForced, batch: Batch, selected: Tensor | None = None) -> LossOutput:
@@ -63,9 +63,9 @@ class Objective(Protocol):
         ...
 
     def denominator(self, size: Size) -> int:
-        """What the loss sums of a step or a split of this size are divided by, once and together."""
+        """The divisor of the loss sums of a step or a split of this size, once and together."""
         ...
 
     def close(self) -> None:
-        """Release what was opened for it."""
+        """Release its resources."""
         ...

@@ -49,7 +49,7 @@ class TokenLosses(NamedTuple):
     """The losses of c tokens.
 
     loss: (c, 1). metrics: (c, 1) each, reported besides. logits_grad: of the shape of the logits, usually in their memory:
-    the gradient of each token's loss plus `uniform_grad`. uniform_grad: a number that is subtracted from the gradient with respect to
+    the gradient of each token's loss plus `uniform_grad`. uniform_grad: subtracted from the gradient with respect to
     every logit.
     """
 

@@ -1,4 +1,4 @@
-"""RUN/bundles: the weights of a run as portable bundles: `best`, `last` and the newest `step_...` ones.
+"""RUN/bundles: the weights of a run as bundles: `best`, `last` and the newest `step_...` ones.
 
 One gathering of the weights serves all names that are due at a step; further names are hard links to the first one's files, so
 they cost no space. A directory is complete or absent.
@@ -27,7 +27,7 @@ SaveBundle = Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], None]
 class BundleStore:
     """Writes and prunes the bundles of a run; every public method is collective.
 
-    gather: canonical weights on rank 0, None elsewhere (collective). save: what makes a bundle of them. keep: how many of the
+    gather: canonical weights on rank 0, None elsewhere (collective). save: writes a bundle of them. keep: how many of the
     newest step bundles stay; `best` and `last` always do.
     """
 
@@ -41,7 +41,7 @@ class BundleStore:
         self._save = save
 
     def recover(self) -> None:
-        """Undo what an earlier process left unfinished."""
+        """Undo the unfinished work of an earlier process."""
         raise_on_all_ranks(self.ranks, TrainingError, f"clearing {self.directory}", self._recover)
 
     def write(self, names: Sequence[str], notes: Mapping[str, Any]) -> None:

@@ -72,7 +72,7 @@ class WandbConfig(Config):
 
 
 class ReportingConfig(Config):
-    """What is written of a run. RUN/events.jsonl holds every number; all other outputs are made from it."""
+    """The logs of a run. RUN/events.jsonl holds every number; all other outputs are made from it."""
 
     log_every: PositiveInt = Field(default=50, description="Steps between training events.")
     tensorboard: bool = Field(default=False, description="Write TensorBoard files into RUN/tensorboard.")

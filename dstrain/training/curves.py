@@ -1,4 +1,4 @@
-"""Pictures of a run, drawn from its event file alone: RUN/report.png and RUN/report.html, a page without links.
+"""Pictures of a run, drawn from its event file only: RUN/report.png and RUN/report.html, a page without links.
 
 Matplotlib's figures need no display here; the page holds the picture as base64, so that one file can be sent around.
 """
@@ -42,7 +42,7 @@ PANELS = (
 def write_report(run: Path, output: Path) -> tuple[Path, Path]:
     """Draw the curves of `run` into `output`; returns the PNG and the HTML file.
 
-    Raises TrainingError where there is no run or it has not reported a step yet.
+    Raises TrainingError if there is no run or it has not reported a step yet.
     """
     events = read_events(run / "events.jsonl")
     if not any(event["kind"] in {"train", "valid"} for event in events):
@@ -91,13 +91,13 @@ def _panels(events: Events) -> list[tuple[str, Sequence[tuple[str, str]]]]:
 
 
 def series(events: Events, kind: str, field: str) -> tuple[list[int], list[float]]:
-    """Steps and values of one curve; events without the field, or where it was not finite, are left out."""
+    """Steps and values of one curve; events without the field, or with one that is not finite, are left out."""
     points = [(event["step"], event[field]) for event in events if event["kind"] == kind and event.get(field) is not None]
     return [step for step, _ in points], [value for _, value in points]
 
 
 def summary(events: Events) -> dict[str, str]:
-    """What a reader asks first: how far, how good, how fast, and how it ended."""
+    """The summary of a run: how far, how good, how fast, and how it ended."""
     trained = [event for event in events if event["kind"] == "train"]
     validated = [event for event in events if event["kind"] == "valid"]
     summary: dict[str, str] = {}

@@ -12,12 +12,12 @@ same objects.
 | bundle | names |
 | checkpoint | path, seconds |
 | resume | path, world_size, layout (ranks, DeepSpeed file, precision), layout_before |
-| failure | message, epoch, index, examples: place and data set rows of the step that failed |
+| failure | message, epoch, index, examples: position and data set rows of the step that failed |
 | end | reason, exit_code, elapsed_seconds, best_score, best_step |
 
 `train` and `valid`: loss is in nats, the mean over target tokens or over sentences that the objective minimizes; nll, perplexity
 and the objective's further metrics (kl: the divergence of R-Drop; hard and kd: the losses of a distillation on labels and on the
-teacher before their weights; feature_...: what it learns from inside the teacher, by side, kind and loss, before its weight) are
+teacher before their weights; feature_...: its losses on the teacher's activations, by side, kind and loss, before its weight) are
 per target token, whatever the loss is a mean over; agreement (with the teacher's most probable token), selected (to learn from
 the teacher) and on_policy (sampled by the student) are shares of the target tokens. Steps on the student's own samples report
 on_policy_nll, on_policy_kd and on_policy_agreement instead of their namesakes. Each such figure is a mean over the micro-batches
@@ -53,13 +53,13 @@ class EventFile:
         self._file = path.open("ab")
 
     def append(self, event: Event) -> None:
-        """One more line. Raises TrainingError where the disk is full."""
+        """One more line. Raises TrainingError if the disk is full."""
         line = json.dumps({key: _finite(value) for key, value in event.items()}, allow_nan=False)
         try:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
         except OSError as error:
-            raise TrainingError(f"cannot write {self.path}: {error}; make room, then start again to resume") from error
+            raise TrainingError(f"cannot write {self.path}: {error}; free some space, then start again to resume") from error
 
     def sync(self) -> int:
         """Force all lines to the disk; returns the length of the file in bytes."""
@@ -89,7 +89,7 @@ class EventFile:
 def read_events(path: Path) -> list[dict[str, Any]]:
     """All events of a file. A broken last line, the trace of a crash, is left out with a warning.
 
-    Raises TrainingError where the file is missing or broken elsewhere.
+    Raises TrainingError if the file is missing or broken elsewhere.
     """
     if not path.is_file():
         raise TrainingError(f"{path} is missing: give the directory that `dstrain train --output` wrote")

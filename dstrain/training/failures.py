@@ -1,4 +1,4 @@
-"""Turns what breaks underneath a running job into one sentence that says what happened and what is safe."""
+"""Turns failures of machine or disk into one sentence: the fault, and which work is safe."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LOST_RANK_SIGNS = (
 
 
 def explained(error: BaseException, latest: Path | None) -> TrainingError | None:
-    """The error in a user's words where another rank was lost or the disk is full; None where it is neither.
+    """The error in a user's words if another rank was lost or the disk is full; None if it is neither.
 
     latest: the last complete checkpoint.
     """
     safe = f"the last checkpoint is {latest}" if latest else "no checkpoint had been written yet"
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
         where = f" at {error.filename}" if error.filename else ""
-        return TrainingError(f"the disk is full{where}; {safe}; make room, then start again to resume")
+        return TrainingError(f"the disk is full{where}; {safe}; free some space, then start again to resume")
     text = str(error).lower()
     if isinstance(error, RuntimeError) and any(sign in text for sign in LOST_RANK_SIGNS):
         return TrainingError(

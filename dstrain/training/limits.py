@@ -20,7 +20,7 @@ def reason_to_stop(config: TrainingConfig, validation: ValidationConfig, state: 
 
 
 def remaining_seconds(config: TrainingConfig, state: TrainingState) -> float | None:
-    """Time until the first limit at the pace so far; None while it cannot be told (epochs, before the first one ended)."""
+    """Time until the first limit at the pace so far; None while it is unknown (epochs, before the first one ended)."""
     if state.step == 0:
         return None
     pace = state.elapsed_seconds / state.step

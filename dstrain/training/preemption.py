@@ -1,4 +1,4 @@
-"""Signals that ask training to stop: finish the step, write one checkpoint, leave with a code that says why.
+"""Signals that ask training to stop: finish the step, write one checkpoint, exit with a code for the reason.
 
 | signal | sent by | exit code |
 |---|---|---|
@@ -24,7 +24,7 @@ HINT = b"\ninterrupted: finishing this step and saving a checkpoint; Ctrl-C agai
 
 
 class Request(Enum):
-    """Why training is asked to stop, with the exit code that tells the launcher."""
+    """Why training is to stop, with the exit code for the launcher."""
 
     PREEMPTED = REQUEUE_CODE
     INTERRUPTED = INTERRUPT_CODE
@@ -62,7 +62,7 @@ class StopSignals:
 
     @staticmethod
     def agreed(sums: Sequence[float]) -> Request | None:
-        """What the ranks together were asked to do; requeueing wins, for the job manager will not wait."""
+        """The request of all ranks together; requeueing wins, as the job manager does not wait."""
         preempted, interrupted = sums
         if preempted:
             return Request.PREEMPTED

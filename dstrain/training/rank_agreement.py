@@ -1,4 +1,4 @@
-"""At the start every rank compares what decides the result with all others, before a model is built.
+"""At the start every rank compares the settings that decide the result with all others, before a model is built.
 
 Ranks of a wrong mixture (an edited recipe on one node, another version, another data directory) train on silently or wait for one
 another for ever. Cost: one gather of some hundred short strings.

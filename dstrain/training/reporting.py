@@ -50,7 +50,7 @@ class Reporter:
             sink.write(event)
 
     def sync(self) -> int:
-        """Force the event file to the disk; its length in bytes, 0 where this rank has none."""
+        """Force the event file to the disk; its length in bytes, 0 if this rank has none."""
         return self._file.sync() if self._file else 0
 
     def cut(self, length: int) -> None:

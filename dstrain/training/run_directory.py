@@ -1,13 +1,13 @@
 """RUN: one training run in one directory, locked while it trains, and never continued under another recipe.
 
 ```
-RUN/recipe.yaml   the recipe the run was begun with, resolved
+RUN/recipe.yaml   the recipe the run was started with, resolved
 RUN/run.json      format, run_id, fingerprints of the data and of the teachers, if any
 RUN/events.jsonl  what happened (events.py)
 RUN/checkpoints/  for resuming          RUN/bundles/   models: best, last, step_...
 RUN/.lock         held by rank 0 while it trains
 ```
-A run may be continued with another recipe where the difference does not decide the result: when training ends, what it reports,
+A run may be continued with another recipe if the difference does not decide the result: when training ends, what it reports,
 validates and keeps, and how a step is computed (ranks, ZeRO stage, precision). Every other difference is refused and shown.
 """
 
@@ -50,7 +50,7 @@ MAY_NOT_CHANGE = {
 LAYOUT_KEYS = {"engine.deepspeed", "engine.precision"}
 """Every checkpoint says what these were when it was written."""
 OWN_FILES = {".lock", "run.json", "run.json.tmp", "recipe.yaml.tmp"}
-"""What a run that was killed while it was made may have left."""
+"""Possible files of a run that was killed while it was made."""
 
 
 class RunDescription(Config):
@@ -70,7 +70,7 @@ RUN_FORMAT = DocumentFormat(
 
 @dataclass
 class Run:
-    """An open run. run_id: the same over all resumes. changes: `a.b: old -> new` since it was begun.
+    """An open run. run_id: the same over all resumes. changes: `a.b: old -> new` since it was started.
 
     Closing it lets go of the lock.
     """
@@ -109,7 +109,7 @@ def open_run(
     """Make RUN, or open the one that is there to resume it. Collective; rank 0 holds the lock.
 
     recipe: the resolved recipe as plain YAML values. data, teachers: fingerprints of the prepared data and of all that teaches.
-    upgrade: makes of a recipe that an earlier version resolved what this one would.
+    upgrade: resolves a recipe of an earlier version as this one would.
     Raises TrainingError if another training holds the run or the directory is something else, CheckpointError if the
     recipe, the data or the teachers differ or the run has lost its checkpoints.
     """
@@ -183,7 +183,7 @@ def _open(
 def _begin_or_resume(
     directory: Path, recipe: Mapping[str, Any], origin: Mapping[str, Any], upgrade: Upgrade
 ) -> tuple[str, tuple[str, ...]]:
-    """The run's id, and what has changed in the recipe since it was begun."""
+    """The run's id, and the changes of the recipe since it was started."""
     recipe_file = directory / "recipe.yaml"
     if recipe_file.exists() and _has_progress(directory):
         changes = _check_recipe(recipe_file, recipe, upgrade)
@@ -205,7 +205,7 @@ def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any], upgrade: Upgrade
     differences = recipe_differences(old, new)
     if differences:
         raise CheckpointError(
-            f"{recipe_file.parent} was begun with another recipe; it is not resumed with this one:\n"
+            f"{recipe_file.parent} was started with another recipe; it is not resumed with this one:\n"
             + "\n".join(differences)
             + "\nundo these changes to resume, or choose another --output to train afresh"
         )
@@ -228,7 +228,7 @@ def _has_progress(directory: Path) -> bool:
                 f"{events} says that checkpoints were written, but {directory / 'checkpoints'} holds none: "
                 "restore them, or choose another --output to train from the beginning"
             )
-    logger.warning("%s was begun but never reached a checkpoint: starting from the beginning", directory)
+    logger.warning("%s was started but never reached a checkpoint: starting from the beginning", directory)
     return False
 
 
@@ -236,13 +236,13 @@ def _run_id(path: Path, origin: Mapping[str, Any]) -> str:
     run = RUN_FORMAT.read(path)
     if run.data != origin["data"]:
         raise CheckpointError(
-            f"{path.parent} was begun on other data ({run.data[:12]}, this is {origin['data'][:12]}): "
-            "name the --data it was begun on, or choose another --output"
+            f"{path.parent} was started on other data ({run.data[:12]}, this is {origin['data'][:12]}): "
+            "name the --data it was started on, or choose another --output"
         )
     if list(run.teachers) != origin["teachers"]:
         then, now = (" ".join(name[:12] for name in names) or "none" for names in (run.teachers, origin["teachers"]))
         raise CheckpointError(
-            f"{path.parent} was begun with another teacher ({then}, this is {now}): name the one it was begun with, in the same "
+            f"{path.parent} was started with another teacher ({then}, this is {now}): name the first one, in the same "
             "order, or choose another --output"
         )
     return run.run_id

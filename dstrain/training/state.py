@@ -1,6 +1,6 @@
-"""What the trainer itself must remember between two steps; JSON in the manifest of each checkpoint, bit for bit.
+"""The state of the trainer between two steps; JSON in the manifest of each checkpoint, bit for bit.
 
-The engine's own state (weights, moments, schedule, averages) lies beside it in the engine's files. Random numbers need no
+The engine's own state (weights, moments, schedule, averages) is beside it in the engine's files. Random numbers need no
 state: they follow from (seed, step, rank).
 """
 
@@ -19,7 +19,7 @@ from dstrain.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Window:
-    """Sums over the steps since the last training event, so that an event does not depend on where a run was cut.
+    """Sums over the steps since the last training event, so that an event does not depend on interruptions.
 
     num_targets, denominator, loss_sum: over steps that were applied. sums, counts: the objective's metrics over these steps, by
     name; see `dstrain.batch.Metrics`. positions, filled: decoder positions of this rank's micro-batches, and how many of them are
@@ -63,7 +63,7 @@ class Window:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Where training stands after `step` steps.
+    """The state of training after `step` steps.
 
     epoch, step_in_epoch: the position of the next step; epochs count from 1, and at the end of one this is (next epoch, 0).
     completed_step: the last step after which everything that was due (validation, bundles) had been done; behind `step` only

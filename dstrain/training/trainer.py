@@ -1,8 +1,8 @@
-"""The training loop: take a step, then do what is due between two steps.
+"""The training loop: take a step, then the work due between two steps.
 
 Between steps, in this order: agree over all ranks on signals and time, report, validate, write bundles, write the checkpoint.
 So a checkpoint means that everything due at its step is done, and a resumed run repeats nothing. Only a checkpoint that a
-signal asked for comes before what is due; `TrainingState.completed_step` remembers that, and the resumed run does it first. The
+signal asked for comes before that work; `TrainingState.completed_step` remembers that, and the resumed run does it first. The
 agreement costs one all-reduce of three numbers a step.
 """
 
@@ -39,7 +39,7 @@ MAX_CONSECUTIVE_SKIPPED = 100
 StepSource = Callable[[int, int], Steps]
 """(epoch, step in the epoch) -> the steps from there on; epochs count from 1."""
 Validate = Callable[[Callable[[], bool]], Mapping[str, float] | None]
-"""Scores of the present weights, the same on every rank; None where the given function, collective, said to stop early."""
+"""Scores of the present weights, the same on every rank; None if the given function, collective, said to stop early."""
 
 
 class Engine(Resumable, Protocol):
@@ -52,7 +52,7 @@ class Engine(Resumable, Protocol):
 
 @dataclass(frozen=True)
 class Stop:
-    """Why training ends here, and what the process returns."""
+    """Why training ends here, and the exit code of the process."""
 
     reason: str
     exit_code: int
@@ -137,7 +137,7 @@ class Trainer:
         raise AssertionError("a source of steps never ends")
 
     def _step(self, state: TrainingState, planned: PlannedStep, batches: Sequence[Batch]) -> StepReport:
-        """One optimizer step; a step that is not finite is reported with its place before it ends training."""
+        """One optimizer step; a step that is not finite is reported with its position before it ends training."""
         try:
             report = self.engine.train_step(batches, planned.size)
             if not math.isfinite(report.loss) and not report.skipped:
@@ -145,7 +145,7 @@ class Trainer:
         except TrainingError as error:
             batch_position = {"epoch": planned.epoch, "index": planned.index, "examples": planned.examples.tolist()}
             self.reporter.emit("failure", state.step, message=str(error), **batch_position)
-            latest = self.checkpoints.latest or "none; start again to begin anew"
+            latest = self.checkpoints.latest or "none; start again from the beginning"
             raise TrainingError(
                 f"step {state.step + 1} failed (epoch {planned.epoch}, step {planned.index} of it; the last line of events.jsonl "
                 f"lists its examples): {error}. The last checkpoint is {latest}"
@@ -176,7 +176,7 @@ class Trainer:
     def _record(
         self, state: TrainingState, planned: PlannedStep, batches: Sequence[Batch], report: StepReport, clock: _Clock
     ) -> TrainingState:
-        """The state after one step; emits a training event where one is due."""
+        """The state after one step; emits a training event if one is due."""
         state = state.after_step(planned, report, state.window.after(report, batches, *clock.seconds()))
         if state.consecutive_skipped >= MAX_CONSECUTIVE_SKIPPED:
             raise TrainingError(
@@ -190,7 +190,7 @@ class Trainer:
         return state
 
     def _do_pending(self, state: TrainingState) -> tuple[TrainingState, Stop | None]:
-        """Do what is due between two steps. Returns the state after it, and why training stops here, if it does."""
+        """Do the work due between two steps. Returns the state after it, and why training stops here, if it does."""
         state, request = self._agree(state)
         limit = reason_to_stop(self.training, self.validation, state)
         pending = state.completed_step < state.step

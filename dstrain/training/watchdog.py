@@ -1,7 +1,7 @@
-"""Notices that this rank no longer makes progress, says where it hangs, and then ends it.
+"""Detects that this rank no longer makes progress, prints its stacks, and then ends it.
 
 Collectives wait for the slowest rank, and their own time-outs do not fire reliably, so a hung rank would stall a job until its
-time limit. A thread looks at the last sign of life; after one period of silence it prints rank, phase and all stacks, after a
+time limit. A thread checks the last sign of life; after one period of silence it prints rank, phase and all stacks, after a
 second one it ends the process, which makes the other ranks' collectives fail and so ends the job. Costs one sleeping thread.
 """
 

@@ -183,5 +183,5 @@ def test_every_mistake_gets_one_message(student: Path, teacher: Path, data: Path
     assert not fresh.exists()
     fails(
         dstrain(*training(data, student, "--teacher", student / "bundles" / "last", overrides=distil)),
-        "was begun with another teacher",
+        "was started with another teacher",
     )

@@ -52,7 +52,9 @@ def test_what_decides_the_result_is_refused_with_its_key(data: Path, tmp_path: P
     run = tmp_path / "run"
     train(run, data, 1, "training.max_steps=3")
     words = ["train", RECIPE, "--data", data, "--output", run, "--device", "cpu", *CHOSEN]
-    message = fails(dstrain(*words, *settings("engine.clip_norm=0.5", "engine.precision=bf16")), "was begun with another recipe")
+    message = fails(
+        dstrain(*words, *settings("engine.clip_norm=0.5", "engine.precision=bf16")), "was started with another recipe"
+    )
     assert "-> 0.5 (clips other gradients)" in message
     assert "engine.precision" not in message
     other = tmp_path / "other"

@@ -98,7 +98,7 @@ def test_a_student_trains_on_dumped_logits_as_beside_the_teacher(data: Path, tea
     assert ranks.wait() == [0, 0], ranks.output()
     assert curve(runs["two"], *figures) == pytest.approx(curve(runs["sampled"], *figures), rel=1e-4)
 
-    fails(dstrain(*words(runs["store"], "--logits", logits)), "was begun with another teacher")
+    fails(dstrain(*words(runs["store"], "--logits", logits)), "was started with another teacher")
     fresh = tmp_path / "fresh"
     both = words(fresh, "--logits", logits, "--teacher", teacher)
     fails(dstrain(*both), "--teacher and --logits are two sources of the same signal")
@@ -107,7 +107,7 @@ def test_a_student_trains_on_dumped_logits_as_beside_the_teacher(data: Path, tea
     reverse = words(fresh, "--logits", logits, objective="objective={kind: distillation, divergence: {kind: reverse_kl}}")
     fails(dstrain(*reverse), "objective.divergence.kind = reverse_kl needs the mass of all tokens", "keeps draws")
     on_policy = words(fresh, "--logits", logits, objective="objective={kind: distillation, on_policy: {}}")
-    fails(dstrain(*on_policy), "objective.on_policy has a teacher score what the student writes", "remove objective.on_policy")
+    fails(dstrain(*on_policy), "objective.on_policy needs a teacher of the student's samples", "remove objective.on_policy")
     inside = "objective={kind: distillation, features: [{kind: hidden_states, side: encoder}]}"
     fails(dstrain(*words(fresh, "--logits", logits, objective=inside)), "objective.features learns from inside a teacher, but")
     assert not fresh.exists()
@@ -204,4 +204,4 @@ def test_a_student_trains_on_a_teachers_outputs(data: Path, speaker: Path, tmp_p
     assert "is complete: 480 of 480 pairs" in done.stdout
     trained = succeeds(dstrain(*train, "--data", labeled))
     assert "the training targets are the outputs of teacher" in trained.stderr
-    fails(dstrain(*train, "--data", data), "was begun on other data")
+    fails(dstrain(*train, "--data", data), "was started on other data")

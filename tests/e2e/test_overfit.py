@@ -217,9 +217,9 @@ def beginning(line: str, others: Sequence[str]) -> str:
 def test_a_language_model_goes_on_from_what_its_text_begins_with(data: Path, tmp_path: Path) -> None:
     """Text without a source, blank lines in it: the beginning of each line, as input or as prefix, brings back the rest."""
     lines = (data / "text" / "target.txt").read_text().splitlines()
-    text, begun, empty = tmp_path / "text.txt", tmp_path / "begun.txt", tmp_path / "empty.txt"
+    text, started, empty = tmp_path / "text.txt", tmp_path / "started.txt", tmp_path / "empty.txt"
     text.write_text("\n \n".join(lines) + "\n\n")
-    begun.write_text("".join(beginning(line, lines) + "\n" for line in lines))
+    started.write_text("".join(beginning(line, lines) + "\n" for line in lines))
     empty.write_text("\n" * len(lines))
     corpus = {"kind": "text", "path": str(text)}
     model = decoder_only("rotary", "gqa", "gated", "rms_norm")
@@ -227,7 +227,7 @@ def test_a_language_model_goes_on_from_what_its_text_begins_with(data: Path, tmp
     verbs(tmp_path / "prepared", [["prepare", written, "--output", tmp_path / "data", "--workers", "1"]])
     assert "train: 64 lines" in (tmp_path / "prepared").read_text()
     assert "dropped 64 of 128: empty 64" in (tmp_path / "prepared").read_text()
-    continue_, force = generate(tmp_path, begun, "continued.txt"), generate(tmp_path, empty, "forced.txt", "--prefix", begun)
+    continue_, force = generate(tmp_path, started, "continued.txt"), generate(tmp_path, empty, "forced.txt", "--prefix", started)
     validate = ["validate", tmp_path / "run" / "bundles" / "last", "--data", tmp_path / "data", "--device", "cpu"]
     learn(model, tmp_path / "data", corpus, tmp_path, continue_, force, [*validate, "--no-generate"])
     assert (tmp_path / "continued.txt").read_text().splitlines() == lines

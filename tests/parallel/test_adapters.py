@@ -82,4 +82,7 @@ def test_resume_is_bit_exact(world_size: int, stage: str, tmp_path: Path) -> Non
 
 def test_another_base_is_refused(tmp_path: Path) -> None:
     for said in run_ranks("other_base", 2, tmp_path, shards=str(tmp_path)):
-        assert f"was saved with base = {'f' * 64}, but this run has base = {'0' * 64}; resume with what it was saved with" in said
+        assert (
+            f"was saved with base = {'f' * 64}, but this run has base = {'0' * 64}; resume with the settings it was saved with"
+            in said
+        )

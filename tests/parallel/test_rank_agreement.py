@@ -99,7 +99,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     cases["failure"] = [plain, {**plain, "data": str(directory / "missing")}]
 
     ranks = run_ranks("disagreements", 2, directory / "results", cases=list(cases.values()))
-    assert not (directory / "run").exists(), "nothing was begun"
+    assert not (directory / "run").exists(), "nothing was started"
     return {name: {"ranks": pair, "expected": expected.get(name)} for name, *pair in zip(cases, *ranks, strict=True)}
 
 

@@ -4,7 +4,7 @@ A decoder reads EOS and then its target, one token behind the labels. A decoder-
 which the EOS of the source is the first input of the target; a source that is a lone EOS adds nothing. Everything is counted
 here, on the CPU, so that nothing later waits for a GPU.
 
-Choice: all source or target tokens are written at once through computed indices, without a loop over examples. 264 pairs of 15 tokens
+Choice: all source or target tokens are written at once through computed indices; no loop over examples. 264 pairs of 15 tokens
 take half a millisecond.
 """
 

@@ -137,7 +137,7 @@ def _size(source: TextSource, job: Job) -> int:
         unit = "sentence" if isinstance(source, FairseqIds) else "line"
         raise DataError(
             f"{paths[0]} has {lines[0]:,} {unit}s, {paths[1]} has {lines[1]:,}: {unit} k of one must translate {unit} k of the "
-            "other; mend the files"
+            "other; fix the files"
         )
     return lines[0]
 

@@ -139,7 +139,7 @@ def _parse_tsv(source: TsvText, block: TextBlock) -> tuple[list[str], list[str]]
         if len(row) <= needed:
             raise DataError(
                 f"{files_of(source)[0]}:{number}: {len(row)} tab-separated columns, column {needed} (counted from 0) is missing; "
-                "mend the line or the columns in the recipe"
+                "fix the line or the columns in the recipe"
             )
     return [row[source.source_column] for row in rows], [row[source.target_column] for row in rows]
 
@@ -165,7 +165,7 @@ def _json_text(record: dict[str, object], field: str, where: str) -> str:
     text = record[field]
     if not isinstance(text, str):
         raise DataError(
-            f"{where}: field {field!r} holds a {type(text).__name__}, not a string; name another field or mend the file"
+            f"{where}: field {field!r} holds a {type(text).__name__}, not a string; name another field or fix the file"
         )
     if UNUSABLE.search(text):
         raise DataError(f"{where}: field {field!r} holds a NUL or half of a surrogate pair; remove it from the text")

@@ -150,7 +150,7 @@ def _check_symbols(key: str, symbols: Sequence[str]) -> None:
         elif not symbol or WORD_START in symbol or any(character.isspace() or character == "\0" for character in symbol):
             fault = "must be one or more characters without white space"
         elif symbol in symbols[:number]:
-            fault = "is listed twice"
+            fault = "occurs twice"
         if fault:
             raise DataError(f"data.tokenizer.{key}: {symbol!r} {fault}; choose another symbol")
 

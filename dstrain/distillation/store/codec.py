@@ -1,7 +1,7 @@
-"""From a teacher's logits to what is kept of them, and back to a `KeptSignal`; one codec a method.
+"""From a teacher's logits to the values kept of them, and back to a `KeptSignal`; one codec a method.
 
 `select` works on the teacher's device, chunk by chunk, and is all that the teacher waits for; `pack` makes the columns of a shard
-of it, in numpy; `unpack` reads columns of any tokens, in pieces that stand one after another.
+of it, in numpy; `unpack` reads columns of any tokens, in pieces that are adjacent.
 
 Sampling is systematic: the n draws of a token are the points (u + j) / n of its cumulative distribution, j = 0 .. n - 1, with one
 u, uniform in (0, 1]. Each draw has the teacher's distribution, so counts / n is unbiased, and a count differs from its mean by
@@ -9,9 +9,9 @@ less than 1, so that the variance is at most that of independent draws (Carpente
 filter for non-linear problems"; the use of samples for distillation: Anshumann et al. 2025, "Sparse Logit Sampling"). u is a hash
 of (seed, row, position): no draw depends on what else is in the batch.
 
-The uint8 code of the best types: let d be a type's distance from the best in nats and r the greatest distance, rounded up to an
-eighth of a nat, at most 31.875. Stored is round(255 sqrt(d / r)): fine where the mass is. Decoded masses are scaled to 1 - tail.
-For r = 8 the code moves a probability by 0.8 % at d = 0.5, by 1.6 % at d = 2 and by 3.1 % at most.
+The uint8 code of the top-k tokens: let d be a token's distance from the best in nats and r the greatest distance, rounded up
+to an eighth of a nat, at most 31.875. Stored is round(255 sqrt(d / r)): fine for probable tokens. Decoded masses are scaled to
+1 - tail. For r = 8 the code moves a probability by 0.8 % at d = 0.5, by 1.6 % at d = 2 and by 3.1 % at most.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ Array = npt.NDArray[Any]
 SPAN_STEPS = 8
 """Steps of a nat in which the greatest distance is stored."""
 LEAST_TAIL = np.float32(2.0**-24)
-"""What float32 does not tell from 0 beside 1; a mass of 0 would be infinitely far away for reverse_kl."""
+"""A mass that float32 does not distinguish from 0 next to 1; a mass of 0 would be infinitely far away for reverse_kl."""
 
 
 class TokenKeys(NamedTuple):
-    """Which tokens these are. examples: (n,) rows of the data; positions: (n,) places in the target, from 0."""
+    """Which tokens these are. examples: (n,) rows of the data; positions: (n,) in the target, from 0."""
 
     examples: Array
     positions: Array
@@ -71,13 +71,13 @@ class Codec(Protocol):
         ...
 
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
-        """What is kept of some tokens. logits: (n, V) float32, divided by the temperature, overwritten -> (n, ...) each."""
+        """The kept values of some tokens. logits: (n, V) float32, divided by the temperature, overwritten -> (n, ...) each."""
         ...
 
     def is_whole(self, selected: Sequence[Array]) -> Array:
         """Which tokens have a distribution: logits that are no number, or infinite, have none. (n,) bool
 
-        Told from what `select` gave, for one more look at all logits would cost a tenth of a dump.
+        Computed from the result of `select`, as another pass over all logits would cost a tenth of a dump.
         """
         ...
 
@@ -86,7 +86,7 @@ class Codec(Protocol):
         ...
 
     def unpack(self, columns: Mapping[str, Sequence[Array]], num_tokens: int) -> KeptSignal:
-        """The signals of tokens whose items stand one after another in the pieces of `columns`, each of whole tokens."""
+        """The signals of tokens whose items are adjacent in the pieces of `columns`, each of whole tokens."""
         ...
 
 
@@ -102,7 +102,7 @@ def build_codec(method: Method, vocab_size: int) -> Codec:
 
 
 class SampleCodec:
-    """distinct, repeated: types of each token, and how many were drawn more than once; ids: these first; counts: of these."""
+    """distinct, repeated: numbers of different draws of a token, and of repeated ones; ids: repeated first; counts: of these."""
 
     def __init__(self, method: SampleMethod, vocab_size: int) -> None:
         self._draws = method.draws
@@ -214,7 +214,7 @@ class TopKCodec:
 
 
 class DenseCodec:
-    """log_probs: of all types in the order of ids."""
+    """log_probs: of all vocabulary entries in the order of ids."""
 
     def __init__(self, method: DenseMethod, vocab_size: int) -> None:
         self._temperature = method.temperature
@@ -252,7 +252,7 @@ def fixed_width(values: Array) -> Column:
 
 
 def uniform_draws(seed: int, keys: TokenKeys) -> Array:
-    """One number in (0, 1] a token, from its row and position alone; (n,) float64.
+    """One number in (0, 1] a token, from its row and position only; (n,) float64.
 
     Two rounds of the finalizer of SplitMix64 (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators").
     """

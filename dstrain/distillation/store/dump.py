@@ -1,6 +1,6 @@
 """A teacher's distributions on a split, written to the disk: the offline half of distillation.
 
-The main thread does nothing but run the teacher and choose what is kept; another packs, puts rows in order and writes. Batches
+The main thread only runs the teacher and selects the kept values; another packs, puts rows in order and writes. Batches
 are cut within one shard, so a shard's bytes depend only on the job and on `max_tokens`, not on the number of workers nor on
 interruptions. (Another `max_tokens` moves the last bits of the teacher's logits, and so, now and then, a draw.) Memory:
 chunk_tokens x V logits and one shard. A kill, a full disk and Ctrl-C lose the shard under way and no other.
@@ -102,7 +102,7 @@ def plan_dump(
 
 @dataclass
 class DumpReport:
-    """What one process did. seconds: in all; teacher_seconds: of these, its device with the teacher and softmax."""
+    """Counts of one process. seconds: in all; teacher_seconds: of these, its device with the teacher and softmax."""
 
     shards: int = 0
     finished_before: int = 0
@@ -150,7 +150,7 @@ class Dumper:
         return sum(int(lengths[starts[number] : starts[number + 1]].sum()) for number in worker.shards(self.job.shards))
 
     def run(self, worker: Worker, progress: Callable[[int], object]) -> DumpReport:
-        """Every shard of `worker` that is not complete yet. progress: told how many tokens are done.
+        """Every shard of `worker` that is not complete yet. progress: called with the number of finished tokens.
 
         Raises DataError if `output` belongs to another job, StorageError if the disk is full; finished shards stay.
         """
@@ -199,7 +199,7 @@ class Dumper:
 
     @torch.inference_mode()
     def _select(self, batch: Batch, codec: Codec) -> Selected:
-        """What is kept of the batch's targets, on the teacher's device."""
+        """The kept values of the batch's targets, on the teacher's device."""
         keys, device = token_keys(batch), torch.device(self.device)
         begin, batch = timestamp(device), batch.to(device)
         choose = partial(
@@ -267,7 +267,7 @@ class ShardDraft:
         self._tokens = 0
 
     def add(self, batch: Batch, selected: Sequence[Array]) -> None:
-        """Take what was selected of a batch."""
+        """Take the selected values of a batch."""
         lengths = batch.examples.target_length.numpy()  # (b,)
         row_starts = np.cumsum(lengths) - lengths
         for name, column in self.codec.pack(selected).items():

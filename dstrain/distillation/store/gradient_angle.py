@@ -1,6 +1,6 @@
 """How far a store's gradient points away from that of the whole distribution: the test of a store on one's own teacher.
 
-For the same tokens the student's gradient is taken twice, over all its parameters: from what the store kept, and from all of the
+For the same tokens the student's gradient is computed twice, over all its parameters: from the stored values, and from all of the
 teacher's probabilities. An unbiased store has an angle that falls like one over the root of the number of tokens; the angle of a
 biased one stays, however many there are. The loss is the forward divergence at the store's temperature, by the very op that
 trains.

@@ -1,6 +1,6 @@
-"""What a directory of dumped logits holds: `logits.json`, the last file that is written.
+"""The contents of a directory of dumped logits: `logits.json`, the last file that is written.
 
-    LOGITS/parts.json    what is dumped: teacher, data, method; written before any work
+    LOGITS/parts.json    the job: teacher, data, method; written before any work
     LOGITS/00000.arrow   the signals of some consecutive rows; 00000.json is its sidecar (`storage/sharded_job.py`)
     LOGITS/logits.json   the job and the sidecar of every shard: the store is complete
 
@@ -85,9 +85,9 @@ def choose_method(kind: str, options: Mapping[str, Any]) -> Method:
 
 
 class DumpJob(Config):
-    """What is dumped. teacher, data, tokenizer: fingerprints. rows, tokens: of the split; tokens: scored ones, with every EOS.
+    """The job of a dump. teacher, data, tokenizer: fingerprints. rows, tokens: of the split; tokens: scored ones, with every EOS.
 
-    tokens_per_shard: a shard ends with the first row that reaches so many. precision: what the teacher computes in; its
+    tokens_per_shard: a shard ends with the first row that reaches so many. precision: of the teacher's computation; its
     log-probabilities are float32.
     """
 

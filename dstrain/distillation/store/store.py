@@ -1,7 +1,7 @@
-"""Dumped logits as a source of signals: for every scored token of a batch what a teacher said of it, read from the disk.
+"""Dumped logits as a source of signals: a teacher's distribution of every scored token of a batch, read from the disk.
 
 Signals are looked up by (row of the data, position), so batch size, order, packing and the number of ranks may be any. Shards are
-mapped, and all ranks of a node share the pages; a batch costs a few slices a row and one pass over what it needs, about a
+mapped, and all ranks of a node share the pages; a batch costs a few slices a row and one pass over its values, about a
 millisecond for 260 sentences.
 """
 
@@ -51,15 +51,15 @@ class LogitStore:
 
     @property
     def temperature(self) -> float:
-        """What the teacher's logits were divided by."""
+        """The divisor of the teacher's logits."""
         return self.manifest.job.method.temperature
 
     def require(self, request: SignalRequest) -> None:
-        """Raise RecipeError unless it is of the data, of the distribution alone, and, where a part of that is kept, at the dump's
+        """Raise RecipeError unless it is of the data, of the distribution only, and, if a part of that is kept, at the dump's
         temperature; forward_kl only if nothing is known of the other vocabulary entries."""
         if request.on_policy:
             raise RecipeError(
-                f"objective.on_policy has a teacher score what the student writes, {self._directory} keeps what one said of the "
+                f"objective.on_policy needs a teacher of the student's samples, {self._directory} holds distributions of the "
                 "data: remove objective.on_policy, or name a teacher at work (--teacher)"
             )
         if request.features:
@@ -137,7 +137,7 @@ def open_store(
     """Open a complete store for batches of the data directory `data`, of that manifest.
 
     verify: compare the SHA-256 of every file, whatever the size. renormalize: only for top-k stores. Raises DataError
-    where the store is unfinished, of other data or another tokenizer, or if a file is missing, truncated or altered.
+    if the store is unfinished, of other data or another tokenizer, or if a file is missing, truncated or altered.
     """
     directory = Path(directory)
     store = load_store_manifest(directory)
@@ -151,14 +151,14 @@ def open_store(
 
 
 def check_files(directory: Path, store: StoreManifest, *, verify: bool) -> None:
-    """Compare sizes, and checksums where there are at most 1 GiB or on request. Raises DataError naming the file."""
+    """Compare sizes, and checksums up to 1 GiB in all or on request. Raises DataError naming the file."""
     content = verify or sum(file.size for file in store.files) <= ALWAYS_HASHED_BYTES
     for file in with_progress(store.files) if verify else store.files:
         file.check(directory, content=content, remedy=_REMEDY)
 
 
 def describe_store(directory: Path) -> list[str]:
-    """What a complete store holds, after a check of every byte. Raises DataError if something is wrong with it."""
+    """A summary of a complete store, after a check of every byte. Raises DataError if it is damaged."""
     store = load_store_manifest(directory)
     check_files(directory, store, verify=True)
     job = store.job

@@ -101,4 +101,4 @@ def _build_bleu(tokenize: str, lowercase: bool) -> BLEU:
         return BLEU(lowercase=lowercase, tokenize=tokenize)
     except (RuntimeError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"BLEU tokenization {tokenize!r} cannot be used here: {reason}; mend that or choose another") from error
+        raise DataError(f"BLEU tokenization {tokenize!r} cannot be used here: {reason}; fix that or choose another") from error

@@ -75,7 +75,7 @@ def test_another_tokenizer_or_none_is_refused(data: Path, base: Path, tmp_path: 
     ):
         find_base(base, MODEL, load_manifest(other))
     bare = bundle_for(data, tmp_path / "bare", tokenizers=False)
-    with pytest.raises(BundleError, match=r"--base .*bare has no tokenizer, so it cannot be told whether the ids of the data"):
+    with pytest.raises(BundleError, match=r"--base .*bare has no tokenizer, so it is unknown whether the ids of the data"):
         find_base(bare, MODEL, load_manifest(data))
 
 

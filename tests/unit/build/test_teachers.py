@@ -171,7 +171,7 @@ def test_a_teacher_that_reads_too_little_is_refused(corpus: Corpus, tmp_path: Pa
         ({"source": "all"}, "source: no list, but the student has 90 ids"),
         ({"source": [*range(89), 90]}, "source: 90 is no id of the teacher, which has 90"),
         ({"source": [*range(89), True]}, "source: True is no id of the teacher"),
-        ({"source": [*range(89), 5]}, "source: the teacher's id 5 stands there twice"),
+        ({"source": [*range(89), 5]}, "source: the teacher's id 5 occurs twice"),
         (
             {"source": [0, 2, 1, *range(3, 90)]},
             "source: pad and eos must be mapped to the teacher's pad and eos, 1 and 2, not 2 and 1",

@@ -140,7 +140,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken base": (lambda b: Path("base/model.yaml").unlink(), r"base is not a bundle: it has no model\.yaml"),
     "no weights": (lambda b: (b / "adapter/adapter.safetensors").unlink(), r"adapter\.safetensors is missing: the bundle is inc"),
     "altered weights": (alter, r"adapter\.safetensors: the file was altered .*\(checksum\); restore it"),
-    "a tensor of another name": (rename_a_tensor, r"safetensors: the base has no place for encoder\.layers\.9\.self_attention"),
+    "a tensor of another name": (rename_a_tensor, r"safetensors: the base has no weights for encoder\.layers\.9\.self_attention"),
     "other format": (change(format=7), r"adapter\.yaml has format 7, this dstrain reads 1; use the version that wrote it"),
     "unknown key": (change(flavor="sweet"), r"adapter\.yaml is not a valid description of an adapter: flavor: unknown key"),
     "other rank": (

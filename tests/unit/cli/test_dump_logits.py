@@ -75,7 +75,7 @@ def test_strangers_are_refused(data: Path, teacher: Path, logits: Path, tmp_path
     assert "has no tokenizer" in verbs.fail(*words(mute, data, tmp_path / "new"))
     assert "is not a bundle" in verbs.fail(*words(tmp_path / "none", data, tmp_path / "new"))
     message = verbs.fail(*words(newer, data, logits))
-    assert "was begun with another job (teacher:" in message
+    assert "was started with another job (teacher:" in message
     angle = ("inspect", logits, "--device", "cpu")
     assert "are of another teacher" in verbs.fail(*angle, "--against-teacher", newer, "--data", data)
     assert "ids would mean other words" in verbs.fail(*angle, "--against-teacher", stranger, "--data", data)
@@ -99,7 +99,7 @@ def test_other_sentences_are_refused(data: Path, teacher: Path, logits: Path, tm
     prepare(config, tmp_path / "other", workers=1, progress=False)
     message = verbs.fail("inspect", logits, "--against-teacher", teacher, "--data", tmp_path / "other", "--device", "cpu")
     assert "are of other data" in message
-    assert "was begun with another job (data:" in verbs.fail(*words(teacher, tmp_path / "other", logits))
+    assert "was started with another job (data:" in verbs.fail(*words(teacher, tmp_path / "other", logits))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_teacher_in_half_precision_says_nearly_the_same(
     message = verbs.fail(
         *words(teacher, data, tmp_path / "fp32", "--method", "topk", "--k", "120", "--dtype", "float32", "--precision", precision)
     )
-    assert f"was begun with another job (precision: fp32 -> {precision})" in message
+    assert f"was started with another job (precision: fp32 -> {precision})" in message
 
 
 def test_a_dump_from_before_precisions_is_in_fp32(data: Path, teacher: Path, logits: Path, tmp_path: Path, verbs: Verbs) -> None:

@@ -94,4 +94,4 @@ def test_a_teacher_in_half_precision_labels_another_job(data: Path, teacher: Pat
     alike = sum(exact[row].target.tolist() == half[row].target.tolist() for row in range(30))
     assert 10 <= alike < 30  # an untrained teacher decides by little
     message = verbs.fail(*words(teacher, data, tmp_path / "fp32", *options, "--precision", "bf16"))
-    assert "was begun with another job (precision: fp32 -> bf16)" in message
+    assert "was started with another job (precision: fp32 -> bf16)" in message

@@ -159,7 +159,7 @@ def test_unequal_sides_are_refused(tmp_path: Path) -> None:
 def test_dictionaries_are_checked(tmp_path: Path) -> None:
     folder = directory(tmp_path / "bin")
     write_dictionary(folder / "dict.en.txt", [*WORDS, "the"])
-    with pytest.raises(DataError, match=r"dict\.en\.txt:5: symbol 'the' stands there twice; .*`#fairseq:overwrite`"):
+    with pytest.raises(DataError, match=r"dict\.en\.txt:5: symbol 'the' occurs twice; .*`#fairseq:overwrite`"):
         prepare(fairseq_data([folder]), tmp_path / "data", workers=1)
     (folder / "dict.en.txt").write_text("the 1\nold 1\ndog 1\nruns 1\nthe 1 #fairseq:overwrite\n")
     prepare(fairseq_data([folder]), tmp_path / "data", workers=1)

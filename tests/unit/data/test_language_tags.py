@@ -42,7 +42,7 @@ def test_a_trained_tokenizer_keeps_tags_whole(model_type: str, with_tags: bool) 
     [
         ({"tags": ("</s>",)}, r"data\.tokenizer\.tags: '</s>' is the name of a special"),
         ({"tags": ("a b",)}, r"data\.tokenizer\.tags: 'a b' must be one or more characters without white space"),
-        ({"tags": ("x", "x")}, r"data\.tokenizer\.tags: 'x' stands there twice"),
+        ({"tags": ("x", "x")}, r"data\.tokenizer\.tags: 'x' occurs twice"),
         ({"tags": ("ﬁn_Latn",)}, r"data\.tokenizer\.tags: 'ﬁn_Latn' is changed by SentencePiece's normalization \(NFKC\)"),
     ],
 )

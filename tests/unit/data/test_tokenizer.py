@@ -174,8 +174,8 @@ def test_the_golden_dictionary_gives_the_golden_ids() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("the 1\ncat 2\nthe 3\n", r"dict\.txt:3: symbol 'the' stands there twice; .* `#fairseq:overwrite`"),
-        ("<pad> 1\n", r"dict\.txt:1: symbol '<pad>' stands there twice"),
+        ("the 1\ncat 2\nthe 3\n", r"dict\.txt:3: symbol 'the' occurs twice; .* `#fairseq:overwrite`"),
+        ("<pad> 1\n", r"dict\.txt:1: symbol '<pad>' occurs twice"),
         ("the 1\ncat\n", r"dict\.txt:2: 'cat' is not `symbol count`"),
         ("the 1\n\n", r"dict\.txt:2: '' is not `symbol count`"),
         ("the one\n", r"dict\.txt:1: 'the one' is not `symbol count`"),

@@ -64,7 +64,7 @@ def test_user_symbols_are_pieces_after_the_specials() -> None:
     ("symbols", "message"),
     [
         (("</s>",), r"'</s>' is the name of a special"),
-        (("<x>", "<x>"), r"'<x>' stands there twice"),
+        (("<x>", "<x>"), r"'<x>' occurs twice"),
         (("",), r"'' must be one or more characters without white space"),
         (("a b",), r"'a b' must be one or more characters without white space"),
         (("\u2581x",), r"'\u2581x' must be one or more characters without white space"),

@@ -325,7 +325,7 @@ def feature(**keys: Any) -> dict[str, Any]:
             feature(),
             STUDENT,
             [DECODER_ONLY],
-            "objective.features.0.kind = attention compares which tokens are looked at, but the decoder of a decoder-only model",
+            "objective.features.0.kind = attention compares attention over tokens, but the decoder of a decoder-only model",
         ),
         (
             feature(),

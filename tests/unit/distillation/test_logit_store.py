@@ -271,7 +271,7 @@ def test_all_types_can_teach_anything_of_the_data(data: Path, teacher: EncoderDe
     for divergence in ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_kl"):
         for temperature in (1.0, 2.0):
             store.require(SignalRequest(divergence, temperature))
-    with pytest.raises(RecipeError, match=r"objective.on_policy has a teacher score what the student writes"):
+    with pytest.raises(RecipeError, match=r"objective.on_policy needs a teacher of the student's samples"):
         store.require(SignalRequest("forward_kl", 2.0, on_policy=True))
     with pytest.raises(RecipeError, match=r"objective.features learns from inside a teacher"):
         store.require(SignalRequest("forward_kl", 2.0, features=True))
@@ -288,7 +288,7 @@ def test_draws_teach_the_forward_divergence_alone_at_the_dumps_temperature(
         store.require(fitting._replace(divergence="reverse_kl"))
     with pytest.raises(RecipeError, match=r"objective.temperature = 1, but the logits in .* are of temperature 2: set that, or"):
         store.require(fitting._replace(temperature=1.0))
-    with pytest.raises(RecipeError, match=r"objective.on_policy has a teacher score what the student writes, .* remove objec"):
+    with pytest.raises(RecipeError, match=r"objective.on_policy needs a teacher of the student's samples, .* remove objec"):
         store.require(fitting._replace(on_policy=True))
     with pytest.raises(
         RecipeError, match=r"objective.features learns from inside a teacher, but .*logits keeps only its probabilities"
@@ -387,7 +387,7 @@ def test_logits_of_other_data_another_tokenizer_or_teacher_are_refused(
         open_store(tmp_path / "logits", data=data, manifest=valid)
     with pytest.raises(DataError, match=r"are of another teacher \(some teacher\) than bundle \(a newer one\); dump them again"):
         store.manifest.job.require_teacher("a newer one", tmp_path / "logits", Path("bundle"))
-    with pytest.raises(DataError, match=r"was begun with another job .*method: .*draws.*; choose another --output"):
+    with pytest.raises(DataError, match=r"was started with another job .*method: .*draws.*; choose another --output"):
         dump(dumper(data, tmp_path / "logits", SampleMethod(draws=51), teacher=teacher))
     with pytest.raises(DataError, match=r"holds 7 rows|holds .* tokens for the rows|a batch asks for row"):
         valid_rows = open_dataset(data, "valid")

@@ -166,7 +166,7 @@ def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
         (
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
             {},
-            "zero_optimization.offload_param: parameters are offloaded by stage 3 alone, not 2",
+            "zero_optimization.offload_param: parameters are offloaded by stage 3 only, not 2",
         ),
         (
             {**ZERO1, "data_types": {"grad_accum_dtype": "fp32"}},
@@ -181,7 +181,7 @@ def test_what_contradicts_the_recipe(content: Any, engine: dict[str, Any], expec
 
 def test_a_key_that_stands_twice(tmp_path: Path) -> None:
     text = '{"zero_optimization": {"stage": 1, "stage": 2}}'
-    assert message(tmp_path, text) == "not a readable JSON file: the key 'stage' is given twice; mend the file"
+    assert message(tmp_path, text) == "not a readable JSON file: the key 'stage' is given twice; fix the file"
 
 
 def test_a_file_that_is_no_json(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ def test_data_of_another_tokenizer_are_refused(bundle: Path, tmp_path: Path, cap
 def test_a_bundle_without_tokenizer_cannot_be_compared(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bare = bundle_for(data, tmp_path / "bare", tokenizers=False)
     assert main(["validate", str(bare), "--data", str(data)]) == 1
-    assert "has no tokenizer, so it cannot be told whether the ids of" in capsys.readouterr().err
+    assert "has no tokenizer, so it is unknown whether the ids of" in capsys.readouterr().err
 
 
 def test_an_encoder_decoder_bundle_has_nothing_to_read_in_text_without_a_source(

@@ -103,5 +103,5 @@ def test_unknown_tokenization() -> None:
 
 def test_tokenization_that_needs_more_than_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "MeCab", None)
-    with pytest.raises(DataError, match=r"BLEU tokenization 'ko-mecab' cannot be used here: .*; mend that or choose another"):
+    with pytest.raises(DataError, match=r"BLEU tokenization 'ko-mecab' cannot be used here: .*; fix that or choose another"):
         corpus_scores(["a"], ["a"], tokenize="ko-mecab")

@@ -15,7 +15,7 @@ from dstrain.models.weights import to_canonical
 from tests.unit.models.build import VOCABULARY, name_of, sequences, small_config, small_model, variants
 
 PARAMETERS = {"iwslt": 31_641_600, "base": 44_236_800, "big": 176_553_984, "it2": 831_410_176, "it2_dist": 132_485_120}
-"""With 64 source and 64 target types, counted by the predecessor."""
+"""With 64 source and 64 target tokens, counted by the predecessor."""
 
 
 @pytest.mark.parametrize("name", PARAMETERS)

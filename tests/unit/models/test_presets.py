@@ -47,7 +47,7 @@ TABLE = {
     "transformer_base18L": Row(18, 512, 2048, 8, "pre", "relu", True, "none", 0.1),
 }
 COUNTED = {"base": 44_236_800, "big": 176_553_984, "iwslt": 31_641_600, "it2": 831_410_176, "it2_dist": 132_485_120}
-"""By the predecessor, with 64 source and 64 target types."""
+"""By the predecessor, with 64 source and 64 target tokens."""
 
 
 def read(config: EncoderDecoderConfig) -> Row:

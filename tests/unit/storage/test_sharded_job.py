@@ -36,7 +36,7 @@ def test_a_job_that_another_process_starts_at_the_same_moment_is_the_same_job(
     read = ShardedJob.read
 
     def missed(work: ShardedJob[Job, Sidecar], directory: Path) -> Job | None:
-        """Not there yet; an instant later it is, and the other process has begun its first shard."""
+        """Not there yet; an instant later it is, and the other process has started its first shard."""
         monkeypatch.setattr(ShardedJob, "read", read)
         WORK.start(directory, Job(number=1))
         (tmp_path / "00000.arrow.tmp").touch()

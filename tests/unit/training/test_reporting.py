@@ -95,7 +95,7 @@ def test_a_broken_line_elsewhere_is_an_error_with_its_number(tmp_path: Path, lin
 
 def test_a_full_disk_is_explained(tmp_path: Path) -> None:
     (tmp_path / "events.jsonl").symlink_to("/dev/full")
-    with pytest.raises(TrainingError, match=r"cannot write .*events.jsonl.*No space left on device.*make room"):
+    with pytest.raises(TrainingError, match=r"cannot write .*events.jsonl.*No space left on device.*free some space"):
         EventFile(tmp_path / "events.jsonl").append({"kind": "train", "step": 1})
 
 

@@ -69,7 +69,7 @@ def test_another_recipe_is_refused_and_the_difference_shown(tmp_path: Path) -> N
         open_run(tmp_path / "run", other, ALONE, data="d1")
     assert str(caught.value) == "\n".join(
         [
-            f"{tmp_path}/run was begun with another recipe; it is not resumed with this one:",
+            f"{tmp_path}/run was started with another recipe; it is not resumed with this one:",
             "  batching.tokens_per_step: 4096 -> (absent)",
             '  data.train[1].kind: (absent) -> "tsv"',
             '  data.train[1].path: (absent) -> "b.tsv"',
@@ -218,7 +218,7 @@ def test_a_directory_that_cannot_be_made_is_named() -> None:
 
 def test_other_data_are_refused(tmp_path: Path) -> None:
     begin(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=r"was begun on other data \(d1, this is d2\).*name the --data it was begun on"):
+    with pytest.raises(CheckpointError, match=r"was started on other data \(d1, this is d2\).*name the --data it was started on"):
         open_run(tmp_path / "run", RECIPE, ALONE, data="d2")
     open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
 
@@ -227,9 +227,7 @@ def test_another_teacher_is_refused(tmp_path: Path) -> None:
     directory = tmp_path / "run"
     open_run(directory, RECIPE, ALONE, data="d1", teachers=["t1", "t2"]).close()
     (directory / "checkpoints" / "step_00000001").mkdir(parents=True)
-    with pytest.raises(
-        CheckpointError, match=r"was begun with another teacher \(t1 t2, this is t2 t1\): name the one it was begun"
-    ):
+    with pytest.raises(CheckpointError, match=r"was started with another teacher \(t1 t2, this is t2 t1\): name the first one"):
         open_run(directory, RECIPE, ALONE, data="d1", teachers=["t2", "t1"])
     with pytest.raises(CheckpointError, match=r"another teacher \(t1 t2, this is none\)"):
         open_run(directory, RECIPE, ALONE, data="d1")

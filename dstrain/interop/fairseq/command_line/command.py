@@ -65,9 +65,7 @@ def parse_command(line: str) -> Command:
             raise ImportFormatError(f"{word} is the last word and has no value; give the whole command line")
     if len(data) != 1:
         directories = ", ".join(data) or "none"
-        raise ImportFormatError(
-            f"the command line names one data directory (several joined by ':'), found {directories}; mend it"
-        )
+        raise ImportFormatError(f"the command line names one data directory (several joined by ':'), found {directories}; fix it")
     values = {name: _value(name, word) for name, word in words_by_name.items()}
     return Command(values, words_by_name, tuple(data[0].split(":")), unknown, before)
 
@@ -82,7 +80,7 @@ def _value(name: str, word: str) -> Any:
     try:
         return convert(word)
     except (ValueError, SyntaxError, TypeError) as error:
-        raise ImportFormatError(f"{dashed(name)} {word}: not {kind} ({error}); mend the command line") from error
+        raise ImportFormatError(f"{dashed(name)} {word}: not {kind} ({error}); fix the command line") from error
 
 
 def _words(line: str) -> tuple[list[str], list[str]]:

@@ -52,9 +52,7 @@ DIFFERS = {
     "bf16": "meant a TPU until 2025; dstrain keeps fp32 master weights",
     "max-update": "beyond the schedule's {total} steps the rate stayed at its end; the recipe ends there",
     "best-checkpoint-metric": "kept the worst, {how} --maximize-best-checkpoint-metric; dstrain knows which direction is better",
-    "eval-bleu": (
-        "scored pieces by default, and lengths depended on a batch's padding; dstrain scores text with sacreBLEU 13a"
-    ),
+    "eval-bleu": ("scored pieces by default, and lengths depended on a batch's padding; dstrain scores text with sacreBLEU 13a"),
 }
 LACKING = {
     "criterion": "label-smoothed cross-entropy instead",
@@ -121,7 +119,7 @@ class Notes(SettingsReader):
     def refusal(self, name: str, value: object, reason: str) -> ImportFormatError:
         """The error for an option that cannot be read."""
         option = dashed(name) if isinstance(value, dict) else f"{dashed(name)} {value}"
-        return ImportFormatError(f"{option}: {reason}; mend the command line")
+        return ImportFormatError(f"{option}: {reason}; fix the command line")
 
     def unequal(self, name: str, settings: Settings, reason: str) -> None:
         """Note that encoder and decoder differ in an option that is one for both here."""

@@ -66,7 +66,7 @@ def _distillation(settings: Settings, smoothing: float, notes: Notes) -> Tree:
     notes.ignored("kd_args", kd_args, {"strategy", "rate", "queue_size"})
     strategy = kd_args.get("strategy", "word_level")
     if strategy not in SELECTIONS:
-        raise ImportFormatError(f"--kd-args: strategy {strategy!r} is none of {', '.join(SELECTIONS)}; mend the JSON")
+        raise ImportFormatError(f"--kd-args: strategy {strategy!r} is none of {', '.join(SELECTIONS)}; fix the JSON")
     _note_teacher(settings, notes)
     section: Tree = {"kind": "distillation", "label_smoothing": smoothing, "selection": {"kind": SELECTIONS[strategy]}}
     if strategy == "word_level":
@@ -105,7 +105,7 @@ def _late_distillation(settings: Settings, notes: Notes) -> Tree:
         if key in kd_args:
             notes.differ("--kd-args", "kd-late", key=key)
     if not 0 < share <= 1:
-        raise ImportFormatError(f"--kd-args: lambda = {share:g} is no share above 0 and at most 1; mend the JSON")
+        raise ImportFormatError(f"--kd-args: lambda = {share:g} is no share above 0 and at most 1; fix the JSON")
     weights = {"kd_weight": share, "hard_weight": 1 - share, "label_smoothing": 0.0}
     return {"kind": "distillation", **weights, "selection": {"kind": "word" if share == 1 else "word_and_sequence"}}
 
