@@ -306,11 +306,6 @@ def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundl
     )
 
 
-def read_description(directory: Path) -> BundleDescription:
-    """Only model.yaml, without the weights. BundleError if it is missing, malformed or of another format."""
-    return DESCRIPTION.validate(_description_tree(directory), directory / MODEL)
-
-
 def _description_tree(directory: Path) -> dict[str, Any]:
     path = directory / MODEL
     if not path.exists():

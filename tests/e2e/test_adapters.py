@@ -112,7 +112,7 @@ def test_fine_tuning_without_an_adapter_starts_from_the_base_too(runs: Path, dat
         (
             (ADAPTER.replace("q_proj", "query"),),
             True,
-            "adapter.targets: 'query' matches no part of the model; its parts are called",
+            "adapter.targets: 'query' matches no module of the model; its modules are called",
         ),
         ((ADAPTER.replace("[q_proj, v_proj, up_proj, tokens]", "[]"),), True, "adapter.targets"),
         ((ADAPTER.replace("lora_only", "some"),), True, "adapter.bias"),

@@ -212,7 +212,7 @@ def test_an_unmatched_target_is_refused_with_what_there_is() -> None:
     with pytest.raises(RecipeError) as caught:
         adapted(lora("q_proj", "fc1", "encoder.*.cross_attention.q_proj"))
     assert str(caught.value) == (
-        "adapter.targets: 'fc1', 'encoder.*.cross_attention.q_proj' matches no part of the model; its parts are called tokens, "
+        "adapter.targets: 'fc1', 'encoder.*.cross_attention.q_proj' matches no module of the model; its modules are called tokens, "
         "q_proj, k_proj, v_proj, out_proj, up_proj, down_proj, projection, one of them in full "
         "decoder.layers.0.self_attention.q_proj"
     )

@@ -239,6 +239,6 @@ def test_what_was_not_written_as_given_is_no_bundle(place: Path, monkeypatch: py
     monkeypatch.setattr(
         adapter_files, "save_file", lambda tensors, path: write({name: value + 1 for name, value in tensors.items()}, path)
     )
-    with pytest.raises(BundleError, match="adapter does not hold what was written into it; the disk or its memory"):
+    with pytest.raises(BundleError, match="adapter differs from the data written into it; check the disk and the memory"):
         make(ADAPTED, Path("base"), seed=5)
     assert load_bundle(ADAPTED).notes == {"step": 1}, "the bundle that was there stays"

@@ -135,5 +135,5 @@ def test_the_reader_starts_anywhere() -> None:
 
 def test_asking_for_too_many_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grammar, "PATIENCE", 3)
-    with pytest.raises(DataError, match=r"the grammar has said \d+ different valid sentences and finds no more; lower num_pairs"):
+    with pytest.raises(DataError, match=r"the grammar has made \d+ different valid sentences and has no more; lower num_pairs"):
         pairs("valid", 100_000)

@@ -272,7 +272,12 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
         (config_of(), True, True, "--teacher and --logits are two sources of the same signal"),
         (CrossEntropyConfig(), True, False, "objective.kind = cross_entropy has no use for a teacher: leave --teacher out"),
         (CrossEntropyConfig(), False, True, "objective.kind = cross_entropy has no use for a teacher: leave --logits out"),
-        (config_of(teacher_precision="bf16"), False, True, "objective.teacher_precision = bf16 is what a teacher at work"),
+        (
+            config_of(teacher_precision="bf16"),
+            False,
+            True,
+            "objective.teacher_precision = bf16 is the precision of an online teacher",
+        ),
         (config_of(renormalize=True), True, False, "objective.renormalize is for dumped logits of method topk"),
     ],
 )

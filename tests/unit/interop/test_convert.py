@@ -270,7 +270,7 @@ ROTARY = {"kind": "rotary", "theta": 10000.0, "scaling": {"kind": "none"}}
         (
             """--yarn-args '{"type": "vanilla", "max_position_embeddings": 2048}'""",
             ROTARY,
-            "to reach 2048 tokens say scaling: {kind: yarn, factor: 8, original_length: 256}",
+            "for 2048 tokens set scaling: {kind: yarn, factor: 8, original_length: 256}",
         ),
         (
             """--yarn-args '{"type": "vanilla", "scale": 8, "beta_fast": 16, "beta_slow": 2, "attn_factor": 0.5}'""",
@@ -516,7 +516,7 @@ def test_a_schedule_without_an_end_and_a_batch_without_a_size_are_refused() -> N
         recipe_from_command(BASE.replace("--max-tokens 4096", ""))
     with pytest.raises(ImportFormatError, match=r"names no --arch; known are transformer"):
         recipe_from_command(BASE.replace("--arch transformer", ""))
-    with pytest.raises(ImportFormatError, match=r"data-bin is not here to look at, so its languages are unknown"):
+    with pytest.raises(ImportFormatError, match=r"data-bin is not on this machine, so its languages are unknown"):
         recipe_from_command(BASE.replace("-s en -t de", ""))
 
 
@@ -533,7 +533,7 @@ def test_data_elsewhere_are_called_by_the_usual_names() -> None:
         "source": "data-bin/dict.en.txt",
         "target": "data-bin/dict.de.txt",
     }
-    assert "data-bin: not here to look at: the usual names, one piece a split" in notes_of("")
+    assert "data-bin: not on this machine: the usual names, one piece a split" in notes_of("")
     several = BASE.replace("data-bin", "one:two")
     assert [corpus["source"] for corpus in tree_of("", several)["data"]["train"]] == ["one/train.en-de.en", "two/train.en-de.en"]
     assert "one:two: an epoch read one of them in turn; dstrain's epoch reads all" in notes_of("", several)
