@@ -4,7 +4,7 @@ import socket
 
 
 def free_port() -> int:
-    """A port on which nobody listens now."""
+    """A port without a listener now."""
     with socket.socket() as listener:
         listener.bind(("", 0))
         return int(listener.getsockname()[1])

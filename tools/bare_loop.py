@@ -1,7 +1,7 @@
 """The bare PyTorch loop that dstrain's training speed is divided by: `nn.Transformer`, full logits, `F.cross_entropy`, Adam.
 
 The Transformer-Tiny shape with nothing around it: 4+4 post-norm layers, model 128, ffn 256, 4 heads, dropout 0.3, 7,792 tied
-types, label smoothing 0.1, 264 random pairs of 13 source and 13 target tokens a step (3,432 target tokens), no padding, no data
+entries, label smoothing 0.1, 264 random pairs of 13 source and 13 target tokens a step (3,432 target tokens), no padding, no data
 pipeline, no logging. fp32, one thread, torch's and the C library's defaults. Prints one line of JSON: target tokens and
 CPU-seconds (user + system of this process) of the steps after the warm-up.
 

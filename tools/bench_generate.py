@@ -1,9 +1,9 @@
 """Speed of beam search beside Transformers' `generate`, in one process: sentences per CPU-second and the ratio.
 
-Both models have the Transformer-Tiny shape (4 + 4 post-norm layers, model 128, ffn 256, 4 heads, 7,792 tied types), random
+Both models have the Transformer-Tiny shape (4 + 4 post-norm layers, model 128, ffn 256, 4 heads, 7,792 tied entries), random
 weights and float32, and translate the same random sentences of 13 tokens and EOS with 5 beams. EOS is suppressed until the last
 of exactly 14 tokens, so both do equal work. The two take turns; each gets its best batch size, and its median round counts.
-malloc keeps freed memory for both, as it does in dstrain's verbs; this alone makes Transformers about a tenth faster.
+malloc keeps freed memory for both, as it does in dstrain's verbs; this makes Transformers about a tenth faster.
 
     OMP_NUM_THREADS=1 python tools/bench_generate.py [--sentences 256] [--rounds 5]
 """

@@ -2,7 +2,7 @@
 
 For each kind of model: the CPU time of single decoder steps when the cache holds so many tokens (random weights and tokens, 4
 layers of 128 features, 16 rows), and the part of it that is spent in the kernel of self-attention. `beyond` is by how much more
-a step at the far position costs than if attention alone had grown, in percent: 0 where nothing else does. With beams, each row
+a step at the far position costs than if only attention had grown, in percent: 0 where nothing else does. With beams, each row
 continues a row of its sentence drawn at random at every step, as in a search; `unrelated` is the worst case, rows that change
 places and never descend from one another. Near and far take turns, and the fastest round of each counts, as other work on the
 machine takes memory bandwidth.

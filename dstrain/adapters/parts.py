@@ -95,7 +95,7 @@ class LoraEmbedding(nn.Module):
 class LoraProjection(nn.Module):
     """Features to the vocabulary by an adapted matrix, by an adapted way back to a factorized embedding, or both.
 
-    `reduce` gets the effective matrix, made anew in each forward, as a chunked loss takes a projection as one matrix. That
+    `reduce` gets the effective matrix, made in each forward, as a chunked loss takes a projection as one matrix. That
     is V x E values and as many for its gradient (features and matrix widened by R columns would copy the matrix just the same).
     It is not kept after `reduce` has returned, as ZeRO-3 requires.
     """

@@ -1,6 +1,6 @@
 """Training that starts from a bundle: its weights, and an adapter over them if the recipe has one.
 
-Only settings that act in training alone (dropout, dropped layers) may differ between the base's architecture and the recipe's.
+Only settings that act only in training (dropout, dropped layers) may differ between the base's architecture and the recipe's.
 """
 
 from __future__ import annotations

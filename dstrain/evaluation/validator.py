@@ -107,7 +107,7 @@ class Validator:
     """Scores one split; every rank calls it with the same weights.
 
     replicas: the ranks over which losses are summed. data: those that share out the sentences to translate.
-    batches: this rank's share of the split, equally many on every rank, anew at each call. denominator: the objective's.
+    batches: this rank's share of the split, equally many on every rank, new ones at each call. denominator: the objective's.
     averaged: score the moving average. beat: called with a phase before anything long.
     """
 

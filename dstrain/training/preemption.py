@@ -1,4 +1,4 @@
-"""Signals that ask training to stop: finish the step, write one checkpoint, exit with a code for the reason.
+"""Signals that stop training: finish the step, write one checkpoint, exit with a code for the reason.
 
 | signal | sent by | exit code |
 |---|---|---|

@@ -1,7 +1,7 @@
 """One stream of events, many readers: the event file, the progress bar, TensorBoard and wandb.
 
-Only rank 0 reports; the other ranks hold a `Reporter` without readers. TensorBoard and wandb are imported only where a recipe
-asks for them.
+Only rank 0 reports; the other ranks hold a `Reporter` without readers. TensorBoard and wandb are imported only if a recipe
+enables them.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def test_adapting_goes_on_where_the_base_ended(runs: Path) -> None:
     assert last < first
 
 
-def test_bundles_hold_the_adapter_alone(runs: Path) -> None:
+def test_bundles_hold_only_the_adapter(runs: Path) -> None:
     for name in ("best", "last", "step_00000040"):
         bundle = runs / "run" / "bundles" / name
         assert sorted(path.name for path in bundle.iterdir()) == ["adapter", "recipe.yaml"]

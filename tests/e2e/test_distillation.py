@@ -44,7 +44,7 @@ def student(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory)
     return run
 
 
-def test_the_events_tell_the_losses_apart(student: Path) -> None:
+def test_the_events_name_every_loss(student: Path) -> None:
     train = events(student, "train")
     assert len(train) == 14
     for event in train:
@@ -114,7 +114,7 @@ def first_steps(data: Path, run: Path, *words: str | Path) -> list[tuple[float, 
     return [(event["hard"], event["kd"], event["agreement"]) for event in events(run, "train")]
 
 
-def test_every_way_to_place_a_teacher_teaches_the_same(teacher: Path, data: Path, tmp_path: Path) -> None:
+def test_every_way_to_run_a_teacher_teaches_the_same(teacher: Path, data: Path, tmp_path: Path) -> None:
     """One, the same twice, in CPU memory, and with other ids: the words in another order and some that the student has not."""
     expected = first_steps(data, tmp_path / "one", "--teacher", teacher)
     assert len(expected) == 2
@@ -131,7 +131,7 @@ def test_every_way_to_place_a_teacher_teaches_the_same(teacher: Path, data: Path
 
 
 def with_other_ids(teacher: Path, directory: Path) -> tuple[Path, Path]:
-    """The teacher with all ids but the special ones in reverse and seven types more; the map from the student's ids to these."""
+    """The teacher with all ids but the special ones in reverse and seven entries more; the map from the student's ids to these."""
     bundle = load_bundle(teacher)
     special, size = 4, bundle.vocabulary.target
     ids = torch.cat([torch.arange(special), torch.arange(size + 6, special + 6, -1)])

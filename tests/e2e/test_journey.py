@@ -51,7 +51,7 @@ def test_training_writes_what_the_readme_lists(run: Path) -> None:
     assert list((run / "wandb").iterdir())
 
 
-def test_the_same_recipe_gives_the_same_curve_under_torchrun_and_alone(run: Path, data: Path, tmp_path: Path) -> None:
+def test_the_same_recipe_gives_the_same_curve_under_torchrun_and_in_one_process(run: Path, data: Path, tmp_path: Path) -> None:
     """Dropout masks differ between world sizes, so one process is compared without dropout elsewhere; here: the same ranks."""
     other = tmp_path / "other"
     words = ["train", RECIPE, "--data", data, "--output", other, *settings(*SMALL_DATA, *SMALL_TRAINING)]

@@ -81,9 +81,9 @@ def test_a_student_trains_on_dumped_logits_as_beside_the_teacher(data: Path, tea
     dense, runs = tmp_path / "dense", {name: tmp_path / name for name in ("store", "teacher", "sampled", "two")}
     succeeds(dstrain("dump-logits", "--teacher", teacher, "--data", data, "--output", dense, "--method", "dense", *WORDS))
 
-    def words(run: Path, *lesson: str | Path, objective: str = "objective={kind: distillation}") -> list[str | Path]:
+    def words(run: Path, *teacher_source: str | Path, objective: str = "objective={kind: distillation}") -> list[str | Path]:
         recipe = settings(*SMALL_DATA, *SMALL_TRAINING, "model.dropout=0", objective)
-        return ["train", RECIPE, "--data", data, "--output", run, *lesson, *recipe]
+        return ["train", RECIPE, "--data", data, "--output", run, *teacher_source, *recipe]
 
     def curve(run: Path, *names: str) -> list[float]:
         return [event[name] for event in events(run, "train") for name in names]

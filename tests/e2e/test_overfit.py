@@ -82,7 +82,7 @@ PARTS: dict[str, Tree] = {
     "embedding_norm": {"embedding": {"norm": True}},
     "no_final_norm": both(final_norm="no"),
 }
-JOINED = [
+CONCATENATED = [
     ("rotary", "gated", "rms_norm"),
     ("yarn", "stacked"),
     ("alibi", "mqa", "stacked"),
@@ -200,7 +200,10 @@ def test_pairs_of_parts(names: tuple[str, ...], data: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "names",
-    [pytest.param(names, id="-".join(names), marks=() if names == JOINED[0] else pytest.mark.slow) for names in JOINED],
+    [
+        pytest.param(names, id="-".join(names), marks=() if names == CONCATENATED[0] else pytest.mark.slow)
+        for names in CONCATENATED
+    ],
 )
 def test_decoder_only(names: tuple[str, ...], data: Path, tmp_path: Path) -> None:
     says_its_targets_back(decoder_only(*names), data, tmp_path)

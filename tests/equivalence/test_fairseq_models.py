@@ -110,8 +110,8 @@ def imported(variant: str, projections: Projections = "fused") -> EncoderDecoder
 def follow_width(view: AttentionBias, width: int) -> None:
     """Take every sequence to be as long as the batch is wide, as the predecessor does."""
     assert isinstance(view.rotary, LengthRotary)
-    spectrum = view.rotary.rotary_frequencies
-    view.rotary.rotary_frequencies = lambda lengths: spectrum(torch.full_like(lengths, width))
+    frequencies = view.rotary.rotary_frequencies
+    view.rotary.rotary_frequencies = lambda lengths: frequencies(torch.full_like(lengths, width))
 
 
 def arrays(variant: str) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ def on(device: torch.device, thing: Any) -> Any:
 
 
 def signals(kind: str, dtype: torch.dtype) -> DenseSignal | SparseSignal:
-    """Of 123 tokens and 77 types."""
+    """Of 123 tokens and 77 entries."""
     whole = dense(123, 77, dtype, teachers=2)
     match kind:
         case "dense":
@@ -89,7 +89,7 @@ def step_memory(function: Any, everything: tuple[Any, ...]) -> int:
 
 
 def test_chunks_take_less_than_a_sixth_of_all_logits() -> None:
-    """4,096 tokens of 131,072 types: a matrix of them has 2 GiB."""
+    """4,096 tokens of 131,072 entries: a matrix of them has 2 GiB."""
     if torch.cuda.get_device_properties(GPU).total_memory < 60 << 30:
         pytest.skip("all logits at once need a GPU of 60 GiB")
     generator = torch.Generator(GPU).manual_seed(1)

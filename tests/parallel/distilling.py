@@ -138,9 +138,9 @@ def naively_distilled(steps: int, *, temperature: float, hard_weight: float) -> 
         batch = collate(sentences(step))
         logits = student.project(target_hidden(student, batch))
         with torch.no_grad():
-            taught = teacher.project(target_hidden(teacher, batch)).div(temperature).log_softmax(1)
-        cool = (logits / temperature).log_softmax(1)
-        kd = temperature**2 * (cool.exp() * (cool - taught)).sum()
+            teacher_log_probs = teacher.project(target_hidden(teacher, batch)).div(temperature).log_softmax(1)
+        student_log_probs = (logits / temperature).log_softmax(1)
+        kd = temperature**2 * (student_log_probs.exp() * (student_log_probs - teacher_log_probs)).sum()
         hard = torch.nn.functional.cross_entropy(logits, batch.targets.labels, reduction="sum")
         loss = (hard_weight * hard + (1 - hard_weight) * kd) / batch.num_targets
         adam.zero_grad()
@@ -184,7 +184,7 @@ def distilled(mesh: Mesh, *, runs: list[Report]) -> list[Report]:
 
 def _distilled(mesh: Mesh, *, steps: int, parts: int, **options: Any) -> Report:
     engine = student(mesh, **options)
-    initial, taught_by = held_weights(mesh, engine)["projections"], held_by_teachers(engine)
+    initial, distilled_by = held_weights(mesh, engine)["projections"], held_by_teachers(engine)
     reports = [asdict(engine.train_step(*share(step, mesh, parts))) for step in range(steps)]
     validated = float(engine.evaluate(collate(sentences(99))).loss_sum)
     found = {
@@ -192,7 +192,7 @@ def _distilled(mesh: Mesh, *, steps: int, parts: int, **options: Any) -> Report:
         "queues": queues(engine),
         "validated": validated,
         "initial": initial,
-        "teachers": [taught_by, held_by_teachers(engine)],
+        "teachers": [distilled_by, held_by_teachers(engine)],
         **held_weights(mesh, engine),
     }
     engine.close()

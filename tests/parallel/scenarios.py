@@ -218,7 +218,7 @@ class Faulty(TrainModule):
 
 
 def guarded(mesh: Mesh, *, deepspeed: str, precision: str, fault: str) -> Report:
-    """One good step, then one with a fault on the last rank alone."""
+    """One good step, then one with a fault on the last rank only."""
     plain = build_module()
     module = Faulty(plain.model, plain.objective)
     engine = build_engine(mesh, module, deepspeed=deepspeed, precision=precision)

@@ -56,7 +56,7 @@ def test_each_kind_learns_and_differs_from_the_others(alone: Curves) -> None:
     assert [report["denominator"] for report in alone[0]] == [report["num_targets"] for report in alone[0]]
 
 
-def test_the_divergence_is_reported_apart(alone: Curves, together: list[Curves]) -> None:
+def test_the_divergence_is_reported_separately(alone: Curves, together: list[Curves]) -> None:
     for curves in (alone, *together):
         divergences = [[means(report)["kl"] for report in curve] for curve in curves[8:12]]
         assert min(divergences[0]) > 0

@@ -57,7 +57,7 @@ def test_buckets_and_overlap_move_no_curve(zero: dict[str, Any], tmp_path: Path)
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_gradients_of_bf16_add_up_in_fp32(stage: int, tmp_path: Path) -> None:
-    """The sum of 32 times a 32nd of a gradient is the gradient; bf16 has no room for the sums on the way."""
+    """The sum of 32 times a 32nd of a gradient is the gradient; bf16 cannot hold the sums on the way."""
     plain = write(tmp_path, zero_optimization={"stage": stage})
     careful = tmp_path / "careful.json"
     careful.write_text(json.dumps({"zero_optimization": {"stage": stage}, "data_types": {"grad_accum_dtype": "fp32"}}))

@@ -72,7 +72,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         **{"settings": SMALL, "data": str(data), "output": str(directory / "run")},
         **{"base": None, "teachers": [], "placement": None},
     }
-    taught = {**plain, "settings": distil, "teachers": [first]}
+    distilling = {**plain, "settings": distil, "teachers": [first]}
     cases = {key: [{**plain, "settings": [*SMALL, f"{key}={value}"]} for value in values] for key, values in KEYS.items()}
     expected = {key: [(key, *values)] for key, values in KEYS.items()}
 
@@ -87,9 +87,9 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     expected["data"] = [("data.train[0].num_pairs", "60", "61")]
     cases["base"], expected["base"] = [{**plain, "base": path} for path in (first, second)], [("--base", *prints)]
     cases["no base"], expected["no base"] = [{**plain, "base": first}, plain], [("--base", prints[0], "null")]
-    cases["teacher"] = [{**taught, "teachers": [path]} for path in (first, second)]
+    cases["teacher"] = [{**distilling, "teachers": [path]} for path in (first, second)]
     expected["teacher"] = [("--teacher or --logits[0]", *prints)]
-    cases["placement"] = [{**taught, "placement": value} for value in ("sharded", "replicated")]
+    cases["placement"] = [{**distilling, "placement": value} for value in ("sharded", "replicated")]
     expected["placement"] = [("--teacher-placement", '"sharded"', '"replicated"')]
     cases["version"] = [plain, {**plain, "version": "0.0.1"}]
     expected["version"] = [("version.dstrain", json.dumps(__version__), '"0.0.1"')]

@@ -2,7 +2,7 @@
 
 Every node has its own host name and process tree, the second one also its own network, so that a template which takes
 `localhost` for the master or another node's processes for its own fails here as on a true cluster. The nodes share the
-file system. All files lie in one directory and all processes end with the cluster; /etc is left alone.
+file system. All files lie in one directory and all processes end with the cluster; /etc is not changed.
 """
 
 from __future__ import annotations

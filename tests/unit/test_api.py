@@ -46,7 +46,7 @@ def test_every_sentence_has_hypotheses_with_text_tokens_and_scores(model: Bundle
     assert found[0][0].text
 
 
-def test_a_sentence_means_the_same_alone_and_in_company(model: BundleModel) -> None:
+def test_a_sentence_means_the_same_in_every_batch(model: BundleModel) -> None:
     together = model.generate(SENTENCES, max_tokens=30)
     for sentence, hypotheses in zip(SENTENCES, together, strict=True):
         (alone,) = model.generate([sentence])

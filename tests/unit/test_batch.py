@@ -28,7 +28,7 @@ def test_a_batch_goes_to_a_device_but_for_what_is_looked_up_on_the_cpu() -> None
         assert part.size == batch.size
 
 
-def test_metrics_are_joined_by_name() -> None:
+def test_metrics_are_added_by_name() -> None:
     first, second = Metrics.over(10, {"nll": 5.0, "kd": 2.0}), Metrics.over(30, {"nll": 3.0, "kl": 6.0})
     both = first + second
     assert both == Metrics({"nll": 8.0, "kd": 2.0, "kl": 6.0}, {"nll": 40, "kd": 10, "kl": 30})

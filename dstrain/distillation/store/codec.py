@@ -128,7 +128,7 @@ class SampleCodec:
         return whole
 
     def pack(self, selected: Sequence[Array]) -> dict[str, Column]:
-        """Runs of equal draws become one id and, where they are longer than 1, a count."""
+        """Runs of equal draws become one id and, if longer than 1, a count."""
         (drawn,) = selected
         starts = np.ones(drawn.shape, np.bool_)
         np.not_equal(drawn[:, 1:], drawn[:, :-1], out=starts[:, 1:])

@@ -184,7 +184,7 @@ def linear_distillation(
 
 
 def check_signal(signal: Signal, divergence: Divergence) -> None:
-    """ValueError if a kept signal is asked for more than it holds."""
+    """ValueError if a request exceeds the contents of a kept signal."""
     if isinstance(signal, SparseSignal) and not signal.with_tail and kind_of(divergence) != "forward_kl":
         raise ValueError(
             f"{divergence.kind} needs the mass of all vocabulary entries, but this signal lacks that of the entries left out"

@@ -1,4 +1,4 @@
-"""Adapted small models for the tests of this room."""
+"""Adapted small models for the tests of this package."""
 
 from typing import Any
 

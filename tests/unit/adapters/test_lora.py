@@ -212,13 +212,13 @@ def test_an_unmatched_target_is_refused_with_what_there_is() -> None:
     with pytest.raises(RecipeError) as caught:
         adapted(lora("q_proj", "fc1", "encoder.*.cross_attention.q_proj"))
     assert str(caught.value) == (
-        "adapter.targets: 'fc1', 'encoder.*.cross_attention.q_proj' matches no module of the model; its modules are called tokens, "
-        "q_proj, k_proj, v_proj, out_proj, up_proj, down_proj, projection, one of them in full "
+        "adapter.targets: 'fc1', 'encoder.*.cross_attention.q_proj' matches no module of the model; its modules are called "
+        "tokens, q_proj, k_proj, v_proj, out_proj, up_proj, down_proj, projection, one of them in full "
         "decoder.layers.0.self_attention.q_proj"
     )
 
 
-def test_paths_are_those_of_portable_weights() -> None:
+def test_paths_are_those_of_canonical_weights() -> None:
     model = small_model(MODELS["gated"], projections="separate")
     named = {f"{target.path}.weight" for target in adapter_targets(model)}
     assert named - {"target_embedding.tokens.weight"} <= to_canonical(model).keys()
@@ -266,7 +266,7 @@ def test_every_setting_is_tried() -> None:
     assert {name for change in CHANGES for name in change} == LoraConfig.model_fields.keys() - {"kind"}
 
 
-def test_dropout_acts_in_training_alone() -> None:
+def test_dropout_acts_in_training_only() -> None:
     model = adapted(lora("q_proj", dropout=0.5), small_config(dropout=0.0))
     still = adapted(lora("q_proj"), small_config(dropout=0.0))
     assert torch.equal(logits(model), logits(still))

@@ -41,7 +41,7 @@ def base(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_base_gives_its_weights_and_an_adapter_freezes_them(data: Path, base: Path) -> None:
-    """Dropout alone may differ from the base's."""
+    """Only dropout may differ from the base's."""
     found = find_base(base, MODEL.model_copy(update={"dropout": 0.0}), load_manifest(data))
     weights = {name: found.read(name) for name in found.names()}
     (plain, source), (adapted, adapted_source) = (build_on_base(found, MODEL, adapter, seed=1) for adapter in (None, ADAPTER))

@@ -31,7 +31,7 @@ def test_data_prepared_before_a_key_existed_have_its_default(tmp_path: Path) -> 
         TrainingData(tmp_path / "data", other)
 
 
-def test_a_run_begun_before_a_key_existed_is_resumed(tmp_path: Path) -> None:
+def test_a_run_started_before_a_key_existed_is_resumed(tmp_path: Path) -> None:
     tree = recipe_tree(load_recipe("translation/quickstart", SMALL))
     old = json.loads(json.dumps(tree))
     del old["batching"]["bucket_tokens"]

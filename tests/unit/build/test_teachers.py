@@ -75,17 +75,17 @@ def teacher(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return bundle_for(corpus.directory, tmp_path_factory.mktemp("teacher") / "teacher")
 
 
-def renamed(teacher: Path, directory: Path, places: Tensor, size: int) -> Path:
+def renamed(teacher: Path, directory: Path, positions: Tensor, size: int) -> Path:
     """The same teacher with the vector of each id moved to another place among `size`; the other places hold noise."""
     bundle = load_bundle(teacher)
     weights = dict(to_canonical(bundle.model))
-    tables = [name for name, weight in weights.items() if len(weight) == len(places)]
+    tables = [name for name, weight in weights.items() if len(weight) == len(positions)]
     assert len(tables) == 3
     for name in tables:
         table = torch.randn(size, weights[name].shape[1])
-        table[places] = weights[name]
+        table[positions] = weights[name]
         weights[name] = table
-    sizes = VocabularySizes(source=size, target=size, pad_id=int(places[1]), eos_id=int(places[2]))
+    sizes = VocabularySizes(source=size, target=size, pad_id=int(positions[1]), eos_id=int(positions[2]))
     save_bundle(directory, model_config=MODEL, vocabulary=sizes, weights=weights, tokenizers=None, recipe=None)
     return directory
 
@@ -120,9 +120,9 @@ def test_an_adapter_bundle_teaches_what_it_adapts(corpus: Corpus, teacher: Path,
 
 @pytest.mark.parametrize("size", [90, 95])
 def test_a_permuted_or_larger_vocabulary_teaches_the_same(corpus: Corpus, teacher: Path, size: int, tmp_path: Path) -> None:
-    places = torch.randperm(size, generator=torch.Generator().manual_seed(1))[:90]
-    other = renamed(teacher, tmp_path / "other", places, size)
-    vocabulary_map = written(tmp_path / "map.json", source=places.tolist())
+    positions = torch.randperm(size, generator=torch.Generator().manual_seed(1))[:90]
+    other = renamed(teacher, tmp_path / "other", positions, size)
+    vocabulary_map = written(tmp_path / "map.json", source=positions.tolist())
     expected, found = corpus.probabilities(teacher), corpus.probabilities(other, vocabulary_map=vocabulary_map)
     torch.testing.assert_close(found, expected)
     inside = (Tap("hidden_states", "encoder", 1), Tap("attention", "decoder", 1))
@@ -133,17 +133,17 @@ def test_a_permuted_or_larger_vocabulary_teaches_the_same(corpus: Corpus, teache
         torch.testing.assert_close(records[1].captured[place], records[0].captured[place])
     plain, mapped = corpus.plan(teacher), corpus.plan(other, vocabulary_map=vocabulary_map)
     assert len(plain[0].fingerprint) < len(mapped[0].fingerprint), "the map belongs to what taught"
-    both = written(tmp_path / "both.json", source=places.tolist(), target=places.tolist())
+    both = written(tmp_path / "both.json", source=positions.tolist(), target=positions.tolist())
     torch.testing.assert_close(corpus.probabilities(other, vocabulary_map=both), expected)
 
 
 def test_another_vocabulary_is_refused_by_name(corpus: Corpus, tmp_path: Path) -> None:
-    stranger = bundle_for(prepared(tmp_path / "data", 80), tmp_path / "stranger")
+    other_teacher = bundle_for(prepared(tmp_path / "data", 80), tmp_path / "other_teacher")
     nameless = bundle_for(corpus.directory, tmp_path / "nameless", tokenizers=False)
     with pytest.raises(
-        BundleError, match=r"the teacher .*stranger has another vocabulary \(tokenizer [0-9a-f]{12}\) than the data"
+        BundleError, match=r"the teacher .*other_teacher has another vocabulary \(tokenizer [0-9a-f]{12}\) than the data"
     ):
-        corpus.plan(stranger)
+        corpus.plan(other_teacher)
     with pytest.raises(BundleError, match=r"nameless has another vocabulary \(tokenizer none\).*--vocabulary-map FILE"):
         corpus.plan(nameless)
 
@@ -182,18 +182,18 @@ def test_a_teacher_that_reads_too_little_is_refused(corpus: Corpus, tmp_path: Pa
     ],
 )
 def test_a_map_that_is_none_is_refused(corpus: Corpus, sides: dict[str, Any], message: str, tmp_path: Path) -> None:
-    stranger = bundle_for(corpus.directory, tmp_path / "stranger", tokenizers=False)
+    other_teacher = bundle_for(corpus.directory, tmp_path / "other_teacher", tokenizers=False)
     with pytest.raises(DataError) as caught:
-        corpus.plan(stranger, vocabulary_map=written(tmp_path / "map.json", **sides))
+        corpus.plan(other_teacher, vocabulary_map=written(tmp_path / "map.json", **sides))
     assert message in str(caught.value)
 
 
 def test_a_map_that_is_missing_or_not_needed_is_refused(corpus: Corpus, teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--vocabulary-map is not needed: every teacher has the vocabulary of the data"):
         corpus.plan(teacher, vocabulary_map=written(tmp_path / "map.json", source=list(range(90))))
-    stranger = bundle_for(corpus.directory, tmp_path / "stranger", tokenizers=False)
+    other_teacher = bundle_for(corpus.directory, tmp_path / "other_teacher", tokenizers=False)
     with pytest.raises(DataError, match=r"nowhere\.json cannot be read"):
-        corpus.plan(stranger, vocabulary_map=tmp_path / "nowhere.json")
+        corpus.plan(other_teacher, vocabulary_map=tmp_path / "nowhere.json")
 
 
 def test_the_fingerprint_is_that_of_the_weights(corpus: Corpus, teacher: Path, tmp_path: Path) -> None:

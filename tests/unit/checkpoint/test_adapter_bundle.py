@@ -234,7 +234,7 @@ def test_bundles_replace_each_other_and_nothing_else(place: Path) -> None:
         make(Path("thesis"), Path("base"))
 
 
-def test_what_was_not_written_as_given_is_no_bundle(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_written_unchanged_is_no_bundle(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write = adapter_files.save_file
     monkeypatch.setattr(
         adapter_files, "save_file", lambda tensors, path: write({name: value + 1 for name, value in tensors.items()}, path)

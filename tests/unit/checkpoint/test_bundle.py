@@ -239,12 +239,12 @@ def test_the_fingerprint_is_of_architecture_vocabulary_and_weights(tmp_path: Pat
     """The value that dumped logits and pseudo-labels have always named their teacher by."""
     save(tmp_path / "bundle", small_model())
     content = yaml.safe_load((tmp_path / "bundle/model.yaml").read_text())
-    facts = json.dumps(
+    contents = json.dumps(
         [content["model"], content["vocabulary"], sha256_of_file(tmp_path / "bundle/model.safetensors")], sort_keys=True
     )
-    assert find_bundle(tmp_path / "bundle").fingerprint == hashlib.sha256(facts.encode()).hexdigest()
+    assert find_bundle(tmp_path / "bundle").fingerprint == hashlib.sha256(contents.encode()).hexdigest()
     change_yaml(model={**content["model"], "activation": "gelu"})(tmp_path / "bundle")
-    assert find_bundle(tmp_path / "bundle").fingerprint != hashlib.sha256(facts.encode()).hexdigest()
+    assert find_bundle(tmp_path / "bundle").fingerprint != hashlib.sha256(contents.encode()).hexdigest()
 
 
 def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:

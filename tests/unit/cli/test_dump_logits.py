@@ -66,11 +66,11 @@ def test_a_damaged_store_is_refused_and_mended(
     assert "(2)" in verbs.fail("dump-logits", "--merge", copy)
 
 
-def test_strangers_are_refused(data: Path, teacher: Path, logits: Path, tmp_path: Path, verbs: Verbs) -> None:
+def test_mismatches_are_refused(data: Path, teacher: Path, logits: Path, tmp_path: Path, verbs: Verbs) -> None:
     other = prepared(tmp_path / "other", vocab_size=110)
     newer = bundle_for(data, tmp_path / "newer", seed=4)
     mute = bundle_for(data, tmp_path / "mute", seed=3, tokenizers=False)
-    stranger = bundle_for(other, tmp_path / "stranger", seed=3)
+    other_teacher = bundle_for(other, tmp_path / "other_teacher", seed=3)
     assert "ids would mean other words" in verbs.fail(*words(teacher, other, tmp_path / "new"))
     assert "has no tokenizer" in verbs.fail(*words(mute, data, tmp_path / "new"))
     assert "is not a bundle" in verbs.fail(*words(tmp_path / "none", data, tmp_path / "new"))
@@ -78,9 +78,9 @@ def test_strangers_are_refused(data: Path, teacher: Path, logits: Path, tmp_path
     assert "was started with another job (teacher:" in message
     angle = ("inspect", logits, "--device", "cpu")
     assert "are of another teacher" in verbs.fail(*angle, "--against-teacher", newer, "--data", data)
-    assert "ids would mean other words" in verbs.fail(*angle, "--against-teacher", stranger, "--data", data)
+    assert "ids would mean other words" in verbs.fail(*angle, "--against-teacher", other_teacher, "--data", data)
     assert "ids would mean other words" in verbs.fail(*angle, "--against-teacher", teacher, "--data", other)
-    assert "another vocabulary" in verbs.fail(*angle, "--against-teacher", teacher, "--data", data, "--student", stranger)
+    assert "another vocabulary" in verbs.fail(*angle, "--against-teacher", teacher, "--data", data, "--student", other_teacher)
     assert "needs --data" in verbs.fail(*angle, "--against-teacher", teacher)
     assert "no tail" in verbs.fail(*angle, "--against-teacher", teacher, "--data", data, "--renormalize")
     assert not (tmp_path / "new").exists()

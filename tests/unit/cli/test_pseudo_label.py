@@ -63,7 +63,7 @@ def test_targets_are_those_of_a_search_sentence_by_sentence(data: Path, teacher:
     assert "outputs of teacher" in verbs.succeed("inspect", tmp_path / "labeled")
 
 
-def test_strangers_and_options_that_cannot_be(data: Path, teacher: Path, tmp_path: Path, verbs: Verbs) -> None:
+def test_mismatches_and_options_that_cannot_be(data: Path, teacher: Path, tmp_path: Path, verbs: Verbs) -> None:
     other = prepared(tmp_path / "other", vocab_size=110)
     output = tmp_path / "labeled"
     assert "ids would mean other words" in verbs.fail(*words(teacher, other, output))

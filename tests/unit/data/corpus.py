@@ -28,7 +28,7 @@ def parallel(folder: Path, name: str, source: list[str], target: list[str]) -> d
 
 
 def data_config(folder: Path, number: int = 300, **changes: Any) -> DataConfig:
-    """`number` training pairs, five validation pairs, a tokenizer of 60 types."""
+    """`number` training pairs, five validation pairs, a tokenizer of 60 entries."""
     content: dict[str, Any] = {
         "train": [parallel(folder, "train", sentences(number), sentences(number, suffix="en"))],
         "valid": [parallel(folder, "valid", sentences(5), sentences(5, suffix="en"))],

@@ -1,4 +1,4 @@
-"""Writes what fairseq-preprocess writes, from the description of the formats alone: bytes by `struct`, nothing of dstrain's."""
+"""Writes what fairseq-preprocess writes, from the description of the formats only: bytes by `struct`, nothing of dstrain's."""
 
 import struct
 from collections.abc import Sequence

@@ -36,7 +36,7 @@ def test_padded_pairs_written_out() -> None:
     assert (batch.num_targets, batch.size) == (7, (7, 3))
 
 
-def test_padded_joined_pairs_written_out() -> None:
+def test_padded_concatenated_pairs_written_out() -> None:
     batch = collate(PAIRS, kind="decoder_only")
     assert batch.source is None
     assert batch.target.tokens.tolist() == [

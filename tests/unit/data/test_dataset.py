@@ -110,7 +110,7 @@ def test_rows_outside_are_refused(prepared: Path, row: int) -> None:
         open_dataset(prepared, "valid")[row]
 
 
-def test_lengths_are_mapped_and_come_from_offsets_alone(prepared: Path, tmp_path: Path) -> None:
+def test_lengths_are_mapped_and_come_from_offsets_only(prepared: Path, tmp_path: Path) -> None:
     data = open_dataset(prepared, "train")
     base: Any = data.source_lengths
     while base.base is not None and not isinstance(base, np.memmap):
@@ -228,7 +228,7 @@ def test_inconsistent_lengths_are_refused(prepared: Path) -> None:
         dataset_module._assemble(prepared, record, [])
 
 
-def test_a_column_beyond_the_reach_of_its_offsets_is_refused() -> None:
+def test_a_column_beyond_its_offsets_is_refused() -> None:
     lengths = [np.array([2**30, 2**30 - 1], np.int32), np.array([1], np.int64)]
     with pytest.raises(DataError, match=r"3 rows have 2,147,483,648 items, .* at most 2,147,483,647: make smaller shards"):
         list_array([np.zeros(0, np.uint16)], lengths)

@@ -10,7 +10,7 @@ from dstrain.data.batching.permutation import Permutation
 
 
 @pytest.mark.parametrize("size", [*range(1, 130), 999, 1000, 1001, 65535, 65536, 65537, 1_000_003])
-def test_every_element_has_one_place(size: int) -> None:
+def test_every_element_has_one_position(size: int) -> None:
     places = Permutation(size, seed=7).elements(0, size)
     assert np.array_equal(np.sort(places), np.arange(size))
 
@@ -66,7 +66,7 @@ def test_equals_the_definition_computed_cell_by_cell(size: int) -> None:
     assert Permutation(size, seed=size).elements(0, size).tolist() == by_definition(size, seed=size)
 
 
-def test_every_element_is_equally_likely_at_every_place() -> None:
+def test_every_element_is_equally_likely_at_every_position() -> None:
     """Chi-square over 53 x 53 cells and 5,000 seeds: mean 52 * 52, standard deviation sqrt(2 * 52 * 52) = 74."""
     size, draws = 53, 5_000
     counts = np.zeros((size, size))

@@ -253,7 +253,7 @@ def test_micro_batches_share_a_step_among_ranks(plan: StepPlan, world_size: int)
 
 @settings(max_examples=200, deadline=None)
 @given(pairs=PAIRS, tokens=st.integers(119, 400), world_size=st.integers(1, 4))
-def test_joined_sides_are_counted_together(pairs: Pairs, tokens: int, world_size: int) -> None:
+def test_concatenated_sides_are_counted_together(pairs: Pairs, tokens: int, world_size: int) -> None:
     """A decoder-only model pads the longest source and the longest target of a batch, whichever rows they are of."""
     source, target = sides(pairs)
     config = BatchingConfig(tokens_per_step=150, max_tokens=tokens)
@@ -272,7 +272,7 @@ def test_joined_sides_are_counted_together(pairs: Pairs, tokens: int, world_size
     assert all(len(rows) == 1 or len(rows) * (source[rows].max() + target[rows].max() - 1) <= 70 for rows in batches)
 
 
-def test_sides_that_fit_apart_but_not_joined_are_named() -> None:
+def test_sides_that_fit_separately_but_not_concatenated_are_named() -> None:
     config = BatchingConfig(tokens_per_step=40, max_tokens=50)
     lengths = np.array([5, 30], np.uint16), np.array([5, 22], np.uint16)
     StepPlan(*lengths, config, 1)

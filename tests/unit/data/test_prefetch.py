@@ -54,7 +54,7 @@ def failing() -> Iterator[int]:
     raise OddError("third item")
 
 
-def test_an_error_arrives_as_it_was_in_its_place() -> None:
+def test_an_error_arrives_as_it_was_in_its_order() -> None:
     with Prefetcher(failing(), depth=8) as items:
         assert [next(items), next(items)] == [1, 2]
         with pytest.raises(OddError, match=r"^third item$"):

@@ -313,7 +313,7 @@ def test_text_that_changed_needs_overwrite_and_a_new_date_does_not(tmp_path: Pat
         prepare(config, tmp_path / "data", workers=1)
 
 
-def test_a_given_tokenizer_is_used_and_its_change_is_seen(tmp_path: Path) -> None:
+def test_an_existing_tokenizer_is_used_and_its_change_is_seen(tmp_path: Path) -> None:
     dictionaries = [
         DictionaryTokenizer("".join(f"{word} 1\n" for word in words).encode()) for words in (["the", "old"], ["theen"])
     ]
@@ -350,7 +350,7 @@ def test_a_failed_job_leaves_the_directory_to_the_next(tmp_path: Path) -> None:
     assert len(open_dataset(tmp_path / "data", "valid")) == 5
 
 
-def test_foreign_directories_and_files_are_left_alone(tmp_path: Path) -> None:
+def test_foreign_directories_and_files_are_unchanged(tmp_path: Path) -> None:
     config = data_config(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("x")

@@ -152,7 +152,7 @@ def test_a_killed_worker_is_reported_and_nothing_finished_is_lost(job: tuple[Pat
     assert tree(data) == whole
 
 
-def test_no_room_for_a_file_is_one_message(job: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+def test_no_space_for_a_file_is_one_message(job: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
     """The operating system itself refuses: no file may grow beyond 30,000 bytes."""
     path, whole = job
 

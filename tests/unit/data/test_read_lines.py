@@ -19,7 +19,7 @@ from dstrain.errors import DataError
     ],
 )
 @pytest.mark.parametrize("name", ["plain.txt", "packed.gz"])
-def test_lines_end_at_line_feeds_alone(tmp_path: Path, content: bytes, lines: list[str], name: str) -> None:
+def test_lines_end_at_line_feeds_only(tmp_path: Path, content: bytes, lines: list[str], name: str) -> None:
     path = tmp_path / name
     path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     assert read_lines(path) == lines

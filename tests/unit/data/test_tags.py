@@ -26,7 +26,7 @@ def prepared(folder: Path, *, stray: int | None = None, tags: list[str] = TAGS) 
     return load_tokenizers(folder / "data" / "tokenizer").source, open_dataset(folder / "data", "train")
 
 
-def test_the_place_is_after_the_start_of_a_word(tmp_path: Path) -> None:
+def test_the_position_is_after_the_start_of_a_word(tmp_path: Path) -> None:
     tokenizer, dataset = prepared(tmp_path)
     place = locate_tags(TAGS, tokenizer, dataset)
     assert place == 1

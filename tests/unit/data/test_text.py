@@ -44,7 +44,7 @@ def all_lines(path: Path, start: int = 0) -> list[str]:
         (b"", []),
     ],
 )
-def test_a_line_ends_at_newline_alone(tmp_path: Path, name: str, content: bytes, lines: list[str]) -> None:
+def test_a_line_ends_at_newline_only(tmp_path: Path, name: str, content: bytes, lines: list[str]) -> None:
     path = write(tmp_path / name, content)
     assert scan_file(path).lines == len(lines)
     assert all_lines(path) == lines

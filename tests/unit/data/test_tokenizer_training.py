@@ -114,7 +114,7 @@ def test_separate_is_a_model_per_side(tmp_path: Path) -> None:
     assert 3 not in pair.target.encode(["жук"])[0]
 
 
-def test_training_lines_are_spread_over_the_corpora(tmp_path: Path) -> None:
+def test_training_lines_are_sampled_over_the_corpora(tmp_path: Path) -> None:
     corpora = [
         parallel(tmp_path, f"train{n}", [f"{n}{k:02d}" for k in range(50)], [f"t{n}{k:02d}" for k in range(50)]) for n in range(2)
     ]
@@ -135,7 +135,7 @@ def test_text_without_a_source_has_one_line_where_pairs_have_two(tmp_path: Path)
     assert list(alone._lines((0, 1), options(max_training_lines=3))) == ["x1", "x2", "x3"]
 
 
-def test_given_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     models = [train_sentencepiece(sentences(100, suffix=suffix), options(vocab_size=40)) for suffix in ("", "x")]
     for name, model in zip("ab", models, strict=True):
         (tmp_path / f"{name}.model").write_bytes(model)
@@ -147,7 +147,7 @@ def test_given_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pairs[1].target.fingerprint == SentencePieceTokenizer(models[1]).fingerprint
 
 
-def test_a_given_directory_of_dictionaries(tmp_path: Path) -> None:
+def test_an_existing_directory_of_dictionaries(tmp_path: Path) -> None:
     pair = TokenizerPair(DictionaryTokenizer(b"the 1\n"), DictionaryTokenizer(b"das 1\n"))
     save_tokenizers(pair, tmp_path / "tokenizer")
     config = data_config(tmp_path, tokenizer={"kind": "tokenizer_directory", "path": str(tmp_path / "tokenizer")}).tokenizer

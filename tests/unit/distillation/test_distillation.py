@@ -213,7 +213,7 @@ def test_every_key_changes_the_loss() -> None:
     assert set(ForwardKl.model_fields) == {"kind"}
 
 
-def test_word_learns_from_the_teacher_alone() -> None:
+def test_word_learns_from_the_teacher_only() -> None:
     config = config_of(selection={"kind": "word"})
     assert (config.hard_weight, config.label_smoothing) == (0.0, 0.0)
     assert config_of(**config.model_dump(mode="json")) == config
@@ -276,7 +276,7 @@ def test_contradictions_are_refused(changes: dict[str, Any], message: str) -> No
             config_of(teacher_precision="bf16"),
             False,
             True,
-            "objective.teacher_precision = bf16 is the precision of an online teacher",
+            "teacher_precision = bf16 is the precision of an online teacher",
         ),
         (config_of(renormalize=True), True, False, "objective.renormalize is for dumped logits of method topk"),
     ],
@@ -344,7 +344,7 @@ def test_the_teacher_learns_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", ["word", "word_and_sequence", "batch", "global", "global_by_language"])
-def test_a_step_of_samples_learns_from_the_teacher_alone(kind: str) -> None:
+def test_a_step_of_samples_learns_from_the_teacher_only(kind: str) -> None:
     """Every token, whatever the selection, with its queue left as it was; a sample without an EOS is scored as any other."""
     tags = {"tags": ["a"]} if kind == "global_by_language" else {}
     module = module_of(temperature=2.0, kd_weight=0.7, on_policy={}, selection={"kind": kind, **tags})

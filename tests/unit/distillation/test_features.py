@@ -89,10 +89,10 @@ def module_of(
     seed: int = 1,
     **changes: Any,
 ) -> tuple[TrainModule, Model]:
-    config, taught = objective_of(*features, **changes), model_of(teacher, seed=7)
+    config, teacher_model = objective_of(*features, **changes), model_of(teacher, seed=7)
     plans = plan_features(config, config_of(student), [config_of(teacher)])
-    objective = build_distillation(config, TeacherSignals([PlainTeacher(taught)]), features=plans, seed=seed)
-    return TrainModule(model_of(student, seed=1), objective), taught
+    objective = build_distillation(config, TeacherSignals([PlainTeacher(teacher_model)]), features=plans, seed=seed)
+    return TrainModule(model_of(student, seed=1), objective), teacher_model
 
 
 def depth_of(tree: dict[str, Any], side: str) -> int:
@@ -112,7 +112,7 @@ def distance(loss: str, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def by_loops(module: TrainModule, teacher: Model, feature: dict[str, Any], projection: Tensor, sentences: list[Batch]) -> Tensor:
-    """The sum of one feature over sentences that stand alone, token by token. projection: (student's width, teacher's)."""
+    """The sum of one feature over single sentences, token by token. projection: (student's width, teacher's)."""
     kind, side = feature["kind"], feature["side"]
     loss = feature.get("loss", "mse" if kind == "hidden_states" else "kl")
     layers = feature.get("layers") or {
@@ -121,8 +121,8 @@ def by_loops(module: TrainModule, teacher: Model, feature: dict[str, Any], proje
     }
     total = torch.zeros((), dtype=projection.dtype)
     for sentence in sentences:
-        for own, taught in layers.items():
-            records = [ActivationCapture([Tap(kind, side, layer)]) for layer in (own, taught)]
+        for own, teacher_model in layers.items():
+            records = [ActivationCapture([Tap(kind, side, layer)]) for layer in (own, teacher_model)]
             module.model(sentence.source, sentence.target, records[0])
             with torch.no_grad():
                 teacher(sentence.source, sentence.target, records[1])
@@ -231,11 +231,11 @@ def test_one_forward_each_and_no_features_in_a_scan(kind: str) -> None:
     selection = {"kind": kind, **({"tags": ["a"]} if kind == "global_by_language" else {})}
     module, teacher = module_of(*ALL, selection=selection)
     module.model = student = Counting(module.model)
-    module.objective.signals.teachers[0].model = taught = Counting(teacher)
+    module.objective.signals.teachers[0].model = teacher_model = Counting(teacher)
     batches = [batch_of(*pairs(5, 1, 9)), batch_of(*pairs(3))]
     outputs = step(module, batches)
     scanned = kind not in {"word", "word_and_sequence"}
-    assert taught.asked == [True, True]
+    assert teacher_model.asked == [True, True]
     assert student.asked == [False, False] * scanned + [True, True]
     plain, _ = module_of(*ALL)
     for output, expected in zip(outputs, step(plain, batches), strict=True):
@@ -269,7 +269,7 @@ def test_every_key_changes_the_loss(kind: str) -> None:
     assert {key for key, _ in CHANGES} | {"kind"} == set(fields)
 
 
-def test_projections_only_where_widths_differ_and_from_the_seed_alone() -> None:
+def test_projections_only_if_widths_differ_and_only_from_the_seed() -> None:
     same, _ = module_of(ALL[1], teacher={**STUDENT, "norm_order": "pre"})
     assert not list(same.objective.parameters())
     one, again, other = (dict(module_of(*ALL, seed=seed)[0].objective.named_parameters()) for seed in (1, 1, 2))
@@ -283,7 +283,7 @@ def test_projections_only_where_widths_differ_and_from_the_seed_alone() -> None:
     assert first.std().item() == pytest.approx(1 / math.sqrt(16) / math.sqrt(3), rel=0.1)
 
 
-def test_layers_left_out_are_spread_evenly_last_to_last() -> None:
+def test_layers_left_out_are_assigned_evenly_last_to_last() -> None:
     assert uniform(3, 6) == {1: 2, 2: 4, 3: 6}
     assert uniform(4, 6) == {1: 2, 2: 3, 3: 5, 4: 6}
     assert uniform(3, 2) == {1: 1, 2: 2, 3: 2}

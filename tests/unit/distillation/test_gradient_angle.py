@@ -44,7 +44,7 @@ def angles(
     )
 
 
-def test_a_store_of_all_types_has_no_angle(data: Path, tmp_path: Path) -> None:
+def test_a_store_of_all_entries_has_no_angle(data: Path, tmp_path: Path) -> None:
     teacher, student = teacher_for(data), teacher_for(data, seed=4)
     method = TopKMethod(k=teacher.vocabulary.target, dtype="float32", temperature=2.0)
     store = stored(data, tmp_path / "logits", method, teacher=teacher)
@@ -59,7 +59,7 @@ def test_a_store_of_all_types_has_no_angle(data: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", [SampleMethod(draws=3), TopKMethod(k=4, dtype="float32", temperature=2.0)])
 def test_angle_and_ratio_are_those_of_autograd(method: Method, data: Path, tmp_path: Path) -> None:
-    """Losses written out: a tail is one more type, whose probability is the sum of all types that were not kept."""
+    """Losses written out: a tail is one more entry, whose probability is the sum of all entries that were not kept."""
     teacher, student = teacher_for(data, sharpness=3.0), teacher_for(data, seed=4)
     store = stored(data, tmp_path / "logits", method, teacher=teacher)
     dataset = open_dataset(data, "train")
@@ -114,7 +114,7 @@ def test_the_first_batch_does_not_wait_for_the_order_of_all_rows() -> None:
 
 
 def briefly_trained(data: Path, steps: int) -> EncoderDecoder:
-    """A teacher that has seen a few batches: it knows which types are frequent, and little else."""
+    """A teacher that has seen a few batches: it knows which entries are frequent, and little else."""
     dataset = open_dataset(data, "train")
     stack = {"depth": 1, "num_heads": 2, "ffn_dim": 64}
     parts = {"model_dim": 64, "encoder": stack, "decoder": stack, "dropout": 0.0, "embedding": {"kind": "plain", "tie": "all"}}
@@ -132,8 +132,8 @@ def briefly_trained(data: Path, steps: int) -> EncoderDecoder:
 
 
 @pytest.mark.slow
-def test_the_angle_of_samples_falls_and_that_of_the_best_types_stays(tmp_path: Path) -> None:
-    """A flat teacher of 600 types, a fresh student, 1k, 4k and 16k tokens; the best 12 with and without the tail."""
+def test_the_angle_of_samples_falls_and_that_of_the_top_k_tokens_stays(tmp_path: Path) -> None:
+    """A flat teacher of 600 entries, a fresh student, 1k, 4k and 16k tokens; the best 12 with and without the tail."""
     data = prepared(tmp_path / "data", num_pairs=2500, vocab_size=600)
     teacher, dataset = briefly_trained(data, 60), open_dataset(data, "train")
     student = build_model(teacher.config, teacher.vocabulary, seed=6).eval()

@@ -1,4 +1,4 @@
-"""What is kept of a distribution, and what is read back: unbiased samples, best types with their tail, all types."""
+"""What is kept of a distribution, and what is read back: unbiased samples, top-k tokens with their tail, all entries."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def keys(num_tokens: int, example: int = 7) -> TokenKeys:
 
 
 def through(method: SampleMethod | TopKMethod, logits: Tensor, tokens: TokenKeys | None = None) -> SparseSignal:
-    """What comes out of a store of some types for these logits."""
+    """What comes out of a store of some entries for these logits."""
     signal = kept(method, logits, tokens)
     assert isinstance(signal, SparseSignal)
     return signal
@@ -41,7 +41,7 @@ def packed(codec: Codec, logits: Tensor, tokens: TokenKeys) -> dict[str, np.ndar
 
 
 def dense(signal: SparseSignal, vocab_size: int) -> Tensor:
-    """(n, V) masses of the types that are kept."""
+    """(n, V) masses of the entries that are kept."""
     result = torch.zeros(len(signal.ids), vocab_size)
     return result.scatter_add_(1, signal.ids.clamp_min(0), signal.probs)
 
@@ -66,7 +66,7 @@ def test_samples_are_the_systematic_draws_of_a_plain_loop(vocab_size: int, draws
         assert found[row].mul(draws).round().tolist() == counts
 
 
-def test_samples_are_unbiased_and_spread_less_than_independent_draws() -> None:
+def test_samples_are_unbiased_and_vary_less_than_independent_draws() -> None:
     logits = random_logits(1, 30)
     probs = torch.softmax(logits, 1)[0]
     many = TokenKeys(np.arange(20_000), np.full(20_000, 3))
@@ -79,7 +79,7 @@ def test_samples_are_unbiased_and_spread_less_than_independent_draws() -> None:
     assert torch.equal(found.sum(1).round(decimals=4), torch.ones(20_000))
 
 
-def test_offsets_are_uniform_and_independent_of_company() -> None:
+def test_offsets_are_uniform_and_independent_of_other_rows() -> None:
     rows, positions = np.meshgrid(np.arange(300), np.arange(100), indexing="ij")
     everything = uniform_draws(1, TokenKeys(rows.ravel(), positions.ravel()))
     assert everything.min() > 0
@@ -103,7 +103,7 @@ def test_a_type_without_mass_is_never_drawn() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "uint8"])
 @pytest.mark.parametrize(("vocab_size", "k"), [(5, 5), (123, 1), (123, 12), (123, 123)])
-def test_the_best_types_keep_their_mass(vocab_size: int, k: int, dtype: str) -> None:
+def test_the_top_k_tokens_keep_their_mass(vocab_size: int, k: int, dtype: str) -> None:
     logits = random_logits(11, vocab_size)
     probs = torch.softmax(logits, 1)
     signal = through(TopKMethod(k=k, dtype=dtype), logits)
@@ -141,14 +141,14 @@ def test_extreme_distributions_survive() -> None:
 @pytest.mark.parametrize(
     "method", [SampleMethod(), SampleMethod(draws=300), TopKMethod(k=8), TopKMethod(k=40), TopKMethod(k=40, dtype="float16")]
 )
-def test_a_signal_knows_whether_its_masses_are_those_of_all_types(method: Method) -> None:
+def test_a_signal_knows_whether_its_masses_are_those_of_all_entries(method: Method) -> None:
     signal = through(method, random_logits(11, 40))
     assert signal.with_tail == isinstance(method, TopKMethod)
     torch.testing.assert_close(signal.probs.sum(1) + signal.tail, torch.ones(11), rtol=1e-6, atol=0)
 
 
-def test_a_tail_is_0_where_there_are_no_other_types_alone() -> None:
-    """Row 1 has 80 nats between its best type and all others, whose mass float32 loses beside 1."""
+def test_a_tail_is_0_only_if_there_are_no_other_entries() -> None:
+    """Row 1 has 80 nats between its best token and all others, whose mass float32 loses beside 1."""
     logits = torch.zeros(2, 40)
     logits[1, 5] = 80.0
     assert (through(TopKMethod(k=40), logits).tail == 0).all()
@@ -156,8 +156,8 @@ def test_a_tail_is_0_where_there_are_no_other_types_alone() -> None:
 
 
 @pytest.mark.parametrize("method", [SampleMethod(), SampleMethod(draws=1), TopKMethod(k=1), TopKMethod(k=40), DenseMethod()])
-def test_a_token_without_a_distribution_is_told_from_what_is_kept(method: Method) -> None:
-    """Rows 1 to 5 have none; in rows 6 and 7 some types have no mass."""
+def test_a_token_without_a_distribution_is_distinguished_from_kept_ones(method: Method) -> None:
+    """Rows 1 to 5 have none; in rows 6 and 7 some entries have no mass."""
     logits = random_logits(9, 40)
     logits[1, 3], logits[2, 39], logits[3, 0] = torch.nan, torch.nan, torch.inf
     logits[4], logits[5] = -torch.inf, torch.nan

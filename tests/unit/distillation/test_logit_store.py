@@ -1,4 +1,4 @@
-"""A dumped store gives, for any batch, what the teacher says of its tokens; damage, strangers and unfinished work are refused."""
+"""A dumped store gives, for any batch, what the teacher says of its tokens; damage, mismatches and unfinished work are refused."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def parts_of(signal: KeptSignal) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_all_best_types_are_the_teachers_distribution(
+def test_all_entries_in_order_are_the_teachers_distribution(
     temperature: float, data: Path, teacher: EncoderDecoder, tmp_path: Path
 ) -> None:
     types = teacher.vocabulary.target
@@ -168,7 +168,7 @@ def test_an_interrupted_dump_goes_on_and_mends_what_is_damaged(data: Path, teach
     assert "nothing to do" in again.line()
 
 
-def test_a_person_who_looks_on_sees_checksums_being_compared(
+def test_a_person_sees_checksums_being_compared(
     data: Path, teacher: EncoderDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = dumper(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=300)
@@ -266,7 +266,7 @@ def test_an_empty_micro_batch_has_no_log_probabilities(data: Path, teacher: Enco
     assert sum(map(len, signal.log_probs)) == 0
 
 
-def test_all_types_can_teach_anything_of_the_data(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+def test_all_entries_can_teach_anything_of_the_data(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
     store = stored(data, tmp_path / "logits", DenseMethod(temperature=2.0), teacher=teacher)
     for divergence in ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_kl"):
         for temperature in (1.0, 2.0):
@@ -277,7 +277,7 @@ def test_all_types_can_teach_anything_of_the_data(data: Path, teacher: EncoderDe
         store.require(SignalRequest("forward_kl", 2.0, features=True))
 
 
-def test_draws_teach_the_forward_divergence_alone_at_the_dumps_temperature(
+def test_draws_teach_the_forward_divergence_only_at_the_dumps_temperature(
     data: Path, teacher: EncoderDecoder, tmp_path: Path
 ) -> None:
     store = stored(data, tmp_path / "logits", SampleMethod(temperature=2.0), teacher=teacher)
@@ -296,7 +296,7 @@ def test_draws_teach_the_forward_divergence_alone_at_the_dumps_temperature(
         store.require(fitting._replace(features=True))
 
 
-def test_likely_types_with_a_tail_teach_every_divergence_at_the_dumps_temperature(
+def test_likely_tokens_with_a_tail_teach_every_divergence_at_the_dumps_temperature(
     data: Path, teacher: EncoderDecoder, tmp_path: Path
 ) -> None:
     store = stored(data, tmp_path / "logits", TopKMethod(k=4, temperature=2.0), teacher=teacher)
@@ -441,7 +441,7 @@ def plan_of_many_rows(method: Method, vocab_size: int, data: Path, tokens_per_sh
 
 
 @pytest.mark.parametrize(("draws", "vocab_size", "distinct"), [(50, 32_000, 50), (5000, 32_000, 5000), (65_535, 400, 400)])
-def test_a_shard_has_room_for_draws_that_are_all_distinct(draws: int, vocab_size: int, distinct: int, data: Path) -> None:
+def test_a_shard_has_space_for_draws_that_are_all_distinct(draws: int, vocab_size: int, distinct: int, data: Path) -> None:
     job = plan_of_many_rows(SampleMethod(draws=draws), vocab_size, data)
     assert job.tokens_per_shard >= 4096
     assert (job.tokens_per_shard + 500) * distinct < 2**31
@@ -455,7 +455,7 @@ def test_draws_and_temperature_are_positive(wrong: dict[str, float]) -> None:
         SampleMethod.model_validate(wrong)
 
 
-def test_a_description_names_the_facts(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
+def test_a_description_names_its_contents(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
     stored(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=100)
     text = "\n".join(describe_store(tmp_path / "logits"))
     assert "50 draws" in text
@@ -470,7 +470,7 @@ def test_a_description_names_the_facts(data: Path, teacher: EncoderDecoder, tmp_
     ("method", "distinct", "limit"), [(SampleMethod(), 12, 40.0), (TopKMethod(k=64), 64, 200.0)], ids=["sample", "topk"]
 )
 def test_bytes_per_token_at_a_vocabulary_of_65536(method: Method, distinct: int, limit: float, tmp_path: Path) -> None:
-    """Sentences of 25 tokens in the median, one in twelve of 3, whose teacher has `distinct` likely types; the file, with all."""
+    """Sentences of 25 tokens in the median, one in twelve of 3, whose teacher has `distinct` likely entries; the file, with all."""
     from dstrain.distillation.store.dump import ShardDraft
     from dstrain.storage.atomic import atomic_writer
 
@@ -521,7 +521,7 @@ def test_reading_costs_little_beside_a_step(data: Path, teacher: EncoderDecoder,
 
 @pytest.mark.slow
 def test_the_teacher_takes_nine_tenths_of_a_dump(tmp_path: Path) -> None:
-    """CPU time of a dump and of the bare forward pass with its softmax, on the same batches; a small teacher, 8,000 types."""
+    """CPU time of a dump and of the bare forward pass with its softmax, on the same batches; a small teacher, 8,000 entries."""
     data = prepared(tmp_path / "data", num_pairs=400, vocab_size=600)
     stack = {"depth": 6, "num_heads": 4, "ffn_dim": 1024}
     config = EncoderDecoderConfig.model_validate({"model_dim": 256, "encoder": stack, "decoder": stack})
@@ -529,7 +529,7 @@ def test_the_teacher_takes_nine_tenths_of_a_dump(tmp_path: Path) -> None:
     teacher = build_model(config, sizes, seed=1).eval()
     work = replace(dumper(data, tmp_path, SampleMethod(), teacher=teacher, max_tokens=4096), chunk_tokens=256)
 
-    def forward_alone() -> None:
+    def only_forward() -> None:
         with torch.inference_mode():
             for group in evaluation_batches(work.dataset.source_lengths, work.dataset.target_lengths, 4096):
                 batch = batch_of(work.dataset, group.tolist())
@@ -542,10 +542,10 @@ def test_the_teacher_takes_nine_tenths_of_a_dump(tmp_path: Path) -> None:
         action()
         return time.process_time() - start
 
-    forward_alone()
+    only_forward()
     alone, whole = [], []
     for turn in range(4):  # in turns, and the best of each: the machine may be busy
-        alone.append(seconds(forward_alone))
+        alone.append(seconds(only_forward))
         whole.append(seconds(lambda turn=turn: dump(replace(work, output=tmp_path / f"logits{turn}"))))
     assert min(alone) / min(whole) >= 0.9, (alone, whole)
 

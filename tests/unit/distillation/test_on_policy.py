@@ -221,7 +221,7 @@ def test_if_nothing_fits_the_first_state_is_scored() -> None:
 
 
 def test_a_prompt_is_gone_on_from() -> None:
-    """A decoder-only student: equal to sampling sentence by sentence, whatever the company."""
+    """A decoder-only student: equal to sampling sentence by sentence, in any batch."""
     sizes = VocabularySizes(source=TYPES, target=TYPES)
     config = DecoderOnlyConfig(
         model_dim=16, decoder=DecoderOnlyStackConfig(depth=2, num_heads=2, ffn_dim=16), embedding=PlainEmbedding(tie="decoder")
@@ -258,7 +258,7 @@ class Steps:
         self.closed = True
 
 
-def test_some_steps_are_sampled_and_the_others_left_alone() -> None:
+def test_some_steps_are_sampled_and_the_others_unchanged() -> None:
     work, steps = own_samples(ToyModel(TYPES, seed=3), fraction=0.4), Steps()
     mixed = OnPolicySteps(steps, work)
     found = list(mixed)
@@ -271,7 +271,7 @@ def test_some_steps_are_sampled_and_the_others_left_alone() -> None:
     assert steps.closed
 
 
-def test_which_steps_follows_from_the_seed_and_the_step_in_the_wanted_share() -> None:
+def test_which_steps_follows_from_the_seed_and_the_step_in_the_configured_share() -> None:
     places = [PlannedStep(epoch, index, np.array([0]), 1, last_of_epoch=False) for epoch in (1, 2) for index in range(2000)]
     for fraction in (0.1, 0.5, 0.9):
         due = [own_samples(None, fraction=fraction).is_due(place) for place in places]

@@ -1,4 +1,4 @@
-"""A store as the signal source of the distillation objective: all types kept = the teacher at work; kept types cost little."""
+"""A store as the signal source of the distillation objective: all entries kept = the teacher at work; kept entries cost little."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ DIVERGENCES: list[DivergenceConfig] = [ForwardKl(), ReverseKl(), JensenShannon()
 @pytest.mark.parametrize(
     ("kind", "divergence"), [("dense", ForwardKl()), *(("topk", each) for each in DIVERGENCES)], ids=lambda part: str(part)[:12]
 )
-def test_all_types_kept_teach_what_the_teacher_at_work_teaches(
+def test_all_entries_kept_teach_what_the_teacher_at_work_teaches(
     kind: str, divergence: DivergenceConfig, temperature: float, data: Path, tmp_path: Path
 ) -> None:
     teacher, student = teacher_for(data), teacher_for(data, seed=4)
@@ -141,7 +141,7 @@ def test_a_step_asks_nothing_of_its_device(
 
 @pytest.mark.slow
 def test_training_from_a_store_costs_a_tenth_more_at_most(tmp_path: Path) -> None:
-    """Forward and backward of the shape of multi30k_tiny with 8,000 types; CPU seconds, in turns, the best of each."""
+    """Forward and backward of the shape of multi30k_tiny with 8,000 entries; CPU seconds, in turns, the best of each."""
     from dstrain.models.config import VocabularySizes
     from dstrain.models.factory import build_model
     from dstrain.recipe_file import load_recipe

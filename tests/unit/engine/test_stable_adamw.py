@@ -69,7 +69,7 @@ def test_equals_the_papers_algorithm() -> None:
     assert jumped[0] == pytest.approx(1)
 
 
-def test_a_jump_shortens_the_step_of_its_own_tensor_alone() -> None:
+def test_a_jump_shortens_the_step_of_its_own_tensor_only() -> None:
     stable, plain = parameters(), parameters()
     optimizers = [
         build_optimizer(model, CONFIG.model_copy(update={"kind": kind}))
@@ -146,7 +146,7 @@ def test_a_restored_state_continues_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(straight, second, strict=True))
 
 
-def test_a_tensor_without_gradient_is_left_alone() -> None:
+def test_a_tensor_without_gradient_is_unchanged() -> None:
     model = parameters()
     before = [parameter.detach().clone() for parameter in model]
     optimizer = build_optimizer(model, CONFIG)

@@ -101,7 +101,7 @@ def test_a_bundle_without_recipe_is_scored_by_plain_cross_entropy(
 def test_a_bundle_is_scored_by_the_objective_of_its_recipe(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], average: str
 ) -> None:
-    """R-Drop is for training alone: a bundle trained with it is scored by one pass."""
+    """R-Drop is for training only: a bundle trained with it is scored by one pass."""
     objective = f"objective={{kind: cross_entropy, label_smoothing: 0.2, average: {average}, r_drop: {{alpha: 5}}}}"
     recipe = recipe_tree(load_recipe("translation/quickstart", [objective]))
     bundle = bundle_for(data, tmp_path / "bundle", recipe=recipe)
@@ -113,7 +113,7 @@ def test_a_bundle_is_scored_by_the_objective_of_its_recipe(
     assert "kl" not in scores
 
 
-def test_texts_are_scored_unless_told_otherwise(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_texts_are_scored_by_default(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = scores_of(bundle, data, capsys, "--beam-size", "1")
     assert {"bleu", "chrf", "repetition"} <= set(scores)
     assert 0 <= scores["chrf"] <= 100

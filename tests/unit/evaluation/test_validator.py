@@ -162,7 +162,7 @@ def test_texts_of_all_ranks_are_scored_in_order(monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("look", range(1, 6))
-def test_an_interruption_ends_it_on_all_ranks_at_the_same_place(monkeypatch: pytest.MonkeyPatch, look: int) -> None:
+def test_an_interruption_ends_it_on_all_ranks_at_the_same_batch(monkeypatch: pytest.MonkeyPatch, look: int) -> None:
     monkeypatch.setattr(validator, "TRANSLATION_CHUNK", 2)
     monkeypatch.setattr(validator, "BATCHES_PER_CHECK", 2)
 

@@ -1,4 +1,4 @@
-"""Beam search against exhaustive search, a greedy loop, its slow twin, and itself in other company."""
+"""Beam search against exhaustive search, a greedy loop, its slow twin, and itself in other batches."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def assert_same(found: list[Hypothesis], expected: list[Hypothesis]) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("length_penalty", [1.0, 0.0, 1.7])
-def test_a_beam_as_wide_as_the_tree_finds_what_exhaustive_search_finds(seed: int, length_penalty: float) -> None:
+def test_a_beam_of_the_size_of_the_tree_equals_exhaustive_search(seed: int, length_penalty: float) -> None:
     """4 tokens besides <pad> and EOS, at most 3 of them: 1 + 4 + 16 + 64 sentences."""
     model = ToyModel(6, seed=seed)
     source = random_sources(1, 6, seed=seed)[0]
@@ -143,7 +143,7 @@ def test_prefixes_of_unequal_length_are_forced(name: str) -> None:
         assert_same(hypotheses, slow(model, source, config, 8, prefix))
 
 
-def test_a_prefix_that_ends_is_the_only_hypothesis_and_scored_as_given() -> None:
+def test_a_prefix_that_ends_is_the_only_hypothesis_and_scored_unchanged() -> None:
     model = ToyModel(30, seed=4)
     sources = random_sources(2, 30, seed=6)
     config = BeamSearchConfig(beam_size=3, num_best=3)
@@ -177,7 +177,7 @@ def test_no_ngram_is_said_twice(size: int) -> None:
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_company_does_not_change_a_sentence(groups: int) -> None:
+def test_other_rows_do_not_change_a_sentence(groups: int) -> None:
     model = ToyModel(60, seed=1)
     sources = random_sources(9, 60, seed=2)
     max_lengths = [3 + len(source) for source in sources]

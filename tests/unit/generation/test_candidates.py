@@ -30,7 +30,7 @@ def test_the_best_of_all_blocks_are_the_best_of_all(width: int, beam_size: int) 
 
 
 @pytest.mark.parametrize("place", [0, 63, 64, 1279, 1280, 1299])
-def test_the_best_token_is_found_wherever_it_stands(place: int) -> None:
+def test_the_best_token_is_found_in_every_column(place: int) -> None:
     log_probs = torch.full((2, 1300), -5.0)
     log_probs[1, place] = -1.0
     found, tokens, parents = best_continuations(log_probs, torch.zeros(1, 2), 4)
@@ -39,7 +39,7 @@ def test_the_best_token_is_found_wherever_it_stands(place: int) -> None:
     assert len({*zip(tokens[0].tolist(), parents[0].tolist(), strict=True)}) == 4
 
 
-def test_a_forced_token_leaves_the_other_places_empty() -> None:
+def test_a_forced_token_leaves_the_other_slots_empty() -> None:
     log_probs = torch.full((2, 1300), -torch.inf)
     log_probs[:, 1299] = torch.tensor([-3.0, -4.0])
     found, tokens, parents = best_continuations(log_probs, torch.zeros(1, 2), 4)
@@ -48,7 +48,7 @@ def test_a_forced_token_leaves_the_other_places_empty() -> None:
     assert parents[0, :2].tolist() == [0, 1]
 
 
-def test_a_hypothesis_of_nan_is_dead_and_a_small_vocabulary_leaves_places_empty() -> None:
+def test_a_hypothesis_of_nan_is_dead_and_a_small_vocabulary_leaves_slots_empty() -> None:
     log_probs = torch.tensor([[math.nan, math.nan], [-0.5, -1.0]])
     found, tokens, parents = best_continuations(log_probs, torch.tensor([[0.0, 0.0]]), 5)
     assert found.tolist() == [[-0.5, -1.0, -math.inf, -math.inf, -math.inf]]
@@ -75,7 +75,7 @@ def test_log_probs_in_place_equal_those_out_of_place(shape: tuple[int, int], tem
     assert found.data_ptr() == logits.data_ptr()
 
 
-def test_log_probs_of_half_precision_are_float32_and_leave_the_logits_alone() -> None:
+def test_log_probs_of_half_precision_are_float32_and_keep_the_logits() -> None:
     logits = torch.randn(3, 70).bfloat16()
     kept = logits.clone()
     found = to_log_probs(logits, 1.0)

@@ -53,7 +53,7 @@ def test_a_source_without_tokens_has_an_empty_hypothesis_and_the_model_is_not_as
     assert translator.translate_ids([]) == []
 
 
-def test_the_limit_follows_from_the_sentence_alone() -> None:
+def test_the_limit_follows_from_the_sentence_only() -> None:
     config = BeamSearchConfig(beam_size=2, min_length=99, max_length_ratio=1.5, max_length_offset=3)
     found = generator(config).translate_ids(SOURCES)
     assert [len(h[0].tokens) - 1 for h in found] == [int(1.5 * len(source)) + 3 for source in SOURCES]
@@ -90,10 +90,10 @@ def test_a_sentence_without_a_finite_score_stays_empty_and_is_counted(warnings: 
 
 
 def test_progress_counts_every_sentence_once() -> None:
-    told: list[int] = []
-    generator(BeamSearchConfig(beam_size=2, max_tokens=60)).translate_ids([[2], *SOURCES], progress=told.append)
-    assert sum(told) == len(SOURCES) + 1
-    assert len(told) > 3
+    reported: list[int] = []
+    generator(BeamSearchConfig(beam_size=2, max_tokens=60)).translate_ids([[2], *SOURCES], progress=reported.append)
+    assert sum(reported) == len(SOURCES) + 1
+    assert len(reported) > 3
 
 
 def test_prefixes_follow_their_sentences() -> None:
@@ -102,7 +102,7 @@ def test_prefixes_follow_their_sentences() -> None:
     assert [h[0].tokens[:1] for h in found] == prefixes
 
 
-def test_a_prefix_is_never_cut_by_the_wanted_length_nor_skipped_for_an_empty_source() -> None:
+def test_a_prefix_is_never_cut_by_the_length_limit_nor_skipped_for_an_empty_source() -> None:
     config = BeamSearchConfig(beam_size=2, max_length_ratio=0, max_length_offset=1)
     prefix = [4, 5, 6, 7]
     found = generator(config).translate_ids([SOURCES[0], [2], SOURCES[1]], prefixes=[prefix, prefix, []])
@@ -125,7 +125,7 @@ def test_the_limit_of_an_empty_source_follows_from_its_prefix() -> None:
     assert [len(h[0].tokens) - 1 for h in found] == [2 + 3, 5 + 3, 4 + 3]
 
 
-def test_a_prefix_after_a_source_in_one_sequence_leaves_room_for_it() -> None:
+def test_a_prefix_after_a_source_in_one_sequence_leaves_positions_for_it() -> None:
     translator = replace(generator(BeamSearchConfig(beam_size=2, max_length_offset=50)), limits=LengthLimits(9, 9, joint=True))
     with pytest.raises(DataError, match=r"prefix line 1 has 6 tokens .* reads at most 5"):
         translator.translate_ids([[5, 6, 7, 8, 2]], prefixes=[[4] * 5])

@@ -67,7 +67,7 @@ class Scripted:
 
 
 def job_for(data: Path, **changes: Any) -> LabelJob:
-    facts: dict[str, Any] = {
+    contents: dict[str, Any] = {
         "teacher": "t" * 64,
         "original": load_manifest(data).job,
         "generation": {"beam_size": 5},
@@ -78,7 +78,7 @@ def job_for(data: Path, **changes: Any) -> LabelJob:
         "pairs_per_part": 16,
         "parts": 4,
     }
-    return LabelJob(**{**facts, **changes})
+    return LabelJob(**{**contents, **changes})
 
 
 def label(
@@ -172,7 +172,7 @@ def test_a_search_that_is_cut_short_gives_no_targets_of_its_full_length(data: Pa
     assert report.dropped["unfinished"] == cut
 
 
-def test_a_person_who_looks_on_sees_checksums_being_compared(
+def test_a_person_sees_checksums_being_compared(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     label(data, tmp_path / "labeled", Worker(0, 1))

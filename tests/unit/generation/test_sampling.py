@@ -1,4 +1,4 @@
-"""Draws follow the distribution, within the truncated set, and depend on seed and sentence alone."""
+"""Draws follow the distribution, within the truncated set, and depend on seed and sentence only."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
     assert one != other
 
 
-def test_neither_company_nor_order_nor_other_samples_change_a_draw() -> None:
+def test_neither_other_rows_nor_order_nor_other_samples_change_a_draw() -> None:
     model, sources = ToyModel(60, seed=1, sharpness=0.5), random_sources(6, 60)
     max_lengths = [3, 9, 5, 8, 4, 7]
     config = SamplingConfig(num_best=2, seed=5)

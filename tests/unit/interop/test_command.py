@@ -34,7 +34,7 @@ def test_the_program_may_be_left_out_and_options_asked_for_are_known() -> None:
     assert settings.shown("max_tokens") == "--max-tokens 4096"
 
 
-def test_an_option_is_as_given_then_of_the_architecture_then_inherited_then_the_default() -> None:
+def test_an_option_is_explicit_then_of_the_architecture_then_inherited_then_the_default() -> None:
     settings = Settings(
         {"encoder_embed_dim": 64, "dropout": None, "rope_args": ""},
         decoder_only=False,

@@ -62,7 +62,7 @@ def test_every_architecture_makes_a_recipe(arch: str, tmp_path: Path) -> None:
     ],
 )
 def test_architectures_have_the_predecessor_s_sizes(arch: str, parameters: int, tmp_path: Path) -> None:
-    """Counted there with 64 types on each side."""
+    """Counted there with 64 entries on each side."""
     config = recipe_of("", tmp_path, BASE.replace("transformer", arch)).model
     with torch.device("meta"):
         model = build_model(config, VocabularySizes(source=64, target=64), seed=None)

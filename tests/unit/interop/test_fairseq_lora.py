@@ -128,10 +128,10 @@ def test_a_stacked_layer_has_one_adapter() -> None:
 
 def test_a_checkpoint_without_adapters_is_plain() -> None:
     weights = small_weights()
-    config, vocabulary, portable, adapter = convert_adapted(checkpoint(weights, lora_args='{"r": 0}'), unmerged=False)
+    config, vocabulary, canonical, adapter = convert_adapted(checkpoint(weights, lora_args='{"r": 0}'), unmerged=False)
     assert adapter is None
     assert (config, vocabulary) == convert(checkpoint(weights))[:2]
-    assert portable.keys() == convert(checkpoint(weights))[2].keys()
+    assert canonical.keys() == convert(checkpoint(weights))[2].keys()
 
 
 PROJECTION, TABLE = "decoder.output_projection", "decoder.embed_tokens"

@@ -198,23 +198,23 @@ def test_old_versions_of_pre_norm_models_have_no_final_norm(version: float | Non
     for side in ("encoder", "decoder"):
         for kind in ("weight", "bias"):
             weights[f"{side}.layer_norm.{kind}"] = torch.randn(8)
-    config, _, portable = convert(checkpoint(weights, encoder_normalize_before=True, decoder_normalize_before=True))
+    config, _, canonical = convert(checkpoint(weights, encoder_normalize_before=True, decoder_normalize_before=True))
     assert (config.encoder.final_norm, config.decoder.final_norm) == (encoder_norm, decoder_norm)
-    assert ("encoder.final_norm.weight" in portable) == (encoder_norm == "auto")
-    assert ("decoder.final_norm.weight" in portable) == (decoder_norm == "auto")
+    assert ("encoder.final_norm.weight" in canonical) == (encoder_norm == "auto")
+    assert ("decoder.final_norm.weight" in canonical) == (decoder_norm == "auto")
 
 
 def test_half_precision_becomes_float32() -> None:
     weights = {name: tensor.half() for name, tensor in small_weights().items()}
-    _, _, portable = convert(checkpoint(weights))
-    assert {tensor.dtype for tensor in portable.values()} == {torch.float32}
+    _, _, canonical = convert(checkpoint(weights))
+    assert {tensor.dtype for tensor in canonical.values()} == {torch.float32}
 
 
 def test_tied_matrices_are_stored_once_and_must_be_equal() -> None:
     weights = small_weights()
     weights["decoder.output_projection.weight"] = weights["decoder.embed_tokens.weight"].clone()
-    _, _, portable = convert(checkpoint(weights, share_decoder_input_output_embed=True))
-    assert "projection.weight" not in portable
+    _, _, canonical = convert(checkpoint(weights, share_decoder_input_output_embed=True))
+    assert "projection.weight" not in canonical
     del weights["decoder.output_projection.weight"]
     convert(checkpoint(weights, share_decoder_input_output_embed=True))
     weights["decoder.output_projection.weight"] = weights["decoder.embed_tokens.weight"] + 1
@@ -229,8 +229,8 @@ def test_learned_positions_lose_the_rows_before_the_first_token() -> None:
     table = torch.randn(22, 8)
     weights["encoder.embed_positions.weight"] = weights["decoder.embed_positions.weight"] = table
     limits = {"max_source_positions": 20, "max_target_positions": 20}
-    _, _, portable = convert(checkpoint(weights, encoder_learned_pos=True, decoder_learned_pos=True, **limits))
-    assert torch.equal(portable["source_embedding.positions.weight"], table[2:])
+    _, _, canonical = convert(checkpoint(weights, encoder_learned_pos=True, decoder_learned_pos=True, **limits))
+    assert torch.equal(canonical["source_embedding.positions.weight"], table[2:])
 
 
 def test_names_that_do_not_fit_are_listed() -> None:
@@ -251,7 +251,7 @@ def test_missing_tables_are_named(name: str) -> None:
         convert(checkpoint(weights))
 
 
-def test_both_places_of_the_settings_are_read(tmp_path: Path) -> None:
+def test_both_locations_of_the_settings_are_read(tmp_path: Path) -> None:
     path, weights = tmp_path / "checkpoint.pt", small_weights()
     flat = {**SMALL, "data": "first:second", "source_lang": "en", "target_lang": "de"}
     expected = convert(checkpoint(weights))
@@ -294,9 +294,9 @@ def test_dictionaries_must_have_the_models_sizes(tmp_path: Path) -> None:
 
 def test_barts_mask_row_is_cut(tmp_path: Path) -> None:
     found = checkpoint(small_weights(), arch="bart_base")
-    _, vocabulary, portable = convert(found, read_dictionaries(dictionaries(tmp_path, 10, 12), found))
+    _, vocabulary, canonical = convert(found, read_dictionaries(dictionaries(tmp_path, 10, 12), found))
     assert (vocabulary.source, vocabulary.target) == (10, 12)
-    assert portable["projection.weight"].shape == (12, 8)
+    assert canonical["projection.weight"].shape == (12, 8)
 
 
 def test_a_missing_dictionary_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Small models and sequences for the tests of this room."""
+"""Small models and sequences for the tests of this package."""
 
 import itertools
 import random

@@ -1,6 +1,6 @@
 """Random combinations of all parts: what must hold of every model holds of each of them.
 
-Step by step = at once, for beams that move and sentences that leave; padding and company change no row; later tokens change no
+Step by step = at once, for beams that move and sentences that leave; padding and other rows change no row; later tokens change no
 earlier ones; fused = separate projections; saved = loaded. The seeds are fixed, so a failure repeats.
 """
 
@@ -69,7 +69,7 @@ def test_step_by_step(config: EncoderDecoderConfig | DecoderOnlyConfig) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
-def test_padding_and_company_do_not_change_a_row(config: EncoderDecoderConfig | DecoderOnlyConfig) -> None:
+def test_padding_and_other_rows_do_not_change_a_row(config: EncoderDecoderConfig | DecoderOnlyConfig) -> None:
     model = small_model(config)
     target = sequences(3, 7, 1, 5, seed=2)
     together = logits(model, SOURCE, target)

@@ -23,7 +23,7 @@ def rows(batch: Sequences, *chosen: int, width: int) -> Sequences:
 
 
 @pytest.mark.parametrize("config", variants(), ids=name_of)
-def test_padding_and_company_do_not_change_a_row(config: EncoderDecoderConfig) -> None:
+def test_padding_and_other_rows_do_not_change_a_row(config: EncoderDecoderConfig) -> None:
     model = small_model(config)
     source, target = sequences(9, 1, 5, seed=2), sequences(7, 3, 1, seed=3)
     together = logits_of(model, source, target)
@@ -53,7 +53,7 @@ def test_what_padding_holds_does_not_matter() -> None:
     )
 
 
-def test_rows_of_padding_alone_are_finite_and_harmless() -> None:
+def test_rows_of_padding_only_are_finite_and_harmless() -> None:
     model = small_model().train()
     source, target = sequences(4, 0), sequences(3, 1)
     hidden = model(source, target).hidden
@@ -119,7 +119,7 @@ def test_dropout_is_seeded_and_for_training_only() -> None:
 
 
 @pytest.mark.parametrize("field", ["dropout", "attention_dropout", "activation_dropout"])
-def test_each_dropout_acts_alone(field: str) -> None:
+def test_each_dropout_acts_by_itself(field: str) -> None:
     silent = {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
     source, target = sequences(5, 3), sequences(4, 4)
     still = small_model(small_config(**silent)).train()

@@ -183,7 +183,7 @@ def differences(before: BaseModel, after: BaseModel) -> set[tuple[str, str]]:
 
 
 def test_every_field_was_changed() -> None:
-    """Each field of each class of the room was changed where it stands, in one case at least."""
+    """Each field of each class of the package was changed, in one case at least."""
     seen: set[tuple[str, str]] = set()
     for base, first, second in CASES:
         start = changed(base, first)
@@ -257,5 +257,5 @@ def test_what_only_two_stacks_have_is_refused_for_one() -> None:
             read(changed(DECODER_ONLY, change))
 
 
-def test_a_dynamic_factor_starts_at_the_original_length_unless_told() -> None:
+def test_a_dynamic_factor_starts_at_the_original_length_by_default() -> None:
     assert DynamicYarnScaling(original_length=7).from_length is None

@@ -71,7 +71,7 @@ def test_fused_and_separate_projections_start_and_compute_the_same(config: Encod
     torch.testing.assert_close(fused(source, target).hidden, separate(source, target).hidden, rtol=1e-5, atol=1e-5)
 
 
-def test_the_seed_alone_decides() -> None:
+def test_only_the_seed_decides() -> None:
     torch.manual_seed(1)
     first = to_canonical(build_model(small_config(), VOCABULARY, seed=3))
     torch.manual_seed(2)

@@ -1,4 +1,4 @@
-"""Step-by-step decoding equals the teacher-forced model: padding, company, beams, prefixes, reordering, finished sentences."""
+"""Step-by-step decoding equals the teacher-forced model: padding, other rows, beams, prefixes, reordering, finished sentences."""
 
 import pytest
 import torch

@@ -88,7 +88,7 @@ def test_hidden_states_are_those_between_the_passes(order: str) -> None:
     assert torch.equal(last, model.decoder.final_norm(last)) == (order == "post")
 
 
-def test_activations_of_a_decoder_only_model_are_those_of_the_joined_sequence() -> None:
+def test_activations_of_a_decoder_only_model_are_those_of_the_concatenated_sequence() -> None:
     seed = next(seed for seed in range(50) if random_config(seed).kind == "decoder_only")
     config = random_config(seed)
     model, capture = small_model(config), ActivationCapture(EVERYTHING)
@@ -112,7 +112,7 @@ def test_a_skipped_pass_shows_its_input() -> None:
     assert Tap("attention", "encoder", 3) in capture.captured
 
 
-def test_only_what_is_wanted_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_requested_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = small_model(), []
     real = attention_part.mean_probabilities
     monkeypatch.setattr(attention_part, "mean_probabilities", lambda *args, **how: calls.append(1) or real(*args, **how))

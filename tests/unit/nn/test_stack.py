@@ -35,7 +35,7 @@ def test_layers_run_in_the_order_of_the_schedule_and_then_the_norm() -> None:
     assert len(list(part.layers)) == 3, "a layer that runs twice is stored once"
 
 
-def test_layer_drop_skips_passes_at_the_given_rate_in_training_only() -> None:
+def test_layer_drop_skips_passes_at_the_configured_rate_in_training_only() -> None:
     part, x = stack([0], layer_drop=0.3), torch.randn(2, 4)
     skipped = part.final_norm(x)
     torch.manual_seed(2)

@@ -15,7 +15,7 @@ from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
 from tests.batches import EOS, PAD, collate, labels_of
 
-NUM_TYPES = 37
+VOCAB_SIZE = 37
 SMOOTHING = 0.1
 
 
@@ -29,7 +29,7 @@ def train_module(*, norm_order: str = "post", chunk_tokens: int = 8, dropout: fl
         embedding=PlainEmbedding(tie="all"),
         dropout=dropout,
     )
-    model = build_model(config, VocabularySizes(source=NUM_TYPES, target=NUM_TYPES, pad_id=PAD, eos_id=EOS), seed=1)
+    model = build_model(config, VocabularySizes(source=VOCAB_SIZE, target=VOCAB_SIZE, pad_id=PAD, eos_id=EOS), seed=1)
     options = {"label_smoothing": SMOOTHING, "chunk_tokens": chunk_tokens, **objective}
     return TrainModule(model, build_cross_entropy(CrossEntropyConfig(**options)))
 
@@ -42,7 +42,7 @@ def pairs(*lengths: int) -> tuple[list[list[int]], list[list[int]]]:
     generator = torch.Generator().manual_seed(3)
 
     def words(length: int) -> list[int]:
-        return [*torch.randint(4, NUM_TYPES, (length,), generator=generator).tolist(), EOS]
+        return [*torch.randint(4, VOCAB_SIZE, (length,), generator=generator).tolist(), EOS]
 
     return [words(length) for length in lengths], [words(length + 2) for length in reversed(lengths)]
 
@@ -61,7 +61,7 @@ def test_sums_are_those_of_the_plain_formula() -> None:
     output = module(batch)
     logits = module.model.project(module.model(batch.source, batch.target).hidden).flatten(0, 1)
     labels = labels_of(batch).flatten()
-    smoothing = SMOOTHING * NUM_TYPES / (NUM_TYPES - 1)
+    smoothing = SMOOTHING * VOCAB_SIZE / (VOCAB_SIZE - 1)
     loss = F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=IGNORE_INDEX, reduction="sum")
     nll = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     assert output.size.num_targets == 3 * 3 + 5 + 1 + 9
@@ -79,7 +79,7 @@ def test_a_mean_over_sentences_is_that_of_each_sentences_mean() -> None:
     for source, target in zip(sources, targets, strict=True):
         batch = batch_of([source], [target])
         logits = module.model.project(module.model(batch.source, batch.target).hidden)[0]
-        losses.append(F.cross_entropy(logits, labels_of(batch)[0], label_smoothing=SMOOTHING * NUM_TYPES / (NUM_TYPES - 1)))
+        losses.append(F.cross_entropy(logits, labels_of(batch)[0], label_smoothing=SMOOTHING * VOCAB_SIZE / (VOCAB_SIZE - 1)))
         nll += F.cross_entropy(logits, labels_of(batch)[0], reduction="sum").item()
     denominator = module.objective.denominator(output.size)
     loss = torch.stack(losses).mean()

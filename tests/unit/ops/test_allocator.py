@@ -12,7 +12,7 @@ def test_glibc_takes_the_settings() -> None:
     assert allocator.keep_freed_memory()
 
 
-def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_c_library_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("loaded the C library"))
     assert not allocator.keep_freed_memory()

@@ -56,7 +56,7 @@ def test_values_and_gradients(shape: tuple[int, ...], masking: str) -> None:
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 5, 5, 8), (2, 3, 3, 123, 123, 5)])
-def test_bfloat16_rounds_results_alone(shape: tuple[int, ...]) -> None:
+def test_bfloat16_rounds_results_only(shape: tuple[int, ...]) -> None:
     """Values and gradients are those of float32 on the same numbers, each rounded once."""
     exact = [part.detach().bfloat16().float().requires_grad_() for part in inputs(shape)]
     rounded = [part.detach().bfloat16().requires_grad_() for part in exact]

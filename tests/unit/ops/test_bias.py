@@ -52,7 +52,7 @@ def test_hidden_keys_get_exactly_no_weight_in_every_precision() -> None:
         (3, [2.0**-4, 2.0**-8, 2.0**-2]),
     ],
 )
-def test_slopes(heads: int, slopes: list[float]) -> None:
+def test_alibi_slopes(heads: int, slopes: list[float]) -> None:
     assert alibi_slopes(heads) == slopes
 
 

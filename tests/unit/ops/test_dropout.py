@@ -54,7 +54,7 @@ def test_seeded_by_torch() -> None:
     assert not torch.equal(draws[0][0], draws[0][1])
 
 
-def test_gradient_flows_through_kept_elements_alone() -> None:
+def test_gradient_flows_through_kept_elements_only() -> None:
     torch.manual_seed(3)
     x = torch.randn(40, 40, requires_grad=True)
     residual = torch.randn(40, 40, requires_grad=True)

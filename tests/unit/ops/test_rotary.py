@@ -19,26 +19,28 @@ from dstrain.ops.rotary import (
 
 @pytest.mark.parametrize("layout", ["half_split", "interleaved"])
 @pytest.mark.parametrize(("dim", "head_dim"), [(6, 6), (4, 7), (2, 5)])
-def test_pairs_turn_as_complex_numbers(layout: str, dim: int, head_dim: int) -> None:
+def test_pairs_rotate_as_complex_numbers(layout: str, dim: int, head_dim: int) -> None:
     x = torch.randn(2, 3, 5, head_dim)
     positions = torch.tensor([0, 1, 7, 100, 2])
     turned = apply_rotary(x, compute_cos_sin(positions, inverse_frequencies(dim, 50.0), 1.0, torch.float32), layout)
-    for place, position in enumerate(positions.tolist()):
+    for position, position in enumerate(positions.tolist()):
         for pair in range(dim // 2):
             first, second = (pair, pair + dim // 2) if layout == "half_split" else (2 * pair, 2 * pair + 1)
             angle = cmath.exp(1j * position * 50.0 ** (-2 * pair / dim))
-            before = torch.complex(x[:, :, place, first], x[:, :, place, second]) * angle
-            after = torch.complex(turned[:, :, place, first], turned[:, :, place, second])
+            before = torch.complex(x[:, :, position, first], x[:, :, position, second]) * angle
+            after = torch.complex(turned[:, :, position, first], turned[:, :, position, second])
             torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     assert torch.equal(turned[..., dim:], x[..., dim:])
 
 
-def test_scores_depend_on_distance_alone() -> None:
+def test_scores_depend_on_distance_only() -> None:
     query, key = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 8)
 
     def score(i: int, j: int) -> float:
-        turns = [compute_cos_sin(torch.tensor([place]), inverse_frequencies(8, 10000.0), 1.0, torch.float32) for place in (i, j)]
-        return float((apply_rotary(query, turns[0], "half_split") * apply_rotary(key, turns[1], "half_split")).sum())
+        rotations = [
+            compute_cos_sin(torch.tensor([position]), inverse_frequencies(8, 10000.0), 1.0, torch.float32) for position in (i, j)
+        ]
+        return float((apply_rotary(query, rotations[0], "half_split") * apply_rotary(key, rotations[1], "half_split")).sum())
 
     assert score(3, 1) == pytest.approx(score(103, 101), abs=1e-4)
     assert score(3, 1) != pytest.approx(score(4, 1), abs=1e-3)
@@ -57,8 +59,8 @@ def test_yarn_pair_by_pair() -> None:
     dim, theta, factor, yarn = 64, 10000.0, 8.0, Yarn(original_length=2048, beta_fast=32, beta_slow=1)
     found = yarn_inv_freq(dim, theta, torch.tensor([factor]), yarn).tolist()
 
-    def pair_of(turns: float) -> float:
-        return dim * math.log(2048 / (2 * math.pi * turns)) / (2 * math.log(theta))
+    def pair_of(rotations: float) -> float:
+        return dim * math.log(2048 / (2 * math.pi * rotations)) / (2 * math.log(theta))
 
     low, high = math.floor(pair_of(32)), math.ceil(pair_of(1))
     assert 0 < low < high < dim // 2

@@ -187,7 +187,7 @@ class ProductCounter(TorchDispatchMode):
         (True, True, False, [(10, 77)]),
     ],
 )
-def test_only_wanted_gradients_are_computed(features_learn, weight_learns, grad_mode, per_chunk) -> None:
+def test_only_required_gradients_are_computed(features_learn, weight_learns, grad_mode, per_chunk) -> None:
     features, weight, labels = case(20, 16, 77)
     options = {"label_smoothing": 0.1, "chunk_tokens": 10}
     expected = outcome(linear_cross_entropy, features, weight, labels, **options)

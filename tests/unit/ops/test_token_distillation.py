@@ -161,7 +161,7 @@ def test_a_tail_goes_to_the_others_as_the_student_has_them() -> None:
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
-def test_the_more_types_are_kept_the_nearer_the_divergence_to_the_whole_from_below(divergence) -> None:
+def test_the_more_tokens_are_kept_the_nearer_the_divergence_to_the_whole_from_below(divergence) -> None:
     inputs, signal = student(123, 16, 77), dense(123, 77)
     kept = [top_k_signal(probabilities(signal), count, tail=True) for count in (1, 4, 16, 64)]
     values = [outcome(linear_distillation, *inputs, each, terms=terms(divergence))[2].item() for each in (*kept, signal)]
@@ -172,7 +172,7 @@ def test_the_more_types_are_kept_the_nearer_the_divergence_to_the_whole_from_bel
 
 @pytest.mark.parametrize("temperature", [1.0, 1.5])
 @pytest.mark.parametrize("divergence", DIVERGENCES, ids=lambda d: f"{d.kind}-{d.parameter}")
-def test_all_types_kept_are_the_dense_signal(divergence, temperature) -> None:
+def test_all_entries_kept_are_the_dense_signal(divergence, temperature) -> None:
     signal, options = dense(123, 77), {"terms": terms(divergence, temperature=temperature)}
     expected = outcome(linear_distillation, *student(123, 16, 77), signal, **options)
     kept = top_k_signal(probabilities(signal, temperature), 77, tail=False)
@@ -180,7 +180,7 @@ def test_all_types_kept_are_the_dense_signal(divergence, temperature) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
-def test_drawn_types_give_the_dense_gradient_on_average() -> None:
+def test_drawn_tokens_give_the_dense_gradient_on_average() -> None:
     inputs, signal = student(64, 8, 23), dense(64, 23)
     probs, only_kd = probabilities(signal), terms(hard_weight=0.0, label_smoothing=0.0)
     expected = outcome(linear_distillation, *inputs, signal, terms=only_kd)[-1]
@@ -305,8 +305,8 @@ def test_a_student_surer_than_its_teacher_still_gets_its_gradient(divergence, sm
     probs[:, 1], tail[2] = probs[:, 0], 1e-4
     probs[1::2, 5], ids[1::2, 5] = 0.0, -1  # a slot that is not used
     signal = SparseSignal(ids, probs * ((1 - tail) / probs.sum(1))[:, None], tail)
-    for row, gap in enumerate(gaps):
-        logits[row, ids[row][ids[row] >= 0]] += gap
+    for row, difference in enumerate(gaps):
+        logits[row, ids[row][ids[row] >= 0]] += difference
     logits *= temperature
     labels = torch.randint(1000, (len(gaps),), generator=generator)
     options = {"terms": terms(divergence, temperature=temperature, hard_weight=0.3, label_smoothing=smoothing), "chunk_tokens": 5}
@@ -336,7 +336,7 @@ def test_half_precision_inputs_have_a_full_precision_loss(dtype) -> None:
         torch.testing.assert_close(value.double(), target, rtol=2 * step, atol=slack)
 
 
-def test_autocast_is_the_students_alone() -> None:
+def test_autocast_is_only_the_students() -> None:
     inputs, signal = student(23, 16, 77, torch.float32), dense(23, 77, torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         found = outcome(linear_distillation, *inputs, signal, terms=terms())
@@ -346,7 +346,7 @@ def test_autocast_is_the_students_alone() -> None:
 
 
 @pytest.mark.parametrize("learns", [(True, True), (True, False), (False, True), (False, False)])
-def test_only_wanted_gradients_are_made(learns) -> None:
+def test_only_required_gradients_are_made(learns) -> None:
     features, weight, labels = student(23, 8, 19)
     signal = dense(23, 19)
     expected = outcome(linear_distillation, features, weight, labels, signal, terms=terms())

@@ -28,7 +28,7 @@ def place(rank: str, world_size: str, local_rank: str, local_world_size: str) ->
     return {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": local_rank, "LOCAL_WORLD_SIZE": local_world_size}
 
 
-def test_alone() -> None:
+def test_one_process() -> None:
     assert rank_from_environment({}) == place("0", "1", "0", "1")
 
 
@@ -49,7 +49,7 @@ def test_srun_with_a_task_per_rank() -> None:
     assert (chosen["MASTER_ADDR"], chosen["MASTER_PORT"]) == ("host", "5")
 
 
-def test_a_batch_script_and_a_step_of_one_task_are_alone() -> None:
+def test_a_batch_script_and_a_step_of_one_task_have_one_process() -> None:
     assert rank_from_environment({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == place("0", "1", "0", "1")
     assert rank_from_environment({**SLURM, "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == place("0", "1", "0", "1")
 

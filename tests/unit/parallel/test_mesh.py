@@ -18,8 +18,8 @@ CPU = torch.device("cpu")
     ("data", "sequence", "tensor"), [(1, 1, 1), (3, 1, 1), (1, 1, 4), (1, 4, 1), (2, 1, 2), (2, 2, 1), (3, 2, 4)]
 )
 def test_every_group_holds_the_ranks_that_differ_in_its_coordinates_only(data: int, sequence: int, tensor: int) -> None:
-    places = list(itertools.product(range(data), range(sequence), range(tensor)))
-    ranks = {(d * sequence + s) * tensor + t: (d, s, t) for d, s, t in places}
+    positions = list(itertools.product(range(data), range(sequence), range(tensor)))
+    ranks = {(d * sequence + s) * tensor + t: (d, s, t) for d, s, t in positions}
     fixed = {"data": (1, 2), "sequence": (0, 2), "tensor": (0, 1), "replicas": (2,)}
     sizes = {"data": data, "sequence": sequence, "tensor": tensor, "replicas": data * sequence}
     found = group_ranks(data * sequence * tensor, tensor, sequence)

@@ -51,7 +51,7 @@ def test_a_job_that_another_process_starts_at_the_same_moment_is_the_same_job(
         WORK.start(tmp_path, Job(number=1))
 
 
-def test_two_processes_at_one_file_are_told_so(tmp_path: Path) -> None:
+def test_two_processes_at_one_file_get_an_error(tmp_path: Path) -> None:
     path = tmp_path / "00000.arrow"
     with (
         pytest.raises(StorageError, match=r"another process has written .*00000.arrow at the same time"),

@@ -1,4 +1,4 @@
-"""Stand-ins for the rooms below the trainer: an engine of one number per rank, a plan of seven steps an epoch."""
+"""Stand-ins for the layers below the trainer: an engine of one number per rank, a plan of seven steps an epoch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from dstrain.training.reporting import Reporter
 from dstrain.training.trainer import Trainer
 from dstrain.training.watchdog import Watchdog
 
-ALONE = Group.single(torch.device("cpu"))
-ONE_RANK = Mesh(ALONE, data=ALONE, sequence=ALONE, tensor=ALONE, replicas=ALONE, local_rank=0)
+ONE_PROCESS = Group.single(torch.device("cpu"))
+ONE_RANK = Mesh(ONE_PROCESS, data=ONE_PROCESS, sequence=ONE_PROCESS, tensor=ONE_PROCESS, replicas=ONE_PROCESS, local_rank=0)
 STEPS_PER_EPOCH = 7
 
 
 class FakeEngine:
-    """Its weight walks chaotically, so that any repeated, lost or reordered step changes all later losses."""
+    """Its weight moves chaotically, so that any repeated, lost or reordered step changes all later losses."""
 
     def __init__(self) -> None:
         self.weight = 0.3
@@ -114,15 +114,15 @@ class Setup:
             validation=self.validation,
             checkpoint=self.checkpoint,
             reporting=ReportingConfig(log_every=self.log_every),
-            ranks=ALONE,
+            ranks=ONE_PROCESS,
             engine=self.engine,
             steps=steps_from,
             validate=self.validate,
             checkpoints=CheckpointManager(
-                self.directory / "checkpoints", ALONE, keep=self.checkpoint.keep_checkpoints, run_id="test"
+                self.directory / "checkpoints", ONE_PROCESS, keep=self.checkpoint.keep_checkpoints, run_id="test"
             ),
             bundles=BundleStore(
-                self.directory / "bundles", ALONE, gather=weights, save=save_bundle, keep=self.checkpoint.keep_bundles
+                self.directory / "bundles", ONE_PROCESS, gather=weights, save=save_bundle, keep=self.checkpoint.keep_bundles
             ),
             reporter=Reporter(EventFile(self.directory / "events.jsonl")),
             signals=StopSignals(),

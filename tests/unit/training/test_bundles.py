@@ -15,10 +15,10 @@ from dstrain.errors import TrainingError
 from dstrain.training.bundles import BundleStore, step_bundles
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
 from tests.unit.checkpoint.test_kill import KILLED, at_operation, in_child
-from tests.unit.training.fakes import ALONE, save_bundle
+from tests.unit.training.fakes import ONE_PROCESS, save_bundle
 
 
-def store(directory: Path, value: float = 0.0, ranks: Any = ALONE, keep: int = 2) -> BundleStore:
+def store(directory: Path, value: float = 0.0, ranks: Any = ONE_PROCESS, keep: int = 2) -> BundleStore:
     weights = {"w": torch.tensor(value)} if ranks.rank == 0 else None
     return BundleStore(directory, ranks, gather=lambda: weights, save=save_bundle, keep=keep)
 

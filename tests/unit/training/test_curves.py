@@ -77,7 +77,7 @@ def test_the_table_tells_progress_best_scores_and_end() -> None:
     assert summary([*EVENTS, {"kind": "failure", "step": 3, "message": "the loss is nan"}])["ended by"] == "the loss is nan"
 
 
-def test_what_was_not_finite_leaves_a_gap() -> None:
+def test_what_was_not_finite_breaks_the_curve() -> None:
     assert series(EVENTS, "train", "loss") == ([1, 3], [5.0, 5.0 / 3])
 
 

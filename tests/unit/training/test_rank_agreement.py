@@ -34,7 +34,7 @@ def test_a_difference_names_key_values_ranks_and_hosts() -> None:
     )
 
 
-def test_a_key_that_a_rank_lacks_differs_and_types_are_told_apart() -> None:
+def test_a_key_that_a_rank_lacks_differs_and_value_types_are_distinguished() -> None:
     message = said({"a": {"x": 1}, "b": "1"}, {"a": {}, "b": 1})
     assert message is not None
     assert message.splitlines()[1:-1] == [

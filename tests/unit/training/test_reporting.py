@@ -30,7 +30,7 @@ def test_a_distillation_shows_what_it_learns_from_the_teacher() -> None:
     assert "kd" not in describe(TRAIN)
 
 
-def test_steps_on_the_students_own_samples_are_told_apart() -> None:
+def test_steps_on_the_students_own_samples_are_distinguished() -> None:
     own = {"on_policy_nll": 2.0, "on_policy_kd": 0.125, "on_policy_agreement": 0.25}
     mixed = describe({**TRAIN, "kd": 0.5, "agreement": 0.5, "selected": 0.5, "on_policy": 0.3, **own})
     assert "ppl 20.08" in mixed

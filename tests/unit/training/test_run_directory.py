@@ -15,7 +15,7 @@ from dstrain.errors import CheckpointError, StorageError, TrainingError
 from dstrain.training.run_directory import Run, open_run, recipe_differences
 from tests.paths import ROOT
 from tests.unit.checkpoint.ranks import on_ranks
-from tests.unit.training.fakes import ALONE
+from tests.unit.training.fakes import ONE_PROCESS
 
 RECIPE: dict[str, Any] = {
     "version": 1,
@@ -43,7 +43,7 @@ def changed(path: str, value: Any) -> dict[str, Any]:
 
 def begin(directory: Path) -> Run:
     """A run with something to resume."""
-    run = open_run(directory, RECIPE, ALONE, data="d1")
+    run = open_run(directory, RECIPE, ONE_PROCESS, data="d1")
     (directory / "checkpoints" / "step_00000001").mkdir(parents=True)
     run.close()
     return run
@@ -53,7 +53,7 @@ def test_a_new_run_holds_the_recipe_and_an_id_that_stays(tmp_path: Path) -> None
     run = begin(tmp_path / "deep" / "run")
     assert yaml.safe_load((tmp_path / "deep" / "run" / "recipe.yaml").read_text())["optimizer"]["betas"] == [0.9, 0.98]
     assert (run.checkpoints, run.bundles) == (run.directory / "checkpoints", run.directory / "bundles")
-    again = open_run(tmp_path / "deep" / "run", RECIPE, ALONE, data="d1")
+    again = open_run(tmp_path / "deep" / "run", RECIPE, ONE_PROCESS, data="d1")
     again.close()
     assert again.run_id == run.run_id
     assert len(run.run_id) == 16
@@ -66,7 +66,7 @@ def test_another_recipe_is_refused_and_the_difference_shown(tmp_path: Path) -> N
     del other["batching"]["tokens_per_step"]
     other["data"]["train"].append({"kind": "tsv", "path": "b.tsv"})
     with pytest.raises(CheckpointError) as caught:
-        open_run(tmp_path / "run", other, ALONE, data="d1")
+        open_run(tmp_path / "run", other, ONE_PROCESS, data="d1")
     assert str(caught.value) == "\n".join(
         [
             f"{tmp_path}/run was started with another recipe; it is not resumed with this one:",
@@ -95,21 +95,21 @@ def test_another_recipe_is_refused_and_the_difference_shown(tmp_path: Path) -> N
     ],
 )
 def test_what_does_not_change_the_result_may_change(tmp_path: Path, path: str, value: Any) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
-    open_run(tmp_path / "run", changed(path, value), ALONE, data="d1").close()
+    open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1").close()
+    open_run(tmp_path / "run", changed(path, value), ONE_PROCESS, data="d1").close()
     assert recipe_differences(RECIPE, changed(path, value)) == []
 
 
-def test_what_has_changed_is_told_to_whoever_resumes(tmp_path: Path) -> None:
+def test_what_has_changed_is_logged_at_resume(tmp_path: Path) -> None:
     """Ranks, ZeRO stage and precision stand in the checkpoint."""
     begin(tmp_path / "run")
     recipe = changed("reporting.log_every", 10)
     recipe["engine"]["precision"] = "bf16"
     for _ in range(2):
-        run = open_run(tmp_path / "run", recipe, ALONE, data="d1")
+        run = open_run(tmp_path / "run", recipe, ONE_PROCESS, data="d1")
         run.close()
         assert run.changes == ("reporting.log_every: 50 -> 10",)
-    run = open_run(tmp_path / "run", RECIPE, ALONE, data="d1")
+    run = open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1")
     run.close()
     assert run.changes == ()
 
@@ -126,7 +126,7 @@ def test_what_decides_the_result_in_these_sections_is_refused_with_the_reason(
 ) -> None:
     begin(tmp_path / "run")
     with pytest.raises(CheckpointError) as caught:
-        open_run(tmp_path / "run", changed(path, value), ALONE, data="d1")
+        open_run(tmp_path / "run", changed(path, value), ONE_PROCESS, data="d1")
     assert f"\n  {line}\n" in str(caught.value)
 
 
@@ -135,33 +135,33 @@ def test_everything_else_counts(path: str, value: Any) -> None:
     assert len(recipe_differences(RECIPE, changed(path, value))) == 1
 
 
-def test_a_directory_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
+def test_a_directory_that_is_no_run_is_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(TrainingError, match=r"is no run \(it has no recipe.yaml\) and not empty \(it holds thesis.tex\)"):
-        open_run(tmp_path, RECIPE, ALONE, data="d1")
+        open_run(tmp_path, RECIPE, ONE_PROCESS, data="d1")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(TrainingError, match="is a file; name a directory"):
-        open_run(tmp_path / "thesis.tex", RECIPE, ALONE, data="d1")
+        open_run(tmp_path / "thesis.tex", RECIPE, ONE_PROCESS, data="d1")
 
 
 def test_an_empty_directory_is_welcome(tmp_path: Path) -> None:
-    open_run(tmp_path, RECIPE, ALONE, data="d1").close()
+    open_run(tmp_path, RECIPE, ONE_PROCESS, data="d1").close()
     assert (tmp_path / "recipe.yaml").is_file()
 
 
-def test_a_run_that_lost_its_checkpoints_is_not_begun_again_silently(tmp_path: Path) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+def test_a_run_that_lost_its_checkpoints_is_not_restarted_silently(tmp_path: Path) -> None:
+    open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1").close()
     (tmp_path / "run" / "events.jsonl").write_text('{"time": 1.0, "kind": "checkpoint", "step": 10}\n')
     with pytest.raises(CheckpointError, match=r"events.jsonl says that checkpoints were written, but .*checkpoints holds none"):
-        open_run(tmp_path / "run", RECIPE, ALONE, data="d1")
+        open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1")
     (tmp_path / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
-    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+    open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1").close()
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_again(tmp_path: Path) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+    open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1").close()
     (tmp_path / "run" / "events.jsonl").write_text('{"time": 1.0, "kind": "train", "step": 10}\n')
-    open_run(tmp_path / "run", changed("training.seed", 2), ALONE, data="d1").close()
+    open_run(tmp_path / "run", changed("training.seed", 2), ONE_PROCESS, data="d1").close()
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["training"]["seed"] == 2
 
 
@@ -172,13 +172,13 @@ def test_damaged_files_are_named(tmp_path: Path, name: str, content: str) -> Non
     begin(tmp_path / "run")
     (tmp_path / "run" / name).write_text(content)
     with pytest.raises(CheckpointError, match=name):
-        open_run(tmp_path / "run", RECIPE, ALONE, data="d1")
+        open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1")
 
 
 def test_a_kill_while_it_is_made_does_not_spoil_the_directory(tmp_path: Path) -> None:
-    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+    open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1").close()
     (tmp_path / "run" / "recipe.yaml").rename(tmp_path / "run" / "recipe.yaml.tmp")
-    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+    open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1").close()
     assert (tmp_path / "run" / "recipe.yaml").is_file()
 
 
@@ -197,9 +197,9 @@ sys.stdin.read()
         with pytest.raises(
             TrainingError, match=rf"another training is running in .*run \(process {holder.pid} on .*\): wait for it"
         ):
-            open_run(tmp_path / "run", RECIPE, ALONE, data="d1")
+            open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1")
         holder.kill()
-    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+    open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1").close()
 
 
 def test_all_ranks_learn_the_id_and_the_refusal(tmp_path: Path) -> None:
@@ -213,22 +213,22 @@ def test_all_ranks_learn_the_id_and_the_refusal(tmp_path: Path) -> None:
 
 def test_a_directory_that_cannot_be_made_is_named() -> None:
     with pytest.raises(StorageError, match=r"--output /proc/nowhere/run: No such file or directory; choose a directory"):
-        open_run(Path("/proc/nowhere/run"), RECIPE, ALONE, data="d1")
+        open_run(Path("/proc/nowhere/run"), RECIPE, ONE_PROCESS, data="d1")
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:
     begin(tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"was started on other data \(d1, this is d2\).*name the --data it was started on"):
-        open_run(tmp_path / "run", RECIPE, ALONE, data="d2")
-    open_run(tmp_path / "run", RECIPE, ALONE, data="d1").close()
+        open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d2")
+    open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1").close()
 
 
 def test_another_teacher_is_refused(tmp_path: Path) -> None:
     directory = tmp_path / "run"
-    open_run(directory, RECIPE, ALONE, data="d1", teachers=["t1", "t2"]).close()
+    open_run(directory, RECIPE, ONE_PROCESS, data="d1", teachers=["t1", "t2"]).close()
     (directory / "checkpoints" / "step_00000001").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"was started with another teacher \(t1 t2, this is t2 t1\): name the first one"):
-        open_run(directory, RECIPE, ALONE, data="d1", teachers=["t2", "t1"])
+        open_run(directory, RECIPE, ONE_PROCESS, data="d1", teachers=["t2", "t1"])
     with pytest.raises(CheckpointError, match=r"another teacher \(t1 t2, this is none\)"):
-        open_run(directory, RECIPE, ALONE, data="d1")
-    open_run(directory, RECIPE, ALONE, data="d1", teachers=["t1", "t2"]).close()
+        open_run(directory, RECIPE, ONE_PROCESS, data="d1")
+    open_run(directory, RECIPE, ONE_PROCESS, data="d1", teachers=["t1", "t2"]).close()

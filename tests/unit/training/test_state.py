@@ -1,4 +1,4 @@
-"""The training state survives JSON bit for bit, and limits are read from it alone."""
+"""The training state survives JSON bit for bit, and limits are read from it only."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_json_and_back_is_the_same_state() -> None:
     assert load_state(json.loads(json.dumps(state.to_json()))) == state
 
 
-def test_a_window_keeps_a_loss_per_sentence_apart_from_sums_per_token() -> None:
+def test_a_window_keeps_a_loss_per_sentence_separate_from_sums_per_token() -> None:
     """Two applied steps of 10 tokens in 2 sentences and 90 tokens in 3, and a skipped one that counts nowhere."""
     rest = {"grad_norm": 1.0, "learning_rate": 0.1}
     reports = [
