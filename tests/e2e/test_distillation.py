@@ -131,7 +131,7 @@ def test_every_way_to_run_a_teacher_teaches_the_same(teacher: Path, data: Path, 
 
 
 def with_other_ids(teacher: Path, directory: Path) -> tuple[Path, Path]:
-    """The teacher with all ids but the special ones in reverse and seven entries more; the map from the student's ids to these."""
+    """The teacher with all ids but the special ones in reverse and seven more; the map from the student's ids to these."""
     bundle = load_bundle(teacher)
     special, size = 4, bundle.vocabulary.target
     ids = torch.cat([torch.arange(special), torch.arange(size + 6, special + 6, -1)])

@@ -13,7 +13,7 @@ from dstrain.errors import CheckpointError, DataError
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import load_recipe, recipe_tree
 from dstrain.training.run_directory import open_run
-from tests.unit.training.fakes import ALONE
+from tests.unit.training.fakes import ONE_PROCESS
 
 SMALL = ("data.train.0.num_pairs=60", "data.valid.0.num_pairs=5", "data.test={}", "data.tokenizer.vocab_size=120")
 
@@ -40,8 +40,8 @@ def test_a_run_started_before_a_key_existed_is_resumed(tmp_path: Path) -> None:
         (tmp_path / name).write_text(json.dumps(content))
     upgrade = partial(upgrade_config, Recipe)
     with pytest.raises(CheckpointError, match=r"batching\.bucket_tokens: \(absent\) -> 4096"):
-        open_run(tmp_path, tree, ALONE, data="d")
-    open_run(tmp_path, tree, ALONE, data="d", upgrade=upgrade).close()
+        open_run(tmp_path, tree, ONE_PROCESS, data="d")
+    open_run(tmp_path, tree, ONE_PROCESS, data="d", upgrade=upgrade).close()
     tree["batching"]["bucket_tokens"] = 100
     with pytest.raises(CheckpointError, match=r"batching\.bucket_tokens: 4096 -> 100"):
-        open_run(tmp_path, tree, ALONE, data="d", upgrade=upgrade)
+        open_run(tmp_path, tree, ONE_PROCESS, data="d", upgrade=upgrade)

@@ -22,7 +22,7 @@ from dstrain.checkpoint import tensor_file
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.errors import CheckpointError
 from dstrain.fragment import Fragment, StoredState
-from tests.unit.training.fakes import ALONE
+from tests.unit.training.fakes import ONE_PROCESS
 
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
 KILLED = 137
@@ -97,7 +97,7 @@ def at_operation(number: int, strike: Callable[[], None]) -> None:
 
 
 def manager_of(directory: Path, keep: int = 1) -> CheckpointManager:
-    return CheckpointManager(directory, ALONE, keep=keep, run_id="run", template=template)
+    return CheckpointManager(directory, ONE_PROCESS, keep=keep, run_id="run", template=template)
 
 
 def save(directory: Path, number: int) -> None:
@@ -180,7 +180,7 @@ def test_kill_9_at_random_moments_of_endless_saving(tmp_path: Path) -> None:
 
     def child() -> int:
         engine = Blocks(size=20_000)
-        manager = CheckpointManager(tmp_path, ALONE, keep=2, run_id="run")
+        manager = CheckpointManager(tmp_path, ONE_PROCESS, keep=2, run_id="run")
         manager.load_latest(engine)
         while True:
             engine.number += 1

@@ -23,7 +23,7 @@ from dstrain.fragment import Fragment, StoredState
 from dstrain.log import logger
 from dstrain.protocols import Ranks
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
-from tests.unit.training.fakes import ALONE
+from tests.unit.training.fakes import ONE_PROCESS
 
 NUMBERS = {"step": 3, "loss": 0.1 + 0.2, "tiny": 5e-324, "none": None, "nested": {"list": [1, 2.5]}}
 
@@ -57,7 +57,7 @@ def template(directory: Path) -> None:
     (directory / "common.txt").write_text("common to all ranks")
 
 
-def manager_of(directory: Path, ranks: Ranks = ALONE, *, keep: int, run_id: str = "run") -> CheckpointManager:
+def manager_of(directory: Path, ranks: Ranks = ONE_PROCESS, *, keep: int, run_id: str = "run") -> CheckpointManager:
     return CheckpointManager(directory, ranks, keep=keep, run_id=run_id, template=template)
 
 

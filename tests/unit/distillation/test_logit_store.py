@@ -1,4 +1,4 @@
-"""A dumped store gives, for any batch, what the teacher says of its tokens; damage, mismatches and unfinished work are refused."""
+"""A dumped store gives, for any batch, what the teacher says of its tokens; damaged, unfit and unfinished ones are refused."""
 
 from __future__ import annotations
 
@@ -470,7 +470,7 @@ def test_a_description_names_its_contents(data: Path, teacher: EncoderDecoder, t
     ("method", "distinct", "limit"), [(SampleMethod(), 12, 40.0), (TopKMethod(k=64), 64, 200.0)], ids=["sample", "topk"]
 )
 def test_bytes_per_token_at_a_vocabulary_of_65536(method: Method, distinct: int, limit: float, tmp_path: Path) -> None:
-    """Sentences of 25 tokens in the median, one in twelve of 3, whose teacher has `distinct` likely entries; the file, with all."""
+    """Sentences of 25 tokens in the median; one in twelve of 3, whose teacher has `distinct` likely tokens; file and contents."""
     from dstrain.distillation.store.dump import ShardDraft
     from dstrain.storage.atomic import atomic_writer
 

@@ -30,7 +30,7 @@ from dstrain.seeding import derive_seed
 from tests.batches import collate
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
 from tests.unit.generation.toy import IDS, ToyModel, log_probs, random_sources
-from tests.unit.training.fakes import ALONE
+from tests.unit.training.fakes import ONE_PROCESS
 
 SEED = 5
 TYPES = 12
@@ -42,7 +42,7 @@ STEP = PlannedStep(2, 17, np.array(NUMBERS), 999, last_of_epoch=False)
 def own_samples(
     model: object,
     *,
-    ranks: object = ALONE,
+    ranks: object = ONE_PROCESS,
     max_length: int = 40,
     kind: ModelKind = "encoder_decoder",
     max_tokens: int = 40,

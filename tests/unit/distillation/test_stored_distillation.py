@@ -1,4 +1,4 @@
-"""A store as the signal source of the distillation objective: all entries kept = the teacher at work; kept entries cost little."""
+"""A store as the signal source of the distillation objective: all entries kept = the online teacher; kept entries cost little."""
 
 from __future__ import annotations
 

@@ -39,6 +39,6 @@ def test_exchanging_twice_is_nothing() -> None:
 
 def test_a_saved_average_continues() -> None:
     average = MovingAverage([torch.zeros(2)], EmaConfig(decay=0.5))
-    average.load([torch.tensor([4.0, 8.0])])
+    average.tensors[0].copy_(torch.tensor([4.0, 8.0]))
     average.update(1)
     assert average.tensors[0].tolist() == [2.0, 4.0]

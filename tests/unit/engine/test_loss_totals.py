@@ -11,7 +11,7 @@ from dstrain.batch import Metrics, Size
 from dstrain.engine.loss_totals import LossReducer, LossTotals, Total
 from dstrain.objectives.objective import LossOutput
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
-from tests.unit.training.fakes import ALONE
+from tests.unit.training.fakes import ONE_PROCESS
 
 
 def output(number: int, **sums: float) -> LossOutput:
@@ -28,19 +28,19 @@ def totals(*outputs: LossOutput) -> LossTotals:
 
 
 def test_two_micro_batches_of_different_names_give_both() -> None:
-    found = LossReducer(ALONE)(totals(output(4, nll=8.0, kd=2.0), output(6, nll=1.0, on_policy_kd=3.0)))
+    found = LossReducer(ONE_PROCESS)(totals(output(4, nll=8.0, kd=2.0), output(6, nll=1.0, on_policy_kd=3.0)))
     assert found.loss_sum == 100.0
     assert found.size == Size(10, 2)
     assert found.metrics.means() == {"nll": 0.9, "kd": 0.5, "on_policy_kd": 0.5}
 
 
 def test_the_order_of_names_in_a_micro_batch_does_not_matter() -> None:
-    found = LossReducer(ALONE)(totals(output(4, nll=8.0, kd=2.0), output(6, kd=1.0, nll=3.0)))
+    found = LossReducer(ONE_PROCESS)(totals(output(4, nll=8.0, kd=2.0), output(6, kd=1.0, nll=3.0)))
     assert found.metrics == Metrics({"nll": 11.0, "kd": 3.0}, {"nll": 10, "kd": 10})
 
 
 def test_an_empty_micro_batch_reports_nothing() -> None:
-    found = LossReducer(ALONE)(totals(output(4, nll=8.0), output(0, kd=0.0)))
+    found = LossReducer(ONE_PROCESS)(totals(output(4, nll=8.0), output(0, kd=0.0)))
     assert found.metrics == Metrics({"nll": 8.0}, {"nll": 4})
     assert found.size == Size(4, 2)
 

@@ -24,7 +24,7 @@ from dstrain.objectives.objective import LossOutput
 from dstrain.protocols import Ranks
 from tests.batches import EOS, PAD, collate
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
-from tests.unit.training.fakes import ALONE
+from tests.unit.training.fakes import ONE_PROCESS
 
 
 class Examples:
@@ -119,11 +119,11 @@ class Mixed(Engine):
 
 def test_batches_that_report_different_names_are_scored_by_name() -> None:
     expected: dict[str, list[float]] = {"nll": [0, 0], "kl": [0, 0]}
-    for number, batch in enumerate(batches_of(ALONE)()):
+    for number, batch in enumerate(batches_of(ONE_PROCESS)()):
         total = float(batch.targets.labels.sum())
         for name, value in (("nll", total / 2), ("kl", total / 4))[: 2 - number % 2]:
             expected[name] = [expected[name][0] + value, expected[name][1] + batch.num_targets]
-    scores = on(ALONE, Mixed(), denominator=TOKENS)()
+    scores = on(ONE_PROCESS, Mixed(), denominator=TOKENS)()
     assert expected["kl"][1] < expected["nll"][1]
     assert {name: scores[name] for name in expected} == {name: total / count for name, (total, count) in expected.items()}
 
@@ -142,7 +142,7 @@ def test_a_loss_per_sentence_is_divided_by_sentences_and_the_rest_by_tokens(worl
 
 def test_with_a_moving_average_it_is_the_average_that_is_scored() -> None:
     engine = Engine()
-    scores = on(ALONE, engine, denominator=TOKENS, averaged=True, translation=Texts(3))()
+    scores = on(ONE_PROCESS, engine, denominator=TOKENS, averaged=True, translation=Texts(3))()
     assert scores["loss"] == pytest.approx(100 * LOSS)
     assert scores["bleu"] == 0.0, "the texts must come from the averaged model, too"
     assert engine.factor == 1.0
@@ -183,7 +183,7 @@ def test_an_interruption_ends_it_on_all_ranks_at_the_same_batch(monkeypatch: pyt
 def test_a_split_without_targets_is_refused() -> None:
     empty = collate([])
     with pytest.raises(DataError, match="the split holds no target token; give it at least one"):
-        Validator(Engine(), replicas=ALONE, data=ALONE, batches=lambda: [empty], denominator=TOKENS)()
+        Validator(Engine(), replicas=ONE_PROCESS, data=ONE_PROCESS, batches=lambda: [empty], denominator=TOKENS)()
 
 
 MODEL = EncoderDecoderConfig(

@@ -39,7 +39,7 @@ from tests.paths import ROOT
 from tests.unit.cli.verbs import Verbs
 from tests.unit.distillation.toy_store import prepared, stored, teacher_for
 from tests.unit.storage.test_parsing import billion_laughs
-from tests.unit.training.fakes import ALONE
+from tests.unit.training.fakes import ONE_PROCESS
 
 RECIPE: dict[str, Any] = {"version": 1, "training": {"seed": 1}}
 
@@ -60,7 +60,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     (root / "adapted/adapter").mkdir(parents=True)
     (root / "adapted/adapter/adapter.yaml").write_text(dump_yaml(description.model_dump(mode="json")))
-    open_run(root / "run", RECIPE, ALONE, data="d1").close()
+    open_run(root / "run", RECIPE, ONE_PROCESS, data="d1").close()
     (root / "run/checkpoints/step_00000001").mkdir(parents=True)
     (root / "run/events.jsonl").write_text('{"kind": "train", "step": 1, "loss": 1.0}\n')
     job = LabelJob(
@@ -105,8 +105,8 @@ KINDS = {
     "model.yaml": Kind("bundle/model.yaml", lambda root: load_bundle(root / "bundle"), "vocabulary", "sha256"),
     "adapter.yaml": Kind("adapted/adapter/adapter.yaml", lambda root: find_bundle(root / "adapted"), "base", "sha256"),
     "recipe of a bundle": Kind("bundle/recipe.yaml", lambda root: load_bundle(root / "bundle"), "", "description"),
-    "run.json": Kind("run/run.json", lambda root: open_run(root / "run", RECIPE, ALONE, data="d1"), "data", "run_id"),
-    "recipe of a run": Kind("run/recipe.yaml", lambda root: open_run(root / "run", RECIPE, ALONE, data="d1"), "", ""),
+    "run.json": Kind("run/run.json", lambda root: open_run(root / "run", RECIPE, ONE_PROCESS, data="d1"), "data", "run_id"),
+    "recipe of a run": Kind("run/recipe.yaml", lambda root: open_run(root / "run", RECIPE, ONE_PROCESS, data="d1"), "", ""),
     "recipe of a report": Kind("run/recipe.yaml", lambda root: write_report(root / "run", root / "out"), "", ""),
     "recipe of a user": Kind("bundle/recipe.yaml", lambda root: load_recipe(str(root / "bundle/recipe.yaml")), "", "description"),
 }

@@ -186,8 +186,8 @@ def test_two_trainings_never_share_a_run(tmp_path: Path) -> None:
     script = f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
 from pathlib import Path
-from tests.unit.training.test_run_directory import RECIPE, ALONE, open_run
-run = open_run(Path({str(tmp_path / "run")!r}), RECIPE, ALONE, data="d1")
+from tests.unit.training.test_run_directory import RECIPE, ONE_PROCESS, open_run
+run = open_run(Path({str(tmp_path / "run")!r}), RECIPE, ONE_PROCESS, data="d1")
 print("open", flush=True)
 sys.stdin.read()
 """
