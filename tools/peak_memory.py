@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=8000)
     args = parser.parse_args()
     if "RANK" in os.environ:
-        print(json.dumps(rank(args)), flush=True)
+        print(json.dumps(rank(args)) + "\n", end="", flush=True)  # in one write: the ranks share the pipe
         os._exit(0)  # DeepSpeed's threads may hold the interpreter
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

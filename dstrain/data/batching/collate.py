@@ -117,21 +117,19 @@ def _read(kind: ModelKind, sources: Ragged, inputs: Ragged, *, rows: IntArray | 
     is_source[of_inputs] = False
     sequence[of_inputs] = inputs.tokens
     sequence[is_source] = np.delete(sources.tokens, np.cumsum(sources.lengths) - 1)
-    # a padded row is as wide as the longest source and the longest input together, as the plan reserves
-    width = None if rows is not None else int(before.max() + inputs.lengths.max())
-    target, index = _lay_out(Ragged(sequence, before + inputs.lengths), rows, pad_id, width)
+    target, index = _lay_out(Ragged(sequence, before + inputs.lengths), rows, pad_id)
     return ModelInputs(None, target, index[start], index[of_inputs])
 
 
-def _lay_out(ragged: Ragged, rows: IntArray | None, pad_id: int, width: int | None = None) -> tuple[Sequences, IntArray]:
-    """The sequences in rows of `width`, None for the longest row; and the index of each token in the flattened (B * width)."""
+def _lay_out(ragged: Ragged, rows: IntArray | None, pad_id: int) -> tuple[Sequences, IntArray]:
+    """The sequences in rows as wide as the longest, and the index of each token in the flattened (B * width)."""
     lengths, positions = ragged.lengths, _positions(ragged.lengths)
     row, column = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
     filled = lengths  # (B,) tokens of each row
     if rows is not None:
         row, filled = rows, np.bincount(rows, weights=lengths).astype(np.int64)
         column = _starts(lengths) - _starts(filled)[row]
-    shape = len(filled), int(filled.max()) if width is None else width
+    shape = len(filled), int(filled.max())
     index = np.repeat(row * shape[1] + column, lengths) + positions
 
     def written(values: IntArray, fill: int) -> torch.Tensor:

@@ -143,8 +143,8 @@ def micro_batches(
     """Cut one step for `num_ranks` ranks, of which rank r takes `[r::num_ranks]`.
 
     Returns a multiple of `num_ranks` groups of similar lengths, as few as `max_tokens` allows, the costliest as cheap as can be:
-    the ranks wait for one another. A group costs rows x (its longest source or target), for a decoder-only model rows x
-    (longest source + longest target - 1). Groups are empty only if there are fewer examples than groups. Every example must
+    the ranks wait for one another. A group costs rows x (its longest source or target), for a decoder-only model rows x (its
+    longest source and target concatenated, which share an EOS). Groups are empty only where there are fewer examples than groups. Every example must
     fit into `max_tokens` by itself, which `StepPlan` has checked.
     """
     examples, widths = _sort_by_width(step_examples, source_lengths, target_lengths, kind)
@@ -221,13 +221,10 @@ def _deal(buckets: list[IntArray], per_step: int, seed: int) -> list[list[IntArr
 def _sort_by_width(
     examples: IntArray, source_lengths: Lengths, target_lengths: Lengths, kind: ModelKind
 ) -> tuple[IntArray, list[int]]:
-    """Examples ordered by their row length, and the longest row of a group that ends with each: ascending numbers."""
+    """Examples by ascending width of their row, and these widths."""
     sources, targets = (lengths[examples].astype(np.int64) for lengths in (source_lengths, target_lengths))
     widths = np.maximum(sources, targets) if kind == "encoder_decoder" else sources + targets - 1
     order = np.lexsort((sources, targets, widths))
-    if kind == "decoder_only":  # as long as the longest source and the longest target, even if of different examples
-        widths = np.maximum.accumulate(sources[order]) + np.maximum.accumulate(targets[order]) - 1
-        return examples[order], widths.tolist()
     return examples[order], widths[order].tolist()
 
 

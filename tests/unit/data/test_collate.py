@@ -40,13 +40,13 @@ def test_padded_concatenated_pairs_written_out() -> None:
     batch = collate(PAIRS, kind="decoder_only")
     assert batch.source is None
     assert batch.target.tokens.tolist() == [
-        [5, 6, EOS, 7, PAD, PAD],
-        [5, EOS, 7, 8, 9, PAD],
-        [EOS, PAD, PAD, PAD, PAD, PAD],
-    ]
+        [5, 6, EOS, 7, PAD],
+        [5, EOS, 7, 8, 9],
+        [EOS, PAD, PAD, PAD, PAD],
+    ], "as wide as the longest joined example, not as the longest source and target together"
     assert batch.target.lengths.tolist() == [4, 5, 1]
-    assert batch.targets.index.tolist() == [2, 3, 7, 8, 9, 10, 12]
-    assert batch.examples.source_start.tolist() == [0, 6, 12]
+    assert batch.targets.index.tolist() == [2, 3, 6, 7, 8, 9, 10]
+    assert batch.examples.source_start.tolist() == [0, 5, 10]
 
 
 def test_packed_pairs_written_out() -> None:

@@ -254,7 +254,7 @@ def test_micro_batches_share_a_step_among_ranks(plan: StepPlan, world_size: int)
 @settings(max_examples=200, deadline=None)
 @given(pairs=PAIRS, tokens=st.integers(119, 400), world_size=st.integers(1, 4))
 def test_concatenated_sides_are_counted_together(pairs: Pairs, tokens: int, world_size: int) -> None:
-    """A decoder-only model pads the longest source and the longest target of a batch, whichever rows they are of."""
+    """A row of a decoder-only model is as wide as the longest example of the batch, its source and target concatenated."""
     source, target = sides(pairs)
     config = BatchingConfig(tokens_per_step=150, max_tokens=tokens)
     plan = StepPlan(source, target, config, 1, kind="decoder_only")
@@ -266,10 +266,10 @@ def test_concatenated_sides_are_counted_together(pairs: Pairs, tokens: int, worl
         if len(group)
     ]
     assert sorted(np.concatenate(groups)) == list(range(len(pairs)))
-    assert all(len(group) * (source[group].max() + target[group].max() - 1) <= tokens for group in groups)
+    assert all(len(group) * (source[group] + target[group] - 1).max() <= tokens for group in groups)
     batches = evaluation_batches(source, target, 70, kind="decoder_only")
     assert sorted(np.concatenate(batches)) == list(range(len(pairs)))
-    assert all(len(rows) == 1 or len(rows) * (source[rows].max() + target[rows].max() - 1) <= 70 for rows in batches)
+    assert all(len(rows) == 1 or len(rows) * (source[rows] + target[rows] - 1).max() <= 70 for rows in batches)
 
 
 def test_sides_that_fit_separately_but_not_concatenated_are_named() -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from dstrain.batch import Batch
+from dstrain.data.batching.plan import StepPlan, evaluation_batches, micro_batches
+from dstrain.data.config import BatchingConfig
+from dstrain.errors import DataError
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import Model
 from dstrain.objectives.build import build_cross_entropy
@@ -100,3 +106,22 @@ def test_only_one_side_packed_is_refused() -> None:
     padded, packed = both(model)
     with pytest.raises(ValueError, match="source and target must both be packed, or neither"):
         model(padded.source, packed.target)
+
+
+def test_learned_positions_end_with_the_longest_example_not_with_the_longest_source_and_target_of_two() -> None:
+    """7 + 2 - 1 and 2 + 7 - 1 inputs fit 8 positions, in a batch of training and of evaluation; 8 + 2 - 1 do not."""
+    config = next(c for c in CONFIGS if c.kind == "decoder_only" and c.position.kind == "learned")
+    model = small_model(config.model_copy(update={"max_target_length": 8}))
+    long_source, long_target = ([*range(4, 10), EOS], [5, EOS]), ([5, EOS], [*range(4, 10), EOS])
+    lengths = np.array([[len(source), len(target)] for source, target in (long_source, long_target)]).T
+    batching = BatchingConfig(tokens_per_step=16, max_tokens=16)
+    (step,) = islice(StepPlan(*lengths, batching, 1, kind=model.kind).epoch(1), 1)
+    (trained,) = micro_batches(step.examples, *lengths, 16, 1, kind=model.kind)
+    (evaluated,) = evaluation_batches(*lengths, 16, kind=model.kind)
+    for examples in (trained, evaluated):
+        batch = collate([(long_source, long_target)[example] for example in examples], kind=model.kind)
+        assert batch.target.tokens.shape == (2, 8)
+        for training in (True, False):
+            assert target_hidden(model.train(training), batch).isfinite().all()
+    with pytest.raises(DataError, match="9 tokens is longer than the 8 learned positions"):
+        target_hidden(model, collate([([4, *long_source[0]], [5, EOS])], kind=model.kind))
