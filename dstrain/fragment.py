@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -32,6 +33,11 @@ class Fragment(NamedTuple):
 
 class StoredState(Protocol):
     """A checkpoint as an engine reads it. No call communicates. All raise CheckpointError if the checkpoint does not fit."""
+
+    @property
+    def path(self) -> Path:
+        """Of the document that holds `scalars`, for messages."""
+        ...
 
     @property
     def scalars(self) -> Mapping[str, Any]:

@@ -72,7 +72,7 @@ def _write_adapter(stored: StoredCheckpoint, kind: str, template: Path, fresh: P
 def _weight_infos(stored: StoredCheckpoint, kind: str) -> dict[str, TensorInfo]:
     """The model's tensors; parameters that belong to the objective are in no bundle."""
     names = (name for name in stored.names(kind) if not name.startswith("objective."))
-    return {name: stored.manifest.info(f"{kind}/{name}") for name in names}
+    return {name: stored.tensors[f"{kind}/{name}"] for name in names}
 
 
 def _stream(stored: StoredCheckpoint, kind: str, infos: dict[str, TensorInfo], path: Path) -> str:

@@ -2,7 +2,7 @@
 
 ```
 RUN/checkpoints/
-  step_00000100/   manifest.json, rank_00000.safetensors, ..., template/
+  step_00000100/   manifest.json, rank_00000.json, rank_00000.safetensors, ..., template/
   step_00000200/
   latest           the name of the newest one
 ```
@@ -21,27 +21,19 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dstrain.checkpoint.manifest import (
-    CHECKPOINT_VERSION,
-    FileEntry,
-    Manifest,
-    OtherFormatError,
-    TensorEntry,
-    first_problem,
-    read_manifest,
-    write_manifest,
-)
+from dstrain.checkpoint.manifest import CHECKPOINT_VERSION, Manifest, OtherFormatError, check_files, read_manifest, write_manifest
 from dstrain.checkpoint.reader import StoredCheckpoint
 from dstrain.checkpoint.snapshot import WriteTemplate, take_snapshot
-from dstrain.checkpoint.tensor_file import TensorInfo
 from dstrain.errors import CheckpointError, DstrainError
 from dstrain.log import logger
 from dstrain.parallel.errors import raise_on_all_ranks
 from dstrain.protocols import Ranks, Resumable
 from dstrain.storage.atomic import sync, write_file
+from dstrain.storage.document import FileRecord
 
 _R = TypeVar("_R")
 POINTER = "latest"
@@ -87,9 +79,8 @@ class CheckpointManager:
         try:
             self._on_first_rank(doing, partial(_make_empty, aside))
             snapshot = self._on_all_ranks(doing, partial(take_snapshot, engine, self.ranks.rank, self.template))
-            entries = self._on_all_ranks(doing, partial(snapshot.write, aside))
-            shares = self.ranks.gather_objects((entries, snapshot.tensors()))
-            manifest = self._describe(step, engine, state, shares)
+            records = self._on_all_ranks(doing, partial(snapshot.write, aside))
+            manifest = self._describe(step, engine, state, self.ranks.gather_objects(records))
             self._on_first_rank(doing, partial(_commit_directory, aside, final, manifest))
         except DstrainError as error:
             if self.ranks.rank == 0:
@@ -130,14 +121,7 @@ class CheckpointManager:
             )
         return None
 
-    def _describe(
-        self,
-        step: int,
-        engine: Resumable,
-        state: Mapping[str, Any],
-        shares: list[tuple[list[FileEntry], dict[str, TensorInfo]]],
-    ) -> Manifest:
-        tensors = {name: info for _, infos in shares for name, info in infos.items()}
+    def _describe(self, step: int, engine: Resumable, state: Mapping[str, Any], records: list[list[FileRecord]]) -> Manifest:
         return Manifest(
             format=CHECKPOINT_VERSION,
             run_id=self.run_id,
@@ -146,8 +130,7 @@ class CheckpointManager:
             layout=engine.layout,
             state=dict(state),
             scalars=engine.scalars(),
-            tensors={name: TensorEntry(dtype=info.dtype, shape=info.shape) for name, info in sorted(tensors.items())},
-            files=sorted((entry for entries, _ in shares for entry in entries), key=lambda entry: entry.name),
+            files=sorted(chain.from_iterable(records), key=lambda record: record.file),
         )
 
     def _on_all_ranks(self, doing: str, action: Callable[[], _R]) -> _R:
@@ -182,8 +165,8 @@ class CheckpointManager:
     def _first_problem(self, directory: Path) -> str | None:
         """The fault of a checkpoint, agreed by all ranks, each of which verifies its share of the files."""
         try:
-            share = read_manifest(directory).files[self.ranks.rank :: self.ranks.size]
-            problem = first_problem(directory, share)
+            check_files(directory, read_manifest(directory).files[self.ranks.rank :: self.ranks.size])
+            problem = None
         except OtherFormatError:
             raise
         except (OSError, CheckpointError) as error:
@@ -223,7 +206,7 @@ def _load(engine: Resumable, directory: Path, manifest: Manifest) -> None:
 
 
 def _commit_directory(aside: Path, final: Path, manifest: Manifest) -> None:
-    if [entry.name for entry in manifest.files] != _files(aside):
+    if [record.file for record in manifest.files] != _files(aside):
         raise OSError(f"the ranks see different files in {aside}: the shared file system lags behind")
     StoredCheckpoint(aside, manifest).require_coverage()
     write_manifest(aside, manifest)

@@ -1,82 +1,67 @@
-"""manifest.json of a checkpoint: which tensors it holds, which ranges of them lie in which file, and the hash of every file."""
+"""The documents of a checkpoint: manifest.json, and for each rank an index of the fragments in its file of tensors.
+
+Each rank writes and hashes its own index. So no document grows with the number of ranks times the number of tensors, and all stay
+within the bounds of `storage.parsing`: a rank may hold fragments of 18,000 tensors.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt
 
 from dstrain.checkpoint.fragments import Span
-from dstrain.checkpoint.tensor_file import TensorInfo
+from dstrain.checkpoint.tensor_file import DTYPES, TensorInfo
 from dstrain.config_base import Config
 from dstrain.errors import CheckpointError
 from dstrain.fragment import DimensionSlice
 from dstrain.storage.atomic import write_file
-from dstrain.storage.document import Count, RelativePath, Sha256
-from dstrain.storage.explain import explain
-from dstrain.storage.hashing import sha256_of_file, sha256_of_json
-from dstrain.storage.parsing import read_tree
+from dstrain.storage.document import Count, DocumentFormat, FileRecord
+from dstrain.storage.hashing import sha256_of_json
 
 CHECKPOINT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
-MAX_VALUES = 20_000_000
-"""One fragment has three values, and every rank may hold one of every tensor."""
+INDEX_NAME = re.compile(r"rank_\d+\.json")
+REMEDY = "resume from another checkpoint, or restore it from a copy"
 
 
 class OtherFormatError(CheckpointError):
     """The checkpoint is whole, but of a format that this version does not read."""
 
 
-class FragmentRange(Config):
-    """The position of a fragment in its tensor; see `fragments.Span`. slice: dimension, start, stop."""
+class FragmentEntry(Config):
+    """A fragment. dtype, shape: of the whole tensor. start, length, slice (dimension, start, stop): see `fragments.Span`."""
 
+    dtype: Annotated[str, Field(pattern=f"^({'|'.join(DTYPES)})$")]
+    shape: tuple[Count, ...]
     start: Count
     length: Count
     slice: tuple[Count, Count, Count] | None = None
 
-    def span(self, info: TensorInfo) -> Span:
-        """The fragment of a tensor."""
-        return Span(info.shape, self.start, self.length, self.slice and DimensionSlice(*self.slice))
+    @property
+    def info(self) -> TensorInfo:
+        """Of the whole tensor."""
+        return TensorInfo(self.dtype, self.shape)
+
+    @property
+    def span(self) -> Span:
+        """Its elements."""
+        return Span(self.shape, self.start, self.length, self.slice and DimensionSlice(*self.slice))
 
 
-class FileEntry(Config):
-    """One file. name: relative to the checkpoint, with `/`. fragments: by tensor, for a file of tensors."""
+class FragmentIndex(Config):
+    """rank_00000.json: what rank_00000.safetensors holds, by `{kind}/{parameter}`."""
 
-    name: RelativePath
-    size: Count
-    sha256: Sha256
-    fragments: dict[str, FragmentRange] = Field(default_factory=dict)
-
-    def problem(self, directory: Path) -> str | None:
-        """The fault of the file, None for a sound one. Reads it whole."""
-        path = directory / self.name
-        if not path.is_file():
-            return f"missing file {self.name}"
-        if not path.resolve().is_relative_to(directory.resolve()):
-            return f"file {self.name} is a link out of the checkpoint"
-        size = path.stat().st_size
-        if size < self.size:
-            return f"truncated file {self.name}: {size} of {self.size} bytes"
-        if size > self.size:
-            return f"file {self.name} has grown"
-        if sha256_of_file(path) != self.sha256:
-            return f"hash mismatch in {self.name}: its bytes are not those that were written"
-        return None
-
-
-class TensorEntry(Config):
-    """Dtype, as safetensors names it, and shape of a whole tensor."""
-
-    dtype: str
-    shape: tuple[Count, ...]
+    fragments: dict[str, FragmentEntry]
 
 
 class Manifest(Config):
     """run_id: of the run that wrote it. layout: ranks, ZeRO stage and precision, for people. state: the trainer's; scalars: the
-    engine's. tensors: by `{kind}/{parameter}`."""
+    engine's, each checked by its owner."""
 
     format: int
     run_id: str
@@ -85,12 +70,7 @@ class Manifest(Config):
     layout: str
     state: dict[str, Any]
     scalars: dict[str, Any]
-    tensors: dict[str, TensorEntry]
-    files: list[FileEntry]
-
-    def info(self, name: str) -> TensorInfo:
-        """Dtype and shape of a tensor."""
-        return TensorInfo(self.tensors[name].dtype, self.tensors[name].shape)
+    files: list[FileRecord]
 
     def require_run(self, directory: Path, run_id: str) -> None:
         """CheckpointError if another run wrote it."""
@@ -101,35 +81,31 @@ class Manifest(Config):
             )
 
 
+INDEX = DocumentFormat(FragmentIndex, "index of fragments", CheckpointError, REMEDY)
+_FORMAT = DocumentFormat(Manifest, "manifest of a checkpoint", CheckpointError, REMEDY)
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write manifest.json durably. ValueError for a number that JSON does not have."""
-    content = manifest.model_dump(exclude_defaults=True)
+    content = manifest.model_dump()
     write_file(directory / MANIFEST_NAME, json.dumps({**content, "sha256": sha256_of_json(content)}, allow_nan=False).encode())
 
 
 def read_manifest(directory: Path) -> Manifest:
     """Raises CheckpointError if it is missing or damaged, OtherFormatError if it is of another format."""
     path = directory / MANIFEST_NAME
-    if not path.is_file():
-        raise CheckpointError(f"missing {MANIFEST_NAME}")
-    try:
-        content: Any = read_tree(path, MAX_VALUES)
-        sound = content.pop("sha256") == sha256_of_json(content)
-    except (ValueError, AttributeError, KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise CheckpointError(f"{MANIFEST_NAME} is damaged")
+    content = _FORMAT.read_tree(path)
+    if content.pop("sha256", None) != sha256_of_json(content):
+        raise CheckpointError(f"{path} is damaged: its content does not have the SHA-256 that it states; {REMEDY}")
     if content.get("format") != CHECKPOINT_VERSION:
         raise OtherFormatError(
             f"{path} has format {content.get('format')!r}, this dstrain reads {CHECKPOINT_VERSION}: resume with the "
             "version that wrote it, or start a new run from its last bundle (--base RUN/bundles/last)"
         )
-    try:
-        return Manifest.model_validate_json(json.dumps(content), strict=True)
-    except ValidationError as error:
-        raise CheckpointError(f"{MANIFEST_NAME}: {explain(error, Manifest)[0]}") from error
+    return _FORMAT.validate(content, path)
 
 
-def first_problem(directory: Path, entries: Iterable[FileEntry]) -> str | None:
-    """The fault of the first file that is not as it was written."""
-    return next(filter(None, (entry.problem(directory) for entry in entries)), None)
+def check_files(directory: Path, records: Iterable[FileRecord]) -> None:
+    """CheckpointError names the first file that is not as it was written. Reads all of them."""
+    for record in records:
+        record.check(directory, content=True, remedy=REMEDY, error=CheckpointError)

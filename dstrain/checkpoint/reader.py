@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 from dstrain.checkpoint.fragments import Span, plan_reads
-from dstrain.checkpoint.manifest import Manifest, OtherFormatError, first_problem, read_manifest
-from dstrain.checkpoint.tensor_file import DTYPES, TensorFile
+from dstrain.checkpoint.manifest import INDEX, INDEX_NAME, MANIFEST_NAME, Manifest, OtherFormatError, check_files, read_manifest
+from dstrain.checkpoint.tensor_file import DTYPES, TensorFile, TensorInfo
 from dstrain.errors import CheckpointError
 from dstrain.fragment import Fragment
 
@@ -27,17 +28,33 @@ class _Copy(NamedTuple):
 
 
 class StoredCheckpoint:
-    """Implements `protocols.StoredState` over the files of a verified checkpoint. Reads only the requested ranges."""
+    """Implements `fragment.StoredState` over the files of a verified checkpoint. Reads only the requested ranges.
+
+    tensors: dtype and shape of every whole tensor, by `{kind}/{parameter}`. Raises CheckpointError if the indices contradict each
+    other or their files.
+    """
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
         self.manifest = manifest
+        self.tensors: dict[str, TensorInfo] = {}
         self._holders: dict[str, list[tuple[str, Span]]] = defaultdict(list)
-        for entry in manifest.files:
-            for name, fragment in entry.fragments.items():
-                if name not in manifest.tensors:
-                    raise CheckpointError(f"{directory}: {entry.name} holds {name}, which the manifest does not list")
-                self._holders[name].append((entry.name, fragment.span(manifest.info(name))))
+        sizes = {record.file: record.size for record in manifest.files}
+        for index in filter(INDEX_NAME.fullmatch, sizes):
+            file, num_bytes = index.replace(".json", ".safetensors"), 0
+            for name, entry in INDEX.read(directory / index).fragments.items():
+                info = self.tensors.setdefault(name, entry.info)
+                if info != entry.info:
+                    raise CheckpointError(f"{directory / index}: {name} is {entry.info}, in another index it is {info}")
+                self._holders[name].append((file, entry.span))
+                num_bytes += entry.length * DTYPES[entry.dtype].itemsize
+            if num_bytes > sizes.get(file, 0):
+                raise CheckpointError(f"{directory / index}: its fragments take {num_bytes} bytes, which {file} does not hold")
+
+    @property
+    def path(self) -> Path:
+        """Of the manifest, for messages."""
+        return self.directory / MANIFEST_NAME
 
     @property
     def scalars(self) -> Mapping[str, Any]:
@@ -46,7 +63,7 @@ class StoredCheckpoint:
 
     def require(self, shapes: Mapping[str, tuple[int, ...]], *, optional: str) -> None:
         """CheckpointError unless the checkpoint holds exactly these tensors, beside those of the kind `optional`."""
-        stored = {name: entry.shape for name, entry in self.manifest.tensors.items() if not name.startswith(f"{optional}/")}
+        stored = {name: info.shape for name, info in self.tensors.items() if not name.startswith(f"{optional}/")}
         problems = [
             *_listed("it lacks", shapes.keys() - stored.keys()),
             *_listed("this run has no", stored.keys() - shapes.keys()),
@@ -60,8 +77,8 @@ class StoredCheckpoint:
 
     def require_coverage(self) -> None:
         """CheckpointError unless every element of every tensor is stored once."""
-        for name, entry in self.manifest.tensors.items():
-            self._plan(name, Span(entry.shape, 0, torch.Size(entry.shape).numel()))
+        for name, info in self.tensors.items():
+            self._plan(name, Span(info.shape, 0, math.prod(info.shape)))
 
     def fill(self, fragments: Iterable[Fragment]) -> None:
         """Copy stored values into the fragments, one file after another."""
@@ -73,7 +90,7 @@ class StoredCheckpoint:
         for file, pieces in copies.items():
             with TensorFile(self.directory / file) as opened:
                 for name, start, values in pieces:
-                    dtype = DTYPES[opened.info(name).dtype]
+                    dtype = DTYPES[self.tensors[name].dtype]
                     direct = values.device.type == "cpu" and values.dtype == dtype
                     buffer = values if direct else torch.empty(values.shape, dtype=dtype)
                     opened.read_into(name, start, buffer)
@@ -82,15 +99,15 @@ class StoredCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """A whole tensor, in CPU memory."""
-        info = self.manifest.info(name)
-        values = torch.empty(torch.Size(info.shape).numel(), dtype=DTYPES[info.dtype])
+        info = self.tensors[name]
+        values = torch.empty(math.prod(info.shape), dtype=DTYPES[info.dtype])
         self.fill([Fragment(name, info.shape, 0, values)])
         return values.view(info.shape)
 
     def pieces(self, name: str) -> Iterator[Tensor]:
         """A whole tensor, flattened, in pieces of `PIECE` bytes at most."""
-        info = self.manifest.info(name)
-        dtype, size = DTYPES[info.dtype], torch.Size(info.shape).numel()
+        info = self.tensors[name]
+        dtype, size = DTYPES[info.dtype], math.prod(info.shape)
         step = PIECE // dtype.itemsize
         for start in range(0, size, step):
             values = torch.empty(min(step, size - start), dtype=dtype)
@@ -99,7 +116,7 @@ class StoredCheckpoint:
 
     def names(self, kind: str) -> list[str]:
         """Names of all tensors of a kind, without the kind."""
-        return [name.removeprefix(f"{kind}/") for name in self.manifest.tensors if name.startswith(f"{kind}/")]
+        return [name.removeprefix(f"{kind}/") for name in self.tensors if name.startswith(f"{kind}/")]
 
     def whole(self, kind: str) -> dict[str, Tensor]:
         """All tensors of a kind by name, without the kind."""
@@ -116,14 +133,12 @@ def open_checkpoint(directory: Path) -> StoredCheckpoint:
     """Open a checkpoint after comparing every file with its hash. Raises CheckpointError."""
     try:
         manifest = read_manifest(directory)
-        problem = first_problem(directory, manifest.files)
+        check_files(directory, manifest.files)
+        return StoredCheckpoint(directory, manifest)
     except OtherFormatError:
         raise
     except (OSError, CheckpointError) as error:
-        problem = str(error)
-    if problem is not None:
-        raise CheckpointError(f"{directory} is no whole checkpoint: {problem}; name another step_... of RUN/checkpoints")
-    return StoredCheckpoint(directory, manifest)
+        raise CheckpointError(f"{directory} is no whole checkpoint: {error}; name another step_... of RUN/checkpoints") from error
 
 
 def _listed(problem: str, names: Iterable[str]) -> list[str]:

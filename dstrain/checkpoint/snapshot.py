@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstrain.checkpoint.manifest import FileEntry, FragmentRange
-from dstrain.checkpoint.tensor_file import TensorInfo, file_order, info_of, write_tensors
+from dstrain.checkpoint.manifest import INDEX, FragmentEntry, FragmentIndex
+from dstrain.checkpoint.tensor_file import info_of, save_tensors
 from dstrain.fragment import Fragment
 from dstrain.protocols import Resumable
 from dstrain.storage.atomic import sync
+from dstrain.storage.document import FileRecord
 from dstrain.storage.hashing import sha256_of_file
 
 TEMPLATE = "template"
@@ -32,29 +33,30 @@ class Snapshot:
     fragments: list[Fragment]
     template: WriteTemplate | None
 
-    def tensors(self) -> dict[str, TensorInfo]:
-        """Dtype and shape of the whole tensors that this rank holds fragments of."""
-        return {fragment.name: TensorInfo(info_of(fragment.values).dtype, fragment.shape) for fragment in self.fragments}
-
-    def write(self, directory: Path) -> list[FileEntry]:
+    def write(self, directory: Path) -> list[FileRecord]:
         """Write and sync the files of this rank. Raises OSError if the disk refuses."""
-        entries = []
+        records, others = [], []
         if self.fragments:
-            by_name = {fragment.name: fragment for fragment in self.fragments}
-            infos = {name: info_of(fragment.values) for name, fragment in by_name.items()}
             path = directory / f"rank_{self.rank:05d}.safetensors"
-            size, digest = write_tensors(path, infos, (by_name[name].values for name in file_order(infos)))
-            ranges = {name: FragmentRange(start=f.start, length=f.values.numel(), slice=f.slice) for name, f in by_name.items()}
-            entries.append(FileEntry(name=path.name, size=size, sha256=digest, fragments=ranges))
+            size, digest = save_tensors(path, {fragment.name: fragment.values for fragment in self.fragments})
+            records.append(FileRecord(file=path.name, size=size, sha256=digest))
+            others.append(path.with_suffix(".json"))
+            INDEX.write(others[0], FragmentIndex(fragments={fragment.name: _entry(fragment) for fragment in self.fragments}))
         if self.template is not None:
             (directory / TEMPLATE).mkdir()
             self.template(directory / TEMPLATE)
-            for path in sorted(path for path in (directory / TEMPLATE).rglob("*") if path.is_file()):
-                name = path.relative_to(directory).as_posix()
-                entries.append(FileEntry(name=name, size=path.stat().st_size, sha256=sha256_of_file(path)))
-        for entry in entries:
-            sync(directory / entry.name)
-        return entries
+            others += sorted(path for path in (directory / TEMPLATE).rglob("*") if path.is_file())
+        for path in others:
+            name = path.relative_to(directory).as_posix()
+            records.append(FileRecord(file=name, size=path.stat().st_size, sha256=sha256_of_file(path)))
+        for record in records:
+            sync(directory / record.file)
+        return records
+
+
+def _entry(fragment: Fragment) -> FragmentEntry:
+    dtype, (length,) = info_of(fragment.values)
+    return FragmentEntry(dtype=dtype, shape=fragment.shape, start=fragment.start, length=length, slice=fragment.slice)
 
 
 def take_snapshot(engine: Resumable, rank: int, template: WriteTemplate | None) -> Snapshot:

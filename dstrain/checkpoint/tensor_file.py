@@ -7,18 +7,17 @@ the file do not count as memory of the process.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dstrain.errors import CheckpointError
+from dstrain.storage.hashing import HashingWriter
 
 DTYPES = {
     "I64": torch.int64,
@@ -30,8 +29,6 @@ DTYPES = {
 }
 """By their names in the file, in the order of tensors there: so all are aligned."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-COPY_BLOCK = 1 << 22
-"""Bytes that are written and hashed at a time."""
 LARGEST_HEADER = 100_000_000
 """Bytes; safetensors refuses longer ones too."""
 
@@ -72,45 +69,47 @@ def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable
         offset += info.size
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    digest, size = hashlib.sha256(), 8 + len(text) + offset
+    size = 8 + len(text) + offset
     with path.open("wb") as file:
-        head = memoryview(len(text).to_bytes(8, "little") + text)
-        for content in chain([head], map(_bytes_of, tensors)):
-            for start in range(0, len(content), COPY_BLOCK):
-                block = content[start : start + COPY_BLOCK]
-                write_block(file, block)
-                digest.update(block)
-        if file.tell() != size:
-            raise ValueError(f"{path} holds {file.tell()} bytes, not the {size} of its header")
-    return size, digest.hexdigest()
+        writer = HashingWriter(file)
+        writer.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            writer.write(_bytes_of(tensor))
+    if writer.size != size:
+        raise ValueError(f"{path} holds {writer.size} bytes, not the {size} of its header")
+    return size, writer.sha256
 
 
-def write_block(file: IO[bytes], block: memoryview) -> None:
-    """Append a block to a file."""
-    file.write(block)
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+    """`write_tensors` of whole tensors by name, on any device."""
+    infos = {name: info_of(tensor) for name, tensor in tensors.items()}
+    return write_tensors(path, infos, (tensors[name].cpu() for name in file_order(infos)))
 
 
 class TensorFile:
-    """An open safetensors file. Raises CheckpointError if its header is no safetensors header."""
+    """A safetensors file, read inside `with` blocks. CheckpointError if its header is none of safetensors."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("rb")
-        self._infos: dict[str, TensorInfo] = {}
+        self.infos: dict[str, TensorInfo] = {}
         self._starts: dict[str, int] = {}
         try:
-            length = int.from_bytes(self._file.read(8), "little")
-            if length > LARGEST_HEADER:
-                raise ValueError(f"a header of {length} bytes")
-            for name, entry in json.loads(self._file.read(length)).items():
-                if name != "__metadata__":
-                    self._infos[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]))
-                    self._starts[name] = 8 + length + entry["data_offsets"][0]
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                if length > LARGEST_HEADER:
+                    raise ValueError(f"a header of {length} bytes")
+                header = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                self.infos[name] = TensorInfo(entry["dtype"], tuple(entry["shape"]))
+                self._starts[name] = 8 + length + entry["data_offsets"][0]
+                if self.infos[name].size != entry["data_offsets"][1] - entry["data_offsets"][0]:
+                    raise ValueError(f"{name} has other offsets than its {self.infos[name]} takes")
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            self._file.close()
             raise CheckpointError(f"{path} is not a safetensors file: {error}") from error
 
     def __enter__(self) -> TensorFile:
+        self._file = self.path.open("rb")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -118,9 +117,16 @@ class TensorFile:
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor. Raises CheckpointError if there is none of that name."""
-        if name not in self._infos:
+        if name not in self.infos:
             raise CheckpointError(f"{self.path} holds no tensor {name}")
-        return self._infos[name]
+        return self.infos[name]
+
+    def read(self, name: str) -> Tensor:
+        """A whole tensor, in memory of its own."""
+        info = self.info(name)
+        values = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+        self.read_into(name, 0, values)
+        return values
 
     def read_into(self, name: str, start: int, values: Tensor) -> None:
         """Fill `values`, a contiguous CPU tensor, with the elements of a flattened tensor from `start` on."""

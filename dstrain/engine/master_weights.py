@@ -11,19 +11,36 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple, cast
+from typing import Annotated, Any, NamedTuple, cast
 
 import torch
+from pydantic import Field, PositiveFloat
 from torch import Tensor, nn
 
+from dstrain.config_base import Config
 from dstrain.engine.construction import ParameterValues
 from dstrain.fragment import Fragment
 from dstrain.parallel.group import Group
+from dstrain.storage.document import Count
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Optimizer state of every optimizer here, beside its step."""
-SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-"""The variables of DeepSpeed's fp16 loss scaler; its constants are in the JSON file."""
+
+
+class LossScalerState(Config):
+    """What moves in DeepSpeed's fp16 loss scaler, none of it in other precisions; its constants come from the JSON file."""
+
+    cur_scale: PositiveFloat | None = None
+    cur_iter: Count | None = None
+    last_overflow_iter: Annotated[int, Field(ge=-1)] | None = None
+    cur_hysteresis: Count | None = None
+
+
+class OptimizerScalars(Config):
+    """optimizer_step: Adam's, the same for all parameters."""
+
+    optimizer_step: Count
+    loss_scaler: LossScalerState
 
 
 class Layout(NamedTuple):
@@ -177,20 +194,18 @@ class Masters:
         with self._deepspeed.zero.GatheredParameters([parameter], enabled=self._stage == 3):
             return parameter.detach().clone()
 
-    def scalars(self) -> dict[str, Any]:
-        """Adam's step, the same for all parameters, and the state of the fp16 loss scaler."""
+    def scalars(self) -> OptimizerScalars:
+        """What the optimizer keeps beside tensors."""
         scaler = self._scaler()
         (step,) = {int(self._optimizer_state(master)["step"]) for master in self.tensors}
-        return {
-            "optimizer_step": step,
-            "loss_scaler": {name: scaler[name] for name in SCALER_STATE if name in scaler},
-        }
+        moving = {name: scaler[name] for name in LossScalerState.model_fields if name in scaler}
+        return OptimizerScalars(optimizer_step=step, loss_scaler=LossScalerState(**moving))
 
-    def load_scalars(self, scalars: Mapping[str, Any]) -> None:
+    def load_scalars(self, scalars: OptimizerScalars) -> None:
         """Take over what `scalars` gave. A scaler goes on only if both runs compute in fp16."""
         for master in self.tensors:
-            self._optimizer_state(master)["step"] = torch.tensor(float(scalars["optimizer_step"]), device=master.device)
-        self._scaler().update(scalars["loss_scaler"] if self._scaler() else {})
+            self._optimizer_state(master)["step"] = torch.tensor(float(scalars.optimizer_step), device=master.device)
+        self._scaler().update(scalars.loss_scaler.model_dump(exclude_none=True) if self._scaler() else {})
 
     def _scaler(self) -> dict[str, Any]:
         """The attributes of the fp16 loss scaler; empty in other precisions."""

@@ -24,7 +24,7 @@ from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.ema import MovingAverage
 from dstrain.engine.launch import load_deepspeed, require_precision
 from dstrain.engine.loss_totals import LossReducer, LossTotals
-from dstrain.engine.master_weights import MOMENTS, Block, Masters
+from dstrain.engine.master_weights import MOMENTS, Block, Masters, OptimizerScalars
 from dstrain.engine.optimizer import build_optimizer
 from dstrain.engine.replica import empty_copy, filled_copy
 from dstrain.engine.schedule import learning_rate
@@ -38,6 +38,22 @@ from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
 from dstrain.protocols import Generative, WeightSource
 from dstrain.seeding import seed_everything
+from dstrain.storage.document import Count, DocumentFormat
+
+
+class EngineScalars(OptimizerScalars):
+    """The engine's part of a manifest. step: completed optimizer steps. base: see `TrainEngine`."""
+
+    step: Count
+    base: str | None
+
+
+_SCALARS = DocumentFormat(
+    EngineScalars,
+    "state of an engine",
+    CheckpointError,
+    "resume with the version that wrote it, or start a new run from its last bundle",
+)
 
 
 class TrainEngine:
@@ -256,8 +272,9 @@ class TrainEngine:
         return fragments
 
     def scalars(self) -> dict[str, Any]:
-        """State of the next step besides tensors; JSON, the same on every rank."""
-        return {"step": self.step, "base": self._base, **self._masters.scalars()}
+        """What the next step needs beside tensors; JSON, the same on every rank."""
+        scalars = EngineScalars(step=self.step, base=self._base, **dict(self._masters.scalars()))
+        return scalars.model_dump(exclude={"loss_scaler"}) | {"loss_scaler": scalars.loss_scaler.model_dump(exclude_none=True)}
 
     @torch.no_grad()
     def load(self, stored: StoredState) -> None:
@@ -265,20 +282,21 @@ class TrainEngine:
 
         Raises CheckpointError if it is of another model, optimizer or base.
         """
-        if stored.scalars["base"] != self._base:
+        scalars = _SCALARS.validate(dict(stored.scalars), stored.path)
+        if scalars.base != self._base:
             raise CheckpointError(
-                f"the checkpoint was saved with base = {stored.scalars['base']}, but this run has base = {self._base}; resume "
-                "with the settings it was saved with, or start a new run from its last bundle"
+                f"the checkpoint was saved with base = {scalars.base}, but this run has base = {self._base}; resume "
+                "with what it was saved with, or start a new run from its last bundle"
             )
         average = None if self._average is None else self._average.tensors
         kinds = ["master", *MOMENTS, *([] if average is None else ["ema"])]
         blocks = [block for blocks in self._blocks.values() for block in blocks]
         stored.require({f"{kind}/{block.name}": block.shape for kind in kinds for block in blocks}, optional="objective")
         stored.fill(self._masters.fragments(self._blocks, average, owned=False))
-        self._masters.load_scalars(stored.scalars)
+        self._masters.load_scalars(scalars)
         if (selection := self.module.objective.selection) is not None:
             selection.load_state(stored.whole("objective"))
-        self.step = stored.scalars["step"]
+        self.step = scalars.step
 
     def sync(self) -> None:
         """Compute with what `load` has read. Collective."""

@@ -8,80 +8,83 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeFloat, PositiveInt
 
 from dstrain.batch import Batch, Metrics
+from dstrain.config_base import Config
 from dstrain.data.batching.plan import PlannedStep
 from dstrain.engine.step_report import StepReport
 from dstrain.errors import CheckpointError
+from dstrain.storage.document import Count, DocumentFormat
 
 
-@dataclass(frozen=True)
-class Window:
-    """Sums over the steps since the last training event, so that an event does not depend on interruptions.
+class Window(Config):
+    """Sums over the steps since the last training event, so that an event does not depend on where a run was cut.
 
     num_targets, denominator, loss_sum: over steps that were applied. sums, counts: the objective's metrics over these steps, by
     name; see `dstrain.batch.Metrics`. positions, filled: decoder positions of this rank's micro-batches, and how many of them are
     no padding. seconds, cpu_seconds: of steps only, without validation and saving; cpu_seconds are those of this process.
     """
 
-    steps: int = 0
-    skipped: int = 0
-    num_targets: int = 0
-    denominator: int = 0
+    steps: Count = 0
+    skipped: Count = 0
+    num_targets: Count = 0
+    denominator: Count = 0
     loss_sum: float = 0.0
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-    positions: int = 0
-    filled: int = 0
-    seconds: float = 0.0
-    cpu_seconds: float = 0.0
+    sums: dict[str, float] = Field(default_factory=dict)
+    counts: dict[str, Count] = Field(default_factory=dict)
+    positions: Count = 0
+    filled: Count = 0
+    seconds: NonNegativeFloat = 0.0
+    cpu_seconds: NonNegativeFloat = 0.0
 
     def after(self, report: StepReport, batches: Sequence[Batch], seconds: float, cpu_seconds: float) -> Window:
         """With one more step and this rank's micro-batches of it."""
         applied = not report.skipped
         metrics = Metrics(self.sums, self.counts) + (report.metrics if applied else Metrics())
-        return Window(
-            steps=self.steps + 1,
-            skipped=self.skipped + report.skipped,
-            num_targets=self.num_targets + (report.num_targets if applied else 0),
-            denominator=self.denominator + (report.denominator if applied else 0),
-            loss_sum=self.loss_sum + (report.loss * report.denominator if applied else 0.0),
-            sums=dict(metrics.sums),
-            counts=dict(metrics.counts),
-            positions=self.positions + sum(batch.target.tokens.numel() for batch in batches),
-            filled=self.filled + sum(int(batch.target.lengths.sum()) for batch in batches if batch.num_targets),
-            seconds=self.seconds + seconds,
-            cpu_seconds=self.cpu_seconds + cpu_seconds,
-        )
+        changes = {
+            "steps": self.steps + 1,
+            "skipped": self.skipped + report.skipped,
+            "num_targets": self.num_targets + (report.num_targets if applied else 0),
+            "denominator": self.denominator + (report.denominator if applied else 0),
+            "loss_sum": self.loss_sum + (report.loss * report.denominator if applied else 0.0),
+            "sums": dict(metrics.sums),
+            "counts": dict(metrics.counts),
+            "positions": self.positions + sum(batch.target.tokens.numel() for batch in batches),
+            "filled": self.filled + sum(int(batch.target.lengths.sum()) for batch in batches if batch.num_targets),
+            "seconds": self.seconds + seconds,
+            "cpu_seconds": self.cpu_seconds + cpu_seconds,
+        }
+        return self.model_copy(update=changes)
 
     def means(self) -> dict[str, float]:
         """Each metric per item of the micro-batches that report it."""
         return Metrics(self.sums, self.counts).means()
 
 
-@dataclass(frozen=True)
-class TrainingState:
-    """The state of training after `step` steps.
+class TrainingState(Config):
+    """Where training stands after `step` steps.
 
     epoch, step_in_epoch: the position of the next step; epochs count from 1, and at the end of one this is (next epoch, 0).
     completed_step: the last step after which everything that was due (validation, bundles) had been done; behind `step` only
     in a checkpoint written in haste on a signal. elapsed_seconds: over all resumes. events_bytes: length of the event file.
     """
 
-    step: int = 0
-    epoch: int = 1
-    step_in_epoch: int = 0
-    num_targets: int = 0
-    consecutive_skipped: int = 0
-    elapsed_seconds: float = 0.0
-    completed_step: int = -1
+    step: Count = 0
+    epoch: PositiveInt = 1
+    step_in_epoch: Count = 0
+    num_targets: Count = 0
+    consecutive_skipped: Count = 0
+    elapsed_seconds: NonNegativeFloat = 0.0
+    completed_step: Annotated[int, Field(ge=-1)] = -1
     best_score: float | None = None
-    best_step: int | None = None
-    validations_without_improvement: int = 0
-    events_bytes: int = 0
-    window: Window = field(default_factory=Window)
+    best_step: Count | None = None
+    validations_without_improvement: Count = 0
+    events_bytes: Count = 0
+    window: Window = Window()
 
     @property
     def at_epoch_end(self) -> bool:
@@ -90,8 +93,7 @@ class TrainingState:
 
     def after_step(self, planned: PlannedStep, report: StepReport, window: Window) -> TrainingState:
         """One step further."""
-        return replace(
-            self,
+        return self.changed(
             step=self.step + 1,
             epoch=planned.epoch + 1 if planned.last_of_epoch else planned.epoch,
             step_in_epoch=0 if planned.last_of_epoch else planned.index + 1,
@@ -104,27 +106,25 @@ class TrainingState:
         """With the counter of patience moved; only a strictly better, finite score is an improvement."""
         best = self.best_score
         if math.isfinite(score) and (best is None or (score > best if higher_is_better else score < best)):
-            return replace(self, best_score=score, best_step=self.step, validations_without_improvement=0)
-        return replace(self, validations_without_improvement=self.validations_without_improvement + 1)
+            return self.changed(best_score=score, best_step=self.step, validations_without_improvement=0)
+        return self.changed(validations_without_improvement=self.validations_without_improvement + 1)
 
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object."""
-        return asdict(self)
+    def changed(self, **fields: Any) -> TrainingState:
+        """With other values of some fields."""
+        return self.model_copy(update=fields)
 
 
-def load_state(content: Mapping[str, Any]) -> TrainingState:
-    """The state that `to_json` gave. Raises CheckpointError if fields are missing or unknown.
+_FORMAT = DocumentFormat(
+    TrainingState, "training state", CheckpointError, "resume with the version that wrote it, or start again from a bundle"
+)
 
-    Earlier versions called a window's `counts` `targets`, or had none, when every step reported every sum.
-    """
-    expected, names = {entry.name for entry in fields(TrainingState)}, set(content)
-    windows = {entry.name for entry in fields(Window)}
-    window = dict(content["window"])
-    if "counts" not in window:
-        window["counts"] = window.pop("targets", dict.fromkeys(window.get("sums", {}), window.get("num_targets")))
-    if names != expected or set(window) != windows:
-        raise CheckpointError(
-            f"the training state of this checkpoint has the fields {sorted(names)}, but this dstrain expects {sorted(expected)}: "
-            "resume with the version that wrote it, or start again from a bundle"
-        )
-    return TrainingState(**{**content, "window": Window(**window)})
+
+def load_state(content: Mapping[str, Any], path: Path) -> TrainingState:
+    """The state whose `model_dump` stands in the document `path`. CheckpointError if a field is missing, unknown or wrong."""
+    state = _FORMAT.validate(dict(content), path)
+    # A default is for the beginning of training, not for a checkpoint that lacks the field.
+    lacking = TrainingState.model_fields.keys() - state.model_fields_set
+    lacking |= {f"window.{name}" for name in Window.model_fields.keys() - state.window.model_fields_set}
+    if lacking:
+        raise CheckpointError(f"{path} is not a valid {_FORMAT.name}: it lacks {', '.join(sorted(lacking))}; {_FORMAT.remedy}")
+    return state

@@ -12,11 +12,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from dstrain.batch import Batch, Size
 from dstrain.checkpoint.manager import CheckpointManager
+from dstrain.checkpoint.manifest import MANIFEST_NAME
 from dstrain.data.batching.loader import Steps
 from dstrain.data.batching.plan import PlannedStep
 from dstrain.engine.step_report import StepReport
@@ -161,7 +162,7 @@ class Trainer:
             self.reporter.cut(0)
             self.reporter.emit("start", 0, world_size=self.ranks.size, **self.header)
             return TrainingState()
-        state = load_state(latest.state)
+        state = load_state(latest.state, latest.directory / MANIFEST_NAME)
         self._origin = time.monotonic() - state.elapsed_seconds
         self._saved_step = state.step
         self.reporter.cut(state.events_bytes)
@@ -186,7 +187,7 @@ class Trainer:
         if state.step % self.reporting.log_every == 0:
             eta = remaining_seconds(self.training, state)
             self.reporter.emit("train", state.step, **_train_fields(state, planned, report, eta))
-            state = replace(state, window=Window())
+            state = state.changed(window=Window())
         return state
 
     def _do_pending(self, state: TrainingState) -> tuple[TrainingState, Stop | None]:
@@ -200,7 +201,7 @@ class Trainer:
         if request is None:
             self._write_bundles(state, pending=pending, last=limit is not None)
         if request is None or not (limit or self._validation_is_due(state) or _is_due(self.checkpoint, state)):
-            state = replace(state, completed_step=state.step)
+            state = state.changed(completed_step=state.step)
         if request or limit or _is_due(self.checkpoint, state):
             self._save(state)
         if request is not None:
@@ -211,7 +212,7 @@ class Trainer:
         """Signals of all ranks and the clock of rank 0, so that every rank decides alike."""
         elapsed = time.monotonic() - self._origin if self.ranks.rank == 0 else 0.0
         *flags, elapsed = self.ranks.all_reduce_sums([*self.signals.flags(), elapsed])
-        return replace(state, elapsed_seconds=elapsed), self.signals.agreed(flags)
+        return state.changed(elapsed_seconds=elapsed), self.signals.agreed(flags)
 
     def _validation_is_due(self, state: TrainingState) -> bool:
         if state.step == 0:
@@ -252,8 +253,8 @@ class Trainer:
             return
         self.watchdog.beat(f"saving the checkpoint of step {state.step}")
         begin = time.perf_counter()
-        state = replace(state, events_bytes=self.reporter.sync())
-        path = self.checkpoints.save(state.step, self.engine, state.to_json())
+        state = state.changed(events_bytes=self.reporter.sync())
+        path = self.checkpoints.save(state.step, self.engine, state.model_dump())
         self._saved_step = state.step
         self.reporter.emit("checkpoint", state.step, path=str(path), seconds=time.perf_counter() - begin)
 

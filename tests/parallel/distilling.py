@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from dstrain.batch import Batch, Size
-from dstrain.checkpoint.manifest import read_manifest
+from dstrain.checkpoint.reader import open_checkpoint
 from dstrain.distillation.build import build_distillation
 from dstrain.distillation.feature_plan import plan_features
 from dstrain.distillation.signals import TeacherSignals
@@ -234,7 +234,7 @@ def resumed_student(mesh: Mesh, *, shards: str, deepspeed: str, placement: str, 
     expected = [asdict(straight.train_step(*share(step, mesh, 4))) for step in range(6)]
     found = [asdict(writer.train_step(*share(step, mesh, 4))) for step in range(3)]
     writer.evaluate(collate(sentences(99)))
-    manifest = read_manifest(save(writer, Path(shards)))
+    stored = open_checkpoint(save(writer, Path(shards)))
     continued = student(mesh, **options)
     load(continued, Path(shards))
     found += [asdict(continued.train_step(*share(step, mesh, 4))) for step in range(3, 6)]
@@ -242,7 +242,7 @@ def resumed_student(mesh: Mesh, *, shards: str, deepspeed: str, placement: str, 
         "expected": expected,
         "found": found,
         "queues": [queues(straight), queues(continued)],
-        "saved_numbers": sum(math.prod(entry.shape) for name, entry in manifest.tensors.items() if name.startswith("master/")),
+        "saved_numbers": sum(math.prod(entry.shape) for name, entry in stored.tensors.items() if name.startswith("master/")),
         "student_numbers": sum(parameter.numel() for parameter in build_module().parameters()),
         "held": [held_weights(mesh, engine) for engine in (straight, continued)],
     }

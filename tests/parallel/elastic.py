@@ -62,4 +62,4 @@ def leg(mesh: Mesh, *, kind: str, source: str | None, target: str | None, first:
 def digests(directory: Path) -> dict[str, str]:
     """A hash of every tensor of a checkpoint, whatever files it lies in."""
     stored = StoredCheckpoint(directory, read_manifest(directory))
-    return {name: hashlib.sha256(stored.read(name).numpy().tobytes()).hexdigest()[:16] for name in stored.manifest.tensors}
+    return {name: hashlib.sha256(stored.read(name).numpy().tobytes()).hexdigest()[:16] for name in stored.tensors}

@@ -13,15 +13,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import pytest
 import torch
 
-from dstrain.checkpoint import tensor_file
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.errors import CheckpointError
 from dstrain.fragment import Fragment, StoredState
+from dstrain.storage.hashing import HashingWriter
 from tests.unit.training.fakes import ONE_PROCESS
 
 OPERATIONS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
@@ -62,12 +61,14 @@ def template(directory: Path) -> None:
 def _blocks_are_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every block of a file of tensors counts as an operation, so that a kill can fall between two of them."""
 
-    def write_block(file: IO[bytes], block: memoryview) -> None:
-        file.flush()
-        sys.audit("os.remove", "before a block", -1)
-        file.write(block)
+    write_at_once = HashingWriter.write
 
-    monkeypatch.setattr(tensor_file, "write_block", write_block)
+    def write(self: HashingWriter, data: bytes | memoryview) -> int:
+        self._file.flush()
+        sys.audit("os.remove", "before a block", -1)
+        return write_at_once(self, data)
+
+    monkeypatch.setattr(HashingWriter, "write", write)
 
 
 def in_child(action: Callable[[], int]) -> int:

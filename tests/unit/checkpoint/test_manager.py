@@ -16,12 +16,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dstrain.checkpoint.manager import CheckpointManager
-from dstrain.checkpoint.manifest import FileEntry
+from dstrain.checkpoint.manifest import check_files
 from dstrain.checkpoint.snapshot import take_snapshot
 from dstrain.errors import CheckpointError
 from dstrain.fragment import Fragment, StoredState
 from dstrain.log import logger
 from dstrain.protocols import Ranks
+from dstrain.storage.document import FileRecord
 from tests.unit.checkpoint.ranks import ThreadRanks, on_ranks
 from tests.unit.training.fakes import ONE_PROCESS
 
@@ -104,9 +105,9 @@ def test_the_newest_are_kept_and_the_pointer_names_the_last(three: Path) -> None
 
 def test_the_manifest_lists_every_file_with_size_and_hash(three: Path) -> None:
     manifest = json.loads((three / "step_00000010" / "manifest.json").read_text())
-    assert [entry["name"] for entry in manifest["files"]] == ["rank_00000.safetensors", "template/common.txt"]
+    assert [entry["file"] for entry in manifest["files"]] == ["rank_00000.json", "rank_00000.safetensors", "template/common.txt"]
     for entry in manifest["files"]:
-        content = (three / "step_00000010" / entry["name"]).read_bytes()
+        content = (three / "step_00000010" / entry["file"]).read_bytes()
         assert (entry["size"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
     assert content == b"common to all ranks"
 
@@ -132,14 +133,19 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "name", "why"),
     [
-        (truncate, "rank_00000.safetensors", "truncated file rank_00000.safetensors: "),
-        (flip, "rank_00000.safetensors", "hash mismatch in rank_00000.safetensors"),
-        (Path.unlink, "rank_00000.safetensors", "missing file rank_00000.safetensors"),
-        (Path.unlink, "manifest.json", "missing manifest.json"),
-        (truncate, "manifest.json", "manifest.json is damaged"),
-        (flip, "manifest.json", "manifest.json is damaged"),
-        (lambda path: path.write_text("[]"), "manifest.json", "manifest.json is damaged"),
-        (lambda path: path.write_text(path.read_text() + "x"), "template/common.txt", "file template/common.txt has grown"),
+        (truncate, "rank_00000.safetensors", "holds 81 bytes, the manifest says 85: it is truncated or altered"),
+        (flip, "rank_00000.safetensors", "the SHA-256 differs from the manifest's"),
+        (flip, "rank_00000.json", "the SHA-256 differs from the manifest's"),
+        (Path.unlink, "rank_00000.safetensors", "No such file or directory; the manifest lists this file"),
+        (Path.unlink, "manifest.json", "is missing"),
+        (truncate, "manifest.json", "is not valid JSON"),
+        (lambda path: path.write_text(path.read_text().replace("30", "31")), "manifest.json", "is damaged"),
+        (lambda path: path.write_text("[]"), "manifest.json", "holds no mapping of fields but []"),
+        (
+            lambda path: path.write_text(path.read_text() + "x"),
+            "template/common.txt",
+            "holds 20 bytes, the manifest says 19: it is truncated or altered",
+        ),
     ],
 )
 def test_damage_steps_back_with_a_warning_that_says_why(
@@ -147,7 +153,11 @@ def test_damage_steps_back_with_a_warning_that_says_why(
 ) -> None:
     damage(three / "step_00000030" / name)
     assert load(three) == (20, "weights of 20")
-    assert f"skipping checkpoint {three}/step_00000030: {why}" in heard.text
+    (line,) = (line for line in heard.text.splitlines() if "skipping" in line)
+    directory = three / "step_00000030"
+    assert f"skipping checkpoint {directory}: {directory / name}" in line
+    assert why in line
+    assert line.endswith(" resume from another checkpoint, or restore it from a copy")
 
 
 def test_every_flipped_byte_of_a_checkpoint_is_noticed(three: Path) -> None:
@@ -236,27 +246,77 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(three: Path) -> None:
     )
 
 
+def rewrite(path: Path, change: dict[str, Any]) -> None:
+    """Change fields of a manifest, whose hash fits afterwards."""
+    content = {**json.loads(path.read_text()), **change}
+    del content["sha256"]
+    content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    path.write_text(json.dumps(content))
+
+
+def rewrite_index(checkpoint: Path, content: Any) -> None:
+    """Replace the index of rank 0; all hashes fit afterwards."""
+    text = json.dumps(content).encode()
+    (checkpoint / "rank_00000.json").write_bytes(text)
+    files = json.loads((checkpoint / "manifest.json").read_text())["files"]
+    files[0] |= {"size": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    rewrite(checkpoint / "manifest.json", {"files": files})
+
+
+FRAGMENT = {"dtype": "U8", "shape": [13], "start": 0, "length": 13, "slice": None}
+
+
+@pytest.mark.parametrize(
+    ("index", "why"),
+    [
+        ([], "rank_00000.json holds no mapping of fields"),
+        ({}, "rank_00000.json is not a valid index of fragments: fragments: missing; give it a value; resume from another"),
+        ({"fragments": {"text/0": {**FRAGMENT, "dtype": "X"}}}, "fragments.text/0.dtype: string should match pattern"),
+        ({"fragments": {"text/0": {**FRAGMENT, "start": -1}}}, "fragments.text/0.start: input should be greater than or equal"),
+        ({"fragments": {"text/0": {**FRAGMENT, "shape": "13"}}}, "fragments.text/0.shape: input should be a valid array"),
+        ({"fragments": {"text/0": {**FRAGMENT, "slice": [1, 0, 5]}}}, "leaves its tensor"),
+        ({"fragments": {"text/0": {**FRAGMENT, "start": 2}}}, "leaves its tensor"),
+        ({"fragments": {"text/0": {**FRAGMENT, "length": 5}}}, "text/0: element 5 is not stored"),
+        (
+            {"fragments": {"text/0": {**FRAGMENT, "shape": [1 << 50, 2], "length": 1 << 50, "slice": [1, 0, 1]}}},
+            f"its fragments take {1 << 50} bytes, which rank_00000.safetensors does not hold",
+        ),
+        ({"fragments": {"text/1": FRAGMENT}}, "rank_00000.safetensors holds no tensor text/1"),
+        ({"fragments": {"text/0": {**FRAGMENT, "dtype": "F16", "length": 6, "shape": [6]}}}, "which TensorInfo"),
+    ],
+)
+def test_a_wrong_index_is_one_message(three: Path, index: Any, why: str) -> None:
+    rewrite_index(three / "step_00000030", index)
+    with pytest.raises(CheckpointError) as caught:
+        load(three)
+    assert why in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        ({"step": -1}, "manifest.json: step: input should be greater than or equal to 0, not -1"),
-        ({"world_size": "two"}, "manifest.json: world_size: input should be a valid integer, not 'two'"),
         (
-            {"files": [{"name": "../x", "size": 1, "sha256": "0" * 64}]},
+            {"step": -1},
+            "manifest of a checkpoint: step: input should be greater than or equal to 0, not -1",
+        ),
+        (
+            {"world_size": "two"},
+            "manifest of a checkpoint: world_size: input should be a valid integer, not 'two'",
+        ),
+        (
+            {"files": [{"file": "../x", "size": 1, "sha256": "0" * 64}]},
             "leads out of the directory",
         ),
-        ({"files": [{"name": "/etc/hosts", "size": 1, "sha256": "0" * 64}]}, "is no relative path with `/`"),
-        ({"tensors": None}, "manifest.json: tensors: input should be an object, not None"),
+        ({"files": [{"file": "/etc/hosts", "size": 1, "sha256": "0" * 64}]}, "is no relative path with `/`"),
+        ({"state": None}, "state: input should be an object, not None"),
+        ({"scalars": [1]}, "scalars: input should be an object, not [1]"),
     ],
 )
 def test_a_mistyped_manifest_is_one_message(
     three: Path, heard: pytest.LogCaptureFixture, change: dict[str, Any], why: str
 ) -> None:
-    path = three / "step_00000030" / "manifest.json"
-    content = {**json.loads(path.read_text()), **change}
-    del content["sha256"]
-    content["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    path.write_text(json.dumps(content))
+    rewrite(three / "step_00000030" / "manifest.json", change)
     assert load(three) == (20, "weights of 20")
     assert why in heard.text
 
@@ -266,7 +326,7 @@ def test_a_link_out_of_the_checkpoint_is_not_followed(three: Path, heard: pytest
     path.rename(three.parent / "elsewhere")
     path.symlink_to(three.parent / "elsewhere")
     assert load(three) == (20, "weights of 20")
-    assert "file rank_00000.safetensors is a link out of the checkpoint" in heard.text
+    assert "rank_00000.safetensors leads out of" in heard.text
 
 
 def test_leftovers_of_a_killed_save_are_removed(three: Path) -> None:
@@ -363,10 +423,10 @@ def test_a_snapshot_is_written_without_the_engine_and_the_other_ranks(tmp_path: 
     snapshot = take_snapshot(engine, 0, template)
     values.copy_(torch.frombuffer(bytearray(b"behind"), dtype=torch.uint8))
     del engine
-    entries: list[FileEntry] = []
+    entries: list[FileRecord] = []
     thread = Thread(target=lambda: entries.extend(snapshot.write(tmp_path)))
     thread.start()
     thread.join(10)
     assert bytes(load_file(tmp_path / "rank_00000.safetensors")["text/0"].tolist()) == b"before"
-    assert [entry.name for entry in entries] == ["rank_00000.safetensors", "template/common.txt"]
-    assert all(entry.problem(tmp_path) is None for entry in entries)
+    assert [entry.file for entry in entries] == ["rank_00000.safetensors", "rank_00000.json", "template/common.txt"]
+    check_files(tmp_path, entries)

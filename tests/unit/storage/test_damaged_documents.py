@@ -20,7 +20,7 @@ import pytest
 from dstrain.adapters.config import LoraConfig
 from dstrain.checkpoint.adapter_files import AdapterDescription, BaseReference
 from dstrain.checkpoint.bundle import find_bundle, load_bundle
-from dstrain.checkpoint.manifest import read_manifest
+from dstrain.checkpoint.manifest import INDEX, FragmentEntry, FragmentIndex, Manifest, read_manifest, write_manifest
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.derived import LABELING, LabelJob
 from dstrain.data.prepared.job import read_job
@@ -30,7 +30,7 @@ from dstrain.distillation.store.manifest import DUMP, SampleMethod, load_store_m
 from dstrain.distillation.store.store import open_store
 from dstrain.errors import CheckpointError, DstrainError
 from dstrain.recipe_file import load_recipe
-from dstrain.storage.document import DocumentFormat
+from dstrain.storage.document import DocumentFormat, FileRecord
 from dstrain.storage.parsing import dump_yaml, parse_json, parse_yaml
 from dstrain.storage.sharded_job import finished_shard
 from dstrain.training.curves import write_report
@@ -311,9 +311,56 @@ def test_a_damaged_manifest_of_a_checkpoint_is_one_message(damage: str, tmp_path
     (tmp_path / "manifest.json").write_text("{}")
     DAMAGES[damage][0](tmp_path / "manifest.json")
     start = time.process_time()
-    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json .*; resume from another checkpoint"):
         read_manifest(tmp_path)
     assert time.process_time() - start < 1
+
+
+HOSTILE = {
+    "20 million values": '{"files": [' + "{}," * 20_000_000 + "{}]}",
+    "a deep state": '{"state": ' + "[" * 8_000_000,
+    "as many values as are read": '{"state": {"a": [' + "0," * 149_000 + "0]}}",
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize(("name", "read"), [("manifest.json", read_manifest), ("rank_00000.json", INDEX.read)])
+def test_a_hostile_document_of_a_checkpoint_costs_little(
+    name: str, read: Callable[[Path], object], text: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    path.write_text(HOSTILE[text])
+    at = tmp_path if name == "manifest.json" else path
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match=name):
+        read(at)
+    assert time.process_time() - start < 1
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError):
+            read(at)
+        assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_documents_of_30_billion_parameters_on_1024_ranks_are_read(tmp_path: Path) -> None:
+    """96 layers of 24 tensors, with masters, moments and moving average; every rank has a fragment of each."""
+    names = [
+        f"{kind}/decoder.layers.{n}.{t}.weight" for kind in ("master", "exp_avg", "ema") for n in range(96) for t in range(24)
+    ]
+    names += [name.replace("exp_avg/", "exp_avg_sq/") for name in names if name.startswith("exp_avg/")]
+    entry = FragmentEntry(dtype="F32", shape=(28_672, 7_168), start=123_456_789, length=200_704)
+    index = FragmentIndex(fragments=dict.fromkeys(names, entry))
+    INDEX.write(tmp_path / "rank_00000.json", index)
+    assert INDEX.read(tmp_path / "rank_00000.json") == index
+    ranks = [f"rank_{rank:05d}.{kind}" for rank in range(1024) for kind in ("json", "safetensors")]
+    files = [FileRecord(file=name, size=1 << 40, sha256="0" * 64) for name in ranks]
+    manifest = Manifest(
+        format=2, run_id="r", step=1, world_size=1024, layout="1024 ranks zero3 bf16", state={}, scalars={}, files=files
+    )
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
 
 
 @pytest.mark.parametrize("kind", ["manifest of data", "manifest of logits", "model.yaml", "tokenizer.yaml"])

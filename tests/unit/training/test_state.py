@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -15,6 +15,7 @@ from dstrain.training.config import TrainingConfig, ValidationConfig
 from dstrain.training.limits import reason_to_stop, remaining_seconds
 from dstrain.training.state import TrainingState, Window, load_state
 
+PATH = Path("step_00000007/manifest.json")
 VALIDATION = ValidationConfig(patience=4)
 
 
@@ -30,7 +31,7 @@ def test_json_and_back_is_the_same_state() -> None:
         seconds=1e-9,
     )
     state = TrainingState(step=7, epoch=2, elapsed_seconds=1e17 / 3, best_score=2 / 3, best_step=5, window=window)
-    assert load_state(json.loads(json.dumps(state.to_json()))) == state
+    assert load_state(json.loads(json.dumps(state.model_dump())), PATH) == state
 
 
 def test_a_window_keeps_a_loss_per_sentence_separate_from_sums_per_token() -> None:
@@ -58,25 +59,36 @@ def test_a_sum_is_divided_by_the_targets_of_the_steps_that_report_it() -> None:
         window = window.after(report, [], 1.0, 1.0)
     assert window.means() == {"nll": 4.0, "on_policy": 0.75, "on_policy_nll": 2.0}
     state = TrainingState(window=window)
-    assert load_state(json.loads(json.dumps(state.to_json()))) == state
+    assert load_state(json.loads(json.dumps(state.model_dump())), PATH) == state
 
 
-def test_a_window_saved_before_steps_differed_in_what_they_report_goes_on() -> None:
-    window = Window(steps=2, num_targets=40, sums={"nll": 80.0, "kd": 20.0}, counts={"nll": 40, "kd": 40})
-    content = TrainingState(window=window).to_json()
-    del content["window"]["counts"]
-    assert load_state(content).window == window
-    content["window"]["targets"] = {"nll": 40, "kd": 20}
-    assert load_state(content).window.counts == {"nll": 40, "kd": 20}
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"unknown": 1}, "unknown: unknown key"),
+        ({"step": -1}, "step: input should be greater than or equal to 0, not -1"),
+        ({"step": "7"}, "step: input should be a valid integer, not '7'"),
+        ({"epoch": 0}, "epoch: input should be greater than 0, not 0"),
+        ({"events_bytes": 1.5}, "events_bytes: "),
+        ({"elapsed_seconds": None}, "elapsed_seconds: input should be a valid number, not None"),
+        ({"window": []}, "window: input should be an object"),
+        ({"window": {"steps": 1}}, "it lacks window.counts, window.cpu_seconds, "),
+        ({"window": {**Window().model_dump(), "counts": {"nll": -3}}}, "window.counts.nll: input should be greater"),
+    ],
+)
+def test_a_wrong_state_is_one_message(change: dict[str, object], problem: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load_state({**TrainingState().model_dump(), **change}, PATH)
+    assert str(caught.value).startswith(f"{PATH} is not a valid training state: {problem}")
+    assert str(caught.value).endswith("; resume with the version that wrote it, or start again from a bundle")
 
 
-@pytest.mark.parametrize("change", [{"unknown": 1}, {"step": None}, {"window": {"steps": 1}}])
-def test_a_state_of_another_version_is_refused(change: dict[str, object]) -> None:
-    content = {**TrainingState().to_json(), **change}
-    if content["step"] is None:
-        del content["step"]
-    with pytest.raises(CheckpointError, match="resume with the version that wrote it, or start again from a bundle"):
-        load_state(content)
+@pytest.mark.parametrize("field", TrainingState.model_fields)
+def test_a_field_that_is_missing_is_no_default(field: str) -> None:
+    content = TrainingState().model_dump()
+    del content[field]
+    with pytest.raises(CheckpointError, match=f"{PATH} is not a valid training state: it lacks .*{field}"):
+        load_state(content, PATH)
 
 
 def test_the_first_limit_reached_ends_training() -> None:
@@ -96,7 +108,7 @@ def test_the_time_left_follows_the_nearest_limit() -> None:
     assert remaining_seconds(TrainingConfig(max_epochs=3), state) == pytest.approx((3 * 80 - 100) * 10.0)
     assert remaining_seconds(TrainingConfig(max_hours=1.0), state) == pytest.approx(2600.0)
     assert remaining_seconds(TrainingConfig(max_hours=1.0, max_steps=150), state) == pytest.approx(500.0)
-    assert remaining_seconds(TrainingConfig(max_epochs=3), replace(state, epoch=1, step_in_epoch=100)) is None
+    assert remaining_seconds(TrainingConfig(max_epochs=3), state.changed(epoch=1, step_in_epoch=100)) is None
     assert remaining_seconds(TrainingConfig(max_steps=150), TrainingState()) is None
     assert remaining_seconds(TrainingConfig(max_steps=50), state) == 0.0
 
@@ -104,11 +116,11 @@ def test_the_time_left_follows_the_nearest_limit() -> None:
 def test_only_strictly_better_scores_improve() -> None:
     state = TrainingState(step=5).after_validation(2.0, higher_is_better=False)
     assert (state.best_score, state.best_step, state.validations_without_improvement) == (2.0, 5, 0)
-    same = replace(state, step=6).after_validation(2.0, higher_is_better=False)
+    same = state.changed(step=6).after_validation(2.0, higher_is_better=False)
     assert (same.best_step, same.validations_without_improvement) == (5, 1)
-    better = replace(same, step=7).after_validation(1.9, higher_is_better=False)
+    better = same.changed(step=7).after_validation(1.9, higher_is_better=False)
     assert (better.best_score, better.best_step, better.validations_without_improvement) == (1.9, 7, 0)
-    assert replace(state, step=8).after_validation(2.1, higher_is_better=True).best_step == 8
+    assert state.changed(step=8).after_validation(2.1, higher_is_better=True).best_step == 8
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
