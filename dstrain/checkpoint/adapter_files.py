@@ -18,15 +18,14 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.adapters.lora import merged, unmatched_keys
 from dstrain.checkpoint.task import BundleTask
+from dstrain.checkpoint.tensor_file import TensorFile, save_tensors
 from dstrain.config_base import Config
-from dstrain.errors import BundleError
+from dstrain.errors import BundleError, CheckpointError
 from dstrain.storage.document import DocumentFormat, Sha256
 from dstrain.storage.hashing import sha256_of_file, sha256_of_text
 
@@ -143,10 +142,16 @@ def read_adapter(directory: Path) -> StoredAdapter:
         raise BundleError(f"{weights_path} is missing: the bundle is incomplete; restore it from a copy")
     if sha256_of_file(weights_path) != description.sha256:
         raise BundleError(f"{weights_path}: the file was altered after it was written (checksum); restore it from a copy")
+    with open_weights(weights_path) as file:
+        return StoredAdapter(directory, description, {name: file.read(name) for name in file.infos})
+
+
+def open_weights(path: Path) -> TensorFile:
+    """A file of a bundle's weights. BundleError if it is not a safetensors file."""
     try:
-        return StoredAdapter(directory, description, load_file(weights_path))
-    except SafetensorError as error:
-        raise BundleError(f"{weights_path}: {error}; restore it from a copy") from error
+        return TensorFile(path)
+    except (OSError, CheckpointError) as error:
+        raise BundleError(f"{path}: {error}; restore it from a copy") from error
 
 
 def write_adapter(
@@ -161,8 +166,7 @@ def write_adapter(
     """Write an adapter into a bundle directory, read it back and compare. BundleError if the two differ."""
     folder = directory / ADAPTER
     folder.mkdir()
-    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / ADAPTER_WEIGHTS)
-    checksum = sha256_of_file(folder / ADAPTER_WEIGHTS)
+    _, checksum = save_tensors(folder / ADAPTER_WEIGHTS, weights)
     description = AdapterDescription(
         format=ADAPTER_VERSION, adapter=config, base=base, sha256=checksum, task=task, notes=dict(notes)
     )

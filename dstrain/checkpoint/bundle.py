@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
@@ -33,9 +31,11 @@ from dstrain.checkpoint.adapter_files import (
     StoredAdapter,
     adapters_of,
     is_adapter,
+    open_weights,
     write_adapter,
 )
 from dstrain.checkpoint.task import BundleTask, task_of
+from dstrain.checkpoint.tensor_file import TensorFile, save_tensors
 from dstrain.config_base import Config
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import BundleError, StorageError
@@ -131,7 +131,7 @@ def save_bundle(
     """
     check_canonical(parameter_layouts(build_model(model_config, vocabulary, seed=None)), TensorSource(weights))
     with fresh_directory(directory) as fresh:
-        save_file({name: _own_memory(tensor) for name, tensor in weights.items()}, fresh / WEIGHTS)
+        _, digest = save_tensors(fresh / WEIGHTS, weights)
         if tokenizers is not None:
             save_tokenizers(tokenizers, fresh / TOKENIZER)
         if recipe is not None:
@@ -140,7 +140,7 @@ def save_bundle(
             format=BUNDLE_VERSION,
             model=model_config,
             vocabulary=vocabulary,
-            sha256=sha256_of_file(fresh / WEIGHTS),
+            sha256=digest,
             tokenizer=None if tokenizers is None else tokenizers.fingerprint,
             task=task or task_of(model_config, recipe),
             notes=dict(notes or {}),
@@ -184,7 +184,7 @@ def fresh_directory(directory: Path) -> Iterator[Path]:
     try:
         with atomic_directory(directory) as fresh:
             yield fresh
-    except (OSError, SafetensorError, StorageError) as error:
+    except (OSError, StorageError) as error:
         raise BundleError(f"cannot write the bundle {directory}: {error}; free some space or choose another --output") from error
 
 
@@ -212,39 +212,27 @@ class StoredBundle:
         return uppermost.task or task_of(self.description.model, self.recipe())
 
     @cached_property
-    def _shapes(self) -> dict[str, tuple[int, ...]]:
-        with self._open() as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    def _file(self) -> TensorFile:
+        file = open_weights(self.root / WEIGHTS)
         for adapter in self.adapters:
-            adapter.check_names(shapes)
-        return shapes
+            adapter.check_names(file.infos)
+        return file
 
     def names(self) -> Collection[str]:
         """Of all tensors. BundleError if an adapter has a tensor that belongs to none of them."""
-        return self._shapes.keys()
+        return self._file.infos.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one tensor."""
-        return self._shapes[name]
+        return self._file.infos[name].shape
 
     def read(self, name: str) -> Tensor:
-        """One tensor with all adapters merged. BundleError if an adapter does not fit.
-
-        The file is opened for each tensor: it is mapped into memory, and pages that were read count until it is closed.
-        """
-        with self._open() as file:
-            tensor: Tensor = file.get_tensor(name)
+        """One tensor with all adapters merged. BundleError if an adapter does not fit."""
+        with self._file as file:
+            tensor = file.read(name)
         for adapter in self.adapters:
             tensor = adapter.applied(name, tensor)
         return tensor
-
-    @contextmanager
-    def _open(self) -> Iterator[Any]:
-        try:
-            with safe_open(self.root / WEIGHTS, framework="pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            raise BundleError(f"{self.root / WEIGHTS}: {error}; restore it from a copy") from error
 
     def tokenizers(self) -> TokenizerPair | None:
         """The tokenizers, None if the bundle was made without. BundleError if they are not those of the model."""
@@ -338,9 +326,3 @@ def _read_tokenizers(directory: Path, description: BundleDescription) -> Tokeniz
 def _require(path: Path) -> None:
     if not path.exists():
         raise BundleError(f"{path} is missing: the bundle is incomplete; restore it from a copy")
-
-
-def _own_memory(tensor: Tensor) -> Tensor:
-    """A tensor that safetensors can write: contiguous, sharing memory with no other."""
-    owns_storage = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor.contiguous() if owns_storage else tensor.clone(memory_format=torch.contiguous_format)

@@ -28,7 +28,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class LossScalerState(Config):
-    """What moves in DeepSpeed's fp16 loss scaler, none of it in other precisions; its constants come from the JSON file."""
+    """The variables of DeepSpeed's fp16 loss scaler, none in other precisions; its constants are in the JSON file."""
 
     cur_scale: PositiveFloat | None = None
     cur_iter: Count | None = None
@@ -195,7 +195,7 @@ class Masters:
             return parameter.detach().clone()
 
     def scalars(self) -> OptimizerScalars:
-        """What the optimizer keeps beside tensors."""
+        """State of the optimizer besides tensors."""
         scaler = self._scaler()
         (step,) = {int(self._optimizer_state(master)["step"]) for master in self.tensors}
         moving = {name: scaler[name] for name in LossScalerState.model_fields if name in scaler}

@@ -272,7 +272,7 @@ class TrainEngine:
         return fragments
 
     def scalars(self) -> dict[str, Any]:
-        """What the next step needs beside tensors; JSON, the same on every rank."""
+        """State of the next step besides tensors; JSON, the same on every rank."""
         scalars = EngineScalars(step=self.step, base=self._base, **dict(self._masters.scalars()))
         return scalars.model_dump(exclude={"loss_scaler"}) | {"loss_scaler": scalars.loss_scaler.model_dump(exclude_none=True)}
 
@@ -286,7 +286,7 @@ class TrainEngine:
         if scalars.base != self._base:
             raise CheckpointError(
                 f"the checkpoint was saved with base = {scalars.base}, but this run has base = {self._base}; resume "
-                "with what it was saved with, or start a new run from its last bundle"
+                "with the settings it was saved with, or start a new run from its last bundle"
             )
         average = None if self._average is None else self._average.tensors
         kinds = ["master", *MOMENTS, *([] if average is None else ["ema"])]

@@ -53,14 +53,11 @@ class TensorSlice:
 class ParameterLayout:
     """How one parameter of a model is made of canonical tensors.
 
-    shape: of the whole parameter. slices: in row order. shard_dim: the dimension that tensor parallelism divides, None for a
-    replicated parameter. padded_rows: rows at the end that belong to no canonical tensor.
+    shape: of the whole parameter. slices: in row order.
     """
 
     shape: torch.Size
     slices: tuple[TensorSlice, ...]
-    shard_dim: int | None = None
-    padded_rows: int = 0
 
     def read(self, source: WeightSource, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """The whole parameter in new memory; in the dtype of the source if `dtype` is None."""

@@ -22,7 +22,7 @@ from dstrain.storage.document import Count, DocumentFormat
 
 
 class Window(Config):
-    """Sums over the steps since the last training event, so that an event does not depend on where a run was cut.
+    """Sums over the steps since the last training event, so that an event does not depend on interruptions.
 
     num_targets, denominator, loss_sum: over steps that were applied. sums, counts: the objective's metrics over these steps, by
     name; see `dstrain.batch.Metrics`. positions, filled: decoder positions of this rank's micro-batches, and how many of them are
@@ -66,7 +66,7 @@ class Window(Config):
 
 
 class TrainingState(Config):
-    """Where training stands after `step` steps.
+    """The state of training after `step` steps.
 
     epoch, step_in_epoch: the position of the next step; epochs count from 1, and at the end of one this is (next epoch, 0).
     completed_step: the last step after which everything that was due (validation, bundles) had been done; behind `step` only
@@ -120,7 +120,7 @@ _FORMAT = DocumentFormat(
 
 
 def load_state(content: Mapping[str, Any], path: Path) -> TrainingState:
-    """The state whose `model_dump` stands in the document `path`. CheckpointError if a field is missing, unknown or wrong."""
+    """The state whose `model_dump` is in the document `path`. CheckpointError if a field is missing, unknown or wrong."""
     state = _FORMAT.validate(dict(content), path)
     # A default is for the beginning of training, not for a checkpoint that lacks the field.
     lacking = TrainingState.model_fields.keys() - state.model_fields_set

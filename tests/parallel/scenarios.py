@@ -16,6 +16,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from dstrain.batch import Batch, Metrics, Size
+from dstrain.checkpoint.manifest import read_manifest, write_manifest
 from dstrain.engine.config import ScheduleConfig
 from dstrain.engine.launch import load_deepspeed
 from dstrain.engine.training_engine import TrainEngine
@@ -114,6 +115,20 @@ def refused(mesh: Mesh, *, shards: str) -> dict[str, str]:
         "itself": answer(build_module()),
         "average": answer(build_module(), ema={"decay": 0.9}),
         "untied": answer(build_module(embedding=PlainEmbedding(tie="none"))),
+    }
+    manifest = read_manifest(path)
+
+    def scalars(**changes: Any) -> str:
+        if mesh.world.rank == 0:
+            write_manifest(path, manifest.model_copy(update={"scalars": {**manifest.scalars, **changes}}))
+        mesh.world.barrier()
+        return error_of(partial(load, writer, directory))
+
+    said |= {
+        "step below 0": scalars(optimizer_step=-1),
+        "step as text": scalars(step="3"),
+        "no scaler": scalars(loss_scaler=None),
+        "a scale of 0": scalars(loss_scaler={"cur_scale": 0}),
     }
     shard = path / "rank_00001.safetensors"
     if mesh.world.rank == 1:

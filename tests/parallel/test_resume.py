@@ -37,4 +37,11 @@ def test_what_does_not_fit_is_refused_on_every_rank_in_words(tmp_path: Path) -> 
             f"{path} does not fit this run: it lacks exp_avg/projection.weight, exp_avg/target_embedding.tokens.weight, "
             f"exp_avg_sq/projection.weight and 3 more{remedy}"
         )
+        for case, problem in (
+            ("step below 0", "optimizer_step: input should be greater than or equal to 0, not -1"),
+            ("step as text", "step: input should be a valid integer, not '3'"),
+            ("no scaler", "loss_scaler: input should be an object, not None"),
+            ("a scale of 0", "loss_scaler.cur_scale: input should be greater than 0, not 0"),
+        ):
+            assert f"manifest.json is not a valid state of an engine: {problem}; resume with the version" in said[case]
         assert said["damaged"].startswith(f"no checkpoint in {tmp_path}/checkpoints is usable")

@@ -144,8 +144,8 @@ def micro_batches(
 
     Returns a multiple of `num_ranks` groups of similar lengths, as few as `max_tokens` allows, the costliest as cheap as can be:
     the ranks wait for one another. A group costs rows x (its longest source or target), for a decoder-only model rows x (its
-    longest source and target joined, which share an EOS). Groups are empty only if there are fewer examples than groups. Every
-    example must fit into `max_tokens` by itself, which `StepPlan` has checked.
+    longest source and target concatenated, which share an EOS). Groups are empty only if there are fewer examples than
+    groups. Every example must fit into `max_tokens` by itself, which `StepPlan` has checked.
     """
     examples, widths = _sort_by_width(step_examples, source_lengths, target_lengths, kind)
     count = -(-len(_fill(widths, max_tokens)) // num_ranks) * num_ranks

@@ -235,9 +235,9 @@ def test_bundles_replace_each_other_and_nothing_else(place: Path) -> None:
 
 
 def test_what_was_not_written_unchanged_is_no_bundle(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = adapter_files.save_file
+    write = adapter_files.save_tensors
     monkeypatch.setattr(
-        adapter_files, "save_file", lambda tensors, path: write({name: value + 1 for name, value in tensors.items()}, path)
+        adapter_files, "save_tensors", lambda path, tensors: write(path, {name: value + 1 for name, value in tensors.items()})
     )
     with pytest.raises(BundleError, match="adapter differs from the data written into it; check the disk and the memory"):
         make(ADAPTED, Path("base"), seed=5)
