@@ -25,7 +25,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dstrain.checkpoint.manifest import CHECKPOINT_VERSION, Manifest, OtherFormatError, check_files, read_manifest, write_manifest
+from dstrain.checkpoint.manifest import (
+    CHECKPOINT_VERSION,
+    Manifest,
+    OtherFormatError,
+    read_manifest,
+    verify_files,
+    write_manifest,
+)
 from dstrain.checkpoint.reader import StoredCheckpoint
 from dstrain.checkpoint.snapshot import WriteTemplate, take_snapshot
 from dstrain.errors import CheckpointError, DstrainError
@@ -165,7 +172,7 @@ class CheckpointManager:
     def _first_problem(self, directory: Path) -> str | None:
         """The fault of a checkpoint, agreed by all ranks, each of which verifies its share of the files."""
         try:
-            check_files(directory, read_manifest(directory).files[self.ranks.rank :: self.ranks.size])
+            verify_files(directory, read_manifest(directory).files[self.ranks.rank :: self.ranks.size])
             problem = None
         except OtherFormatError:
             raise

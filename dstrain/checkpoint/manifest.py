@@ -105,7 +105,7 @@ def read_manifest(directory: Path) -> Manifest:
     return _FORMAT.validate(content, path)
 
 
-def check_files(directory: Path, records: Iterable[FileRecord]) -> None:
+def verify_files(directory: Path, records: Iterable[FileRecord]) -> None:
     """CheckpointError names the first file that is not as it was written. Reads all of them."""
     for record in records:
         record.check(directory, content=True, remedy=REMEDY, error=CheckpointError)

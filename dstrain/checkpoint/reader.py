@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dstrain.checkpoint.fragments import Span, plan_reads
-from dstrain.checkpoint.manifest import INDEX, INDEX_NAME, MANIFEST_NAME, Manifest, OtherFormatError, check_files, read_manifest
+from dstrain.checkpoint.manifest import INDEX, INDEX_NAME, MANIFEST_NAME, Manifest, OtherFormatError, read_manifest, verify_files
 from dstrain.checkpoint.tensor_file import DTYPES, TensorFile, TensorInfo
 from dstrain.errors import CheckpointError
 from dstrain.fragment import Fragment
@@ -133,7 +133,7 @@ def open_checkpoint(directory: Path) -> StoredCheckpoint:
     """Open a checkpoint after comparing every file with its hash. Raises CheckpointError."""
     try:
         manifest = read_manifest(directory)
-        check_files(directory, manifest.files)
+        verify_files(directory, manifest.files)
         return StoredCheckpoint(directory, manifest)
     except OtherFormatError:
         raise

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dstrain.checkpoint.manager import CheckpointManager
-from dstrain.checkpoint.manifest import check_files
+from dstrain.checkpoint.manifest import verify_files
 from dstrain.checkpoint.snapshot import take_snapshot
 from dstrain.errors import CheckpointError
 from dstrain.fragment import Fragment, StoredState
@@ -429,4 +429,4 @@ def test_a_snapshot_is_written_without_the_engine_and_the_other_ranks(tmp_path: 
     thread.join(10)
     assert bytes(load_file(tmp_path / "rank_00000.safetensors")["text/0"].tolist()) == b"before"
     assert [entry.file for entry in entries] == ["rank_00000.safetensors", "rank_00000.json", "template/common.txt"]
-    check_files(tmp_path, entries)
+    verify_files(tmp_path, entries)
