@@ -14,9 +14,6 @@ from typing import Generic, Literal, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
-"""The label of a row that a loss leaves out."""
-
 NO_SEGMENT = -1
 """The segment of padding in a packed row."""
 

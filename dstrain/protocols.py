@@ -105,10 +105,6 @@ class Ranks(Protocol):
         """How many processes there are."""
         ...
 
-    def barrier(self) -> None:
-        """Wait for all."""
-        ...
-
     def all_true(self, flag: bool, /) -> bool:
         """Whether it holds on every rank."""
         ...

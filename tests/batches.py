@@ -7,11 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dstrain.batch import IGNORE_INDEX, Batch, ModelKind, Sequences
+from dstrain.batch import Batch, ModelKind, Sequences
 from dstrain.data.batching.collate import Collator, Ragged
 from dstrain.model_output import ActivationCapture
 
 PAD, EOS = 1, 2
+
+IGNORE_INDEX = -100
+"""The label of a position that no loss counts, as `torch.nn.functional.cross_entropy` has it."""
 
 
 def collate(

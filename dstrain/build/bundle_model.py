@@ -42,7 +42,7 @@ class BundleModel:
 
     @property
     def continues(self) -> bool:
-        """Whether this is a language model: a line is the beginning of a text that it goes on with, not a source."""
+        """Whether this is a language model: a line is the beginning of a text that it continues, not a source."""
         return self.bundle.task == "continuation"
 
     @property
@@ -78,7 +78,7 @@ class BundleModel:
     ) -> list[list[TextHypothesis]]:
         """For each sentence its `num_best` hypotheses, best first; an empty sentence without prefix has an empty one.
 
-        A language model goes on from the sentence, which its hypotheses repeat; other models translate it (see `continues`).
+        A language model continues the sentence, which its hypotheses repeat; other models translate it (see `continues`).
         prefixes: for each sentence the text that its hypotheses begin with; free where empty. The other options are those of
         `generation.config`; the others follow the bundle's recipe. RecipeError: an option that this method does not have,
         or of no valid value. DataError: a sentence longer than the model reads, without truncate_source.
@@ -223,7 +223,7 @@ def _beginnings(lines: Sequence[str], prefixes: Sequence[str] | None, first_line
     for number, (line, prefix) in enumerate(zip(lines, prefixes or [""] * len(lines), strict=True), first_line):
         if line.strip() and prefix.strip():
             raise DataError(
-                f"line {number} ({line[:40]!r}) and its prefix: a language model goes on from one text; leave one of them empty"
+                f"line {number} ({line[:40]!r}) and its prefix: a language model continues one text; leave one of them empty"
             )
         beginnings.append(prefix if prefix.strip() else line)
     return beginnings

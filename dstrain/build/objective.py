@@ -64,6 +64,6 @@ def check_teacher_options(config: ObjectiveConfig, options: TeacherOptions) -> N
         )
     if at_work and needs.renormalize:
         raise RecipeError(
-            "objective.renormalize is for dumped logits of method topk; a teacher at work gives its whole distribution: leave "
+            "objective.renormalize is for dumped logits of method topk; an online teacher gives its whole distribution: leave "
             "it out beside --teacher"
         )

@@ -14,7 +14,7 @@ from dstrain.parallel.mesh import Mesh
 class ObjectivePlan:
     """build: makes the objective, loads its teachers; collective.
 
-    teachers: their fingerprints, or that of dumped logits, by which a run knows them. models: those of the teachers at work,
+    teachers: their fingerprints, or that of dumped logits, by which a run identifies them. models: those of the online teachers,
     which read the same batches.
     """
 

@@ -1,4 +1,4 @@
-"""The teachers of a distillation: dumped logits, or bundles that become teachers at work.
+"""The teachers of a distillation: dumped logits, or bundles that become online teachers.
 
 Everything is checked before anything is built; teachers are loaded once the run is open.
 

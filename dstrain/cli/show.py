@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     if args.explain is not None:
         sys.stdout.write(explain_key(args.explain) if args.explain else reference_page())
     elif args.recipe is None:
-        raise RecipeError("show needs a RECIPE, or --explain [KEY] for the keys of all recipes")
+        raise RecipeError("a RECIPE is missing: name one, or --explain [KEY] for the keys of all recipes")
     else:
         sys.stdout.write(dump_recipe(recipe_from(args)))
     return 0

@@ -12,13 +12,13 @@ from dstrain.objectives.config import CrossEntropyConfig, Needs, OnPolicyConfig,
 
 
 class ForwardKl(Config):
-    """KL(teacher || student): the student must cover all that the teacher says. Stores of sampled tokens give only this."""
+    """KL(teacher || student): the student must cover all that the teacher predicts. Stores of sampled tokens give only this."""
 
     kind: Literal["forward_kl"] = "forward_kl"
 
 
 class ReverseKl(Config):
-    """KL(student || teacher): the student must say nothing that the teacher does not."""
+    """KL(student || teacher): the student must predict nothing that the teacher does not."""
 
     kind: Literal["reverse_kl"] = "reverse_kl"
 
@@ -134,7 +134,7 @@ FeatureConfig = Annotated[HiddenStatesFeature | AttentionFeature, Field(discrimi
 class DistillationConfig(Config):
     """hard_weight x label-smoothed cross-entropy + kd_weight x temperature^2 x divergence from the teacher on selected tokens.
 
-    On-policy steps have no labels: no hard loss, and every token learns from the teacher whatever `selection` says, whose queues
+    On-policy steps have no labels: no hard loss, and every token learns from the teacher for any `selection`, whose queues
     stay as they are. Features need an online teacher and count on all tokens, selected or not.
     """
 

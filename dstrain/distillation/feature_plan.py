@@ -34,10 +34,10 @@ def plan_features(config: DistillationConfig, student: ModelConfig, teachers: Se
 
 
 def require_one_teacher(number: int) -> None:
-    """Raise RecipeError unless there is exactly one teacher at work."""
+    """Raise RecipeError unless there is exactly one online teacher."""
     if number != 1:
         raise RecipeError(
-            f"objective.features needs the activations of one teacher at work, but there are {number or 'none'}; name one "
+            f"objective.features needs the activations of one online teacher, but there are {number or 'none'}; name one "
             "--teacher BUNDLE (an ensemble has no layers in common), or leave objective.features out"
         )
 

@@ -12,9 +12,9 @@ tokens, never padding, and are divided once by the step's number of them, select
 
 On a step of the student's own samples the loss is the divergence of every token, and that of the features: there is no label to
 learn, to smooth or to select by. Such steps report under names of their own (on_policy_nll, on_policy_kd, on_policy_agreement):
-the log-likelihood of one's own samples says nothing about perplexity.
+the log-likelihood of the model's own samples is no perplexity.
 
-Whether the signal comes from teachers at work or from a store, this objective does not know. It is for training; validation
+Whether the signal comes from online teachers or from a store is open here. It is for training; validation
 is plain cross-entropy.
 """
 

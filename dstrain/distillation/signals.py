@@ -1,4 +1,4 @@
-"""Where a distillation gets its teacher's signal from: teachers at work beside the student, or a store on disk.
+"""Where a distillation gets its teacher's signal from: online teachers beside the student, or a store on disk.
 
 A signal is valid while its context is open: under ZeRO-3 the weight of a teacher's projection is whole no longer than that.
 Teachers run without gradient; the loss inside the context runs with it.

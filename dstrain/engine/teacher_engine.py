@@ -1,4 +1,4 @@
-"""Teachers at work: bundles that compute beside the student and never learn.
+"""Online teachers: bundles that compute beside the student and never learn.
 
 A teacher is whole on every rank (`replicated`), or its parameters are partitioned over the ranks and gathered layer by layer
 while it computes (`sharded`: DeepSpeed's ZeRO-3 without an optimizer; `offloaded`: the partitions wait in CPU memory). All three

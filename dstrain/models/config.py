@@ -302,7 +302,7 @@ class EncoderDecoderConfig(TransformerParts):
     """A transformer with an encoder, a decoder and cross-attention."""
 
     kind: Literal["encoder_decoder"] = "encoder_decoder"
-    position: PositionConfig = Field(default_factory=SinusoidalPosition, description="How the model knows token order.")
+    position: PositionConfig = Field(default_factory=SinusoidalPosition, description="How token order enters the model.")
     encoder: StackConfig = Field(description="The stack that reads the source.")
     decoder: DecoderStackConfig = Field(description="The stack that predicts the target.")
     max_source_length: PositiveInt = Field(default=1024, description="Longest source in tokens, EOS included.")
@@ -323,7 +323,7 @@ class DecoderOnlyConfig(TransformerParts):
 
     kind: Literal["decoder_only"] = "decoder_only"
     position: DecoderOnlyPositionConfig = Field(
-        default_factory=SinusoidalPosition, description="How the model knows token order."
+        default_factory=SinusoidalPosition, description="How token order enters the model."
     )
     decoder: DecoderOnlyStackConfig = Field(description="The only stack.")
     max_target_length: PositiveInt = Field(default=2048, description="Longest sequence in tokens, source and target together.")

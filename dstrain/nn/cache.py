@@ -1,7 +1,7 @@
 """Keys and values of past positions, by depth: a layer used at several depths has one entry for each.
 
 Choosing rows (beams that continue others) costs only the changed entries: beams descend from a common one a few tokens
-ago, and whatever is older is the same in all of them already. So each row knows at each position in which row its entry was made,
+ago, and older entries are equal in all of them. So each row stores for each position the row that made its entry,
 and only entries of other makers move. On a GPU, where counting these would mean waiting, and where most entries would move or the
 number of rows changes, all are copied.
 

@@ -36,7 +36,7 @@ class Requirement(NamedTuple):
 
 
 class TeacherNeeds(NamedTuple):
-    """precision: that a teacher at work computes in, None for the student's. renormalize: change dumped logits of method topk."""
+    """precision: of an online teacher, None for the student's. renormalize: change dumped logits of method topk."""
 
     precision: Precision | None
     renormalize: bool

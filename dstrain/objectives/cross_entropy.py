@@ -42,7 +42,7 @@ class CrossEntropy:
         return LossOutput(loss_sum, batch.size, Metrics.over(batch.num_targets, {"nll": nll_sum}))
 
     def denominator(self, size: Size) -> int:
-        """Targets or sentences, as `average` says."""
+        """Targets or sentences, by `average`."""
         return size.num_sentences if self.config.average == "sentences" else size.num_targets
 
     def close(self) -> None:

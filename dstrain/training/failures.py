@@ -17,7 +17,7 @@ LOST_RANK_SIGNS = (
     "nccl communicator was aborted",
     "heartbeat",
 )
-"""What gloo, NCCL and the rendezvous store say when another process has gone."""
+"""Messages of gloo, NCCL and the rendezvous store after the loss of another process."""
 
 
 def explained(error: BaseException, latest: Path | None) -> TrainingError | None:

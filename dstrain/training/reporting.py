@@ -29,7 +29,7 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Flush and close."""
         ...
 
 

@@ -48,7 +48,7 @@ MAY_NOT_CHANGE = {
 }
 """Exceptions in these sections, with the reason."""
 LAYOUT_KEYS = {"engine.deepspeed", "engine.precision"}
-"""Every checkpoint says what these were when it was written."""
+"""Every checkpoint records their values."""
 OWN_FILES = {".lock", "run.json", "run.json.tmp", "recipe.yaml.tmp"}
 """Possible files of a run that was killed while it was made."""
 
@@ -225,7 +225,7 @@ def _has_progress(directory: Path) -> bool:
     with events.open("rb") as file:
         if any(b'"kind": "checkpoint"' in line or b'"kind": "resume"' in line for line in file):
             raise CheckpointError(
-                f"{events} says that checkpoints were written, but {directory / 'checkpoints'} holds none: "
+                f"{events} reports checkpoints, but {directory / 'checkpoints'} holds none: "
                 "restore them, or choose another --output to train from the beginning"
             )
     logger.warning("%s was started but never reached a checkpoint: starting from the beginning", directory)

@@ -178,7 +178,7 @@ def test_every_mistake_gets_one_message(student: Path, teacher: Path, data: Path
     )
     fails(
         dstrain(*training(data, fresh, "--teacher", teacher, "--teacher", teacher, overrides=distil)),
-        "objective.features needs the activations of one teacher at work, but there are 2",
+        "objective.features needs the activations of one online teacher, but there are 2",
     )
     assert not fresh.exists()
     fails(

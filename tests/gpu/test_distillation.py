@@ -107,7 +107,7 @@ def test_chunks_take_less_than_a_sixth_of_all_logits() -> None:
 
 @pytest.mark.parametrize("method", [None, *METHODS], ids=str)
 def test_a_step_never_waits(method: Method | None, data: Path, tmp_path: Path) -> None:
-    """None: a teacher at work."""
+    """None: an online teacher."""
     teacher, model = teacher_for(data), teacher_for(data, seed=4).train().to(GPU)
     store = None if method is None else stored(data, tmp_path / "logits", method, teacher=teacher)
     source: SignalSource = store or TeacherSignals([AtWork(teacher.to(GPU))])

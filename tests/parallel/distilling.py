@@ -55,7 +55,7 @@ def teacher_model(config: EncoderDecoderConfig, *, seed: int = 3) -> Model:
 def teacher(
     mesh: Mesh, *, seed: int = 3, placement: str = "replicated", precision: str = "fp32", factorized: bool = False
 ) -> TeacherEngine:
-    """Such a teacher at work."""
+    """Such an online teacher."""
     model = teacher_model(FACTORIZED_TEACHER if factorized else TEACHER, seed=seed)
     return TeacherEngine(model, placement=placement, precision=precision, mesh=mesh)
 

@@ -224,7 +224,7 @@ def test_a_language_model_goes_on_from_a_line(trained_on: str | None, tmp_path: 
     assert [len(text.split()) > len(line.split()) for text, line in zip(found, lines, strict=True)] == [True, False, True]
     (prefixed,) = model.generate([""], prefixes=["eins zwei drei"], min_length=6, max_length_ratio=1, max_length_offset=5)
     assert prefixed[0].text == found[0]
-    with pytest.raises(DataError, match=r"line 2 \('zwei'\) and its prefix: a language model goes on from one text"):
+    with pytest.raises(DataError, match=r"line 2 \('zwei'\) and its prefix: a language model continues one text"):
         model.generate(["eins", "zwei"], prefixes=["", "drei"])
 
 

@@ -91,7 +91,7 @@ def test_a_key_or_section_is_explained(key: str, lines: list[str], capsys: pytes
         (["--explain", "trainign.seed"], "trainign: no such key of a recipe; did you mean training?"),
         (["--explain", "model.position.tetha"], "model.position.tetha: no such key of a recipe; did you mean theta?"),
         (["--explain", "training.seed.x"], "training.seed.x: no such key of a recipe; training.seed has no keys"),
-        ([], "show needs a RECIPE, or --explain [KEY] for the keys of all recipes"),
+        ([], "a RECIPE is missing: name one, or --explain [KEY] for the keys of all recipes"),
     ],
 )
 def test_a_key_that_is_not_there_is_one_message(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

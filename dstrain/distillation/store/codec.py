@@ -115,7 +115,7 @@ class SampleCodec:
         self.bytes_per_token = min(method.draws, vocab_size) * (widths["ids"] + widths["counts"]) + 2 * number.itemsize
 
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
-        """The type of each draw, ascending. (n, V) -> (n, draws) int32"""
+        """The token of each draw, ascending. (n, V) -> (n, draws) int32"""
         cumulative = torch.softmax(logits, 1, out=logits).cumsum(1)  # (n, V)
         offsets = sent(torch.from_numpy(uniform_draws(self._seed, keys)), logits.device)[:, None]
         points = (torch.arange(self._draws, device=logits.device) + offsets) / self._draws  # (n, draws)
@@ -123,7 +123,7 @@ class SampleCodec:
         return (drawn,)
 
     def is_whole(self, selected: Sequence[Array]) -> Array:
-        """A sum that is no number draws the type behind the last."""
+        """A sum that is NaN draws the entry after the last."""
         whole: Array = selected[0][:, -1] < self._vocab_size
         return whole
 
@@ -159,7 +159,7 @@ class SampleCodec:
 
 
 class TopKCodec:
-    """ids, log_probs: of the k likeliest types, best first; tail: mass of the others; span: see the head of this file."""
+    """ids, log_probs: of the k most probable tokens, best first; tail: mass of the others; span: see the head of this file."""
 
     def __init__(self, method: TopKMethod, vocab_size: int) -> None:
         self._vocabulary = VocabularySlice.whole(vocab_size)
@@ -181,7 +181,7 @@ class TopKCodec:
         return ids.to(torch.int32), log_probs, tail
 
     def is_whole(self, selected: Sequence[Array]) -> Array:
-        """By the likeliest type."""
+        """By the most probable token."""
         whole: Array = np.isfinite(selected[1][:, 0])
         return whole
 
@@ -227,7 +227,7 @@ class DenseCodec:
         return (torch.log_softmax(logits, 1).clamp_min_(torch.finfo(torch.float16).min).half(),)
 
     def is_whole(self, selected: Sequence[Array]) -> Array:
-        """By the likeliest type."""
+        """By the most probable token."""
         whole: Array = np.isfinite(selected[0].max(1))
         return whole
 

@@ -60,12 +60,12 @@ class LogitStore:
         if request.on_policy:
             raise RecipeError(
                 f"objective.on_policy needs a teacher of the student's samples, {self._directory} holds distributions of the "
-                "data: remove objective.on_policy, or name a teacher at work (--teacher)"
+                "data: remove objective.on_policy, or name an online teacher (--teacher)"
             )
         if request.features:
             raise RecipeError(
                 f"objective.features learns from inside a teacher, but {self._directory} keeps only its probabilities: leave "
-                "objective.features out, or choose a teacher at work (--teacher)"
+                "objective.features out, or choose an online teacher (--teacher)"
             )
         method = self.manifest.job.method
         if isinstance(method, DenseMethod):
@@ -75,7 +75,7 @@ class LogitStore:
             raise RecipeError(
                 f"objective.divergence.kind = {request.divergence} needs the mass of all tokens, {self._directory} {kept}: "
                 "choose forward_kl, a dump with a tail (dump-logits --method topk) or of all tokens (--method dense), or "
-                "a teacher at work (--teacher)"
+                "an online teacher (--teacher)"
             )
         if request.temperature != self.temperature:
             raise RecipeError(

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
-from dstrain.batch import IGNORE_INDEX, Batch
+from dstrain.batch import Batch
 from dstrain.build.objective import check_teacher_options
 from dstrain.build.teachers import TeacherOptions
 from dstrain.distillation.build import build_distillation
@@ -38,10 +38,10 @@ from dstrain.objectives.cross_entropy import CrossEntropy, target_hidden
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from dstrain.recipe import ObjectiveConfig
-from tests.batches import EOS, PAD, labels_of
-from tests.unit.objectives.test_cross_entropy import NUM_TYPES, batch_of, empty_batch, gradients, pairs
+from tests.batches import EOS, IGNORE_INDEX, PAD, labels_of
+from tests.unit.objectives.test_cross_entropy import VOCAB_SIZE, batch_of, empty_batch, gradients, pairs
 
-VOCABULARY = VocabularySizes(source=NUM_TYPES, target=NUM_TYPES, pad_id=PAD, eos_id=EOS)
+VOCABULARY = VocabularySizes(source=VOCAB_SIZE, target=VOCAB_SIZE, pad_id=PAD, eos_id=EOS)
 
 
 def model_of(width: int, seed: int) -> EncoderDecoder:
@@ -108,7 +108,7 @@ def plain_losses(module: TrainModule, batch: Batch, temperature: float, teachers
     """Hard loss and divergence of each token, padding at 0, in words of torch."""
     labels = labels_of(batch).flatten()
     logits = logits_of(module.model, batch)
-    smoothing = 0.1 * NUM_TYPES / (NUM_TYPES - 1)
+    smoothing = 0.1 * VOCAB_SIZE / (VOCAB_SIZE - 1)
     hard = F.cross_entropy(logits, labels, label_smoothing=smoothing, ignore_index=IGNORE_INDEX, reduction="none")
     with torch.no_grad():
         probs = [F.softmax(logits_of(teacher.model, batch) / temperature, 1) for teacher in TEACHERS[:teachers]]

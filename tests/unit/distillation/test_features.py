@@ -26,9 +26,9 @@ from dstrain.objectives.train_module import TrainModule
 from dstrain.recipe import ObjectiveConfig
 from tests.batches import EOS, PAD, collate
 from tests.unit.distillation.test_distillation import PlainTeacher, step
-from tests.unit.objectives.test_cross_entropy import NUM_TYPES, batch_of, empty_batch, gradients, pairs
+from tests.unit.objectives.test_cross_entropy import VOCAB_SIZE, batch_of, empty_batch, gradients, pairs
 
-VOCABULARY = VocabularySizes(source=NUM_TYPES, target=NUM_TYPES, pad_id=PAD, eos_id=EOS)
+VOCABULARY = VocabularySizes(source=VOCAB_SIZE, target=VOCAB_SIZE, pad_id=PAD, eos_id=EOS)
 STUDENT: dict[str, Any] = {
     "kind": "encoder_decoder",
     "model_dim": 16,
@@ -331,13 +331,13 @@ def feature(**keys: Any) -> dict[str, Any]:
             feature(),
             STUDENT,
             [TEACHER, TEACHER],
-            "objective.features needs the activations of one teacher at work, but there are 2; name one --teacher BUNDLE",
+            "objective.features needs the activations of one online teacher, but there are 2; name one --teacher BUNDLE",
         ),
         (
             feature(),
             STUDENT,
             [],
-            "objective.features needs the activations of one teacher at work, but there are none",
+            "objective.features needs the activations of one online teacher, but there are none",
         ),
     ],
 )
@@ -387,7 +387,7 @@ def test_signals_are_asked_for_features() -> None:
     config = objective_of(feature())
     plans = plan_features(config, config_of(STUDENT), [config_of(TEACHER)])
     teachers = [PlainTeacher(model_of(TEACHER, seed=seed)) for seed in (1, 2)]
-    with pytest.raises(RecipeError, match="needs the activations of one teacher at work, but there are 2"):
+    with pytest.raises(RecipeError, match="needs the activations of one online teacher, but there are 2"):
         build_distillation(config, TeacherSignals(teachers), features=plans)
     with pytest.raises(ValueError, match="must both be present or both absent"):
         build_distillation(config, TeacherSignals(teachers[:1]))

@@ -124,7 +124,7 @@ def test_a_dense_store_teaches_every_divergence_at_every_temperature(
 def test_a_step_asks_nothing_of_its_device(
     method: Method | None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a device without memory, which cannot answer; a GPU would have to be waited for. None: a teacher at work."""
+    """On a device without memory, which cannot answer; a GPU would have to be waited for. None: an online teacher."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # this device has no autocast
     monkeypatch.setattr(torch, "autocast", lambda device, enabled: nullcontext())
     elsewhere, teacher, student = torch.device("meta"), teacher_for(data), teacher_for(data, seed=4).train()

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dstrain.batch import IGNORE_INDEX, Batch, ModelKind, Size
+from dstrain.batch import Batch, ModelKind, Size
 from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.train_module import TrainModule
-from tests.batches import EOS, PAD, collate, labels_of
+from tests.batches import EOS, IGNORE_INDEX, PAD, collate, labels_of
 
 VOCAB_SIZE = 37
 SMOOTHING = 0.1

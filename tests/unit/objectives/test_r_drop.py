@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dstrain.batch import IGNORE_INDEX, Batch
-from tests.batches import labels_of
-from tests.unit.objectives.test_cross_entropy import NUM_TYPES, SMOOTHING, batch_of, gradients, pairs, train_module
+from dstrain.batch import Batch
+from tests.batches import IGNORE_INDEX, labels_of
+from tests.unit.objectives.test_cross_entropy import SMOOTHING, VOCAB_SIZE, batch_of, gradients, pairs, train_module
 
 ALPHA = 3.0
 
@@ -16,7 +16,7 @@ def written_out(module, batch: Batch, average: str) -> tuple[Tensor, Tensor, Ten
     """Loss, nll and kl by all logits of two passes and autograd, sentence by sentence."""
     logits = [module.model.project(module.model(batch.source, batch.target).hidden) for _ in range(2)]  # (B, T, V) each
     loss, nll, kl = torch.zeros(()), torch.zeros(()), torch.zeros(())
-    smoothing = SMOOTHING * NUM_TYPES / (NUM_TYPES - 1)
+    smoothing = SMOOTHING * VOCAB_SIZE / (VOCAB_SIZE - 1)
     for row, labels in enumerate(labels_of(batch)):
         length = int((labels != IGNORE_INDEX).sum())
         first, second = (F.log_softmax(each[row, :length], dim=-1) for each in logits)

@@ -152,7 +152,7 @@ def test_an_empty_directory_is_welcome(tmp_path: Path) -> None:
 def test_a_run_that_lost_its_checkpoints_is_not_restarted_silently(tmp_path: Path) -> None:
     open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1").close()
     (tmp_path / "run" / "events.jsonl").write_text('{"time": 1.0, "kind": "checkpoint", "step": 10}\n')
-    with pytest.raises(CheckpointError, match=r"events.jsonl says that checkpoints were written, but .*checkpoints holds none"):
+    with pytest.raises(CheckpointError, match=r"events.jsonl reports checkpoints, but .*checkpoints holds none"):
         open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1")
     (tmp_path / "run" / "checkpoints" / "step_00000010").mkdir(parents=True)
     open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1").close()
