@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from dstrain import __version__
 from dstrain.cli.common import add_options, named, positive_float, positive_number, whole_number
@@ -39,13 +38,12 @@ METHOD: dict[str, tuple[Callable[[str], object], str]] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    add_work_arguments(parser, output="LOGITS", required=False)
+    add_work_arguments(parser, "LOGITS")
     parser.add_argument("--split", default="train", help="default: train")
     parser.add_argument("--method", choices=("sample", "topk", "dense"), default="sample", help="default: sample")
     add_options(parser, METHOD)
     parser.add_argument("--max-tokens", metavar="N", type=positive_number, default=4096, help="padded tokens of a batch (4096)")
     parser.add_argument("--tokens-per-shard", metavar="N", type=positive_number, help="size of a file (default: a 64th of all)")
-    parser.add_argument("--merge", metavar="LOGITS", type=Path, help="check that every shard is there and complete, and finish")
 
 
 def run(args: argparse.Namespace) -> int:

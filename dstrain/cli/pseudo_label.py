@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 from functools import partial
-from pathlib import Path
 
 from dstrain import __version__
 from dstrain.cli.common import named, positive_float, positive_number
@@ -33,7 +32,7 @@ OWN = ("beam_size", "length_penalty", "max_tokens", "max_ratio", "max_repeats", 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    add_work_arguments(parser, output="DATA2", required=False)
+    add_work_arguments(parser, "DATA2")
     parser.add_argument("--beam-size", metavar="N", type=positive_number, help="1 is greedy (default: as in the bundle's recipe)")
     parser.add_argument("--length-penalty", metavar="X", type=float, help="default: as in the bundle's recipe")
     parser.add_argument("--max-tokens", metavar="N", type=positive_number, help="size of a batch: hypotheses x source length")
@@ -47,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--keep-original", action="store_true", help="train on the original pairs, too")
     parser.add_argument("--pairs-per-shard", metavar="N", type=positive_number, help="size of a shard (default: a 64th of all)")
-    parser.add_argument("--merge", metavar="DATA2", type=Path, help="check that every shard is there and complete, and finish")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,11 +15,11 @@ WORK = ("teacher", "data", "output", "worker", "device", "precision")
 """Names of the shared arguments, as in `DumpOptions` and `LabelOptions`."""
 
 
-def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required: bool) -> None:
-    """--teacher, --data, --output, --shard, --device, --precision. output: the name of its value."""
-    parser.add_argument("--teacher", metavar="BUNDLE", type=Path, required=required, help="model directory of the teacher")
-    parser.add_argument("--data", metavar="DATA", type=Path, required=required, help="directory that `dstrain prepare` wrote")
-    parser.add_argument("--output", metavar=output, type=Path, required=required, help="directory to write, or to go on with")
+def add_work_arguments(parser: argparse.ArgumentParser, output: str) -> None:
+    """--teacher, --data, --output, --shard, --device, --precision and --merge. output: the name of its value."""
+    parser.add_argument("--teacher", metavar="BUNDLE", type=Path, help="model directory of the teacher")
+    parser.add_argument("--data", metavar="DATA", type=Path, help="directory that `dstrain prepare` wrote")
+    parser.add_argument("--output", metavar=output, type=Path, help="directory to write, or to go on with")
     parser.add_argument(
         "--shard",
         dest="worker",
@@ -35,6 +35,7 @@ def add_work_arguments(parser: argparse.ArgumentParser, *, output: str, required
         default="fp32",
         help="precision of the teacher's computation; bf16 for speed on a GPU (default: fp32)",
     )
+    parser.add_argument("--merge", metavar=output, type=Path, help="check that every shard is there and complete, and finish")
 
 
 def worker(text: str) -> Worker:
