@@ -51,7 +51,7 @@ def cpu_seconds() -> float:
 
 
 def main() -> None:
-    """Train on random tokens and print what it cost."""
+    """Train on random tokens and print the cost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--warmup", type=int, default=2)

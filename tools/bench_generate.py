@@ -126,7 +126,7 @@ def rate(translate: Translate, sources: list[list[int]], batch_size: int) -> flo
 
 
 def main() -> None:
-    """Measure in turns and print."""
+    """Measure alternately and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sentences", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)

@@ -59,7 +59,7 @@ def one(args: argparse.Namespace) -> dict[str, float]:
         tail = torch.full((args.tokens,), 0.4 if args.way == "top" else 0.0)
         signal = SparseSignal(ids, torch.full(ids.shape, 1 / KEPT) * (1 - tail[:, None]), tail)
     terms = DistillationTerms(Divergence(args.divergence, 0.5), 1.0, 1.0, 1.0, 0.1)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from the resident memory of now
     before, begin = peak_bytes(), time.process_time()
     if args.way == "cross_entropy":
         loss = linear_cross_entropy(features, weight, labels, label_smoothing=0.1, chunk_tokens=args.chunk_tokens)[0]
@@ -96,7 +96,7 @@ def main() -> int:
     parser.add_argument("--chunk-tokens", type=int, default=256)
     parser.add_argument("--divergence", choices=get_args(DivergenceKind), default="forward_kl")
     parser.add_argument("--limit-percent", type=float)
-    parser.add_argument("--way", choices=WAYS, help="run this one alone and print JSON")
+    parser.add_argument("--way", choices=WAYS, help="run only this one and print JSON")
     args = parser.parse_args()
     if args.way:
         print(json.dumps(one(args)))

@@ -32,7 +32,7 @@ def synthetic_lengths(size: int) -> tuple[Lengths, Lengths]:
 
 
 def padding(plan: StepPlan, world_size: int, num_steps: int) -> dict[str, float]:
-    """Padded tokens of both sides over real ones, less one; and what the slowest rank costs over the mean."""
+    """Padded tokens of both sides over real ones, less one; and the cost of the slowest rank over the mean."""
     source, target, max_tokens = plan.source_lengths, plan.target_lengths, plan.config.max_tokens
     real = padded = groups_made = slowest = mean = 0.0
     steps = list(islice(plan.epoch(1), num_steps))

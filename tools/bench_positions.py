@@ -4,7 +4,7 @@ For each kind of model: the CPU time of single decoder steps when the cache hold
 layers of 128 features, 16 rows), and the part of it that is spent in the kernel of self-attention. `beyond` is by how much more
 a step at the far position costs than if only attention had grown, in percent: 0 where nothing else does. With beams, each row
 continues a row of its sentence drawn at random at every step, as in a search; `unrelated` is the worst case, rows that change
-places and never descend from one another. Near and far take turns, and the fastest round of each counts, as other work on the
+places and never descend from one another. Near and far alternate, and the fastest round of each counts, as other work on the
 machine takes memory bandwidth.
 
     OMP_NUM_THREADS=1 python tools/bench_positions.py [--near 64] [--far 1024] [--rounds 9]
@@ -47,7 +47,7 @@ def drawn() -> Tensor:
 
 
 def unrelated() -> Tensor:
-    """The rows of a sentence change places."""
+    """The rows of a sentence are permuted."""
     return torch.arange(ROWS).view(-1, BEAMS).flip(1).flatten()
 
 
@@ -63,7 +63,7 @@ MODELS: dict[str, tuple[dict[str, Any], Parents]] = {
 
 
 class AttentionHook:
-    """Takes the place of `attention` in the layers and adds up what self-attention takes."""
+    """Replaces `attention` in the layers and adds up the time of self-attention."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -76,7 +76,7 @@ class AttentionHook:
         return mixed
 
 
-def step_seconds(model: Model, length: int, parents: Parents, watch: AttentionHook) -> tuple[float, float]:
+def step_seconds(model: Model, length: int, parents: Parents, timed_attention: AttentionHook) -> tuple[float, float]:
     """CPU time of a step with about `length` tokens in the cache, the last few of which were decoded step by step.
 
     The second number is the part of self-attention.
@@ -87,16 +87,16 @@ def step_seconds(model: Model, length: int, parents: Parents, watch: AttentionHo
     model.step(torch.randint(4, TYPES, (ROWS, length - STEPS - STEPS // 2)), state)
     tokens = torch.randint(4, TYPES, (ROWS, 1))
     for _ in range(2):
-        start, watch.seconds = time.thread_time(), 0.0
+        start, timed_attention.seconds = time.thread_time(), 0.0
         for _ in range(STEPS):
             model.step(tokens, state)
             state.reorder(parents())
-    return (time.thread_time() - start) / STEPS, watch.seconds / STEPS
+    return (time.thread_time() - start) / STEPS, timed_attention.seconds / STEPS
 
 
 @torch.inference_mode()
 def main() -> None:
-    """Measure in turns and print a table."""
+    """Measure alternately and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--near", type=int, default=64)
     parser.add_argument("--far", type=int, default=1024)
@@ -104,8 +104,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    lengths, watch = (args.near, args.far), AttentionHook()
-    dstrain.nn.attention.attention = watch  # type: ignore[assignment]
+    lengths, timed_attention = (args.near, args.far), AttentionHook()
+    dstrain.nn.attention.attention = timed_attention  # type: ignore[assignment]
     print(f"| model | tokens per CPU-second at {args.near:,} | at {args.far:,} | attention's part | beyond |")
     print("|---|---|---|---|---|")
     for name, (tree, parents) in MODELS.items():
@@ -114,7 +114,7 @@ def main() -> None:
         rounds: dict[int, list[tuple[float, float]]] = {length: [] for length in lengths}
         for _ in range(args.rounds + 1):
             for length in lengths:
-                rounds[length].append(step_seconds(model, length, parents, watch))
+                rounds[length].append(step_seconds(model, length, parents, timed_attention))
         (near, near_attention), (far, far_attention) = (min(rounds[length][1:]) for length in lengths)
         beyond = far / (near + far_attention - near_attention) - 1
         speeds = f"{ROWS / near:,.0f} | {ROWS / far:,.0f}"

@@ -1,4 +1,4 @@
-"""Preparation against bare SentencePiece, side by side, in CPU-seconds.
+"""Preparation against bare SentencePiece, at the same time, in CPU-seconds.
 
 Both read Multi30k English-German from DSTRAIN_DATA (default: ../shared/data beside the repository), repeated, with the same BPE
 model of 8,000 pieces. Bare SentencePiece encodes lists of lines that are in memory already; dstrain goes from files on the disk
@@ -77,7 +77,7 @@ def main() -> None:
                 prepare(config_for(folder), folder / f"data-{repeat}-{workers}", workers=workers, progress=False)
                 ours[workers].append((lines / (cpu_seconds() - start), lines / (time.perf_counter() - wall)))
     yardstick = statistics.median(alone)
-    print(f"sentencepiece alone: {yardstick:,.0f} lines per CPU-second")
+    print(f"bare sentencepiece: {yardstick:,.0f} lines per CPU-second")
     for workers, runs in ours.items():
         cpu, wall = (statistics.median(column) for column in zip(*runs, strict=True))
         print(

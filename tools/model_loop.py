@@ -1,4 +1,4 @@
-"""dstrain's model and objective in a plain loop: what of the training time is theirs, and a place to profile them.
+"""dstrain's model and objective in a plain loop: their share of the training time, for profiling.
 
 The model and the objective of a recipe on random full-length pairs, `torch.optim.Adam(fused=True)`, one thread, fp32; no
 engine, no data, no logging. Prints one line of JSON like `bare_loop.py`; `--profile` prints the most costly operations instead.
@@ -30,7 +30,7 @@ def random_batch(length: int = LENGTH) -> Batch:
 
 
 def main() -> None:
-    """Train on random tokens and print what it cost."""
+    """Train on random tokens and print the cost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="translation/multi30k_tiny")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides")

@@ -36,7 +36,7 @@ def resident(key: str) -> int:
 
 
 def rank(args: argparse.Namespace) -> dict[str, Any]:
-    """What this rank measures."""
+    """The measurements of this rank."""
     import numpy as np
     import torch
 

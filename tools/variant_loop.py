@@ -1,4 +1,4 @@
-"""What each variant of the architecture costs in training: CPU-seconds beside a baseline of the same width, in one process.
+"""The cost of each variant of the architecture in training: CPU-seconds beside a baseline of the same width, in one process.
 
 The model and the objective of a recipe in a plain loop, as in model_loop.py, once as they are and once for each variant; they
 take turns, a few steps each, so that whatever else runs on the machine meets all alike. A ratio is taken within a round, and the
@@ -122,7 +122,7 @@ def measure(loops: dict[str, Loop], rounds: int, steps: int, report: Callable[[s
 
 
 def main() -> None:
-    """Measure in turns and print a table."""
+    """Measure alternately and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", default="translation/multi30k_tiny")
     parser.add_argument("--rounds", type=int, default=7)
