@@ -12,9 +12,9 @@ DEPTH, HEADS, DIM = 2, 3, 4
 class Beside:
     """The cache and a plain tensor of what it must hold, (depth, 2, N, H, length, K)."""
 
-    def __init__(self, rows: int, *, room: int = 40) -> None:
+    def __init__(self, rows: int, *, max_length: int = 40) -> None:
         self.cache = KeyValueCache(
-            depth=DEPTH, num_rows=rows, num_heads=HEADS, max_length=room, head_dim=DIM, like=torch.empty(0)
+            depth=DEPTH, num_rows=rows, num_heads=HEADS, max_length=max_length, head_dim=DIM, like=torch.empty(0)
         )
         self.expected = torch.empty(DEPTH, 2, rows, HEADS, 0, DIM)
         self.generator = torch.Generator().manual_seed(5)
@@ -38,10 +38,10 @@ class Beside:
         return torch.arange(count) // beams * beams + torch.randint(beams, (count,), generator=self.generator)
 
 
-@pytest.mark.parametrize("room", [27, LONG])
+@pytest.mark.parametrize("max_length", [27, LONG])
 @pytest.mark.parametrize("beams", [1, 2, 5])
-def test_a_long_search_with_sentences_that_leave(beams: int, room: int) -> None:
-    pair = Beside(3, max_length=room)
+def test_a_long_search_with_sentences_that_leave(beams: int, max_length: int) -> None:
+    pair = Beside(3, max_length=max_length)
     pair.step()
     pair.select(torch.arange(3).repeat_interleave(beams))
     for number in range(24):
@@ -52,9 +52,9 @@ def test_a_long_search_with_sentences_that_leave(beams: int, room: int) -> None:
     pair.step()
 
 
-@pytest.mark.parametrize("room", [9, LONG])
-def test_after_a_rewind_all_entries_are_new(room: int) -> None:
-    pair = Beside(4, max_length=room)
+@pytest.mark.parametrize("max_length", [9, LONG])
+def test_after_a_rewind_all_entries_are_new(max_length: int) -> None:
+    pair = Beside(4, max_length=max_length)
     pair.step(3)
     pair.select(torch.tensor([1, 1, 2, 2]))
     pair.cache.length, pair.expected = 0, pair.expected[:, :, :, :, :0]
@@ -63,10 +63,10 @@ def test_after_a_rewind_all_entries_are_new(room: int) -> None:
     pair.step()
 
 
-@pytest.mark.parametrize("room", [30, LONG + 1])
-def test_what_rows_have_in_common_stays_where_it_is(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("max_length", [30, LONG + 1])
+def test_what_rows_have_in_common_stays_where_it_is(max_length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rows that were one two tokens ago, two tokens move at most, however long they are."""
-    pair, moved = Beside(4, max_length=room), []
+    pair, moved = Beside(4, max_length=max_length), []
     move = pair.cache._move
     monkeypatch.setattr(pair.cache, "_move", lambda *given: (moved.append(given[2].tolist()), move(*given)))
     monkeypatch.setattr(pair.cache, "_copy", lambda rows: pytest.fail(f"all was copied for {rows}"))
