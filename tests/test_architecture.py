@@ -44,9 +44,10 @@ NO_TERM = {
     "stranger strangers": "unmatched keys; reference implementation",
     "company": "other rows of the batch",
     "lesson lessons": "teacher source",
-    "survey surveyed facts": "scan, statistics, summary",
-    "settle settled claim adopt publish": "update_queue, lock_output, load_fp32, sync_to_model",
-    "walk walked walks": "chunked_forward",
+    "survey surveys surveyed surveying facts": "scan, statistics, summary",
+    "settle settles settled claim claims claimed": "update_queue, lock_output",
+    "adopt adopts adopted publish publishes published": "load_fp32, sync_to_model",
+    "walk walks walked walking": "chunked_forward",
     "wide cool spread": "accum_dtype, tempered_log_probs, smoothing_per_token",
     "found taught given wanted told": "the thing itself: matches, results, requested",
     "turn turns spectrum amplitude reach": "cos_sin, inv_freq, attention_scaling, end_position",
@@ -58,7 +59,7 @@ NO_TERM = {
     "joined apart": "concatenated, sequence",
 }
 """Words of no field -> the terms to use instead, for every identifier of the package."""
-FIELD_TERMS = {"alibi_slopes": "ALiBi's own term", "head_slopes": "ALiBi's own term", "up_gate": "the fused GLU projection"}
+FIELD_TERMS = {"alibi_slopes": "ALiBi's own term", "head_slopes": "ALiBi's own term"}
 """Identifiers with such a word that are the field's own -> the reason."""
 VERB = {"add_arguments", "run"}
 """The interface of a verb: every module in cli/ has it."""
