@@ -43,7 +43,7 @@ def test_a_vocabulary_beyond_the_text_names_the_size_that_works(model_type: str,
 def test_a_vocabulary_under_the_characters_names_the_size_that_works() -> None:
     with pytest.raises(DataError, match=r"vocab_size is 9, the characters .* together need (\d+); set it to more") as caught:
         train_sentencepiece(sentences(50), options(vocab_size=9))
-    size = int(str(caught.value).split("alone need ")[1].split(";")[0])
+    size = int(str(caught.value).split("together need ")[1].split(";")[0])
     assert SentencePieceTokenizer(train_sentencepiece(sentences(50), options(vocab_size=size))).vocab_size == size
 
 

@@ -23,12 +23,12 @@ def test_pairs_rotate_as_complex_numbers(layout: str, dim: int, head_dim: int) -
     x = torch.randn(2, 3, 5, head_dim)
     positions = torch.tensor([0, 1, 7, 100, 2])
     turned = apply_rotary(x, compute_cos_sin(positions, inverse_frequencies(dim, 50.0), 1.0, torch.float32), layout)
-    for position, position in enumerate(positions.tolist()):
+    for index, position in enumerate(positions.tolist()):
         for pair in range(dim // 2):
             first, second = (pair, pair + dim // 2) if layout == "half_split" else (2 * pair, 2 * pair + 1)
             angle = cmath.exp(1j * position * 50.0 ** (-2 * pair / dim))
-            before = torch.complex(x[:, :, position, first], x[:, :, position, second]) * angle
-            after = torch.complex(turned[:, :, position, first], turned[:, :, position, second])
+            before = torch.complex(x[:, :, index, first], x[:, :, index, second]) * angle
+            after = torch.complex(turned[:, :, index, first], turned[:, :, index, second])
             torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
     assert torch.equal(turned[..., dim:], x[..., dim:])
 
