@@ -39,7 +39,7 @@ from dstrain.checkpoint.tensor_file import TensorFile, save_tensors
 from dstrain.config_base import Config
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import BundleError, StorageError
-from dstrain.models.config import ModelConfig, VocabularySizes
+from dstrain.models.config import EncoderDecoderConfig, ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
 from dstrain.models.weights import TensorSource, check_canonical, load_canonical, parameter_layouts
 from dstrain.storage.atomic import atomic_directory, complete_version, write_file
@@ -299,6 +299,25 @@ def _description_tree(directory: Path) -> dict[str, Any]:
     if not path.exists():
         raise BundleError(f"{directory} is not a bundle: it has no {MODEL}; name a directory that training or import has written")
     return DESCRIPTION.read_tree(path)
+
+
+def describe_bundle(directory: Path) -> list[str]:
+    """A summary of a bundle. Raises BundleError if it is not valid."""
+    bundle = load_bundle(directory)
+    config, parameters = bundle.model_config, sum(parameter.numel() for parameter in bundle.model.parameters())
+    encoder = f"{config.encoder.depth} + " if isinstance(config, EncoderDecoderConfig) else ""
+    notes = ", ".join(f"{name} {value}" for name, value in bundle.notes.items()) or "none"
+    tokenizer = "none" if bundle.tokenizers is None else bundle.tokenizers.fingerprint[:12]
+    description = "none" if bundle.recipe is None else " ".join(str(bundle.recipe.get("description", "")).split()) or "unnamed"
+    adapted = [f"adapters: {bundle.adapters}, over {find_bundle(directory).root.resolve()}"] if bundle.adapters else []
+    return [
+        f"bundle: {config.kind}, {parameters:,} parameters, {encoder}{config.decoder.depth} layers, model_dim {config.model_dim}",
+        *adapted,
+        f"vocabulary: {bundle.vocabulary.source:,} source and {bundle.vocabulary.target:,} target entries; tokenizer {tokenizer}",
+        f"recipe: {description}",
+        f"notes: {notes}",
+        f"fingerprint {bundle.fingerprint[:12]}; the checksum of the weights is right",
+    ]
 
 
 def is_bundle(directory: Path) -> bool:

@@ -23,13 +23,12 @@ from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, p
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.ema import MovingAverage
 from dstrain.engine.launch import load_deepspeed, require_precision
-from dstrain.engine.loss_totals import LossReducer, LossTotals
+from dstrain.engine.loss_totals import LossReducer, LossTotals, StepReport
 from dstrain.engine.master_weights import MOMENTS, Block, Masters, OptimizerScalars
 from dstrain.engine.optimizer import build_optimizer
 from dstrain.engine.replica import empty_copy, filled_copy
 from dstrain.engine.schedule import learning_rate
 from dstrain.engine.stable_adamw import StableAdamW
-from dstrain.engine.step_report import StepReport
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.fragment import Fragment, StoredState
 from dstrain.models.weights import Layouts, ParameterLayout, TensorSlice, parameter_layouts, split_parameters

@@ -16,7 +16,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from dstrain.batch import Batch, Metrics
 from dstrain.config_base import Config
 from dstrain.data.batching.plan import PlannedStep
-from dstrain.engine.step_report import StepReport
+from dstrain.engine.loss_totals import StepReport
 from dstrain.errors import CheckpointError
 from dstrain.storage.document import Count, DocumentFormat
 

@@ -20,7 +20,7 @@ from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.checkpoint.manifest import MANIFEST_NAME
 from dstrain.data.batching.loader import Steps
 from dstrain.data.batching.plan import PlannedStep
-from dstrain.engine.step_report import StepReport
+from dstrain.engine.loss_totals import StepReport
 from dstrain.errors import TrainingError
 from dstrain.log import logger
 from dstrain.protocols import Ranks, Resumable

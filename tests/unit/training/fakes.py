@@ -13,7 +13,7 @@ import torch
 from dstrain.batch import Batch, Metrics, Size
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.data.batching.plan import PlannedStep
-from dstrain.engine.step_report import StepReport
+from dstrain.engine.loss_totals import StepReport
 from dstrain.fragment import Fragment, StoredState
 from dstrain.parallel.group import Group
 from dstrain.parallel.mesh import Mesh

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.batch import Metrics
-from dstrain.engine.step_report import StepReport
+from dstrain.engine.loss_totals import StepReport
 from dstrain.errors import CheckpointError
 from dstrain.training.config import TrainingConfig, ValidationConfig
 from dstrain.training.limits import reason_to_stop, remaining_seconds
