@@ -272,8 +272,7 @@ class TrainEngine:
 
     def scalars(self) -> dict[str, Any]:
         """State of the next step besides tensors; JSON, the same on every rank."""
-        scalars = EngineScalars(step=self.step, base=self._base, **dict(self._masters.scalars()))
-        return scalars.model_dump(exclude={"loss_scaler"}) | {"loss_scaler": scalars.loss_scaler.model_dump(exclude_none=True)}
+        return EngineScalars(step=self.step, base=self._base, **dict(self._masters.scalars())).model_dump()
 
     @torch.no_grad()
     def load(self, stored: StoredState) -> None:
@@ -320,10 +319,7 @@ def _checkpoint_blocks(module: TrainModule, layouts: Layouts) -> dict[nn.Paramet
         layout = layout or ParameterLayout(parameter.shape, (TensorSlice(name, None),))
         row = math.prod(layout.shape[1:])
         blocks[parameter] = [
-            Block(part.name, tuple(layout.shape), 0)
-            if part.rows is None
-            else Block(part.name, (part.rows.stop - part.rows.start, *layout.shape[1:]), part.rows.start * row)
-            for part in layout.slices
+            Block(part.name, layout.shape_of(part), 0 if part.rows is None else part.rows.start * row) for part in layout.slices
         ]
     return blocks
 

@@ -59,6 +59,10 @@ class ParameterLayout:
     shape: torch.Size
     slices: tuple[TensorSlice, ...]
 
+    def shape_of(self, part: TensorSlice) -> tuple[int, ...]:
+        """Of a canonical tensor in this parameter."""
+        return tuple(self.shape) if part.rows is None else (part.rows.stop - part.rows.start, *self.shape[1:])
+
     def read(self, source: WeightSource, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
         """The whole parameter in new memory; in the dtype of the source if `dtype` is None."""
         value: Tensor | None = None
@@ -107,11 +111,7 @@ def _blocks(blocks: Mapping[str, int], parent: str, kind: str) -> tuple[TensorSl
 
 def canonical_shapes(layouts: Layouts) -> dict[str, tuple[int, ...]]:
     """The shape of every canonical tensor."""
-    return {
-        part.name: tuple(layout.shape) if part.rows is None else (part.rows.stop - part.rows.start, *layout.shape[1:])
-        for layout in layouts.values()
-        for part in layout.slices
-    }
+    return {part.name: layout.shape_of(part) for layout in layouts.values() for part in layout.slices}
 
 
 def split_parameters(layouts: Layouts, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
