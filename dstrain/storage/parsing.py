@@ -152,15 +152,16 @@ class _BoundedLoader(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """A mapping with keys of text; whole numbers become text, as in JSON."""
         seen: set[str] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
+            if isinstance(key, bool) or not isinstance(key, str | int):
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not text; quote it", problem_mark=key_node.start_mark)
-            if key in seen:
+            if str(key) in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+            seen.add(str(key))
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
     def construct_number(self, node: Any) -> int | float:
         """An integer or a float of bounded length."""

@@ -200,7 +200,7 @@ def test_a_student_trains_on_a_teachers_outputs(data: Path, speaker: Path, tmp_p
     train = ("train", RECIPE, "--output", run, "--device", "cpu", *settings(*SMALL_DATA, *SMALL_TRAINING))
     fails(dstrain(*train, "--data", labeled), "shards are not done or not merged")
     done = succeeds(dstrain(*words, *options))
-    assert "parts were finished before" in done.stdout
+    assert "shards were finished before" in done.stdout
     assert "is complete: 480 of 480 pairs" in done.stdout
     trained = succeeds(dstrain(*train, "--data", labeled))
     assert "the training targets are the outputs of teacher" in trained.stderr

@@ -25,7 +25,8 @@ YAML = {
     "a hexadecimal number": ("x: 0x" + "f" * 200_000, "has 200002 digits, more than 64"),
     "a key twice": ("a: 1\na: 2", "the key 'a' is given twice"),
     "a key that is a list": ("? [a]\n: b", "the key ['a'] is not text; quote it"),
-    "a key that is a number": ("1: b", "the key 1 is not text; quote it"),
+    "a key that is a truth value": ("no: b", "the key False is not text; quote it"),
+    "a number and its text": ("1: a\n'1': b", "the key '1' is given twice"),
     "a set": ("!!set {a, b}", "the tag 'tag:yaml.org,2002:set' is not read"),
     "an object": ("!!python/object/apply:os.system [ls]", "could not determine a constructor"),
     "a NUL": ("a: \0b", "special characters are not allowed"),
@@ -59,6 +60,10 @@ def test_json_is_read_within_bounds(name: str) -> None:
         parse_json(text)
     assert message in str(caught.value)
     assert time.process_time() - start < 1
+
+
+def test_keys_that_are_whole_numbers_are_text_as_in_json() -> None:
+    assert parse_yaml("layers: {1: 3, 2: 4}") == {"layers": {"1": 3, "2": 4}}
 
 
 def test_yaml_that_is_written_is_read_back() -> None:
