@@ -114,8 +114,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of the encoder and of the decoder")
     parser.add_argument("--model-dim", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # not from the environment: the caller may be a rank itself
     args = parser.parse_args()
-    if "RANK" in os.environ:
+    if args.rank is not None:
         print(json.dumps(rank(args)) + "\n", end="", flush=True)  # in one write: the ranks share the pipe
         os._exit(0)  # DeepSpeed's threads may hold the interpreter
     with socket.socket() as listener:
@@ -124,7 +125,9 @@ def main() -> None:
     shared = {**os.environ, **MALLOC, "WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     processes = [
-        subprocess.Popen([sys.executable, *sys.argv], env=shared | {"RANK": str(index), "LOCAL_RANK": str(index)})
+        subprocess.Popen(
+            [sys.executable, *sys.argv, "--rank", str(index)], env=shared | {"RANK": str(index), "LOCAL_RANK": str(index)}
+        )
         for index in range(WORLD_SIZE)
     ]
     sys.exit(max(process.wait() for process in processes))
