@@ -108,7 +108,7 @@ class HiddenStatesFeature(Config):
     layers: dict[NonNegativeInt, NonNegativeInt] | None = Field(
         default=None,
         min_length=1,
-        description="Student layer -> teacher layer, in passes from 1; 0 = input of the first. null = spread evenly, without 0.",
+        description="Student layer -> teacher layer, from 1; 0 = input of the first; null = spread evenly.",
     )
 
 
