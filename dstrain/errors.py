@@ -40,6 +40,10 @@ class TrainingError(DstrainError):
     """Training had to stop: a non-finite step, a lost rank, a full disk."""
 
 
+class ExtraError(DstrainError):
+    """A package that an extra installs is missing or broken."""
+
+
 def nearest(key: str, valid: Iterable[str]) -> str:
     """The end of an unknown-key message: the nearest valid key if there is one, else all of them."""
     valid = sorted(valid)

@@ -1,7 +1,7 @@
 # Sourced by the other scripts: makes (or finds) the project's virtual environment and enters it.
 #   DSTRAIN_VENV   where the environment lies (default: .venv in the checkout)
 #   PYTHON         which Python makes it (default: python3)
-# Versions that the test suite runs with stand in tools/constraints.txt; setup.py itself keeps ranges.
+# Versions that the test suite runs with stand in tools/constraints.txt; pyproject.toml itself keeps ranges.
 
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -9,10 +9,10 @@ VENV=${DSTRAIN_VENV:-$ROOT/.venv}
 
 say() { printf '\n== %s\n' "$*"; }
 
-# ensure_environment "" | "[test]": installs dstrain with these extras, once per state of setup.py and the constraints.
+# ensure_environment "" | "[plots]" | "[test]": installs dstrain with these extras, once per state of what they are read from.
 ensure_environment() {
   local extras=$1 state
-  state=$(cat "$ROOT/setup.py" "$ROOT/tools/constraints.txt" | cksum | cut -d' ' -f1)
+  state=$(cat "$ROOT/pyproject.toml" "$ROOT/setup.py" "$ROOT/tools/constraints.txt" | cksum | cut -d' ' -f1)
   if [ -f "$VENV/.installed-$state$extras" ] || [ -f "$VENV/.installed-$state[test]" ]; then
     say "environment: $VENV (up to date)"
   else

@@ -3,7 +3,7 @@
 # Needs no download besides Python packages: the corpus comes from dstrain's own English-German grammar.
 #   bash tools/quickstart.sh [DIRECTORY]     default: quickstart/ in the checkout; run again to continue or to look again
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-ensure_environment ""
+ensure_environment "[plots]"
 WORK=$(mkdir -p "${1:-$ROOT/quickstart}" && cd "${1:-$ROOT/quickstart}" && pwd)
 RECIPE=translation/quickstart
 cd "$WORK"

@@ -12,10 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
-
 from dstrain.errors import TrainingError
+from dstrain.extras import import_extra
 from dstrain.storage.atomic import write_file
 from dstrain.storage.document import read_mapping
 from dstrain.storage.parsing import dump_yaml
@@ -47,11 +45,11 @@ def write_report(run: Path, output: Path) -> tuple[Path, Path]:
     events = read_events(run / "events.jsonl")
     if not any(event["kind"] in {"train", "valid"} for event in events):
         raise TrainingError(f"{run} has reported no step yet; wait for the first `reporting.log_every` steps")
-    output.mkdir(parents=True, exist_ok=True)
     recipe = run / "recipe.yaml"
     remedy = "restore it, or remove it to draw the curves without it"
     tree = read_mapping(recipe, error=TrainingError, remedy=remedy) if recipe.exists() else {}
     picture = plot(events, title=run.resolve().name)
+    output.mkdir(parents=True, exist_ok=True)
     png, page = output / "report.png", output / "report.html"
     write_file(png, picture)
     write_file(page, render_page(run.resolve().name, events, tree, picture).encode())
@@ -59,10 +57,12 @@ def write_report(run: Path, output: Path) -> tuple[Path, Path]:
 
 
 def plot(events: Events, title: str) -> bytes:
-    """A PNG with one panel per quantity that the run has reported."""
+    """A PNG with one panel per quantity that the run has reported. Raises ExtraError without Matplotlib."""
+    library = import_extra("matplotlib.figure", extra="plots", purpose="drawing the curves of a run")
+    ticker = import_extra("matplotlib.ticker", extra="plots", purpose="drawing the curves of a run")
     panels = _panels(events)
     rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(12, 3.2 * rows), layout="constrained")
+    figure = library.Figure(figsize=(12, 3.2 * rows), layout="constrained")
     figure.suptitle(title)
     for number, (name, curves) in enumerate(panels):
         axes = figure.add_subplot(rows, 2, number + 1)
@@ -74,7 +74,7 @@ def plot(events: Events, title: str) -> bytes:
                 )
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("step", fontsize=8)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         if len(axes.lines) > 1:
             axes.legend(fontsize=8)
