@@ -22,6 +22,7 @@ from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.adapters.lora import merged, unmatched_keys
+from dstrain.checkpoint.bundle_directory import ADAPTER, ADAPTER_WEIGHTS, ADAPTER_YAML, is_adapter
 from dstrain.checkpoint.task import BundleTask
 from dstrain.checkpoint.tensor_file import TensorFile, save_tensors
 from dstrain.config_base import Config
@@ -30,7 +31,6 @@ from dstrain.storage.document import DocumentFormat, Sha256
 from dstrain.storage.hashing import sha256_of_file, sha256_of_text
 
 ADAPTER_VERSION = 1
-ADAPTER, ADAPTER_YAML, ADAPTER_WEIGHTS = "adapter", "adapter.yaml", "adapter.safetensors"
 
 
 class BaseReference(Config):
@@ -113,11 +113,6 @@ class StoredAdapter:
             return merged(name, tensor, self.weights, self.description.adapter)
         except BundleError as error:
             raise BundleError(f"{self.directory / ADAPTER / ADAPTER_WEIGHTS}: {error}") from error
-
-
-def is_adapter(directory: Path) -> bool:
-    """Whether a directory is an adapter bundle."""
-    return (directory / ADAPTER / ADAPTER_YAML).exists()
 
 
 def adapters_of(directory: Path) -> tuple[Path, tuple[StoredAdapter, ...]]:

@@ -26,14 +26,8 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
-from dstrain.checkpoint.adapter_files import (
-    BaseReference,
-    StoredAdapter,
-    adapters_of,
-    is_adapter,
-    open_weights,
-    write_adapter,
-)
+from dstrain.checkpoint.adapter_files import BaseReference, StoredAdapter, adapters_of, open_weights, write_adapter
+from dstrain.checkpoint.bundle_directory import MODEL, RECIPE, TOKENIZER, WEIGHTS, is_bundle, require_bundle
 from dstrain.checkpoint.task import BundleTask, task_of
 from dstrain.checkpoint.tensor_file import TensorFile, save_tensors
 from dstrain.config_base import Config
@@ -48,7 +42,6 @@ from dstrain.storage.hashing import sha256_of_file, sha256_of_json
 from dstrain.storage.parsing import dump_yaml
 
 BUNDLE_VERSION = 1
-MODEL, WEIGHTS, TOKENIZER, RECIPE = "model.yaml", "model.safetensors", "tokenizer", "recipe.yaml"
 
 
 class BundleDescription(Config):
@@ -295,10 +288,8 @@ def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundl
 
 
 def _description_tree(directory: Path) -> dict[str, Any]:
-    path = directory / MODEL
-    if not path.exists():
-        raise BundleError(f"{directory} is not a bundle: it has no {MODEL}; name a directory that training or import has written")
-    return DESCRIPTION.read_tree(path)
+    require_bundle(directory)
+    return DESCRIPTION.read_tree(directory / MODEL)
 
 
 def describe_bundle(directory: Path) -> list[str]:
@@ -318,11 +309,6 @@ def describe_bundle(directory: Path) -> list[str]:
         f"notes: {notes}",
         f"fingerprint {bundle.fingerprint[:12]}; the checksum of the weights is right",
     ]
-
-
-def is_bundle(directory: Path) -> bool:
-    """Whether a directory is a bundle, plain or with an adapter."""
-    return (directory / MODEL).exists() or is_adapter(directory)
 
 
 def _refuse_to_replace_others(directory: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any, Literal
 
 import torch
 
-from dstrain.checkpoint.adapter_files import ADAPTER, ADAPTER_FORMAT, ADAPTER_WEIGHTS, ADAPTER_YAML, is_adapter
-from dstrain.checkpoint.bundle import DESCRIPTION, MODEL, WEIGHTS, fresh_directory
+from dstrain.checkpoint.adapter_files import ADAPTER_FORMAT
+from dstrain.checkpoint.bundle import DESCRIPTION, fresh_directory
+from dstrain.checkpoint.bundle_directory import ADAPTER, ADAPTER_WEIGHTS, ADAPTER_YAML, MODEL, WEIGHTS, is_adapter
 from dstrain.checkpoint.reader import StoredCheckpoint, open_checkpoint
 from dstrain.checkpoint.snapshot import TEMPLATE
 from dstrain.checkpoint.tensor_file import TensorInfo, file_order, write_tensors

@@ -13,19 +13,17 @@ from typing import Any
 from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
-from dstrain.checkpoint.adapter_files import ADAPTER, ADAPTER_FORMAT, ADAPTER_VERSION, ADAPTER_YAML, AdapterDescription
+from dstrain.checkpoint.adapter_files import ADAPTER_FORMAT, ADAPTER_VERSION, AdapterDescription
 from dstrain.checkpoint.bundle import (
     BUNDLE_VERSION,
     DESCRIPTION,
-    MODEL,
-    RECIPE,
-    TOKENIZER,
     BundleDescription,
     StoredBundle,
     reference_to,
     save_adapter_bundle,
     save_bundle,
 )
+from dstrain.checkpoint.bundle_directory import ADAPTER, ADAPTER_YAML, MODEL, RECIPE, TOKENIZER
 from dstrain.checkpoint.task import task_of
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, save_tokenizers
 from dstrain.models.config import ModelConfig, VocabularySizes

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _is_run(inputs: list[Path]) -> bool:
-    from dstrain.checkpoint.bundle import is_bundle
+    from dstrain.checkpoint.bundle_directory import is_bundle
 
     return len(inputs) == 1 and not is_bundle(inputs[0])
 

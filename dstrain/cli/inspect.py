@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _describe(path: Path) -> list[str]:
-    from dstrain.checkpoint.bundle import describe_bundle, is_bundle
+    from dstrain.checkpoint.bundle import describe_bundle
+    from dstrain.checkpoint.bundle_directory import is_bundle
     from dstrain.data.prepared.manifest import MANIFEST_FILE
     from dstrain.data.prepared.report import describe_data
     from dstrain.distillation.store.manifest import STORE_FILE

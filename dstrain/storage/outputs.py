@@ -1,0 +1,36 @@
+"""What a verb may write over: never what it reads, and what is there already only on request.
+
+Every verb that writes asks here twice: on the command line, before anything is loaded, and again where the output is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from dstrain.errors import StorageError
+
+
+def check_output(output: Path, inputs: Mapping[str, Path | None], *, overwrite: bool) -> None:
+    """Raise StorageError if writing `output` would destroy something.
+
+    inputs: what is read, by the names that messages give it; None for one that is not read. An output that is an input or holds
+    one, through links too, is always refused; any other file, or directory with content, unless `overwrite`. Devices and pipes
+    hold nothing and may be written.
+    """
+    refuse_input_as_output(output, inputs)
+    if not overwrite and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+        raise StorageError(f"{output} exists; add --overwrite to replace it, or choose another --output")
+
+
+def refuse_input_as_output(output: Path, inputs: Mapping[str, Path | None]) -> None:
+    """The first half of `check_output`, for an output that is continued where it exists."""
+    if not (output.is_file() or output.is_dir()):
+        return
+    for name, path in inputs.items():
+        if path is None or not path.exists():
+            continue
+        if path.samefile(output):
+            raise StorageError(f"--output {output} is the same as {name}, which would be lost; choose another --output")
+        if output.resolve() in path.resolve().parents:
+            raise StorageError(f"--output {output} holds {name} ({path}), which would be lost; choose another --output")
