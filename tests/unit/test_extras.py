@@ -1,0 +1,73 @@
+"""What is imported is declared, and a package that only one verb needs is asked for by the name of its extra."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from dstrain.cli.main import main
+from dstrain.errors import ExtraError
+from dstrain.extras import import_extra
+from tests.paths import ROOT
+from tests.test_architecture import TREES, imported_names
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = {name: requirements for name, requirements in PROJECT["optional-dependencies"].items() if name != "test"}
+EVERYTHING = [*PROJECT["dependencies"], *(requirement for requirements in EXTRAS.values() for requirement in requirements)]
+IMPORTED_AS = {"pyyaml": "yaml"}
+
+
+def modules(requirements: list[str]) -> set[str]:
+    """The modules that requirements install, by their names."""
+    names = [re.split(r"[<>=;\[ ]", requirement)[0] for requirement in requirements]
+    return {IMPORTED_AS.get(name, name) for name in names}
+
+
+def third_party(nodes: list[ast.stmt]) -> set[str]:
+    """What statements import from neither dstrain nor Python itself."""
+    names = {name.split(".")[0] for node in nodes for name, _ in imported_names(node)}
+    return names - set(sys.stdlib_module_names) - {"dstrain"}
+
+
+def test_a_module_needs_only_what_every_user_installs() -> None:
+    """The other imports stand in functions."""
+    top = [node for tree in TREES.values() for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert third_party(top) <= modules(PROJECT["dependencies"])
+
+
+def test_every_import_is_declared() -> None:
+    assert third_party([node for tree in TREES.values() for node in tree.body]) <= modules(EVERYTHING)
+
+
+def test_every_extra_that_a_message_names_exists() -> None:
+    sources = "".join(path.read_text() for path in TREES)
+    assert {
+        name for pair in re.findall(r'dstrain\[([a-z]+)\]|import_extra\([^)]*extra="(\w+)"', sources) for name in pair if name
+    } <= set(EXTRAS)
+
+
+def test_every_range_has_an_upper_bound_and_every_tested_version_lies_in_it() -> None:
+    pins = dict(line.split("==") for line in (ROOT / "tools" / "constraints.txt").read_text().lower().splitlines())
+    for requirement in EVERYTHING:
+        name, low, high = re.fullmatch(r"([\w-]+)>=([\d.]+),<([\d.]+)", requirement).groups()  # type: ignore[union-attr]
+        tested, at_least, below = ([int(part) for part in version.split(".")] for version in (pins[name], low, high))
+        assert at_least <= tested < below, requirement
+
+
+def test_a_missing_package_is_one_message_that_names_its_extra() -> None:
+    with pytest.raises(ExtraError, match=r'^a picture needs a package that cannot be imported .*pip install "dstrain\[plots\]"$'):
+        import_extra("no_such_package", extra="plots", purpose="a picture")
+
+
+def test_report_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is left behind by the attempt."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    (tmp_path / "events.jsonl").write_text('{"kind": "train", "step": 1, "loss": 2.0, "time": 1.0}\n')
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "pictures")]) == 1
+    message = capsys.readouterr().err
+    assert 'pip install "dstrain[plots]"' in message
+    assert "Traceback" not in message
+    assert not (tmp_path / "pictures").exists()
