@@ -24,13 +24,14 @@ MAX_TOKENS = 8192
 """Padded tokens of one batch of `logits`."""
 
 
-def load(bundle: str | Path, device: str = "cpu") -> BundleModel:
+def load(bundle: str | Path, device: str = "cpu", *, base: str | Path | None = None) -> BundleModel:
     """Read a bundle directory. device: cpu, cuda, cuda:1, or auto for a GPU if there is one.
+    base: of an adapter bundle, if it has moved.
 
     BundleError: the bundle is missing, incomplete or altered. DstrainError: no such device.
     """
     chosen = usable_device(device)
-    return BundleModel(load_bundle(Path(bundle), device=chosen), chosen)
+    return BundleModel(load_bundle(Path(bundle), device=chosen, base=None if base is None else Path(base)), chosen)
 
 
 class BundleModel:

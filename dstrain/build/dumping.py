@@ -26,6 +26,7 @@ MethodKind = Literal["sample", "topk", "dense"]
 class DumpOptions:
     """The options of `dstrain dump-logits`.
 
+    base: of a teacher that is an adapter bundle, if it has moved.
     method_options: draws and seed of `sample`; k and dtype of `topk`; temperature of all. max_tokens: padded tokens of a batch.
     tokens_per_shard: None for a 64th of the split. worker: which shards this job writes.
     """
@@ -33,6 +34,7 @@ class DumpOptions:
     teacher: Path
     data: Path
     output: Path
+    base: Path | None = None
     split: str = "train"
     method: MethodKind = "sample"
     method_options: Mapping[str, Any] = field(default_factory=dict)
@@ -70,7 +72,9 @@ def _dump(options: DumpOptions, task: Task) -> str:
 def build_dumper(options: DumpOptions, device: str) -> Dumper:
     """Teacher, data and job. DataError if they do not fit together."""
     method = choose_method(options.method, options.method_options)
-    source = load_teacher_source(options.teacher, options.data, options.split, device, options.precision)
+    source = load_teacher_source(
+        options.teacher, options.data, options.split, device, precision=options.precision, base=options.base
+    )
     bundle = source.bundle
     job = plan_dump(
         method,

@@ -30,11 +30,13 @@ ANGLE_MAX_TOKENS = 512
 class ValidateOptions:
     """The options of `dstrain validate`.
 
-    generate: translate, too. beam_size: None as in the bundle's recipe. max_tokens: padded tokens of a batch.
+    base: of an adapter bundle, if it has moved. generate: translate, too.
+    beam_size: None as in the bundle's recipe. max_tokens: padded tokens of a batch.
     """
 
     bundle: Path
     data: Path
+    base: Path | None = None
     split: str = "valid"
     generate: bool = True
     beam_size: int | None = None
@@ -62,7 +64,7 @@ def validate(options: ValidateOptions) -> dict[str, float] | None:
 
 
 def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, float]:
-    bundle = load_bundle(options.bundle, device=mesh.device)
+    bundle = load_bundle(options.bundle, device=mesh.device, base=options.base)
     generation = generation_config(bundle.recipe, {"beam_size": options.beam_size}) if options.generate else None
     return validate_bundle(
         bundle,
@@ -84,11 +86,16 @@ def _validation_config(bundle: Bundle) -> CrossEntropyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AngleOptions:
-    """The options of `inspect LOGITS --against-teacher`. student: a bundle, None for a fresh model of the teacher's shape."""
+    """The options of `inspect LOGITS --against-teacher`.
+
+    base: of a teacher that is an adapter bundle, if it has moved.
+    student: a bundle, None for a fresh model of the teacher's shape.
+    """
 
     store: Path
     teacher: Path
     data: Path
+    base: Path | None = None
     student: Path | None = None
     tokens: Sequence[int] = (1024, 4096, 16384)
     renormalize: bool = False
@@ -98,7 +105,7 @@ class AngleOptions:
 def measure_angles(options: AngleOptions) -> Iterator[Angle]:
     """The angles of a store. DataError if it was not made by this teacher or of this data."""
     job = load_store_manifest(options.store).job
-    source = load_teacher_source(options.teacher, options.data, job.split, options.device)
+    source = load_teacher_source(options.teacher, options.data, job.split, options.device, base=options.base)
     job.require_teacher(source.fingerprint, options.store, options.teacher)
     store = open_store(options.store, data=options.data, manifest=source.manifest, renormalize=options.renormalize)
     student, device = _student(options.student, source), torch.device(source.device)

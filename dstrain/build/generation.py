@@ -24,12 +24,14 @@ from dstrain.generation.generator import TextHypothesis
 class GenerateOptions:
     """The options of `dstrain generate`.
 
+    base: of an adapter bundle, if it has moved.
     input, output: files, `-` for standard input and output. reference: human translations to write beside the answers, or with
     score_only to score instead. prefix: a file with the beginning of each answer. method: fields of `generation.config`;
     those left out or None follow the bundle's recipe. threads: None for all cores. truncate: cut lines that are too long.
     """
 
     bundle: Path
+    base: Path | None = None
     input: str = STANDARD
     output: str = STANDARD
     reference: str | None = None
@@ -62,7 +64,7 @@ def open_translator(options: GenerateOptions) -> Translator:
     """Load the bundle. RecipeError for an option that the method does not have."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model = load(options.bundle, open_device(options.device))
+    model = load(options.bundle, open_device(options.device), base=options.base)
     config = model.generation_config(options.method)
     render = formatter(options.format, model.tokenizer.target, num_best=config.num_best, score_only=options.score_only)
     return Translator(model, config, render)

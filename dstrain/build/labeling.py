@@ -29,6 +29,7 @@ from dstrain.storage.sharded_job import Worker
 class LabelOptions:
     """The options of `dstrain pseudo-label`.
 
+    base: of a teacher that is an adapter bundle, if it has moved.
     beam_size, length_penalty, max_tokens: of the search, None as in the teacher's recipe. max_ratio: of the lengths of both
     sides, None as in the data's filter. max_repeats: how often a group of 1 to 4 tokens may follow itself. keep_original: train
     on the original pairs, too. pairs_per_shard: None for a 64th of all. worker: which shards this job writes.
@@ -37,6 +38,7 @@ class LabelOptions:
     teacher: Path
     data: Path
     output: Path
+    base: Path | None = None
     beam_size: int | None = None
     length_penalty: float | None = None
     max_tokens: int | None = None
@@ -78,7 +80,7 @@ def _label(options: LabelOptions, task: Task) -> str:
 
 def build_labeler(options: LabelOptions, device: str) -> Labeler:
     """Teacher, data and job. DataError if they do not fit together."""
-    source = load_teacher_source(options.teacher, options.data, "train", device, options.precision)
+    source = load_teacher_source(options.teacher, options.data, "train", device, precision=options.precision, base=options.base)
     bundle, pairs = source.bundle, len(source.dataset)
     method = {"beam_size": options.beam_size, "length_penalty": options.length_penalty, "max_tokens": options.max_tokens}
     search = generation_config(bundle.recipe, {**method, "kind": "beam", "num_best": 1})

@@ -28,13 +28,15 @@ class TeacherSource:
     dataset: Dataset
 
 
-def load_teacher_source(teacher: Path, data: Path, split: str, device: str, precision: Precision = "fp32") -> TeacherSource:
-    """Open both; the teacher then computes in `precision`.
+def load_teacher_source(
+    teacher: Path, data: Path, split: str, device: str, *, precision: Precision = "fp32", base: Path | None = None
+) -> TeacherSource:
+    """Open both; the teacher then computes in `precision`. base: see `load_bundle`.
 
     DataError or BundleError if they do not fit together or cannot be read.
     """
     chosen = open_device(device)
-    bundle, manifest = load_bundle(teacher, device=chosen), load_manifest(data)
+    bundle, manifest = load_bundle(teacher, device=chosen, base=base), load_manifest(data)
     if bundle.tokenizers is None:
         raise BundleError(f"{teacher} has no tokenizer, so it is unknown whether the ids of {data} are its own")
     manifest.require_tokenizer(bundle.tokenizers.fingerprint, str(teacher))

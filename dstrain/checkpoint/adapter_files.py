@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,22 +63,21 @@ ADAPTER_FORMAT = DocumentFormat(
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """An adapter in the bundle `directory`, read and verified."""
+    """An adapter in the bundle `directory`, read and verified. base: the directory of its base, which need not be there."""
 
     directory: Path
     description: AdapterDescription
     weights: dict[str, Tensor]
+    base: Path
 
-    @property
-    def base(self) -> Path:
-        """The directory of the base. BundleError if there is none."""
-        path = self.directory / self.description.base.path
-        if not path.is_dir():
+    def require_base(self) -> None:
+        """BundleError if the base is not where the adapter says."""
+        if not self.base.is_dir():
             raise BundleError(
-                f"{self.file}: base.path = {self.description.base.path} leads to {path}, which is no directory; put the base "
-                "bundle there, or write its new path into base.path"
+                f"{self.file}: base.path = {self.description.base.path} leads to {self.base}, which is no directory; put the "
+                "base bundle there, write its new path into base.path, or name it with --base BUNDLE (to train on this bundle "
+                "or learn from it: in `dstrain merge`)"
             )
-        return path
 
     @property
     def file(self) -> Path:
@@ -94,7 +93,7 @@ class StoredAdapter:
         if expected not in (base, weights_id):
             raise BundleError(
                 f"{self.file}: base.fingerprint = {expected[:12]}, but {self.base} has {base[:12]}: the adapter "
-                "was trained on another base; let base.path name that one"
+                "was trained on another base; let base.path or --base name that one"
             )
 
     def weights_id_on(self, weights_id: str) -> str:
@@ -115,17 +114,28 @@ class StoredAdapter:
             raise BundleError(f"{self.directory / ADAPTER / ADAPTER_WEIGHTS}: {error}") from error
 
 
-def adapters_of(directory: Path) -> tuple[Path, tuple[StoredAdapter, ...]]:
+def adapters_of(directory: Path, base: Path | None = None) -> tuple[Path, tuple[StoredAdapter, ...]]:
     """The plain bundle that a bundle rests on, and the adapters over it, lowest first; none if it is plain itself.
 
-    BundleError if a base is missing, a file is missing or altered, or bases go round in a circle.
+    base: read in place of the first base that is not where its adapter says; if all are there, of the one trained on last.
+    Whether it is the right one is told by `StoredAdapter.check_base`.
+    BundleError if a base is missing, a file is missing or altered, bases go round in a circle, or `base` has no use.
     """
+    if base is not None and not is_adapter(directory):
+        raise BundleError(f"--base {base}: {directory} is no adapter bundle, so it rests on no other; leave --base out")
     adapters: list[StoredAdapter] = []
     while is_adapter(directory):
         if any(directory.samefile(above.directory) for above in adapters):
             raise BundleError(f"{adapters[-1].file}: base.path leads back to {directory}; let it name the bundle trained on")
-        adapters.append(read_adapter(directory))
-        directory = adapters[-1].base
+        adapter = read_adapter(directory)
+        if base is not None and not adapter.base.is_dir():
+            adapter, base = replace(adapter, base=base), None
+        adapter.require_base()
+        adapters.append(adapter)
+        directory = adapter.base
+    if base is not None:
+        root, below = adapters_of(base)
+        return root, (*below, replace(adapters[0], base=base))
     return directory, tuple(reversed(adapters))
 
 
@@ -138,7 +148,8 @@ def read_adapter(directory: Path) -> StoredAdapter:
     if sha256_of_file(weights_path) != description.sha256:
         raise BundleError(f"{weights_path}: the file was altered after it was written (checksum); restore it from a copy")
     with open_weights(weights_path) as file:
-        return StoredAdapter(directory, description, {name: file.read(name) for name in file.infos})
+        weights = {name: file.read(name) for name in file.infos}
+    return StoredAdapter(directory, description, weights, base=directory / description.base.path)
 
 
 def open_weights(path: Path) -> TensorFile:

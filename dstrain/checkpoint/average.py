@@ -13,20 +13,23 @@ import torch
 from torch import Tensor
 
 from dstrain.checkpoint.bundle import StoredBundle, find_bundle, save_bundle
+from dstrain.checkpoint.bundle_directory import is_adapter
 from dstrain.errors import BundleError
 from dstrain.protocols import WeightSource
 
 
-def average_bundles(directories: Sequence[Path], output: Path) -> None:
+def average_bundles(directories: Sequence[Path], output: Path, base: Path | None = None) -> None:
     """Write the uniform mean of the bundles to `output`, with the tokenizer and recipe of the last one.
 
-    Of adapter bundles it is the adapted weights that are averaged, so the mean is a plain bundle.
+    Of adapter bundles it is the adapted weights that are averaged, so the mean is a plain bundle. base: where their base is now.
 
     Raises BundleError if they differ in architecture, vocabulary or tokenizer, or if one is altered.
     """
     if not directories:
         raise BundleError("nothing to average: name at least one bundle")
-    bundles = [find_bundle(directory) for directory in directories]
+    adapted = [is_adapter(directory) for directory in directories]
+    bases = [base if is_one or not any(adapted) else None for is_one in adapted]
+    bundles = [find_bundle(directory, of_it) for directory, of_it in zip(directories, bases, strict=True)]
     for bundle in bundles[1:]:
         _require_equal(bundles[0], bundle)
     last = bundles[-1]

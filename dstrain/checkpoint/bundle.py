@@ -241,10 +241,13 @@ class StoredBundle:
         return tree
 
 
-def find_bundle(directory: Path) -> StoredBundle:
-    """A bundle and, for an adapter bundle, its bases. BundleError as `load_bundle`, before weights are read."""
+def find_bundle(directory: Path, base: Path | None = None) -> StoredBundle:
+    """A bundle and, for an adapter bundle, its bases; base: see `adapters_of`.
+
+    BundleError as `load_bundle`, before weights are read.
+    """
     directory = complete_version(Path(directory))
-    root, adapters = adapters_of(directory)
+    root, adapters = adapters_of(directory, base)
     tree = _description_tree(root)
     description = DESCRIPTION.validate(tree, root / MODEL)
     weights = root / WEIGHTS
@@ -260,13 +263,13 @@ def find_bundle(directory: Path) -> StoredBundle:
     return StoredBundle(directory, root, description, adapters, notes, sha256_of_json([*model, weights_id]))
 
 
-def load_bundle(directory: Path, *, device: torch.device | str = "cpu") -> Bundle:
-    """Read and verify a bundle; adapters are merged into their base.
+def load_bundle(directory: Path, *, device: torch.device | str = "cpu", base: Path | None = None) -> Bundle:
+    """Read and verify a bundle; adapters are merged into their base. base: where that of an adapter bundle is now.
 
     BundleError: not a bundle directory, a missing or altered file, weights that do not fit, another format version, an adapter
     whose base has moved or changed.
     """
-    stored = find_bundle(directory)
+    stored = find_bundle(directory, base)
     description = stored.description
     model = build_model(description.model, description.vocabulary, seed=None)
     try:
@@ -292,15 +295,15 @@ def _description_tree(directory: Path) -> dict[str, Any]:
     return DESCRIPTION.read_tree(directory / MODEL)
 
 
-def describe_bundle(directory: Path) -> list[str]:
-    """A summary of a bundle. Raises BundleError if it is not valid."""
-    bundle = load_bundle(directory)
+def describe_bundle(directory: Path, base: Path | None = None) -> list[str]:
+    """A summary of a bundle; base: see `adapters_of`. Raises BundleError if it is not valid."""
+    bundle = load_bundle(directory, base=base)
     config, parameters = bundle.model_config, sum(parameter.numel() for parameter in bundle.model.parameters())
     encoder = f"{config.encoder.depth} + " if isinstance(config, EncoderDecoderConfig) else ""
     notes = ", ".join(f"{name} {value}" for name, value in bundle.notes.items()) or "none"
     tokenizer = "none" if bundle.tokenizers is None else bundle.tokenizers.fingerprint[:12]
     description = "none" if bundle.recipe is None else " ".join(str(bundle.recipe.get("description", "")).split()) or "unnamed"
-    adapted = [f"adapters: {bundle.adapters}, over {find_bundle(directory).root.resolve()}"] if bundle.adapters else []
+    adapted = [f"adapters: {bundle.adapters}, over {find_bundle(directory, base).root.resolve()}"] if bundle.adapters else []
     return [
         f"bundle: {config.kind}, {parameters:,} parameters, {encoder}{config.decoder.depth} layers, model_dim {config.model_dim}",
         *adapted,

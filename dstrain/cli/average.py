@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dstrain.cli.common import positive_number
+from dstrain.cli.common import add_base_argument, positive_number
 from dstrain.errors import BundleError
 
 
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--last", metavar="N", type=positive_number, help="how many of the run's newest step_... bundles (default: all)"
     )
+    add_base_argument(parser)
     parser.add_argument("--output", metavar="BUNDLE", type=Path, required=True, help="directory of the averaged bundle")
 
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     bundles = _newest(args.inputs[0], args.last) if _is_run(args.inputs) else args.inputs
     if args.last is not None and bundles is args.inputs:
         raise BundleError("--last goes with one run directory, not with bundles: leave it out")
-    average_bundles(bundles, args.output)
+    average_bundles(bundles, args.output, args.base)
     print(f"mean of {len(bundles)} bundles ({', '.join(path.name for path in bundles)}) -> {args.output}")
     return 0
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from dstrain.cli.common import add_options, named, positive_number
+from dstrain.cli.common import add_base_argument, add_options, named, positive_number
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.formats import FORMATS
 
@@ -39,6 +39,7 @@ GENERATION_OPTIONS: dict[str, tuple[Callable[[str], float], str]] = {
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """BUNDLE and all options; those not given follow the recipe in the bundle."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a bundle directory, for example RUN/bundles/best")
+    add_base_argument(parser)
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the output (default: text)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
     parser.add_argument("--threads", type=positive_number, metavar="N", help="CPU threads (default: all cores)")
@@ -55,6 +56,6 @@ def generate_options(args: argparse.Namespace, *files: str) -> GenerateOptions:
     from dstrain.build.generation import GenerateOptions
 
     return GenerateOptions(
-        **named(args, "bundle", "format", "truncate", "device", "threads", *files),
+        **named(args, "bundle", "base", "format", "truncate", "device", "threads", *files),
         method=named(args, "kind", "score", *GENERATION_OPTIONS),
     )

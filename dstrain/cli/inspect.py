@@ -16,13 +16,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dstrain.cli.common import named, positive_number
+from dstrain.cli.common import add_base_argument, named, positive_number
 from dstrain.errors import DataError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("path", metavar="PATH", type=Path, help="prepared data, a bundle, or dumped logits")
+    add_base_argument(parser)
     group = parser.add_argument_group("gradients of dumped logits")
     group.add_argument("--against-teacher", metavar="BUNDLE", type=Path, help="the teacher that made them")
     group.add_argument("--data", metavar="DATA", type=Path, help="the data that they were made of")
@@ -38,13 +39,14 @@ def run(args: argparse.Namespace) -> int:
     """Print the facts; with a teacher, the angles."""
     if (args.against_teacher is None) != (args.data is None):
         raise DataError("inspect --against-teacher BUNDLE needs --data DATA beside it, and the other way round")
-    print("\n".join(_describe(args.path)))
+    described = _describe(args.path, args.base if args.against_teacher is None else None)
+    print("\n".join(described))
     if args.against_teacher is not None:
         _print_angles(args)
     return 0
 
 
-def _describe(path: Path) -> list[str]:
+def _describe(path: Path, base: Path | None) -> list[str]:
     from dstrain.checkpoint.bundle import describe_bundle
     from dstrain.checkpoint.bundle_directory import is_bundle
     from dstrain.data.prepared.manifest import MANIFEST_FILE
@@ -54,7 +56,9 @@ def _describe(path: Path) -> list[str]:
     from dstrain.storage.sharded_job import PARTS_FILE
 
     if is_bundle(path):
-        return describe_bundle(path)
+        return describe_bundle(path, base)
+    if base is not None:
+        raise DataError(f"--base {base} is for an adapter bundle, which {path} is not; leave it out")
     if (path / MANIFEST_FILE).is_file() or (path / "job.json").is_file() or (path / "train").is_dir():
         return describe_data(path)
     if (path / STORE_FILE).is_file() or (path / PARTS_FILE).is_file():
@@ -65,7 +69,7 @@ def _describe(path: Path) -> list[str]:
 def _print_angles(args: argparse.Namespace) -> None:
     from dstrain.build.evaluation import AngleOptions, measure_angles
 
-    options = named(args, "data", "student", "tokens", "renormalize", "device")
+    options = named(args, "base", "data", "student", "tokens", "renormalize", "device")
     angles = measure_angles(AngleOptions(store=args.path, teacher=args.against_teacher, **options))
     print(f"{'tokens':>8} {'angle':>8} {'norm ratio':>11}")
     for angle in angles:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dstrain.cli.common import add_base_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="an adapter bundle")
+    add_base_argument(parser)
     parser.add_argument("--output", metavar="BUNDLE", type=Path, required=True, help="directory of the plain bundle")
 
 
@@ -21,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     from dstrain.errors import BundleError
     from dstrain.models.weights import to_canonical
 
-    bundle = load_bundle(args.bundle)
+    bundle = load_bundle(args.bundle, base=args.base)
     if not bundle.adapters:
         raise BundleError(f"{args.bundle} is a plain bundle already; name an adapter bundle, such as RUN/bundles/best")
     save_bundle(

@@ -10,12 +10,13 @@ import argparse
 import json
 from pathlib import Path
 
-from dstrain.cli.common import named, positive_number
+from dstrain.cli.common import add_base_argument, named, positive_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="model directory, for example RUN/bundles/best")
+    add_base_argument(parser)
     parser.add_argument("--data", metavar="DATA", type=Path, required=True, help="directory that `dstrain prepare` wrote")
     parser.add_argument("--split", default="valid", help="default: valid")
     parser.add_argument("--generate", action=argparse.BooleanOptionalAction, default=True, help="translate, too (default)")
@@ -30,7 +31,8 @@ def run(args: argparse.Namespace) -> int:
     """Score on as many processes as were started; rank 0 prints."""
     from dstrain.build.evaluation import ValidateOptions, validate
 
-    scores = validate(ValidateOptions(**named(args, "bundle", "data", "split", "generate", "beam_size", "max_tokens", "device")))
+    names = ("bundle", "base", "data", "split", "generate", "beam_size", "max_tokens", "device")
+    scores = validate(ValidateOptions(**named(args, *names)))
     if scores is not None:
         print(json.dumps({"bundle": str(args.bundle), "data": str(args.data), "split": args.split, **scores}, indent=1))
     return 0

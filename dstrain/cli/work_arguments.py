@@ -7,17 +7,19 @@ import re
 from pathlib import Path
 from typing import get_args
 
+from dstrain.cli.common import add_base_argument
 from dstrain.config_base import Precision
 from dstrain.errors import DataError
 from dstrain.storage.sharded_job import Worker
 
-WORK = ("teacher", "data", "output", "worker", "device", "precision")
+WORK = ("teacher", "base", "data", "output", "worker", "device", "precision")
 """Names of the shared arguments, as in `DumpOptions` and `LabelOptions`."""
 
 
 def add_work_arguments(parser: argparse.ArgumentParser, output: str) -> None:
-    """--teacher, --data, --output, --shard, --device, --precision and --merge. output: the name of its value."""
+    """--teacher, --base, --data, --output, --shard, --device, --precision and --merge. output: the name of its value."""
     parser.add_argument("--teacher", metavar="BUNDLE", type=Path, help="model directory of the teacher")
+    add_base_argument(parser)
     parser.add_argument("--data", metavar="DATA", type=Path, help="directory that `dstrain prepare` wrote")
     parser.add_argument("--output", metavar=output, type=Path, help="directory to write, or to go on with")
     parser.add_argument(
@@ -49,5 +51,7 @@ def worker(text: str) -> Worker:
 def require_work_or_merge(args: argparse.Namespace, verb: str, output: str) -> None:
     """DataError unless there is either all that work needs, or --merge."""
     present = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
+    if args.base is not None and args.merge is not None:
+        raise DataError(f"{verb} --merge reads no teacher; leave --base out")
     if present not in ([True, True, True, False], [False, False, False, True]):
         raise DataError(f"{verb} takes --teacher, --data and --output, or --merge {output} without them")

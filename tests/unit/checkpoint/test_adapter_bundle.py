@@ -130,12 +130,12 @@ def circle(bundle: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "moved base": (
         lambda b: Path("base").rename("away"),
-        r"adapter\.yaml: base\.path = \.\./\.\./base leads to .*, which is no directory; put the base bundle there, or write",
+        r"adapter\.yaml: base\.path = \.\./\.\./base leads to .*, which is no directory; put the base bundle there, write",
     ),
     "wrong base": (
         another_base,
         r"adapter\.yaml: base\.fingerprint = \w{12}, but .*base has \w{12}: the adapter was trained on another "
-        r"base; let base\.path name that one",
+        r"base; let base\.path or --base name that one",
     ),
     "broken base": (lambda b: Path("base/model.yaml").unlink(), r"base is not a bundle: it has no model\.yaml"),
     "no weights": (lambda b: (b / "adapter/adapter.safetensors").unlink(), r"adapter\.safetensors is missing: the bundle is inc"),
