@@ -33,10 +33,12 @@ from dstrain.parallel.mesh import Mesh, build_mesh, finalize
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
 from dstrain.training.bundles import BundleStore
+from dstrain.training.config import ReportingConfig
 from dstrain.training.preemption import StopSignals
 from dstrain.training.rank_agreement import require_agreement
 from dstrain.training.reporting import build_reporter
 from dstrain.training.run_directory import Run, open_run
+from dstrain.training.trackers import usable_trackers
 from dstrain.training.trainer import Trainer
 from dstrain.training.watchdog import Watchdog
 
@@ -55,6 +57,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     mesh = build_mesh(options.device, tensor=recipe.engine.parallel.tensor, sequence=recipe.engine.parallel.sequence)
     if mesh.device.type == "cpu":
         keep_freed_memory()
+    reporting = usable_trackers(recipe.reporting) if mesh.world.rank == 0 else recipe.reporting
     plan = raise_on_all_ranks(mesh.world, TrainingError, "starting", partial(plan_training, recipe, options))
     require_agreement(mesh.world, plan.decisive(options))
     run = open_run(
@@ -67,7 +70,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     )
     try:
         engine = build_engine(recipe, plan.data.vocabulary, mesh, plan.objective.build(mesh), plan.base)
-        training = Training(plan, run, engine)
+        training = Training(plan, run, engine, reporting)
         code = training.trainer().run()
         if code == 0 and recipe.adapter is not None:
             training.check_last_bundle()
@@ -111,10 +114,11 @@ def build_engine(
 
 
 class Training:
-    """The parts of one training, put together."""
+    """The parts of one training, put together. reporting: the recipe's, without the trackers that cannot start."""
 
-    def __init__(self, plan: TrainingPlan, run: Run, engine: TrainEngine) -> None:
+    def __init__(self, plan: TrainingPlan, run: Run, engine: TrainEngine, reporting: ReportingConfig) -> None:
         self.plan = plan
+        self.reporting = reporting
         self.recipe = recipe = plan.recipe
         self.data = plan.data
         self.run = run
@@ -133,7 +137,7 @@ class Training:
             training=recipe.training,
             validation=recipe.validation,
             checkpoint=recipe.checkpoint,
-            reporting=recipe.reporting,
+            reporting=self.reporting,
             ranks=world,
             engine=self.engine,
             steps=partial(self._steps, self._own_samples()),
@@ -147,7 +151,7 @@ class Training:
             ),
             bundles=self._bundles(),
             reporter=build_reporter(
-                run.directory, recipe.reporting, rank=world.rank, total_steps=recipe.training.max_steps, run_id=run.run_id
+                run.directory, self.reporting, rank=world.rank, total_steps=recipe.training.max_steps, run_id=run.run_id
             ),
             signals=StopSignals(),
             watchdog=self.watchdog,

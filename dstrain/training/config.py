@@ -64,11 +64,13 @@ class CheckpointConfig(Config):
 
 
 class WandbConfig(Config):
-    """Weights & Biases."""
+    """Weights & Biases. What is null here follows wandb's own variables and settings (`WANDB_MODE`, `WANDB_PROJECT`, ...)."""
 
-    project: str = Field(description="Its project.")
-    name: str | None = Field(default=None, description="Its name of the run; null = chosen there.")
-    mode: Literal["online", "offline"] = Field(default="online", description="offline needs no account.")
+    project: str | None = Field(default=None, description="Its project; null = WANDB_PROJECT, or chosen there.")
+    name: str | None = Field(default=None, description="Its name of the run; null = WANDB_NAME, or chosen there.")
+    mode: Literal["online", "offline"] | None = Field(
+        default=None, description="offline needs no account; null = WANDB_MODE, or online."
+    )
 
 
 class ReportingConfig(Config):

@@ -110,6 +110,16 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     return events
 
 
+def scalars(event: Event) -> dict[str, float]:
+    """`train/loss`, `valid/bleu`, ...: the numbers of a training or validation event."""
+    if event["kind"] not in {"train", "valid"}:
+        return {}
+    hidden = {"time", "kind", "step"}
+    return {
+        f"{event['kind']}/{name}": value for name, value in event.items() if name not in hidden and isinstance(value, int | float)
+    }
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -1,7 +1,6 @@
-"""One stream of events, many readers: the event file, the progress bar, TensorBoard and wandb.
+"""One stream of events, many readers: the event file, the progress bar, and the trackers of `trackers`.
 
-Only rank 0 reports; the other ranks hold a `Reporter` without readers. TensorBoard and wandb are imported only if a recipe
-enables them.
+Only rank 0 reports; the other ranks hold a `Reporter` without readers.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from dstrain.errors import TrainingError
 from dstrain.log import logger
-from dstrain.training.config import ReportingConfig, WandbConfig
+from dstrain.training.config import ReportingConfig
 from dstrain.training.events import Event, EventFile
+from dstrain.training.trackers import start_trackers
 
 
 class Sink(Protocol):
@@ -70,12 +69,8 @@ def build_reporter(directory: Path, config: ReportingConfig, *, rank: int, total
     """The reporter of a run; silent on ranks other than 0. run_id: lets wandb continue the same run after a resume."""
     if rank != 0:
         return Reporter()
-    sinks: list[Sink] = [ProgressBar(total_steps) if sys.stderr.isatty() else LogLines(total_steps)]
-    if config.tensorboard:
-        sinks.append(TensorBoardSink(directory / "tensorboard"))
-    if config.wandb is not None:
-        sinks.append(WandbSink(config.wandb, directory, run_id))
-    return Reporter(EventFile(directory / "events.jsonl"), sinks)
+    display: Sink = ProgressBar(total_steps) if sys.stderr.isatty() else LogLines(total_steps)
+    return Reporter(EventFile(directory / "events.jsonl"), [display, *start_trackers(config, directory, run_id)])
 
 
 class LogLines:
@@ -142,69 +137,3 @@ def describe(event: Event) -> str:
     if event["skipped"]:
         parts.append(f"{event['skipped']} skipped")
     return " | ".join(parts)
-
-
-def scalars(event: Event) -> dict[str, float]:
-    """`train/loss`, `valid/bleu`, ...: the numbers of a training or validation event."""
-    if event["kind"] not in {"train", "valid"}:
-        return {}
-    hidden = {"time", "kind", "step"}
-    return {
-        f"{event['kind']}/{name}": value for name, value in event.items() if name not in hidden and isinstance(value, int | float)
-    }
-
-
-class TensorBoardSink:
-    """Scalars under RUN/tensorboard. The first event, a start or a resume, hides the later steps of an abandoned part."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._writer: Any = None
-
-    def write(self, event: Event) -> None:
-        """Write the event's scalars."""
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self._directory), purge_step=event["step"] + 1)
-        for name, value in scalars(event).items():
-            self._writer.add_scalar(name, value, event["step"], walltime=event["time"])
-
-    def close(self) -> None:
-        """Flush and close."""
-        if self._writer is not None:
-            self._writer.close()
-
-
-class WandbSink:
-    """The same scalars in Weights & Biases, against the number of the step; files lie under RUN/wandb."""
-
-    def __init__(self, config: WandbConfig, directory: Path, run_id: str) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise TrainingError(
-                "reporting.wandb is set but the package wandb is not installed: pip install wandb, or remove it"
-            ) from error
-        try:
-            self._run = wandb.init(
-                project=config.project, name=config.name, mode=config.mode, dir=str(directory), id=run_id, resume="allow"
-            )
-        except wandb.errors.Error as error:
-            raise TrainingError(
-                f"reporting.wandb: {error}; log in with `wandb login`, or set reporting.wandb.mode: offline"
-            ) from error
-        self._run.define_metric("step")
-        self._run.define_metric("*", step_metric="step")
-
-    def write(self, event: Event) -> None:
-        """Write the event's scalars; the start event brings the recipe."""
-        if event["kind"] == "start":
-            self._run.config.update(dict(event.get("recipe", {})), allow_val_change=True)
-        values = scalars(event)
-        if values:
-            self._run.log({**values, "step": event["step"]})
-
-    def close(self) -> None:
-        """Finish the run."""
-        self._run.finish()

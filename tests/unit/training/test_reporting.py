@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from dstrain.errors import TrainingError
 from dstrain.log import logger
-from dstrain.training.config import ReportingConfig, WandbConfig
-from dstrain.training.events import EventFile, read_events
-from dstrain.training.reporting import LogLines, ProgressBar, Reporter, TensorBoardSink, build_reporter, describe, scalars
+from dstrain.training.config import ReportingConfig
+from dstrain.training.events import EventFile, read_events, scalars
+from dstrain.training.reporting import LogLines, ProgressBar, Reporter, build_reporter, describe
 
 TRAIN = {
     "kind": "train", "step": 50, "time": 1.0, "epoch": 2, "steps": 50, "loss": 3.25, "nll": 3.0, "perplexity": 20.08,
@@ -144,85 +141,3 @@ def test_only_rank_0_reports(tmp_path: Path) -> None:
     silent.cut(0)
     silent.close()
     assert list(tmp_path.iterdir()) == []
-
-
-def read_tensorboard(directory: Path, name: str) -> list[tuple[int, float]]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    accumulator = EventAccumulator(str(directory))
-    accumulator.Reload()
-    return [(point.step, point.value) for point in accumulator.Scalars(name)]
-
-
-def test_tensorboard_has_the_same_numbers_and_a_resume_hides_the_abandoned_ones(tmp_path: Path) -> None:
-    first = TensorBoardSink(tmp_path)
-    first.write({"kind": "start", "step": 0, "time": 1.0})
-    for step in (10, 20, 30):
-        first.write({**TRAIN, "step": step, "loss": float(step)})
-    first.close()
-    second = TensorBoardSink(tmp_path)
-    second.write({"kind": "resume", "step": 20, "time": 2.0})
-    second.write({**TRAIN, "step": 30, "loss": 300.0})
-    second.write({**VALID, "step": 30})
-    second.close()
-    assert read_tensorboard(tmp_path, "train/loss") == [(10, 10.0), (20, 20.0), (30, 300.0)]
-    assert read_tensorboard(tmp_path, "valid/bleu") == [(30, 21.5)]
-
-
-def test_wandb_gets_recipe_and_numbers_against_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, Any]] = []
-
-    class Run:
-        config = type("Config", (), {"update": lambda self, values, allow_val_change: calls.append(("config", values))})()
-
-        def define_metric(self, *names: str, **settings: str) -> None:
-            calls.append(("metric", names))
-
-        def log(self, values: dict[str, float]) -> None:
-            calls.append(("log", values))
-
-        def finish(self) -> None:
-            calls.append(("finish", None))
-
-    def init(**settings: Any) -> Run:
-        calls.append(("init", settings))
-        return Run()
-
-    class Wandb:
-        errors = type("errors", (), {"Error": RuntimeError})
-
-    Wandb.init = staticmethod(init)  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", Wandb)
-    config = ReportingConfig(wandb=WandbConfig(project="p", mode="offline"))
-    reporter = build_reporter(tmp_path, config, rank=0, total_steps=None, run_id="abc")
-    reporter.emit("start", 0, recipe={"version": 1})
-    reporter.emit("valid", 5, epoch=1, seconds=1.0, loss=2.0)
-    reporter.close()
-    assert calls[0] == (
-        "init",
-        {"project": "p", "name": None, "mode": "offline", "dir": str(tmp_path), "id": "abc", "resume": "allow"},
-    )
-    assert ("config", {"version": 1}) in calls
-    assert ("log", {"valid/epoch": 1, "valid/seconds": 1.0, "valid/loss": 2.0, "step": 5}) in calls
-    assert calls[-1] == ("finish", None)
-
-
-def test_wandb_missing_is_an_error_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(TrainingError, match=r"reporting.wandb is set but the package wandb is not installed: pip install wandb"):
-        build_reporter(tmp_path, ReportingConfig(wandb=WandbConfig(project="p")), rank=0, total_steps=None, run_id="x")
-
-
-def test_wandb_offline_works_without_an_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    config = ReportingConfig(wandb=WandbConfig(project="p", mode="offline"))
-    reporter = build_reporter(tmp_path, config, rank=0, total_steps=None, run_id="abc")
-    reporter.emit("start", 0, recipe={"version": 1})
-    reporter.emit("valid", 5, epoch=1, seconds=1.0, loss=2.0)
-    reporter.close()
-    files = list((tmp_path / "wandb").glob("offline-run-*-abc/run-abc.wandb"))
-    assert len(files) == 1
-    assert files[0].stat().st_size > 0
-    assert json.loads((tmp_path / "events.jsonl").read_text().splitlines()[1])["loss"] == 2.0
