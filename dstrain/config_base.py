@@ -13,6 +13,10 @@ Tree = dict[str, Any]
 """The plain values of a configuration, as a YAML file has them."""
 Precision = Literal["fp32", "bf16", "fp16"]
 """The precision of a model's computation."""
+BleuTokenization = Literal[
+    "auto", "13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab", "flores101", "flores200", "spBLEU-1K", "spm"
+]
+"""sacreBLEU's ways to cut text into words for BLEU; auto = zh or char for a script without spaces, else 13a."""
 
 
 class Config(BaseModel):

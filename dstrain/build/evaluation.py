@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dstrain.build.teacher_source import TeacherSource, load_teacher_source
-from dstrain.checkpoint.bundle import Bundle, load_bundle
+from dstrain.checkpoint.bundle import load_bundle
 from dstrain.data.batching.collate import Collator
 from dstrain.distillation.store.gradient_angle import Angle, gradient_angles, random_batches
 from dstrain.distillation.store.manifest import load_store_manifest
@@ -22,6 +23,7 @@ from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.parallel.mesh import DeviceChoice, Mesh, build_mesh, finalize
 from dstrain.recipe_file import check_recipe
+from dstrain.training.config import ValidationConfig
 
 ANGLE_MAX_TOKENS = 512
 
@@ -30,8 +32,8 @@ ANGLE_MAX_TOKENS = 512
 class ValidateOptions:
     """The options of `dstrain validate`.
 
-    base: of an adapter bundle, if it has moved. generate: translate, too.
-    beam_size: None as in the bundle's recipe. max_tokens: padded tokens of a batch.
+    base: of an adapter bundle, if it has moved. generate: translate, too. beam_size, tokenize and lowercase of BLEU: None as in
+    the bundle's recipe. max_tokens: padded tokens of a batch.
     """
 
     bundle: Path
@@ -40,12 +42,16 @@ class ValidateOptions:
     split: str = "valid"
     generate: bool = True
     beam_size: int | None = None
+    tokenize: str | None = None
+    lowercase: bool | None = None
     max_tokens: int = 4096
     device: DeviceChoice = "auto"
 
 
-def validate(options: ValidateOptions) -> dict[str, float] | None:
-    """Loss, perplexity and scores of generated text by name; every rank scores its share, and only rank 0 returns the result.
+def validate(options: ValidateOptions) -> dict[str, Any] | None:
+    """Loss, perplexity and scores of generated text by name, and the signatures of the latter.
+
+    Every rank scores its share, and only rank 0 returns the result.
 
     Raises DataError or BundleError if bundle and data do not fit together.
 
@@ -53,7 +59,7 @@ def validate(options: ValidateOptions) -> dict[str, float] | None:
     >>> from dstrain.api import ValidateOptions, validate
     >>> scores = validate(ValidateOptions(bundle=Path("run/bundles/best"), data=Path("data"), beam_size=2))
     >>> sorted(scores)
-    ['bleu', 'chrf', 'loss', 'nll', 'num_targets', 'perplexity', 'repetition']
+    ['bleu', 'chrf', 'loss', 'nll', 'num_targets', 'perplexity', 'repetition', 'signatures']
     """
     mesh = build_mesh(options.device)
     try:
@@ -63,25 +69,23 @@ def validate(options: ValidateOptions) -> dict[str, float] | None:
     return scores if mesh.world.rank == 0 else None
 
 
-def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, float]:
+def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, Any]:
     bundle = load_bundle(options.bundle, device=mesh.device, base=options.base)
     generation = generation_config(bundle.recipe, {"beam_size": options.beam_size}) if options.generate else None
+    recipe = check_recipe(bundle.recipe, "the bundle's recipe") if bundle.recipe else None
+    plain = CrossEntropyConfig(label_smoothing=0.0)
+    scoring = ValidationConfig() if recipe is None else recipe.validation
     return validate_bundle(
         bundle,
         options.data,
         options.split,
         mesh,
-        objective=CrossEntropy(_validation_config(bundle)),
+        objective=CrossEntropy(plain if recipe is None else recipe.objective.validation),
         generation=generation,
+        tokenize=scoring.tokenize if options.tokenize is None else options.tokenize,
+        lowercase=scoring.lowercase if options.lowercase is None else options.lowercase,
         max_tokens=options.max_tokens,
     )
-
-
-def _validation_config(bundle: Bundle) -> CrossEntropyConfig:
-    """That of the bundle's recipe; plain cross-entropy if it has none."""
-    if not bundle.recipe:
-        return CrossEntropyConfig(label_smoothing=0.0)
-    return check_recipe(bundle.recipe, "the bundle's recipe").objective.validation
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -187,7 +187,18 @@ class Training:
 
     def _validator(self) -> Validator:
         recipe, data, mesh = self.recipe, self.data, self.mesh
-        generation = recipe.validation.generation
+        chosen = recipe.validation
+        translation = build_translation(
+            chosen.generation,
+            recipe.model,
+            data.valid,
+            data.tokenizers,
+            mesh.device,
+            tokenize=chosen.tokenize,
+            lowercase=chosen.lowercase,
+        )
+        if translation is not None:
+            logger.info("validation: BLEU %(bleu)s, chrF %(chrf)s", translation.signatures())
         return Validator(
             self.engine,
             replicas=mesh.replicas,
@@ -195,7 +206,7 @@ class Training:
             batches=lambda: data.valid_batches(recipe, mesh),
             denominator=self.engine.module.validation.denominator,
             averaged=self.averaged,
-            translation=build_translation(generation, recipe.model, data.valid, data.tokenizers, mesh.device),
+            translation=translation,
             beat=self.watchdog.beat,
         )
 

@@ -16,6 +16,7 @@ from dstrain.build.training_data import TrainingData
 from dstrain.checkpoint.bundle import StoredBundle
 from dstrain.data.batching.plan import StepPlan
 from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.evaluation.metrics.tokenization import check_tokenization
 from dstrain.parallel.mesh import DeviceChoice
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
@@ -62,6 +63,8 @@ class TrainingPlan:
 def plan_training(recipe: Recipe, options: TrainOptions) -> TrainingPlan:
     """Check everything that needs no model. Raises a DstrainError if something does not fit the recipe."""
     check_teacher_options(recipe.objective, options.teachers)
+    if recipe.validation.generation is not None:
+        check_tokenization(recipe.validation.tokenize)
     data = TrainingData(options.data, recipe)
     base = None if options.base is None else find_base(options.base, recipe.model, data.manifest)
     steps = data.plan_steps(recipe)

@@ -10,6 +10,8 @@ from typing import Any
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import load_recipe
 
+TOKENIZE_HELP = "how BLEU finds words: 13a, intl, zh, ja-mecab, char, ..., or auto by the script of the references (default: {})"
+
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """RECIPE and --set."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
+
+from dstrain.cli.common import TOKENIZE_HELP
 
 TITLES = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "repetition": "repetition"}
 
@@ -22,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="line-parallel; repeat it for several references",
     )
     parser.add_argument("--lowercase", action="store_true", help="let BLEU and chrF ignore case, as TER always does")
-    parser.add_argument("--tokenize", metavar="NAME", default="13a", help="BLEU's: 13a, intl, zh, char, none, ... (default: 13a)")
+    parser.add_argument("--tokenize", metavar="NAME", default="auto", help=TOKENIZE_HELP.format("auto"))
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
 
 
@@ -31,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from dstrain.data.sources.text import read_lines
     from dstrain.errors import DataError
     from dstrain.evaluation.metrics.corpus import corpus_scores
+    from dstrain.evaluation.metrics.tokenization import choose_tokenization
 
     hypotheses = read_lines(args.hypothesis)
     references = [read_lines(path) for path in args.reference]
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         *references,
         metrics=("bleu", "chrf", "ter", "repetition"),
         lowercase=args.lowercase,
-        tokenize=args.tokenize,
+        tokenize=choose_tokenization(args.tokenize, chain(*references)),
     )
     if args.format == "json":
         print(json.dumps([asdict(score) for score in scores], indent=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from dstrain.checkpoint.bundle import Bundle
 from dstrain.data.batching.collate import Collator
@@ -28,11 +29,13 @@ def validate_bundle(
     *,
     objective: Objective,
     generation: GenerationConfig | None,
+    tokenize: str,
+    lowercase: bool,
     max_tokens: int,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """The scores of `Validator` for a bundle whose model is on `mesh.device`; every rank scores its share.
 
-    generation: how to translate; None = only losses.
+    generation: how to translate; None = only losses. tokenize, lowercase: of BLEU, see `build_translation`.
     Raises DataError if the data was prepared with another tokenizer, BundleError if the bundle has none to compare.
     """
     if bundle.tokenizers is None:
@@ -45,7 +48,9 @@ def validate_bundle(
     if any(is_text_only(corpus) for corpus in splits_of(DataConfig.model_validate(manifest.data))[split]):
         _check_plain_text(split, bundle, generation)
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
-    translation = build_translation(generation, bundle.model_config, dataset, bundle.tokenizers, mesh.device)
+    translation = build_translation(
+        generation, bundle.model_config, dataset, bundle.tokenizers, mesh.device, tokenize=tokenize, lowercase=lowercase
+    )
     validator = Validator(
         WholeModel(TrainModule(bundle.model, objective), bundle.model, mesh.device),
         replicas=mesh.replicas,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from dstrain.data.prepared.dataset import Dataset
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
-from dstrain.evaluation.metrics.corpus import corpus_scores
+from dstrain.evaluation.metrics.corpus import MetricName, Score, corpus_scores
+from dstrain.evaluation.metrics.tokenization import choose_tokenization
 from dstrain.generation.config import GenerationConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator
@@ -19,7 +21,11 @@ from dstrain.protocols import Generative
 
 @dataclass(frozen=True)
 class Translation:
-    """How one evaluation split is translated and scored. references: the raw text of its targets, in the order of the rows."""
+    """How one evaluation split is translated and scored.
+
+    references: the raw text of its targets, in the order of the rows. tokenize: BLEU's, not `auto`. lowercase: BLEU and chrF
+    ignore case.
+    """
 
     config: GenerationConfig
     model_config: ModelConfig
@@ -27,6 +33,8 @@ class Translation:
     tokenizers: TokenizerPair
     references: Sequence[str]
     device: torch.device
+    tokenize: str
+    lowercase: bool
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -44,17 +52,40 @@ class Translation:
         ranked = generator.translate_ids(sources, first_line=rows.start + 1)
         return self.tokenizers.target.decode([hypotheses[0].tokens for hypotheses in ranked])
 
-    def score(self, hypotheses: Sequence[str]) -> Mapping[str, float]:
-        """BLEU, chrF and the rate of repetition of the whole split, in percent."""
-        scores = corpus_scores(hypotheses, self.references, metrics=("bleu", "chrf", "repetition"))
-        return {score.name: score.value for score in scores}
+    def score(self, hypotheses: Sequence[str]) -> Mapping[str, Any]:
+        """BLEU, chrF and the rate of repetition of the whole split, in percent, and the `signatures` of the three."""
+        scores = self._scores(hypotheses, self.references)
+        return {**{score.name: score.value for score in scores}, "signatures": _signatures(scores)}
+
+    def signatures(self) -> dict[str, str]:
+        """Every setting that decides a score, by the name of the score."""
+        return _signatures(self._scores(["a"], ["a"]))
+
+    def _scores(self, hypotheses: Sequence[str], references: Sequence[str]) -> list[Score]:
+        metrics: tuple[MetricName, ...] = ("bleu", "chrf", "repetition")
+        return corpus_scores(hypotheses, references, metrics=metrics, lowercase=self.lowercase, tokenize=self.tokenize)
+
+
+def _signatures(scores: Sequence[Score]) -> dict[str, str]:
+    return {score.name: score.signature for score in scores}
 
 
 def build_translation(
-    config: GenerationConfig | None, model_config: ModelConfig, dataset: Dataset, tokenizers: TokenizerPair, device: torch.device
+    config: GenerationConfig | None,
+    model_config: ModelConfig,
+    dataset: Dataset,
+    tokenizers: TokenizerPair,
+    device: torch.device,
+    *,
+    tokenize: str = "auto",
+    lowercase: bool = False,
 ) -> Translation | None:
-    """None if nothing is to be generated. Raises DataError if the split keeps no raw text to compare with."""
+    """None if nothing is to be generated.
+
+    Raises DataError if the split keeps no raw text to compare with, or BLEU cannot be tokenized so.
+    """
     if config is None:
         return None
     references = [dataset.target_text(row) for row in range(len(dataset))]
-    return Translation(config, model_config, dataset, tokenizers, references, device)
+    tokenize = choose_tokenization(tokenize, references)
+    return Translation(config, model_config, dataset, tokenizers, references, device, tokenize, lowercase)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -57,8 +57,8 @@ class Translates(Protocol):
         """A text for each row."""
         ...
 
-    def score(self, hypotheses: Sequence[str]) -> Mapping[str, float]:
-        """Scores by name of the texts of all rows."""
+    def score(self, hypotheses: Sequence[str]) -> Mapping[str, Any]:
+        """Scores by name of the texts of all rows, and their signatures."""
         ...
 
 
@@ -133,8 +133,8 @@ class Validator:
         self._beat = beat
         self._reduce = LossReducer(replicas)
 
-    def __call__(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, float] | None:
-        """loss as the objective averages it, perplexity and further sums per target token, and the scores of the translation.
+    def __call__(self, interrupted: Callable[[], bool] = lambda: False) -> dict[str, Any] | None:
+        """loss as the objective averages it, perplexity and further sums per target token, and `Translates.score`.
 
         The same on every rank. interrupted: collective, polled at intervals; once true, the result is None. Raises DataError
         if the split holds no target token.
@@ -159,7 +159,7 @@ class Validator:
         loss, means = loss_sum / self._denominator(size), metrics.means()
         return {"loss": loss, **means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": size.num_targets}
 
-    def _translate(self, task: Translates, interrupted: Callable[[], bool]) -> Mapping[str, float] | None:
+    def _translate(self, task: Translates, interrupted: Callable[[], bool]) -> Mapping[str, Any] | None:
         texts: list[tuple[int, list[str]]] = []
         chunk = min(TRANSLATION_CHUNK, math.ceil(len(task) / self.data.size))
         with self.engine.generation_model(averaged=False) as model:
@@ -172,7 +172,7 @@ class Validator:
                 if rows:
                     texts.append((first, task.translate(model, rows)))
         gathered = self.data.gather_objects(texts)
-        scores: Mapping[str, float] = {}
+        scores: Mapping[str, Any] = {}
         if self.data.rank == 0:
             ordered = sorted(piece for share in gathered for piece in share)
             scores = task.score([text for _, piece in ordered for text in piece])

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dstrain.config_base import Config
+from dstrain.config_base import BleuTokenization, Config
 from dstrain.engine.config import EmaConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 
@@ -42,6 +42,12 @@ class ValidationConfig(Config):
     generation: GenerationConfig | None = Field(
         default_factory=BeamSearchConfig, description="How the split is translated for BLEU and chrF; null = not at all."
     )
+    tokenize: BleuTokenization = Field(
+        default="auto",
+        description="How BLEU cuts text into words, by sacreBLEU's name; auto = by the script of the references: zh for Chinese, "
+        "char for other scripts without spaces, else 13a.",
+    )
+    lowercase: bool = Field(default=False, description="BLEU and chrF ignore case.")
     patience: PositiveInt | None = Field(
         default=None, description="Validations without improvement after which training stops; null = never."
     )

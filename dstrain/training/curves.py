@@ -117,6 +117,8 @@ def summary(events: Events) -> dict[str, str]:
         if values:
             value = best(values)
             summary[f"best validation {name}"] = f"{value:.4g} at step {steps[values.index(value)]:,}, last {values[-1]:.4g}"
+    if validated and "signatures" in validated[-1]:
+        summary |= {f"signature of {name}": text for name, text in validated[-1]["signatures"].items()}
     ends = [event for event in events if event["kind"] in {"end", "failure"}]
     summary["resumes"] = str(sum(event["kind"] == "resume" for event in events))
     summary["ended by"] = str(ends[-1].get("reason", ends[-1].get("message"))) if ends else "still running, or killed"

@@ -8,7 +8,7 @@ same objects.
 | start | world_size, run_id, recipe |
 | train | epoch, steps, loss, nll, perplexity, one number per further metric, learning_rate, grad_norm, num_targets, |
 | | tokens_per_second, seconds, cpu_seconds, padding, skipped, eta_seconds |
-| valid | epoch, seconds, one number per score, best_score, best_step |
+| valid | epoch, seconds, one number per score, signatures (of the scores of text), best_score, best_step |
 | bundle | names |
 | checkpoint | path, seconds |
 | resume | path, world_size, layout (ranks, DeepSpeed file, precision), layout_before |

@@ -39,7 +39,7 @@ MAX_CONSECUTIVE_SKIPPED = 100
 
 StepSource = Callable[[int, int], Steps]
 """(epoch, step in the epoch) -> the steps from there on; epochs count from 1."""
-Validate = Callable[[Callable[[], bool]], Mapping[str, float] | None]
+Validate = Callable[[Callable[[], bool]], Mapping[str, Any] | None]
 """Scores of the present weights, the same on every rank; None if the argument, collective, stopped it early."""
 
 

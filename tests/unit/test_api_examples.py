@@ -7,6 +7,8 @@ import pytest
 
 from dstrain import api
 from dstrain.recipe_file import dump_recipe, load_recipe
+from dstrain.training.curves import summary
+from dstrain.training.events import read_events
 
 VERBS = ("prepare", "train", "dump_logits", "pseudo_label", "validate", "generate_file")
 TINY = (
@@ -40,6 +42,10 @@ def test_every_docstring_example_runs(tmp_path: Path, monkeypatch: pytest.Monkey
         output: list[str] = []
         result = doctest.DocTestRunner().run(examples[0], out=output.append)
         assert result.failed == 0, "".join(output)
+    last = read_events(tmp_path / "run/events.jsonl")
+    (signatures,) = (event["signatures"] for event in last if event["kind"] == "valid")
+    assert "|tok:13a|" in signatures["bleu"]
+    assert "|tok:13a|" in summary(last)["signature of bleu"]
 
 
 def test_every_public_name_is_documented() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import chain, pairwise
 from typing import Literal
 
@@ -19,6 +18,7 @@ from sacrebleu.metrics.ter import TER
 
 from dstrain import __version__
 from dstrain.errors import DataError
+from dstrain.evaluation.metrics.tokenization import build_bleu
 
 MetricName = Literal["bleu", "chrf", "ter", "repetition"]
 
@@ -49,7 +49,7 @@ def corpus_scores(
     for number, lines in enumerate(references, start=1):
         if len(lines) != len(hypotheses):
             raise DataError(f"{len(hypotheses)} hypotheses cannot be compared with the {len(lines)} lines of reference {number}")
-    bleu = _build_bleu(tokenize, lowercase)
+    bleu = build_bleu(tokenize, lowercase=lowercase)
     scores = []
     for name in metrics:
         if name == "repetition":
@@ -90,15 +90,3 @@ def _repetition(hypotheses: Sequence[str], references: Sequence[Sequence[str]], 
 def _bleu_detail(score: BLEUScore) -> str:
     precisions = "/".join(f"{precision:.1f}" for precision in score.precisions)
     return f"{precisions}, brevity penalty {score.bp:.3f}, length ratio {score.ratio:.3f}"
-
-
-def _build_bleu(tokenize: str, lowercase: bool) -> BLEU:
-    if tokenize not in BLEU.TOKENIZERS:
-        near = get_close_matches(tokenize, BLEU.TOKENIZERS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"sacreBLEU has {', '.join(BLEU.TOKENIZERS)}"
-        raise DataError(f"unknown BLEU tokenization {tokenize!r}; {hint}")
-    try:
-        return BLEU(lowercase=lowercase, tokenize=tokenize)
-    except (RuntimeError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(f"BLEU tokenization {tokenize!r} cannot be used here: {reason}; fix that or choose another") from error

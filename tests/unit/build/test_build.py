@@ -1,12 +1,14 @@
 """Prepared data and runs of an earlier version, and the recipe that is to be trained."""
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from dstrain.build.training_data import TrainingData
+from dstrain.build.training_plan import TrainOptions, plan_training
 from dstrain.config_base import upgrade_config
 from dstrain.data.prepared.prepare import prepare
 from dstrain.errors import CheckpointError, DataError
@@ -45,3 +47,12 @@ def test_a_run_started_before_a_key_existed_is_resumed(tmp_path: Path) -> None:
     tree["batching"]["bucket_tokens"] = 100
     with pytest.raises(CheckpointError, match=r"batching\.bucket_tokens: 4096 -> 100"):
         open_run(tmp_path, tree, ONE_PROCESS, data="d", upgrade=upgrade)
+
+
+def test_a_tokenization_of_bleu_that_cannot_be_used_is_said_before_anything_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    recipe = load_recipe("translation/quickstart", (*SMALL, "validation.tokenize=ja-mecab"))
+    with pytest.raises(DataError, match="BLEU tokenization 'ja-mecab' cannot be used here"):
+        plan_training(recipe, TrainOptions(data=tmp_path / "absent", output=tmp_path / "run"))

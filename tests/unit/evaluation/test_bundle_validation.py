@@ -117,12 +117,27 @@ def test_texts_are_scored_by_default(bundle: Path, data: Path, capsys: pytest.Ca
     scores = scores_of(bundle, data, capsys, "--beam-size", "1")
     assert {"bleu", "chrf", "repetition"} <= set(scores)
     assert 0 <= scores["chrf"] <= 100
+    assert "|case:mixed|eff:no|tok:13a|" in scores["signatures"]["bleu"]
+
+
+def test_bleu_is_that_of_the_recipe_unless_options_change_it(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_tree(load_recipe("translation/quickstart", ["validation.tokenize=char", "validation.lowercase=true"]))
+    bundle = bundle_for(data, tmp_path / "bundle", recipe=recipe)
+    own = scores_of(bundle, data, capsys, "--beam-size", "1")
+    changed = scores_of(bundle, data, capsys, "--beam-size", "1", "--tokenize", "intl", "--no-lowercase")
+    assert "|case:lc|eff:no|tok:char|" in own["signatures"]["bleu"]
+    assert "|case:lc|" in own["signatures"]["chrf"]
+    assert "|case:mixed|eff:no|tok:intl|" in changed["signatures"]["bleu"]
+    assert "|case:mixed|" in changed["signatures"]["chrf"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--split", "test"], "has no split 'test'; it holds train, valid"),
+        (["--tokenize", "13b"], "unknown BLEU tokenization '13b'; did you mean 13a?"),
         (["--split", "train"], "the split 'train' keeps no raw text to score translations against: add --no-generate"),
     ],
 )

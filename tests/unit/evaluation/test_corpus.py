@@ -92,16 +92,3 @@ def test_nothing_to_score() -> None:
 def test_unequal_numbers_of_lines() -> None:
     with pytest.raises(DataError, match="3 hypotheses cannot be compared with the 2 lines of reference 2"):
         corpus_scores(["a"] * 3, ["a"] * 3, ["a"] * 2)
-
-
-def test_unknown_tokenization() -> None:
-    with pytest.raises(DataError, match="unknown BLEU tokenization '13b'; did you mean '13a'"):
-        corpus_scores(["a"], ["a"], tokenize="13b")
-    with pytest.raises(DataError, match="unknown BLEU tokenization 'moses'; sacreBLEU has none, zh, 13a, "):
-        corpus_scores(["a"], ["a"], tokenize="moses")
-
-
-def test_tokenization_that_needs_more_than_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "MeCab", None)
-    with pytest.raises(DataError, match=r"BLEU tokenization 'ko-mecab' cannot be used here: .*; fix that or choose another"):
-        corpus_scores(["a"], ["a"], tokenize="ko-mecab")
