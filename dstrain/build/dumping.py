@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from dstrain import __version__
 from dstrain.build.shared_work import ALL_WORK, Task, do_work
 from dstrain.build.teacher_source import load_teacher_source
@@ -17,6 +15,7 @@ from dstrain.config_base import Precision
 from dstrain.distillation.store.dump import Dumper, plan_dump
 from dstrain.distillation.store.manifest import StoreManifest, choose_method, merge_store
 from dstrain.log import logger
+from dstrain.progress import Progress
 from dstrain.storage.sharded_job import Worker
 
 MethodKind = Literal["sample", "topk", "dense"]
@@ -64,9 +63,8 @@ def dump_logits(options: DumpOptions, report: Callable[[str], object] = logger.i
 
 def _dump(options: DumpOptions, task: Task) -> str:
     dumper = build_dumper(options, task.device)
-    hidden = None if task.is_first else True
-    with tqdm(unit=" tokens", unit_scale=True, disable=hidden, total=dumper.tokens_of(task.worker)) as bar:
-        return dumper.run(task.worker, bar.update).line()
+    with Progress("dumping", dumper.tokens_of(task.worker), "tokens", shown=task.is_first) as progress:
+        return dumper.run(task.worker, progress.advance).line()
 
 
 def build_dumper(options: DumpOptions, device: str) -> Dumper:

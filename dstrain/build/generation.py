@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from dstrain.build.bundle_model import BundleModel, load
 from dstrain.build.device import open_device
@@ -18,6 +18,7 @@ from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.files import STANDARD, Chunk, count_lines, translate_file
 from dstrain.generation.formats import Answer, Format, formatter
 from dstrain.generation.generator import TextHypothesis
+from dstrain.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +87,13 @@ def generate_file(options: GenerateOptions) -> GenerationReport:
         raise DataError("--score-only has nothing to score; add --reference FILE")
     model, config, render = open_translator(options)
     start = time.monotonic()
-    with tqdm(total=count_lines(options.input), unit=" lines", disable=None) as bar:
+    own_output = options.output == STANDARD and sys.stdout.isatty()  # the answers themselves say how far it is
+    with Progress("generating", count_lines(options.input), "lines", shown=not own_output) as bar:
 
         def answer(chunk: Chunk) -> list[list[TextHypothesis]]:
             if chunk.references is not None and options.score_only:
                 scored = model.score_texts(
-                    chunk.lines, chunk.references, config, truncate=options.truncate, first_line=chunk.first, progress=bar.update
+                    chunk.lines, chunk.references, config, truncate=options.truncate, first_line=chunk.first, progress=bar.advance
                 )
                 return [[hypothesis] for hypothesis in scored]
             return model.translate(
@@ -100,7 +102,7 @@ def generate_file(options: GenerateOptions) -> GenerationReport:
                 prefixes=chunk.prefixes,
                 truncate_source=options.truncate,
                 first_line=chunk.first,
-                progress=bar.update,
+                progress=bar.advance,
             )
 
         lines, tokens = translate_file(

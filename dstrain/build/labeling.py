@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from dstrain import __version__
 from dstrain.build.shared_work import ALL_WORK, Task, do_work
 from dstrain.build.teacher_source import TeacherSource, load_teacher_source
@@ -22,6 +20,7 @@ from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator
 from dstrain.generation.pseudo_label import Labeler
 from dstrain.log import logger
+from dstrain.progress import Progress
 from dstrain.storage.sharded_job import Worker
 
 
@@ -71,8 +70,8 @@ def pseudo_label(options: LabelOptions, report: Callable[[str], object] = logger
 def _label(options: LabelOptions, task: Task) -> str:
     labeler = build_labeler(options, task.device)
     total = sum(len(labeler.job.rows(number)) for number in task.worker.shards(labeler.job.parts))
-    with tqdm(unit=" pairs", disable=None if task.is_first else True, total=total) as bar:
-        report = labeler.run(task.worker, bar.update)
+    with Progress("translating", total, "pairs", shown=task.is_first) as progress:
+        report = labeler.run(task.worker, progress.advance)
     if task.worker.index == 0:
         copy_original(options.data, options.output, labeler.job)
     return report.line()

@@ -13,23 +13,20 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from tqdm import tqdm
-
 from dstrain.config_base import Config
 from dstrain.errors import DataError
 from dstrain.log import logger
+from dstrain.progress import with_progress
 from dstrain.storage.atomic import write_file
 from dstrain.storage.document import DocumentFormat, FileRecord
 from dstrain.storage.lock import LOCK_FILE
 
 PARTS_FILE = "parts.json"
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -128,7 +125,10 @@ class ShardedJob(Generic[J, S]):
         if job is None:
             raise DataError(f"{directory} was not written by `dstrain {self.verb}` (it has no {PARTS_FILE}); name its --output")
         total = self.num_shards(job)
-        sidecars = [finished_shard(directory, self.shard_file(number), self.sidecar) for number in with_progress(range(total))]
+        sidecars = [
+            finished_shard(directory, self.shard_file(number), self.sidecar)
+            for number in with_progress(range(total), "checking", "shards")
+        ]
         if missing := [number for number, sidecar in enumerate(sidecars) if sidecar is None]:
             numbers = ", ".join(map(str, missing[:8])) + (", ..." if len(missing) > 8 else "")
             raise DataError(
@@ -170,11 +170,6 @@ def sidecar_path(shard: Path) -> Path:
 def warn_of_interruption(directory: Path) -> None:
     """Log that Ctrl-C has lost nothing."""
     logger.warning("interrupted; finished shards stay in %s: run the same command again to go on", directory)
-
-
-def with_progress(items: Sequence[_T]) -> Iterable[_T]:
-    """The items, with a bar on a terminal: the checksums of hundreds of gigabytes take minutes."""
-    return tqdm(items, desc="checking", unit=" files", disable=None)
 
 
 def _short(value: object) -> str:

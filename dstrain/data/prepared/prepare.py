@@ -15,8 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from dstrain import __version__
 from dstrain.data.config import DataConfig, TrainedSentencePiece
 from dstrain.data.prepared.encode import EncodedBlock, make_encoder
@@ -39,6 +37,7 @@ from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE, TokenizerPair, loa
 from dstrain.data.tokenizers.training import TokenizerTrainer, load_configured_tokenizers
 from dstrain.errors import DataError
 from dstrain.log import logger
+from dstrain.progress import Progress
 from dstrain.storage.atomic import atomic_writer
 from dstrain.storage.document import FileRecord
 from dstrain.storage.lock import locked_output
@@ -52,7 +51,7 @@ def prepare(config: DataConfig, output: Path, *, workers: int, overwrite: bool =
     """Prepare the corpora of `config` into `output`, with `workers` processes.
 
     Finished output of the same text and configuration is kept; unfinished is continued; that of another is refused unless
-    `overwrite`. progress: show a bar on stderr if that is a terminal.
+    `overwrite`. progress: show it, on a terminal or in the log.
 
     Raises DataError for any fault of the text, the tokenizer, the output directory or the disk.
 
@@ -121,7 +120,7 @@ class _Preparation:
             else:
                 encode = stack.enter_context(WorkerPool(make, self._workers)).map
             total = sum(map(sum, self._sizes.values()))
-            bar = stack.enter_context(tqdm(total=total, unit=" pairs", unit_scale=True, disable=None if self._progress else True))
+            bar = stack.enter_context(Progress("preparing", total, "pairs", shown=self._progress))
             splits = {split: self._split(split, tokenizers, encode, bar) for split in self._sizes}
         manifest = DataManifest(
             format_version=DATA_FORMAT_VERSION,
@@ -153,13 +152,13 @@ class _Preparation:
         split: str,
         tokenizers: TokenizerPair,
         encode: Callable[[Iterable[PairBlock]], Iterator[EncodedBlock]],
-        bar: Any,
+        bar: Progress,
     ) -> SplitRecord:
         per_shard, total = self._config.pairs_per_shard, sum(self._sizes[split])
         start_time = time.perf_counter()
         finished = self._finished_shards(split, -(-total // per_shard))
         done = sum(shard.pairs_read for shard in finished)
-        bar.update(done)
+        bar.advance(done)
         blocks = read_blocks(split, splits_of(self._config)[split], self._sizes[split], done, per_shard)
         dtypes = [id_dtype(side.vocab_size) for side in (tokenizers.source, tokenizers.target)]
         schema = shard_schema(dtypes[0], dtypes[1], with_text=split != "train")
@@ -182,7 +181,7 @@ class _Preparation:
             logger.info("%s: %d of %d shards were finished before", split, len(finished), number_of_shards)
         return finished
 
-    def _write_shard(self, file: str, schema: Any, blocks: Iterator[EncodedBlock], pairs: int, bar: Any) -> PairSidecar:
+    def _write_shard(self, file: str, schema: Any, blocks: Iterator[EncodedBlock], pairs: int, bar: Progress) -> PairSidecar:
         """Write the next `pairs` pairs of the corpus as one shard."""
         pairs_read, dropped = 0, Counter[str]()
         with atomic_writer(self._output / file) as sink:
@@ -192,7 +191,7 @@ class _Preparation:
                 writer.add(block.rows)
                 pairs_read += block.pairs_read
                 dropped.update(block.dropped)
-                bar.update(block.pairs_read)
+                bar.advance(block.pairs_read)
             shard = PairSidecar(record=writer.finish(file), pairs_read=pairs_read, dropped=dict(dropped))
             write_sidecar(self._output, shard)
         return shard

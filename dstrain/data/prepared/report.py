@@ -10,7 +10,7 @@ from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, DataManifest, Sp
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.errors import DataError
-from dstrain.storage.sharded_job import with_progress
+from dstrain.progress import with_progress
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def build_report(
 def describe_data(directory: Path) -> list[str]:
     """What prepared data holds, after a check of every byte. Raises DataError if something is wrong with it."""
     manifest = load_manifest(directory)
-    for file in with_progress([file for split in manifest.splits.values() for file in split.files]):
+    for file in with_progress([file for split in manifest.splits.values() for file in split.files], "checking", "files"):
         file.check(directory, content=True)
     tokenizers = load_tokenizers(directory / TOKENIZER_DIRECTORY)
     if tokenizers.fingerprint != manifest.tokenizer_fingerprint:

@@ -28,7 +28,7 @@ from dstrain.errors import DataError, RecipeError
 from dstrain.log import logger
 from dstrain.model_output import ActivationCapture
 from dstrain.ops.teacher_signal import KeptSignal, SparseSignal
-from dstrain.storage.sharded_job import with_progress
+from dstrain.progress import with_progress
 
 _REMEDY = "dump this shard again with the same command, then merge"
 
@@ -153,7 +153,7 @@ def open_store(
 def check_files(directory: Path, store: StoreManifest, *, verify: bool) -> None:
     """Compare sizes, and checksums up to 1 GiB in all or on request. Raises DataError naming the file."""
     content = verify or sum(file.size for file in store.files) <= ALWAYS_HASHED_BYTES
-    for file in with_progress(store.files) if verify else store.files:
+    for file in with_progress(store.files, "checking", "files") if verify else store.files:
         file.check(directory, content=content, remedy=_REMEDY)
 
 
