@@ -4,7 +4,7 @@ Torch-free, so that a recipe can be checked on a login node. Choices are enums o
 that come in pairs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,6 +23,14 @@ class Config(BaseModel):
     """A frozen configuration that refuses unknown keys and values that do not convert to the declared type."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ConfigErrors(ValueError):
+    """Several mistakes that one validator has found; each is reported by itself."""
+
+    def __init__(self, problems: Iterable[str]) -> None:
+        self.problems = list(problems)
+        super().__init__("; ".join(self.problems))
 
 
 def upgrade_config(kind: type[Config], tree: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ only the message; anything that is not a `DstrainError` is a defect of dstrain a
 """
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -45,7 +46,11 @@ class ExtraError(DstrainError):
 
 
 def nearest(key: str, valid: Iterable[str]) -> str:
-    """The end of an unknown-key message: the nearest valid key if there is one, else all of them."""
+    """The end of an unknown-key message: the nearest valid key if there is one, else all of them.
+
+    A valid key that the last words of `key` are, or some in its middle, comes first: `big` for `transformer_big`.
+    """
     valid = sorted(valid)
-    close = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+    inner = [name for name in valid if re.search(rf"[\W_]{re.escape(name)}(?![^\W_])", key)]
+    close = sorted(inner, key=len)[-1:] or difflib.get_close_matches(key, valid, n=1)
     return f"did you mean {close[0]}?" if close else f"valid: {', '.join(valid)}"

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from dstrain.adapters.config import AdapterConfig
-from dstrain.config_base import Config
+from dstrain.config_base import Config, ConfigErrors
 from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece, has_no_source, is_text_only
 from dstrain.distillation.config import DistillationConfig
 from dstrain.engine.config import EngineConfig, FallingSchedule, OptimizerConfig, ScheduleConfig
@@ -55,7 +55,7 @@ class Recipe(Config):
             *self._dropout_problems(),
         ]
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ConfigErrors(problems)
         return self
 
     def _schedule_problems(self) -> Iterator[str]:

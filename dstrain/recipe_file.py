@@ -1,25 +1,31 @@
-"""Recipes on disk: found by name or path, one `extends` level, `--set` overrides, duplicate keys refused.
+"""Recipes on disk: found by name or path, `extends` at any depth, `--set` overrides, duplicate keys refused.
 
-A merge goes key by key; if the `kind` of a section changes, the section is replaced whole, because its other keys belonged to the
-old kind. Every mistake of a recipe is reported at once.
+A merge goes key by key through sections. A mapping of names that the user chooses (`data.test`) is replaced, as a list is; so is
+a section whose `kind` changes, because its other keys belonged to the old kind. `null` empties a section, a list or a mapping:
+it has its default again. `description` is about one file and is not inherited. Every mistake of a recipe is reported at once.
 """
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dstrain.config_base import Tree
 from dstrain.engine.config import EngineConfig
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.errors import RecipeError, nearest
+from dstrain.models.config import ModelConfig
 from dstrain.models.presets import PRESETS
 from dstrain.recipe import RECIPE_VERSION, Recipe
-from dstrain.storage.explain import explain
+from dstrain.storage.explain import explain, shown, yaml_trap
 from dstrain.storage.parsing import dump_yaml, parse_yaml, read_tree
+from dstrain.storage.schema import container_types, element_type, scalar_types, union_members
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -36,35 +42,32 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises RecipeError with every mistake found.
     """
     path = _find(name_or_path)
-    tree = _read(path)
-    if "extends" in tree:
-        base_path = _find(str(tree.pop("extends")), beside=path)
-        base = _read(base_path)
-        if "extends" in base:
-            raise RecipeError(f"{path}: extends {base_path}, which itself extends another recipe; only one level is read")
-        tree = merge(base, tree)
-    mistakes = []
+    tree = _read_extended(path)
+    mistakes: list[str] = []
     for override in overrides:
         try:
             _override(tree, override)
         except RecipeError as error:
             mistakes.append(str(error))
-    return check_recipe(_with_preset(tree), str(path), mistakes + _deepspeed_mistakes(tree))
+    tree = _cleaned(_with_preset(tree, mistakes), [Recipe], "", mistakes)
+    return check_recipe(tree, str(path), mistakes + _deepspeed_mistakes(tree))
 
 
 def check_recipe(tree: Mapping[str, Any], origin: str, mistakes: Sequence[str] = ()) -> Recipe:
     """The checked recipe of a tree of plain values. origin: its name in errors. mistakes: found before, reported too."""
     if tree.get("version", RECIPE_VERSION) != RECIPE_VERSION:
         version = tree["version"]
-        raise RecipeError(f"{origin}: version: this dstrain reads recipes of version {RECIPE_VERSION}, not {version!r}")
+        raise RecipeError(f"{origin}: version: this dstrain reads recipes of version {RECIPE_VERSION}, not {shown(version)}")
     lines = list(mistakes)
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        lines += explain(error, Recipe)
+        lines += explain(error, Recipe, yaml=True)
     if lines:
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
-        raise RecipeError("\n  ".join([f"{origin}: {count}", *lines]))
+        sections = sum(line.endswith(": missing; give it a value") and "." not in line for line in lines)
+        hint = ["(`extends: translation/multi30k_tiny` takes the missing sections from that recipe)"] if sections > 1 else []
+        raise RecipeError("\n  ".join([f"{origin}: {count}", *lines, *hint]))
     return recipe
 
 
@@ -78,13 +81,17 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump_yaml(recipe_tree(recipe), width=120)
 
 
-def merge(base: Mapping[str, Any], top: Mapping[str, Any]) -> Tree:
-    """`top` over `base`, key by key; a part of another kind or of a preset replaces the old one whole."""
+def merge(base: Mapping[str, Any], top: Mapping[str, Any], sections: Sequence[type[BaseModel]] = (Recipe,)) -> Tree:
+    """`top` over `base`, key by key as far as there are sections; a section of another kind or of a preset replaces the old one.
+
+    sections: the configurations that both trees may be.
+    """
     merged = dict(base)
     for key, value in top.items():
         old = merged.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and _same_part(old, value):
-            merged[key] = merge(old, value)
+        inner = [member for annotation in _annotations(sections, key) for member in union_members(annotation)]
+        if inner and isinstance(old, Mapping) and isinstance(value, Mapping) and _same_part(old, value):
+            merged[key] = merge(old, value, inner)
         else:
             merged[key] = value
     return merged
@@ -94,16 +101,47 @@ def _same_part(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
     return "preset" not in new and new.get("kind", old.get("kind")) == old.get("kind")
 
 
-def _with_preset(tree: Tree) -> Tree:
+def _annotations(sections: Sequence[type[BaseModel]], key: str) -> list[Any]:
+    return [section.model_fields[key].annotation for section in sections if key in section.model_fields]
+
+
+def _with_preset(tree: Tree, mistakes: list[str]) -> Tree:
     """The tree with `model.preset` replaced by the preset's keys, over which the other keys of `model` go."""
     model = tree.get("model")
     if not isinstance(model, dict) or "preset" not in model:
         return tree
-    name = str(model["preset"])
-    if name not in PRESETS:
-        raise RecipeError(f"model.preset: no preset {name!r}; {nearest(name, PRESETS)}")
+    name = model["preset"]
+    if not isinstance(name, str) or name not in PRESETS:
+        trap = yaml_trap(name) or f"; {nearest(str(name), PRESETS)}"
+        mistakes.append(f"model.preset: no preset {shown(name)}{trap}")
+        name = next(iter(PRESETS))  # any: the other keys are still checked
     own = {key: value for key, value in model.items() if key != "preset"}
-    return {**tree, "model": merge(PRESETS[name].model_dump(mode="json"), own)}
+    return {**tree, "model": merge(PRESETS[name].model_dump(mode="json"), own, union_members(ModelConfig))}
+
+
+def _cleaned(value: Any, annotations: Sequence[Any], path: str, mistakes: list[str]) -> Any:
+    """A value without nulls that empty a part. A truth value in place of a number, which converts, is a mistake."""
+    scalars = {kind for annotation in annotations for kind in scalar_types(annotation)}
+    if isinstance(value, bool) and scalars & {int, float} and bool not in scalars:
+        mistakes.append(f"{path}: input should be a valid number, not {shown(value)}{yaml_trap(value, 'give a number')}")
+    elements = [element_type(annotation) for annotation in annotations]
+    if isinstance(value, list):
+        return [_cleaned(item, elements, f"{path}.{number}", mistakes) for number, item in enumerate(value)]
+    if not isinstance(value, dict):
+        return value
+    sections = [member for annotation in annotations for member in union_members(annotation)]
+    cleaned = {}
+    for key, inner in value.items():
+        types = _annotations(sections, key) if sections else elements
+        if inner is not None or not _empties(types):
+            cleaned[key] = _cleaned(inner, types, f"{path}.{key}" if path else key, mistakes)
+    return cleaned
+
+
+def _empties(annotations: Sequence[Any]) -> bool:
+    """Whether null is no value of these types, and they are sections, lists or mappings."""
+    parts = any(union_members(annotation) or container_types(annotation) for annotation in annotations)
+    return parts and all(NoneType not in scalar_types(annotation) for annotation in annotations)
 
 
 def _deepspeed_mistakes(tree: Tree) -> list[str]:
@@ -119,26 +157,58 @@ def _deepspeed_mistakes(tree: Tree) -> list[str]:
     return []
 
 
-def _find(name_or_path: str, beside: Path | None = None) -> Path:
-    candidates = [SHIPPED / f"{name_or_path}.yaml", Path(name_or_path)]
-    if beside is not None:
-        candidates.insert(0, beside.parent / name_or_path)
-    for candidate in candidates:
+def _read_extended(path: Path, children: tuple[Path, ...] = ()) -> Tree:
+    """The tree of a file over the trees of all that it extends. children: the files that lead here."""
+    if path.resolve() in [child.resolve() for child in children]:
+        circle = " -> ".join(map(str, (*children, path)))
+        raise RecipeError(f"{children[0]}: extends leads in a circle: {circle}; leave one of them out")
+    tree = _read(path)
+    names = tree.pop("extends", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecipeError(f"{path}: extends: give a recipe or a list of recipes, not {shown(names)}")
+    merged: Tree = {}
+    for name in names:
+        base = _read_extended(_find(name, child=path), (*children, path))
+        merged = merge(merged, {key: value for key, value in base.items() if key != "description"})
+    return merge(merged, tree)
+
+
+def _find(name_or_path: str, child: Path | None = None) -> Path:
+    """The file of a recipe. child: the file that extends it, beside which it is looked for first."""
+    path = Path(name_or_path)
+    beside = [child.parent / path] if child is not None else []
+    shipped = [SHIPPED / f"{path}.yaml"] if name_or_path in recipe_names() else []
+    for candidate in (*beside, *shipped, path):
         if candidate.is_file():
             return candidate
-    hint = nearest(name_or_path, recipe_names())
-    raise RecipeError(f"recipe {name_or_path!r}: no shipped recipe and no file of that name; {hint}")
+    origin = "" if child is None else f"{child}: extends: "
+    raise RecipeError(f"{origin}recipe {name_or_path!r}: no shipped recipe and no file of that name; {_nearest_recipe(path)}")
+
+
+def _nearest_recipe(path: Path) -> str:
+    """What was meant by a path without a file: a recipe in that directory, a file beside it, a shipped recipe."""
+    if (path / "recipe.yaml").is_file():
+        return f"did you mean {path / 'recipe.yaml'}?"
+    if path.is_dir() and path != Path():
+        return f"it is a directory; name a file in it, or one of {', '.join(recipe_names())}"
+    files = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    named = [file for file in files if Path(file).stem.lower() == path.stem.lower()]
+    close = named or difflib.get_close_matches(str(path), files, n=1, cutoff=0.7)
+    return f"did you mean {close[0]}?" if close else nearest(str(path), recipe_names())
 
 
 def _read(path: Path) -> Tree:
     try:
         tree = read_tree(path)
     except ValueError as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}; fix the file") from None
+        raise RecipeError(f"{path}: not valid {'JSON' if path.suffix == '.json' else 'YAML'}: {error}; fix the file") from None
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}; make it readable") from None
     if not isinstance(tree, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of sections, not {type(tree).__name__}; write `section:` lines")
+        raise RecipeError(
+            f"{path}: a recipe is a mapping of sections, not {shown(tree)}; write lines such as `training: {{max_steps: 5}}`"
+        )
     return tree
 
 
@@ -147,10 +217,15 @@ def _override(tree: Tree, override: str) -> None:
     keys = path.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(f"--set {override}: write it as section.key=value")
+    if not text.strip():
+        raise RecipeError(f"--set {override}: the value is missing; write null for none, or '' in quotes for empty text")
+    if keys == ["extends"]:
+        raise RecipeError(f"--set {override}: only a file extends a recipe; write `extends: {text}` into one of your own")
     try:
         value = parse_yaml(text)
-    except ValueError:
-        raise RecipeError(f"--set {override}: {text!r} is not a YAML value; quote it") from None
+    except ValueError as error:
+        reason = re.sub(r"^line \d+, column \d+: ", "", str(error))
+        raise RecipeError(f"--set {override}: {text!r} is not a YAML value ({reason}); quote it") from None
     node: Any = tree
     for depth, key in enumerate(keys[:-1]):
         node = _enter(node, key, override, ".".join(keys[: depth + 1]))
@@ -179,5 +254,7 @@ def _assign(node: Any, key: str, value: Any, override: str) -> None:
 
 def _index(node: list[Any], key: str, override: str) -> int:
     if not key.isdigit() or int(key) >= len(node):
-        raise RecipeError(f"--set {override}: {key!r} is no item of a list of {len(node)}; items count from 0")
+        raise RecipeError(
+            f"--set {override}: {key!r} is no item of a list of {len(node)}; items count from 0; to add one, give the whole list"
+        )
     return int(key)

@@ -8,6 +8,7 @@ that are neither text, number, boolean nor null.
 from __future__ import annotations
 
 import json
+import re
 import stat
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,17 @@ MAX_YAML_BYTES = 1 << 18
 MAX_YAML_VALUES = 10_000
 MAX_DEPTH = 64
 MAX_DIGITS = 64
+NOT_CLOSED = "a bracket or a quote that is not closed"
+YAML_PROBLEMS = {
+    "<stream end>": NOT_CLOSED,
+    "end of stream": NOT_CLOSED,
+    "expected ',' or": "a comma or a closing bracket is missing before this",
+    "'\\t' that cannot start any token": "a tab; indent with spaces",
+    "mapping values are not allowed here": "a colon too many; put text with ': ' in quotes, or indent rightly",
+    "expected <block end>": "the indentation fits no line above",
+    "could not determine a constructor": "a tag (!...) that is not read; leave it out",
+}
+"""Part of a complaint of PyYAML -> what it means."""
 
 
 def read_tree(path: Path, max_json_values: int = MAX_JSON_VALUES) -> Any:
@@ -66,11 +78,22 @@ def parse_yaml(text: str, max_values: int = MAX_YAML_VALUES) -> Any:
     try:
         return _BoundedLoader(text, max_values).get_single_data()
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
-        raise ValueError(position + ", ".join(filter(None, (error.context, error.problem)))) from error
+        raise ValueError(_yaml_problem(error)) from error
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ValueError(f"line {line}: a character that YAML does not have (number {error.character}); delete it") from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+
+
+def _yaml_problem(error: yaml.MarkedYAMLError) -> str:
+    """PyYAML's complaint with its position, in a user's words where it is a frequent one."""
+    mark, problem = error.problem_mark or error.context_mark, error.problem or ""
+    meaning = next((meaning for words, meaning in YAML_PROBLEMS.items() if words in problem), None)
+    if meaning == NOT_CLOSED:
+        mark = error.context_mark or mark
+    position = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+    return position + (meaning or ", ".join(filter(None, (error.context, problem))))
 
 
 def dump_yaml(tree: Any, *, width: int = 80) -> str:
@@ -157,16 +180,22 @@ class _BoundedLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if isinstance(key, bool) or not isinstance(key, str | int):
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} is not text; quote it", problem_mark=key_node.start_mark)
+                raw = key_node.value if isinstance(key_node, yaml.ScalarNode) else key
+                raise yaml.MarkedYAMLError(
+                    problem=f"the key {raw} is not text in YAML; quote it", problem_mark=key_node.start_mark
+                )
             if str(key) in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
             seen.add(str(key))
         return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
     def construct_number(self, node: Any) -> int | float:
-        """An integer or a float of bounded length."""
+        """An integer or a float of bounded length; not what YAML 1.1 alone reads otherwise, such as 010 (8) and 1:30 (90)."""
         try:
-            _short(node.value)
+            if ":" in _short(node.value) or re.match(r"[-+]?0[0-9_]+$", node.value):
+                raise ValueError(
+                    f"{node.value} is a number of base {60 if ':' in node.value else 8} in YAML; write it in base 10 or in quotes"
+                )
             is_float = node.tag == "tag:yaml.org,2002:float"
             return self.construct_yaml_float(node) if is_float else self.construct_yaml_int(node)
         except ValueError as error:

@@ -40,7 +40,7 @@ def test_what_does_not_fit_is_refused_on_every_rank_in_words(tmp_path: Path) -> 
         for case, problem in (
             ("step below 0", "optimizer_step: input should be greater than or equal to 0, not -1"),
             ("step as text", "step: input should be a valid integer, not '3'"),
-            ("no scaler", "loss_scaler: input should be an object, not None"),
+            ("no scaler", "loss_scaler: input should be an object, not null"),
             ("a scale of 0", "loss_scaler.cur_scale: input should be greater than 0, not 0"),
         ):
             assert f"manifest.json is not a valid state of an engine: {problem}; resume with the version" in said[case]

@@ -199,7 +199,7 @@ def test_a_bad_override_is_explained(override: str, complaint: str) -> None:
     assert complaint in errors_of(override)
 
 
-def test_extends_goes_one_level_and_merges_key_by_key(tmp_path: Path) -> None:
+def test_extends_merges_sections_key_by_key(tmp_path: Path) -> None:
     child = tmp_path / "child.yaml"
     child.write_text("extends: translation/quickstart\nmodel: {dropout: 0.25}\nschedule: {kind: constant}\n")
     recipe = load_recipe(str(child))
@@ -207,22 +207,103 @@ def test_extends_goes_one_level_and_merges_key_by_key(tmp_path: Path) -> None:
     assert recipe.model.dropout == 0.25
     assert recipe.model.encoder == base.model.encoder
     assert recipe.schedule.model_dump() == {"kind": "constant", "warmup_steps": 0, "warmup_init": 0.0}
-    grandchild = tmp_path / "grandchild.yaml"
-    grandchild.write_text("extends: child.yaml\n")
-    assert "only one level is read" in errors_of(recipe=str(grandchild))
+
+
+def files(directory: Path, **texts: str) -> str:
+    """YAML files by name; the path of the first."""
+    for name, text in texts.items():
+        (directory / f"{name}.yaml").write_text(text)
+    return str(directory / f"{next(iter(texts))}.yaml")
+
+
+def test_extends_goes_to_any_depth_and_joins_a_list_in_order(tmp_path: Path) -> None:
+    path = files(
+        tmp_path,
+        child="extends: [parent.yaml, seeds.yaml]\ntraining: {max_epochs: 3}\n",
+        parent="extends: grandparent.yaml\ntraining: {seed: 5, max_steps: 70}\n",
+        grandparent="extends: translation/quickstart\ntraining: {max_steps: 9, hang_seconds: 6}\n",
+        seeds="training: {seed: 8}\n",
+    )
+    training = load_recipe(path).training
+    assert (training.max_epochs, training.seed, training.max_steps, training.hang_seconds) == (3, 8, 70, 6)
+    seeds = (tmp_path / "seeds.yaml").read_text()
+    circle = files(tmp_path, seeds=f"extends: [child.yaml]\n{seeds}")
+    steps = " -> ".join(f"{tmp_path}/{name}.yaml" for name in ("seeds", "child", "seeds"))
+    assert f"seeds.yaml: extends leads in a circle: {steps}; leave one of them out" in errors_of(recipe=circle)
+
+
+def test_a_mapping_of_the_users_names_is_replaced_and_the_description_is_not_inherited(tmp_path: Path) -> None:
+    own = "{kind: grammar, split: test, num_pairs: 3}"
+    path = files(tmp_path, own=f"extends: translation/multi30k_tiny\ndata:\n  test:\n    mine: [{own}]\n")
+    recipe = load_recipe(path)
+    assert list(recipe.data.test) == ["mine"]
+    assert recipe.data.train == load_recipe("translation/multi30k_tiny").data.train
+    assert (recipe.description, load_recipe("translation/multi30k_tiny").description[:16]) == ("", "Transformer-Tiny")
+
+
+@pytest.mark.parametrize("empty", ["{}", "null", ""])
+def test_test_sets_are_emptied(empty: str, tmp_path: Path) -> None:
+    path = files(tmp_path, own=f"extends: translation/quickstart\ndata:\n  test: {empty}\n")
+    assert load_recipe(path).data.test == {}
+
+
+def test_null_empties_a_section_and_is_the_value_of_what_may_be_null(tmp_path: Path) -> None:
+    base = "objective: {kind: cross_entropy, label_smoothing: 0.3}\ntraining: {ema: {decay: 0.9}}\n"
+    base = f"extends: translation/quickstart\ndata: {{filter: {{max_ratio: 2}}}}\n{base}"
+    child = "extends: base.yaml\nobjective:\ndata: {filter: null}\ntraining: {ema: null}\n"
+    child += "validation: {metric: loss, generation: null}\n"
+    recipe = load_recipe(files(tmp_path, child=child, base=base))
+    assert recipe.objective == type(recipe.objective)()
+    assert recipe.data.filter.max_ratio is None
+    assert (recipe.training.ema, recipe.validation.generation) == (None, None)
+    assert load_recipe("translation/quickstart", ["reporting=null"]).reporting.log_every == 50
+    assert "schedule: missing; give it a value" in errors_of("schedule=null")
+    assert "training.seed: input should be a valid integer, not null" in errors_of("training.seed=null")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_on_own_data_is_extends_and_data(name: str, tmp_path: Path) -> None:
+    pairs = "{kind: parallel, source: my.en, target: my.de}"
+    path = files(tmp_path, own=f"extends: {name}\ndata:\n  train: [{pairs}]\n  valid: [{pairs}]\n  test: {{mine: [{pairs}]}}\n")
+    recipe, base = load_recipe(path), load_recipe(name)
+    assert [corpus.model_dump()["source"] for _, corpus in recipe.data.corpora()] == ["my.en"] * 3
+    assert recipe.model_copy(update={"data": base.data, "description": base.description}) == base
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("5", "child.yaml: extends: give a recipe or a list of recipes, not 5"),
+        ("[translation/quickstart, 5]", "extends: give a recipe or a list of recipes, not ['translation/quickstart', 5]"),
+        ("", "child.yaml: extends: give a recipe or a list of recipes, not null"),
+        (
+            "translation/quikstart",
+            "child.yaml: extends: recipe 'translation/quikstart': no shipped recipe and no file of that name",
+        ),
+        ("broken.yaml", "broken.yaml: not valid YAML: line 2"),
+        ("child.yaml", "child.yaml: extends leads in a circle"),
+    ],
+)
+def test_a_bad_extends_is_explained(text: str, complaint: str, tmp_path: Path) -> None:
+    assert complaint in errors_of(recipe=files(tmp_path, child=f"extends: {text}\n", broken="a: {\n"))
 
 
 def test_merge_replaces_a_part_of_another_kind() -> None:
-    base = {"part": {"kind": "a", "x": 1}, "other": {"y": 1, "z": 2}}
-    assert merge(base, {"part": {"kind": "b"}, "other": {"y": 3}}) == {"part": {"kind": "b"}, "other": {"y": 3, "z": 2}}
-    assert merge(base, {"part": {"x": 2}}) == {"part": {"kind": "a", "x": 2}, "other": {"y": 1, "z": 2}}
+    base = {
+        "schedule": {"kind": "cosine", "total_steps": 1},
+        "training": {"seed": 1, "max_steps": 2},
+        "data": {"test": {"a": []}},
+    }
+    top = {"schedule": {"kind": "constant"}, "training": {"seed": 3}, "data": {"test": {"b": []}}}
+    assert merge(base, top) == {**top, "training": {"seed": 3, "max_steps": 2}}
+    assert merge(base, {"schedule": {"total_steps": 2}})["schedule"] == {"kind": "cosine", "total_steps": 2}
 
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
         ("a: [", "not valid YAML"),
-        ("- 1", "a recipe is a mapping of sections, not list"),
+        ("- 1", "a recipe is a mapping of sections, not [1]"),
         ("training: {seed: 1, seed: 2}", "the key 'seed' is given twice"),
     ],
 )

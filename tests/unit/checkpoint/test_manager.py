@@ -309,7 +309,7 @@ def test_a_wrong_index_is_one_message(three: Path, index: Any, why: str) -> None
             "leads out of the directory",
         ),
         ({"files": [{"file": "/etc/hosts", "size": 1, "sha256": "0" * 64}]}, "is no relative path with `/`"),
-        ({"state": None}, "state: input should be an object, not None"),
+        ({"state": None}, "state: input should be an object, not null"),
         ({"scalars": [1]}, "scalars: input should be an object, not [1]"),
     ],
 )

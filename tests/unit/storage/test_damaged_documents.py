@@ -219,7 +219,7 @@ FIELDS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
         "or equal to 0, not -1",
     ),
     "pairs as text": ("manifest of data", lambda t: train(t).update(pairs_read="20"), "valid integer, not '20'"),
-    "pairs as truth": ("manifest of data", lambda t: train(t).update(pairs_read=True), "valid integer, not True"),
+    "pairs as truth": ("manifest of data", lambda t: train(t).update(pairs_read=True), "valid integer, not true"),
     "pairs beyond 64 bits": (
         "manifest of data",
         lambda t: t["splits"]["train"].update(pairs_read=10**30),
@@ -262,7 +262,7 @@ FIELDS: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
     "a depth below 0": ("model.yaml", lambda t: t["model"]["encoder"].update(depth=-1), r"encoder\.depth: .*, not -1"),
     "a width in words": ("model.yaml", lambda t: t["model"].update(model_dim="wide"), r"model_dim: .*, not 'wide'"),
     "a model of no kind": ("model.yaml", lambda t: t["model"].update(kind="rnn"), r"model\.kind: 'rnn' is unknown"),
-    "a vocabulary of none": ("model.yaml", lambda t: t["vocabulary"].update(source=None), r"vocabulary\.source: .*, not None"),
+    "a vocabulary of none": ("model.yaml", lambda t: t["vocabulary"].update(source=None), r"vocabulary\.source: .*, not null"),
     "a rank below 0": ("adapter.yaml", lambda t: t["adapter"].update(rank=-1), r"adapter\.rank: .*, not -1"),
     "a base that is a list": ("adapter.yaml", lambda t: t["base"].update(path=["a"]), r"base\.path: .* not \['a'\]"),
     "a generation that is a number": (

@@ -38,7 +38,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, name: str) -> None:
         ('{"format": 1}', r"toy.json is not a valid toy: step: missing; give it a value; make it again"),
         ('{"format": 1, "step": -1}', r"step: input should be greater than or equal to 0, not -1; make it again"),
         ('{"format": 1, "step": "12"}', r"step: input should be a valid integer, not '12'"),
-        ('{"format": 1, "step": true}', r"step: input should be a valid integer, not True"),
+        ('{"format": 1, "step": true}', r"step: input should be a valid integer, not true"),
         ('{"format": 1, "step": 1, "stop": 2}', r"stop: unknown key; did you mean step\?"),
         ("[1]", r"holds no mapping of fields but \[1\]"),
         ("", r"toy.json is not valid JSON \(the file is empty\): it was altered; make it again"),

@@ -70,7 +70,7 @@ def test_a_sum_is_divided_by_the_targets_of_the_steps_that_report_it() -> None:
         ({"step": "7"}, "step: input should be a valid integer, not '7'"),
         ({"epoch": 0}, "epoch: input should be greater than 0, not 0"),
         ({"events_bytes": 1.5}, "events_bytes: "),
-        ({"elapsed_seconds": None}, "elapsed_seconds: input should be a valid number, not None"),
+        ({"elapsed_seconds": None}, "elapsed_seconds: input should be a valid number, not null"),
         ({"window": []}, "window: input should be an object"),
         ({"window": {"steps": 1}}, "it lacks window.counts, window.cpu_seconds, "),
         ({"window": {**Window().model_dump(), "counts": {"nll": -3}}}, "window.counts.nll: input should be greater"),
