@@ -13,6 +13,8 @@ Tree = dict[str, Any]
 """The plain values of a configuration, as a YAML file has them."""
 Precision = Literal["fp32", "bf16", "fp16"]
 """The precision of a model's computation."""
+PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]
+"""A precision that a user names; auto = bf16 on a GPU that has it, else fp32."""
 BleuTokenization = Literal[
     "auto", "13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab", "flores101", "flores200", "spBLEU-1K", "spm"
 ]

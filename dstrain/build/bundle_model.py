@@ -9,11 +9,13 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from dstrain.build.device import usable_device
+from dstrain.build.device import usable_device, usable_precision
 from dstrain.checkpoint.bundle import Bundle, load_bundle
+from dstrain.config_base import PrecisionChoice
 from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.plan import batches_by_length
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
+from dstrain.engine.construction import COMPUTE_DTYPES
 from dstrain.errors import BundleError, DataError
 from dstrain.generation.config import GenerationConfig, generation_config
 from dstrain.generation.constraints import SpecialIds
@@ -24,14 +26,19 @@ MAX_TOKENS = 8192
 """Padded tokens of one batch of `logits`."""
 
 
-def load(bundle: str | Path, device: str = "cpu", *, base: str | Path | None = None) -> BundleModel:
+def load(
+    bundle: str | Path, device: str = "cpu", *, base: str | Path | None = None, precision: PrecisionChoice = "auto"
+) -> BundleModel:
     """Read a bundle directory. device: cpu, cuda, cuda:1, or auto for a GPU if there is one.
-    base: of an adapter bundle, if it has moved.
+
+    base: of an adapter bundle, if it has moved. precision: of the computation, auto = bf16 on a GPU that has it, else fp32.
 
     BundleError: the bundle is missing, incomplete or altered. DstrainError: no such device.
     """
     chosen = usable_device(device)
-    return BundleModel(load_bundle(Path(bundle), device=chosen, base=None if base is None else Path(base)), chosen)
+    opened = load_bundle(Path(bundle), device=chosen, base=None if base is None else Path(base))
+    opened.model.to(COMPUTE_DTYPES[usable_precision(precision, chosen)])
+    return BundleModel(opened, chosen)
 
 
 class BundleModel:

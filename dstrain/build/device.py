@@ -1,11 +1,13 @@
-"""The device that a user names."""
+"""The device and the precision that a user names."""
 
 from __future__ import annotations
 
 import re
+from typing import get_args
 
 import torch
 
+from dstrain.config_base import Precision, PrecisionChoice
 from dstrain.errors import DstrainError
 from dstrain.ops.allocator import keep_freed_memory
 
@@ -30,3 +32,13 @@ def open_device(name: str) -> str:
     if device == "cpu":
         keep_freed_memory()
     return device
+
+
+def usable_precision(name: PrecisionChoice, device: torch.device | str) -> Precision:
+    """The precision of that name there; `auto` is bf16 on a GPU that has it, else fp32. DstrainError for another name."""
+    if name not in get_args(PrecisionChoice):
+        raise DstrainError(f"precision {name!r} is unknown; choose {', '.join(get_args(PrecisionChoice))}")
+    if name != "auto":
+        return name
+    on_gpu = torch.device(device).type == "cuda"
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"

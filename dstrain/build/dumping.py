@@ -11,7 +11,7 @@ from typing import Any, Literal
 from dstrain import __version__
 from dstrain.build.shared_work import ALL_WORK, Task, do_work
 from dstrain.build.teacher_source import load_teacher_source
-from dstrain.config_base import Precision
+from dstrain.config_base import PrecisionChoice
 from dstrain.distillation.store.dump import Dumper, plan_dump
 from dstrain.distillation.store.manifest import StoreManifest, choose_method, merge_store
 from dstrain.log import logger
@@ -41,7 +41,7 @@ class DumpOptions:
     tokens_per_shard: int | None = None
     worker: Worker = ALL_WORK
     device: str = "auto"
-    precision: Precision = "fp32"
+    precision: PrecisionChoice = "fp32"
 
 
 def dump_logits(options: DumpOptions, report: Callable[[str], object] = logger.info) -> StoreManifest | None:
@@ -82,7 +82,7 @@ def build_dumper(options: DumpOptions, device: str) -> Dumper:
         source.fingerprint,
         vocabulary=bundle.vocabulary,
         tokens_per_shard=options.tokens_per_shard,
-        precision=options.precision,
+        precision=source.precision,
     )
     return Dumper(
         bundle.model,

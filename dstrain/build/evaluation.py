@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from dstrain.build.device import usable_precision
 from dstrain.build.teacher_source import TeacherSource, load_teacher_source
 from dstrain.checkpoint.bundle import load_bundle
+from dstrain.config_base import PrecisionChoice
 from dstrain.data.batching.collate import Collator
 from dstrain.distillation.store.gradient_angle import Angle, gradient_angles, random_batches
 from dstrain.distillation.store.manifest import load_store_manifest
 from dstrain.distillation.store.store import moved, open_store
+from dstrain.engine.construction import COMPUTE_DTYPES
 from dstrain.errors import BundleError
 from dstrain.evaluation.bundle_validation import validate_bundle
 from dstrain.generation.config import generation_config
@@ -33,7 +36,7 @@ class ValidateOptions:
     """The options of `dstrain validate`.
 
     base: of an adapter bundle, if it has moved. generate: translate, too. beam_size, tokenize and lowercase of BLEU: None as in
-    the bundle's recipe. max_tokens: padded tokens of a batch.
+    the bundle's recipe. max_tokens: padded tokens of a batch. precision: auto = bf16 on a GPU that has it, else fp32.
     """
 
     bundle: Path
@@ -46,10 +49,11 @@ class ValidateOptions:
     lowercase: bool | None = None
     max_tokens: int = 4096
     device: DeviceChoice = "auto"
+    precision: PrecisionChoice = "auto"
 
 
 def validate(options: ValidateOptions) -> dict[str, Any] | None:
-    """Loss, perplexity and scores of generated text by name, and the signatures of the latter.
+    """Loss, perplexity and scores of generated text by name, the signatures of the latter, and the precision of it all.
 
     Every rank scores its share, and only rank 0 returns the result.
 
@@ -59,7 +63,7 @@ def validate(options: ValidateOptions) -> dict[str, Any] | None:
     >>> from dstrain.api import ValidateOptions, validate
     >>> scores = validate(ValidateOptions(bundle=Path("run/bundles/best"), data=Path("data"), beam_size=2))
     >>> sorted(scores)
-    ['bleu', 'chrf', 'loss', 'nll', 'num_targets', 'perplexity', 'repetition', 'signatures']
+    ['bleu', 'chrf', 'loss', 'nll', 'num_targets', 'perplexity', 'precision', 'repetition', 'signatures']
     """
     mesh = build_mesh(options.device)
     try:
@@ -71,11 +75,13 @@ def validate(options: ValidateOptions) -> dict[str, Any] | None:
 
 def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, Any]:
     bundle = load_bundle(options.bundle, device=mesh.device, base=options.base)
+    precision = usable_precision(options.precision, mesh.device)
+    bundle.model.to(COMPUTE_DTYPES[precision])
     generation = generation_config(bundle.recipe, {"beam_size": options.beam_size}) if options.generate else None
     recipe = check_recipe(bundle.recipe, "the bundle's recipe") if bundle.recipe else None
     plain = CrossEntropyConfig(label_smoothing=0.0)
     scoring = ValidationConfig() if recipe is None else recipe.validation
-    return validate_bundle(
+    scores = validate_bundle(
         bundle,
         options.data,
         options.split,
@@ -86,6 +92,7 @@ def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, Any]:
         lowercase=scoring.lowercase if options.lowercase is None else options.lowercase,
         max_tokens=options.max_tokens,
     )
+    return {**scores, "precision": precision}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import torch
 
 from dstrain.build.bundle_model import BundleModel, load
 from dstrain.build.device import open_device
+from dstrain.config_base import PrecisionChoice
 from dstrain.errors import DataError
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.files import STANDARD, Chunk, count_lines, translate_file
@@ -25,10 +26,10 @@ from dstrain.progress import Progress
 class GenerateOptions:
     """The options of `dstrain generate`.
 
-    base: of an adapter bundle, if it has moved.
-    input, output: files, `-` for standard input and output. reference: human translations to write beside the answers, or with
-    score_only to score instead. prefix: a file with the beginning of each answer. method: fields of `generation.config`;
-    those left out or None follow the bundle's recipe. threads: None for all cores. truncate: cut lines that are too long.
+    base: of an adapter bundle, if it has moved. input, output: files, `-` for standard input and output. reference: human
+    translations to write beside the answers, or with score_only to score instead. prefix: a file with the beginning of each
+    answer. method: fields of `generation.config`; those left out or None follow the bundle's recipe. precision: auto = bf16 on a
+    GPU that has it, else fp32. threads: None for all cores. truncate: cut lines that are too long.
     """
 
     bundle: Path
@@ -42,6 +43,7 @@ class GenerateOptions:
     format: Format = "text"
     truncate: bool = False
     device: str = "auto"
+    precision: PrecisionChoice = "auto"
     threads: int | None = None
 
 
@@ -65,7 +67,7 @@ def open_translator(options: GenerateOptions) -> Translator:
     """Load the bundle. RecipeError for an option that the method does not have."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model = load(options.bundle, open_device(options.device), base=options.base)
+    model = load(options.bundle, open_device(options.device), base=options.base, precision=options.precision)
     config = model.generation_config(options.method)
     render = formatter(options.format, model.tokenizer.target, num_best=config.num_best, score_only=options.score_only)
     return Translator(model, config, render)

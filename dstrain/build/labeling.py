@@ -10,7 +10,7 @@ from pathlib import Path
 from dstrain import __version__
 from dstrain.build.shared_work import ALL_WORK, Task, do_work
 from dstrain.build.teacher_source import TeacherSource, load_teacher_source
-from dstrain.config_base import Precision
+from dstrain.config_base import PrecisionChoice
 from dstrain.data.config import DataConfig, FilterConfig
 from dstrain.data.prepared.derived import LabelJob, copy_original, merge_labels
 from dstrain.data.prepared.manifest import DataManifest
@@ -47,7 +47,7 @@ class LabelOptions:
     pairs_per_shard: int | None = None
     worker: Worker = ALL_WORK
     device: str = "auto"
-    precision: Precision = "fp32"
+    precision: PrecisionChoice = "fp32"
 
 
 def pseudo_label(options: LabelOptions, report: Callable[[str], object] = logger.info) -> DataManifest | None:
@@ -95,7 +95,7 @@ def build_labeler(options: LabelOptions, device: str) -> Labeler:
         pairs=pairs,
         parts=-(-pairs // pairs_per_part),
         pairs_per_part=pairs_per_part,
-        precision=options.precision,
+        precision=source.precision,
     )
     generator = Generator(
         bundle.model,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from dstrain.build.device import open_device
+from dstrain.build.device import open_device, usable_precision
 from dstrain.checkpoint.bundle import Bundle, load_bundle
-from dstrain.config_base import Precision
+from dstrain.config_base import Precision, PrecisionChoice
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import DataManifest, load_manifest
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
@@ -23,13 +23,14 @@ class TeacherSource:
     bundle: Bundle
     tokenizers: TokenizerPair
     device: str
+    precision: Precision
     fingerprint: str
     manifest: DataManifest
     dataset: Dataset
 
 
 def load_teacher_source(
-    teacher: Path, data: Path, split: str, device: str, *, precision: Precision = "fp32", base: Path | None = None
+    teacher: Path, data: Path, split: str, device: str, *, precision: PrecisionChoice = "fp32", base: Path | None = None
 ) -> TeacherSource:
     """Open both; the teacher then computes in `precision`. base: see `load_bundle`.
 
@@ -40,7 +41,8 @@ def load_teacher_source(
     if bundle.tokenizers is None:
         raise BundleError(f"{teacher} has no tokenizer, so it is unknown whether the ids of {data} are its own")
     manifest.require_tokenizer(bundle.tokenizers.fingerprint, str(teacher))
-    bundle.model.to(COMPUTE_DTYPES[precision])
+    computed = usable_precision(precision, chosen)
+    bundle.model.to(COMPUTE_DTYPES[computed])
     dataset = open_dataset(data, split)
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
-    return TeacherSource(bundle, bundle.tokenizers, chosen, bundle.fingerprint, manifest, dataset)
+    return TeacherSource(bundle, bundle.tokenizers, chosen, computed, bundle.fingerprint, manifest, dataset)

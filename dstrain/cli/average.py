@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dstrain.cli.common import add_base_argument, positive_number
+from dstrain.cli.bundle_arguments import add_base_argument
+from dstrain.cli.common import positive_number
 from dstrain.errors import BundleError
 
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import load_recipe
-
-TOKENIZE_HELP = "how BLEU finds words: 13a, intl, zh, ja-mecab, char, ..., or auto by the script of the references (default: {})"
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -32,13 +29,6 @@ def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = Tr
 def recipe_from(args: argparse.Namespace) -> Recipe:
     """The checked recipe of the two arguments."""
     return load_recipe(args.recipe, args.overrides)
-
-
-def add_base_argument(parser: argparse.ArgumentParser) -> None:
-    """--base, of the verbs that read bundles."""
-    parser.add_argument(
-        "--base", metavar="BUNDLE", type=Path, help="the base of an adapter bundle, if it is not where that looks for it"
-    )
 
 
 def positive_float(text: str) -> float:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 
-from dstrain.cli.common import TOKENIZE_HELP
+from dstrain.cli.bundle_arguments import TOKENIZE_HELP
 
 TITLES = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "repetition": "repetition"}
 

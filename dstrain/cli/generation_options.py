@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from dstrain.cli.common import add_base_argument, add_options, named, positive_number
+from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument
+from dstrain.cli.common import add_options, named, positive_number
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.formats import FORMATS
 
@@ -42,6 +43,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     add_base_argument(parser)
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the output (default: text)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
+    add_precision_argument(parser)
     parser.add_argument("--threads", type=positive_number, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--truncate", action="store_true", help="cut lines longer than the model reads instead of refusing them")
     group = parser.add_argument_group("method, by default as in the bundle's recipe")
@@ -56,6 +58,6 @@ def generate_options(args: argparse.Namespace, *files: str) -> GenerateOptions:
     from dstrain.build.generation import GenerateOptions
 
     return GenerateOptions(
-        **named(args, "bundle", "base", "format", "truncate", "device", "threads", *files),
+        **named(args, "bundle", "base", "format", "truncate", "device", "precision", "threads", *files),
         method=named(args, "kind", "score", *GENERATION_OPTIONS),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from dstrain.cli.common import add_base_argument
+from dstrain.cli.bundle_arguments import add_base_argument
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

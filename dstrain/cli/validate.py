@@ -11,7 +11,8 @@ import argparse
 import json
 from pathlib import Path
 
-from dstrain.cli.common import TOKENIZE_HELP, add_base_argument, named, positive_number
+from dstrain.cli.bundle_arguments import TOKENIZE_HELP, add_base_argument, add_precision_argument
+from dstrain.cli.common import named, positive_number
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,13 +29,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-tokens", metavar="N", type=positive_number, default=4096, help="padded tokens of a batch (default: 4096)"
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
+    add_precision_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Score on as many processes as were started; rank 0 prints."""
     from dstrain.build.evaluation import ValidateOptions, validate
 
-    names = ("bundle", "base", "data", "split", "generate", "beam_size", "tokenize", "lowercase", "max_tokens", "device")
+    names = (
+        "bundle",
+        "base",
+        "data",
+        "split",
+        "generate",
+        "beam_size",
+        "tokenize",
+        "lowercase",
+        "max_tokens",
+        "device",
+        "precision",
+    )
     scores = validate(ValidateOptions(**named(args, *names)))
     if scores is not None:
         print(json.dumps({"bundle": str(args.bundle), "data": str(args.data), "split": args.split, **scores}, indent=1))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
-from typing import get_args
 
-from dstrain.cli.common import add_base_argument
-from dstrain.config_base import Precision
+from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument
 from dstrain.errors import DataError
 from dstrain.storage.sharded_job import Worker
 
@@ -31,12 +29,7 @@ def add_work_arguments(parser: argparse.ArgumentParser, output: str) -> None:
         help="do share I (from 0) of N shares of the work (default: 0/1)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
-    parser.add_argument(
-        "--precision",
-        choices=get_args(Precision),
-        default="fp32",
-        help="precision of the teacher's computation; bf16 for speed on a GPU (default: fp32)",
-    )
+    add_precision_argument(parser, "fp32")  # what is written is kept, and every share of it must be alike
     parser.add_argument("--merge", metavar=output, type=Path, help="check that every shard is there and complete, and finish")
 
 

@@ -21,7 +21,7 @@ OPTIONS = {
 @pytest.mark.parametrize("name", OPTIONS)
 def test_hypotheses_equal_the_cpus(name: str, tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
-    cpu, gpu = (load(bundle, device=device).generate(SENTENCES, **OPTIONS[name]) for device in ("cpu", "cuda"))  # type: ignore[arg-type]
+    cpu, gpu = (load(bundle, device=device, precision="fp32").generate(SENTENCES, **OPTIONS[name]) for device in ("cpu", "cuda"))  # type: ignore[arg-type]
     for expected, found in zip(cpu, gpu, strict=True):
         assert [h.text for h in found] == [h.text for h in expected]
         assert [h.score for h in found] == pytest.approx([h.score for h in expected], rel=1e-4)
@@ -29,7 +29,7 @@ def test_hypotheses_equal_the_cpus(name: str, tmp_path: Path) -> None:
 
 def test_forced_scores_and_logits_equal_the_cpus(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle")
-    cpu, gpu = load(bundle), load(bundle, device="cuda")
+    cpu, gpu = load(bundle), load(bundle, device="cuda", precision="fp32")
     scores = [model.score(["one two", "three"], ["eins", "zwei drei vier"]) for model in (cpu, gpu)]
     assert [h.score for h in scores[1]] == pytest.approx([h.score for h in scores[0]], rel=1e-4)
     logits = [model.logits([[5, 6, 2]], [[2, 4, 5]])[0] for model in (cpu, gpu)]

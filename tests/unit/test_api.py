@@ -12,7 +12,8 @@ import torch
 
 from dstrain.api import BundleModel, load
 from dstrain.batch import Sequences
-from dstrain.build.device import usable_device
+from dstrain.build.device import usable_device, usable_precision
+from dstrain.engine.construction import COMPUTE_DTYPES
 from dstrain.errors import BundleError, DataError, DstrainError, RecipeError
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.padding import pad
@@ -207,6 +208,30 @@ def test_a_gpu_beyond_those_visible_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert [usable_device(name) for name in ("auto", "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
     with pytest.raises(DstrainError, match="device cuda:2: 2 GPUs are visible here, numbered from 0"):
         usable_device("cuda:2")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_model_computes_in_the_precision_asked_for(
+    directory: Path, model: BundleModel, precision: Literal["bf16", "fp16"]
+) -> None:
+    half = load(directory, precision=precision)
+    sources, targets = ["one two", "three"], ["eins zwei drei", "vier"]
+    assert {parameter.dtype for parameter in half.bundle.model.parameters()} == {COMPUTE_DTYPES[precision]}
+    exact, near = ([h.score for h in loaded.score(sources, targets)] for loaded in (model, half))
+    assert near != exact
+    assert near == pytest.approx(exact, rel=0.03)
+    assert half.logits([[5, 2]], [[2, 4]])[0].dtype == np.float32
+    assert all(hypotheses[0].text for hypotheses in half.generate(sources))
+
+
+def test_the_precision_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    for supported in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, supported=supported: supported)
+        assert usable_precision("auto", "cuda:1") == ("bf16" if supported else "fp32")
+        assert usable_precision("auto", torch.device("cpu")) == "fp32"
+        assert usable_precision("fp16", "cuda") == "fp16"
+    with pytest.raises(DstrainError, match="precision 'fp8' is unknown; choose auto, fp32, bf16, fp16"):
+        usable_precision("fp8", "cpu")  # type: ignore[arg-type]
 
 
 def test_nothing_that_is_no_bundle_is_loaded(tmp_path: Path) -> None:

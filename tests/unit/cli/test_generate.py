@@ -200,6 +200,20 @@ def test_interactive_answers_every_line_of_a_pipe(
     assert ">" not in captured.err
 
 
+def test_generate_and_interactive_take_a_precision(
+    bundle: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = load(bundle, precision="bf16").generate(SENTENCES, beam_size=2)
+    assert expected[0][0].score != load(bundle).generate(SENTENCES, beam_size=2)[0][0].score
+    half = ["--precision", "bf16", "--beam-size", "2", "--format", "fairseq"]
+    assert generate(bundle, "--input", source, "--output", tmp_path / "out", *half) == 0
+    feed(monkeypatch, TEXT.encode())
+    assert main(["interactive", str(bundle), *half]) == 0
+    for output in ((tmp_path / "out").read_text(), capsys.readouterr().out):
+        scores = [float(line.split("\t")[1]) for line in output.splitlines() if line.startswith("H-")]
+        assert scores == pytest.approx([hypotheses[0].score / math.log(2) for hypotheses in expected], abs=1e-6)
+
+
 def test_interactive_stops_at_a_fault_in_a_pipe(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

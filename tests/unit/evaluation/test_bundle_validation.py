@@ -133,6 +133,13 @@ def test_bleu_is_that_of_the_recipe_unless_options_change_it(
     assert "|case:mixed|" in changed["signatures"]["chrf"]
 
 
+def test_another_precision_changes_the_figures_and_is_said(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exact, near = (scores_of(bundle, data, capsys, "--precision", name) for name in ("auto", "bf16"))
+    assert (exact["precision"], near["precision"]) == ("fp32", "bf16")
+    assert near["loss"] != exact["loss"]
+    assert near["loss"] == pytest.approx(exact["loss"], rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

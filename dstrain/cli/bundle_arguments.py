@@ -1,0 +1,28 @@
+"""The arguments of the verbs that read a bundle, compute with it, or score what it says."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import get_args
+
+from dstrain.config_base import PrecisionChoice
+
+TOKENIZE_HELP = "how BLEU finds words: 13a, intl, zh, ja-mecab, char, ..., or auto by the script of the references (default: {})"
+
+
+def add_base_argument(parser: argparse.ArgumentParser) -> None:
+    """--base, of the verbs that read bundles."""
+    parser.add_argument(
+        "--base", metavar="BUNDLE", type=Path, help="the base of an adapter bundle, if it is not where that looks for it"
+    )
+
+
+def add_precision_argument(parser: argparse.ArgumentParser, default: PrecisionChoice = "auto") -> None:
+    """--precision, of the verbs that compute with a bundle."""
+    parser.add_argument(
+        "--precision",
+        choices=get_args(PrecisionChoice),
+        default=default,
+        help=f"of the computation; auto = bf16 on a GPU that has it, else fp32 (default: {default})",
+    )
