@@ -199,6 +199,9 @@ class BundleModel:
     ) -> list[npt.NDArray[np.float32]]:
         """Teacher-forced logits after each decoder input, one (T, V) float32 array a row, without padding.
 
+        Under dynamic rotary scalings they are those of the whole row's length, as in training; a search and `score` take another
+        pass for each token.
+
         source_ids: ids ending in EOS; None for a decoder-only model that reads no source. target_input_ids: EOS, then target
         tokens. DataError: unequal numbers of rows, or no sources for an encoder-decoder model.
         """

@@ -47,7 +47,8 @@ class LinearScaling(Config):
 class DynamicNtkScaling(Config):
     """Sequences of L > M = original_length tokens rotate by the base theta * (factor L / M - (factor - 1))^(d / (d - 2)).
 
-    L is the length of the sequence itself, not of its batch.
+    L is the length of the sequence itself, not of its batch. Losses are computed with the whole target's L; generation and forced
+    scores use, for each token, the L that ends with it.
     """
 
     kind: Literal["dynamic_ntk"] = "dynamic_ntk"
@@ -80,7 +81,10 @@ class YarnScaling(Config):
 
 
 class DynamicYarnScaling(YarnScaling):
-    """YaRN whose factor follows the length L of each sequence: the larger of `factor` and L / from_length."""
+    """YaRN whose factor follows the length L of each sequence: the larger of `factor` and L / from_length.
+
+    L is as in dynamic_ntk.
+    """
 
     kind: Literal["dynamic_yarn"] = "dynamic_yarn"  # type: ignore[assignment]
     factor: float = Field(default=1.0, ge=1, description="The least factor, also of short sequences.")

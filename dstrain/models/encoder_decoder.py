@@ -115,6 +115,10 @@ class EncoderDecoder(nn.Module):
         """Logits. (..., D) -> (..., V)"""
         return self.reduce_projection(hidden, F.linear)
 
+    def invalidates_cache(self, length: int) -> bool:
+        """Whether a sequence of `length` tokens changes the results of its earlier tokens, in the decoder."""
+        return self.target_attention_bias.invalidates_cache(length)
+
     def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], _R]) -> _R:
         """`reduce(features, weight)` inside the projection's forward; see `protocols.TeacherForced`."""
         result: _R = self.projection(hidden, reduce)

@@ -94,7 +94,7 @@ def test_a_uniform_number_picks_by_the_cumulative_mass(uniform: float, column: i
 def test_scores_are_those_of_the_whole_distribution() -> None:
     model = ToyModel(25, seed=7)
     sources = random_sources(4, 25)
-    config = SamplingConfig(num_best=3, top_k=4, top_p=0.8, temperature=0.7, min_length=2, length_penalty=0.6)
+    config = SamplingConfig(num_best=3, top_k=4, top_p=0.8, temperature=0.7, min_length=2, length_penalty=0.6, unk_penalty=3.0)
     for source, hypotheses in zip(sources, samples(model, sources, config, [6] * 4), strict=True):
         targets = [h.tokens for h in hypotheses]
         expected = score_targets(model, [source] * 3, targets, config=config, ids=IDS)

@@ -56,6 +56,9 @@ class ToyModel:
             states.append(hidden)
         return ModelOutput(torch.stack(states, 1), Memory(memory, source.lengths))
 
+    def invalidates_cache(self, length: int) -> bool:
+        return False
+
     def project(self, hidden: Tensor) -> Tensor:
         return hidden @ self.output.T
 
