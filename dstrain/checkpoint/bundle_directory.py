@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from dstrain.errors import BundleError
+from dstrain.storage.directory_kind import instead_of
 
 MODEL, WEIGHTS, TOKENIZER, RECIPE = "model.yaml", "model.safetensors", "tokenizer", "recipe.yaml"
 ADAPTER, ADAPTER_YAML, ADAPTER_WEIGHTS = "adapter", "adapter.yaml", "adapter.safetensors"
@@ -23,4 +24,4 @@ def is_adapter(directory: Path) -> bool:
 def require_bundle(directory: Path) -> None:
     """BundleError unless `is_bundle`."""
     if not is_bundle(directory):
-        raise BundleError(f"{directory} is not a bundle: it has no {MODEL}; name a directory that training or import has written")
+        raise BundleError(f"{directory} is not a bundle: it has no {MODEL}; {instead_of('a bundle', directory)}")

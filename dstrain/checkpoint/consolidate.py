@@ -19,6 +19,7 @@ from dstrain.checkpoint.tensor_file import TensorInfo, file_order, write_tensors
 from dstrain.errors import CheckpointError
 from dstrain.models.factory import build_model
 from dstrain.models.weights import TensorSource, check_canonical, parameter_layouts
+from dstrain.storage.directory_kind import directory_kind, instead_of
 
 WeightChoice = Literal["as_bundles", "averaged", "trained"]
 KINDS = {"averaged": "ema", "trained": "master"}
@@ -32,6 +33,8 @@ def consolidate(checkpoint: Path, output: Path, *, weights: WeightChoice = "as_b
     weights: `as_bundles` takes the moving average if the run has one. Memory: one piece of `reader.PIECE` bytes. CheckpointError
     if the checkpoint is damaged or holds no such weights, BundleError if the bundle cannot be written.
     """
+    if directory_kind(checkpoint) != "a checkpoint":
+        raise CheckpointError(f"{checkpoint} is no checkpoint: {instead_of('a checkpoint', checkpoint)}")
     stored = open_checkpoint(checkpoint)
     has_average = bool(stored.names(KINDS["averaged"]))
     choice = weights if weights != "as_bundles" else "averaged" if has_average else "trained"

@@ -12,6 +12,7 @@ from pathlib import Path
 from dstrain.cli.bundle_arguments import add_base_argument
 from dstrain.cli.common import positive_number
 from dstrain.errors import BundleError
+from dstrain.storage.directory_kind import instead_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +48,10 @@ def _newest(directory: Path, count: int | None) -> list[Path]:
     from dstrain.training.bundles import step_bundles
 
     if not (directory / "bundles").is_dir():
-        raise BundleError(f"{directory} is neither a run (it has no bundles/) nor a bundle (it has no model.yaml)")
+        raise BundleError(
+            f"{directory} is neither a run (it has no bundles/) nor a bundle (it has no model.yaml): "
+            f"{instead_of('a run', directory)}"
+        )
     present = step_bundles(directory / "bundles")
     if not present or len(present) < (count or 1):
         raise BundleError(

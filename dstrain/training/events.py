@@ -39,6 +39,7 @@ from typing import Any
 
 from dstrain.errors import TrainingError
 from dstrain.log import logger
+from dstrain.storage.directory_kind import instead_of
 from dstrain.storage.parsing import parse_json
 
 Event = Mapping[str, Any]
@@ -92,7 +93,9 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     Raises TrainingError if the file is missing or broken elsewhere.
     """
     if not path.is_file():
-        raise TrainingError(f"{path} is missing: give the directory that `dstrain train --output` wrote")
+        raise TrainingError(
+            f"{path} is missing: give the directory that `dstrain train --output` wrote; {instead_of('a run', path.parent)}"
+        )
     lines = path.read_bytes().split(b"\n")
     events = []
     for number, line in enumerate(lines, start=1):

@@ -13,6 +13,7 @@ from pydantic import FailFast
 
 from dstrain.config_base import Config
 from dstrain.errors import DataError
+from dstrain.storage.directory_kind import directory_kind, instead_of
 from dstrain.storage.document import Count, DocumentFormat, FileRecord
 from dstrain.storage.hashing import sha256_of_text
 from dstrain.storage.sharded_job import PARTS_FILE
@@ -109,7 +110,11 @@ def load_manifest(directory: Path) -> DataManifest:
         raise DataError(
             f"{path} is missing: shards are not done or not merged; run `dstrain pseudo-label` again, then with --merge"
         )
+    if not path.exists() and directory_kind(path.parent) == "prepared data":
+        raise DataError(f"{path} is missing: the preparation was not finished; run the same `dstrain prepare` again to go on")
     if not path.exists():
-        reason = "the preparation was not finished" if path.parent.is_dir() else "there is no such directory"
-        raise DataError(f"{path} is missing: {reason}; run `dstrain prepare RECIPE --output {directory}`")
+        reason = instead_of("prepared data", path.parent)
+        raise DataError(
+            f"{path} is missing, {directory} was never prepared: {reason}; `dstrain prepare RECIPE --output DATA` makes it"
+        )
     return DATA_MANIFEST.read(path)

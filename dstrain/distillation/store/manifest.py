@@ -18,6 +18,7 @@ from pydantic import FailFast, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from dstrain.config_base import Config, Precision
 from dstrain.data.prepared.manifest import DataManifest
 from dstrain.errors import DataError
+from dstrain.storage.directory_kind import instead_of
 from dstrain.storage.document import Count, DocumentFormat, FileRecord
 from dstrain.storage.hashing import sha256_of_text
 from dstrain.storage.sharded_job import PARTS_FILE, ShardedJob, Sidecar
@@ -203,7 +204,8 @@ def load_store_manifest(directory: Path) -> StoreManifest:
             f"{path} is missing: the dump was not finished; run it again, then `dstrain {DUMP.verb} --merge {directory}`"
         )
     if not path.exists():
-        raise DataError(f"{directory} holds no dumped logits; name a directory that `dstrain {DUMP.verb}` wrote")
+        meant = instead_of("dumped logits", path.parent)
+        raise DataError(f"{directory} holds no dumped logits; name a directory that `dstrain {DUMP.verb}` wrote: {meant}")
     tree = STORE.read_tree(path)
     job = tree.get("job")
     version = job.get("format_version") if isinstance(job, dict) else None

@@ -204,7 +204,7 @@ def other_tokenizer(bundle: Path) -> None:
 
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no model.yaml": (lambda b: (b / "model.yaml").unlink(), r"is not a bundle: it has no model\.yaml; name a directory that"),
+    "no model.yaml": (lambda b: (b / "model.yaml").unlink(), r"is not a bundle: it has no model\.yaml; name a bundle that"),
     "no weights": (lambda b: (b / "model.safetensors").unlink(), r"model\.safetensors is missing: the bundle is incomplete"),
     "altered weights": (alter_weights, r"model\.safetensors: the file was altered .*\(checksum\); restore it"),
     "a tensor lost": (lose_a_tensor, r"model\.safetensors: the weights do not fit the model: missing: projection\.weight"),

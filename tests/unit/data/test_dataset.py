@@ -216,9 +216,12 @@ def test_a_bad_manifest_is_refused(copy: Path, change: Callable[[str], str], mes
 
 
 def test_an_unfinished_or_absent_directory_says_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"manifest\.json is missing: the preparation was not finished; run `dstrain prepare"):
+    (tmp_path / "job.json").touch()
+    with pytest.raises(
+        DataError, match=r"manifest\.json is missing: the preparation was not finished; run the same `dstrain prepare"
+    ):
         load_manifest(tmp_path)
-    with pytest.raises(DataError, match=r"none/manifest\.json is missing: there is no such directory"):
+    with pytest.raises(DataError, match=r"none/manifest\.json is missing, .*none was never prepared: there is no such directory"):
         load_manifest(tmp_path / "none")
 
 
