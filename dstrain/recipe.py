@@ -15,11 +15,12 @@ from dstrain.adapters.config import AdapterConfig
 from dstrain.config_base import Config, ConfigErrors
 from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece, has_no_source, is_text_only
 from dstrain.distillation.config import DistillationConfig
-from dstrain.engine.config import EngineConfig, FallingSchedule, OptimizerConfig, ScheduleConfig
+from dstrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 from dstrain.models.config import ModelConfig
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
+from dstrain.training.horizons import Horizons
 
 RECIPE_VERSION = 1
 ObjectiveConfig = Annotated[CrossEntropyConfig | DistillationConfig, Field(discriminator="kind")]
@@ -47,7 +48,7 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
         problems = [
-            *self._schedule_problems(),
+            *Horizons(self).errors(),
             *self._text_problems(),
             *self._source_problems(),
             *self._length_problems(),
@@ -57,14 +58,6 @@ class Recipe(Config):
         if problems:
             raise ConfigErrors(problems)
         return self
-
-    def _schedule_problems(self) -> Iterator[str]:
-        limit = self.training.max_steps
-        if isinstance(self.schedule, FallingSchedule) and limit is not None and limit > self.schedule.total_steps:
-            yield (
-                f"training.max_steps = {limit} goes beyond schedule.total_steps = {self.schedule.total_steps}, where the "
-                "learning rate has ended; raise total_steps"
-            )
 
     def _text_problems(self) -> Iterator[str]:
         plain = {key: corpus.kind for key, corpus in self.data.corpora() if is_text_only(corpus)}

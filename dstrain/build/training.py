@@ -60,6 +60,9 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     reporting = usable_trackers(recipe.reporting) if mesh.world.rank == 0 else recipe.reporting
     plan = raise_on_all_ranks(mesh.world, TrainingError, "starting", partial(plan_training, recipe, options))
     require_agreement(mesh.world, plan.decisive(options))
+    if mesh.world.rank == 0:
+        for warning in plan.warnings:
+            logger.warning("%s", warning)
     run = open_run(
         options.output,
         recipe_tree(recipe),

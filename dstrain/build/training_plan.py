@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +17,13 @@ from dstrain.build.training_data import TrainingData
 from dstrain.checkpoint.bundle import StoredBundle
 from dstrain.data.batching.plan import StepPlan
 from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.errors import RecipeError
 from dstrain.evaluation.metrics.tokenization import check_tokenization
 from dstrain.parallel.mesh import DeviceChoice
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
 from dstrain.storage.hashing import sha256_of_text
+from dstrain.training.horizons import Horizons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +39,10 @@ class TrainOptions:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """All that a training reads before a model is built. deepspeed: the file that engine.deepspeed names, resolved."""
+    """All that a training reads before a model is built.
+
+    deepspeed: the file that engine.deepspeed names, resolved. warnings: settings that cannot have their effect, for the user.
+    """
 
     recipe: Recipe
     data: TrainingData
@@ -44,6 +50,7 @@ class TrainingPlan:
     steps: StepPlan
     objective: ObjectivePlan
     deepspeed: dict[str, Any]
+    warnings: Sequence[str]
 
     def decisive(self, options: TrainOptions) -> dict[str, Any]:
         """The values that must be equal on every rank, by their keys in messages."""
@@ -68,5 +75,8 @@ def plan_training(recipe: Recipe, options: TrainOptions) -> TrainingPlan:
     data = TrainingData(options.data, recipe)
     base = None if options.base is None else find_base(options.base, recipe.model, data.manifest)
     steps = data.plan_steps(recipe)
+    horizons = Horizons(recipe, steps.steps_per_epoch())
+    for error in horizons.errors():
+        raise RecipeError(error)
     objective = plan_objective(recipe, options.teachers, data)
-    return TrainingPlan(recipe, data, base, steps, objective, resolve_ds_config(recipe.engine, replicas=1))
+    return TrainingPlan(recipe, data, base, steps, objective, resolve_ds_config(recipe.engine, replicas=1), horizons.warnings())

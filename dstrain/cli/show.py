@@ -12,8 +12,10 @@ import sys
 
 from dstrain.cli.common import add_recipe_arguments, recipe_from
 from dstrain.errors import RecipeError
+from dstrain.log import logger
 from dstrain.recipe_file import dump_recipe
 from dstrain.recipe_reference import explain_key, reference_page
+from dstrain.training.horizons import Horizons
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,5 +31,8 @@ def run(args: argparse.Namespace) -> int:
     elif args.recipe is None:
         raise RecipeError("a RECIPE is missing: name one, or --explain [KEY] for the keys of all recipes")
     else:
-        sys.stdout.write(dump_recipe(recipe_from(args)))
+        recipe = recipe_from(args)
+        for warning in Horizons(recipe).warnings():
+            logger.warning("%s", warning)
+        sys.stdout.write(dump_recipe(recipe))
     return 0

@@ -140,7 +140,14 @@ class EngineConfig(Config):
 
 
 class EmaConfig(Config):
-    """An exponential moving average of the weights, updated after each step; bundles hold it."""
+    """An exponential moving average of the weights, updated after each step; bundles hold it.
 
-    decay: float = Field(gt=0, lt=1, description="Share of the average that stays at each update.")
+    Its decay rises with the number t of updates as (1 + t) / (10 + t), so that a short run's average is not its initial weights.
+    """
+
+    decay: float = Field(gt=0, lt=1, description="Largest share of the average that stays at an update.")
     start_step: NonNegativeInt = Field(default=0, description="Step of the first update.")
+
+    def decay_after(self, updates: int) -> float:
+        """The share that stays at update number `updates`, from 1 on; 0 before the first: the average is a copy."""
+        return min(self.decay, (1 + updates) / (10 + updates)) if updates > 0 else 0.0

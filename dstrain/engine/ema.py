@@ -15,7 +15,10 @@ from dstrain.engine.config import EmaConfig
 
 
 class MovingAverage:
-    """average <- decay * average + (1 - decay) * weights after each step; a plain copy of them until `start_step`."""
+    """average <- d * average + (1 - d) * weights after each step; a plain copy of them until `start_step`.
+
+    d = min(decay, (1 + t) / (10 + t)) at the t-th update, which follows from the step: a resumed average needs no counter.
+    """
 
     def __init__(self, masters: Sequence[Tensor], config: EmaConfig) -> None:
         self.config = config
@@ -25,7 +28,7 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Take in the weights as they are after `step` completed steps."""
-        weight = 1.0 if step <= self.config.start_step else 1.0 - self.config.decay
+        weight = 1.0 - self.config.decay_after(step - self.config.start_step)
         for average, master in zip(self.tensors, self._masters, strict=True):
             average.lerp_(master.detach(), weight)
 

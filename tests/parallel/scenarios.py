@@ -153,7 +153,8 @@ def views(mesh: Mesh, *, deepspeed: str) -> Report:
     for step in range(5):
         engine.train_step(*share(step, mesh, 4))
         now = whole(mesh, engine, averaged=False)
-        keep = 0.8 if step + 1 > 2 else 0.0
+        updates = step + 1 - 2
+        keep = min(0.8, (1 + updates) / (10 + updates)) if updates > 0 else 0.0
         average = {name: keep * average.get(name, value) + (1 - keep) * value for name, value in now.items()}
     kept = whole(mesh, engine, averaged=True)
     batch = collate(sentences(99))

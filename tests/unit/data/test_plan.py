@@ -125,6 +125,16 @@ def test_steps_are_equally_full() -> None:
     assert {step.num_targets for step in steps} == {280, 300}
 
 
+def test_the_steps_of_an_epoch_are_counted_without_making_them() -> None:
+    """Exactly for one window; a little too low for several."""
+    lengths = [(5 + number % 30, 5 + number % 40) for number in range(4000)]
+    for window in (4000, 500):
+        plan = plan_of(lengths, tokens_per_step=100, bucket_tokens=50, shuffle_window=window)
+        counts = [len(list(plan.epoch(epoch))) for epoch in (1, 2)]
+        expected = [counts[0]] if window == 4000 else range(counts[0] * 97 // 100, min(counts))
+        assert plan.steps_per_epoch() in expected
+
+
 def test_windows_are_of_equal_size() -> None:
     """1,001 examples in windows of at most 1,000 are two halves, not 1,000 and a last step of one sentence."""
     steps = list(plan_of([(20, 20)] * 1001, tokens_per_step=300, shuffle_window=1000).epoch(0))

@@ -20,11 +20,22 @@ def averages(config: EmaConfig, values: list[float]) -> list[float]:
 
 
 def test_from_the_first_step() -> None:
-    assert averages(EmaConfig(decay=0.75), [4.0, 0.0, 4.0]) == pytest.approx([8.0, 7.0, 5.25, 4.9375])
+    """Decays 2/11, 3/12, 4/13 while they are below that of the settings, here 0.3."""
+    first = 8 * 2 / 11 + 4 * 9 / 11
+    second = first * 3 / 12
+    third = second * 0.3 + 4 * 0.7
+    assert averages(EmaConfig(decay=0.3), [4.0, 0.0, 4.0]) == pytest.approx([8.0, first, second, third])
 
 
 def test_a_copy_until_the_start() -> None:
-    assert averages(EmaConfig(decay=0.5, start_step=2), [4.0, 2.0, 4.0, 0.0]) == [8.0, 4.0, 2.0, 3.0, 1.5]
+    first = 2 * 2 / 11 + 4 * 9 / 11
+    found = averages(EmaConfig(decay=0.2, start_step=2), [4.0, 2.0, 4.0, 0.0])
+    assert found == pytest.approx([8.0, 4.0, 2.0, first, first * 0.2])
+
+
+def test_an_average_of_long_memory_leaves_the_initial_weights_in_a_short_run() -> None:
+    """Of the initial 8 less than a millionth is left after 100 steps; at a constant decay it would be 99 %."""
+    assert averages(EmaConfig(decay=0.9999), [0.0] * 100)[-1] < 8e-6
 
 
 def test_exchanging_twice_is_nothing() -> None:
@@ -38,7 +49,8 @@ def test_exchanging_twice_is_nothing() -> None:
 
 
 def test_a_saved_average_continues() -> None:
-    average = MovingAverage([torch.zeros(2)], EmaConfig(decay=0.5))
+    """By the step alone: at step 26 of an average from step 20 on the decay is 7/16."""
+    average = MovingAverage([torch.zeros(2)], EmaConfig(decay=0.5, start_step=20))
     average.tensors[0].copy_(torch.tensor([4.0, 8.0]))
-    average.update(1)
-    assert average.tensors[0].tolist() == [2.0, 4.0]
+    average.update(26)
+    assert average.tensors[0].tolist() == [1.75, 3.5]

@@ -80,6 +80,7 @@ LACKING = {
     "bpe": "text is split only by dictionaries and SentencePiece; binarized data stay as they are",
 }
 READ = {
+    "store-ema": "the decay rises to --ema-decay as (1 + t) / (10 + t); fairseq's was the same from the first step on",
     "preset": "the preset {name}, written out below with the changes of the other options",
     "filter": "fairseq left longer training sentences out as well; data.filter is the smaller of the two",
     "attn-implementation": "dstrain chooses how attention is computed; every variant works with every way",

@@ -41,6 +41,7 @@ def training_section(settings: Settings, schedule: Mapping[str, Any], notes: Not
         section["max_epochs"] = ENDLESS_EPOCHS
         notes.reads("no --max-update, --max-epoch or --stop-time-hours", "endless", epochs=ENDLESS_EPOCHS)
     if settings["store_ema"]:
+        notes.reads("--store-ema", "store-ema")
         section["ema"] = {"decay": settings["ema_decay"], "start_step": settings["ema_start_update"]}
     return section
 
