@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Mapping
 
 logger = logging.getLogger("dstrain")
 
@@ -13,6 +14,13 @@ def setup_logging(*, debug: bool = False, rank: int | None = None) -> None:
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.DEBUG if debug else logging.INFO if not rank else logging.WARNING)
+
+
+def log_fields(fields: Mapping[str, object]) -> None:
+    """One line a field, aligned; those that are None are left out."""
+    for name, value in fields.items():
+        if value is not None:
+            logger.info("  %-9s %s", name, value)
 
 
 class _ToStderr(logging.Handler):

@@ -65,17 +65,17 @@ class Progress:
         self._bars.advance(self._id, count)
         self._say_if_due()
 
-    def move_to(self, completed: int, *, notes: Sequence[str] | None = None, eta_seconds: float | None = None) -> None:
-        """So many are done. notes: instead of the rate, the most important first. eta_seconds: instead of a guess."""
+    def move_to(
+        self, completed: int, *, notes: Sequence[str] | None = None, eta_seconds: float | None = None, say: bool = False
+    ) -> None:
+        """So many are done.
+
+        notes: instead of the rate, the most important first. eta_seconds: instead of a guess. say: draw, or write a line of the
+        log, at once.
+        """
         self._notes, self._eta = notes, eta_seconds
         self._bars.update(self._id, completed=completed)
-        self._say_if_due()
-
-    def say(self) -> None:
-        """A line of the log now, unless a terminal shows the same anyway."""
-        self._last_line = time.monotonic()
-        if self._shown and self._bars.disable:
-            logger.info("%s: %s", self._doing, self.line(self._bars.tasks[0]))
+        self._say_if_due(now=say)
 
     def line(self, task: Task, width: int | None = None) -> str:
         """How many, what fits of the notes or the rate, and the time left. task: this one as the bars know it."""
@@ -88,9 +88,12 @@ class Progress:
         end = "" if left is None else f"{SEPARATOR}ETA {timedelta(seconds=round(left))}"
         return join_fitting(parts, None if width is None else width - len(end)) + end
 
-    def _say_if_due(self) -> None:
-        if time.monotonic() - self._last_line >= SECONDS_PER_LINE:
-            self.say()
+    def _say_if_due(self, *, now: bool = False) -> None:
+        if now or time.monotonic() - self._last_line >= SECONDS_PER_LINE:
+            self._last_line = time.monotonic()
+            self._bars.refresh()
+            if self._shown and self._bars.disable:
+                logger.info("%s: %s", self._doing, self.line(self._bars.tasks[0]))
 
 
 def with_progress(items: _Items[_T], doing: str, unit: str) -> Iterable[_T]:

@@ -1,6 +1,6 @@
 """RUN/events.jsonl: one JSON object a line, the source of truth for every number that training reports.
 
-Every event has `time` (seconds since 1970), `kind` and `step`. Progress bar, TensorBoard, wandb and `dstrain report` see the
+Every event has `time` (seconds since 1970), `kind` and `step`. Display, TensorBoard, wandb and `dstrain report` see the
 same objects.
 
 | kind | further fields |
@@ -8,7 +8,8 @@ same objects.
 | start | world_size, run_id, recipe |
 | train | epoch, steps, loss, nll, perplexity, one number per further metric, learning_rate, grad_norm, num_targets, |
 | | tokens_per_second, seconds, cpu_seconds, padding, skipped, eta_seconds |
-| valid | epoch, seconds, one number per score, signatures (of the scores of text), best_score, best_step |
+| valid | weights (trained or ema), epoch, seconds, one number per score, signatures (of the scores of text), best_score, |
+| | best_step |
 | bundle | names |
 | checkpoint | path, seconds |
 | resume | path, world_size, layout (ranks, DeepSpeed file, precision), layout_before |

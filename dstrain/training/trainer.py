@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol
 
 from dstrain.batch import Batch, Size
@@ -22,7 +23,7 @@ from dstrain.data.batching.loader import Steps
 from dstrain.data.batching.plan import PlannedStep
 from dstrain.engine.loss_totals import StepReport
 from dstrain.errors import TrainingError
-from dstrain.log import logger
+from dstrain.log import log_fields, logger
 from dstrain.protocols import Ranks, Resumable
 from dstrain.training.bundles import BundleStore
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
@@ -101,6 +102,7 @@ class Trainer:
         self.changes = changes
         self._origin = time.monotonic()
         self._saved_step = -1
+        self._last: tuple[PlannedStep, StepReport] | None = None
 
     def run(self) -> int:
         """Resume or begin, and train. Returns 0 at a limit, 85 or 130 after a signal (see `preemption`).
@@ -144,6 +146,7 @@ class Trainer:
             if not math.isfinite(report.loss) and not report.skipped:
                 raise TrainingError(f"the loss is {report.loss}; lower optimizer.learning_rate or set engine.clip_norm")
         except TrainingError as error:
+            self._emit_window(state)
             batch_position = {"epoch": planned.epoch, "index": planned.index, "examples": planned.examples.tolist()}
             self.reporter.emit("failure", state.step, message=str(error), **batch_position)
             latest = self.checkpoints.latest or "none; start again from the beginning"
@@ -177,23 +180,37 @@ class Trainer:
     def _record(
         self, state: TrainingState, planned: PlannedStep, batches: Sequence[Batch], report: StepReport, clock: _Clock
     ) -> TrainingState:
-        """The state after one step; emits a training event if one is due."""
+        """The state after one step."""
         state = state.after_step(planned, report, state.window.after(report, batches, *clock.seconds()))
+        self._last = planned, report
         if state.consecutive_skipped >= MAX_CONSECUTIVE_SKIPPED:
+            self._emit_window(state)
             raise TrainingError(
                 f"{MAX_CONSECUTIVE_SKIPPED} updates in a row were skipped until step {state.step} (gradient norm "
                 f"{report.grad_norm}): lower optimizer.learning_rate, set engine.clip_norm, or use engine.precision: bf16"
             )
-        if state.step % self.reporting.log_every == 0:
-            eta = remaining_seconds(self.training, state)
-            self.reporter.emit("train", state.step, **_train_fields(state, planned, report, eta))
-            state = state.changed(window=Window())
         return state
+
+    def _report(self, state: TrainingState, *, last: bool) -> TrainingState:
+        """Show the step; emit a training event if one is due: at intervals, before a validation and at the end."""
+        if state.step % self.reporting.log_every == 0 or self._validation_is_due(state) or last:
+            return self._emit_window(state)
+        self.reporter.step_done(state.step, remaining_seconds(self.training, state))
+        return state
+
+    def _emit_window(self, state: TrainingState) -> TrainingState:
+        """The training event of the steps since the last one, if there are any; a new window begins."""
+        if self._last is None or state.window.steps == 0:
+            return state
+        eta = remaining_seconds(self.training, state)
+        self.reporter.emit("train", state.step, **_train_fields(state, *self._last, eta))
+        return state.changed(window=Window())
 
     def _do_pending(self, state: TrainingState) -> tuple[TrainingState, Stop | None]:
         """Do the work due between two steps. Returns the state after it, and why training stops here, if it does."""
         state, request = self._agree(state)
         limit = reason_to_stop(self.training, self.validation, state)
+        state = self._report(state, last=limit is not None)
         pending = state.completed_step < state.step
         if pending and request is None and (limit is not None or self._validation_is_due(state)):
             state, request = self._run_validation(state)
@@ -233,8 +250,9 @@ class Trainer:
             state = state.after_validation(scores[self.validation.metric], higher_is_better=self.validation.metric != "loss")
         epoch = state.epoch - 1 if state.at_epoch_end else state.epoch
         seconds = time.perf_counter() - begin
+        about = {"weights": "trained" if self.training.ema is None else "ema", "epoch": epoch, "seconds": seconds}
         best = {"best_score": state.best_score, "best_step": state.best_step}
-        self.reporter.emit("valid", state.step, epoch=epoch, seconds=seconds, **scores, **best)
+        self.reporter.emit("valid", state.step, **about, **scores, **best)
         return state, None
 
     def _write_bundles(self, state: TrainingState, *, pending: bool, last: bool) -> None:
@@ -264,7 +282,20 @@ class Trainer:
             "end", state.step, reason=stop.reason, exit_code=stop.exit_code, elapsed_seconds=state.elapsed_seconds, **best
         )
         if self.ranks.rank == 0:
-            logger.info("training ends after step %d: %s", state.step, stop.reason)
+            took = timedelta(seconds=round(state.elapsed_seconds))
+            logger.info("training ends after step %d: %s; %s in all", state.step, stop.reason, took)
+            log_fields(self._next(state, stop))
+
+    def _next(self, state: TrainingState, stop: Stop) -> dict[str, str]:
+        """What there is now, and the commands that go on with it."""
+        if stop.exit_code:
+            return {"next": "the same command again goes on from here"}
+        best, run = self.bundles.directory / "best", self.bundles.directory.parent
+        name = self.validation.metric
+        found = {} if state.best_score is None else {"best": f"{name} {state.best_score:.4g} at step {state.best_step:,}: {best}"}
+        last = self.bundles.directory / "last"
+        commands = {"curves": f"dstrain report {run}", "try it": f"dstrain interactive {best if found else last}"}
+        return {**found, "last": str(last), **commands}
 
 
 class _Clock:

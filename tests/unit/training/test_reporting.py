@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 
 import pytest
@@ -11,31 +10,17 @@ from dstrain.errors import TrainingError
 from dstrain.log import logger
 from dstrain.training.config import ReportingConfig
 from dstrain.training.events import EventFile, read_events, scalars
-from dstrain.training.reporting import LogLines, ProgressBar, Reporter, build_reporter, describe
+from dstrain.training.reporting import Reporter, build_reporter
 
 TRAIN = {
     "kind": "train", "step": 50, "time": 1.0, "epoch": 2, "steps": 50, "loss": 3.25, "nll": 3.0, "perplexity": 20.08,
     "learning_rate": 1.5e-3, "grad_norm": 0.75, "num_targets": 1000, "tokens_per_second": 2950.4, "seconds": 0.3,
     "cpu_seconds": 0.3, "skipped": 0, "eta_seconds": 3725.0,
 }  # fmt: skip
-VALID = {"kind": "valid", "step": 50, "time": 1.0, "epoch": 2, "seconds": 4.0, "loss": 3.0, "perplexity": 12.0, "bleu": 21.5}
-
-
-def test_a_distillation_shows_what_it_learns_from_the_teacher() -> None:
-    line = describe({**TRAIN, "hard": 3.1, "kd": 0.25, "agreement": 0.5, "selected": 0.5})
-    assert "kd 0.250 on 50% | agreement 50.0%" in line
-    assert "kd" not in describe(TRAIN)
-
-
-def test_steps_on_the_students_own_samples_are_distinguished() -> None:
-    own = {"on_policy_nll": 2.0, "on_policy_kd": 0.125, "on_policy_agreement": 0.25}
-    mixed = describe({**TRAIN, "kd": 0.5, "agreement": 0.5, "selected": 0.5, "on_policy": 0.3, **own})
-    assert "ppl 20.08" in mixed
-    assert "kd 0.500 on 50% | agreement 50.0% | on-policy kd 0.125 | agreement 25.0%" in mixed
-    alone = describe({**TRAIN, "nll": None, "perplexity": None, "on_policy": 1.0, **own})
-    assert "perplexity" not in alone
-    assert "ppl" not in alone
-    assert "loss 3.250 | lr" in alone
+VALID = {
+    "kind": "valid", "step": 50, "time": 1.0, "weights": "trained", "epoch": 2, "seconds": 4.0, "loss": 3.0, "perplexity": 12.0,
+    "bleu": 21.5, "best_score": 3.0, "best_step": 50,
+}  # fmt: skip
 
 
 def test_events_are_lines_with_time_kind_and_step(tmp_path: Path) -> None:
@@ -96,42 +81,13 @@ def test_a_full_disk_is_explained(tmp_path: Path) -> None:
         EventFile(tmp_path / "events.jsonl").append({"kind": "train", "step": 1})
 
 
-def test_a_line_says_what_a_reader_wants() -> None:
-    expected = "epoch 2 | loss 3.250 | ppl 20.08 | lr 1.50e-03 | norm 0.75 | 2,950 tokens/s | ETA 1:02:05"
-    assert describe(TRAIN) == expected
-    assert describe({**TRAIN, "eta_seconds": None, "skipped": 3, "loss": None}) == (
-        "epoch 2 | loss not finite | ppl 20.08 | lr 1.50e-03 | norm 0.75 | 2,950 tokens/s | 3 skipped"
-    )
-    assert describe(VALID) == "epoch 2 | loss 3 | perplexity 12 | bleu 21.5 | 4.0 s"
-
-
 def test_scalars_are_the_numbers_of_training_and_validation() -> None:
     assert scalars(VALID) == {
         "valid/epoch": 2, "valid/seconds": 4.0, "valid/loss": 3.0, "valid/perplexity": 12.0, "valid/bleu": 21.5,
+        "valid/best_score": 3.0, "valid/best_step": 50,
     }  # fmt: skip
     assert "train/eta_seconds" not in scalars({**TRAIN, "eta_seconds": None})
     assert scalars({"kind": "start", "step": 0, "time": 1.0, "world_size": 2}) == {}
-
-
-def test_without_a_terminal_there_are_plain_lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logger, "propagate", True)
-    caplog.set_level(logging.INFO, logger="dstrain")
-    lines = LogLines(1600)
-    for event in (TRAIN, VALID, {"kind": "checkpoint", "step": 50, "path": "x"}):
-        lines.write(event)
-    assert [record.getMessage().split(" | ")[0] for record in caplog.records] == ["train step 50/1,600", "valid step 50/1,600"]
-
-
-def test_the_progress_bar_stands_at_the_step_and_keeps_validations_above(capsys: pytest.CaptureFixture[str]) -> None:
-    bar = ProgressBar(100)
-    bar.write({"kind": "resume", "step": 40, "time": 0.0})
-    bar.write(TRAIN)
-    bar.write(VALID)
-    bar.close()
-    err = capsys.readouterr().err
-    assert "50/100" in err
-    assert "2,950 tokens/s" in err
-    assert "valid step 50 | epoch 2 | loss 3" in err
 
 
 def test_only_rank_0_reports(tmp_path: Path) -> None:

@@ -84,17 +84,37 @@ def test_events_carry_the_window_since_the_last_one(tmp_path: Path) -> None:
     sparse.log_every = 4
     sparse.run()
     every, some = whole.events("train"), sparse.events("train")
-    assert [event["step"] for event in some] == [4, 8, 12, 16, 20]
-    for number, event in enumerate(some):
-        window = every[4 * number : 4 * number + 4]
+    ends = [4, 5, 8, 10, 12, 15, 16, 20]  # every fourth step, and before each validation
+    assert [event["step"] for event in some] == ends
+    for begin, end, event in zip([0, *ends], ends, some, strict=False):
+        window = every[begin:end]
         targets = sum(each["num_targets"] for each in window)
         assert event["num_targets"] == targets
-        assert event["steps"] == 4
+        assert event["steps"] == end - begin
         assert event["loss"] == pytest.approx(sum(each["loss"] * each["num_targets"] for each in window) / targets, rel=1e-12)
         assert event["nll"] == pytest.approx(event["loss"] / 2, rel=1e-12)
         assert event["other"] == pytest.approx(event["loss"] / 4, rel=1e-12)
         assert (event["learning_rate"], event["grad_norm"]) == (window[-1]["learning_rate"], window[-1]["grad_norm"])
         assert event["tokens_per_second"] == pytest.approx(targets / event["seconds"])
+
+
+def test_the_last_steps_are_reported_too(tmp_path: Path) -> None:
+    setup = Setup(tmp_path / "end", max_steps=14)
+    setup.log_every = 100
+    setup.validation = setup.validation.model_copy(update={"every": 12})
+    setup.run()
+    assert [(event["step"], event["steps"]) for event in setup.events("train")] == [(12, 12), (14, 2)]
+    kinds = [event["kind"] for event in read_events(setup.directory / "events.jsonl")]
+    assert [kind for kind in kinds if kind in {"train", "valid"}] == ["train", "valid", "train", "valid"]
+
+
+def test_the_steps_before_a_failure_are_reported(tmp_path: Path) -> None:
+    setup = Setup(tmp_path)
+    setup.log_every = 100
+    setup.engine.loss_of = lambda step, loss: float("nan") if step == 9 else loss
+    with pytest.raises(TrainingError, match="step 9 failed"):
+        setup.run()
+    assert [(event["step"], event["steps"]) for event in setup.events("train")] == [(5, 5), (8, 3)]
 
 
 @pytest.mark.parametrize("step", range(1, 21))
@@ -280,6 +300,7 @@ def test_a_loss_that_is_not_finite_ends_training_and_names_its_examples(tmp_path
 def test_skipped_updates_are_counted_and_too_many_in_a_row_end_training(tmp_path: Path) -> None:
     setup = Setup(tmp_path, max_steps=500)
     setup.log_every = 10
+    setup.validation = setup.validation.model_copy(update={"every": 10})
     setup.engine.skipped = lambda step: step in {3, 4} or step > 20
     setup.engine.loss_of = lambda step, loss: float("inf") if step in {3, 4} or step > 20 else loss
     with pytest.raises(TrainingError, match=r"100 updates in a row were skipped until step 120.*optimizer.learning_rate"):
