@@ -9,6 +9,7 @@ from functools import partial
 
 from dstrain import __version__
 from dstrain.build.base import build_on_base, check_reloaded
+from dstrain.build.machine import describe_device, unused_gpus
 from dstrain.build.training_plan import TrainingPlan, TrainOptions, plan_training
 from dstrain.checkpoint.bundle import StoredBundle
 from dstrain.checkpoint.manager import CheckpointManager
@@ -21,9 +22,9 @@ from dstrain.errors import RecipeError, TrainingError
 from dstrain.evaluation.translation import build_translation
 from dstrain.evaluation.validator import Validator
 from dstrain.generation.constraints import SpecialIds
-from dstrain.log import logger
-from dstrain.models.config import VocabularySizes
-from dstrain.models.factory import build_model, initial_values
+from dstrain.log import log_fields, logger
+from dstrain.models.config import ModelConfig, VocabularySizes
+from dstrain.models.factory import Model, build_model, initial_values
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
@@ -71,6 +72,10 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
         teachers=plan.objective.teachers,
         upgrade=partial(upgrade_config, Recipe),
     )
+    if mesh.world.rank == 0:
+        log_plan(plan, mesh)
+        if (idle := unused_gpus(mesh.device, options.device)) is not None:
+            logger.warning("%s", idle)
     try:
         engine = build_engine(recipe, plan.data.vocabulary, mesh, plan.objective.build(mesh), plan.base)
         training = Training(plan, run, engine, reporting)
@@ -82,6 +87,29 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     engine.close()
     finalize()  # in order only after a success: after a failure the other ranks may be inside a collective
     return code
+
+
+def log_plan(plan: TrainingPlan, mesh: Mesh) -> None:
+    """Log where and on what a training runs."""
+    targets = int(plan.data.train.target_lengths.sum(dtype="int64"))
+    steps = max(1, round(targets / plan.recipe.batching.tokens_per_step))
+    log_fields(
+        {
+            "device": describe_device(mesh.device),
+            "train": f"{len(plan.data.train):,} examples, {targets:,} target tokens",
+            "epoch": f"about {steps:,} steps",
+            "valid": f"{len(plan.data.valid):,} examples",
+        }
+    )
+
+
+def log_model(model: Model, config: ModelConfig) -> None:
+    """Log the model and its size."""
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    layers = f"{config.encoder.depth} + {config.decoder.depth}" if config.kind == "encoder_decoder" else f"{config.decoder.depth}"
+    share = "" if trained == total else f", {trained:,} of them are trained"
+    log_fields({"model": f"{config.kind}, {layers} layers, width {config.model_dim}", "size": f"{total:,} parameters{share}"})
 
 
 def build_engine(
@@ -99,10 +127,8 @@ def build_engine(
         weights = initial_values(model, vocabulary, seed)
     else:
         raise RecipeError("the recipe has an adapter section, which adapts a trained model; name its bundle with --base BUNDLE")
-    if mesh.world.rank == 0 and recipe.adapter is not None:
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-        trained = sum(size for size, is_trained in sizes if is_trained)
-        logger.info("adapter: %d of %d parameters are trained", trained, sum(size for size, _ in sizes))
+    if mesh.world.rank == 0:
+        log_model(model, recipe.model)
     return TrainEngine(
         TrainModule(model, objective, CrossEntropy(recipe.objective.validation)),
         optimizer=recipe.optimizer,
@@ -201,7 +227,8 @@ class Training:
             lowercase=chosen.lowercase,
         )
         if translation is not None:
-            logger.info("validation: BLEU %(bleu)s, chrF %(chrf)s", translation.signatures())
+            signatures = translation.signatures()
+            log_fields({name: signatures[name] for name in ("bleu", "chrf")})
         return Validator(
             self.engine,
             replicas=mesh.replicas,

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dstrain.build.header import announce_training
 from dstrain.cli.common import add_recipe_arguments, named, recipe_from
 
 
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the recipe, then train."""
     recipe = recipe_from(args)
+    announce_training(recipe, args.recipe, **named(args, "data", "output", "base"))
     from dstrain.build.teachers import TeacherOptions
     from dstrain.build.training import train
     from dstrain.build.training_plan import TrainOptions

@@ -292,10 +292,10 @@ class Trainer:
             return {"next": "the same command again goes on from here"}
         best, run = self.bundles.directory / "best", self.bundles.directory.parent
         name = self.validation.metric
-        found = {} if state.best_score is None else {"best": f"{name} {state.best_score:.4g} at step {state.best_step:,}: {best}"}
+        score = {} if state.best_score is None else {"best": f"{name} {state.best_score:.4g} at step {state.best_step:,}: {best}"}
         last = self.bundles.directory / "last"
-        commands = {"curves": f"dstrain report {run}", "try it": f"dstrain interactive {best if found else last}"}
-        return {**found, "last": str(last), **commands}
+        commands = {"curves": f"dstrain report {run}", "try it": f"dstrain interactive {best if score else last}"}
+        return {**score, "last": str(last), **commands}
 
 
 class _Clock:

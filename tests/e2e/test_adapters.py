@@ -31,7 +31,7 @@ def runs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory / "log",
     )
     assert adapting.wait() == [0, 0], adapting.output()
-    assert adapting.output().count("parameters are trained") == 1
+    assert adapting.output().count("of them are trained") == 1
     return directory
 
 

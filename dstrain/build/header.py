@@ -1,0 +1,33 @@
+"""The first words of a training: what recipe and environment say, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dstrain import __version__
+from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.log import log_fields, logger
+from dstrain.parallel.launch_environment import num_ranks
+from dstrain.recipe import Recipe
+
+
+def announce_training(recipe: Recipe, name: str, *, data: Path, output: Path, base: Path | None) -> None:
+    """Log what is going to be trained. name: of the recipe."""
+    engine, training, validation = recipe.engine, recipe.training, recipe.validation
+    stage = resolve_ds_config(engine, replicas=1)["zero_optimization"]["stage"]
+    ranks = num_ranks(os.environ)
+    limits = {key: getattr(training, key) for key in ("max_steps", "max_epochs", "max_hours")}
+    average = "" if training.ema is None else "; of the moving average (EMA) of the weights"
+    logger.info("dstrain %s trains %s", __version__, name)
+    log_fields(
+        {
+            "data": data,
+            "output": output,
+            "base": base,
+            "engine": f"{ranks} rank{'s' * (ranks > 1)}, {engine.precision}, ZeRO stage {stage} ({engine.deepspeed})",
+            "step": f"{recipe.batching.tokens_per_step:,} target tokens",
+            "until": ", ".join(f"{key} = {limit:,}" for key, limit in limits.items() if limit is not None),
+            "validate": f"every {validation.every:,} {validation.unit}, by {validation.metric}{average}",
+        }
+    )
