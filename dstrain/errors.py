@@ -13,6 +13,10 @@ class DstrainError(Exception):
     """A mistake outside dstrain: the message names the field or file, the value and the remedy."""
 
 
+class ArgumentError(DstrainError):
+    """An argument of a Python call has another type or value than it should."""
+
+
 class RecipeError(DstrainError):
     """A recipe, an override or a DeepSpeed JSON file is not valid."""
 

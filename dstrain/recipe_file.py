@@ -16,6 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from dstrain.arguments import require_path, require_texts
 from dstrain.config_base import Tree
 from dstrain.engine.config import EngineConfig
 from dstrain.engine.ds_config import resolve_ds_config
@@ -35,16 +36,16 @@ def recipe_names() -> list[str]:
     return sorted(str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.glob("*/*.yaml"))
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, merge, override and check a recipe.
 
     name_or_path: a shipped name or a YAML file. overrides: `a.b=value` with a YAML value; list items by number.
     Raises RecipeError with every mistake found.
     """
-    path = _find(name_or_path)
+    path = _find(str(require_path("name_or_path", name_or_path)))
     tree = _read_extended(path)
     mistakes: list[str] = []
-    for override in overrides:
+    for override in require_texts("overrides", overrides):
         try:
             _override(tree, override)
         except RecipeError as error:

@@ -15,7 +15,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 TREES = {path: ast.parse(path.read_text()) for path in FILES}
 
 LAYERS = [
-    {"errors", "config_base", "batch", "fragment", "model_output", "protocols", "log", "progress", "seeding", "extras"},
+    {
+        "errors",
+        "config_base",
+        "batch",
+        "fragment",
+        "model_output",
+        "protocols",
+        "log",
+        "progress",
+        "seeding",
+        "extras",
+        "arguments",
+    },
     {"parallel", "ops", "storage"},
     {"nn", "data"},
     {"models", "adapters"},

@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from dstrain.arguments import require_ids, require_path, require_same_number, require_texts
 from dstrain.build.device import usable_device, usable_precision
 from dstrain.checkpoint.bundle import Bundle, load_bundle
 from dstrain.config_base import PrecisionChoice
@@ -16,7 +18,7 @@ from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.plan import batches_by_length
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.engine.construction import COMPUTE_DTYPES
-from dstrain.errors import BundleError, DataError
+from dstrain.errors import ArgumentError, BundleError, DataError
 from dstrain.generation.config import GenerationConfig, generation_config
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator, TextHypothesis, fitting, ignore_progress
@@ -27,16 +29,16 @@ MAX_TOKENS = 8192
 
 
 def load(
-    bundle: str | Path, device: str = "cpu", *, base: str | Path | None = None, precision: PrecisionChoice = "auto"
+    bundle: str | Path, device: str | torch.device = "cpu", *, base: str | Path | None = None, precision: PrecisionChoice = "auto"
 ) -> BundleModel:
-    """Read a bundle directory. device: cpu, cuda, cuda:1, or auto for a GPU if there is one.
+    """Read a bundle directory. device: cpu, cuda, cuda:1, a `torch.device`, or auto for a GPU if there is one.
 
     base: of an adapter bundle, if it has moved. precision: of the computation, auto = bf16 on a GPU that has it, else fp32.
 
-    BundleError: the bundle is missing, incomplete or altered. DstrainError: no such device.
+    BundleError: the bundle is missing, incomplete or altered. ArgumentError: no such device or precision.
     """
-    chosen = usable_device(device)
-    opened = load_bundle(Path(bundle), device=chosen, base=None if base is None else Path(base))
+    directory, chosen = require_path("bundle", bundle), usable_device(device)
+    opened = load_bundle(directory, device=chosen, base=None if base is None else require_path("base", base))
     opened.model.to(COMPUTE_DTYPES[usable_precision(precision, chosen)])
     return BundleModel(opened, chosen)
 
@@ -89,7 +91,8 @@ class BundleModel:
         A language model continues the sentence, which its hypotheses repeat; other models translate it (see `continues`).
         prefixes: for each sentence the text that its hypotheses begin with; free where empty. The other options are those of
         `generation.config`; the others follow the bundle's recipe. RecipeError: an option that this method does not have,
-        or of no valid value. DataError: a sentence longer than the model reads, without truncate_source.
+        or of no valid value. ArgumentError: no list of texts. DataError: a sentence longer than the model reads, without
+        truncate_source.
         """
         options = {
             "kind": kind,
@@ -124,11 +127,10 @@ class BundleModel:
         progress: Callable[[int], object] = ignore_progress,
     ) -> list[list[TextHypothesis]]:
         """As `generate`, by a whole configuration. first_line, progress: as in `generation.generator`."""
-        for texts in (sentences, prefixes):
-            if isinstance(texts, str):
-                raise DataError(f"generate got one string ({texts[:40]!r}); give a list of sentences")
+        sentences = require_texts("sentences", sentences)
         if prefixes is not None:
-            same_number(sentences, prefixes, "prefixes")
+            prefixes = require_texts("prefixes", prefixes)
+            require_same_number("sentences", sentences, "prefixes", prefixes)
         if self.continues:
             sentences, prefixes = [""] * len(sentences), _beginnings(sentences, prefixes, first_line)
         tokenizer = self.tokenizer
@@ -159,7 +161,7 @@ class BundleModel:
     ) -> list[TextHypothesis]:
         """Each target as a hypothesis of its source, scored as a search would score it; a language model wants empty sources.
 
-        DataError: unequal numbers of lines, or one longer than the model reads, without truncate.
+        ArgumentError: unequal numbers of texts. DataError: one longer than the model reads, without truncate.
         """
         config = self.generation_config({"score": score, "length_penalty": length_penalty})
         return self.score_texts(sources, targets, config, truncate=truncate)
@@ -175,7 +177,8 @@ class BundleModel:
         progress: Callable[[int], object] = ignore_progress,
     ) -> list[TextHypothesis]:
         """As `score`, by a whole configuration. first_line, progress: as in `generation.generator`."""
-        same_number(sources, targets, "targets")
+        sources, targets = require_texts("sources", sources), require_texts("targets", targets)
+        require_same_number("sources", sources, "targets", targets)
         if self.continues:
             _refuse_sources(sources, first_line)
         tokenizer, limits = self.tokenizer, self.bundle.model_config.limits
@@ -203,29 +206,28 @@ class BundleModel:
         pass for each token.
 
         source_ids: ids ending in EOS; None for a decoder-only model that reads no source. target_input_ids: EOS, then target
-        tokens. DataError: unequal numbers of rows, or no sources for an encoder-decoder model.
+        tokens; both may be arrays. ArgumentError names the row or id that is not one of the model's.
         """
-        vocabulary, kind = self.bundle.vocabulary, self.bundle.model_config.kind
+        vocabulary, kind, limits = self.bundle.vocabulary, self.bundle.model_config.kind, self.bundle.model_config.limits
+        inputs = require_ids("target_input_ids", target_input_ids, vocabulary.target, limits.target)
         if source_ids is None:
             if kind == "encoder_decoder":
-                raise DataError("source_ids = None, but an encoder-decoder model reads sources; give one for each target")
-            source_ids = [[vocabulary.eos_id]] * len(target_input_ids)
-        same_number(source_ids, target_input_ids, "targets")
+                raise ArgumentError("source_ids = None, but an encoder-decoder model reads sources; give one for each target")
+            source_ids = [[vocabulary.eos_id]] * len(inputs)
+        sources = require_ids("source_ids", source_ids, vocabulary.source, limits.source)
+        require_same_number("source_ids", sources, "target_input_ids", inputs)
+        for number, (source, tokens) in enumerate(zip(sources, inputs, strict=True)):
+            if len(tokens) > (limit := limits.target_after(len(source))):
+                length = f"{len(tokens)} ids after {len(source)} of the source"
+                raise ArgumentError(f"target_input_ids[{number}] has {length}; the model reads at most {limit} there")
         collator = Collator(kind, pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id)
         results: dict[int, npt.NDArray[np.float32]] = {}
-        lengths = longer_of(source_ids, target_input_ids)
-        for rows in batches_by_length(lengths, range(len(target_input_ids)), MAX_TOKENS):
-            sources, inputs = ([side[row] for row in rows] for side in (source_ids, target_input_ids))
-            logits = teacher_forced_logits(self.bundle.model, sources, inputs, collator=collator, device=self.device)
+        for rows in batches_by_length(longer_of(sources, inputs), range(len(inputs)), MAX_TOKENS):
+            batch = [[side[row] for row in rows] for side in (sources, inputs)]
+            logits = teacher_forced_logits(self.bundle.model, *batch, collator=collator, device=self.device)
             for row, values in zip(rows, logits, strict=True):
                 results[row] = values.cpu().numpy()
-        return [results[row] for row in range(len(target_input_ids))]
-
-
-def same_number(sources: Sequence[object], others: Sequence[object], name: str) -> None:
-    """DataError unless there is one of the others, called `name`, for each source."""
-    if len(sources) != len(others):
-        raise DataError(f"{len(sources)} sources but {len(others)} {name}; give one for each source")
+        return [results[row] for row in range(len(inputs))]
 
 
 def _beginnings(lines: Sequence[str], prefixes: Sequence[str] | None, first_line: int) -> list[str]:

@@ -8,21 +8,22 @@ from typing import get_args
 import torch
 
 from dstrain.config_base import Precision, PrecisionChoice
-from dstrain.errors import DstrainError
+from dstrain.errors import ArgumentError
 from dstrain.ops.allocator import keep_freed_memory
 
 
-def usable_device(name: str) -> str:
-    """The device of that name here; `auto` is a GPU if there is one. Raises DstrainError if there is no such device."""
+def usable_device(name: str | torch.device) -> str:
+    """The device of that name here; `auto` is a GPU if there is one. Raises ArgumentError if there is no such device."""
+    name = str(name)
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     named = re.fullmatch(r"cpu|cuda(:(\d+))?", name)
     if named is None:
-        raise DstrainError(f"device {name!r} is unknown; choose cpu, cuda, cuda:N or auto")
+        raise ArgumentError(f"device {name!r} is unknown; choose cpu, cuda, cuda:N or auto")
     if name != "cpu" and not torch.cuda.is_available():
-        raise DstrainError(f"device {name}: no GPU is visible here; use cpu or auto")
+        raise ArgumentError(f"device {name}: no GPU is visible here; use cpu or auto")
     if int(named[2] or 0) >= torch.cuda.device_count() and name != "cpu":
-        raise DstrainError(f"device {name}: {torch.cuda.device_count()} GPUs are visible here, numbered from 0; use one of them")
+        raise ArgumentError(f"device {name}: {torch.cuda.device_count()} GPUs are visible here, numbered from 0; use one of them")
     return name
 
 
@@ -35,9 +36,9 @@ def open_device(name: str) -> str:
 
 
 def usable_precision(name: PrecisionChoice, device: torch.device | str) -> Precision:
-    """The precision of that name there; `auto` is bf16 on a GPU that has it, else fp32. DstrainError for another name."""
+    """The precision of that name there; `auto` is bf16 on a GPU that has it, else fp32. ArgumentError for another name."""
     if name not in get_args(PrecisionChoice):
-        raise DstrainError(f"precision {name!r} is unknown; choose {', '.join(get_args(PrecisionChoice))}")
+        raise ArgumentError(f"precision {name!r} is unknown; choose {', '.join(get_args(PrecisionChoice))}")
     if name != "auto":
         return name
     on_gpu = torch.device(device).type == "cuda"

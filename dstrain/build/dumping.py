@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dstrain import __version__
+from dstrain.arguments import CheckedOptions, require_type
 from dstrain.build.shared_work import ALL_WORK, Task, do_work
 from dstrain.build.teacher_source import load_teacher_source
 from dstrain.config_base import PrecisionChoice
@@ -22,7 +23,7 @@ MethodKind = Literal["sample", "topk", "dense"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class DumpOptions:
+class DumpOptions(CheckedOptions):
     """The options of `dstrain dump-logits`.
 
     base: of a teacher that is an adapter bundle, if it has moved.
@@ -56,6 +57,7 @@ def dump_logits(options: DumpOptions, report: Callable[[str], object] = logger.i
     >>> store.job.split, store.job.method.k
     ('train', 64)
     """
+    require_type("options", options, DumpOptions)
     if not do_work(options.worker, options.device, partial(_dump, options), report):
         return None
     return merge_store(options.output, f"dstrain {__version__}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from dstrain.arguments import CheckedOptions, require_type
 from dstrain.build.device import usable_precision
 from dstrain.build.teacher_source import TeacherSource, load_teacher_source
 from dstrain.checkpoint.bundle import load_bundle
@@ -32,7 +33,7 @@ ANGLE_MAX_TOKENS = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidateOptions:
+class ValidateOptions(CheckedOptions):
     """The options of `dstrain validate`.
 
     base: of an adapter bundle, if it has moved. generate: translate, too. beam_size, tokenize and lowercase of BLEU: None as in
@@ -65,6 +66,7 @@ def validate(options: ValidateOptions) -> dict[str, Any] | None:
     >>> sorted(scores)
     ['bleu', 'chrf', 'loss', 'nll', 'num_targets', 'perplexity', 'precision', 'repetition', 'signatures']
     """
+    require_type("options", options, ValidateOptions)
     mesh = build_mesh(options.device)
     try:
         scores = _validate(options, mesh)
@@ -96,7 +98,7 @@ def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AngleOptions:
+class AngleOptions(CheckedOptions):
     """The options of `inspect LOGITS --against-teacher`.
 
     base: of a teacher that is an adapter bundle, if it has moved.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dstrain.arguments import CheckedOptions, require_type
 from dstrain.build.bundle_model import BundleModel, load
 from dstrain.build.device import open_device
 from dstrain.config_base import PrecisionChoice
@@ -23,7 +24,7 @@ from dstrain.progress import Progress
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
+class GenerateOptions(CheckedOptions):
     """The options of `dstrain generate`.
 
     base: of an adapter bundle, if it has moved. input, output: files, `-` for standard input and output. reference: human
@@ -85,6 +86,7 @@ def generate_file(options: GenerateOptions) -> GenerationReport:
     >>> generate_file(options).lines == len(Path("out.txt").read_text().splitlines())
     True
     """
+    require_type("options", options, GenerateOptions)
     if options.score_only and options.reference is None:
         raise DataError("--score-only has nothing to score; add --reference FILE")
     model, config, render = open_translator(options)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from dstrain import __version__
+from dstrain.arguments import CheckedOptions, require_type
 from dstrain.build.shared_work import ALL_WORK, Task, do_work
 from dstrain.build.teacher_source import TeacherSource, load_teacher_source
 from dstrain.config_base import PrecisionChoice
@@ -25,7 +26,7 @@ from dstrain.storage.sharded_job import Worker
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelOptions:
+class LabelOptions(CheckedOptions):
     """The options of `dstrain pseudo-label`.
 
     base: of a teacher that is an adapter bundle, if it has moved.
@@ -62,6 +63,7 @@ def pseudo_label(options: LabelOptions, report: Callable[[str], object] = logger
     >>> train.pairs_read == train.rows + sum(train.dropped.values())
     True
     """
+    require_type("options", options, LabelOptions)
     if not do_work(options.worker, options.device, partial(_label, options), report):
         return None
     return merge_labels(options.output, f"dstrain {__version__}")

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from dstrain.arguments import CheckedOptions
 from dstrain.checkpoint.bundle import BundleDescription, StoredBundle, find_bundle
 from dstrain.config_base import Precision
 from dstrain.data.prepared.dataset import Dataset
@@ -42,7 +43,7 @@ MAX_MAP_VALUES = 2_000_000
 
 
 @dataclass(frozen=True)
-class TeacherOptions:
+class TeacherOptions(CheckedOptions):
     """Where a distillation gets its signal from: dumped logits, or bundles.
 
     placement: of the bundles' parameters, None for `sharded`. vocabulary_map: for bundles of another vocabulary.

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 from dstrain import __version__
+from dstrain.arguments import require_type
 from dstrain.build.base import build_on_base, check_reloaded
 from dstrain.build.machine import describe_device, unused_gpus
 from dstrain.build.training_plan import TrainingPlan, TrainOptions, plan_training
@@ -55,6 +56,8 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     >>> train(recipe, TrainOptions(data=Path("data"), output=Path("run"), device="cpu"))
     0
     """
+    require_type("recipe", recipe, Recipe, "; read one by load_recipe(name or file)")
+    require_type("options", options, TrainOptions)
     mesh = build_mesh(options.device, tensor=recipe.engine.parallel.tensor, sequence=recipe.engine.parallel.sequence)
     if mesh.device.type == "cpu":
         keep_freed_memory()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain import __version__
+from dstrain.arguments import CheckedOptions
 from dstrain.build.base import find_base
 from dstrain.build.objective import check_teacher_options, plan_objective
 from dstrain.build.objective_plan import ObjectivePlan
@@ -27,7 +28,7 @@ from dstrain.training.horizons import Horizons
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions:
+class TrainOptions(CheckedOptions):
     """The options of `dstrain train`. output: the run directory. base: the bundle that training starts from, None for none."""
 
     data: Path

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain import __version__
+from dstrain.arguments import require_path, require_type
 from dstrain.data.config import DataConfig, TrainedSentencePiece
 from dstrain.data.prepared.encode import EncodedBlock, make_encoder
 from dstrain.data.prepared.job import Job, corpus_sizes, plan_job, read_job, start_job
@@ -62,6 +63,8 @@ def prepare(config: DataConfig, output: Path, *, workers: int, overwrite: bool =
     >>> report.shared, report.source_vocab_size
     (True, 120)
     """
+    require_type("config", config, DataConfig, "; give the `data` of a recipe")
+    output = require_path("output", output)
     output = Path(output)
     with locked_output(output, busy=partial(_busy, output)):
         known = read_job(output)
