@@ -15,9 +15,10 @@ from dstrain.arguments import CheckedOptions, require_type
 from dstrain.build.bundle_model import BundleModel, load
 from dstrain.build.device import open_device
 from dstrain.config_base import PrecisionChoice
+from dstrain.data.sources.opening import STANDARD, require_different_streams
 from dstrain.errors import DataError
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
-from dstrain.generation.files import STANDARD, Chunk, count_lines, translate_file
+from dstrain.generation.files import Chunk, count_lines, translate_file
 from dstrain.generation.formats import Answer, Format, formatter
 from dstrain.generation.generator import TextHypothesis
 from dstrain.progress import Progress
@@ -89,6 +90,7 @@ def generate_file(options: GenerateOptions) -> GenerationReport:
     require_type("options", options, GenerateOptions)
     if options.score_only and options.reference is None:
         raise DataError("--score-only has nothing to score; add --reference FILE")
+    require_different_streams({"--input": options.input, "--reference": options.reference, "--prefix": options.prefix})
     model, config, render = open_translator(options)
     start = time.monotonic()
     own_output = options.output == STANDARD and sys.stdout.isatty()  # the answers themselves say how far it is

@@ -6,7 +6,6 @@ import argparse
 import json
 from dataclasses import asdict
 from itertools import chain
-from pathlib import Path
 
 from dstrain.cli.bundle_arguments import TOKENIZE_HELP
 
@@ -15,11 +14,12 @@ TITLES = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "repetition": "repetiti
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("--hypothesis", metavar="FILE", type=Path, required=True, help="detokenized output, one line a sentence")
+    parser.add_argument(
+        "--hypothesis", metavar="FILE", required=True, help="detokenized output, one line a sentence; - is standard input"
+    )
     parser.add_argument(
         "--reference",
         metavar="FILE",
-        type=Path,
         required=True,
         action="append",
         help="line-parallel; repeat it for several references",
@@ -31,17 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a line for each score: its name, value and signature."""
+    from dstrain.data.sources.opening import input_name, require_different_streams
     from dstrain.data.sources.text import read_lines
     from dstrain.errors import DataError
     from dstrain.evaluation.metrics.corpus import corpus_scores
     from dstrain.evaluation.metrics.tokenization import choose_tokenization
 
+    streams = {f"--reference {number}": path for number, path in enumerate(args.reference, 1)}
+    require_different_streams({"--hypothesis": args.hypothesis, **streams})
     hypotheses = read_lines(args.hypothesis)
     references = [read_lines(path) for path in args.reference]
     for path, lines in zip(args.reference, references, strict=True):
         if len(lines) != len(hypotheses):
             raise DataError(
-                f"{args.hypothesis} has {len(hypotheses)} lines, {path} has {len(lines)}; give files that are line-parallel"
+                f"{input_name(args.hypothesis)} has {len(hypotheses)} lines, {input_name(path)} has {len(lines)}; "
+                "give files that are line-parallel"
             )
     scores = corpus_scores(
         hypotheses,

@@ -24,7 +24,9 @@ from dstrain.log import logger
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_generation_arguments(parser)
-    parser.add_argument("--input", metavar="FILE", default="-", help="text or .gz, one sentence a line (default: standard input)")
+    parser.add_argument(
+        "--input", metavar="FILE", default="-", help="text, one sentence a line; may be compressed, or a pipe (default: -)"
+    )
     parser.add_argument("--output", metavar="FILE", default="-", help="default: standard output")
     parser.add_argument("--reference", metavar="FILE", help="human translations to write beside the answers (jsonl, fairseq)")
     task = parser.add_mutually_exclusive_group()

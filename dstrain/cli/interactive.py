@@ -26,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, answer, flush, until the input ends."""
     from dstrain.build.generation import open_translator
+    from dstrain.data.sources.opening import STANDARD_INPUT
     from dstrain.data.sources.text import decode_line
-    from dstrain.generation.files import STANDARD_INPUT, standard_output
+    from dstrain.generation.files import standard_output
     from dstrain.generation.formats import Answer
 
     model, config, render = open_translator(generate_options(args))

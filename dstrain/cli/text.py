@@ -1,4 +1,7 @@
-"""dstrain text: the raw text of an evaluation split, as it was read by prepare: DIRECTORY/source.txt and target.txt."""
+"""dstrain text: the raw text of an evaluation split, as it was read by prepare: DIRECTORY/source.txt and target.txt.
+
+Line k of both files is pair k. A line break inside a text, which JSON and parquet can hold, becomes a space.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write both sides, one line a pair."""
     from dstrain.data.prepared.dataset import open_dataset
+    from dstrain.generation.formats import one_line
     from dstrain.storage.atomic import atomic_writer
 
     dataset = open_dataset(args.data, args.split)
     for name, line_of in (("source.txt", dataset.source_text), ("target.txt", dataset.target_text)):
         with atomic_writer(args.output / name) as sink:
             for row in range(len(dataset)):
-                sink.write(f"{line_of(row)}\n".encode())
+                sink.write(f"{one_line(line_of(row))}\n".encode())
     print(f"{len(dataset)} pairs of {args.data}/{args.split} -> {args.output}/source.txt, target.txt")
     return 0

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from dstrain.config_base import Config
+from dstrain.log import logger
 
 
 class ParallelText(Config):
-    """Two line-parallel files, plain or .gz. `${NAME}` in a path is read from the environment."""
+    """Two line-parallel files, plain or compressed (gzip, bzip2, xz, zstd). `${NAME}` in a path is read from the environment."""
 
     kind: Literal["parallel"] = "parallel"
     source: str = Field(description="File of the source side.")
@@ -20,21 +22,71 @@ class ParallelText(Config):
 
 
 class TsvText(Config):
-    """One tab-separated file, plain or .gz, without a header; columns count from 0."""
+    """One tab-separated file, plain or compressed; columns count from 0. All lines must have as many columns as the first."""
 
     kind: Literal["tsv"] = "tsv"
     path: str = Field(description="The file.")
     source_column: NonNegativeInt = Field(default=0, description="Column of the source.")
     target_column: NonNegativeInt = Field(default=1, description="Column of the target.")
+    header: bool = Field(default=False, description="Whether the first line names the columns, and is no pair.")
+
+
+FieldPath = Annotated[str, Field(min_length=1)]
+"""The name of a field; `a.b` is field b inside field a, `a.0` the first item of a list."""
 
 
 class JsonlText(Config):
-    """One JSON object per line, plain or .gz; the two fields hold strings."""
+    """One JSON object per line, plain or compressed; blank lines at the end do not count.
+
+    A path of fields may lead inside: `translation.en`, or `target.0` for the first of several references.
+    """
 
     kind: Literal["jsonl"] = "jsonl"
     path: str = Field(description="The file.")
-    source_field: str = Field(default="source", description="Field of the source.")
-    target_field: str = Field(default="target", description="Field of the target.")
+    source: FieldPath = Field(default="source", description="Field of the source, or the path to it.")
+    target: FieldPath = Field(default="target", description="Field of the target, or the path to it.")
+    join: str | None = Field(default=None, description="What stands between the strings of a list; null = lists are refused.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rename_keys(cls, tree: object) -> object:
+        if not isinstance(tree, Mapping):
+            return tree
+        names = {f"{side}_field": side for side in ("source", "target") if side not in tree}
+        if names.keys() & tree.keys():
+            _warn_of_old_keys()
+        return {names.get(key, key): value for key, value in tree.items()}
+
+
+class ParquetTable(Config):
+    """One parquet file, a pair per row. A path of columns may lead inside: `translation.en`, or `target.0` for the first item."""
+
+    kind: Literal["parquet"] = "parquet"
+    path: str = Field(description="The file.")
+    source: FieldPath = Field(default="source", description="Column of the source, or the path to it.")
+    target: FieldPath = Field(default="target", description="Column of the target, or the path to it.")
+    join: str | None = Field(default=None, description="What stands between the strings of a list; null = lists are refused.")
+
+
+class HuggingFaceDataset(Config):
+    """A data set of Hugging Face, from the disk or the hub; needs `dstrain[hf]`. Columns are named as for parquet."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    dataset: str = Field(description="Directory of `save_to_disk`, folder of parquet or JSON files, or a name of the hub.")
+    config: str | None = Field(default=None, description="Configuration of the data set, such as a language pair.")
+    split: str | None = Field(default=None, description="Which split; null if there is only one.")
+    source: FieldPath = Field(default="source", description="Column of the source, or the path to it.")
+    target: FieldPath = Field(default="target", description="Column of the target, or the path to it.")
+    join: str | None = Field(default=None, description="What stands between the strings of a list; null = lists are refused.")
+
+
+@cache
+def _warn_of_old_keys() -> None:
+    logger.warning("kind: jsonl: source_field and target_field are source and target since 0.2; rename them in the recipe")
+
+
+RecordSource = JsonlText | ParquetTable | HuggingFaceDataset
+"""Corpora whose pairs are records with named fields."""
 
 
 class GrammarText(Config):
@@ -58,7 +110,7 @@ class FairseqIds(Config):
 
 
 class PlainText(Config):
-    """Text without a source, for language models: an example per line, plain or .gz; blank lines are left out of every split."""
+    """Text without a source, for language models: an example per line, plain or compressed; no split keeps blank lines."""
 
     kind: Literal["text"] = "text"
     path: str = Field(description="The file.")
@@ -72,7 +124,7 @@ class FairseqText(Config):
 
 
 TextSource = Annotated[
-    ParallelText | TsvText | JsonlText | GrammarText | FairseqIds | PlainText | FairseqText, Field(discriminator="kind")
+    ParallelText | TsvText | RecordSource | GrammarText | FairseqIds | PlainText | FairseqText, Field(discriminator="kind")
 ]
 
 

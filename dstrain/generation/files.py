@@ -9,22 +9,22 @@ from __future__ import annotations
 import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import TextIO
 
-from dstrain.data.sources.text import decode_line, open_lines
+from dstrain.data.sources.opening import STANDARD, input_name, open_lines
+from dstrain.data.sources.text import decode_line
 from dstrain.errors import DataError
 from dstrain.generation.formats import Answer
 from dstrain.generation.generator import TextHypothesis
 from dstrain.log import logger
 from dstrain.storage.atomic import sync
+from dstrain.storage.file_format import HEAD_BYTES, compression_of
 
 CHUNK_LINES = 4096
-STANDARD = "-"
-STANDARD_INPUT = "standard input"
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,6 @@ def translate_file(
 def parallel_chunks(source: str, reference: str | None, prefix: str | None, chunk_lines: int) -> Iterator[Chunk]:
     """The lines of `source`, some at a time, with the same lines of the other files."""
     paths = [path for path in (source, reference, prefix) if path is not None]
-    if paths.count(STANDARD) > 1:
-        raise DataError("only one of --input, --reference and --prefix can be standard input; name a file for the others")
     files = [read_chunks(path, chunk_lines) for path in paths]
     first = 1
     nothing: list[str] = []
@@ -92,20 +90,11 @@ def parallel_chunks(source: str, reference: str | None, prefix: str | None, chun
 def read_chunks(path: str, chunk_lines: int) -> Iterator[list[str]]:
     """The lines of a file, or of standard input for `-`, some at a time, without their ends."""
     name = input_name(path)
-    with _open_input(path) as stream:
+    with open_lines(path) as stream:
         first = 1
         while raw := list(islice(stream, chunk_lines)):
             yield [decode_line(line, name, number) for number, line in enumerate(raw, first)]
             first += len(raw)
-
-
-def input_name(path: str) -> str:
-    """The name of an input in messages."""
-    return STANDARD_INPUT if path == STANDARD else path
-
-
-def _open_input(path: str) -> AbstractContextManager[BinaryIO]:
-    return nullcontext(sys.stdin.buffer) if path == STANDARD else open_lines(Path(path))
 
 
 @contextmanager
@@ -143,7 +132,9 @@ def partial_path(path: str) -> Path:
 
 def count_lines(path: str) -> int | None:
     """How many lines a plain file has, for a progress bar; None if that would cost decompression or waiting."""
-    if path == STANDARD or path.endswith(".gz") or not Path(path).is_file():
+    if path == STANDARD or not Path(path).is_file():
         return None
     with Path(path).open("rb") as stream:
+        if compression_of(stream.peek(HEAD_BYTES)):
+            return None
         return sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(1 << 20), b""))

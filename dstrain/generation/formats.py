@@ -1,7 +1,7 @@
 """How answers are written: plain text, JSON lines, or fairseq's S-/T-/H-/D-/P- lines.
 
-Numbers are natural logarithms, but for fairseq's, which are in base 2. A line break inside a hypothesis becomes a space, so that
-one answer in plain text is one line.
+Numbers are natural logarithms, but for fairseq's, which are in base 2. A line break inside a text becomes a space, so that it
+stays one line.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def as_fairseq(answer: Answer, target: TextTokenizer) -> str:
     Lines are numbered from 0, in base 2, as fairseq does.
     """
     number = answer.line - 1
-    lines = [f"S-{number}\t{answer.source}"]
+    lines = [f"S-{number}\t{one_line(answer.source)}"]
     if answer.reference is not None:
-        lines.append(f"T-{number}\t{answer.reference}")
+        lines.append(f"T-{number}\t{one_line(answer.reference)}")
     for hypothesis in answer.hypotheses:
         score = hypothesis.score / math.log(2)
         pieces = " ".join(target.tokens(hypothesis.tokens[:-1]))
@@ -99,7 +99,7 @@ def as_fairseq(answer: Answer, target: TextTokenizer) -> str:
 
 
 def one_line(text: str) -> str:
-    """The text with line breaks as spaces."""
+    """The text with line breaks as spaces, so that a format of lines may hold it."""
     return text.replace("\n", " ").replace("\r", " ")
 
 

@@ -124,11 +124,11 @@ SOURCE: dict[str, Edit] = {
         ("    TextSource,\n", "    TextSource,\n    ToyText,\n"),
         ("case TsvText() | JsonlText()", "case ToyText() | TsvText() | JsonlText()"),
         (
-            "        case JsonlText():\n",
+            "        case PlainText():\n",
             """        case ToyText():
             pairs = [line.split(" ||| ") for line in decode_lines(block, 0)]
             return [source for source, _ in pairs], [target for _, target in pairs]
-        case JsonlText():
+        case PlainText():
 """,
         ),
     ),

@@ -2,7 +2,7 @@
 
 A job is its data section and the content of its corpora and of a tokenizer that is not trained. Output of the same job is
 continued or kept; that of another is refused. Content is known by SHA-256, taken while the files are checked; a file whose path,
-size and modification time are as in job.json is not read again.
+size, modification time and kind of corpus are as in job.json is not read again.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dstrain.config_base import Config
+from dstrain.config_base import Config, upgrade_config
 from dstrain.data.config import DataConfig, FairseqIds, TextSource, TrainedSentencePiece
 from dstrain.data.prepared.manifest import DATA_FORMAT_VERSION, MANIFEST_FILE, TOKENIZER_DIRECTORY
 from dstrain.data.prepared.pool import WorkerPool
-from dstrain.data.sources.corpora import counted_files, files_of, pairs_without_files, scan_of, splits_of
+from dstrain.data.sources.corpora import counted_files, files_of, header_lines, pairs_without_lines, scan_of, splits_of
+from dstrain.data.sources.opening import require_file
 from dstrain.data.sources.text import FileScan
 from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE
 from dstrain.data.tokenizers.training import load_configured_tokenizers
@@ -32,10 +33,18 @@ JOB_FILE = "job.json"
 PARALLEL_SCAN_BYTES = 1 << 28
 
 
+class Input(NamedTuple):
+    """A file to read, and the kind of corpus that decides how it is checked."""
+
+    path: Path
+    kind: str
+
+
 class InputFile(Config):
-    """A file of a corpus as it was when it was read; lines count an unfinished last one."""
+    """A file of a corpus as it was when it was read. kind: of the corpus, None before 0.2. lines: pairs, and a header's line."""
 
     path: str
+    kind: str | None = None
     size: Count
     mtime_ns: int
     sha256: str
@@ -50,9 +59,9 @@ class Job(Config):
     data: dict[str, Any]
     inputs: tuple[InputFile, ...]
 
-    def lines_of(self, path: Path) -> int:
-        """Lines of one input."""
-        return next(file.lines for file in self.inputs if file.path == str(path))
+    def lines_of(self, path: Path, kind: str) -> int:
+        """Lines of one input, as a corpus of this kind reads it."""
+        return next(file.lines for file in self.inputs if (file.path, file.kind) == (str(path), kind))
 
 
 JOB = DocumentFormat(
@@ -72,50 +81,63 @@ def read_job(output: Path) -> Job | None:
 
 def plan_job(config: DataConfig, known: Job | None, workers: int) -> Job:
     """Read every input once and describe the job. Raises DataError for any fault of the text."""
-    scans = {path: scan_of(source) for sources in splits_of(config).values() for source in sources for path in files_of(source)}
+    scans = {
+        Input(path, source.kind): scan_of(source)
+        for sources in splits_of(config).values()
+        for source in sources
+        for path in files_of(source)
+    }
     tokenizer = (
         None if isinstance(config.tokenizer, TrainedSentencePiece) else load_configured_tokenizers(config.tokenizer).fingerprint
     )
     inputs = _inspect(scans, known, workers)
     data = config.model_dump(mode="json")
-    content = [DATA_FORMAT_VERSION, data, [file.sha256 for file in inputs], tokenizer]
+    if known is not None and upgrade_config(DataConfig, known.data) == data:
+        data = known.data  # as an older version spelled it: the same job
+    hashes = {file.path: file.sha256 for file in inputs}
+    content = [DATA_FORMAT_VERSION, data, list(hashes.values()), tokenizer]
     return Job(format_version=DATA_FORMAT_VERSION, fingerprint=sha256_of_json(content), data=data, inputs=inputs)
 
 
-def _inspect(scans: Mapping[Path, Scan], known: Job | None, workers: int) -> tuple[InputFile, ...]:
-    stats = {path: _stat(path) for path in scans}
-    before = {(file.path, file.size, file.mtime_ns): file for file in (known.inputs if known else ())}
-    inputs = {path: before.get((str(path), stat.st_size, stat.st_mtime_ns)) for path, stat in stats.items()}
-    unread = {path: scan for path, scan in scans.items() if inputs[path] is None}
-    for path, scan in zip(unread, _scan(unread, sum(stats[path].st_size for path in unread), workers), strict=True):
-        stat = stats[path]
-        inputs[path] = InputFile(
-            path=str(path), size=stat.st_size, mtime_ns=stat.st_mtime_ns, sha256=scan.sha256, lines=scan.lines
+def _inspect(scans: Mapping[Input, Scan], known: Job | None, workers: int) -> tuple[InputFile, ...]:
+    stats = {file: _stat(file.path) for file in scans}
+    before = {(file.path, file.kind, file.size, file.mtime_ns): file for file in (known.inputs if known else ())}
+    inputs = {file: before.get((str(file.path), file.kind, stat.st_size, stat.st_mtime_ns)) for file, stat in stats.items()}
+    unread = {file: scan for file, scan in scans.items() if inputs[file] is None}
+    for file, scan in zip(unread, _scan(unread, sum(stats[file].st_size for file in unread), workers), strict=True):
+        stat = stats[file]
+        inputs[file] = InputFile(
+            path=str(file.path),
+            kind=file.kind,
+            size=stat.st_size,
+            mtime_ns=stat.st_mtime_ns,
+            sha256=scan.sha256,
+            lines=scan.lines,
         )
     return tuple(file for file in inputs.values() if file is not None)
 
 
 def _stat(path: Path) -> os.stat_result:
     try:
-        return path.stat()
+        return require_file(path).stat()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; check the path in the recipe") from error
 
 
-def _scan(scans: Mapping[Path, Scan], size: int, workers: int) -> list[FileScan]:
+def _scan(scans: Mapping[Input, Scan], size: int, workers: int) -> list[FileScan]:
     if min(workers, len(scans)) < 2 or size < PARALLEL_SCAN_BYTES:
-        return [scan(path) for path, scan in scans.items()]
+        return [scan(file.path) for file, scan in scans.items()]
     with WorkerPool(_scanner, min(workers, len(scans))) as pool:
         return list(pool.map(scans.items()))
 
 
-def _scanner() -> Callable[[tuple[Path, Scan]], FileScan]:
+def _scanner() -> Callable[[tuple[Input, Scan]], FileScan]:
     return _scan_one
 
 
-def _scan_one(task: tuple[Path, Scan]) -> FileScan:
-    path, scan = task
-    return scan(path)
+def _scan_one(task: tuple[Input, Scan]) -> FileScan:
+    file, scan = task
+    return scan(file.path)
 
 
 def corpus_sizes(config: DataConfig, job: Job) -> dict[str, list[int]]:
@@ -131,8 +153,8 @@ def corpus_sizes(config: DataConfig, job: Job) -> dict[str, list[int]]:
 def _size(source: TextSource, job: Job) -> int:
     paths = counted_files(source)
     if not paths:
-        return pairs_without_files(source)
-    lines = [job.lines_of(path) for path in paths]
+        return pairs_without_lines(source)
+    lines = [job.lines_of(path, source.kind) - header_lines(source) for path in paths]
     if lines[0] != lines[-1]:
         unit = "sentence" if isinstance(source, FairseqIds) else "line"
         raise DataError(
@@ -171,7 +193,8 @@ def _remove(output: Path, job: Job) -> None:
 
 def _difference(old: Job, new: Job) -> str:
     """What changed, by name: fields of the data section, else files whose content is another."""
-    fields = [name for name in sorted({**old.data, **new.data}) if old.data.get(name) != new.data.get(name)]
+    before = upgrade_config(DataConfig, old.data)
+    fields = [name for name in sorted({**before, **new.data}) if before.get(name) != new.data.get(name)]
     if fields:
         return "its recipe differs in " + ", ".join(f"data.{name}" for name in fields)
     content: Mapping[str, str] = {file.path: file.sha256 for file in old.inputs}

@@ -20,6 +20,8 @@ from typing import Any, Generic, TypeVar
 
 from dstrain.errors import DataError, DstrainError
 
+FAREWELL_SECONDS = 2
+"""For an idle worker to end by itself, or libraries that it has loaded leave semaphores behind."""
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
@@ -66,6 +68,10 @@ class WorkerPool(Generic[_Task, _Result]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._executor.shutdown(wait=False, cancel_futures=True)
         for worker in self._processes:
+            worker.pipe.close()
+        for worker in self._processes:
+            if kind is None:
+                worker.process.join(FAREWELL_SECONDS)
             worker.process.terminate()
         self._executor.shutdown()
         for worker in self._processes:
@@ -75,15 +81,15 @@ class WorkerPool(Generic[_Task, _Result]):
 class _Worker:
     def __init__(self, make_work: Callable[[], Callable[[Any], Any]]) -> None:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
+        self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, make_work), daemon=True)
         self.process.start()
         theirs.close()
 
     def call(self, task: Any) -> Any:
         try:
-            self._pipe.send(task)
-            result, refusal, defect = self._pipe.recv()
+            self.pipe.send(task)
+            result, refusal, defect = self.pipe.recv()
         except (EOFError, OSError) as error:
             self.process.join(1)
             raise DataError(

@@ -6,10 +6,9 @@ filter keeps. So a shard depends only on its own pairs, and an interrupted run g
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,18 +18,36 @@ from dstrain.data.config import (
     FairseqIds,
     FairseqText,
     GrammarText,
+    HuggingFaceDataset,
     JsonlText,
     ParallelText,
+    ParquetTable,
     PlainText,
     TextSource,
     TsvText,
 )
 from dstrain.data.sources.fairseq_binary import IdBlock, IdReader, files_of_prefix, scan_binary
 from dstrain.data.sources.grammar import GrammarReader
-from dstrain.data.sources.text import BlockReader, FileScan, TextBlock, decode_lines, expand_path, scan_file
+from dstrain.data.sources.records import RecordBlock, record_texts
+from dstrain.data.sources.tables import (
+    count_data_set,
+    data_set_files,
+    read_data_set,
+    read_parquet,
+    scan_content,
+    scan_parquet,
+)
+from dstrain.data.sources.text import (
+    BlockReader,
+    FileScan,
+    TextBlock,
+    decode_lines,
+    expand_path,
+    scan_file,
+    scan_jsonl,
+    scan_tsv,
+)
 from dstrain.errors import DataError
-
-UNUSABLE = re.compile("[\0\ud800-\udfff]")
 
 
 class PairBlock(NamedTuple):
@@ -38,13 +55,13 @@ class PairBlock(NamedTuple):
 
     split: str
     corpus: int
-    text: TextBlock | IdBlock
+    text: TextBlock | RecordBlock | IdBlock
 
 
 class Reader(Protocol):
     """Hands out the next pairs of one corpus."""
 
-    def read(self, max_lines: int) -> TextBlock | IdBlock:
+    def read(self, max_lines: int) -> TextBlock | RecordBlock | IdBlock:
         """At least one pair, at most `max_lines`."""
         ...
 
@@ -59,8 +76,10 @@ def files_of(source: TextSource) -> tuple[Path, ...]:
     match source:
         case ParallelText():
             return expand_path(source.source), expand_path(source.target)
-        case TsvText() | JsonlText() | PlainText():
+        case TsvText() | JsonlText() | ParquetTable() | PlainText():
             return (expand_path(source.path),)
+        case HuggingFaceDataset():
+            return data_set_files(source)
         case FairseqIds():
             return (*files_of_prefix(expand_path(source.source)), *files_of_prefix(expand_path(source.target)))
         case FairseqText():
@@ -71,18 +90,38 @@ def files_of(source: TextSource) -> tuple[Path, ...]:
 
 def counted_files(source: TextSource) -> tuple[Path, ...]:
     """The files of a corpus that have an entry for every pair."""
+    if isinstance(source, HuggingFaceDataset):
+        return ()
     files = files_of(source)
     return files[::2] if isinstance(source, FairseqIds | FairseqText) else files
 
 
 def scan_of(source: TextSource) -> Callable[[Path], FileScan]:
     """How a file of this corpus is checked and counted."""
-    return scan_binary if isinstance(source, FairseqIds | FairseqText) else scan_file
+    match source:
+        case FairseqIds() | FairseqText():
+            return scan_binary
+        case TsvText():
+            return scan_tsv
+        case JsonlText():
+            return scan_jsonl
+        case ParquetTable():
+            return partial(scan_parquet, source=source)
+        case HuggingFaceDataset():
+            return scan_content
+        case _:
+            return scan_file
 
 
-def pairs_without_files(source: TextSource) -> int:
-    """Pairs of a corpus that is made, not read."""
-    return source.num_pairs if isinstance(source, GrammarText) else 0
+def pairs_without_lines(source: TextSource) -> int:
+    """Pairs of a corpus that no file counts line by line."""
+    match source:
+        case GrammarText():
+            return source.num_pairs
+        case HuggingFaceDataset():
+            return count_data_set(source)
+        case _:
+            return 0
 
 
 def read_blocks(
@@ -106,25 +145,37 @@ def read_blocks(
 
 
 def _open(source: TextSource, start: int) -> AbstractContextManager[Reader]:
-    if isinstance(source, GrammarText):
-        return GrammarReader(source.split, source.num_pairs, source.seed, start)
-    if isinstance(source, FairseqIds):
-        return IdReader(expand_path(source.source), expand_path(source.target), start=start)
-    if isinstance(source, FairseqText):
-        return IdReader(None, expand_path(source.path), start=start)
-    return BlockReader(files_of(source), start)
+    match source:
+        case GrammarText():
+            return GrammarReader(source.split, source.num_pairs, source.seed, start)
+        case FairseqIds():
+            return IdReader(expand_path(source.source), expand_path(source.target), start=start)
+        case FairseqText():
+            return IdReader(None, expand_path(source.path), start=start)
+        case ParquetTable():
+            return read_parquet(source, start)
+        case HuggingFaceDataset():
+            return read_data_set(source, start)
+        case _:
+            return BlockReader(files_of(source), start + header_lines(source))
 
 
-def parse(source: TextSource, block: TextBlock) -> tuple[list[str], list[str]]:
+def header_lines(source: TextSource) -> int:
+    """Lines at the beginning of a file that are no pairs."""
+    return int(isinstance(source, TsvText) and source.header)
+
+
+def parse(source: TextSource, block: TextBlock | RecordBlock) -> tuple[list[str], list[str]]:
     """Source and target texts of a block's pairs; sources are empty if the corpus has none.
 
     Raises DataError naming file and line if a record is malformed.
     """
+    if isinstance(source, JsonlText | ParquetTable | HuggingFaceDataset):
+        return record_texts(source, block)
+    assert isinstance(block, TextBlock), "only records have fields"
     match source:
         case TsvText():
             return _parse_tsv(source, block)
-        case JsonlText():
-            return _parse_jsonl(source, block)
         case PlainText():
             lines = decode_lines(block, 0)
             return [""] * len(lines), lines
@@ -142,31 +193,3 @@ def _parse_tsv(source: TsvText, block: TextBlock) -> tuple[list[str], list[str]]
                 "fix the line or the columns in the recipe"
             )
     return [row[source.source_column] for row in rows], [row[source.target_column] for row in rows]
-
-
-def _parse_jsonl(source: JsonlText, block: TextBlock) -> tuple[list[str], list[str]]:
-    sides: tuple[list[str], list[str]] = ([], [])
-    for number, line in enumerate(decode_lines(block, 0), block.first + 1):
-        where = f"{files_of(source)[0]}:{number}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not valid JSON ({error}); every line must hold one object") from error
-        if not isinstance(record, dict):
-            raise DataError(f"{where}: a JSON {type(record).__name__}, not an object; every line must hold one object")
-        for side, field in zip(sides, (source.source_field, source.target_field), strict=True):
-            side.append(_json_text(record, field, where))
-    return sides
-
-
-def _json_text(record: dict[str, object], field: str, where: str) -> str:
-    if field not in record:
-        raise DataError(f"{where}: no field {field!r}; the fields are {', '.join(map(repr, record)) or 'none'}")
-    text = record[field]
-    if not isinstance(text, str):
-        raise DataError(
-            f"{where}: field {field!r} holds a {type(text).__name__}, not a string; name another field or fix the file"
-        )
-    if UNUSABLE.search(text):
-        raise DataError(f"{where}: field {field!r} holds a NUL or half of a surrogate pair; remove it from the text")
-    return text

@@ -1,26 +1,24 @@
 """Text files as blocks of raw lines: checked once, then read in order.
 
-A line ends at "\\n" and nowhere else; a "\\r" before it is stripped, a byte order mark at the start of a file too. Files ending
-in .gz are decompressed while reading. Blocks are cut by lines and by bytes, so that memory does not grow with the corpus, and
-they hold bytes, so that the encoding processes decode them. `scan_file` costs one pass before the first sentence is encoded
-(about 0.5 GB/s); it finds every fault of encoding and length at once instead of hours later.
+A line ends at "\\n" and nowhere else; a "\\r" before it is stripped, a byte order mark at the start of a file too. Compressed
+files are decompressed while reading (`opening.py`). Blocks are cut by lines and by bytes, so that memory does not grow with the
+corpus, and they hold bytes, so that the encoding processes decode them. A scan costs one pass before the first sentence is
+encoded (about 0.5 GB/s); it finds every fault of encoding, length and columns at once instead of hours later.
 """
 
 from __future__ import annotations
 
-import gzip
-import io
 import os
 import re
-import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, NamedTuple
 
+from dstrain.data.sources.opening import input_name, open_lines, require_text
 from dstrain.errors import DataError
 from dstrain.storage.hashing import sha256_of_file
 
@@ -58,42 +56,67 @@ def expand_path(path: str) -> Path:
     return Path(VARIABLE.sub(value, path)).expanduser()
 
 
-@contextmanager
-def open_lines(path: Path) -> Iterator[BinaryIO]:
-    """Open a plain or .gz file for reading by lines; whatever goes wrong with it inside becomes a DataError naming it."""
-    try:
-        with path.open("rb") as file:
-            yield io.BufferedReader(gzip.GzipFile(fileobj=file)) if path.suffix == ".gz" else file
-    except EOFError as error:
-        raise DataError(f"{path}: the gzip file is truncated; fetch or compress it again") from error
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: not a whole gzip file ({error}); fetch or compress it again") from error
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}; check the path") from error
-
-
-def scan_file(path: Path) -> FileScan:
+def scan_file(path: Path, check: Callable[[bytes, int], None] | None = None) -> FileScan:
     """Count lines, hash the file, and check that it is whole, valid UTF-8 and free of NUL.
 
-    Raises DataError naming the file, and the line if there is one.
+    check: called with some whole lines and the number of lines before them. Raises DataError naming the file, and the line if
+    there is one.
     """
     lines, last = 0, b"\n"
     with open_lines(path) as stream:
         while chunk := stream.read(SCAN_BYTES) + stream.readline():
             check_text(path, chunk, lines)
+            if check is not None:
+                check(chunk, lines)
             lines += chunk.count(b"\n")
             last = chunk[-1:]
-        return FileScan(lines + (last != b"\n"), sha256_of_file(path))
+    return FileScan(lines + (last != b"\n"), sha256_of_file(path))
+
+
+def scan_tsv(path: Path) -> FileScan:
+    """As `scan_file`; every line must have as many columns as the first, or a tab inside a sentence would cut it in two."""
+    tabs: int | None = None
+
+    def check(chunk: bytes, lines_before: int) -> None:
+        nonlocal tabs
+        counts = [line.count(b"\t") for line in chunk.removesuffix(b"\n").split(b"\n")]
+        tabs = counts[0] if tabs is None else tabs
+        if counts.count(tabs) == len(counts):
+            return
+        wrong = next(number for number, count in enumerate(counts) if count != tabs)
+        raise DataError(
+            f"{path}:{lines_before + wrong + 1}: {counts[wrong] + 1} tab-separated columns, line 1 has {tabs + 1}; fix the line: "
+            "it may hold a tab inside a sentence"
+        )
+
+    return scan_file(path, check)
+
+
+def scan_jsonl(path: Path) -> FileScan:
+    """As `scan_file`; blank lines at the end do not count. An array of JSON is refused by name."""
+    lines = 0
+
+    def check(chunk: bytes, lines_before: int) -> None:
+        nonlocal lines
+        content = chunk.rstrip()
+        if content:
+            lines = lines_before + content.count(b"\n") + 1
+        if lines_before == 0 and content.removeprefix(BYTE_ORDER_MARK.encode()).lstrip().startswith(b"["):
+            raise DataError(f"{path}: a JSON array, not one object a line; convert it: jq -c '.[]' {path.name} > NEW.jsonl")
+
+    return scan_file(path, check)._replace(lines=lines)
 
 
 def check_text(name: Path | str, chunk: bytes, lines_before: int) -> None:
     """Raise DataError, with file and line, if whole lines hold a NUL or are not UTF-8."""
     position = chunk.find(b"\0")
+    if position < 0 and chunk.isascii():
+        return
+    if lines_before == 0:
+        require_text(name, chunk)
     if position >= 0:
         line = lines_before + chunk.count(b"\n", 0, position) + 1
         raise DataError(f"{name}:{line}: a NUL character; remove it from the text")
-    if chunk.isascii():
-        return
     try:
         chunk.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -161,10 +184,12 @@ def decode_lines(block: TextBlock, column: int) -> list[str]:
     return [line.removesuffix("\r") for line in lines] if "\r" in text else lines
 
 
-def read_lines(path: Path) -> list[str]:
-    """All lines of a file that fits into memory, checked by `scan_file`, without their ends."""
-    if not scan_file(path).lines:
-        return []
+def read_lines(path: Path | str) -> list[str]:
+    """All lines of a file that fits into memory, without their ends, in one reading; `-` is standard input.
+
+    Raises DataError as `scan_file`.
+    """
     with open_lines(path) as stream:
         content = stream.read()
-    return decode_lines(TextBlock(0, 0, (content,)), 0)
+    check_text(input_name(path), content, 0)
+    return decode_lines(TextBlock(0, 0, (content,)), 0) if content else []

@@ -22,7 +22,9 @@ from dstrain.data.config import (
     has_no_source,
 )
 from dstrain.data.sources.corpora import parse, read_blocks
-from dstrain.data.sources.text import TextBlock, expand_path
+from dstrain.data.sources.fairseq_binary import IdBlock
+from dstrain.data.sources.opening import require_file
+from dstrain.data.sources.text import expand_path
 from dstrain.data.tokenizers.tokenizer import (
     SPECIAL_SYMBOLS,
     WORD_START,
@@ -51,14 +53,18 @@ def load_configured_tokenizers(config: SentencePieceFiles | TokenizerDirectory |
         dictionary = _dictionary(config.source, config.source_model)
         other = dictionary if config.target is None else _dictionary(config.target, config.target_model)
         return with_tags(TokenizerPair(dictionary, other), config.tags)
-    source = SentencePieceTokenizer.from_file(expand_path(config.source_model))
+    source = SentencePieceTokenizer.from_file(_file(config.source_model))
     if config.target_model is None:
         return TokenizerPair(source, source)
-    return TokenizerPair(source, SentencePieceTokenizer.from_file(expand_path(config.target_model)))
+    return TokenizerPair(source, SentencePieceTokenizer.from_file(_file(config.target_model)))
 
 
 def _dictionary(path: str, model: str | None) -> DictionaryTokenizer:
-    return DictionaryTokenizer.from_files(expand_path(path), None if model is None else expand_path(model))
+    return DictionaryTokenizer.from_files(_file(path), None if model is None else _file(model))
+
+
+def _file(path: str) -> Path:
+    return require_file(expand_path(path))
 
 
 class TokenizerTrainer:
@@ -86,7 +92,7 @@ class TokenizerTrainer:
         sample_size = min(total, max(1, total * tokenizer.max_training_lines // max(lines, 1)))
         number = 0
         for block in read_blocks("train", self._config.train, self._sizes, 0, total):
-            assert isinstance(block.text, TextBlock), "no tokenizer is trained on ids"
+            assert not isinstance(block.text, IdBlock), "no tokenizer is trained on ids"
             for pair in zip(*parse(self._config.train[block.corpus], block.text), strict=True):
                 if (number + 1) * sample_size // total > number * sample_size // total:
                     yield from (pair[side] for side in present[block.corpus])

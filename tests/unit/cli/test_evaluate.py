@@ -1,5 +1,10 @@
+import bz2
 import gzip
+import io
 import json
+import os
+import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,6 +65,26 @@ def test_unequal_numbers_of_lines(files: Path, capsys: pytest.CaptureFixture[str
     (files / "short.de").write_text("eins\nzwei")
     assert evaluate(files, reference="short.de") == 1
     fails_with(f"{files / 'hyp.de'} has 3 lines, {files / 'short.de'} has 2; give files that are line-parallel", capsys)
+
+
+@pytest.mark.timeout(30)
+def test_pipes_and_standard_input_are_read_once(
+    files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert evaluate(files) == 0
+    expected = capsys.readouterr().out
+    os.mkfifo(files / "pipe")
+    threading.Thread(target=(files / "pipe").write_bytes, args=[(files / "test.de").read_bytes()], daemon=True).start()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(bz2.compress((files / "hyp.de").read_bytes()))))
+    assert main(["evaluate", "--hypothesis", "-", "--reference", f"{files / 'pipe'}"]) == 0
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_for_two_options_is_refused(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(files / "pipe")
+    assert evaluate(files, "--reference", f"{files / 'pipe'}", reference="pipe") == 1
+    fails_with(f"--reference 1 and --reference 2 both read {files / 'pipe'}, which can be read only once; name a file", capsys)
 
 
 def test_invalid_utf8_names_file_and_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

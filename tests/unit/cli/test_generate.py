@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import lzma
 import math
 import os
 import pty
@@ -11,6 +12,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -66,6 +68,30 @@ def test_generate_reads_and_writes_the_standard_streams(
     assert [answer["line"] for answer in answers] == list(range(1, len(SENTENCES) + 1))
     assert [[h["text"] for h in answer["hypotheses"]] for answer in answers] == [[h.text for h in hs] for hs in expected]
     assert [answer["source"] for answer in answers] == SENTENCES
+
+
+@pytest.mark.timeout(60)
+def test_generate_reads_pipes_and_compressed_files(
+    bundle: Path, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert generate(bundle, "--input", source, "--reference", source, "--format", "jsonl") == 0
+    expected = capsys.readouterr().out
+    (tmp_path / "packed").write_bytes(lzma.compress(TEXT.encode()))
+    os.mkfifo(tmp_path / "pipe")
+    threading.Thread(target=(tmp_path / "pipe").write_text, args=[TEXT], daemon=True).start()
+    assert generate(bundle, "--input", tmp_path / "pipe", "--reference", tmp_path / "packed", "--format", "jsonl") == 0
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("name", ["pipe", "-"])
+def test_a_stream_for_two_options_is_refused_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    path = name if name == "-" else tmp_path / name
+    assert generate(tmp_path / "no bundle", "--input", path, "--prefix", path) == 1
+    assert "--input and --prefix both read" in capsys.readouterr().err
 
 
 def test_generate_samples(bundle: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:

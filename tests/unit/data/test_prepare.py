@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from dstrain.data.config import DataConfig
@@ -17,7 +19,7 @@ from dstrain.data.sources import corpora, text
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import DataError, StorageError
 from dstrain.storage import atomic
-from dstrain.storage.hashing import HashingWriter
+from dstrain.storage.hashing import HashingWriter, sha256_of_json
 from dstrain.storage.lock import locked_output
 from tests.unit.data.corpus import data_config, parallel, sentences, tree, write_lines
 
@@ -91,7 +93,7 @@ def as_tsv(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
 def as_jsonl(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
     path = folder / "pairs.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps({"en": source, "de": target}) + "\n" for source, target in pairs).encode()))
-    return {"kind": "jsonl", "path": str(path), "source_field": "en", "target_field": "de"}
+    return {"kind": "jsonl", "path": str(path), "source": "en", "target": "de"}
 
 
 def as_gzip(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
@@ -101,7 +103,25 @@ def as_gzip(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
     return {"kind": "parallel", "source": str(paths[0]), "target": str(paths[1])}
 
 
-@pytest.mark.parametrize("form", [as_tsv, as_jsonl, as_gzip])
+def as_tsv_with_header(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    path = write_lines(folder / "named.tsv", ["\ufeffen\tde", *("\t".join(pair) for pair in pairs)])
+    return {"kind": "tsv", "path": str(path), "header": True}
+
+
+def as_parquet(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    rows = pa.table({"translation": [{"en": source, "de": target} for source, target in pairs]})
+    pq.write_table(rows, folder / "pairs.parquet", row_group_size=77)
+    path = str(folder / "pairs.parquet")
+    return {"kind": "parquet", "path": path, "source": "translation.en", "target": "translation.de"}
+
+
+def as_data_set(folder: Path, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_dict({"source": [a for a, _ in pairs], "target": [b for _, b in pairs]}).save_to_disk(folder / "set")
+    return {"kind": "huggingface", "dataset": str(folder / "set")}
+
+
+@pytest.mark.parametrize("form", [as_tsv, as_tsv_with_header, as_jsonl, as_gzip, as_parquet, as_data_set])
 def test_every_form_of_the_same_text_gives_the_same_shards(corpus: tuple[DataConfig, Path], tmp_path: Path, form: Any) -> None:
     pairs = list(zip(sentences(300), sentences(300, suffix="en"), strict=True))
     config = data_config(tmp_path, train=[form(tmp_path, pairs)], pairs_per_shard=90)
@@ -311,6 +331,45 @@ def test_text_that_changed_needs_overwrite_and_a_new_date_does_not(tmp_path: Pat
     (tmp_path / "train.en").write_text(content.replace("cat", "dog", 1))
     with pytest.raises(DataError, match=r"\(the content of .*train\.en has changed\); choose another --output, or --overwrite"):
         prepare(config, tmp_path / "data", workers=1)
+
+
+def test_a_file_that_is_read_as_another_kind_is_checked_again(tmp_path: Path) -> None:
+    """Its content is as before, but not what is asked of it."""
+    path = write_lines(tmp_path / "file", [f"{line}\t{line}" for line in sentences(99)] + ["the\tdog\truns"])
+    as_lines, as_table = ({"train": [{"kind": kind, "path": str(path)}]} for kind in ("text", "tsv"))
+    prepare(data_config(tmp_path, **as_lines), tmp_path / "data", workers=1)
+    with pytest.raises(DataError, match="file:100: 3 tab-separated columns, line 1 has 2"):
+        prepare(data_config(tmp_path, **as_table), tmp_path / "data", workers=1, overwrite=True)
+
+
+def test_data_of_an_older_version_is_the_same_job(tmp_path: Path) -> None:
+    """Their job and manifest spell the same recipe without the keys that came later."""
+    lines = [json.dumps({"source": line, "target": line}) for line in sentences(300)]
+    corpus = {"kind": "jsonl", "path": str(write_lines(tmp_path / "pairs.jsonl", lines))}
+    config, data = data_config(tmp_path, train=[corpus]), tmp_path / "data"
+    prepare(config, data, workers=1)
+    job, manifest = (json.loads((data / name).read_text()) for name in ("job.json", "manifest.json"))
+    job["data"]["train"] = manifest["data"]["train"] = [{**corpus, "source_field": "source", "target_field": "target"}]
+    for file in job["inputs"]:
+        del file["kind"]
+    content = [1, job["data"], [file["sha256"] for file in job["inputs"]], None]
+    job["fingerprint"] = manifest["job"] = sha256_of_json(content)
+    (data / "job.json").write_text(json.dumps(job))
+    (data / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare(config, data, workers=1).finished_before
+    with pytest.raises(DataError, match=r"\(its recipe differs in data\.pairs_per_shard\)"):
+        prepare(config.model_copy(update={"pairs_per_shard": 9}), data, workers=1)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("key", ["train", "tokenizer"])
+def test_what_is_read_several_times_is_no_pipe(tmp_path: Path, key: str) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    pipe = str(tmp_path / "pipe")
+    changes = {"train": [{"kind": "text", "path": pipe}], "tokenizer": {"kind": "sentencepiece_files", "source_model": pipe}}
+    with pytest.raises(DataError, match=r"pipe: a stream is read only once, and this is read several times; write it to a file"):
+        prepare(data_config(tmp_path, **{key: changes[key]}), tmp_path / "data", workers=1)
+    assert tree(tmp_path / "data") == {}
 
 
 def test_an_existing_tokenizer_is_used_and_its_change_is_seen(tmp_path: Path) -> None:

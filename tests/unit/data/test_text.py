@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dstrain.data.config import JsonlText, ParallelText, TsvText
 from dstrain.data.sources import text
 from dstrain.data.sources.corpora import files_of, parse, read_blocks
-from dstrain.data.sources.text import BlockReader, TextBlock, decode_lines, expand_path, scan_file
+from dstrain.data.sources.text import BlockReader, TextBlock, decode_lines, expand_path, scan_file, scan_tsv
 from dstrain.errors import DataError
 from tests.unit.data.corpus import write_lines
 
@@ -167,8 +167,27 @@ def test_tsv_columns() -> None:
         parse(source, block_of("a\tb\tc\na\tb\n", first=10))
 
 
+@pytest.mark.parametrize(
+    ("line", "columns"),
+    [("a\tb\tc", "3 tab-separated columns"), ("a b", "1 tab-separated columns"), ("", "1 tab-separated columns")],
+)
+def test_a_line_with_other_columns_than_the_first_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, columns: str
+) -> None:
+    monkeypatch.setattr(text, "SCAN_BYTES", 50)
+    path = write_lines(tmp_path / "pairs.tsv", ["x\ty"] * 40 + [line] + ["x\ty"] * 9)
+    with pytest.raises(DataError, match=rf"pairs\.tsv:41: {columns}, line 1 has 2; fix the line: it may hold a tab inside"):
+        scan_tsv(path)
+    assert scan_tsv(write_lines(path, ["\t", "x\ty", "\t"])).lines == 3
+
+
+def test_a_header_is_no_pair() -> None:
+    source = TsvText(path="/corpus.tsv", header=True)
+    assert parse(source, block_of("one\teins\n", first=1)) == (["one"], ["eins"])
+
+
 def test_jsonl_fields() -> None:
-    source = JsonlText(path="/corpus.jsonl", source_field="document", target_field="summary")
+    source = JsonlText(path="/corpus.jsonl", source="document", target="summary")
     lines = '{"document": "a\\nb \\ud83d\\ude00", "summary": "c", "other": [1]}\n{"summary": "", "document": "ü"}\n'
     assert parse(source, block_of(lines)) == (["a\nb 😀", "ü"], ["c", ""])
 
@@ -182,7 +201,7 @@ def test_jsonl_fields() -> None:
         ('{"source": "a"}', "no field 'target'; the fields are 'source'"),
         ("{}", "no field 'source'; the fields are none"),
         ('{"source": ["a", "b"], "target": "c"}', "field 'source' holds a list, not a string"),
-        ('{"source": "a", "target": null}', "field 'target' holds a NoneType, not a string"),
+        ('{"source": "a", "target": null}', "field 'target' holds null, not a string"),
         ('{"source": "a\\u0000", "target": "b"}', "field 'source' holds a NUL or half of a surrogate pair"),
         ('{"source": "a", "target": "\\ud800"}', "field 'target' holds a NUL or half of a surrogate pair"),
         ("[" * 100_000, "not valid JSON"),

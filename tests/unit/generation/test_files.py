@@ -133,11 +133,6 @@ def test_files_of_unequal_lengths_are_refused_with_both_counts(
         )
 
 
-def test_standard_input_is_read_once(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="only one of --input, --reference and --prefix can be standard input"):
-        translate_file(shout, "-", str(tmp_path / "out"), render, prefix="-")
-
-
 def test_lines_are_read_some_at_a_time(source: Path) -> None:
     chunks = list(read_chunks(str(source), 2))
     assert chunks == [["a", ""], ["   ", "b\u2028c"], ["d"]]
@@ -146,4 +141,6 @@ def test_lines_are_read_some_at_a_time(source: Path) -> None:
 def test_counting_lines_for_the_bar(source: Path, tmp_path: Path) -> None:
     assert count_lines(str(source)) == 4
     assert count_lines("-") is None
+    (tmp_path / "packed").write_bytes(gzip.compress(b"x\ny\n"))
+    assert count_lines(str(tmp_path / "packed")) is None
     assert count_lines(str(tmp_path / "none")) is None

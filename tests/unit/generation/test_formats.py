@@ -27,6 +27,13 @@ def test_text_is_the_best_hypothesis_on_one_line() -> None:
     assert render(Answer(3, "one", [broken])) == "a b  c\n"
 
 
+def test_no_text_breaks_a_line_of_fairseqs_format() -> None:
+    broken = TextHypothesis([4, 2], -1.0, [-0.5, -0.5], "a\nb")
+    lines = formatter("fairseq", TARGET, num_best=1)(Answer(1, "o\rn\ne", [broken], "ei\r\nns")).splitlines()
+    assert [line.split("\t")[0] for line in lines] == ["S-0", "T-0", "H-0", "D-0", "P-0"]
+    assert lines[:2] == ["S-0\to n e", "T-0\tei  ns"]
+
+
 def test_text_refuses_several_hypotheses() -> None:
     with pytest.raises(RecipeError, match="one line per input, but num_best = 2; choose --format jsonl or fairseq"):
         formatter("text", TARGET, num_best=2)
