@@ -15,7 +15,7 @@ import pytest
 from dstrain.data.config import HuggingFaceDataset, ParquetTable
 from dstrain.data.sources import tables
 from dstrain.data.sources.corpora import counted_files, files_of, pairs_without_lines, parse, read_blocks, scan_of
-from dstrain.errors import DataError
+from dstrain.errors import DataError, ExtraError
 from tests.unit.data.corpus import sentences
 
 SOURCES, TARGETS = sentences(300), sentences(300, suffix="en")
@@ -158,5 +158,5 @@ def test_an_absent_network_is_one_message(monkeypatch: pytest.MonkeyPatch, caplo
 
 def test_the_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r'needs the package datasets; run: pip install "dstrain\[hf\]"'):
+    with pytest.raises(ExtraError, match=r'kind: huggingface needs a package that .*; pip install "dstrain\[hf\]"'):
         tables.load_data_set(HuggingFaceDataset(dataset="some/set"))
