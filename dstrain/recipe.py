@@ -20,7 +20,6 @@ from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 from dstrain.models.config import ModelConfig
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
-from dstrain.training.horizons import Horizons
 
 RECIPE_VERSION = 1
 ObjectiveConfig = Annotated[CrossEntropyConfig | DistillationConfig, Field(discriminator="kind")]
@@ -48,7 +47,6 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
         problems = [
-            *Horizons(self).errors(),
             *self._text_problems(),
             *self._source_problems(),
             *self._length_problems(),

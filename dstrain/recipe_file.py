@@ -27,6 +27,7 @@ from dstrain.recipe import RECIPE_VERSION, Recipe
 from dstrain.storage.explain import explain, shown, yaml_trap
 from dstrain.storage.parsing import dump_yaml, parse_yaml, read_tree
 from dstrain.storage.schema import container_types, element_type, scalar_types, union_members
+from dstrain.training.horizons import Horizons
 
 SHIPPED = Path(__file__).parent / "recipes"
 
@@ -64,6 +65,8 @@ def check_recipe(tree: Mapping[str, Any], origin: str, mistakes: Sequence[str] =
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         lines += explain(error, Recipe, yaml=True)
+    else:
+        lines += Horizons(recipe).errors()
     if lines:
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         sections = sum(line.endswith(": missing; give it a value") and "." not in line for line in lines)

@@ -48,6 +48,7 @@ class Horizons:
         if training.max_epochs is not None and steps_per_epoch is not None:
             steps = training.max_epochs * steps_per_epoch
             limits.append((steps, f"training.max_epochs = {training.max_epochs} ({steps:,} steps)"))
+        self.steps: int | None
         self.steps, self._limit = min(limits, default=(None, ""))
 
     def errors(self) -> Iterator[str]:
@@ -66,8 +67,8 @@ class Horizons:
         """Settings that cannot have their effect within the run, and what happens instead; what could not be compared."""
         if self.steps is not None:
             steps = self.steps
-            found = [*self._schedule(steps), *self._average(steps), *self._intervals(steps)]
-            return [f"{line} (the run has {steps:,} steps: {self._limit})" for line in found]
+            lines = [*self._schedule(steps), *self._average(steps), *self._intervals(steps)]
+            return [f"{line} (the run has {steps:,} steps: {self._limit})" for line in lines]
         if self._settings.training.max_epochs is not None:
             return []  # known once the data is
         return [f"training.max_hours alone ends the run, so it is unknown at which step: {self._unknown()}"]
