@@ -26,6 +26,8 @@ from dstrain.log import logger
 SECONDS_PER_LINE = 60.0
 SEPARATOR = "  "
 LEAST_BAR = 8
+SECONDS_UNTIL_INNER_BAR = 0.5
+"""Work within other work gets a bar of its own after so long; short work would only flicker."""
 _T = TypeVar("_T")
 _T_co = TypeVar("_T_co", covariant=True)
 
@@ -49,10 +51,12 @@ class Progress:
         self._eta: float | None = None
 
     def __enter__(self) -> Progress:
-        self._last_line = time.monotonic()
+        self._start = self._last_line = time.monotonic()
+        self._hidden = False
         if self._shown:
+            self._hidden = terminal_width() is not None
             self._bars = _terminal.open() or self._bars
-        self._id = self._bars.add_task(self._doing, total=self._total, progress=self)
+        self._id = self._bars.add_task(self._doing, total=self._total, visible=not self._hidden, progress=self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -89,6 +93,9 @@ class Progress:
         return join_fitting(parts, None if width is None else width - len(end)) + end
 
     def _say_if_due(self, *, now: bool = False) -> None:
+        if self._hidden and time.monotonic() - self._start >= SECONDS_UNTIL_INNER_BAR:
+            self._hidden = False
+            self._bars.update(self._id, visible=True)
         if now or time.monotonic() - self._last_line >= SECONDS_PER_LINE:
             self._last_line = time.monotonic()
             self._bars.refresh()
@@ -134,7 +141,7 @@ class _Words(ProgressColumn):
         super().__init__(table_column=Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
-        doing = max(len(other.description) for other in self._all.tasks)
+        doing = max(len(other.description) for other in self._all.tasks if other.visible)
         return Text(task.fields["progress"].line(task, self._all.console.width - doing - LEAST_BAR - 3))
 
 

@@ -65,7 +65,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     plan = raise_on_all_ranks(mesh.world, TrainingError, "starting", partial(plan_training, recipe, options))
     require_agreement(mesh.world, plan.decisive(options))
     if mesh.world.rank == 0:
-        for warning in plan.warnings:
+        for warning in plan.horizons.warnings():
             logger.warning("%s", warning)
     run = open_run(
         options.output,
@@ -95,12 +95,11 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
 def log_plan(plan: TrainingPlan, mesh: Mesh) -> None:
     """Log where and on what a training runs."""
     targets = int(plan.data.train.target_lengths.sum(dtype="int64"))
-    steps = max(1, round(targets / plan.recipe.batching.tokens_per_step))
     log_fields(
         {
             "device": describe_device(mesh.device),
             "train": f"{len(plan.data.train):,} examples, {targets:,} target tokens",
-            "epoch": f"about {steps:,} steps",
+            "epoch": f"about {plan.horizons.steps_per_epoch:,} steps",
             "valid": f"{len(plan.data.valid):,} examples",
         }
     )
@@ -183,7 +182,7 @@ class Training:
             ),
             bundles=self._bundles(),
             reporter=build_reporter(
-                run.directory, self.reporting, rank=world.rank, total_steps=recipe.training.max_steps, run_id=run.run_id
+                run.directory, self.reporting, rank=world.rank, total_steps=self.plan.horizons.steps, run_id=run.run_id
             ),
             signals=StopSignals(),
             watchdog=self.watchdog,
@@ -240,6 +239,7 @@ class Training:
             denominator=self.engine.module.validation.denominator,
             averaged=self.averaged,
             translation=translation,
+            num_examples=len(data.valid),
             beat=self.watchdog.beat,
         )
 

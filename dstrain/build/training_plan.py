@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +41,7 @@ class TrainOptions(CheckedOptions):
 class TrainingPlan:
     """All that a training reads before a model is built.
 
-    deepspeed: the file that engine.deepspeed names, resolved. warnings: settings that cannot have their effect, for the user.
+    deepspeed: the file that engine.deepspeed names, resolved. horizons: the planned length of the run.
     """
 
     recipe: Recipe
@@ -51,7 +50,7 @@ class TrainingPlan:
     steps: StepPlan
     objective: ObjectivePlan
     deepspeed: dict[str, Any]
-    warnings: Sequence[str]
+    horizons: Horizons
 
     def decisive(self, options: TrainOptions) -> dict[str, Any]:
         """The values that must be equal on every rank, by their keys in messages."""
@@ -80,4 +79,4 @@ def plan_training(recipe: Recipe, options: TrainOptions) -> TrainingPlan:
     for error in horizons.errors():
         raise RecipeError(error)
     objective = plan_objective(recipe, options.teachers, data)
-    return TrainingPlan(recipe, data, base, steps, objective, resolve_ds_config(recipe.engine, replicas=1), horizons.warnings())
+    return TrainingPlan(recipe, data, base, steps, objective, resolve_ds_config(recipe.engine, replicas=1), horizons)

@@ -15,6 +15,7 @@ from torch import Tensor
 from dstrain.checkpoint.bundle import StoredBundle, find_bundle, save_bundle
 from dstrain.checkpoint.bundle_directory import is_adapter
 from dstrain.errors import BundleError
+from dstrain.progress import with_progress
 from dstrain.protocols import WeightSource
 
 
@@ -54,7 +55,10 @@ def average_weights(sources: Sequence[tuple[str, WeightSource]]) -> dict[str, Te
         for key in reference.names():
             if source.shape(key) != reference.shape(key):
                 raise BundleError(f"{name}: {key} has shape {source.shape(key)}, in {first} it has {reference.shape(key)}")
-    return {key: _mean(key, [source for _, source in sources]) for key in sorted(reference.names())}
+    return {
+        key: _mean(key, [source for _, source in sources])
+        for key in with_progress(sorted(reference.names()), "averaging", "tensors")
+    }
 
 
 def _mean(key: str, sources: Sequence[WeightSource]) -> Tensor:

@@ -19,6 +19,7 @@ from dstrain.checkpoint.tensor_file import TensorInfo, file_order, write_tensors
 from dstrain.errors import CheckpointError
 from dstrain.models.factory import build_model
 from dstrain.models.weights import TensorSource, check_canonical, parameter_layouts
+from dstrain.progress import with_progress
 from dstrain.storage.directory_kind import directory_kind, instead_of
 
 WeightChoice = Literal["as_bundles", "averaged", "trained"]
@@ -80,7 +81,8 @@ def _weight_infos(stored: StoredCheckpoint, kind: str) -> dict[str, TensorInfo]:
 
 
 def _stream(stored: StoredCheckpoint, kind: str, infos: dict[str, TensorInfo], path: Path) -> str:
-    pieces: Iterable[torch.Tensor] = (piece for name in file_order(infos) for piece in stored.pieces(f"{kind}/{name}"))
+    names = with_progress(file_order(infos), "consolidating", "tensors")
+    pieces: Iterable[torch.Tensor] = (piece for name in names for piece in stored.pieces(f"{kind}/{name}"))
     return write_tensors(path, infos, pieces)[1]
 
 

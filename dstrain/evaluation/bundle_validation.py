@@ -64,6 +64,7 @@ def validate_bundle(
         ),
         denominator=objective.denominator,
         translation=translation,
+        num_examples=len(dataset),
     )
     scores = validator()
     assert scores is not None, "nothing interrupts this validation"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from dstrain.evaluation.metrics.corpus import MetricName, Score, corpus_scores
 from dstrain.evaluation.metrics.tokenization import choose_tokenization
 from dstrain.generation.config import GenerationConfig
 from dstrain.generation.constraints import SpecialIds
-from dstrain.generation.generator import Generator
+from dstrain.generation.generator import Generator, ignore_progress
 from dstrain.models.config import ModelConfig
 from dstrain.protocols import Generative
 
@@ -39,8 +39,8 @@ class Translation:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def translate(self, model: Generative, rows: range) -> list[str]:
-        """The best hypothesis of each row; sampling of a row depends only on its number."""
+    def translate(self, model: Generative, rows: range, progress: Callable[[int], object] = ignore_progress) -> list[str]:
+        """The best hypothesis of each row; sampling of a row depends only on its number. progress: as in `Generator`."""
         generator = Generator(
             model,
             self.config,
@@ -49,7 +49,7 @@ class Translation:
             device=self.device,
         )
         sources = [self.dataset[row].source.tolist() for row in rows]
-        ranked = generator.translate_ids(sources, first_line=rows.start + 1)
+        ranked = generator.translate_ids(sources, first_line=rows.start + 1, progress=progress)
         return self.tokenizers.target.decode([hypotheses[0].tokens for hypotheses in ranked])
 
     def score(self, hypotheses: Sequence[str]) -> Mapping[str, Any]:

@@ -23,6 +23,7 @@ from dstrain.errors import DataError
 from dstrain.models.config import ModelConfig
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
+from dstrain.progress import Progress
 from dstrain.protocols import Generative, Ranks
 
 TRANSLATION_CHUNK = 512
@@ -53,8 +54,8 @@ class Translates(Protocol):
         """Rows of the split."""
         ...
 
-    def translate(self, model: Generative, rows: range) -> list[str]:
-        """A text for each row."""
+    def translate(self, model: Generative, rows: range, progress: Callable[[int], object]) -> list[str]:
+        """A text for each row. progress: called with the number of rows that have become ready."""
         ...
 
     def score(self, hypotheses: Sequence[str]) -> Mapping[str, Any]:
@@ -108,7 +109,8 @@ class Validator:
 
     replicas: the ranks over which losses are summed. data: those that share out the sentences to translate.
     batches: this rank's share of the split, equally many on every rank, new ones at each call. denominator: the objective's.
-    averaged: score the moving average. beat: called with a phase before anything long.
+    averaged: score the moving average. num_examples: of the split; without it the progress has no end. beat: called with a phase
+    before anything long.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class Validator:
         denominator: Callable[[Size], int],
         averaged: bool = False,
         translation: Translates | None = None,
+        num_examples: int | None = None,
         beat: Callable[[str], None] = lambda phase: None,
     ) -> None:
         self.engine = engine
@@ -130,6 +133,7 @@ class Validator:
         self.translation = translation
         self._batches = batches
         self._denominator = denominator
+        self._share = None if num_examples is None else math.ceil(num_examples / data.size)
         self._beat = beat
         self._reduce = LossReducer(replicas)
 
@@ -148,21 +152,26 @@ class Validator:
 
     def _losses(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         totals = LossTotals()
-        for number, batch in enumerate(self._batches()):
-            if number % BATCHES_PER_CHECK == 0 and interrupted():
-                return None
-            self._beat(f"validation batch {number}")
-            totals.add(self.engine.evaluate(batch))
+        with self._progress("scoring") as progress:
+            for number, batch in enumerate(self._batches()):
+                if number % BATCHES_PER_CHECK == 0 and interrupted():
+                    return None
+                self._beat(f"validation batch {number}")
+                totals.add(self.engine.evaluate(batch))
+                progress.advance(batch.size.num_sentences)
         loss_sum, size, metrics = self._reduce(totals)
         if size.num_targets == 0:
             raise DataError("the split holds no target token; give it at least one sentence pair and prepare the data again")
         loss, means = loss_sum / self._denominator(size), metrics.means()
         return {"loss": loss, **means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": size.num_targets}
 
+    def _progress(self, doing: str) -> Progress:
+        return Progress(doing, self._share, "examples", shown=self.replicas.rank == 0)
+
     def _translate(self, task: Translates, interrupted: Callable[[], bool]) -> Mapping[str, Any] | None:
         texts: list[tuple[int, list[str]]] = []
         chunk = min(TRANSLATION_CHUNK, math.ceil(len(task) / self.data.size))
-        with self.engine.generation_model(averaged=False) as model:
+        with self.engine.generation_model(averaged=False) as model, self._progress("translating") as progress:
             for start in range(0, len(task), chunk * self.data.size):
                 if interrupted():
                     return None
@@ -170,7 +179,7 @@ class Validator:
                 first = start + chunk * self.data.rank
                 rows = range(first, min(first + chunk, len(task)))
                 if rows:
-                    texts.append((first, task.translate(model, rows)))
+                    texts.append((first, task.translate(model, rows, progress.advance)))
         gathered = self.data.gather_objects(texts)
         scores: Mapping[str, Any] = {}
         if self.data.rank == 0:

@@ -42,7 +42,7 @@ class Horizons:
 
     def __init__(self, settings: TimedSettings, steps_per_epoch: int | None = None) -> None:
         self._settings = settings
-        self._steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch = steps_per_epoch
         training = settings.training
         limits = [] if training.max_steps is None else [(training.max_steps, f"training.max_steps = {training.max_steps}")]
         if training.max_epochs is not None and steps_per_epoch is not None:
@@ -129,4 +129,4 @@ class Horizons:
         """In steps; None if that is unknown."""
         if section.unit == "steps":
             return section.every
-        return None if self._steps_per_epoch is None else section.every * self._steps_per_epoch
+        return None if self.steps_per_epoch is None else section.every * self.steps_per_epoch

@@ -71,7 +71,8 @@ class Texts:
     def __len__(self) -> int:
         return self.size
 
-    def translate(self, model: object, rows: range) -> list[str]:
+    def translate(self, model: object, rows: range, progress: Callable[[int], object]) -> list[str]:
+        progress(len(rows))
         self.calls.append(rows)
         return [f"text {row} of model {model}" for row in rows]
 
