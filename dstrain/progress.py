@@ -103,9 +103,9 @@ class Progress:
                 logger.info("%s: %s", self._doing, self.line(self._bars.tasks[0]))
 
 
-def with_progress(items: _Items[_T], doing: str, unit: str) -> Iterable[_T]:
+def with_progress(items: _Items[_T], doing: str, unit: str, *, shown: bool = True) -> Iterable[_T]:
     """The items, with their progress."""
-    with Progress(doing, len(items), unit) as progress:
+    with Progress(doing, len(items), unit, shown=shown) as progress:
         for item in items:
             yield item
             progress.advance()

@@ -124,7 +124,7 @@ def save_bundle(
     """
     check_canonical(parameter_layouts(build_model(model_config, vocabulary, seed=None)), TensorSource(weights))
     with fresh_directory(directory) as fresh:
-        _, digest = save_tensors(fresh / WEIGHTS, weights)
+        _, digest = save_tensors(fresh / WEIGHTS, weights, show_progress=True)
         if tokenizers is not None:
             save_tokenizers(tokenizers, fresh / TOKENIZER)
         if recipe is not None:

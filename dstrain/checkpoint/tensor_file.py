@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dstrain.errors import CheckpointError
+from dstrain.progress import with_progress
 from dstrain.storage.hashing import HashingWriter
 
 DTYPES = {
@@ -80,10 +81,11 @@ def write_tensors(path: Path, infos: Mapping[str, TensorInfo], tensors: Iterable
     return size, writer.sha256
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> tuple[int, str]:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, show_progress: bool = False) -> tuple[int, str]:
     """`write_tensors` of whole tensors by name, on any device."""
     infos = {name: info_of(tensor) for name, tensor in tensors.items()}
-    return write_tensors(path, infos, (tensors[name].cpu() for name in file_order(infos)))
+    names = with_progress(file_order(infos), "writing", "tensors", shown=show_progress)
+    return write_tensors(path, infos, (tensors[name].cpu() for name in names))
 
 
 class TensorFile:
