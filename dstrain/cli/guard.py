@@ -9,6 +9,7 @@ import sys
 from dstrain.errors import DstrainError, RecipeError
 from dstrain.log import logger
 from dstrain.parallel.launch_environment import rank_for_messages
+from dstrain.storage.atomic import NO_SPACE
 
 
 def guarded(args: argparse.Namespace) -> int:
@@ -42,5 +43,8 @@ def _let_go_of_stdout() -> None:
 
 def _described(error: OSError) -> str:
     """The refusal of the operating system, its path and the remedy."""
+    if error.errno in NO_SPACE:
+        # A file that is opened is named in the error of its writer; what is left is standard output.
+        return f"{error.filename or 'standard output'}: {error.strerror}; free some space, or write elsewhere"
     path = f"{error.filename}: " if error.filename else ""
-    return f"{path}{error.strerror or error}; check that the path exists, may be used and has space"
+    return f"{path}{error.strerror or error}; check that the path exists and may be used"

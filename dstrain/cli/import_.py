@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from dstrain.cli.parser import help_of
+
 IMPORT_FORMATS = {
     "fairseq": "convert a checkpoint of an encoder-decoder transformer into a bundle",
     "fairseq-data": "convert binarized data (.bin, .idx, dict.*.txt) into prepared data",
@@ -20,7 +22,8 @@ IMPORT_FORMATS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A sub-command for each format; each imports its modules when it runs."""
-    formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True)
+    parser.set_defaults(run_format=help_of(parser))
+    formats = parser.add_subparsers(dest="format", metavar="FORMAT")
     for name, summary in IMPORT_FORMATS.items():
         module = importlib.import_module(f"dstrain.cli.import_{name.replace('-', '_')}")
         subparser = formats.add_parser(
@@ -28,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=summary,
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
         )
         module.add_arguments(subparser)
         subparser.set_defaults(run_format=module.run)

@@ -4,7 +4,7 @@
     echo "a man rides a bike ." | dstrain interactive RUN/bundles/best --beam-size 10
 
 A language model, trained on text only, continues the typed line; other models answer it as in their training pairs.
-An empty line gives an empty line. Ctrl-D ends; Ctrl-C, too, with exit code 130. On a terminal a line that cannot be translated
+An empty line gives an empty line. On a terminal Ctrl-D and Ctrl-C end, and a line that cannot be translated
 (too long, invalid UTF-8) gets a message and the next one is read; in a pipe it ends the command.
 """
 
@@ -48,6 +48,9 @@ def run(args: argparse.Namespace) -> int:
                 continue
             out.write(render(Answer(number, line, hypotheses)))
             out.flush()
+    except KeyboardInterrupt:
+        if not at_terminal:
+            raise
     finally:
         if at_terminal:
             print(file=sys.stderr)

@@ -7,10 +7,11 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from dstrain import __version__
 from dstrain.cli.guard import guarded
+from dstrain.cli.parser import Parser, help_of
 from dstrain.log import setup_logging
 from dstrain.parallel.launch_environment import rank_for_messages
 
@@ -28,6 +29,7 @@ VERBS = {
     "merge": "merge an adapter bundle into its base, as a plain bundle",
     "report": "draw the curves of a run as PNG and HTML",
     "import": "bring what fairseq made: checkpoints, binarized data, command lines",
+    "completion": "print the script that completes verbs, options and recipes in your shell",
     "inspect": "describe a data directory, a bundle or dumped logits, and check that they are complete",
     "pseudo-label": "let a teacher translate the training sources: data for a student",
     "dump-logits": "write a teacher's distribution of every token to disk, to distill from later",
@@ -45,25 +47,31 @@ on several GPUs or nodes the same recipe runs under a launcher:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 1 a mistake that the message explains, 2 usage, 130 interrupted."""
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not re.match(r"--local[-_]rank=", word)]
-    parser = argparse.ArgumentParser(
+    chosen = next((word for word in words if not word.startswith("-")), None)
+    args = build_parser([chosen] if chosen else []).parse_args(words)
+    setup_logging(debug=args.debug, rank=rank_for_messages(os.environ))
+    return guarded(args)
+
+
+def build_parser(verbs: Collection[str]) -> Parser:
+    """The parser of the command line; of all verbs only these have their arguments. Without a verb it prints its help."""
+    parser = Parser(
         prog="dstrain",
         description="Train and run translation and other sequence models with DeepSpeed.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(run=help_of(parser))
     parser.add_argument("--version", action="version", version=f"dstrain {__version__}")
     parser.add_argument("--debug", action="store_true", help="show stack traces and debug messages")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    chosen = next((word for word in words if not word.startswith("-")), None)
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB")
     for name, summary in VERBS.items():
-        subparser = verbs.add_parser(name, help=summary, description=summary, allow_abbrev=False)
-        if name == chosen:
+        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        if name in verbs:
             module = importlib.import_module(f"dstrain.cli.{'import_' if name == 'import' else name.replace('-', '_')}")
             subparser.description = f"{module.__doc__}"
             subparser.formatter_class = argparse.RawDescriptionHelpFormatter
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
             subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    args = parser.parse_args(words)
-    setup_logging(debug=args.debug, rank=rank_for_messages(os.environ))
-    return guarded(args)
+    return parser

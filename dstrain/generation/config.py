@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError, model_validator
@@ -75,7 +75,23 @@ def generation_config(recipe: Mapping[str, Any] | None, options: Mapping[str, An
     method = SamplingConfig if kind == "sampling" else BeamSearchConfig
     if section.get("kind", "beam") != kind:
         section = {name: value for name, value in section.items() if name in method.model_fields}
+    if problems := list(_without_effect(chosen, method)):
+        raise RecipeError("generation options: " + "; ".join(problems))
     try:
-        return method.model_validate({**section, **chosen, "kind": kind})
+        config = method.model_validate({**section, **chosen, "kind": kind})
     except ValidationError as error:
         raise RecipeError("generation options: " + "; ".join(explain(error, method))) from error
+    if "diversity" in chosen and isinstance(config, BeamSearchConfig) and config.groups == 1:
+        raise RecipeError("generation options: diversity has no effect in one group; give groups (--groups) too, or leave it out")
+    return config
+
+
+def _without_effect(chosen: Mapping[str, Any], method: type[GenerationConfig]) -> Iterator[str]:
+    """The options that only the other method has."""
+    searches = method is BeamSearchConfig
+    other: type[GenerationConfig] = SamplingConfig if searches else BeamSearchConfig
+    here = "beam search" if searches else "sampling"
+    remedy = "choose kind: sampling (--sampling)" if searches else "choose kind: beam (by --beam-size, without --sampling)"
+    for name in chosen:
+        if name in other.model_fields and name not in method.model_fields:
+            yield f"{name} (--{name.replace('_', '-')}) has no effect in {here}; {remedy}, or leave it out"

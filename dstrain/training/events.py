@@ -61,7 +61,9 @@ class EventFile:
             self._file.write(line.encode() + b"\n")
             self._file.flush()
         except OSError as error:
-            raise TrainingError(f"cannot write {self.path}: {error}; free some space, then start again to resume") from error
+            raise TrainingError(
+                f"cannot write {self.path}: {error.strerror or error}; free some space, then start again to resume"
+            ) from error
 
     def sync(self) -> int:
         """Force all lines to the disk; returns the length of the file in bytes."""

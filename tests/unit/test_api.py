@@ -144,8 +144,8 @@ def test_every_option_of_both_methods_can_be_given(model: BundleModel) -> None:
     [
         ({"beam_size": 0}, "beam_size: input should be greater than 0, not 0"),
         ({"num_best": 9, "beam_size": 4}, "num_best = 9 exceeds beam_size = 4; raise beam_size"),
-        ({"top_k": 5}, "top_k: unknown key"),
-        ({"kind": "sampling", "beam_size": 5}, "beam_size: unknown key"),
+        ({"top_k": 5}, "top_k (--top-k) has no effect in beam search"),
+        ({"kind": "sampling", "beam_size": 5}, "beam_size (--beam-size) has no effect in sampling"),
         ({"kind": "sampling", "top_p": 1.5}, "top_p: input should be less than or equal to 1, not 1.5"),
     ],
 )

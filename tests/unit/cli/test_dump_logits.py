@@ -108,7 +108,7 @@ def test_other_sentences_are_refused(data: Path, teacher: Path, logits: Path, tm
         (("--draws", "0"), "--draws: '0' is not a whole number from 1 on", 2),
         (("--draws", "70000"), "--draws 70000", 1),
         (("--seed", "-1"), "--seed: '-1' is not a whole number from 0 on", 2),
-        (("--precision", "fp8"), "--precision: invalid choice: 'fp8'", 2),
+        (("--precision", "fp8"), "--precision: 'fp8' is unknown", 2),
         (("--temperature", "0"), "--temperature: '0' is not a number above 0", 2),
         (("--temperature", "-1"), "is not a number above 0", 2),
         (("--temperature", "nan"), "is not a number above 0", 2),

@@ -115,7 +115,15 @@ def test_generate_in_fairseq_lines_with_references(bundle: Path, source: Path, c
     [
         (["--num-best", "2"], "format text has one line per input, but num_best = 2"),
         (["--temperature", "0"], "generation options: temperature: input should be greater than 0, not 0.0"),
-        (["--top-k", "3"], "generation options: top_k: unknown key"),
+        (
+            ["--top-k", "3"],
+            "generation options: top_k (--top-k) has no effect in beam search; choose kind: sampling (--sampling)",
+        ),
+        (
+            ["--sampling", "--groups", "2"],
+            "groups (--groups) has no effect in sampling; choose kind: beam (by --beam-size, without",
+        ),
+        (["--diversity", "2"], "generation options: diversity has no effect in one group; give groups (--groups) too"),
         (["--input", "nowhere.en"], "nowhere.en: No such file or directory"),
         (["--reference", "nowhere.de"], "nowhere.de: No such file or directory"),
         (["--prefix", "nowhere.de"], "nowhere.de: No such file or directory"),
@@ -297,6 +305,22 @@ def test_interactive_on_a_terminal_prompts_survives_a_fault_and_leaves_quietly(b
     assert message.count(b"> ") == 4
     assert b"source line 2 has 31 tokens" in message
     assert b"Traceback" not in message
+
+
+def test_ctrl_c_on_a_terminal_just_ends(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Terminal(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    class Interrupted(io.BytesIO):
+        def readline(self, size: int | None = -1) -> bytes:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", Terminal(Interrupted()))
+    assert main(["interactive", str(bundle)]) == 0
+    assert capsys.readouterr().err == "> \n"
 
 
 def test_an_interruption_of_interactive_gives_130(bundle: Path) -> None:
