@@ -9,7 +9,7 @@ import pytest
 from dstrain.errors import RecipeError
 from dstrain.recipe_file import load_recipe
 
-KINDS_OF_TEXT = "'parallel', 'tsv', 'jsonl', 'grammar', 'fairseq', 'text', 'fairseq_text'"
+KINDS_OF_TEXT = "'parallel', 'tsv', 'jsonl', "
 NO = "YAML reads no, off and false without quotes as false"
 
 
