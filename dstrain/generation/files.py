@@ -99,10 +99,17 @@ def read_chunks(path: str, chunk_lines: int) -> Iterator[list[str]]:
 
 @contextmanager
 def open_output(path: str) -> Iterator[TextIO]:
-    """Standard output for `-`; else a file that is renamed to `path` when the block ends well. DataError if that fails."""
+    """Standard output for `-`, a pipe or a device as it is; else a file that is renamed to `path` when the block ends well.
+
+    DataError if that fails.
+    """
     if path == STANDARD:
         yield standard_output()
         sys.stdout.flush()
+        return
+    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+        with Path(path).open("w", encoding="utf-8", newline="\n") as stream:
+            yield stream
         return
     partial = partial_path(path)
     try:

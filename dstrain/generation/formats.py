@@ -91,7 +91,7 @@ def as_fairseq(answer: Answer, target: TextTokenizer) -> str:
         lines.append(f"T-{number}\t{one_line(answer.reference)}")
     for hypothesis in answer.hypotheses:
         score = hypothesis.score / math.log(2)
-        pieces = " ".join(target.tokens(hypothesis.tokens[:-1]))
+        pieces = one_line(" ".join(target.tokens(hypothesis.tokens[:-1])))
         token_scores = " ".join(f"{value / math.log(2):.4f}" for value in hypothesis.token_scores)
         lines += [f"H-{number}\t{score}\t{pieces}", f"D-{number}\t{score}\t{one_line(hypothesis.text)}"]
         lines.append(f"P-{number}\t{token_scores}")

@@ -15,6 +15,8 @@ from typing import Any
 
 import yaml
 
+from dstrain.storage.file_format import HEAD_BYTES, foreign_format
+
 MAX_JSON_VALUES = 150_000
 BYTES_PER_JSON_VALUE = 64
 MAX_YAML_BYTES = 1 << 18
@@ -42,7 +44,10 @@ def read_tree(path: Path, max_json_values: int = MAX_JSON_VALUES) -> Any:
 
 
 def read_text(path: Path, max_bytes: int) -> str:
-    """A UTF-8 file of bounded size. Raises OSError or ValueError; a pipe or a device is refused, as it may never end."""
+    """A UTF-8 file of bounded size, without its byte order mark.
+
+    Raises OSError or ValueError; a pipe or a device is refused, as it may never end.
+    """
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise ValueError("a directory, not a file")
@@ -54,8 +59,10 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise ValueError(f"larger than {max_bytes:,} bytes")
     if not content.strip():
         raise ValueError("the file is empty")
+    if words := foreign_format(content[:HEAD_BYTES]):
+        raise ValueError(words)
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(f"line {line}: invalid UTF-8 (byte 0x{content[error.start]:02x})") from error

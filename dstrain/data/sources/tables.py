@@ -71,6 +71,8 @@ def load_data_set(source: HuggingFaceDataset) -> Any:
     """
     datasets = import_extra("datasets", extra="hf", purpose="kind: huggingface")
     path = expand_path(source.dataset)
+    if path.is_file():
+        raise DataError(f"{path} is a file, not a data set; name its folder, or read it by kind: parquet or jsonl")
     network_log = logging.getLogger("huggingface_hub")
     level = network_log.level
     network_log.setLevel(logging.ERROR)  # its retries of an absent network; the message below has the outcome

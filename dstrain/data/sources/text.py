@@ -116,7 +116,7 @@ def check_text(name: Path | str, chunk: bytes, lines_before: int) -> None:
         require_text(name, chunk)
     if position >= 0:
         line = lines_before + chunk.count(b"\n", 0, position) + 1
-        raise DataError(f"{name}:{line}: a NUL character; remove it from the text")
+        raise DataError(f"{name}:{line}: a NUL character; remove it from the text, or convert the file if it is UTF-16")
     try:
         chunk.decode("utf-8")
     except UnicodeDecodeError as error:

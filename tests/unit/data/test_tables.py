@@ -129,6 +129,10 @@ def test_a_data_set_on_the_disk(
         ({"dataset": "several"}, "no split is chosen; set split to one of train, validation"),
         ({"dataset": "several", "split": "test"}, "no split test; set split to one of train, validation"),
         ({"dataset": "single", "split": "test"}, "it has one split without a name, not 'test'; leave split out"),
+        (
+            {"dataset": "parquet/train-0.parquet"},
+            r"train-0\.parquet is a file, not a data set; name its folder, or read it by kind",
+        ),
         ({"dataset": "single", "source": "en"}, r"no column 'en'; the columns are id, translation\.en, translation\.de"),
         ({"dataset": "absent"}, r"Hugging Face's datasets cannot load it \(FileNotFoundError: .*; check dataset and config"),
     ],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,21 @@ def test_a_file_that_cannot_be_read_or_written_is_named(source: Path, tmp_path: 
     assert not (tmp_path / "out.partial").exists(), "nothing was finished"
     with pytest.raises(DataError, match=r"cannot write .*in\.txt/out: Not a directory|File exists"):
         translate_file(shout, str(source), str(source / "out"), render)
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_is_written_as_it_is(source: Path, tmp_path: Path) -> None:
+    """A rename would put a file in its place, and in that of /dev/null."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()), daemon=True)
+    reader.start()
+    translate_file(shout, str(source), str(pipe), render)
+    reader.join(20)
+    assert received == ["\n".join([*EXPECTED, ""])]
+    assert pipe.is_fifo()
+    assert not (tmp_path / "pipe.partial").exists()
 
 
 @pytest.mark.parametrize("chunk_lines", [2, 100])

@@ -1,10 +1,11 @@
 """Text that is wrong or hostile costs a message, not time or memory; what dstrain writes is read back."""
 
 import time
+from pathlib import Path
 
 import pytest
 
-from dstrain.storage.parsing import dump_yaml, parse_json, parse_yaml
+from dstrain.storage.parsing import dump_yaml, parse_json, parse_yaml, read_tree
 
 
 def billion_laughs() -> str:
@@ -72,6 +73,16 @@ def test_json_is_read_within_bounds(name: str) -> None:
 
 def test_keys_that_are_whole_numbers_are_text_as_in_json() -> None:
     assert parse_yaml("layers: {1: 3, 2: 4}") == {"layers": {"1": 3, "2": 4}}
+
+
+@pytest.mark.parametrize("name", ["x.yaml", "x.json"])
+def test_what_editors_of_other_systems_write_is_read_or_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_tree(path) == {"a": 1}
+    path.write_text('{"a": 1}', encoding="utf-16")
+    with pytest.raises(ValueError, match="UTF-16 text; convert it: iconv"):
+        read_tree(path)
 
 
 def test_yaml_that_is_written_is_read_back() -> None:
