@@ -17,7 +17,7 @@ from dstrain.errors import ArgumentError
 
 
 class CheckedOptions:
-    """Base of frozen dataclasses of options: every field has its declared type, or becomes it (a text a path, a list a tuple).
+    """Base of frozen dataclasses of options: every field has its declared type, or becomes it (a text a path and the reverse, a list a tuple).
 
     Raises ArgumentError that names the field. A device may be a `torch.device`.
     """
@@ -25,7 +25,7 @@ class CheckedOptions:
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
             value = vars(self)[name]
-            if name == "device":
+            if name == "device" or isinstance(value, os.PathLike):
                 value = str(value)
             try:
                 object.__setattr__(self, name, TypeAdapter(hint).validate_python(value))

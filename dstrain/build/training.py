@@ -224,7 +224,7 @@ class Training:
             recipe.model,
             data.valid,
             data.tokenizers,
-            mesh.device,
+            mesh,
             tokenize=chosen.tokenize,
             lowercase=chosen.lowercase,
         )

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from itertools import chain
 
 from dstrain.cli.bundle_arguments import TOKENIZE_HELP
+from dstrain.log import logger
 
 TITLES = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "repetition": "repetition"}
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from dstrain.data.sources.text import read_lines
     from dstrain.errors import DataError
     from dstrain.evaluation.metrics.corpus import corpus_scores
-    from dstrain.evaluation.metrics.tokenization import choose_tokenization
+    from dstrain.evaluation.metrics.tokenization import choose_tokenization, doubtful_tokenization
 
     streams = {f"--reference {number}": path for number, path in enumerate(args.reference, 1)}
     require_different_streams({"--hypothesis": args.hypothesis, **streams})
@@ -47,12 +48,15 @@ def run(args: argparse.Namespace) -> int:
                 f"{input_name(args.hypothesis)} has {len(hypotheses)} lines, {input_name(path)} has {len(lines)}; "
                 "give files that are line-parallel"
             )
+    tokenize = choose_tokenization(args.tokenize, chain(*references))
+    if (doubt := doubtful_tokenization(tokenize, chain(*references))) is not None:
+        logger.warning("%s", doubt)
     scores = corpus_scores(
         hypotheses,
         *references,
         metrics=("bleu", "chrf", "ter", "repetition"),
         lowercase=args.lowercase,
-        tokenize=choose_tokenization(args.tokenize, chain(*references)),
+        tokenize=tokenize,
     )
     if args.format == "json":
         print(json.dumps([asdict(score) for score in scores], indent=2))

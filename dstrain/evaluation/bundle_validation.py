@@ -49,7 +49,7 @@ def validate_bundle(
         _check_plain_text(split, bundle, generation)
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
     translation = build_translation(
-        generation, bundle.model_config, dataset, bundle.tokenizers, mesh.device, tokenize=tokenize, lowercase=lowercase
+        generation, bundle.model_config, dataset, bundle.tokenizers, mesh, tokenize=tokenize, lowercase=lowercase
     )
     validator = Validator(
         WholeModel(TrainModule(bundle.model, objective), bundle.model, mesh.device),

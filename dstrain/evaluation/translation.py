@@ -11,11 +11,13 @@ import torch
 from dstrain.data.prepared.dataset import Dataset
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.evaluation.metrics.corpus import MetricName, Score, corpus_scores
-from dstrain.evaluation.metrics.tokenization import choose_tokenization
+from dstrain.evaluation.metrics.tokenization import choose_tokenization, doubtful_tokenization
 from dstrain.generation.config import GenerationConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator, ignore_progress
+from dstrain.log import logger
 from dstrain.models.config import ModelConfig
+from dstrain.parallel.mesh import Mesh
 from dstrain.protocols import Generative
 
 
@@ -75,12 +77,12 @@ def build_translation(
     model_config: ModelConfig,
     dataset: Dataset,
     tokenizers: TokenizerPair,
-    device: torch.device,
+    mesh: Mesh,
     *,
     tokenize: str = "auto",
     lowercase: bool = False,
 ) -> Translation | None:
-    """None if nothing is to be generated.
+    """None if nothing is to be generated. Rank 0 warns if BLEU would not find the words of the split.
 
     Raises DataError if the split keeps no raw text to compare with, or BLEU cannot be tokenized so.
     """
@@ -88,4 +90,6 @@ def build_translation(
         return None
     references = [dataset.target_text(row) for row in range(len(dataset))]
     tokenize = choose_tokenization(tokenize, references)
-    return Translation(config, model_config, dataset, tokenizers, references, device, tokenize, lowercase)
+    if mesh.world.rank == 0 and (doubt := doubtful_tokenization(tokenize, references)) is not None:
+        logger.warning("%s", doubt)
+    return Translation(config, model_config, dataset, tokenizers, references, mesh.device, tokenize, lowercase)

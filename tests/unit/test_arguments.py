@@ -122,6 +122,7 @@ def test_what_can_become_the_declared_type_does() -> None:
     assert (options.bundle, options.device) == (Path("run/bundles/best"), "cpu")
     assert TeacherOptions(bundles=["a", Path("b")]).bundles == (Path("a"), Path("b"))  # type: ignore[arg-type]
     assert TrainOptions(data=HERE, output=HERE).teachers == TeacherOptions()
+    assert GenerateOptions(bundle=HERE, input=Path("in.txt")).input == "in.txt"  # type: ignore[arg-type]
 
 
 def test_any_ordered_collection_is_a_list(model: BundleModel) -> None:

@@ -15,7 +15,6 @@ from sacrebleu.metrics.bleu import BLEU
 
 from dstrain.config_base import BleuTokenization
 from dstrain.errors import DataError, nearest
-from dstrain.log import logger
 
 _CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f"
 _OTHERS = "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3041-\u30ff\u31f0-\u31ff\uff66-\uff9d"
@@ -26,25 +25,30 @@ _BY_SPACES = ("13a", "intl", "none")
 def choose_tokenization(name: str, references: Iterable[str]) -> str:
     """The tokenization of that name, `auto` by the script of most letters of the references.
 
-    Warns if it finds words by spaces where there are none. Raises DataError if it is unknown or cannot be used here.
+    Raises DataError if it is unknown or cannot be used here.
     """
     check_tokenization(name)
+    return _fitting("\n".join(references)) if name == "auto" else name
+
+
+def doubtful_tokenization(name: str, references: Iterable[str]) -> str | None:
+    """A warning if the tokenization finds words by spaces where there are next to none."""
     text = "\n".join(references)
+    fitting = _fitting(text)
+    if name not in _BY_SPACES or fitting == "13a" or text.count(" ") * 10 > sum(map(str.isalpha, text)):
+        return None
+    return (
+        f"tokenize = {name} finds words by spaces, but the references have next to none, so BLEU stays near 0 however good the "
+        f"translations are; use {fitting} or auto"
+    )
+
+
+def _fitting(text: str) -> str:
     chinese, others = (len(re.findall(f"[{script}]", text)) for script in (_CHINESE, _OTHERS))
     by_spaces = sum(map(str.isalpha, re.sub(f"[{_CHINESE}{_OTHERS}]", "", text)))
     if chinese + others <= by_spaces:
-        return "13a" if name == "auto" else name
-    fitting = "zh" if chinese > 4 * others else "char"  # a fifth of Japanese and more is kana
-    if name == "auto":
-        return fitting
-    if name in _BY_SPACES and text.count(" ") * 10 < chinese + others:
-        logger.warning(
-            "tokenize = %s finds words by spaces, but the references have next to none, so BLEU stays near 0 however good the "
-            "translations are; use %s or auto",
-            name,
-            fitting,
-        )
-    return name
+        return "13a"
+    return "zh" if chinese > 4 * others else "char"  # a fifth of Japanese and more is kana
 
 
 def check_tokenization(name: str) -> None:

@@ -112,3 +112,19 @@ def test_unicode_line_separators_do_not_split_a_line(files: Path, capsys: pytest
         )
     assert evaluate(files) == 0
     assert capsys.readouterr().out.split()[1] == "100.00"
+
+
+def test_text_without_spaces_is_scored_by_its_script_and_a_choice_that_cannot_is_a_warning(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("hyp.de", "test.de"):
+        (files / name).write_text("他看见一座红房子。\n老师买那本旧书。\n", encoding="utf-8")
+    assert evaluate(files) == 0
+    captured = capsys.readouterr()
+    assert captured.out.split()[1] == "100.00"
+    assert "|tok:zh|" in captured.out
+    assert captured.err == ""
+    assert evaluate(files, "--tokenize", "13a") == 0
+    captured = capsys.readouterr()
+    assert captured.out.split()[1] == "0.00"
+    assert "tokenize = 13a finds words by spaces" in captured.err
