@@ -17,7 +17,7 @@ from dstrain.errors import ArgumentError
 
 
 class CheckedOptions:
-    """Base of frozen dataclasses of options: every field has its declared type, or becomes it (a text a path and the reverse, a list a tuple).
+    """Base of frozen dataclasses of options: every field has its declared type, or becomes it (a text a path, a list a tuple).
 
     Raises ArgumentError that names the field. A device may be a `torch.device`.
     """
@@ -32,12 +32,8 @@ class CheckedOptions:
             except ValidationError as error:
                 detail = error.errors(include_url=False)[0]
                 path = ".".join(map(str, (f"{type(self).__name__}.{name}", *detail["loc"])))
-                message = (
-                    "input should be a path"
-                    if detail["type"] == "path_type"
-                    else f"{detail['msg'][:1].lower()}{detail['msg'][1:]}"
-                )
-                raise ArgumentError(f"{path}: {message}, not {_shown(detail['input'])}") from error
+                expected = "input should be a path" if detail["type"] == "path_type" else detail["msg"]
+                raise ArgumentError(f"{path}: {expected[:1].lower()}{expected[1:]}, not {_shown(detail['input'])}") from error
 
 
 def require_type(name: str, value: object, kind: type, remedy: str = "") -> None:
