@@ -10,7 +10,14 @@ from collections.abc import Iterable
 
 
 class DstrainError(Exception):
-    """A mistake outside dstrain: the message names the field or file, the value and the remedy."""
+    """A mistake outside dstrain: the message names the field or file, the value and the remedy.
+
+    on_all_ranks: every rank raises the same, so one of them is enough to print it.
+    """
+
+    def __init__(self, message: str, *, on_all_ranks: bool = False) -> None:
+        super().__init__(message)
+        self.on_all_ranks = on_all_ranks
 
 
 class ArgumentError(DstrainError):

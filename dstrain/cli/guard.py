@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 
 from dstrain.errors import DstrainError, RecipeError
 from dstrain.log import logger
-from dstrain.parallel.launch_environment import rank_for_messages
+from dstrain.parallel.launch_environment import is_first_of_machine, rank_for_messages
 from dstrain.storage.atomic import NO_SPACE
 
 
@@ -27,6 +28,9 @@ def guarded(args: argparse.Namespace) -> int:
     except (DstrainError, OSError) as error:
         if args.debug:
             raise
+        if _is_said_by_another_rank(error):
+            time.sleep(1)  # a launcher ends all ranks once one has ended: the other one has time to speak
+            return 1
         text = str(error) if isinstance(error, DstrainError) else _described(error)
         if isinstance(error, RecipeError) and rank_for_messages(os.environ):
             text = text.partition("\n")[0]  # rank 0 mostly finds the same mistakes, and lists them
@@ -34,6 +38,14 @@ def guarded(args: argparse.Namespace) -> int:
         if isinstance(error, OSError):
             _let_go_of_stdout()
         return 1
+
+
+def _is_said_by_another_rank(error: Exception) -> bool:
+    """By the first rank what all raise together; by the first of a machine what is wrong before the ranks have met."""
+    if not rank_for_messages(os.environ) or not isinstance(error, DstrainError):
+        return False
+    ranks_met = "dstrain.parallel.mesh" in sys.modules
+    return error.on_all_ranks or not (ranks_met or is_first_of_machine(os.environ))
 
 
 def _let_go_of_stdout() -> None:

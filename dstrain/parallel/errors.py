@@ -30,4 +30,6 @@ def raise_on_all_ranks(ranks: Ranks, kind: type[DstrainError], doing: str, actio
         return result
     reports = ranks.gather_objects((type(problem), str(problem)) if problem is not None else None)
     first, text = next(filter(None, reports))
-    raise problem if problem is not None and str(problem) == text else first(text)
+    common = problem if problem is not None and str(problem) == text else first(text)
+    common.on_all_ranks = True
+    raise common

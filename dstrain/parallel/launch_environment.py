@@ -50,6 +50,12 @@ def rank_for_messages(environment: Mapping[str, str]) -> int | None:
     return int(rank) if rank.isdecimal() and size.isdecimal() and int(size) > 1 else None
 
 
+def is_first_of_machine(environment: Mapping[str, str]) -> bool:
+    """Whether this is the first rank of its machine, or no rank at all; never raises."""
+    rank = environment.get("RANK", "0")
+    return environment.get("LOCAL_RANK", environment.get("SLURM_LOCALID", rank)) == "0"
+
+
 def master_port(job_id: int, step_id: int = 0) -> int:
     """The port at which the ranks of a Slurm job step meet, 20000 to 31999: below the range of which Linux gives out ports.
 

@@ -36,7 +36,8 @@ def require_agreement(world: Ranks, tree: Mapping[str, Any]) -> None:
     raise TrainingError(
         "the ranks do not agree on what to train:\n"
         + "\n".join(lines)
-        + "\nstart every rank with the same command, files and versions"
+        + "\nstart every rank with the same command, files and versions",
+        on_all_ranks=True,
     )
 
 

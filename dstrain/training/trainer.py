@@ -144,7 +144,8 @@ class Trainer:
         try:
             report = self.engine.train_step(batches, planned.size)
             if not math.isfinite(report.loss) and not report.skipped:
-                raise TrainingError(f"the loss is {report.loss}; lower optimizer.learning_rate or set engine.clip_norm")
+                reason = f"the loss is {report.loss}; lower optimizer.learning_rate or set engine.clip_norm"
+                raise TrainingError(reason, on_all_ranks=True)
         except TrainingError as error:
             self._emit_window(state)
             batch_position = {"epoch": planned.epoch, "index": planned.index, "examples": planned.examples.tolist()}
@@ -152,7 +153,8 @@ class Trainer:
             latest = self.checkpoints.latest or "none; start again from the beginning"
             raise TrainingError(
                 f"step {state.step + 1} failed (epoch {planned.epoch}, step {planned.index} of it; the last line of events.jsonl "
-                f"lists its examples): {error}. The last checkpoint is {latest}"
+                f"lists its examples): {error}. The last checkpoint is {latest}",
+                on_all_ranks=error.on_all_ranks,
             ) from error
         return report
 
@@ -187,7 +189,8 @@ class Trainer:
             self._emit_window(state)
             raise TrainingError(
                 f"{MAX_CONSECUTIVE_SKIPPED} updates in a row were skipped until step {state.step} (gradient norm "
-                f"{report.grad_norm}): lower optimizer.learning_rate, set engine.clip_norm, or use engine.precision: bf16"
+                f"{report.grad_norm}): lower optimizer.learning_rate, set engine.clip_norm, or use engine.precision: bf16",
+                on_all_ranks=True,
             )
         return state
 
