@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dstrain.errors import DataError
+from dstrain.log import logger
 from dstrain.storage.file_format import HEAD_BYTES, compression_of, foreign_format
 
 STANDARD = "-"
@@ -127,6 +128,8 @@ def _open_raw(path: Path | str) -> Iterator[Any]:
     elif sys.stdin is None:
         raise DataError(f"{STANDARD_INPUT} is closed; name a file, or pipe text in")
     else:
+        if sys.stdin.isatty():
+            logger.info("reading %s, a line a sentence; Ctrl-D ends it", STANDARD_INPUT)
         yield sys.stdin.buffer
 
 
