@@ -1,25 +1,22 @@
 """Foreign .pt files: what is read, what is refused by name, what is broken."""
 
 import argparse
+import importlib
 import os
+import subprocess
 import sys
 import types
-from collections import OrderedDict
-from pathlib import Path
+from collections import OrderedDict, defaultdict
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from dstrain.errors import ImportFormatError
-from dstrain.interop.fairseq.safe_pickle import load_pickled
-
-
-class CallsWhenRead:
-    """Would run a command if it were unpickled freely."""
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.mkdir, ("should-not-exist",)
+from dstrain.interop.fairseq.safe_pickle import StandIn, load_pickled
+from tests.unit.interop.fairseq_checkpoints import AbsentModules
 
 
 def test_plain_checkpoints_with_namespaces_and_arrays(tmp_path: Path) -> None:
@@ -37,19 +34,82 @@ def test_plain_checkpoints_with_namespaces_and_arrays(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_unknown_classes_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool) -> None:
-    module = types.ModuleType("fairseq_meters")
-    module.AverageMeter = type("AverageMeter", (), {"__module__": "fairseq_meters"})
-    monkeypatch.setitem(sys.modules, "fairseq_meters", module)
-    torch.save({"model": module.AverageMeter()}, tmp_path / "checkpoint.pt", _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ImportFormatError, match=r"checkpoint\.pt holds a pickled fairseq_meters\.AverageMeter, .* is refused"):
-        load_pickled(tmp_path / "checkpoint.pt")
+def test_other_classes_become_inert_objects(tmp_path: Path, modules: AbsentModules, zipped: bool) -> None:
+    """Statistics of fairseq 0.6 to 0.12: objects, a dictionary of its own, an enumeration, paths and defaults."""
+    average = modules.add("fairseq.meters.AverageMeter")()
+    average.avg = 2.5
+    by_name = modules.add("fairseq.logging.meters.MetersDict", OrderedDict)(train=average)
+    choice = modules.add("fairseq.dataclass.constants.Choices", str)("c10d")
+    content = {
+        "args": argparse.Namespace(arch="transformer", save_dir=Path("checkpoints")),
+        "model": {"weight": torch.ones(2)},
+        "extra_state": {"train_meters": by_name, "counts": defaultdict(list, a=[1]), "backend": choice, "kinds": [int, ...]},
+    }
+    torch.save(content, tmp_path / "checkpoint.pt", _use_new_zipfile_serialization=zipped)
+    modules.forget()
+    read = load_pickled(tmp_path / "checkpoint.pt")
+    assert torch.equal(read["model"]["weight"], torch.ones(2))
+    assert read["args"] == argparse.Namespace(arch="transformer", save_dir=PurePosixPath("checkpoints"))
+    stand_in = read["extra_state"]["train_meters"]["train"]
+    assert isinstance(stand_in, StandIn)
+    assert (stand_in.qualified_name, stand_in.state) == ("fairseq.meters.AverageMeter", {"avg": 2.5})
+    assert read["extra_state"]["counts"] == {"a": [1]}
+    assert not {"fairseq.meters", "fairseq.logging.meters"} & sys.modules.keys()
 
 
-def test_code_does_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"model": CallsWhenRead()}, tmp_path / "checkpoint.pt")
-    with pytest.raises(ImportFormatError, match=r"holds a pickled (posix|nt)\.mkdir"):
+def test_reading_imports_no_module(tmp_path: Path, modules: AbsentModules, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"model": modules.add("harmful_plugin.Statistics")()}, tmp_path / "checkpoint.pt")
+    modules.forget()
+    (tmp_path / "harmful_plugin.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert isinstance(load_pickled(tmp_path / "checkpoint.pt")["model"], StandIn)
+
+
+class Calls:
+    """Pickled as a call of a function, under any name."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+def named(name: str) -> Any:
+    """A function that is pickled as a name of a module that is not installed."""
+    module, _, attribute = name.rpartition(".")
+    function = types.FunctionType((lambda *_: None).__code__, {}, attribute)
+    function.__module__, function.__qualname__ = module, attribute
+    return function
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (Calls(os.mkdir, "should-not-exist"), r"(posix|nt)\.mkdir"),
+        (Calls(eval, "1"), r"(builtins\.)?eval"),
+        (Calls(subprocess.Popen, ["touch", "should-not-exist"]), r"subprocess\.Popen"),
+        (Calls(importlib.import_module, "antigravity"), r"importlib\.import_module"),
+        (Calls(Path.write_text, Path("should-not-exist"), "x"), r"builtins\.getattr|pathlib\.Path\.write_text"),
+        (Calls(named("pip._internal.main"), "install"), r"pip\._internal\.main"),
+    ],
+    ids=["mkdir", "eval", "popen", "import", "method", "package"],
+)
+@pytest.mark.parametrize("where", ["model", "statistics", "state", "key", "old"])
+def test_calls_of_functions_are_refused_wherever_they_are(
+    tmp_path: Path, modules: AbsentModules, call: Calls, name: str, where: str
+) -> None:
+    modules.monkeypatch.chdir(tmp_path)
+    if name.startswith("pip"):
+        modules.add("pip._internal.Other")
+        sys.modules["pip._internal"].main = call.call[0]  # type: ignore[attr-defined]
+    holder = modules.add("fairseq.meters.AverageMeter")()
+    holder.value = call
+    content = {"model": {"w": call}, "statistics": [call], "state": {"extra_state": holder}, "key": {"model": {call: 1}}}
+    content["old"] = content["state"]
+    torch.save(content[where], tmp_path / "checkpoint.pt", _use_new_zipfile_serialization=where != "old")
+    modules.forget()
+    with pytest.raises(ImportFormatError, match=rf"holds a pickled ({name}), which could run code when read and is refused"):
         load_pickled(tmp_path / "checkpoint.pt")
     assert not (tmp_path / "should-not-exist").exists()
 
@@ -71,3 +131,9 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         load_pickled(tmp_path / "absent.pt")
     with pytest.raises(ImportFormatError, match=r"cannot be read: Is a directory"):
         load_pickled(tmp_path)
+
+
+def test_another_protocol_is_named(tmp_path: Path) -> None:
+    torch.save({"model": torch.ones(2)}, tmp_path / "checkpoint.pt", pickle_protocol=4)
+    with pytest.raises(ImportFormatError, match=r"is pickled in another way than torch\.save does by default \(protocol 2\)"):
+        load_pickled(tmp_path / "checkpoint.pt")
