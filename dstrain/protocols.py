@@ -148,16 +148,24 @@ class Resumable(Protocol):
 
 
 class TextTokenizer(Protocol):
-    """Text to ids and back; ids never hold specials that are not in the text. EOS is not added here."""
+    """Text to ids and back; ids never hold specials that are not in the text. EOS is not added here.
+
+    start_id: what a decoder reads in front of a target.
+    """
 
     vocab_size: int
     pad_id: int
     bos_id: int
     eos_id: int
     unk_id: int
+    start_id: int
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
         """Ids of each line, without EOS."""
+        ...
+
+    def encode_prefixes(self, lines: Sequence[str]) -> list[list[int]]:
+        """Ids of the beginnings of targets, which may be forced on a search."""
         ...
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:

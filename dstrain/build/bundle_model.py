@@ -220,7 +220,7 @@ class BundleModel:
             if len(tokens) > (limit := limits.target_after(len(source))):
                 length = f"{len(tokens)} ids after {len(source)} of the source"
                 raise ArgumentError(f"target_input_ids[{number}] has {length}; the model reads at most {limit} there")
-        collator = Collator(kind, pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id)
+        collator = Collator(kind, pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id, start_id=vocabulary.start_id)
         results: dict[int, npt.NDArray[np.float32]] = {}
         for rows in batches_by_length(longer_of(sources, inputs), range(len(inputs)), MAX_TOKENS):
             batch = [[side[row] for row in rows] for side in (sources, inputs)]

@@ -125,7 +125,9 @@ def measure_angles(options: AngleOptions) -> Iterator[Angle]:
 
     sizes = source.bundle.vocabulary
     kinds = [source.bundle.model_config.kind]
-    collator = Collator(student.config.kind, pad_id=sizes.pad_id, eos_id=sizes.eos_id, teacher_kinds=kinds)
+    collator = Collator(
+        student.config.kind, pad_id=sizes.pad_id, eos_id=sizes.eos_id, start_id=sizes.start_id, teacher_kinds=kinds
+    )
     batches = random_batches(source.dataset, ANGLE_MAX_TOKENS, collator)
     return gradient_angles(
         student,

@@ -148,10 +148,10 @@ def read_vocabulary_map(path: Path, student: VocabularySizes, teacher: Vocabular
     sides = {"source": content["source"], "target": content.get("target", content["source"])}
     for side, ids in sides.items():
         problem = _problem(ids, student.model_dump()[side], teacher.model_dump()[side])
-        if problem is None and (ids[student.pad_id], ids[student.eos_id]) != (teacher.pad_id, teacher.eos_id):
+        if problem is None and [ids[special] for special in student.special_ids] != list(teacher.special_ids):
             problem = (
-                f"pad and eos must be mapped to the teacher's pad and eos, {teacher.pad_id} and {teacher.eos_id}, "
-                f"not {ids[student.pad_id]} and {ids[student.eos_id]}"
+                f"pad, eos and the start of a target must be mapped to the teacher's, {teacher.special_ids}, "
+                f"not {tuple(ids[special] for special in student.special_ids)}"
             )
         if problem is not None:
             raise DataError(f"--vocabulary-map {path}, {side}: {problem}")

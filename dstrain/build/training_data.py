@@ -49,8 +49,7 @@ class TrainingData:
     @property
     def vocabulary(self) -> VocabularySizes:
         """Sizes and special ids for the model."""
-        source, target = self.tokenizers.source, self.tokenizers.target
-        return VocabularySizes(source=source.vocab_size, target=target.vocab_size, pad_id=target.pad_id, eos_id=target.eos_id)
+        return VocabularySizes.of(self.tokenizers.source, self.tokenizers.target)
 
     def plan_steps(self, recipe: Recipe) -> StepPlan:
         """The optimizer steps of every epoch. Raises DataError if a split is empty or has examples that the model cannot read."""
@@ -67,7 +66,8 @@ class TrainingData:
     def collator(self, recipe: Recipe, teachers: Sequence[ModelConfig] = ()) -> Collator:
         """Makes the batches of the recipe's model and of its teachers."""
         kinds = [teacher.kind for teacher in teachers]
-        return Collator(recipe.model.kind, pad_id=self.vocabulary.pad_id, eos_id=self.vocabulary.eos_id, teacher_kinds=kinds)
+        sizes = self.vocabulary
+        return Collator(recipe.model.kind, pad_id=sizes.pad_id, eos_id=sizes.eos_id, start_id=sizes.start_id, teacher_kinds=kinds)
 
     def train_loader(self, plan: StepPlan, collator: Collator, mesh: Mesh, epoch: int, index: int) -> TrainLoader:
         """This rank's micro-batches from step `index` of an epoch on."""

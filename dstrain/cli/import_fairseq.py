@@ -2,7 +2,8 @@
 
 dstrain import fairseq checkpoint_best.pt --dictionary data-bin --sentencepiece spm.model --output BUNDLE
 
-A checkpoint with LoRA adapters becomes an adapter bundle; BUNDLE/base is the model that they were trained on.
+A checkpoint with LoRA adapters becomes an adapter bundle; BUNDLE/base is the model that they were trained on. A multilingual
+model becomes a bundle of one direction. BUNDLE/recipe.yaml trains it further as the checkpoint's settings say.
 """
 
 from __future__ import annotations
@@ -39,39 +40,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="LoRA adapters are not merged into the weights; so it is in crash.pt, which is known by its name",
     )
+    parser.add_argument(
+        "--pair", metavar="SRC-TGT", help="direction of a multilingual model, such as de-en; default: the one that it names"
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, convert, write."""
-    from dstrain.data.tokenizers.tokenizer import with_tags
     from dstrain.errors import ImportFormatError
-    from dstrain.interop.fairseq.bundle import save_imported
-    from dstrain.interop.fairseq.checkpoint import read_dictionaries, read_fairseq_checkpoint
-    from dstrain.interop.fairseq.lora import convert_adapted
+    from dstrain.interop.fairseq.importing import FairseqImport, import_checkpoint
     from dstrain.log import logger
 
     models = args.sentencepiece
     if models and len(models) > 2:
         raise ImportFormatError(f"--sentencepiece takes one model or two (source, target), found {len(models)}")
-    checkpoint = read_fairseq_checkpoint(args.checkpoint)
-    directory = args.dictionary or Path(checkpoint.data_directory)
-    tokenizers = read_dictionaries(directory, checkpoint, (models[0], models[-1]) if models else None)
-    tokenizers = with_tags(tokenizers, args.language_tags)
-    unmerged = args.unmerged or args.checkpoint.name == "crash.pt"
-    config, vocabulary, weights, adapter = convert_adapted(checkpoint, tokenizers, unmerged=unmerged)
-    save_imported(
-        args.output,
-        model_config=config,
-        vocabulary=vocabulary,
-        weights=weights,
-        adapter=adapter,
-        tokenizers=tokenizers,
-        notes={"imported_from": "fairseq", "checkpoint": args.checkpoint.name, "arch": checkpoint.model.get("arch")},
+    options = FairseqImport(
+        checkpoint=args.checkpoint,
+        output=args.output,
+        dictionary=args.dictionary,
+        sentencepiece=(models[0], models[-1]) if models else None,
+        tags=args.language_tags,
+        unmerged=args.unmerged,
+        pair=args.pair,
     )
-    parameters = sum(tensor.numel() for tensor in weights.values())
-    stacks = [config.encoder, config.decoder] if config.kind == "encoder_decoder" else [config.decoder]
-    depths = " + ".join(str(stack.depth) for stack in stacks)
-    sizes = f"{vocabulary.source} and {vocabulary.target}"
-    logger.info("wrote %s: %d parameters, %s layers, vocabularies %s", args.output, parameters, depths, sizes)
+    for line in import_checkpoint(options):
+        logger.info(line)
     return 0

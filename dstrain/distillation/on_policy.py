@@ -127,6 +127,7 @@ class OwnSamples:
                     ids=self.ids,
                     max_lengths=[source.limit for source in chosen],
                     sentences=[source.example for source in chosen],
+                    prefix=torch.tensor([self.ids.before] * len(chosen)) if self.ids.before else None,
                 )
                 for row, source, hypotheses in zip(rows, chosen, samples, strict=True):
                     # without a finite hypothesis the model is broken, which the engine finds out on all ranks together

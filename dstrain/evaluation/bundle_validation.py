@@ -58,7 +58,12 @@ def validate_bundle(
         batches=lambda: evaluation_loader(
             dataset,
             max_tokens,
-            Collator(bundle.model_config.kind, pad_id=bundle.vocabulary.pad_id, eos_id=bundle.vocabulary.eos_id),
+            Collator(
+                bundle.model_config.kind,
+                pad_id=bundle.vocabulary.pad_id,
+                eos_id=bundle.vocabulary.eos_id,
+                start_id=bundle.vocabulary.start_id,
+            ),
             data_rank=mesh.data.rank,
             data_size=mesh.data.size,
         ),

@@ -143,16 +143,16 @@ class DiversePruning:
 class _Beams:
     """The hypotheses of the sentences still in the batch."""
 
-    def __init__(self, pruning: Pruning, constraints: Constraints, finished: FinishedHypotheses, eos_id: int) -> None:
+    def __init__(self, pruning: Pruning, constraints: Constraints, finished: FinishedHypotheses, ids: SpecialIds) -> None:
         num_sentences, device = len(finished.count), finished.count.device
         self.pruning = pruning
         self.constraints = constraints
         self.finished = finished
-        self.eos_id = eos_id
+        self.eos_id = ids.eos
         self.sentences = torch.arange(num_sentences, device=device)
         self.totals = pruning.start(num_sentences, device)  # (b, R), R = K after the first step
         self.history = self.totals[:, :, None][:, :, :0]  # (b, R, t) totals after each token
-        self.tokens = torch.full((*self.totals.shape, 1), eos_id, device=device)  # (b, R, 1 + t), the start token first
+        self.tokens = torch.full((*self.totals.shape, 1), ids.first, device=device)  # (b, R, 1 + t), the start token first
 
     def inputs(self) -> Tensor:
         """The next input of the model. (b * R, 1)"""
@@ -228,7 +228,7 @@ def beam_search(
         raise ValueError("generation needs a source or a prefix")
     constraints = Constraints(config, ids, max_lengths=max_lengths, prefix=prefix, device=anchor.device)
     finished = FinishedHypotheses(len(max_lengths), config.beam_size, max(max_lengths) + 1, anchor.device)
-    beams = _Beams(_pruning(config), constraints, finished, ids.eos)
+    beams = _Beams(_pruning(config), constraints, finished, ids)
     state = model.start(
         source, num_sentences=len(max_lengths), rows_per_sentence=beams.totals.shape[1], max_length=max(max_lengths) + 1
     )

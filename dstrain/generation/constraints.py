@@ -19,16 +19,24 @@ from dstrain.protocols import TextTokenizer
 
 @dataclass(frozen=True)
 class SpecialIds:
-    """The target ids that generation treats specially."""
+    """The target ids that generation treats specially. start: what the model reads first; None = eos. before: of every target."""
 
     pad: int
     eos: int
     unk: int
+    start: int | None = None
+    before: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, tokenizer: TextTokenizer) -> SpecialIds:
         """Those of the target tokenizer."""
-        return cls(pad=tokenizer.pad_id, eos=tokenizer.eos_id, unk=tokenizer.unk_id)
+        before = tuple(tokenizer.encode_prefixes([""])[0])
+        return cls(pad=tokenizer.pad_id, eos=tokenizer.eos_id, unk=tokenizer.unk_id, start=tokenizer.start_id, before=before)
+
+    @property
+    def first(self) -> int:
+        """The token in front of every hypothesis."""
+        return self.eos if self.start is None else self.start
 
 
 class Constraints:

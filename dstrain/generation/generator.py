@@ -62,14 +62,18 @@ class Generator:
     ) -> list[list[Hypothesis]]:
         """The `num_best` hypotheses of each source, best first; at least one each.
 
-        sources: ids ending in EOS. prefixes: first target tokens, forced, without EOS; none where empty. first_line: number of
-        the first source, for messages and for the draws of sampling. progress: called with the finished sentences of each batch.
+        sources: ids ending in EOS. prefixes: first target tokens, forced, without EOS; none where empty; None = what the target
+        tokenizer puts in front of every text. first_line: number of the first source, for messages and the draws of sampling.
+        progress: called with the finished sentences of each batch.
         DataError names the line of a source or prefix that is longer than the model allows.
         """
         limits = [self.limits.source] * len(sources)
         sources = fitting(sources, limits, truncate=self.truncate_source, first_line=first_line)
+        forced: list[Sequence[int]]
         results: list[list[Hypothesis]] = [[Hypothesis([self.ids.eos], 0.0, [0.0])] for _ in sources]
-        forced = self._forced(prefixes, sources, first_line) if prefixes is not None else [[]] * len(sources)
+        forced = [self.ids.before if len(source) > 1 else () for source in sources]
+        if prefixes is not None:
+            forced = self._forced(prefixes, sources, first_line)
         asked = [row for row, source in enumerate(sources) if len(source) > 1 or forced[row]]
         progress(len(sources) - len(asked))
         hypotheses = self.config.beam_size if isinstance(self.config, BeamSearchConfig) else self.config.num_best
@@ -103,7 +107,10 @@ class Generator:
     ) -> list[list[TextHypothesis]]:
         """Texts in and out, as `translate_ids`."""
         ids = [[*row, source.eos_id] for row in source.encode(lines)]
-        forced = None if prefixes is None else target.encode(prefixes)
+        forced = None
+        if prefixes is not None:
+            firsts = target.encode_prefixes(prefixes)
+            forced = [first if text or len(row) > 1 else [] for first, text, row in zip(firsts, prefixes, ids, strict=True)]
         results = self.translate_ids(ids, prefixes=forced, first_line=first_line, progress=progress)
         texts = iter(target.decode([hypothesis.tokens for hypotheses in results for hypothesis in hypotheses]))
         return [[TextHypothesis(h.tokens, h.score, h.token_scores, next(texts)) for h in hypotheses] for hypotheses in results]

@@ -78,7 +78,8 @@ def _score_at_once(
 ) -> Sequence[Tensor]:
     """The log-probabilities of each target's tokens, (T,) each, by one pass over whole sequences."""
     examples = [(np.array(source), np.array(target)) for source, target in zip(sources, targets, strict=True)]
-    batch = Collator(model.kind, pad_id=ids.pad, eos_id=ids.eos)(examples, np.arange(len(examples))).to(device)
+    collator = Collator(model.kind, pad_id=ids.pad, eos_id=ids.eos, start_id=ids.start)
+    batch = collator(examples, np.arange(len(examples))).to(device)
     hidden = model(batch.source, batch.target).hidden.flatten(0, 1)[batch.targets.index]  # (n, D)
     parts = []
     for features, tokens in zip(torch.split(hidden, POSITIONS), torch.split(batch.targets.labels, POSITIONS), strict=True):
@@ -100,7 +101,7 @@ def _score_by_steps(
     state = model.start(
         Sequences(*pad(sources, ids.pad)).to(device), num_sentences=len(targets), rows_per_sentence=1, max_length=labels.shape[1]
     )
-    inputs = torch.cat([torch.full_like(labels[:, :1], ids.eos), labels[:, :-1]], dim=1)
+    inputs = torch.cat([torch.full_like(labels[:, :1], ids.first), labels[:, :-1]], dim=1)
     columns = []
     for step in range(labels.shape[1]):
         log_probs = to_log_probs(model.step(inputs[:, step : step + 1], state)[:, -1], temperature)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
 
 from dstrain.config_base import Config
+
+if TYPE_CHECKING:
+    from dstrain.protocols import TextTokenizer
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "tanh", "linear"]
 Probability = Annotated[float, Field(ge=0, lt=1)]
@@ -364,4 +367,17 @@ class VocabularySizes(Config):
     source: PositiveInt = Field(description="Entries of the source vocabulary.")
     target: PositiveInt = Field(description="Entries of the target vocabulary.")
     pad_id: int = Field(default=1, description="Id of padding.")
-    eos_id: int = Field(default=2, description="Id of the end of a sequence, which also starts a target.")
+    eos_id: int = Field(default=2, description="Id of the end of a sequence.")
+    start_id: int | None = Field(default=None, description="Id that a decoder reads in front of a target; null = eos_id.")
+
+    @classmethod
+    def of(cls, source: TextTokenizer, target: TextTokenizer) -> VocabularySizes:
+        """Those of the tokenizers of a model."""
+        start = None if target.start_id == target.eos_id else target.start_id
+        sizes = {"source": source.vocab_size, "target": target.vocab_size}
+        return cls(**sizes, pad_id=target.pad_id, eos_id=target.eos_id, start_id=start)
+
+    @property
+    def special_ids(self) -> tuple[int, int, int]:
+        """pad, eos and start."""
+        return self.pad_id, self.eos_id, self.eos_id if self.start_id is None else self.start_id

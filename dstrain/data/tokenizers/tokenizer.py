@@ -23,7 +23,7 @@ import sentencepiece
 from pydantic import Field
 
 from dstrain.config_base import Config
-from dstrain.data.sources.text import check_text
+from dstrain.data.tokenizers.dictionary_file import SPECIAL_SYMBOLS, Markers, parse_dictionary
 from dstrain.errors import DataError
 from dstrain.storage.atomic import write_file
 from dstrain.storage.document import DocumentFormat, RelativePath, path_inside
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 TOKENIZER_FORMAT_VERSION = 1
 TOKENIZER_FILE = "tokenizer.yaml"
-SPECIAL_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>")
 WORD_START = "\u2581"
+NON_CHARACTER = "\uffff"
 
 
 class SentencePieceEntry(Config):
@@ -53,6 +53,7 @@ class DictionaryEntry(Config):
     dictionary: RelativePath
     tags: tuple[str, ...] | None = None
     model: RelativePath | None = None
+    markers: Markers | None = None
 
 
 TokenizerEntry = Annotated[SentencePieceEntry | DictionaryEntry, Field(discriminator="kind")]
@@ -88,6 +89,7 @@ class SentencePieceTokenizer:
         self.pad_id = self._own_or_appended(self._processor.pad_id())
         self.eos_id = self._own_or_appended(self._processor.eos_id())
         self.bos_id = self._own_or_appended(self._processor.bos_id())
+        self.start_id = self.eos_id
         self._hidden = {self.bos_id, self.pad_id, self.eos_id}
         self._appended = {self.bos_id: "<s>", self.pad_id: "<pad>", self.eos_id: "</s>"}
 
@@ -100,6 +102,10 @@ class SentencePieceTokenizer:
         """Ids of each line, without EOS. One thread: parallelism belongs to the caller's processes."""
         ids: list[list[int]] = self._processor.encode(list(lines), out_type=int, num_threads=1)
         return ids
+
+    def encode_prefixes(self, lines: Sequence[str]) -> list[list[int]]:
+        """Ids of the beginnings of targets: as `encode`."""
+        return self.encode(lines)
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
         """Normalized text of each id sequence."""
@@ -135,33 +141,61 @@ class DictionaryTokenizer:
     twice is an error unless the later line ends in `#fairseq:overwrite`; then text maps to the later id. Padding words are kept.
 
     tags: symbols of the dictionary that stay whole as words at the beginning of a line, before the text that the model splits:
-    the language tags of some corpora.
+    the language tags of some corpora. markers: symbols around every text.
     """
 
-    bos_id, pad_id, eos_id, unk_id = range(4)
+    bos_id, pad_id, unk_id = 0, 1, 3
 
     def __init__(
-        self, dictionary: bytes, model: bytes | None = None, *, tags: Sequence[str] = (), name: str = "dict.txt"
+        self,
+        dictionary: bytes,
+        model: bytes | None = None,
+        *,
+        tags: Sequence[str] = (),
+        markers: Markers | None = None,
+        name: str = "dict.txt",
     ) -> None:
         self._dictionary = dictionary
         self._model = model
         self._processor = None if model is None else _open_model(model, f"SentencePiece model before {name}")
-        self._symbols, self._ids = _parse_dictionary(dictionary, name)
+        self._symbols, self._ids = parse_dictionary(dictionary, name)
         self._tags = frozenset(tags)
         if not self._tags <= self._ids.keys():
             raise DataError(f"{name} lacks the tags {', '.join(sorted(self._tags - self._ids.keys()))}; name symbols that it has")
         self.vocab_size = len(self._symbols)
+        self.markers = markers or Markers()
+        self._before, self._after, ends = (
+            self._marker_ids(symbols, name)
+            for symbols in (self.markers.before, self.markers.after, (self.markers.end, self.markers.start or self.markers.end))
+        )
+        self.eos_id, self.start_id = ends
+        self._hidden = {*range(self.unk_id), *self._before, *self._after, *ends}
 
     @classmethod
-    def from_files(cls, dictionary: Path, model: Path | None = None, tags: Sequence[str] = ()) -> DictionaryTokenizer:
+    def from_files(
+        cls, dictionary: Path, model: Path | None = None, tags: Sequence[str] = (), markers: Markers | None = None
+    ) -> DictionaryTokenizer:
         """Read the files. Raises DataError if one is missing or malformed."""
         pieces = None if model is None else _read(model, "SentencePiece model")
-        return cls(_read(dictionary, "dictionary"), pieces, tags=tags, name=str(dictionary))
+        return cls(_read(dictionary, "dictionary"), pieces, tags=tags, markers=markers, name=str(dictionary))
 
     def with_tags(self, patterns: Sequence[str]) -> DictionaryTokenizer:
         """The same tokenizer with those symbols as tags that match one of the patterns; none needs to."""
         tags = [symbol for symbol in self._ids if any(fnmatchcase(symbol, pattern) for pattern in patterns)]
-        return DictionaryTokenizer(self._dictionary, self._model, tags=tags)
+        return DictionaryTokenizer(self._dictionary, self._model, tags=tags, markers=self.markers)
+
+    def with_markers(self, symbols: Sequence[str], markers: Markers) -> DictionaryTokenizer:
+        """The same tokenizer with markers, after these symbols, but those that it has, are appended to the dictionary."""
+        lines = [self._dictionary, *(f"{symbol} 0".encode() for symbol in symbols if symbol not in self._ids)]
+        dictionary = b"\n".join(line.removesuffix(b"\n") for line in lines if line) + b"\n"
+        return DictionaryTokenizer(dictionary, self._model, tags=sorted(self._tags), markers=markers)
+
+    def _marker_ids(self, symbols: Sequence[str], name: str) -> list[int]:
+        ids = {**self._ids, **{symbol: number for number, symbol in enumerate(SPECIAL_SYMBOLS)}}
+        lacking = [symbol for symbol in symbols if symbol not in ids]
+        if lacking:
+            raise DataError(f"{name} lacks the markers {', '.join(lacking)}; give the dictionary that the model was trained with")
+        return [ids[symbol] for symbol in symbols]
 
     @property
     def tags(self) -> frozenset[str]:
@@ -169,7 +203,17 @@ class DictionaryTokenizer:
         return self._tags
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
-        """Ids of each line, without EOS; a symbol that the dictionary lacks is `unk_id`, so is the name of a special."""
+        """Ids of each line with its markers, without EOS; a symbol that the dictionary lacks is `unk_id`, so is a special's name.
+
+        An empty line stays empty.
+        """
+        return [[*self._before, *row, *self._after] if row else row for row in self._encode_text(lines)]
+
+    def encode_prefixes(self, lines: Sequence[str]) -> list[list[int]]:
+        """Ids of the beginnings of targets, empty ones included: without the markers behind a text."""
+        return [[*self._before, *row] for row in self._encode_text(lines)]
+
+    def _encode_text(self, lines: Sequence[str]) -> list[list[int]]:
         if self._processor is None:
             rows = [line.split() for line in lines]
         else:
@@ -180,12 +224,13 @@ class DictionaryTokenizer:
         return [[find(symbol, unknown) for symbol in row] for row in rows]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        """Symbols joined by spaces, or joined to words by the SentencePiece model."""
-        hidden = {self.bos_id, self.pad_id, self.eos_id}
-        rows = [self.tokens([i for i in row if i not in hidden]) for row in ids]
+        """Symbols joined by spaces, or joined to words by the SentencePiece model; markers are left out."""
+        rows = [self.tokens([i for i in row if i not in self._hidden]) for row in ids]
         if self._processor is None:
             return [" ".join(row) for row in rows]
-        return [self._glued(row) for row in rows]
+        tags = [list(takewhile(self._tags.__contains__, row)) for row in rows]
+        texts = self._text_of_pieces([row[len(first) :] for first, row in zip(tags, rows, strict=True)])
+        return [" ".join([*first, text] if text else first) for first, text in zip(tags, texts, strict=True)]
 
     def _without_tags(self, line: str) -> tuple[list[str], str]:
         """The tags at the beginning of a line, and the text after them."""
@@ -195,10 +240,18 @@ class DictionaryTokenizer:
             line = words[1] if len(words) > 1 else ""
         return tags, line
 
-    def _glued(self, row: list[str]) -> str:
-        tags = list(takewhile(self._tags.__contains__, row))
-        text = "".join(row[len(tags) :]).replace(WORD_START, " ").strip()
-        return " ".join([*tags, text] if text else tags)
+    def _text_of_pieces(self, rows: list[list[str]]) -> list[str]:
+        """As the model spells its pieces, byte pieces as UTF-8. Symbols that it lacks are spelled as in the dictionary."""
+        unknown = SPECIAL_SYMBOLS[self.unk_id]
+        # the model would spell its unknown piece U+2047, as text may be spelled; a non-character stays as it is
+        hidden = [[NON_CHARACTER if piece == unknown else piece for piece in row] for row in rows]
+        texts: list[str] = self._processor.decode(hidden) if self._processor and hidden else []
+        return [
+            text.replace(NON_CHARACTER, unknown).replace(WORD_START, " ").strip()
+            if NON_CHARACTER in text or WORD_START in text
+            else text
+            for text in texts
+        ]
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """The symbols of the ids."""
@@ -206,11 +259,12 @@ class DictionaryTokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the symbols in order, their keys, the SentencePiece model and tags; counts do not matter."""
+        """SHA-256 over the symbols in order, their keys, the SentencePiece model, tags, markers; counts do not matter."""
         table = repr((self._symbols, sorted(self._ids.items()))).encode()
         tags = "".join(f"\0{tag}" for tag in sorted(self._tags)).encode()
         symbols = bytes.fromhex(sha256_of_bytes(table))
-        return sha256_of_bytes(b"dictionary\0" + symbols + (self._model or b"") + tags)
+        markers = b"" if self.markers == Markers() else b"\0" + self.markers.model_dump_json(exclude_defaults=True).encode()
+        return sha256_of_bytes(b"dictionary\0" + symbols + (self._model or b"") + tags + markers)
 
     def save(self, directory: Path, stem: str) -> TokenizerEntry:
         """Write `directory`/`stem`.dict.txt and the model if any; returns this tokenizer's entry for tokenizer.yaml."""
@@ -218,7 +272,9 @@ class DictionaryTokenizer:
         model = None if self._model is None else f"{stem}.model"
         if self._model is not None:
             write_file(directory / f"{stem}.model", self._model)
-        return DictionaryEntry(dictionary=f"{stem}.dict.txt", tags=tuple(sorted(self._tags)) or None, model=model)
+        markers = None if self.markers == Markers() else self.markers
+        tags = tuple(sorted(self._tags)) or None
+        return DictionaryEntry(dictionary=f"{stem}.dict.txt", tags=tags, model=model, markers=markers)
 
 
 @dataclass(frozen=True)
@@ -292,7 +348,7 @@ def _load(directory: Path, entry: TokenizerEntry) -> SentencePieceTokenizer | Di
     if isinstance(entry, SentencePieceEntry):
         return SentencePieceTokenizer.from_file(directory / entry.model)
     dictionary = path_inside(directory, entry.dictionary, error=DataError, remedy=remedy)
-    return DictionaryTokenizer.from_files(dictionary, model, entry.tags or ())
+    return DictionaryTokenizer.from_files(dictionary, model, entry.tags or (), entry.markers)
 
 
 def _read(path: Path, what: str) -> bytes:
@@ -311,27 +367,3 @@ def _open_model(model: bytes, name: str) -> Any:
     if not loaded or processor.get_piece_size() == 0:
         raise DataError(f"{name} is not a SentencePiece model; check the file")
     return processor
-
-
-def _parse_dictionary(content: bytes, name: str) -> tuple[list[str], dict[str, int]]:
-    """The symbols by id, and the id that a symbol of text gets. The names of the specials are not text."""
-    check_text(name, content, 0)
-    text = content.decode("utf-8")
-    symbols = list(SPECIAL_SYMBOLS)
-    ids: dict[str, int] = {}
-    taken = set(symbols)
-    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
-        symbol, _, count = line.rstrip().rpartition(" ")
-        overwrite = count == "#fairseq:overwrite"
-        if overwrite:
-            symbol, _, count = symbol.rpartition(" ")
-        if not symbol or not count.lstrip("-").isdecimal():
-            raise DataError(f"{name}:{number}: {line[:80]!r} is not `symbol count`; use a fairseq dictionary")
-        if symbol in taken and not overwrite:
-            raise DataError(
-                f"{name}:{number}: symbol {symbol!r} occurs twice; remove the line or end it with `#fairseq:overwrite`"
-            )
-        taken.add(symbol)
-        ids[symbol] = len(symbols)
-        symbols.append(symbol)
-    return symbols, ids

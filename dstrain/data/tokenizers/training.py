@@ -25,8 +25,8 @@ from dstrain.data.sources.corpora import parse, read_blocks
 from dstrain.data.sources.fairseq_binary import IdBlock
 from dstrain.data.sources.opening import require_file
 from dstrain.data.sources.text import expand_path
+from dstrain.data.tokenizers.dictionary_file import SPECIAL_SYMBOLS
 from dstrain.data.tokenizers.tokenizer import (
-    SPECIAL_SYMBOLS,
     WORD_START,
     DictionaryTokenizer,
     SentencePieceTokenizer,

@@ -190,7 +190,8 @@ class Dumper:
 
     def _batches(self, rows: range) -> Iterator[Batch]:
         shard = slice(rows.start, rows.stop)
-        collator = Collator(self.teacher.kind, pad_id=self.vocabulary.pad_id, eos_id=self.vocabulary.eos_id)
+        sizes = self.vocabulary
+        collator = Collator(self.teacher.kind, pad_id=sizes.pad_id, eos_id=sizes.eos_id, start_id=sizes.start_id)
         sources, targets = self.dataset.source_lengths[shard], self.dataset.target_lengths[shard]
         groups = evaluation_batches(sources, targets, self.max_tokens, kind=self.teacher.kind)
         for group in groups:

@@ -2,6 +2,7 @@
 
 OUTPUT/              a plain bundle, or an adapter bundle whose base.path is `base`
 OUTPUT/base/         the plain bundle that the adapter was trained on
+OUTPUT/recipe.yaml   what the checkpoint's settings say of its training
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ from torch import Tensor
 from dstrain.adapters.config import LoraConfig
 from dstrain.checkpoint.adapter_files import BaseReference, write_adapter
 from dstrain.checkpoint.bundle import find_bundle, fresh_directory, save_bundle
+from dstrain.checkpoint.bundle_directory import RECIPE
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.interop.fairseq.lora import ForeignAdapter
 from dstrain.models.config import ModelConfig, VocabularySizes
+from dstrain.storage.atomic import write_file
+from dstrain.storage.parsing import dump_yaml
 
 BASE = "base"
 
@@ -30,26 +34,29 @@ def save_imported(
     weights: Mapping[str, Tensor],
     adapter: ForeignAdapter | None,
     tokenizers: TokenizerPair | None,
+    recipe: Mapping[str, Any] | None = None,
     notes: Mapping[str, Any],
 ) -> None:
     """Write an imported model, atomically. BundleError as `save_bundle`, and if the adapter does not fit."""
 
-    def save(bundle: Path) -> None:
+    def save(bundle: Path, recipe: Mapping[str, Any] | None) -> None:
         save_bundle(
             bundle,
             model_config=model_config,
             vocabulary=vocabulary,
             weights=weights,
             tokenizers=tokenizers,
-            recipe=None,
+            recipe=recipe,
             notes=notes,
         )
 
     if adapter is None:
-        save(directory)
+        save(directory, recipe)
         return
     with fresh_directory(directory) as fresh:
-        save(fresh / BASE)
+        save(fresh / BASE, None)
+        if recipe is not None:
+            write_file(fresh / RECIPE, dump_yaml(dict(recipe)).encode())
         base = find_bundle(fresh / BASE)
         write_adapter(
             fresh,

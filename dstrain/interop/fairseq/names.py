@@ -50,6 +50,13 @@ OLD_NORMS = {
 """Names of `layer_norms.0`, `layer_norms.1`, ..."""
 TABLES = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "decoder.output_projection.weight")
 """Matrices that may be tied."""
+SINUSOIDS = re.compile(r"(?:encoder|decoder)\.embed_positions\.(?:weights|_float_tensor)")
+"""What sinusoidal positions leave in a checkpoint."""
+_LEFT_OUT = {
+    re.compile(r"(?:encoder|decoder)\.version"): "the version of the format; the weights show which norms there are",
+    SINUSOIDS: "sinusoids are computed",
+    re.compile(r"classification_heads\..+"): "a classifier of sentences, which writes no text",
+}
 _TARGETS = {
     "fc1": ("*.feed_forward.up_proj",),
     "fc2": ("down_proj",),
@@ -65,6 +72,11 @@ _TARGETS = {
     **FUSED,
     "up_gate_proj": ("*.feed_forward.up_proj", "gate_proj"),
 }
+
+
+def left_out_reason(name: str) -> str | None:
+    """Why a tensor is no part of an imported model; None if it is."""
+    return next((reason for pattern, reason in _LEFT_OUT.items() if pattern.fullmatch(name)), None)
 
 
 def canonical_name(name: str) -> str:

@@ -174,7 +174,7 @@ def test_a_teacher_that_reads_too_little_is_refused(corpus: Corpus, tmp_path: Pa
         ({"source": [*range(89), 5]}, "source: the teacher's id 5 occurs twice"),
         (
             {"source": [0, 2, 1, *range(3, 90)]},
-            "source: pad and eos must be mapped to the teacher's pad and eos, 1 and 2, not 2 and 1",
+            "source: pad, eos and the start of a target must be mapped to the teacher's, (1, 2, 2), not (2, 1, 1)",
         ),
         ({"source": list(range(90)), "target": list(range(5))}, "target: 5 numbers, but the student has 90 ids"),
         ({"target": list(range(90))}, "must hold the lists `source` and, unless it is the same, `target`"),

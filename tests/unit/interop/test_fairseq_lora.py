@@ -12,7 +12,8 @@ from dstrain.adapters.lora import merged
 from dstrain.errors import ImportFormatError
 from dstrain.interop.fairseq.checkpoint import FairseqCheckpoint, convert, read_dictionaries
 from dstrain.interop.fairseq.lora import convert_adapted
-from tests.unit.interop.test_fairseq_reader import checkpoint, dictionaries, small_weights
+from tests.unit.interop.fairseq_checkpoints import dictionaries, small_weights
+from tests.unit.interop.test_fairseq_reader import checkpoint
 
 ARGS = '{"r": 2, "alpha": 3, "target_modules": "q_proj"}'
 FC1 = "encoder.layers.0.fc1"

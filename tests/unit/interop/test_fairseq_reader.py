@@ -1,6 +1,7 @@
 """The reader of fairseq checkpoints: settings, old names, refusals. What its models compute is in tests/equivalence."""
 
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dstrain.interop.fairseq.checkpoint import (
     FairseqCheckpoint,
     convert,
     convert_config,
+    left_out,
     read_dictionaries,
     read_fairseq_checkpoint,
 )
@@ -29,44 +31,7 @@ from dstrain.models.config import (
     YarnScaling,
 )
 from tests.paths import GOLDEN, needs_golden
-
-SMALL = {
-    "arch": "transformer",
-    "encoder_embed_dim": 8,
-    "encoder_ffn_embed_dim": 16,
-    "encoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_layers": 1,
-    "decoder_attention_heads": 2,
-}
-NORMS = {"encoder": ["self_attn_layer_norm", "final_layer_norm"]}
-NORMS["decoder"] = ["self_attn_layer_norm", "encoder_attn_layer_norm", "final_layer_norm"]
-
-
-def small_weights(*, source: int = 11, target: int = 13, version: float | None = 3.0) -> dict[str, Tensor]:
-    """State of the 1 + 1 layer transformer of `SMALL`, by fairseq's names."""
-    weights: dict[str, Tensor] = {}
-
-    def add(name: str, *shape: int) -> None:
-        weights[name] = torch.randn(*shape)
-
-    for side, size in (("encoder", source), ("decoder", target)):
-        if version is not None:
-            weights[f"{side}.version"] = torch.tensor([version])
-        add(f"{side}.embed_tokens.weight", size, 8)
-        layer = f"{side}.layers.0"
-        for attention in ("self_attn",) if side == "encoder" else ("self_attn", "encoder_attn"):
-            for block in ("k_proj", "v_proj", "q_proj", "out_proj"):
-                add(f"{layer}.{attention}.{block}.weight", 8, 8)
-                add(f"{layer}.{attention}.{block}.bias", 8)
-        for norm in NORMS[side]:
-            add(f"{layer}.{norm}.weight", 8)
-            add(f"{layer}.{norm}.bias", 8)
-        for name, rows, columns in (("fc1", 16, 8), ("fc2", 8, 16)):
-            add(f"{layer}.{name}.weight", rows, columns)
-            add(f"{layer}.{name}.bias", rows)
-    add("decoder.output_projection.weight", target, 8)
-    return weights
+from tests.unit.interop.fairseq_checkpoints import NORMS, SMALL, dictionaries, small_weights
 
 
 def checkpoint(weights: dict[str, Tensor], **settings: Any) -> FairseqCheckpoint:
@@ -190,18 +155,77 @@ def test_old_names_mean_the_same() -> None:
     assert all(torch.equal(found[2][name], expected[2][name]) for name in expected[2])
 
 
-@pytest.mark.parametrize(
-    ("version", "encoder_norm", "decoder_norm"), [(None, "no", "no"), (2.0, "auto", "no"), (3.0, "auto", "auto")]
-)
-def test_old_versions_of_pre_norm_models_have_no_final_norm(version: float | None, encoder_norm: str, decoder_norm: str) -> None:
-    weights = small_weights(version=version)
+PRE_NORM = {"encoder_normalize_before": True, "decoder_normalize_before": True}
+
+
+def final_norms(*sides: str) -> dict[str, Tensor]:
+    return {f"{side}.layer_norm.{kind}": torch.randn(8) for side in sides for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("version", [None, 1.0, 2.0, 3.0])
+def test_final_norms_that_are_there_stay_whatever_the_version(version: float | None) -> None:
+    weights = small_weights(version=version) | final_norms("encoder", "decoder")
+    config, _, canonical = convert(checkpoint(weights, **PRE_NORM))
+    assert (config.encoder.final_norm, config.decoder.final_norm) == ("auto", "auto")
     for side in ("encoder", "decoder"):
         for kind in ("weight", "bias"):
-            weights[f"{side}.layer_norm.{kind}"] = torch.randn(8)
-    config, _, canonical = convert(checkpoint(weights, encoder_normalize_before=True, decoder_normalize_before=True))
-    assert (config.encoder.final_norm, config.decoder.final_norm) == (encoder_norm, decoder_norm)
-    assert ("encoder.final_norm.weight" in canonical) == (encoder_norm == "auto")
-    assert ("decoder.final_norm.weight" in canonical) == (decoder_norm == "auto")
+            assert torch.equal(canonical[f"{side}.final_norm.{kind}"], weights[f"{side}.layer_norm.{kind}"])
+
+
+@pytest.mark.parametrize(("version", "there"), [(None, ()), (1.0, ()), (2.0, ("encoder",))])
+def test_old_versions_of_pre_norm_models_have_no_final_norm(version: float | None, there: tuple[str, ...]) -> None:
+    config, _, canonical = convert(checkpoint(small_weights(version=version) | final_norms(*there), **PRE_NORM))
+    assert config.decoder.final_norm == "no"
+    assert config.encoder.final_norm == ("auto" if there else "no")
+    assert "decoder.final_norm.weight" not in canonical
+
+
+@pytest.mark.parametrize(
+    ("version", "settings", "there", "message"),
+    [
+        (3.0, PRE_NORM, (), r"missing: decoder\.final_norm.*"),
+        (3.0, {}, ("decoder",), r"unexpected: decoder\.final_norm"),
+        (3.0, {**PRE_NORM, "no_decoder_final_norm": True}, ("encoder", "decoder"), r"unexpected: decoder\.final_norm"),
+    ],
+)
+def test_final_norms_that_settings_do_not_have_are_an_error(
+    version: float, settings: dict[str, Any], there: tuple[str, ...], message: str
+) -> None:
+    sides = {"encoder_normalize_before": False, "decoder_normalize_before": False, **settings}
+    with pytest.raises(ImportFormatError, match=message):
+        convert(checkpoint(small_weights(version=version) | final_norms(*there), **sides))
+
+
+def test_settings_that_are_missing_are_those_that_tensors_show() -> None:
+    """Not fairseq's defaults, and not the architecture's; heads, which no tensor shows, are the architecture's."""
+    weights = small_weights() | final_norms("encoder", "decoder")
+    for side in ("encoder", "decoder"):
+        weights |= {f"{side}.layernorm_embedding.{kind}": torch.randn(8) for kind in ("weight", "bias")}
+        weights[f"{side}.embed_positions.weight"] = torch.randn(1026, 8)
+    weights["decoder.output_projection.weight"] = weights["decoder.embed_tokens.weight"].clone()
+    config, _, canonical = convert(FairseqCheckpoint({"arch": "transformer_iwslt_de_en"}, {}, weights))
+    assert isinstance(config, EncoderDecoderConfig)
+    assert (config.model_dim, config.norm_order, config.position.kind) == (8, "pre", "learned")
+    assert config.encoder == StackConfig(depth=1, num_heads=4, ffn_dim=16)
+    assert config.embedding == PlainEmbedding(norm=True, tie="decoder")
+    assert torch.equal(canonical["source_embedding.norm.bias"], weights["encoder.layernorm_embedding.bias"])
+
+
+def test_buffers_of_sinusoids_do_not_vanish_from_a_model_without_positions() -> None:
+    weights = small_weights() | {"encoder.embed_positions._float_tensor": torch.zeros(1)}
+    with pytest.raises(
+        ImportFormatError, match=r"encoder\.embed_positions\._float_tensor, which belongs to sinusoidal positions, "
+    ):
+        convert(checkpoint(weights, no_token_positional_embeddings=True))
+
+
+def test_what_is_left_out_is_listed_with_the_reason() -> None:
+    weights = small_weights() | {"classification_heads.mnli.dense.weight": torch.zeros(1)}
+    listed = left_out(replace(checkpoint(weights), unread={"extra_state": "of the training"}))
+    names = {name: reason for reason, names in listed.items() for name in names}
+    assert names.keys() == {"encoder.version", "decoder.version", "classification_heads.mnli.dense.weight", "extra_state"}
+    assert "a classifier of sentences" in names["classification_heads.mnli.dense.weight"]
+    convert(checkpoint(weights))
 
 
 def test_half_precision_becomes_float32() -> None:
@@ -235,10 +259,10 @@ def test_learned_positions_lose_the_rows_before_the_first_token() -> None:
 
 def test_names_that_do_not_fit_are_listed() -> None:
     weights = small_weights()
-    weights["classification_heads.mnli.dense.weight"] = torch.zeros(1)
+    weights["decoder.adapter.weight"] = torch.zeros(1)
     del weights["encoder.layers.0.fc1.bias"]
     with pytest.raises(
-        ImportFormatError, match=r"missing: encoder.layers.0.feed_forward.up_proj.bias; unexpected: classification_h"
+        ImportFormatError, match=r"missing: encoder.layers.0.feed_forward.up_proj.bias; unexpected: decoder.adapter"
     ):
         convert(checkpoint(weights))
 
@@ -274,12 +298,6 @@ def test_files_that_are_no_translation_model_are_refused(tmp_path: Path) -> None
     torch.save({"args": Namespace(arch="roberta"), "model": {"encoder.embed_tokens.weight": torch.zeros(3, 2)}}, path)
     with pytest.raises(ImportFormatError, match=r"holds no decoder \(arch roberta\)"):
         read_fairseq_checkpoint(path)
-
-
-def dictionaries(folder: Path, source: int, target: int) -> Path:
-    for language, size in (("en", source), ("de", target)):
-        (folder / f"dict.{language}.txt").write_text("".join(f"word{number} 1\n" for number in range(size - 4)))
-    return folder
 
 
 def test_dictionaries_must_have_the_models_sizes(tmp_path: Path) -> None:

@@ -83,6 +83,16 @@ def _value(name: str, word: str) -> Any:
         raise ImportFormatError(f"{dashed(name)} {word}: not {kind} ({error}); fix the command line") from error
 
 
+def read_value(name: str, value: Any) -> Any:
+    """The value of an option as a checkpoint has it, in words or as a value. ImportFormatError if it is none such."""
+    kind = OPTIONS[name].kind
+    if kind is bool:
+        return bool(value)
+    if kind is list and not isinstance(value, str):
+        return [float(part) for part in (value if isinstance(value, list) else [value])]
+    return value if isinstance(value, dict) else _value(name, str(value))
+
+
 def _words(line: str) -> tuple[list[str], list[str]]:
     """The words after the program's name, and those before it."""
     try:

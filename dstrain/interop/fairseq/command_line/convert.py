@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 
 import yaml
@@ -101,16 +101,21 @@ def _data(command: Command, settings: Settings, model: Tree, notes: Notes) -> Tr
         data = _text(command, settings, notes)
     elif task not in PAIR_TASKS:
         notes.lack(f"--task {task}", "task")
-        return {"train": [PLACEHOLDER], "valid": [dict(PLACEHOLDER)], "filter": _filter(model, settings, notes)}
+        return {"train": [PLACEHOLDER], "valid": [dict(PLACEHOLDER)], "filter": length_limits(model, settings, notes)}
     else:
         data = _pairs(command, settings, notes)
+    return data_tree(data, length_limits(model, settings, notes))
+
+
+def data_tree(data: DataConfig, limits: Mapping[str, int]) -> Tree:
+    """A data section as plain values, what is not set left out. limits: its filter."""
     tree = data.model_dump(mode="json")
     tree["tokenizer"] = {name: value for name, value in tree["tokenizer"].items() if value}
-    tree["filter"] = _filter(model, settings, notes)
+    tree["filter"] = dict(limits)
     return {name: tree[name] for name in ("train", "valid", "test", "tokenizer", "filter") if tree[name]}
 
 
-def _filter(model: Tree, settings: Settings, notes: Notes) -> dict[str, int]:
+def length_limits(model: Tree, settings: Settings, notes: Notes) -> dict[str, int]:
     """fairseq's limits of a training example, by side."""
     most = settings["max_tokens"] or math.inf
     limits = {name: model[name] for name in ("max_source_length", "max_target_length") if name in model}
@@ -166,6 +171,11 @@ def _note_the_rest(command: Command, settings: Settings, notes: Notes) -> None:
 
 def _comments(notes: Notes) -> Iterator[str]:
     yield "Made by `dstrain import fairseq-args`. Prepare the data with `dstrain prepare`, then `dstrain train`."
+    yield from note_lines(notes)
+
+
+def note_lines(notes: Notes) -> Iterator[str]:
+    """The notes under their headings, in lines of REPORT_WIDTH."""
     for name, heading in HEADINGS.items():
         entries = list(dict.fromkeys(vars(notes)[name]))
         if entries:

@@ -100,6 +100,7 @@ READ = {
     "rdrop-alpha": "alpha as in the paper: half of (both cross-entropies + alpha times their symmetric divergence)",
     "sentencepiece": "text is joined if data.tokenizer.source_model and target_model name the models",
     "elsewhere": "not on this machine: the usual names, one piece a split",
+    "placeholder": "replace {path} in data by yours, then `dstrain prepare`",
     "before": "stood before the program's name and was not read",
 }
 
