@@ -157,7 +157,7 @@ def _deepspeed_mistakes(tree: Tree) -> list[str]:
     try:
         resolve_ds_config(engine, replicas=1)
     except RecipeError as error:
-        return [str(error)]
+        return str(error).splitlines()
     return []
 
 

@@ -10,7 +10,6 @@ import time
 from dstrain.errors import DstrainError, RecipeError
 from dstrain.log import logger
 from dstrain.parallel.launch_environment import is_first_of_machine, rank_for_messages
-from dstrain.storage.atomic import NO_SPACE
 
 
 def guarded(args: argparse.Namespace) -> int:
@@ -55,6 +54,8 @@ def _let_go_of_stdout() -> None:
 
 def _described(error: OSError) -> str:
     """The refusal of the operating system, its path and the remedy."""
+    from dstrain.storage.atomic import NO_SPACE
+
     if error.errno in NO_SPACE:
         # A file that is opened is named in the error of its writer; what is left is standard output.
         return f"{error.filename or 'standard output'}: {error.strerror}; free some space, or write elsewhere"

@@ -245,6 +245,13 @@ class DataConfig(Config):
             )
         return self
 
+    @field_validator("test", mode="before")
+    @classmethod
+    def _test_sets_have_names(cls, test: object) -> object:
+        if isinstance(test, Mapping) and "kind" in test:
+            raise ValueError("'kind' names no test set; write test: {NAME: [{kind: ...}]}")
+        return test
+
     @field_validator("test")
     @classmethod
     def _names_are_directories(cls, test: dict[str, tuple[TextSource, ...]]) -> dict[str, tuple[TextSource, ...]]:

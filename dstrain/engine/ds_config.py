@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from dstrain.engine.config import EngineConfig
 from dstrain.engine.ds_schema import BELONGS_ELSEWHERE, DeepSpeedFile
 from dstrain.errors import RecipeError, nearest
+from dstrain.storage.explain import EXPECTED, shown
 from dstrain.storage.parsing import read_tree
 
 PACKAGE = Path(__file__).parent.parent
@@ -50,9 +51,8 @@ def find_ds_config(name_or_path: str) -> Path:
     if "/" in name_or_path or name_or_path.endswith(".json"):
         path = Path(name_or_path)
         if not path.is_file():
-            raise RecipeError(
-                f"engine.deepspeed: no file {path}; give a path to a DeepSpeed JSON file, or one of {', '.join(_names())}"
-            )
+            shipped = path.stem if path.stem in _names() else f"one of {', '.join(_names())}"
+            raise RecipeError(f"engine.deepspeed: no file {path}; give a path to a DeepSpeed JSON file, or {shipped}")
         return path
     for directory in DIRECTORIES:
         if (directory / f"{name_or_path}.json").is_file():
@@ -105,8 +105,8 @@ def _explain(path: tuple[str, ...], details: list[Any]) -> str:
             return f"{where}: unknown key; {nearest(path[-1], _section(path[:-1]).model_fields)}"
         case "missing":
             return f"{where}: missing; give it a value"
-    messages = " or ".join(detail["msg"].removeprefix("Input should be ") for detail in details)
-    return f"{where}: should be {messages}, not {details[0]['input']!r}"
+    messages = " or ".join(EXPECTED.get(detail["type"], detail["msg"].removeprefix("Input should be ")) for detail in details)
+    return f"{where}: should be {messages}, not {shown(details[0]['input'])}"
 
 
 def _section(path: tuple[str, ...]) -> type[BaseModel]:

@@ -85,8 +85,8 @@ def _explain_one(detail: Any, model: type[BaseModel], yaml: bool) -> list[str]:
         case "extra_forbidden":
             text = f"unknown key; {_key_remedy(at, model)}"
         case "missing":
-            choices = ", ".join(map(shown, choices_of(at.annotation)))
-            text = f"missing; {f'choose {choices}' if choices else 'give it a value'}"
+            choices = " or ".join(map(shown, choices_of(at.annotation)))
+            text = f"missing; {f'write {choices}' if choices else 'give it a value'}"
         case "union_tag_not_found":
             text = f"missing `kind`; choose one of {_listed(kinds_of(at.annotation))}"
         case "union_tag_invalid":
@@ -129,7 +129,8 @@ def _value_remedy(mistake: str, value: Any, at: _Location) -> str:
         case "int_parsing" if (number := _whole_number(value)) is not None:
             remedy = f"; YAML reads it as text: write {number}"
         case "tuple_type" | "list_type" if value is not None:
-            remedy = f"; put it in brackets: [{'{...}' if isinstance(value, dict) else value}]"
+            sections = isinstance(value, dict) or union_members(element_type(at.annotation))
+            remedy = f"; put {'sections' if sections else 'it'} in brackets: [{'{kind: ..., ...}' if sections else value}]"
         case "dict_type" if isinstance(value, list):
             remedy = "; write NAME: VALUE lines, not a list"
         case "model_type" | "model_attributes_type":
@@ -161,12 +162,14 @@ def _key_remedy(at: _Location, model: type[BaseModel]) -> str:
     """Where an unknown key belongs: a near name, another kind of its section, another section; else the valid keys."""
     key = at.path[-1]
     own = sorted(at.owner.model_fields) if at.owner else []
-    if close := difflib.get_close_matches(key, own, n=1, cutoff=0.8):
-        return f"did you mean {close[0]}?"
+    begun = [name for name in own if name.startswith(f"{key}_")]
+    if close := begun or difflib.get_close_matches(key, own, n=1, cutoff=0.8):
+        return f"did you mean {' or '.join(close)}?"
     kinds = [member.model_fields["kind"].default for member in union_members(at.section) if key in member.model_fields]
     if kinds:
         return f"only kind: {_listed(kinds)} has it"
-    paths = key_paths(key, model)
+    # A key of some list item, or a section, is too far from what was meant.
+    paths = [path for path in key_paths(key, model) if "." in path and not {"0", "NAME"} & set(path.split("."))]
     highest = [path for path in paths if path.count(".") == paths[0].count(".")]
     return f"did you mean {' or '.join(highest[:MAX_PATHS])}?" if highest else nearest(key, own)
 

@@ -58,8 +58,13 @@ def lines_of(name: str, *overrides: str) -> list[str]:
         ("data.tokenizer.tags=en", "data.tokenizer.tags: input should be a list, not 'en'; put it in brackets: [en]"),
         (
             "data.train={kind: tsv, path: a}",
-            "data.train: input should be a list, not {'kind': 'tsv', 'path': 'a'}; put it in brackets",
+            "data.train: input should be a list, not {'kind': 'tsv', 'path': 'a'}; put sections in brackets",
         ),
+        ("data.valid=my.en", "data.valid: input should be a list, not 'my.en'; put sections in brackets: [{kind: ..., ...}]"),
+        ("data.test={kind: tsv, path: a}", "data.test: 'kind' names no test set; write test: {NAME: [{kind: ...}]}"),
+        ("data.train.0.weight=2", "data.train.0.weight: unknown key; valid: kind, num_pairs, seed, split"),
+        ("checkpoint.keep=3", "checkpoint.keep: unknown key; did you mean keep_bundles or keep_checkpoints?"),
+        ("train={}", "train: unknown key; did you mean data.train?"),
         ("data.train=[]", "data.train: input should be a list of at least 1 item, not []"),
         ("optimizer.betas=[0.1, 0.2, 0.3]", "optimizer.betas: input should be a list of at most 2 items, not [0.1, 0.2, 0.3]"),
         ("data.test=[a]", "data.test: input should be a mapping, not ['a']; write NAME: VALUE lines, not a list"),
@@ -131,7 +136,7 @@ def test_a_recipe_without_sections_hears_of_extends(tmp_path: Path) -> None:
     path.write_text("training: {max_steps: 5}\n")
     lines = lines_of(str(path))
     assert lines[0].endswith("own.yaml: 6 mistakes")
-    assert lines[1] == "version: missing; choose 1"
+    assert lines[1] == "version: missing; write 1"
     assert lines[-1] == "(`extends: translation/multi30k_tiny` takes the missing sections from that recipe)"
 
 
