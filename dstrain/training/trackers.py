@@ -8,9 +8,10 @@ an explicit value of the recipe first, then the environment and the user's setti
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dstrain.errors import ExtraError, TrainingError
 from dstrain.extras import import_extra
@@ -18,7 +19,6 @@ from dstrain.log import logger
 from dstrain.training.config import ReportingConfig, WandbConfig
 from dstrain.training.events import Event, scalars
 
-_R = TypeVar("_R")
 _OFF = {"1", "on", "true", "yes"}
 
 
@@ -65,34 +65,60 @@ class WandbSink:
         self._run.finish()
 
 
+class GuardedTracker:
+    """A tracker whose failure is a warning, and its end. key: of the recipe."""
+
+    def __init__(self, key: str, sink: TensorBoardSink | WandbSink) -> None:
+        self._key = key
+        self._sink: TensorBoardSink | WandbSink | None = sink
+
+    def write(self, event: Event) -> None:
+        """Hand the event on."""
+        sink, self._sink = self._sink, None
+        if sink is not None:
+            with _failure_warns(self._key):
+                sink.write(event)
+                self._sink = sink
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._sink is not None:
+            with _failure_warns(self._key):
+                self._sink.close()
+
+
 def usable_trackers(config: ReportingConfig) -> ReportingConfig:
     """The same without the trackers that cannot start here, each with a warning; call it before anything long."""
-    tensorboard = config.tensorboard and _attempt("reporting.tensorboard", _tensorboard) is not None
-    wandb = None
-    if config.wandb is not None and not _is_disabled(config.wandb):
-        section = config.wandb
-        wandb = _attempt("reporting.wandb", lambda: _checked(section))
-    return config.model_copy(update={"tensorboard": tensorboard, "wandb": wandb})
-
-
-def start_trackers(config: ReportingConfig, directory: Path, run_id: str) -> list[TensorBoardSink | WandbSink]:
-    """Those of the configuration that start. run_id: lets Weights & Biases continue the same run after a resume."""
-    sinks: list[TensorBoardSink | WandbSink] = []
+    usable: dict[str, Any] = {"tensorboard": False, "wandb": None}
     if config.tensorboard:
-        sinks.append(TensorBoardSink(directory / "tensorboard"))
-    section = config.wandb
-    if section is not None and (sink := _attempt("reporting.wandb", lambda: WandbSink(section, directory, run_id))) is not None:
-        sinks.append(sink)
-    return sinks
+        with _failure_warns("reporting.tensorboard"):
+            _tensorboard()
+            usable["tensorboard"] = True
+    if config.wandb is not None and not _is_disabled(config.wandb):
+        with _failure_warns("reporting.wandb"):
+            _check_wandb(config.wandb)
+            usable["wandb"] = config.wandb
+    return config.model_copy(update=usable)
 
 
-def _attempt(key: str, action: Callable[[], _R]) -> _R | None:
-    """None, with a warning, if the tracker fails, for whatever reason: wandb's errors have no common class."""
+def start_trackers(config: ReportingConfig, directory: Path, run_id: str) -> list[GuardedTracker]:
+    """Those of the configuration that start. run_id: lets Weights & Biases continue the same run after a resume."""
+    trackers = []
+    if config.tensorboard:
+        trackers.append(GuardedTracker("reporting.tensorboard", TensorBoardSink(directory / "tensorboard")))
+    if config.wandb is not None:
+        with _failure_warns("reporting.wandb"):
+            trackers.append(GuardedTracker("reporting.wandb", WandbSink(config.wandb, directory, run_id)))
+    return trackers
+
+
+@contextmanager
+def _failure_warns(key: str) -> Iterator[None]:
+    """A tracker fails for whatever reason: wandb's errors have no common class."""
     try:
-        return action()
+        yield
     except Exception as error:
         logger.warning("%s: %s. Training goes on without it; events.jsonl has every number", key, " ".join(str(error).split()))
-        return None
 
 
 def _is_disabled(config: WandbConfig) -> bool:
@@ -104,8 +130,8 @@ def _is_disabled(config: WandbConfig) -> bool:
     return True
 
 
-def _checked(config: WandbConfig) -> WandbConfig:
-    """The configuration, if wandb is installed and, where it needs one, has an account. TrainingError if not."""
+def _check_wandb(config: WandbConfig) -> None:
+    """Raise ExtraError if wandb is not installed, TrainingError if it needs an account and has none."""
     for key, value in config.model_dump().items():
         variable = f"WANDB_{key.upper()}"
         if value is not None and os.environ.get(variable, value) != value:
@@ -116,7 +142,6 @@ def _checked(config: WandbConfig) -> WandbConfig:
             "no account: log in with `wandb login`, set WANDB_API_KEY, or report offline by WANDB_MODE=offline or "
             "reporting.wandb.mode: offline"
         )
-    return config
 
 
 def _has_account(wandb: Any) -> bool:

@@ -180,6 +180,20 @@ def test_a_server_out_of_reach_is_a_warning(
     assert json.loads((tmp_path / "events.jsonl").read_text())["loss"] == 2.0
 
 
+def test_a_tracker_that_fails_later_is_one_warning_and_left_alone(
+    tmp_path: Path, no_environment: pytest.MonkeyPatch, messages: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "tensorboard").write_text("a file where a directory should be")
+    reporter = build_reporter(tmp_path, ReportingConfig(tensorboard=True), rank=0, total_steps=None, run_id="x")
+    for step in (1, 2):
+        reporter.emit("end", step)
+    reporter.close()
+    (warning,) = (record.getMessage() for record in messages.records if record.levelno == logging.WARNING)
+    assert warning.startswith("reporting.tensorboard: ")
+    assert "Training goes on without it" in warning
+    assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 2
+
+
 def test_wandb_offline_by_the_environment_works_without_an_account(tmp_path: Path, no_environment: pytest.MonkeyPatch) -> None:
     no_environment.setenv("WANDB_MODE", "offline")
     no_environment.setenv("WANDB_SILENT", "true")
