@@ -13,7 +13,7 @@ import torch
 from dstrain.arguments import require_ids, require_path, require_same_number, require_texts
 from dstrain.build.device import usable_device, usable_precision
 from dstrain.checkpoint.bundle import Bundle, load_bundle
-from dstrain.config_base import PrecisionChoice
+from dstrain.config_base import Precision, PrecisionChoice
 from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.plan import batches_by_length
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
@@ -39,16 +39,18 @@ def load(
     """
     directory, chosen = require_path("bundle", bundle), usable_device(device)
     opened = load_bundle(directory, device=chosen, base=None if base is None else require_path("base", base))
-    opened.model.to(COMPUTE_DTYPES[usable_precision(precision, chosen)])
-    return BundleModel(opened, chosen)
+    computed = usable_precision(precision, chosen)
+    opened.model.to(COMPUTE_DTYPES[computed])
+    return BundleModel(opened, chosen, computed)
 
 
 class BundleModel:
-    """A bundle ready for use, in evaluation mode."""
+    """A bundle ready for use, in evaluation mode. device, precision: of its computation."""
 
-    def __init__(self, bundle: Bundle, device: str) -> None:
+    def __init__(self, bundle: Bundle, device: str, precision: Precision) -> None:
         self.bundle = bundle
         self.device = device
+        self.precision = precision
 
     @property
     def continues(self) -> bool:

@@ -21,6 +21,7 @@ from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.files import Chunk, count_lines, translate_file
 from dstrain.generation.formats import Answer, Format, formatter
 from dstrain.generation.generator import TextHypothesis
+from dstrain.log import logger
 from dstrain.progress import Progress
 
 
@@ -70,6 +71,8 @@ def open_translator(options: GenerateOptions) -> Translator:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     model = load(options.bundle, open_device(options.device), base=options.base, precision=options.precision)
+    if model.precision != "fp32":
+        logger.info("%s computes in %s on %s", options.bundle, model.precision, model.device)
     config = model.generation_config(options.method)
     render = formatter(options.format, model.tokenizer.target, num_best=config.num_best, score_only=options.score_only)
     return Translator(model, config, render)

@@ -199,6 +199,7 @@ def test_a_model_computes_in_the_precision_asked_for(
     directory: Path, model: BundleModel, precision: Literal["bf16", "fp16"]
 ) -> None:
     half = load(directory, precision=precision)
+    assert (model.precision, half.precision) == ("fp32", precision)
     sources, targets = ["one two", "three"], ["eins zwei drei", "vier"]
     assert {parameter.dtype for parameter in half.bundle.model.parameters()} == {COMPUTE_DTYPES[precision]}
     exact, near = ([h.score for h in loaded.score(sources, targets)] for loaded in (model, half))

@@ -64,7 +64,7 @@ def build_bleu(name: str, *, lowercase: bool) -> BLEU:
     try:
         return BLEU(lowercase=lowercase, tokenize=name)
     except (RuntimeError, OSError, ImportError, AssertionError, SystemExit) as error:  # all of them are raised by sacreBLEU
-        reason = " ".join(str(error).split())
+        reason = " ".join(str(error).split()).split(". ")[0]
         raise DataError(f"BLEU tokenization {name!r} cannot be used here: {reason}; {_REMEDIES.get(name, _FILE)}") from error
 
 

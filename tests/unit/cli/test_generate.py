@@ -243,7 +243,9 @@ def test_generate_and_interactive_take_a_precision(
     assert generate(bundle, "--input", source, "--output", tmp_path / "out", *half) == 0
     feed(monkeypatch, TEXT.encode())
     assert main(["interactive", str(bundle), *half]) == 0
-    for output in ((tmp_path / "out").read_text(), capsys.readouterr().out):
+    printed = capsys.readouterr()
+    assert printed.err.count("computes in bf16 on cpu") == 2
+    for output in ((tmp_path / "out").read_text(), printed.out):
         scores = [float(line.split("\t")[1]) for line in output.splitlines() if line.startswith("H-")]
         assert scores == pytest.approx([hypotheses[0].score / math.log(2) for hypotheses in expected], abs=1e-6)
 
