@@ -24,6 +24,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 
+from dstrain.data.sources.opening import require_file
 from dstrain.errors import ImportFormatError
 
 _reconstruct = np.empty(0).__reduce__()[0]
@@ -104,10 +105,10 @@ def _is_value(name: str) -> bool:
 def load_pickled(path: Path) -> Any:
     """The content of a `.pt` file, tensors on the CPU, objects of other classes as `StandIn`.
 
-    ImportFormatError: no such file, truncated or no torch file, or a pickled call of a function, named.
+    ImportFormatError: no such file, truncated or no torch file, or a pickled call of a function, named. DataError: a pipe.
     """
     try:
-        file = path.open("rb")
+        file = require_file(path).open("rb")
     except OSError as error:
         raise ImportFormatError(f"{path} cannot be read: {error.strerror}; check the path") from error
     with file:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from dstrain.errors import ImportFormatError
+from dstrain.errors import DataError, ImportFormatError
 from dstrain.interop.fairseq.safe_pickle import StandIn, load_pickled
 from tests.unit.interop.fairseq_checkpoints import AbsentModules
 
@@ -131,6 +131,13 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         load_pickled(tmp_path / "absent.pt")
     with pytest.raises(ImportFormatError, match=r"cannot be read: Is a directory"):
         load_pickled(tmp_path)
+
+
+@pytest.mark.timeout(30)
+def test_a_pipe_is_refused_before_it_is_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe: a stream is read only once, and this is read several times; write it to a file"):
+        load_pickled(tmp_path / "pipe")
 
 
 def test_another_protocol_is_named(tmp_path: Path) -> None:
