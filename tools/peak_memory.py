@@ -8,10 +8,10 @@ step of 32 tokens. Prints one JSON line per rank, in bytes:
 - `built`, `peak`: highest resident memory until the engine is built, and until the first step has ended, above what the process
   holds after its imports, joining the group and one step of a toy model (libraries are loaded on first use);
 - `share`: parameters and gradients in the precision of computing, and 12 bytes of optimizer state (fp32 weight and two moments),
-  divided by the ranks; `largest`: the largest tensor, in fp32.
+  divided by the ranks; `largest`: the largest tensor, in fp32;
+- `later`: the highest after `--further-steps`. From the first step on malloc keeps freed memory, for speed (`ops/allocator.py`).
 
-The ranks run with glibc's malloc set to return freed memory at once, so that the figures are what the program uses, not what the
-allocator keeps. Linux only.
+Linux only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 WORLD_SIZE = 2
-MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def resident(key: str) -> int:
@@ -94,12 +93,17 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
     built = resident("VmHWM") - before
     ids = np.arange(16).reshape(2, 8) + 4
     batch = Collator("encoder_decoder", pad_id=1, eos_id=2)([(row, row) for row in ids], np.arange(2))
-    report = engine.train_step([batch], Size(16 * WORLD_SIZE, 2 * WORLD_SIZE))
+    size = Size(16 * WORLD_SIZE, 2 * WORLD_SIZE)
+    report = engine.train_step([batch], size)
+    peak = resident("VmHWM") - before
+    for _ in range(args.further_steps):
+        engine.train_step([batch], size)
     computing = 4 if args.precision == "fp32" else 2
     return {
         "parameters": sum(sizes),
         "built": built,
-        "peak": resident("VmHWM") - before,
+        "peak": peak,
+        "later": resident("VmHWM") - before,
         "share": (2 * computing + 12) * sum(sizes) // WORLD_SIZE,
         "largest": 4 * max(sizes),
         "loss": report.loss,
@@ -114,6 +118,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of the encoder and of the decoder")
     parser.add_argument("--model-dim", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--further-steps", type=int, default=0, help="after the first one")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # not from the environment: the caller may be a rank itself
     args = parser.parse_args()
     if args.rank is not None:
@@ -122,7 +127,7 @@ def main() -> None:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
-    shared = {**os.environ, **MALLOC, "WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {**os.environ, "WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(

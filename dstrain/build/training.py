@@ -29,7 +29,6 @@ from dstrain.models.factory import Model, build_model, initial_values
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
-from dstrain.ops.allocator import keep_freed_memory
 from dstrain.parallel.errors import raise_on_all_ranks
 from dstrain.parallel.mesh import Mesh, build_mesh, finalize
 from dstrain.recipe import Recipe
@@ -59,8 +58,6 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     require_type("recipe", recipe, Recipe, "; read one by load_recipe(name or file)")
     require_type("options", options, TrainOptions)
     mesh = build_mesh(options.device, tensor=recipe.engine.parallel.tensor, sequence=recipe.engine.parallel.sequence)
-    if mesh.device.type == "cpu":
-        keep_freed_memory()
     reporting = usable_trackers(recipe.reporting) if mesh.world.rank == 0 else recipe.reporting
     plan = raise_on_all_ranks(mesh.world, TrainingError, "starting", partial(plan_training, recipe, options))
     require_agreement(mesh.world, plan.decisive(options))

@@ -34,6 +34,7 @@ from dstrain.fragment import Fragment, StoredState
 from dstrain.models.weights import Layouts, ParameterLayout, TensorSlice, parameter_layouts, split_parameters
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
+from dstrain.ops.allocator import balance_freed_memory, keep_freed_memory, return_freed_memory
 from dstrain.parallel.mesh import Mesh
 from dstrain.protocols import Generative, WeightSource
 from dstrain.seeding import seed_everything
@@ -78,6 +79,8 @@ class TrainEngine:
         base: str | None = None,
     ) -> None:
         config = resolve_ds_config(engine, replicas=mesh.replicas.size)
+        return_freed_memory()  # until the first step has made the last tensors that stay, the optimizer's moments
+        self._first_step = True
         self.mesh = mesh
         self.module = module
         self.step = 0
@@ -147,6 +150,12 @@ class TrainEngine:
             self.step += 1
             if self._average is not None:
                 self._average.update(self.step)
+        if self._first_step:
+            self._first_step = False
+            if self.device.type == "cpu":
+                keep_freed_memory()
+            else:
+                balance_freed_memory()
         return report
 
     @torch.no_grad()
