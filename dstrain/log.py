@@ -41,4 +41,6 @@ class _Format(logging.Formatter):
         self._information = logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
+        if record.name != logger.name:
+            record = logging.makeLogRecord({**record.__dict__, "msg": f"{record.name}: {record.msg}"})
         return self._information.format(record) if record.levelno == logging.INFO else super().format(record)

@@ -62,7 +62,8 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     plan = raise_on_all_ranks(mesh.world, TrainingError, "starting", partial(plan_training, recipe, options))
     require_agreement(mesh.world, plan.decisive(options))
     if mesh.world.rank == 0:
-        for warning in plan.horizons.warnings():
+        log_plan(plan, mesh)
+        for warning in filter(None, [*plan.horizons.warnings(), unused_gpus(mesh.device, options.device)]):
             logger.warning("%s", warning)
     run = open_run(
         options.output,
@@ -72,10 +73,6 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
         teachers=plan.objective.teachers,
         upgrade=partial(upgrade_config, Recipe),
     )
-    if mesh.world.rank == 0:
-        log_plan(plan, mesh)
-        if (idle := unused_gpus(mesh.device, options.device)) is not None:
-            logger.warning("%s", idle)
     try:
         engine = build_engine(recipe, plan.data.vocabulary, mesh, plan.objective.build(mesh), plan.base)
         training = Training(plan, run, engine, reporting)

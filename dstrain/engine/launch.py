@@ -12,6 +12,7 @@ import warnings
 from types import ModuleType
 
 from dstrain.errors import TrainingError
+from dstrain.log import logger
 from dstrain.parallel.mesh import Mesh
 
 
@@ -25,13 +26,19 @@ def require_precision(deepspeed: ModuleType, precision: str, mesh: Mesh) -> None
 
 
 def load_deepspeed(mesh: Mesh, *, talkative: bool = False) -> ModuleType:
-    """DeepSpeed, joined to the process group of `mesh.world`. talkative: let it print its profilers' measurements."""
+    """DeepSpeed, joined to the process group of `mesh.world`. talkative: let it print its profilers' measurements.
+
+    Its messages go where dstrain's go, from WARNING up, under --debug from INFO up.
+    """
     os.environ["DS_ACCELERATOR"] = mesh.device.type
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.INFO if talkative else logging.ERROR)
+    messages = logging.getLogger("DeepSpeed")
+    messages.setLevel(logging.INFO if talkative or logger.isEnabledFor(logging.DEBUG) else logging.WARNING)
+    if logger.handlers:  # its own one writes to standard output, into progress bars
+        messages.handlers[:] = logger.handlers
     if mesh.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)

@@ -9,6 +9,7 @@ agreement costs one all-reduce of three numbers a step.
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -293,12 +294,13 @@ class Trainer:
         """What there is now, and the commands that go on with it."""
         if stop.exit_code:
             return {"next": "the same command again goes on from here"}
-        best, run = self.bundles.directory / "best", self.bundles.directory.parent
-        name = self.validation.metric
-        score = {} if state.best_score is None else {"best": f"{name} {state.best_score:.4g} at step {state.best_step:,}: {best}"}
-        last = self.bundles.directory / "last"
-        commands = {"curves": f"dstrain report {run}", "try it": f"dstrain interactive {best if score else last}"}
-        return {**score, "last": str(last), **commands}
+        best, last = self.bundles.directory / "best", self.bundles.directory / "last"
+        fields = {"last": str(last)}
+        if state.best_score is not None:
+            fields = {"best": f"{self.validation.metric} {state.best_score:.4g} at step {state.best_step:,}: {best}", **fields}
+        model = last if state.best_score is None else best
+        words = {"curves": ("report", self.bundles.directory.parent), "try it": ("interactive", model)}
+        return fields | {name: shlex.join(["dstrain", verb, str(path)]) for name, (verb, path) in words.items()}
 
 
 class _Clock:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -121,5 +123,13 @@ def test_a_finished_run_started_again_ends_at_once(run: Path, data: Path) -> Non
     done = dstrain(*words)
     assert done.returncode == 0, done.stderr
     assert "2 ranks zero1 fp32 -> 1 rank zero1 fp32" in done.stderr
-    assert "training ends after step 14: max_steps = 14" in done.stderr
+    *_, ends = done.stderr.partition("training ends after step 14: max_steps = 14")
+    said = dict(re.findall(r"^\S+   (best|last|curves|try it) +(.*)$", ends, re.MULTILINE))
+    end = events(run, "end")[-1]
+    assert said["best"] == f"loss {end['best_score']:.4g} at step {end['best_step']}: {run / 'bundles' / 'best'}"
+    assert said["last"] == str(run / "bundles" / "last")
+    for name in ("curves", "try it"):  # what is named can be done
+        program, *command = shlex.split(said[name])
+        assert program == "dstrain"
+        succeeds(dstrain(*command, stdin="the dog\n"))
     assert curve(run) == before
