@@ -21,7 +21,7 @@ from dstrain.errors import DataError
 from dstrain.generation.formats import Answer
 from dstrain.generation.generator import TextHypothesis
 from dstrain.log import logger
-from dstrain.storage.atomic import sync
+from dstrain.storage.atomic import is_stream, sync
 from dstrain.storage.file_format import HEAD_BYTES, compression_of
 
 CHUNK_LINES = 4096
@@ -107,7 +107,7 @@ def open_output(path: str) -> Iterator[TextIO]:
         yield standard_output()
         sys.stdout.flush()
         return
-    if Path(path).exists() and not Path(path).is_file() and not Path(path).is_dir():
+    if is_stream(Path(path)):  # a rename would put a file in the place of a pipe, or of /dev/null
         with Path(path).open("w", encoding="utf-8", newline="\n") as stream:
             yield stream
         return

@@ -27,8 +27,12 @@ NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 def atomic_writer(path: Path) -> Iterator[HashingWriter]:
     """Open `path` for writing; it appears, or is replaced, only when the block ends without an error.
 
-    Raises StorageError if the disk is full, or if another process writes the same file.
+    A pipe or a device is written as it is. Raises StorageError if the disk is full, or if another process writes the same file.
     """
+    if is_stream(path):  # a rename would put a file in the place of a pipe, or of /dev/null
+        with path.open("wb") as stream:
+            yield HashingWriter(stream)
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +55,11 @@ def atomic_writer(path: Path) -> Iterator[HashingWriter]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def is_stream(path: Path) -> bool:
+    """Whether there is a pipe or a device, which holds nothing and is read and written once."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def write_file(path: Path, content: bytes) -> None:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from dstrain.errors import DataError
 from dstrain.log import logger
+from dstrain.storage.atomic import is_stream
 from dstrain.storage.file_format import HEAD_BYTES, compression_of, foreign_format
 
 STANDARD = "-"
@@ -87,8 +88,7 @@ def input_name(path: Path | str) -> str:
 
 def require_file(path: Path) -> Path:
     """The path of something that is to be read several times. Raises DataError for a pipe, a device or standard input."""
-    is_stream = path.exists() and not path.is_file() and not path.is_dir()
-    if is_stream or str(path) == STANDARD or str(path).startswith(("/dev/", "/proc/")):
+    if is_stream(path) or str(path) == STANDARD or str(path).startswith(("/dev/", "/proc/")):
         raise DataError(f"{path}: a stream is read only once, and this is read several times; write it to a file and name that")
     return path
 

@@ -13,6 +13,7 @@ from dstrain.errors import DataError
 from dstrain.generation.files import Chunk, count_lines, read_chunks, translate_file
 from dstrain.generation.formats import Answer
 from dstrain.generation.generator import TextHypothesis
+from dstrain.storage.atomic import write_file
 
 
 def shout(chunk: Chunk) -> list[list[TextHypothesis]]:
@@ -107,6 +108,11 @@ def test_a_pipe_is_written_as_it_is(source: Path, tmp_path: Path) -> None:
     translate_file(shout, str(source), str(pipe), render)
     reader.join(20)
     assert received == ["\n".join([*EXPECTED, ""])]
+    reader = threading.Thread(target=lambda: received.append(pipe.read_text()), daemon=True)
+    reader.start()
+    write_file(pipe, b"a recipe")
+    reader.join(20)
+    assert received[1:] == ["a recipe"]
     assert pipe.is_fifo()
     assert not (tmp_path / "pipe.partial").exists()
 
