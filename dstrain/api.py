@@ -13,9 +13,8 @@ from dstrain.build.dumping import DumpOptions, dump_logits
 from dstrain.build.evaluation import ValidateOptions, validate
 from dstrain.build.generation import GenerateOptions, generate_file
 from dstrain.build.labeling import LabelOptions, pseudo_label
-from dstrain.build.teachers import TeacherOptions
 from dstrain.build.training import train
-from dstrain.build.training_plan import TrainOptions
+from dstrain.build.training_options import TeacherOptions, TrainOptions
 from dstrain.data.prepared.prepare import prepare
 from dstrain.recipe_file import load_recipe
 

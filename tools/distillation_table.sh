@@ -37,7 +37,7 @@ student() { # trains one row
 
 score() { # bundle -> its BLEU on both test sets
   for split in test_2016_flickr test_2017_flickr; do
-    dstrain generate "$1" --input "$DSTRAIN_DATA/multi30k/$split.en" --output "$WORK/hypothesis.$$" --beam-size 5 >&2
+    dstrain generate "$1" --input "$DSTRAIN_DATA/multi30k/$split.en" --output "$WORK/hypothesis.$$" --overwrite --beam-size 5 >&2
     dstrain evaluate --hypothesis "$WORK/hypothesis.$$" --reference "$DSTRAIN_DATA/multi30k/$split.de" | awk '/^BLEU/ {printf " | %s", $2}'
   done
   rm "$WORK/hypothesis.$$"

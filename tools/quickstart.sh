@@ -19,8 +19,8 @@ show deepspeed --num_gpus "$processes" --master_port "$(python -c 'import socket
   --module dstrain train $RECIPE --data data --output run
 
 say "3. translate the held-out test sentences and score them"
-show dstrain text data --split test --output test
-show dstrain generate run/bundles/best --input test/source.txt --output test/hypothesis.txt
+show dstrain text data --split test --output test --overwrite
+show dstrain generate run/bundles/best --input test/source.txt --output test/hypothesis.txt --overwrite
 show dstrain evaluate --hypothesis test/hypothesis.txt --reference test/target.txt | tee test/scores.txt
 
 say "4. draw the curves"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dstrain.build.objective_plan import ObjectivePlan
-from dstrain.build.teachers import TeacherOptions, open_logits, plan_teachers, start_teachers
+from dstrain.build.teachers import open_logits, plan_teachers, start_teachers
 from dstrain.build.training_data import TrainingData
+from dstrain.build.training_options import TeacherOptions
 from dstrain.data.tags import locate_tags
 from dstrain.distillation.build import build_distillation
 from dstrain.distillation.config import DistillationConfig, GlobalByLanguageSelection

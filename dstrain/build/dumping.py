@@ -17,6 +17,7 @@ from dstrain.distillation.store.dump import Dumper, plan_dump
 from dstrain.distillation.store.manifest import StoreManifest, choose_method, merge_store
 from dstrain.log import logger
 from dstrain.progress import Progress
+from dstrain.storage.outputs import refuse_input_as_output
 from dstrain.storage.sharded_job import Worker
 
 MethodKind = Literal["sample", "topk", "dense"]
@@ -58,6 +59,7 @@ def dump_logits(options: DumpOptions, report: Callable[[str], object] = logger.i
     ('train', 64)
     """
     require_type("options", options, DumpOptions)
+    refuse_input_as_output(options.output, {"--teacher": options.teacher, "--data": options.data})
     if not do_work(options.worker, options.device, partial(_dump, options), report):
         return None
     return merge_store(options.output, f"dstrain {__version__}")

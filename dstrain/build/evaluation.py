@@ -13,7 +13,7 @@ from dstrain.arguments import CheckedOptions, require_type
 from dstrain.build.device import usable_precision
 from dstrain.build.teacher_source import TeacherSource, load_teacher_source
 from dstrain.checkpoint.bundle import load_bundle
-from dstrain.config_base import PrecisionChoice
+from dstrain.config_base import DeviceChoice, PrecisionChoice
 from dstrain.data.batching.collate import Collator
 from dstrain.distillation.store.gradient_angle import Angle, gradient_angles, random_batches
 from dstrain.distillation.store.manifest import load_store_manifest
@@ -25,7 +25,7 @@ from dstrain.generation.config import generation_config
 from dstrain.models.factory import Model, build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
-from dstrain.parallel.mesh import DeviceChoice, Mesh, build_mesh, finalize
+from dstrain.parallel.mesh import Mesh, build_mesh, finalize
 from dstrain.recipe_file import check_recipe
 from dstrain.training.config import ValidationConfig
 
@@ -36,15 +36,16 @@ ANGLE_MAX_TOKENS = 512
 class ValidateOptions(CheckedOptions):
     """The options of `dstrain validate`.
 
-    base: of an adapter bundle, if it has moved. generate: translate, too. beam_size, tokenize and lowercase of BLEU: None as in
-    the bundle's recipe. max_tokens: padded tokens of a batch. precision: auto = bf16 on a GPU that has it, else fp32.
+    base: of an adapter bundle, if it has moved. generate: translate, too; None = if the split has sources and raw text of its
+    targets. beam_size, tokenize and lowercase of BLEU: None as in the bundle's recipe. max_tokens: padded tokens of a batch.
+    precision: auto = bf16 on a GPU that has it, else fp32.
     """
 
     bundle: Path
     data: Path
     base: Path | None = None
     split: str = "valid"
-    generate: bool = True
+    generate: bool | None = None
     beam_size: int | None = None
     tokenize: str | None = None
     lowercase: bool | None = None
@@ -79,7 +80,7 @@ def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, Any]:
     bundle = load_bundle(options.bundle, device=mesh.device, base=options.base)
     precision = usable_precision(options.precision, mesh.device)
     bundle.model.to(COMPUTE_DTYPES[precision])
-    generation = generation_config(bundle.recipe, {"beam_size": options.beam_size}) if options.generate else None
+    generation = generation_config(bundle.recipe, {"beam_size": options.beam_size}) if options.generate is not False else None
     recipe = check_recipe(bundle.recipe, "the bundle's recipe") if bundle.recipe else None
     plain = CrossEntropyConfig(label_smoothing=0.0)
     scoring = ValidationConfig() if recipe is None else recipe.validation
@@ -90,6 +91,7 @@ def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, Any]:
         mesh,
         objective=CrossEntropy(plain if recipe is None else recipe.objective.validation),
         generation=generation,
+        required=bool(options.generate) or options.beam_size is not None,
         tokenize=scoring.tokenize if options.tokenize is None else options.tokenize,
         lowercase=scoring.lowercase if options.lowercase is None else options.lowercase,
         max_tokens=options.max_tokens,

@@ -15,10 +15,9 @@ from dstrain.arguments import CheckedOptions, require_type
 from dstrain.build.bundle_model import BundleModel, load
 from dstrain.build.device import open_device
 from dstrain.config_base import PrecisionChoice
-from dstrain.data.sources.opening import STANDARD, require_different_streams
-from dstrain.errors import DataError
+from dstrain.data.sources.opening import STANDARD
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
-from dstrain.generation.files import Chunk, count_lines, translate_file
+from dstrain.generation.files import Chunk, check_texts, count_lines, translate_file
 from dstrain.generation.formats import Answer, Format, formatter
 from dstrain.generation.generator import TextHypothesis
 from dstrain.log import logger
@@ -31,8 +30,9 @@ class GenerateOptions(CheckedOptions):
 
     base: of an adapter bundle, if it has moved. input, output: files, `-` for standard input and output. reference: human
     translations to write beside the answers, or with score_only to score instead. prefix: a file with the beginning of each
-    answer. method: fields of `generation.config`; those left out or None follow the bundle's recipe. precision: auto = bf16 on a
-    GPU that has it, else fp32. threads: None for all cores. truncate: cut lines that are too long.
+    answer. overwrite: replace an output that exists. method: fields of `generation.config`; those left out or None follow the
+    bundle's recipe. precision: auto = bf16 on a GPU that has it, else fp32. threads: None for all cores. truncate: cut lines that
+    are too long.
     """
 
     bundle: Path
@@ -42,6 +42,7 @@ class GenerateOptions(CheckedOptions):
     reference: str | None = None
     prefix: str | None = None
     score_only: bool = False
+    overwrite: bool = False
     method: Mapping[str, Any] = field(default_factory=dict)
     format: Format = "text"
     truncate: bool = False
@@ -81,7 +82,8 @@ def open_translator(options: GenerateOptions) -> Translator:
 def generate_file(options: GenerateOptions) -> GenerationReport:
     """Answer every line of the input, or score the lines of the reference, chunk by chunk.
 
-    Raises DataError for a file that cannot be read or does not fit, BundleError and RecipeError as `load` and `generate` do.
+    Raises DataError for a file that cannot be read or does not fit, StorageError for an output that is an input, or that exists
+    without `overwrite`, BundleError and RecipeError as `load` and `generate` do.
 
     >>> from pathlib import Path
     >>> from dstrain.api import GenerateOptions, generate_file
@@ -91,9 +93,14 @@ def generate_file(options: GenerateOptions) -> GenerationReport:
     True
     """
     require_type("options", options, GenerateOptions)
-    if options.score_only and options.reference is None:
-        raise DataError("--score-only has nothing to score; add --reference FILE")
-    require_different_streams({"--input": options.input, "--reference": options.reference, "--prefix": options.prefix})
+    check_texts(
+        input=options.input,
+        output=options.output,
+        reference=options.reference,
+        prefix=options.prefix,
+        score_only=options.score_only,
+        overwrite=options.overwrite,
+    )
     model, config, render = open_translator(options)
     start = time.monotonic()
     own_output = options.output == STANDARD and sys.stdout.isatty()  # the answers themselves say how far it is

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from dstrain.arguments import CheckedOptions
+from dstrain.build.training_options import TeacherOptions
 from dstrain.checkpoint.bundle import BundleDescription, StoredBundle, find_bundle
 from dstrain.config_base import Precision
 from dstrain.data.prepared.dataset import Dataset
@@ -30,7 +30,8 @@ from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.distillation.config import DistillationConfig
 from dstrain.distillation.objective import signal_request
 from dstrain.distillation.store.store import LogitStore, open_store
-from dstrain.engine.teacher_engine import Placement, TeacherEngine, VocabularyMap
+from dstrain.engine.config import Placement
+from dstrain.engine.teacher_engine import TeacherEngine, VocabularyMap
 from dstrain.errors import BundleError, DataError
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import build_model
@@ -40,19 +41,6 @@ from dstrain.storage.parsing import parse_json, parse_yaml, read_text
 
 MAX_MAP_BYTES = 1 << 24
 MAX_MAP_VALUES = 2_000_000
-
-
-@dataclass(frozen=True)
-class TeacherOptions(CheckedOptions):
-    """Where a distillation gets its signal from: dumped logits, or bundles.
-
-    placement: of the bundles' parameters, None for `sharded`. vocabulary_map: for bundles of another vocabulary.
-    """
-
-    bundles: tuple[Path, ...] = ()
-    placement: Placement | None = None
-    vocabulary_map: Path | None = None
-    logits: Path | None = None
 
 
 @dataclass(frozen=True)

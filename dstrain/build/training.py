@@ -11,15 +11,17 @@ from dstrain import __version__
 from dstrain.arguments import require_type
 from dstrain.build.base import build_on_base, check_reloaded
 from dstrain.build.machine import describe_device, unused_gpus
-from dstrain.build.training_plan import TrainingPlan, TrainOptions, plan_training
+from dstrain.build.training_options import TrainOptions
+from dstrain.build.training_plan import TrainingPlan, plan_training
 from dstrain.checkpoint.bundle import StoredBundle
 from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.checkpoint.template import BundleTemplate
 from dstrain.config_base import upgrade_config
 from dstrain.data.batching.loader import Steps
 from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples, max_sample_length
+from dstrain.engine.launch import import_deepspeed
 from dstrain.engine.training_engine import TrainEngine
-from dstrain.errors import RecipeError, TrainingError
+from dstrain.errors import TrainingError
 from dstrain.evaluation.translation import build_translation
 from dstrain.evaluation.validator import Validator
 from dstrain.generation.constraints import SpecialIds
@@ -60,6 +62,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     mesh = build_mesh(options.device, tensor=recipe.engine.parallel.tensor, sequence=recipe.engine.parallel.sequence)
     reporting = usable_trackers(recipe.reporting) if mesh.world.rank == 0 else recipe.reporting
     plan = raise_on_all_ranks(mesh.world, TrainingError, "starting", partial(plan_training, recipe, options))
+    raise_on_all_ranks(mesh.world, TrainingError, "importing DeepSpeed", partial(import_deepspeed, mesh.device.type))
     require_agreement(mesh.world, plan.decisive(options))
     if mesh.world.rank == 0:
         log_plan(plan, mesh)
@@ -113,16 +116,14 @@ def build_engine(
 ) -> TrainEngine:
     """Model and objective under the engine, with the base's weights, or initial ones from the seed.
 
-    Raises RecipeError for an adapter without a base, or one that does not suit the model.
+    Raises RecipeError for an adapter that does not suit the model.
     """
     seed = recipe.training.seed
     if base is not None:
         model, weights = build_on_base(base, recipe.model, recipe.adapter, seed)
-    elif recipe.adapter is None:
+    else:
         model = build_model(recipe.model, vocabulary, seed=None)
         weights = initial_values(model, vocabulary, seed)
-    else:
-        raise RecipeError("the recipe has an adapter section, which adapts a trained model; name its bundle with --base BUNDLE")
     if mesh.world.rank == 0:
         log_model(model, recipe.model)
     return TrainEngine(

@@ -2,39 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from dstrain import __version__
-from dstrain.arguments import CheckedOptions
 from dstrain.build.base import find_base
-from dstrain.build.objective import check_teacher_options, plan_objective
+from dstrain.build.objective import plan_objective
 from dstrain.build.objective_plan import ObjectivePlan
-from dstrain.build.teachers import TeacherOptions
 from dstrain.build.training_data import TrainingData
+from dstrain.build.training_options import TrainOptions, check_training
 from dstrain.checkpoint.bundle import StoredBundle
 from dstrain.data.batching.plan import StepPlan
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.errors import RecipeError
 from dstrain.evaluation.metrics.tokenization import check_tokenization
-from dstrain.parallel.mesh import DeviceChoice
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
 from dstrain.storage.hashing import sha256_of_text
 from dstrain.training.horizons import Horizons
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions(CheckedOptions):
-    """The options of `dstrain train`. output: the run directory. base: the bundle that training starts from, None for none."""
-
-    data: Path
-    output: Path
-    base: Path | None = None
-    teachers: TeacherOptions = field(default_factory=TeacherOptions)
-    device: DeviceChoice = "auto"
 
 
 @dataclass(frozen=True)
@@ -69,7 +55,7 @@ class TrainingPlan:
 
 def plan_training(recipe: Recipe, options: TrainOptions) -> TrainingPlan:
     """Check everything that needs no model. Raises a DstrainError if something does not fit the recipe."""
-    check_teacher_options(recipe.objective, options.teachers)
+    check_training(recipe, options)
     if recipe.validation.generation is not None:
         check_tokenization(recipe.validation.tokenize)
     data = TrainingData(options.data, recipe)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.adapters.lora import merged, unmatched_keys
-from dstrain.checkpoint.bundle_directory import ADAPTER, ADAPTER_WEIGHTS, ADAPTER_YAML, is_adapter
+from dstrain.checkpoint.directories import ADAPTER, ADAPTER_WEIGHTS, ADAPTER_YAML, is_adapter
 from dstrain.checkpoint.task import BundleTask
 from dstrain.checkpoint.tensor_file import TensorFile, save_tensors
 from dstrain.config_base import Config

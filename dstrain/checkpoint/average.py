@@ -6,44 +6,58 @@ stored in fp32; memory holds the result and one tensor of one bundle, however ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dstrain.checkpoint.bundle import StoredBundle, find_bundle, save_bundle
-from dstrain.checkpoint.bundle_directory import is_adapter
+from dstrain.checkpoint.directories import is_adapter
 from dstrain.errors import BundleError
 from dstrain.progress import with_progress
 from dstrain.protocols import WeightSource
+from dstrain.storage.atomic import read_unreplaced
+from dstrain.storage.outputs import refuse_input_as_output
 
 
-def average_bundles(directories: Sequence[Path], output: Path, base: Path | None = None) -> None:
-    """Write the uniform mean of the bundles to `output`, with the tokenizer and recipe of the last one.
+def average_bundles(
+    choose: Callable[[], Sequence[Path]], output: Path, base: Path | None = None, *, overwrite: bool = False
+) -> Sequence[Path]:
+    """Write the uniform mean of bundles to `output`, with the tokenizer and recipe of the last one; returns the bundles.
 
+    choose: their directories; it is called again if a training replaces or removes one while they are read.
     Of adapter bundles it is the adapted weights that are averaged, so the mean is a plain bundle. base: where their base is now.
 
-    Raises BundleError if they differ in architecture, vocabulary or tokenizer, or if one is altered.
+    Raises BundleError if they differ in architecture, vocabulary or tokenizer, or if one is altered; StorageError if `output` is
+    one of them or a base, or holds a bundle, without `overwrite`.
     """
+    directories, mean = read_unreplaced(choose, partial(_read_mean, output=output, base=base))
+    save_bundle(output, **mean, notes={"average_of": [str(directory) for directory in directories]}, overwrite=overwrite)
+    return directories
+
+
+def _read_mean(directories: Sequence[Path], *, output: Path, base: Path | None) -> tuple[Sequence[Path], dict[str, Any]]:
+    """The bundles and what `save_bundle` needs of their mean."""
     if not directories:
         raise BundleError("nothing to average: name at least one bundle")
     adapted = [is_adapter(directory) for directory in directories]
     bases = [base if is_one or not any(adapted) else None for is_one in adapted]
     bundles = [find_bundle(directory, of_it) for directory, of_it in zip(directories, bases, strict=True)]
+    refuse_input_as_output(output, {name: path for bundle in bundles for name, path in bundle.sources.items()})
     for bundle in bundles[1:]:
         _require_equal(bundles[0], bundle)
     last = bundles[-1]
-    save_bundle(
-        output,
-        model_config=last.description.model,
-        vocabulary=last.description.vocabulary,
-        weights=average_weights([(str(bundle.directory), bundle) for bundle in bundles]),
-        tokenizers=last.tokenizers(),
-        recipe=last.recipe(),
-        task=last.task,
-        notes={"average_of": [str(directory) for directory in directories]},
-    )
+    return directories, {
+        "model_config": last.description.model,
+        "vocabulary": last.description.vocabulary,
+        "weights": average_weights([(str(bundle.directory), bundle) for bundle in bundles]),
+        "tokenizers": last.tokenizers(),
+        "recipe": last.recipe(),
+        "task": last.task,
+    }
 
 
 def average_weights(sources: Sequence[tuple[str, WeightSource]]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.checkpoint.adapter_files import BaseReference, StoredAdapter, adapters_of, open_weights, write_adapter
-from dstrain.checkpoint.bundle_directory import MODEL, RECIPE, TOKENIZER, WEIGHTS, is_bundle, require_bundle
+from dstrain.checkpoint.directories import MODEL, RECIPE, TOKENIZER, WEIGHTS, check_bundle_output, require_bundle
 from dstrain.checkpoint.task import BundleTask, task_of
 from dstrain.checkpoint.tensor_file import TensorFile, save_tensors
 from dstrain.config_base import Config
@@ -36,7 +36,7 @@ from dstrain.errors import BundleError, StorageError
 from dstrain.models.config import EncoderDecoderConfig, ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
 from dstrain.models.weights import TensorSource, check_canonical, load_canonical, parameter_layouts
-from dstrain.storage.atomic import atomic_directory, complete_version, write_file
+from dstrain.storage.atomic import atomic_directory, complete_version, read_unreplaced, write_file
 from dstrain.storage.document import DocumentFormat, Sha256
 from dstrain.storage.hashing import sha256_of_file, sha256_of_json
 from dstrain.storage.parsing import dump_yaml
@@ -90,7 +90,7 @@ DESCRIPTION = DocumentFormat(
 class Bundle:
     """The contents of a bundle directory, ready for use; the model is in evaluation mode, an adapter is merged into it.
 
-    adapters: how many, one over the other. fingerprint: see `StoredBundle`.
+    adapters: how many, one over the other. fingerprint, sources: see `StoredBundle`.
     """
 
     model: Model
@@ -103,6 +103,7 @@ class Bundle:
     directory: Path
     adapters: int
     fingerprint: str
+    sources: Mapping[str, Path]
 
 
 def save_bundle(
@@ -115,15 +116,17 @@ def save_bundle(
     recipe: Mapping[str, Any] | None,
     notes: Mapping[str, Any] | None = None,
     task: BundleTask | None = None,
+    overwrite: bool = True,
 ) -> None:
     """Write a bundle, or replace one, atomically.
 
     weights: by canonical name. notes: whatever a reader should know, such as step and score; plain YAML values. task: of a bundle
-    that this one is made from; None derives it, see `task_of`. BundleError if the weights do not fit the configuration, the disk
-    is full (a bundle that was there before then stays), or `directory` holds anything but a bundle.
+    that this one is made from; None derives it, see `task_of`. BundleError if the weights do not fit
+    the configuration, the disk is full (a bundle that was there before then stays), or `directory` holds anything but a bundle;
+    StorageError if it holds one and that may not be overwritten.
     """
     check_canonical(parameter_layouts(build_model(model_config, vocabulary, seed=None)), TensorSource(weights))
-    with fresh_directory(directory) as fresh:
+    with fresh_directory(directory, overwrite=overwrite) as fresh:
         _, digest = save_tensors(fresh / WEIGHTS, weights, show_progress=True)
         if tokenizers is not None:
             save_tokenizers(tokenizers, fresh / TOKENIZER)
@@ -170,10 +173,10 @@ def reference_to(base: StoredBundle, directory: Path) -> BaseReference:
 
 
 @contextmanager
-def fresh_directory(directory: Path) -> Iterator[Path]:
-    """`atomic_directory` for a bundle. BundleError if it cannot be written, or `directory` holds anything but a bundle."""
+def fresh_directory(directory: Path, *, overwrite: bool = True) -> Iterator[Path]:
+    """`atomic_directory` for a bundle. BundleError if it cannot be written; the errors of `check_bundle_output`."""
+    check_bundle_output(directory, {}, overwrite=overwrite)
     directory = directory.resolve()
-    _refuse_to_replace_others(directory)
     try:
         with atomic_directory(directory) as fresh:
             yield fresh
@@ -203,6 +206,12 @@ class StoredBundle:
         """The task of the model: that of its uppermost adapter, which was trained last."""
         uppermost = self.adapters[-1].description if self.adapters else self.description
         return uppermost.task or task_of(self.description.model, self.recipe())
+
+    @property
+    def sources(self) -> dict[str, Path]:
+        """The directories that it is read from, by names for messages; none of them may be written over by what is made of it."""
+        bases = (self.root, *(adapter.directory for adapter in self.adapters[:-1])) if self.adapters else ()
+        return {f"the bundle {self.directory}": self.directory, **{f"its base {base}": base for base in bases}}
 
     @cached_property
     def _file(self) -> TensorFile:
@@ -269,6 +278,10 @@ def load_bundle(directory: Path, *, device: torch.device | str = "cpu", base: Pa
     BundleError: not a bundle directory, a missing or altered file, weights that do not fit, another format version, an adapter
     whose base has moved or changed.
     """
+    return read_unreplaced(lambda: [Path(directory)], lambda paths: _load(paths[0], device, base))
+
+
+def _load(directory: Path, device: torch.device | str, base: Path | None) -> Bundle:
     stored = find_bundle(directory, base)
     description = stored.description
     model = build_model(description.model, description.vocabulary, seed=None)
@@ -287,6 +300,7 @@ def load_bundle(directory: Path, *, device: torch.device | str = "cpu", base: Pa
         directory=stored.directory,
         adapters=len(stored.adapters),
         fingerprint=stored.fingerprint,
+        sources=stored.sources,
     )
 
 
@@ -312,13 +326,6 @@ def describe_bundle(directory: Path, base: Path | None = None) -> list[str]:
         f"notes: {notes}",
         f"fingerprint {bundle.fingerprint[:12]}; the checksum of the weights is right",
     ]
-
-
-def _refuse_to_replace_others(directory: Path) -> None:
-    if directory.is_dir() and (is_bundle(directory) or not any(directory.iterdir())):
-        return
-    if directory.exists():
-        raise BundleError(f"{directory} exists and is not a bundle, so it is not replaced; choose another --output")
 
 
 def _read_tokenizers(directory: Path, description: BundleDescription) -> TokenizerPair | None:

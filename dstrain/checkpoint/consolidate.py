@@ -12,7 +12,7 @@ import torch
 
 from dstrain.checkpoint.adapter_files import ADAPTER_FORMAT
 from dstrain.checkpoint.bundle import DESCRIPTION, fresh_directory
-from dstrain.checkpoint.bundle_directory import ADAPTER, ADAPTER_WEIGHTS, ADAPTER_YAML, MODEL, WEIGHTS, is_adapter
+from dstrain.checkpoint.directories import ADAPTER, ADAPTER_WEIGHTS, ADAPTER_YAML, MODEL, WEIGHTS, is_adapter, require_checkpoint
 from dstrain.checkpoint.reader import StoredCheckpoint, open_checkpoint
 from dstrain.checkpoint.snapshot import TEMPLATE
 from dstrain.checkpoint.tensor_file import TensorInfo, file_order, write_tensors
@@ -20,7 +20,7 @@ from dstrain.errors import CheckpointError
 from dstrain.models.factory import build_model
 from dstrain.models.weights import TensorSource, check_canonical, parameter_layouts
 from dstrain.progress import with_progress
-from dstrain.storage.directory_kind import directory_kind, instead_of
+from dstrain.storage.outputs import refuse_input_as_output
 
 WeightChoice = Literal["as_bundles", "averaged", "trained"]
 KINDS = {"averaged": "ema", "trained": "master"}
@@ -28,15 +28,15 @@ NOTES = ("step", "num_targets", "best_score")
 """The notes of a run's bundles, from the trainer's state."""
 
 
-def consolidate(checkpoint: Path, output: Path, *, weights: WeightChoice = "as_bundles") -> str:
+def consolidate(checkpoint: Path, output: Path, *, weights: WeightChoice = "as_bundles", overwrite: bool = False) -> str:
     """Write the bundle of a checkpoint; returns the kind of weights it holds, `averaged` or `trained`.
 
     weights: `as_bundles` takes the moving average if the run has one. Memory: one piece of `reader.PIECE` bytes. CheckpointError
-    if the checkpoint is damaged or holds no such weights, BundleError if the bundle cannot be written.
+    if the checkpoint is damaged or holds no such weights; errors of the output as `save_bundle`.
     """
-    if directory_kind(checkpoint) != "a checkpoint":
-        raise CheckpointError(f"{checkpoint} is no checkpoint: {instead_of('a checkpoint', checkpoint)}")
+    require_checkpoint(checkpoint)
     stored = open_checkpoint(checkpoint)
+    refuse_input_as_output(output, {"CHECKPOINT": checkpoint})
     has_average = bool(stored.names(KINDS["averaged"]))
     choice = weights if weights != "as_bundles" else "averaged" if has_average else "trained"
     if choice == "averaged" and not has_average:
@@ -44,7 +44,7 @@ def consolidate(checkpoint: Path, output: Path, *, weights: WeightChoice = "as_b
     template = checkpoint / TEMPLATE
     if not template.is_dir():
         raise CheckpointError(f"{checkpoint} has no {TEMPLATE}/, which describes the model; name a checkpoint of `dstrain train`")
-    with fresh_directory(output) as fresh:
+    with fresh_directory(output, overwrite=overwrite) as fresh:
         shutil.copytree(template, fresh, dirs_exist_ok=True)
         if is_adapter(template):
             _write_adapter(stored, KINDS[choice], template, fresh, output)
@@ -67,6 +67,7 @@ def _write_adapter(stored: StoredCheckpoint, kind: str, template: Path, fresh: P
     path = fresh / ADAPTER / ADAPTER_YAML
     description = ADAPTER_FORMAT.read(path)
     base = description.base
+    refuse_input_as_output(output, {f"the base {base.path}": template / base.path})
     if not Path(base.path).is_absolute():
         moved = os.path.relpath((template / base.path).resolve(), output.resolve())
         base = base.model_copy(update={"path": moved})

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, PositiveInt
 
+from dstrain.checkpoint.directories import MANIFEST_NAME
 from dstrain.checkpoint.fragments import Span
 from dstrain.checkpoint.tensor_file import DTYPES, TensorInfo
 from dstrain.config_base import Config
@@ -24,7 +25,6 @@ from dstrain.storage.document import Count, DocumentFormat, FileRecord
 from dstrain.storage.hashing import sha256_of_json
 
 CHECKPOINT_VERSION = 2
-MANIFEST_NAME = "manifest.json"
 INDEX_NAME = re.compile(r"rank_\d+\.json")
 REMEDY = "resume from another checkpoint, or restore it from a copy"
 

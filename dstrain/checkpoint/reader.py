@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dstrain.checkpoint.directories import MANIFEST_NAME
 from dstrain.checkpoint.fragments import Span, plan_reads
-from dstrain.checkpoint.manifest import INDEX, INDEX_NAME, MANIFEST_NAME, Manifest, OtherFormatError, read_manifest, verify_files
+from dstrain.checkpoint.manifest import INDEX, INDEX_NAME, Manifest, OtherFormatError, read_manifest, verify_files
 from dstrain.checkpoint.tensor_file import DTYPES, TensorFile, TensorInfo
 from dstrain.errors import CheckpointError
 from dstrain.fragment import Fragment

@@ -23,7 +23,7 @@ from dstrain.checkpoint.bundle import (
     save_adapter_bundle,
     save_bundle,
 )
-from dstrain.checkpoint.bundle_directory import ADAPTER, ADAPTER_YAML, MODEL, RECIPE, TOKENIZER
+from dstrain.checkpoint.directories import ADAPTER, ADAPTER_YAML, MODEL, RECIPE, TOKENIZER
 from dstrain.checkpoint.task import task_of
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, save_tokenizers
 from dstrain.models.config import ModelConfig, VocabularySizes

@@ -31,6 +31,11 @@ def recipe_from(args: argparse.Namespace) -> Recipe:
     return load_recipe(args.recipe, args.overrides)
 
 
+def add_overwrite_argument(parser: argparse.ArgumentParser, output: str) -> None:
+    """--overwrite, of every verb that writes. output: what it replaces."""
+    parser.add_argument("--overwrite", action="store_true", help=f"replace {output} if it exists")
+
+
 def positive_float(text: str) -> float:
     """A number above 0, for `type=` of an argument."""
     try:

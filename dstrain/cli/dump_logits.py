@@ -25,7 +25,7 @@ from functools import partial
 
 from dstrain import __version__
 from dstrain.cli.common import add_options, named, positive_float, positive_number, whole_number
-from dstrain.cli.work_arguments import WORK, add_work_arguments, require_work_or_merge
+from dstrain.cli.work_arguments import WORK, add_work_arguments, check_work
 
 METHOD: dict[str, tuple[Callable[[str], object], str]] = {
     "draws": (positive_number, "sample: draws a token (default: 50)"),
@@ -48,10 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Dump this share, or merge."""
+    check_work(args, "dump-logits", "LOGITS", args.split)
     from dstrain.build.dumping import DumpOptions, dump_logits
     from dstrain.distillation.store.manifest import StoreManifest, merge_store
 
-    require_work_or_merge(args, "dump-logits", "LOGITS")
     store: StoreManifest | None
     if args.merge is not None:
         store = merge_store(args.merge, f"dstrain {__version__}")

@@ -17,8 +17,11 @@ from __future__ import annotations
 
 import argparse
 
+from dstrain.cli.common import add_overwrite_argument, named
 from dstrain.cli.generation_options import add_generation_arguments, generate_options
 from dstrain.log import logger
+
+FILES = ("input", "output", "reference", "prefix", "score_only", "overwrite")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--input", metavar="FILE", default="-", help="text, one sentence a line; may be compressed, or a pipe (default: -)"
     )
     parser.add_argument("--output", metavar="FILE", default="-", help="default: standard output")
+    add_overwrite_argument(parser, "the output")
     parser.add_argument("--reference", metavar="FILE", help="human translations to write beside the answers (jsonl, fairseq)")
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--prefix", metavar="FILE", help="how each answer must begin, one text a line; free if the line is empty")
@@ -36,9 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Translate chunk by chunk; say at the end how much and how fast."""
+    from dstrain.checkpoint.directories import require_bundle
+    from dstrain.generation.files import check_texts
+
+    check_texts(**named(args, *FILES))
+    require_bundle(args.bundle)
     from dstrain.build.generation import generate_file
 
-    lines, tokens, seconds = generate_file(generate_options(args, "input", "output", "reference", "prefix", "score_only"))
+    lines, tokens, seconds = generate_file(generate_options(args, *FILES))
     logger.info(
         "%d lines, %d tokens in %.1f s: %.1f lines/s, %.0f tokens/s", lines, tokens, seconds, lines / seconds, tokens / seconds
     )

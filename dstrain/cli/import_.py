@@ -10,8 +10,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
+from collections.abc import Sequence
+from typing import TypeVar
 
 from dstrain.cli.parser import help_of
+from dstrain.errors import ImportFormatError
+
+_M = TypeVar("_M")
 
 IMPORT_FORMATS = {
     "fairseq": "convert a checkpoint of an encoder-decoder transformer into a bundle",
@@ -39,3 +44,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the chosen format."""
     return int(args.run_format(args))
+
+
+def model_pair(models: Sequence[_M] | None) -> tuple[_M, _M] | None:
+    """The SentencePiece models of source and target that --sentencepiece names, if any."""
+    if models is not None and len(models) > 2:
+        raise ImportFormatError(f"--sentencepiece takes one model or two (source, target), found {len(models)}")
+    return (models[0], models[-1]) if models else None
+
+
+def add_tags_argument(parser: argparse.ArgumentParser) -> None:
+    """--language-tags, of the formats with tokenizers."""
+    parser.add_argument(
+        "--language-tags",
+        nargs="+",
+        default=[],
+        metavar="TAG",
+        help="words before the text that SentencePiece does not split, or patterns of them: '???_????' for eng_Latn and the like",
+    )

@@ -11,6 +11,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dstrain.checkpoint.directories import check_bundle_output
+from dstrain.cli.common import add_overwrite_argument
+from dstrain.cli.import_ import add_tags_argument, model_pair
+from dstrain.errors import ImportFormatError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the format."""
@@ -28,13 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="SentencePiece model in front of the dictionaries, or two: source, target; default: text is split by spaces",
     )
-    parser.add_argument(
-        "--language-tags",
-        nargs="+",
-        default=[],
-        metavar="TAG",
-        help="words before the text that SentencePiece does not split, or patterns of them: '???_????' for eng_Latn and the like",
-    )
+    add_tags_argument(parser)
     parser.add_argument(
         "--unmerged",
         action="store_true",
@@ -44,25 +43,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pair", metavar="SRC-TGT", help="direction of a multilingual model, such as de-en; default: the one that it names"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="BUNDLE", help="directory to write")
+    add_overwrite_argument(parser, "BUNDLE")
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, convert, write."""
-    from dstrain.errors import ImportFormatError
+    if not args.checkpoint.is_file():
+        raise ImportFormatError(f"{args.checkpoint} is no file; name a checkpoint*.pt file")
+    models = model_pair(args.sentencepiece)
+    inputs = {"CKPT": args.checkpoint, "--dictionary": args.dictionary}
+    inputs |= {f"--sentencepiece {model}": model for model in models or ()}
+    check_bundle_output(args.output, inputs, overwrite=args.overwrite)
     from dstrain.interop.fairseq.importing import FairseqImport, import_checkpoint
     from dstrain.log import logger
 
-    models = args.sentencepiece
-    if models and len(models) > 2:
-        raise ImportFormatError(f"--sentencepiece takes one model or two (source, target), found {len(models)}")
     options = FairseqImport(
         checkpoint=args.checkpoint,
         output=args.output,
         dictionary=args.dictionary,
-        sentencepiece=(models[0], models[-1]) if models else None,
+        sentencepiece=models,
         tags=args.language_tags,
         unmerged=args.unmerged,
         pair=args.pair,
+        overwrite=args.overwrite,
     )
     for line in import_checkpoint(options):
         logger.info(line)

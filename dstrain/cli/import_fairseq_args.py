@@ -13,6 +13,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from dstrain.cli.common import add_overwrite_argument
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the format."""
@@ -20,13 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "command", metavar="COMMAND", help="the command line in one pair of quotes; `fairseq-train` may be left out"
     )
     parser.add_argument("--output", type=Path, metavar="RECIPE", help="file to write (default: standard output)")
+    add_overwrite_argument(parser, "RECIPE")
 
 
 def run(args: argparse.Namespace) -> int:
     """Convert, check, write."""
     from dstrain.interop.fairseq.command_line.convert import recipe_from_command
     from dstrain.storage.atomic import write_file
+    from dstrain.storage.outputs import check_output
 
+    if args.output is not None:
+        check_output(args.output, {}, overwrite=args.overwrite)
     recipe = recipe_from_command(args.command)
     if args.output is None:
         sys.stdout.write(recipe)

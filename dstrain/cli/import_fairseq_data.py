@@ -15,6 +15,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from dstrain.cli.common import add_overwrite_argument
+from dstrain.cli.import_ import add_tags_argument, model_pair
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the format."""
@@ -28,14 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="SentencePiece model that made the dictionaries' symbols, or two: source, target; default: symbols are words",
     )
-    parser.add_argument(
-        "--language-tags",
-        nargs="+",
-        default=[],
-        metavar="TAG",
-        help="words before the text that SentencePiece does not split, or patterns of them: '???_????' for eng_Latn and the like",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace DATA if it was made from other files")
+    add_tags_argument(parser)
+    add_overwrite_argument(parser, "DATA")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -44,16 +41,12 @@ def run(args: argparse.Namespace) -> int:
 
     from dstrain.data.prepared.prepare import prepare
     from dstrain.data.sources.fairseq_directory import fairseq_data
-    from dstrain.errors import ImportFormatError
 
-    models = args.sentencepiece
-    if models and len(models) > 2:
-        raise ImportFormatError(f"--sentencepiece takes one model or two (source, target), found {len(models)}")
     data = fairseq_data(
         [Path(directory) for directory in args.directories.split(":")],
         source=args.source_lang,
         target=args.target_lang,
-        models=(models[0], models[-1]) if models else None,
+        models=model_pair(args.sentencepiece),
         tags=args.language_tags,
     )
     report = prepare(data, args.output, workers=1, overwrite=args.overwrite)

@@ -1,8 +1,6 @@
 """dstrain inspect: the contents of a directory, a check of every byte, and the quality of dumped logits.
 
-    dstrain inspect DATA
-    dstrain inspect BUNDLE
-    dstrain inspect LOGITS
+    dstrain inspect DATA|BUNDLE|LOGITS
     dstrain inspect LOGITS --against-teacher BUNDLE --data DATA
 
 The last compares, on the same random tokens, the gradient that a student gets from the store with the one it would get from all
@@ -16,9 +14,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dstrain.checkpoint.directories import is_bundle, require_bundle
 from dstrain.cli.bundle_arguments import add_base_argument
 from dstrain.cli.common import named, positive_number
+from dstrain.data.prepared.manifest import MANIFEST_FILE, load_manifest
+from dstrain.distillation.store.manifest import STORE_FILE
 from dstrain.errors import DataError
+from dstrain.storage.sharded_job import PARTS_FILE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,29 +42,30 @@ def run(args: argparse.Namespace) -> int:
     """Print the facts; with a teacher, the angles."""
     if (args.against_teacher is None) != (args.data is None):
         raise DataError("inspect --against-teacher BUNDLE needs --data DATA beside it, and the other way round")
-    described = _describe(args.path, args.base if args.against_teacher is None else None)
-    print("\n".join(described))
+    for bundle in filter(None, (args.against_teacher, args.student)):
+        require_bundle(bundle)
+    if args.data is not None:
+        load_manifest(args.data)
+    print("\n".join(_describe(args.path, args.base if args.against_teacher is None else None)))
     if args.against_teacher is not None:
         _print_angles(args)
     return 0
 
 
 def _describe(path: Path, base: Path | None) -> list[str]:
-    from dstrain.checkpoint.bundle import describe_bundle
-    from dstrain.checkpoint.bundle_directory import is_bundle
-    from dstrain.data.prepared.manifest import MANIFEST_FILE
-    from dstrain.data.prepared.report import describe_data
-    from dstrain.distillation.store.manifest import STORE_FILE
-    from dstrain.distillation.store.store import describe_store
-    from dstrain.storage.sharded_job import PARTS_FILE
-
     if is_bundle(path):
+        from dstrain.checkpoint.bundle import describe_bundle
+
         return describe_bundle(path, base)
     if base is not None:
         raise DataError(f"--base {base} is for an adapter bundle, which {path} is not; leave it out")
     if (path / MANIFEST_FILE).is_file() or (path / "job.json").is_file() or (path / "train").is_dir():
+        from dstrain.data.prepared.report import describe_data
+
         return describe_data(path)
     if (path / STORE_FILE).is_file() or (path / PARTS_FILE).is_file():
+        from dstrain.distillation.store.store import describe_store
+
         return describe_store(path)
     raise DataError(f"{path} is no prepared data, no bundle and no dumped logits; name a directory that dstrain wrote")
 

@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, answer, flush, until the input ends."""
+    from dstrain.checkpoint.directories import require_bundle
+
+    require_bundle(args.bundle)
     from dstrain.build.generation import open_translator
     from dstrain.data.sources.opening import STANDARD_INPUT
     from dstrain.data.sources.text import decode_line

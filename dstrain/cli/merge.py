@@ -8,7 +8,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from dstrain.checkpoint.directories import check_bundle_output, require_bundle
 from dstrain.cli.bundle_arguments import add_base_argument
+from dstrain.cli.common import add_overwrite_argument
+from dstrain.errors import BundleError
+from dstrain.storage.outputs import refuse_input_as_output
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,15 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="an adapter bundle")
     add_base_argument(parser)
     parser.add_argument("--output", metavar="BUNDLE", type=Path, required=True, help="directory of the plain bundle")
+    add_overwrite_argument(parser, "BUNDLE at --output")
 
 
 def run(args: argparse.Namespace) -> int:
     """Read, merge, write."""
+    require_bundle(args.bundle)
+    check_bundle_output(args.output, {"BUNDLE": args.bundle}, overwrite=args.overwrite)
     from dstrain.checkpoint.bundle import load_bundle, save_bundle
-    from dstrain.errors import BundleError
     from dstrain.models.weights import to_canonical
 
     bundle = load_bundle(args.bundle, base=args.base)
+    refuse_input_as_output(args.output, bundle.sources)
     if not bundle.adapters:
         raise BundleError(f"{args.bundle} is a plain bundle already; name an adapter bundle, such as RUN/bundles/best")
     save_bundle(
@@ -36,6 +43,7 @@ def run(args: argparse.Namespace) -> int:
         recipe=bundle.recipe,
         task=bundle.task,
         notes={**bundle.notes, "merged_from": str(args.bundle)},
+        overwrite=args.overwrite,
     )
     print(f"{args.bundle} merged into its base -> {args.output}")
     return 0

@@ -10,7 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
-from dstrain.cli.common import add_recipe_arguments, positive_number, recipe_from
+from dstrain.cli.common import add_overwrite_argument, add_recipe_arguments, positive_number, recipe_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe_arguments(parser)
     parser.add_argument("--output", metavar="DATA", type=Path, required=True, help="directory to write")
     parser.add_argument("--workers", metavar="N", type=positive_number, help="processes that encode (default: all cores)")
-    parser.add_argument("--overwrite", action="store_true", help="replace DATA if another recipe or other text made it")
+    add_overwrite_argument(parser, "DATA")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from functools import partial
 
 from dstrain import __version__
 from dstrain.cli.common import named, positive_float, positive_number
-from dstrain.cli.work_arguments import WORK, add_work_arguments, require_work_or_merge
+from dstrain.cli.work_arguments import WORK, add_work_arguments, check_work
 
 OWN = ("beam_size", "length_penalty", "max_tokens", "max_ratio", "max_repeats", "keep_original", "pairs_per_shard")
 
@@ -50,11 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Label this share, or merge."""
+    check_work(args, "pseudo-label", "DATA2", "train")
     from dstrain.build.labeling import LabelOptions, pseudo_label
     from dstrain.data.prepared.derived import merge_labels
     from dstrain.data.prepared.manifest import DataManifest
 
-    require_work_or_merge(args, "pseudo-label", "DATA2")
     manifest: DataManifest | None
     if args.merge is not None:
         manifest = merge_labels(args.merge, f"dstrain {__version__}")

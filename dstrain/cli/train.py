@@ -62,10 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the recipe, then train."""
     recipe = recipe_from(args)
-    announce_training(recipe, args.recipe, **named(args, "data", "output", "base"))
-    from dstrain.build.teachers import TeacherOptions
-    from dstrain.build.training import train
-    from dstrain.build.training_plan import TrainOptions
+    from dstrain.build.training_options import TeacherOptions, TrainOptions, check_training
 
     teachers = TeacherOptions(tuple(args.teachers), args.teacher_placement, args.vocabulary_map, logits=args.logits)
-    return train(recipe, TrainOptions(**named(args, "data", "output", "base", "device"), teachers=teachers))
+    options = TrainOptions(**named(args, "data", "output", "base", "device"), teachers=teachers)
+    check_training(recipe, options)
+    announce_training(recipe, args.recipe, **named(args, "data", "output", "base"))
+    from dstrain.build.training import train
+
+    return train(recipe, options)

@@ -11,8 +11,12 @@ import argparse
 import json
 from pathlib import Path
 
+from dstrain.checkpoint.directories import require_bundle
 from dstrain.cli.bundle_arguments import TOKENIZE_HELP, add_base_argument, add_precision_argument
 from dstrain.cli.common import named, positive_number
+from dstrain.data.prepared.manifest import load_manifest
+
+FIGURES = ("generate", "beam_size", "tokenize", "lowercase", "max_tokens", "device", "precision")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_base_argument(parser)
     parser.add_argument("--data", metavar="DATA", type=Path, required=True, help="directory that `dstrain prepare` wrote")
     parser.add_argument("--split", default="valid", help="default: valid")
-    parser.add_argument("--generate", action=argparse.BooleanOptionalAction, default=True, help="translate, too (default)")
+    parser.add_argument("--generate", action=argparse.BooleanOptionalAction, help="translate, too (default: if it has sources)")
     parser.add_argument("--beam-size", metavar="N", type=positive_number, help="default: as in the bundle's recipe")
     parser.add_argument("--tokenize", metavar="NAME", help=TOKENIZE_HELP.format("as in the bundle's recipe"))
     parser.add_argument("--lowercase", action=argparse.BooleanOptionalAction, help="BLEU and chrF ignore case (as in the recipe)")
@@ -34,22 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score on as many processes as were started; rank 0 prints."""
+    require_bundle(args.bundle)
+    load_manifest(args.data).require_split(args.split, args.data)
     from dstrain.build.evaluation import ValidateOptions, validate
 
-    names = (
-        "bundle",
-        "base",
-        "data",
-        "split",
-        "generate",
-        "beam_size",
-        "tokenize",
-        "lowercase",
-        "max_tokens",
-        "device",
-        "precision",
-    )
-    scores = validate(ValidateOptions(**named(args, *names)))
+    scores = validate(ValidateOptions(**named(args, "bundle", "base", "data", "split", *FIGURES)))
     if scores is not None:
         print(json.dumps({"bundle": str(args.bundle), "data": str(args.data), "split": args.split, **scores}, indent=1))
     return 0

@@ -6,8 +6,11 @@ import argparse
 import re
 from pathlib import Path
 
+from dstrain.checkpoint.directories import require_bundle
 from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument
+from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import DataError
+from dstrain.storage.outputs import refuse_input_as_output
 from dstrain.storage.sharded_job import Worker
 
 WORK = ("teacher", "base", "data", "output", "worker", "device", "precision")
@@ -41,10 +44,14 @@ def worker(text: str) -> Worker:
     return Worker(int(numbers[1]), int(numbers[2]))
 
 
-def require_work_or_merge(args: argparse.Namespace, verb: str, output: str) -> None:
-    """DataError unless there is either all that work needs, or --merge."""
+def check_work(args: argparse.Namespace, verb: str, output: str, split: str) -> None:
+    """Check arguments and paths: DataError unless there is either all that work needs, or --merge."""
     present = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
     if args.base is not None and args.merge is not None:
         raise DataError(f"{verb} --merge reads no teacher; leave --base out")
     if present not in ([True, True, True, False], [False, False, False, True]):
         raise DataError(f"{verb} takes --teacher, --data and --output, or --merge {output} without them")
+    if args.merge is None:
+        require_bundle(args.teacher)
+        load_manifest(args.data).require_split(split, args.data)
+        refuse_input_as_output(args.output, {"--teacher": args.teacher, "--data": args.data})

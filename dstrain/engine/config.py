@@ -21,6 +21,8 @@ from pydantic import (
 from dstrain.config_base import Config, Precision
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Placement = Literal["replicated", "sharded", "offloaded"]
+"""Of a teacher's parameters: whole on every rank, shared out over the ranks, or shared out in CPU memory."""
 
 
 class AdamConfig(Config):

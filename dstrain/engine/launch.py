@@ -25,16 +25,28 @@ def require_precision(deepspeed: ModuleType, precision: str, mesh: Mesh) -> None
         raise TrainingError(f"engine.precision = {precision} is not supported by this {mesh.device.type}; use {others}")
 
 
+def import_deepspeed(device: str) -> ModuleType:
+    """DeepSpeed for this kind of device. Raises TrainingError if it is missing or broken."""
+    os.environ["DS_ACCELERATOR"] = device
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
+    try:
+        import deepspeed
+        import deepspeed.ops
+    except Exception as error:  # whatever its own modules, or a compiler that they look for, raise
+        raise TrainingError(
+            f"training needs DeepSpeed, which cannot be imported: {type(error).__name__}: {str(error).partition(chr(10))[0]}; "
+            "install one that fits this torch: pip install --force-reinstall deepspeed"
+        ) from error
+    module: ModuleType = deepspeed
+    return module
+
+
 def load_deepspeed(mesh: Mesh, *, talkative: bool = False) -> ModuleType:
     """DeepSpeed, joined to the process group of `mesh.world`. talkative: let it print its profilers' measurements.
 
     Its messages go where dstrain's go, from WARNING up, under --debug from INFO up.
     """
-    os.environ["DS_ACCELERATOR"] = mesh.device.type
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch|deepspeed")
-    import deepspeed
-    import deepspeed.ops
-
+    deepspeed = import_deepspeed(mesh.device.type)
     messages = logging.getLogger("DeepSpeed")
     messages.setLevel(logging.INFO if talkative or logger.isEnabledFor(logging.DEBUG) else logging.WARNING)
     if logger.handlers:  # its own one writes to standard output, into progress bars
@@ -42,5 +54,4 @@ def load_deepspeed(mesh: Mesh, *, talkative: bool = False) -> ModuleType:
     if mesh.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
-    module: ModuleType = deepspeed
-    return module
+    return deepspeed

@@ -17,20 +17,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dstrain.batch import Batch, Sequences
 from dstrain.config_base import Precision
+from dstrain.engine.config import Placement
 from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, partition
 from dstrain.engine.launch import load_deepspeed, require_precision
 from dstrain.model_output import ActivationCapture
 from dstrain.parallel.mesh import Mesh
 from dstrain.protocols import TeacherForced, WeightSource
-
-Placement = Literal["replicated", "sharded", "offloaded"]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from dstrain.errors import BundleError, DataError
 from dstrain.evaluation.translation import build_translation
 from dstrain.evaluation.validator import Validator, WholeModel, check_split
 from dstrain.generation.config import GenerationConfig
+from dstrain.log import logger
 from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.mesh import Mesh
@@ -29,24 +30,32 @@ def validate_bundle(
     *,
     objective: Objective,
     generation: GenerationConfig | None,
+    required: bool,
     tokenize: str,
     lowercase: bool,
     max_tokens: int,
 ) -> dict[str, Any]:
     """The scores of `Validator` for a bundle whose model is on `mesh.device`; every rank scores its share.
 
-    generation: how to translate; None = only losses. tokenize, lowercase: of BLEU, see `build_translation`.
-    Raises DataError if the data was prepared with another tokenizer, BundleError if the bundle has none to compare.
+    generation: how to translate; None = only losses, as always for a split that has nothing to translate or to compare with.
+    tokenize, lowercase: of BLEU, see `build_translation`.
+    Raises DataError if the data was prepared with another tokenizer or if translations are `required` of such a split,
+    BundleError if the bundle has no tokenizer to compare.
     """
     if bundle.tokenizers is None:
         raise BundleError(f"{bundle.directory} has no tokenizer, so it is unknown whether the ids of {data} are its own")
     manifest = load_manifest(data)
     manifest.require_tokenizer(bundle.tokenizers.fingerprint, str(bundle.directory))
-    if split == "train" and generation is not None:
-        raise DataError("the split 'train' keeps no raw text to score translations against: add --no-generate")
     dataset = open_dataset(data, split)
-    if any(is_text_only(corpus) for corpus in splits_of(DataConfig.model_validate(manifest.data))[split]):
-        _check_plain_text(split, bundle, generation)
+    without_source = any(is_text_only(corpus) for corpus in splits_of(DataConfig.model_validate(manifest.data))[split])
+    if without_source and bundle.model_config.kind == "encoder_decoder":
+        raise DataError(f"the split {split!r} is text without a source: the encoder of {bundle.directory} has nothing to read")
+    if generation is not None and (without_source or split == "train"):
+        reason = "is text without a source to translate" if without_source else "keeps no raw text to compare with"
+        if required:
+            raise DataError(f"the split {split!r} {reason}, so only losses are scored: leave --generate and --beam-size out")
+        logger.info("the split %r %s: only losses are scored", split, reason)
+        generation = None
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
     translation = build_translation(
         generation, bundle.model_config, dataset, bundle.tokenizers, mesh, tokenize=tokenize, lowercase=lowercase
@@ -74,10 +83,3 @@ def validate_bundle(
     scores = validator()
     assert scores is not None, "nothing interrupts this validation"
     return scores
-
-
-def _check_plain_text(split: str, bundle: Bundle, generation: GenerationConfig | None) -> None:
-    if bundle.model_config.kind == "encoder_decoder":
-        raise DataError(f"the split {split!r} is text without a source: the encoder of {bundle.directory} has nothing to read")
-    if generation is not None:
-        raise DataError(f"the split {split!r} is text without a source, so there is nothing to translate: add --no-generate")

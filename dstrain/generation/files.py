@@ -13,16 +13,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from dstrain.data.sources.opening import STANDARD, input_name, open_lines
+from dstrain.data.sources.opening import STANDARD, input_name, open_lines, require_different_streams
 from dstrain.data.sources.text import decode_line
 from dstrain.errors import DataError
 from dstrain.generation.formats import Answer
-from dstrain.generation.generator import TextHypothesis
 from dstrain.log import logger
 from dstrain.storage.atomic import is_stream, sync
 from dstrain.storage.file_format import HEAD_BYTES, compression_of
+from dstrain.storage.outputs import check_output, refuse_input_as_output
+
+if TYPE_CHECKING:  # so that the command line checks the files without loading torch
+    from dstrain.generation.generator import TextHypothesis
 
 CHUNK_LINES = 4096
 
@@ -35,6 +38,23 @@ class Chunk:
     lines: Sequence[str]
     references: Sequence[str] | None = None
     prefixes: Sequence[str] | None = None
+
+
+def check_texts(*, input: str, output: str, reference: str | None, prefix: str | None, score_only: bool, overwrite: bool) -> None:
+    """Raise a DstrainError for whatever is wrong with the files of `dstrain generate` before one is read or written."""
+    if score_only and reference is None:
+        raise DataError("--score-only has nothing to score; add --reference FILE")
+    named = {"--input": input, "--reference": reference, "--prefix": prefix}
+    require_different_streams(named)
+    paths = {name: Path(path) for name, path in named.items() if path not in {None, STANDARD}}
+    for path in paths.values():
+        try:
+            path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; check the path") from error
+    if output != STANDARD:
+        check_output(Path(output), paths, overwrite=overwrite)
+        refuse_input_as_output(partial_path(output), paths)
 
 
 def translate_file(
@@ -117,7 +137,7 @@ def open_output(path: str) -> Iterator[TextIO]:
         with partial.open("w", encoding="utf-8", newline="\n") as out:
             yield out
         sync(partial)
-        partial.replace(path)
+        partial.replace(Path(path).resolve())
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --output") from error
     finally:
@@ -133,8 +153,8 @@ def standard_output() -> TextIO:
 
 
 def partial_path(path: str) -> Path:
-    """Where answers wait until all are there."""
-    return Path(f"{path}.partial")
+    """Where answers wait until all are there: beside the file that `path` leads to."""
+    return Path(f"{Path(path).resolve()}.partial")
 
 
 def count_lines(path: str) -> int | None:

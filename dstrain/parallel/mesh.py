@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from dstrain.config_base import DeviceChoice
 from dstrain.errors import TrainingError
 from dstrain.parallel.group import TIMEOUT, Group
 from dstrain.parallel.launch_environment import rank_from_environment
@@ -31,7 +32,6 @@ from dstrain.parallel.launch_environment import rank_from_environment
 JOIN_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits at the start for the other processes; those of a cold node may come minutes later."""
 
-DeviceChoice = Literal["auto", "cpu", "cuda"]
 Backend = Literal["gloo", "nccl"]
 
 

@@ -13,14 +13,17 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
-from dstrain.errors import StorageError
+from dstrain.errors import DstrainError, StorageError
 from dstrain.storage.hashing import HashingWriter
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+READ_ATTEMPTS = 10
+_T = TypeVar("_T")
 
 
 @contextmanager
@@ -99,7 +102,7 @@ def atomic_directory(directory: Path) -> Iterator[Path]:
 
 def replace_directory(new: Path, directory: Path) -> None:
     """Rename the finished directory `new` to `directory`, which may exist."""
-    old = _previous(directory)
+    old = previous_version(directory)
     if directory.exists():
         shutil.rmtree(old, ignore_errors=True)
         directory.rename(old)
@@ -120,8 +123,36 @@ def restore_directories(parent: Path) -> None:
 
 def complete_version(directory: Path) -> Path:
     """The directory, or its previous version if a replacement was cut short; for readers, which must not rename."""
-    old = _previous(directory)
-    return old if old.is_dir() and not directory.exists() else directory
+    old = previous_version(directory)
+    return old if not directory.exists() and old.is_dir() else directory
+
+
+def read_unreplaced(choose: Callable[[], Sequence[Path]], read: Callable[[Sequence[Path]], _T]) -> _T:
+    """`read(choose())`, again if one of the directories was replaced or removed meanwhile: by a training, for example.
+
+    So no result mixes two versions, and an error is one of directories that stayed as they were.
+    """
+    for _ in range(READ_ATTEMPTS - 1):
+        directories = choose()
+        before = [_version(directory) for directory in directories]
+        try:
+            result = read(directories)
+        except (OSError, DstrainError):
+            if None not in before and [_version(directory) for directory in directories] == before:
+                raise
+            continue
+        if [_version(directory) for directory in directories] == before:
+            return result
+    return read(choose())
+
+
+def _version(directory: Path) -> tuple[int, ...] | None:
+    """Changes if the directory is replaced, even by one that gets its inode; None if it is absent."""
+    try:
+        stat = complete_version(directory).stat()
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -136,5 +167,6 @@ def link_or_copy(source: Path, target: Path) -> None:
             shutil.copyfileobj(file, sink)
 
 
-def _previous(directory: Path) -> Path:
+def previous_version(directory: Path) -> Path:
+    """Where `replace_directory` moves a directory until the new one is in its place."""
     return directory.with_name(f".{directory.name}.old")

@@ -15,11 +15,12 @@ def check_output(output: Path, inputs: Mapping[str, Path | None], *, overwrite: 
     """Raise StorageError if writing `output` would destroy something.
 
     inputs: what is read, by the names that messages give it; None for one that is not read. An output that is an input or holds
-    one, through links too, is always refused; any other file, or directory with content, unless `overwrite`. Devices and pipes
-    hold nothing and may be written.
+    one, through links too, is always refused; any other file or directory with content, unless `overwrite`. Devices and pipes
+    hold nothing.
     """
     refuse_input_as_output(output, inputs)
-    if not overwrite and (output.is_file() or (output.is_dir() and any(output.iterdir()))):
+    is_full = any(output.iterdir()) if output.is_dir() else output.is_file() and output.stat().st_size
+    if is_full and not overwrite:
         raise StorageError(f"{output} exists; add --overwrite to replace it, or choose another --output")
 
 

@@ -6,7 +6,6 @@ they cost no space. A directory is complete or absent.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from dstrain.checkpoint.directories import step_bundles
 from dstrain.errors import TrainingError
 from dstrain.parallel.errors import raise_on_all_ranks
 from dstrain.protocols import Ranks
 from dstrain.storage.atomic import atomic_directory, link_or_copy, restore_directories
 
-STEP_NAME = re.compile(r"step_\d{8,}")
 SaveBundle = Callable[[Path, Mapping[str, Tensor], Mapping[str, Any]], None]
 """Writes a bundle into an empty directory: (directory, canonical weights, notes)."""
 
@@ -77,11 +76,3 @@ class BundleStore:
 
 def _link(source: str, target: str) -> None:
     link_or_copy(Path(source), Path(target))
-
-
-def step_bundles(directory: Path) -> list[Path]:
-    """The bundles named after their step, oldest first."""
-    return sorted(
-        (path for path in directory.glob("step_*") if STEP_NAME.fullmatch(path.name) and path.is_dir()),
-        key=lambda path: int(path.name.removeprefix("step_")),
-    )

@@ -16,6 +16,7 @@ from dstrain.errors import TrainingError
 from dstrain.extras import import_extra
 from dstrain.storage.atomic import write_file
 from dstrain.storage.document import read_mapping
+from dstrain.storage.outputs import check_output
 from dstrain.storage.parsing import dump_yaml
 from dstrain.training.events import read_events
 
@@ -37,11 +38,15 @@ PANELS = (
 )
 
 
-def write_report(run: Path, output: Path) -> tuple[Path, Path]:
+def write_report(run: Path, output: Path, *, overwrite: bool = False) -> tuple[Path, Path]:
     """Draw the curves of `run` into `output`; returns the PNG and the HTML file.
 
-    Raises TrainingError if there is no run or it has not reported a step yet.
+    Raises TrainingError if there is no run or it has not reported a step yet; StorageError if the files exist outside the run,
+    where they are not the run's own, without `overwrite`.
     """
+    png, page = output / "report.png", output / "report.html"
+    for path in (png, page):
+        check_output(path, {}, overwrite=overwrite or output.resolve() == run.resolve())
     events = read_events(run / "events.jsonl")
     if not any(event["kind"] in {"train", "valid"} for event in events):
         raise TrainingError(f"{run} has reported no step yet; wait for the first `reporting.log_every` steps")
@@ -50,7 +55,6 @@ def write_report(run: Path, output: Path) -> tuple[Path, Path]:
     tree = read_mapping(recipe, error=TrainingError, remedy=remedy) if recipe.exists() else {}
     picture = plot(events, title=run.resolve().name)
     output.mkdir(parents=True, exist_ok=True)
-    png, page = output / "report.png", output / "report.html"
     write_file(png, picture)
     write_file(page, render_page(run.resolve().name, events, tree, picture).encode())
     return png, page

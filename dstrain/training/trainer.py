@@ -18,8 +18,8 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from dstrain.batch import Batch, Size
+from dstrain.checkpoint.directories import MANIFEST_NAME
 from dstrain.checkpoint.manager import CheckpointManager
-from dstrain.checkpoint.manifest import MANIFEST_NAME
 from dstrain.data.batching.loader import Steps
 from dstrain.data.batching.plan import PlannedStep
 from dstrain.engine.loss_totals import StepReport

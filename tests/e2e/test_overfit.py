@@ -232,8 +232,8 @@ def test_a_language_model_goes_on_from_what_its_text_begins_with(data: Path, tmp
     assert "dropped 64 of 128: empty 64" in (tmp_path / "prepared").read_text()
     continue_, force = generate(tmp_path, started, "continued.txt"), generate(tmp_path, empty, "forced.txt", "--prefix", started)
     validate = ["validate", tmp_path / "run" / "bundles" / "last", "--data", tmp_path / "data", "--device", "cpu"]
-    learn(model, tmp_path / "data", corpus, tmp_path, continue_, force, [*validate, "--no-generate"])
+    learn(model, tmp_path / "data", corpus, tmp_path, continue_, force, validate)
     assert (tmp_path / "continued.txt").read_text().splitlines() == lines
     assert (tmp_path / "forced.txt").read_text().splitlines() == lines
-    with pytest.raises(AssertionError, match="is text without a source, so there is nothing to translate: add --no-generate"):
-        verbs(tmp_path / "refused", [validate])
+    with pytest.raises(AssertionError, match="is text without a source to translate, so only losses are scored: leave"):
+        verbs(tmp_path / "refused", [[*validate, "--generate"]])

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.build import training_plan
-from dstrain.build.teachers import TeacherOptions
 from dstrain.build.training import train
+from dstrain.build.training_options import TeacherOptions
 from dstrain.errors import DstrainError
 from dstrain.parallel.mesh import Mesh
 from dstrain.recipe_file import load_recipe

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, SplitRecord, load_manifest
+from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, SplitRecord, data_remedy, load_manifest
 from dstrain.data.prepared.shard import BatchView, read_shard
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.errors import DataError
@@ -89,16 +89,14 @@ def open_dataset(directory: Path, split: str, *, verify: bool = False) -> Datase
     """
     directory = Path(directory)
     manifest = load_manifest(directory)
-    if split not in manifest.splits:
-        raise DataError(f"{directory} has no split {split!r}; it holds {', '.join(manifest.splits)}")
+    record = manifest.require_split(split, directory)
     if load_tokenizers(directory / TOKENIZER_DIRECTORY).fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(
-            f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids of {directory}; prepare the data again"
+            f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids of {directory}; {data_remedy(directory)}"
         )
-    record = manifest.splits[split]
     content = verify or sum(file.size for file in record.files) <= ALWAYS_HASHED_BYTES
     for file in record.files:
-        file.check(directory, content=content)
+        file.check(directory, content=content, remedy=data_remedy(directory))
     batches = [batch for shard in record.shards for batch in read_shard(directory / shard.file)]
     return _assemble(directory, record, batches)
 
@@ -108,10 +106,11 @@ def _assemble(directory: Path, record: SplitRecord, batches: Sequence[BatchView]
     try:
         lengths = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); prepare the data again") from error
+        raise DataError(f"{path} cannot be read ({error}); {data_remedy(directory)}") from error
     rows = sum(len(batch.source.offsets) - 1 for batch in batches)
     if lengths.shape != (2, record.rows) or rows != record.rows:
         raise DataError(
-            f"{path} describes {lengths.shape[-1]} pairs, the shards hold {rows}, the manifest says {record.rows}; prepare again"
+            f"{path} describes {lengths.shape[-1]} pairs, the shards hold {rows}, the manifest says {record.rows}; "
+            f"{data_remedy(directory)}"
         )
     return Dataset(batches, lengths)

@@ -78,8 +78,6 @@ LABELING = ShardedJob(
 
 def copy_original(data: Path, output: Path, job: LabelJob) -> None:
     """Link or copy the tokenizer, the evaluation splits and, if requested, the original pairs of `data` into `output`."""
-    if (output / ORIGINAL / MANIFEST_FILE).is_file():
-        return
     manifest = load_manifest(data)
     for path in sorted((data / TOKENIZER_DIRECTORY).iterdir()):
         link_or_copy(path, output / TOKENIZER_DIRECTORY / path.name)
@@ -101,7 +99,7 @@ def merge_labels(output: Path, created_by: str) -> DataManifest:
         raise DataError(f"{output} is incomplete: worker 0 did not finish; run `dstrain {LABELING.verb} --shard 0/N` again")
     original = load_manifest(output / ORIGINAL)
     for file in (*_evaluation_files(original), *(_original_shards(original) if job.keep_original else ())):
-        file.check(output, content=True, remedy=f"remove {output / ORIGINAL} and run `dstrain {LABELING.verb} --shard 0/N` again")
+        file.check(output, content=True, remedy=f"run `dstrain {LABELING.verb} --shard 0/N` again")
     train = _train_record(output, sidecars, _original_shards(original) if job.keep_original else ())
     manifest = DataManifest(
         format_version=original.format_version,

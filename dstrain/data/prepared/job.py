@@ -19,7 +19,7 @@ from dstrain.data.prepared.manifest import DATA_FORMAT_VERSION, MANIFEST_FILE, T
 from dstrain.data.prepared.pool import WorkerPool
 from dstrain.data.sources.corpora import counted_files, files_of, header_lines, pairs_without_lines, scan_of, splits_of
 from dstrain.data.sources.opening import require_file
-from dstrain.data.sources.text import FileScan
+from dstrain.data.sources.text import FileScan, expand_path
 from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE
 from dstrain.data.tokenizers.training import load_configured_tokenizers
 from dstrain.errors import DataError
@@ -67,6 +67,14 @@ class Job(Config):
 JOB = DocumentFormat(
     Job, "job of `dstrain prepare`", DataError, "choose another --output or remove the directory", version_field="format_version"
 )
+
+
+def inputs_of(config: DataConfig) -> dict[str, Path]:
+    """Every file or directory that preparation reads, by names for messages."""
+    files = {f"{path} of data.{key}": path for key, source in config.corpora() for path in files_of(source)}
+    named = () if isinstance(config.tokenizer, TrainedSentencePiece) else config.tokenizer
+    texts = {name: value for name, value in named if isinstance(value, str) and name != "kind"}
+    return files | {f"data.tokenizer.{name}": expand_path(value) for name, value in texts.items()}
 
 
 def read_job(output: Path) -> Job | None:

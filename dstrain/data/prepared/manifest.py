@@ -6,6 +6,7 @@ from the size only and an altered byte by reading.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,6 +80,12 @@ class DataManifest(Config):
     splits: dict[str, SplitRecord]
     pseudo_labels: dict[str, Any] | None = None
 
+    def require_split(self, name: str, directory: Path) -> SplitRecord:
+        """A split by name. Raises DataError if the data in `directory` has none of that name."""
+        if name not in self.splits:
+            raise DataError(f"{directory} has no split {name!r}; it holds {', '.join(self.splits)}")
+        return self.splits[name]
+
     def require_tokenizer(self, fingerprint: str, owner: str) -> None:
         """Raise DataError if `owner` (a bundle, a run) reads ids of another tokenizer than this data's."""
         if fingerprint != self.tokenizer_fingerprint:
@@ -117,4 +124,11 @@ def load_manifest(directory: Path) -> DataManifest:
         raise DataError(
             f"{path} is missing, {directory} was never prepared: {reason}; `dstrain prepare RECIPE --output DATA` makes it"
         )
-    return DATA_MANIFEST.read(path)
+    return replace(DATA_MANIFEST, remedy=data_remedy(path.parent)).read(path)
+
+
+def data_remedy(directory: Path) -> str:
+    """How damaged files of a finished directory are made again, for messages."""
+    if (directory / PARTS_FILE).is_file():
+        return "run `dstrain pseudo-label` again as before, which writes what is damaged"
+    return "prepare the data again"

@@ -19,7 +19,7 @@ from dstrain import __version__
 from dstrain.arguments import require_path, require_type
 from dstrain.data.config import DataConfig, TrainedSentencePiece
 from dstrain.data.prepared.encode import EncodedBlock, make_encoder
-from dstrain.data.prepared.job import Job, corpus_sizes, plan_job, read_job, start_job
+from dstrain.data.prepared.job import Job, corpus_sizes, inputs_of, plan_job, read_job, start_job
 from dstrain.data.prepared.manifest import (
     DATA_FORMAT_VERSION,
     MANIFEST_FILE,
@@ -30,7 +30,7 @@ from dstrain.data.prepared.manifest import (
     write_data_manifest,
 )
 from dstrain.data.prepared.pool import WorkerPool
-from dstrain.data.prepared.report import PrepareReport, build_report
+from dstrain.data.prepared.report import PrepareReport, build_report, verify_data
 from dstrain.data.prepared.rows import id_dtype
 from dstrain.data.prepared.shard import PairSidecar, ShardWriter, shard_schema, write_lengths
 from dstrain.data.sources.corpora import PairBlock, read_blocks, splits_of
@@ -42,6 +42,7 @@ from dstrain.progress import Progress
 from dstrain.storage.atomic import atomic_writer
 from dstrain.storage.document import FileRecord
 from dstrain.storage.lock import locked_output
+from dstrain.storage.outputs import refuse_input_as_output
 from dstrain.storage.sharded_job import finished_shard, sidecar_path, warn_of_interruption, write_sidecar
 
 PAIRS_PER_WORKER = 16_384
@@ -51,8 +52,8 @@ PAIRS_PER_WORKER = 16_384
 def prepare(config: DataConfig, output: Path, *, workers: int, overwrite: bool = False, progress: bool = True) -> PrepareReport:
     """Prepare the corpora of `config` into `output`, with `workers` processes.
 
-    Finished output of the same text and configuration is kept; unfinished is continued; that of another is refused unless
-    `overwrite`. progress: show it, on a terminal or in the log.
+    Finished output of the same text and configuration is kept if every byte is as it was written, else made again; unfinished is
+    continued; that of another is refused unless `overwrite`. progress: show it, on a terminal or in the log.
 
     Raises DataError for any fault of the text, the tokenizer, the output directory or the disk.
 
@@ -66,13 +67,17 @@ def prepare(config: DataConfig, output: Path, *, workers: int, overwrite: bool =
     require_type("config", config, DataConfig, "; give the `data` of a recipe")
     output = require_path("output", output)
     output = Path(output)
+    refuse_input_as_output(output, inputs_of(config))
     with locked_output(output, busy=partial(_busy, output)):
         known = read_job(output)
         job = plan_job(config, known, workers)
         sizes = corpus_sizes(config, job)
-        start_job(output, job, known, overwrite=overwrite)
+        damage = None if known is None or known.fingerprint != job.fingerprint else _damage(output, job)
+        if damage is not None:
+            logger.warning("%s is damaged, so everything is prepared again: %s", output, damage)
+        start_job(output, job, known, overwrite=overwrite or damage is not None)
         if (output / MANIFEST_FILE).exists():
-            return _finished(output, job)
+            return _finished(output)
         try:
             return _Preparation(config, output, job, sizes, workers=workers, progress=progress).run()
         except KeyboardInterrupt:
@@ -84,13 +89,21 @@ def _busy(output: Path, holder: str) -> DataError:
     return DataError(f"another process is preparing {output} ({holder}); wait for it or choose another --output")
 
 
-def _finished(output: Path, job: Job) -> PrepareReport:
+def _damage(output: Path, job: Job) -> str | None:
+    """What is wrong with the finished files of `job`, of which every byte is read; None if nothing is."""
+    try:
+        if (output / MANIFEST_FILE).exists():
+            if verify_data(output).job != job.fingerprint:
+                return f"{MANIFEST_FILE} is not of the job beside it"
+        elif (output / TOKENIZER_DIRECTORY / TOKENIZER_FILE).exists():
+            load_tokenizers(output / TOKENIZER_DIRECTORY)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _finished(output: Path) -> PrepareReport:
     manifest = load_manifest(output)
-    if manifest.job != job.fingerprint:
-        raise DataError(f"{output / MANIFEST_FILE} is not of the job beside it: it was altered; run again with --overwrite")
-    for split in manifest.splits.values():
-        for file in split.files:
-            file.check(output, content=False)
     _remove_sidecars(output, manifest)
     return build_report(output, manifest, load_tokenizers(output / TOKENIZER_DIRECTORY), {}, finished_before=True)
 

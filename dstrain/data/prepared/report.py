@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstrain.data.config import DataConfig, has_no_source
-from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, DataManifest, SplitRecord, load_manifest
+from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, DataManifest, SplitRecord, data_remedy, load_manifest
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.errors import DataError
@@ -91,13 +91,8 @@ def build_report(
 
 def describe_data(directory: Path) -> list[str]:
     """What prepared data holds, after a check of every byte. Raises DataError if something is wrong with it."""
-    manifest = load_manifest(directory)
-    for file in with_progress([file for split in manifest.splits.values() for file in split.files], "checking", "files"):
-        file.check(directory, content=True)
-    tokenizers = load_tokenizers(directory / TOKENIZER_DIRECTORY)
-    if tokenizers.fingerprint != manifest.tokenizer_fingerprint:
-        raise DataError(f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids; prepare the data again")
-    report = build_report(directory, manifest, tokenizers, {}, finished_before=True)
+    manifest = verify_data(directory)
+    report = build_report(directory, manifest, load_tokenizers(directory / TOKENIZER_DIRECTORY), {}, finished_before=True)
     labels = manifest.pseudo_labels
     return [
         "prepared data"
@@ -107,6 +102,17 @@ def describe_data(directory: Path) -> list[str]:
         f"tokenizer {manifest.tokenizer_fingerprint[:12]}, preparation {manifest.job[:12]}",
         f"complete; every checksum is right; written by {manifest.created_by}",
     ]
+
+
+def verify_data(directory: Path) -> DataManifest:
+    """The manifest of prepared data, after a check of every byte. Raises DataError if something is wrong with it."""
+    manifest = load_manifest(directory)
+    remedy = data_remedy(directory)
+    for file in with_progress([file for split in manifest.splits.values() for file in split.files], "checking", "files"):
+        file.check(directory, content=True, remedy=remedy)
+    if load_tokenizers(directory / TOKENIZER_DIRECTORY).fingerprint != manifest.tokenizer_fingerprint:
+        raise DataError(f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids; {remedy}")
+    return manifest
 
 
 def _split_report(name: str, record: SplitRecord, pairs_encoded: int, seconds: float, *, has_source: bool) -> SplitReport:

@@ -16,7 +16,7 @@ from torch import Tensor
 from dstrain.adapters.config import LoraConfig
 from dstrain.checkpoint.adapter_files import BaseReference, write_adapter
 from dstrain.checkpoint.bundle import find_bundle, fresh_directory, save_bundle
-from dstrain.checkpoint.bundle_directory import RECIPE
+from dstrain.checkpoint.directories import RECIPE
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.interop.fairseq.lora import ForeignAdapter
 from dstrain.models.config import ModelConfig, VocabularySizes
@@ -36,6 +36,7 @@ def save_imported(
     tokenizers: TokenizerPair | None,
     recipe: Mapping[str, Any] | None = None,
     notes: Mapping[str, Any],
+    overwrite: bool,
 ) -> None:
     """Write an imported model, atomically. BundleError as `save_bundle`, and if the adapter does not fit."""
 
@@ -48,12 +49,13 @@ def save_imported(
             tokenizers=tokenizers,
             recipe=recipe,
             notes=notes,
+            overwrite=overwrite,
         )
 
     if adapter is None:
         save(directory, recipe)
         return
-    with fresh_directory(directory) as fresh:
+    with fresh_directory(directory, overwrite=overwrite) as fresh:
         save(fresh / BASE, None)
         if recipe is not None:
             write_file(fresh / RECIPE, dump_yaml(dict(recipe)).encode())

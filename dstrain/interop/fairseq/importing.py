@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dstrain.checkpoint.bundle_directory import TOKENIZER
+from dstrain.checkpoint.directories import TOKENIZER
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, with_tags
 from dstrain.errors import ImportFormatError, RecipeError
 from dstrain.interop.fairseq.bundle import BASE, save_imported
@@ -24,7 +24,8 @@ CRASH = "crash.pt"
 @dataclass(frozen=True)
 class FairseqImport:
     """dictionary: directory of the dictionaries, None = the data directory that the checkpoint names. sentencepiece: models in
-    front of them, of source and target. tags: words that these do not split. pair: the direction of a multilingual model."""
+    front of them, of source and target. tags: words that these do not split. pair: the direction of a multilingual model.
+    overwrite: replace a bundle at `output`."""
 
     checkpoint: Path
     output: Path
@@ -33,6 +34,7 @@ class FairseqImport:
     tags: Sequence[str] = ()
     unmerged: bool = False
     pair: str | None = None
+    overwrite: bool = False
 
 
 def import_checkpoint(options: FairseqImport) -> list[str]:
@@ -52,6 +54,7 @@ def import_checkpoint(options: FairseqImport) -> list[str]:
         tokenizers=tokenizers,
         recipe=recipe,
         notes={"imported_from": "fairseq", "checkpoint": options.checkpoint.name, "arch": checkpoint.model.get("arch")},
+        overwrite=options.overwrite,
     )
     parameters = sum(tensor.numel() for tensor in weights.values())
     stacks = [config.encoder, config.decoder] if config.kind == "encoder_decoder" else [config.decoder]

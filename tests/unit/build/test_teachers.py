@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dstrain.adapters.config import LoraConfig
 from dstrain.build.base import build_on_base
-from dstrain.build.teachers import TeacherOptions, open_logits, plan_teachers, start_teachers
+from dstrain.build.teachers import open_logits, plan_teachers, start_teachers
+from dstrain.build.training_options import TeacherOptions
 from dstrain.checkpoint.bundle import find_bundle, load_bundle, save_adapter_bundle, save_bundle
 from dstrain.data.batching.loader import evaluation_loader
 from dstrain.data.prepared.dataset import Dataset, open_dataset

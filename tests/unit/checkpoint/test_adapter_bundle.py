@@ -208,7 +208,7 @@ def test_merge_makes_a_plain_bundle(place: Path, capfd: pytest.CaptureFixture[st
 
 def test_the_average_is_that_of_the_adapted_weights(place: Path) -> None:
     make(Path("runs/other"), Path("base"), seed=2)
-    average_bundles([ADAPTED, Path("runs/other"), Path("base")], Path("mean"))
+    average_bundles(lambda: [ADAPTED, Path("runs/other"), Path("base")], Path("mean"))
     parts = [find_bundle(path) for path in (ADAPTED, Path("runs/other"), Path("base"))]
     found = load_bundle(Path("mean"))
     assert found.adapters == 0

@@ -103,9 +103,10 @@ def test_the_moving_average_is_what_bundles_hold_and_the_choice_is_free(tmp_path
         ("averaged", "averaged", AVERAGED),
         ("trained", "trained", TRAINED),
     ):
-        assert consolidate(checkpoint, tmp_path / "found", weights=choice) == kind  # type: ignore[arg-type]
-        TEMPLATE.save(tmp_path / "expected", weights, NOTES)
-        assert content(tmp_path / "found") == content(tmp_path / "expected")
+        found, expected = tmp_path / f"found_{choice}", tmp_path / f"expected_{choice}"
+        assert consolidate(checkpoint, found, weights=choice) == kind  # type: ignore[arg-type]
+        TEMPLATE.save(expected, weights, NOTES)
+        assert content(found) == content(expected)
 
 
 def test_an_adapter_keeps_its_reference_to_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ def test_it_stays_in_bundles_made_from_others(tmp_path: Path) -> None:
     """Also where the rule would say another thing: the recipe is gone, the statement is not."""
     bundle = make_decoder_only_bundle(tmp_path / "bundle", trained_on="tsv")
     (bundle / "recipe.yaml").unlink()
-    average_bundles([bundle, bundle], tmp_path / "average")
+    average_bundles(lambda: [bundle, bundle], tmp_path / "average")
     base = find_bundle(bundle)
     adapter = LoraConfig(rank=2, alpha=1, targets=("q_proj",))
     name = "decoder.layers.0.self_attention.q_proj"

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.batch import Batch
-from dstrain.build.objective import check_teacher_options
-from dstrain.build.teachers import TeacherOptions
+from dstrain.build.training_options import TeacherOptions, check_teacher_options
 from dstrain.distillation.build import build_distillation
 from dstrain.distillation.config import (
     DistillationConfig,

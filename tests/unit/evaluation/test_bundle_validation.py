@@ -145,12 +145,20 @@ def test_another_precision_changes_the_figures_and_is_said(bundle: Path, data: P
     [
         (["--split", "test"], "has no split 'test'; it holds train, valid"),
         (["--tokenize", "13b"], "unknown BLEU tokenization '13b'; did you mean 13a?"),
-        (["--split", "train"], "the split 'train' keeps no raw text to score translations against: add --no-generate"),
+        (["--split", "train", "--generate"], "'train' keeps no raw text to compare with, so only losses are scored: leave --gen"),
+        (["--split", "train", "--beam-size", "2"], "so only losses are scored: leave --generate and --beam-size out"),
     ],
 )
 def test_mistakes(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     assert main(["validate", str(bundle), "--data", str(data), *words]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_split_without_raw_text_is_scored_without_flags(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", str(bundle), "--data", str(data), "--device", "cpu", "--split", "train"]) == 0
+    captured = capsys.readouterr()
+    assert {"bleu", "perplexity"} & set(json.loads(captured.out)) == {"perplexity"}
+    assert "the split 'train' keeps no raw text to compare with: only losses are scored" in captured.err
 
 
 def test_data_of_another_tokenizer_are_refused(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

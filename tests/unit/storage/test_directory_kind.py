@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.checkpoint.bundle_directory import require_bundle
+from dstrain.checkpoint.directories import require_bundle
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import BundleError, DataError
 from dstrain.storage.directory_kind import instead_of

@@ -1,0 +1,101 @@
+"""The options of a training, and the checks of them that cost nothing: no torch, no weights, no text."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+
+from dstrain.arguments import CheckedOptions
+from dstrain.checkpoint.directories import require_bundle
+from dstrain.config_base import DeviceChoice
+from dstrain.data.prepared.manifest import load_manifest
+from dstrain.distillation.store.manifest import load_store_manifest
+from dstrain.engine.config import Placement
+from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.errors import DataError, RecipeError, TrainingError
+from dstrain.recipe import ObjectiveConfig, Recipe
+from dstrain.storage.outputs import refuse_input_as_output
+
+
+@dataclass(frozen=True)
+class TeacherOptions(CheckedOptions):
+    """Where a distillation gets its signal from: dumped logits, or bundles.
+
+    placement: of the bundles' parameters, None for `sharded`. vocabulary_map: for bundles of another vocabulary.
+    """
+
+    bundles: tuple[Path, ...] = ()
+    placement: Placement | None = None
+    vocabulary_map: Path | None = None
+    logits: Path | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(CheckedOptions):
+    """The options of `dstrain train`. output: the run directory. base: the bundle that training starts from, None for none."""
+
+    data: Path
+    output: Path
+    base: Path | None = None
+    teachers: TeacherOptions = field(default_factory=TeacherOptions)
+    device: DeviceChoice = "auto"
+
+
+def check_training(recipe: Recipe, options: TrainOptions) -> None:
+    """Raise a DstrainError for every mistake in arguments and paths that shows before anything is loaded."""
+    teachers = options.teachers
+    check_teacher_options(recipe.objective, teachers)
+    if recipe.adapter is not None and options.base is None:
+        raise RecipeError("the recipe has an adapter section, which adapts a trained model; name its bundle with --base BUNDLE")
+    manifest = load_manifest(options.data)
+    for split in ("train", "valid"):
+        manifest.require_split(split, options.data)
+    bundles = {f"--teacher {bundle}": bundle for bundle in teachers.bundles}
+    for bundle in (*bundles.values(), *(() if options.base is None else (options.base,))):
+        require_bundle(bundle)
+    if teachers.logits is not None:
+        load_store_manifest(teachers.logits)
+    if teachers.vocabulary_map is not None and not teachers.vocabulary_map.is_file():
+        raise DataError(f"--vocabulary-map {teachers.vocabulary_map} is no file; name a YAML or JSON file")
+    inputs = {**bundles, "--data": options.data, "--base": options.base, "--logits": teachers.logits}
+    refuse_input_as_output(options.output, inputs)
+    resolve_ds_config(recipe.engine, replicas=1)
+    if find_spec("deepspeed") is None:
+        raise TrainingError("training needs DeepSpeed, which is not installed: pip install deepspeed")
+
+
+def check_teacher_options(config: ObjectiveConfig, options: TeacherOptions) -> None:
+    """Raise RecipeError unless an objective with a teacher has either bundles or dumped logits, and another one neither.
+
+    Keys and options that have no use beside the other source are refused.
+    """
+    if not options.bundles and (options.placement or options.vocabulary_map):
+        raise RecipeError(
+            "--teacher-placement and --vocabulary-map say how a teacher works: add --teacher BUNDLE, or leave them out"
+        )
+    needs, at_work, stored = config.needs.teacher, bool(options.bundles), options.logits is not None
+    if needs is None:
+        if at_work or stored:
+            raise RecipeError(
+                f"objective.kind = {config.kind} has no use for a teacher: leave {'--teacher' if at_work else '--logits'} out, "
+                "or choose objective: {kind: distillation}"
+            )
+        return
+    if at_work and stored:
+        raise RecipeError("--teacher and --logits are two sources of the same signal: leave one of them out")
+    if not (at_work or stored):
+        raise RecipeError(
+            f"objective.kind = {config.kind} needs a teacher: add --teacher BUNDLE, or --logits LOGITS for what `dstrain "
+            "dump-logits` wrote, or choose objective: {kind: cross_entropy}"
+        )
+    if stored and needs.precision is not None:
+        raise RecipeError(
+            f"objective.teacher_precision = {needs.precision} is the precision of an online teacher, dumped logits are as they "
+            "are: leave it out beside --logits"
+        )
+    if at_work and needs.renormalize:
+        raise RecipeError(
+            "objective.renormalize is for dumped logits of method topk; an online teacher gives its whole distribution: leave "
+            "it out beside --teacher"
+        )
