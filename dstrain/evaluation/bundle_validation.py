@@ -51,10 +51,7 @@ def validate_bundle(
     if without_source and bundle.model_config.kind == "encoder_decoder":
         raise DataError(f"the split {split!r} is text without a source: the encoder of {bundle.directory} has nothing to read")
     if generation is not None and (without_source or split == "train"):
-        reason = "is text without a source to translate" if without_source else "keeps no raw text to compare with"
-        if required:
-            raise DataError(f"the split {split!r} {reason}, so only losses are scored: leave --generate and --beam-size out")
-        logger.info("the split %r %s: only losses are scored", split, reason)
+        _say_only_losses(split, without_source=without_source, required=required)
         generation = None
     check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
     translation = build_translation(
@@ -83,3 +80,11 @@ def validate_bundle(
     scores = validator()
     assert scores is not None, "nothing interrupts this validation"
     return scores
+
+
+def _say_only_losses(split: str, *, without_source: bool, required: bool) -> None:
+    """Log why nothing is translated; DataError if the user asked for it."""
+    reason = "is text without a source to translate" if without_source else "keeps no raw text to compare with"
+    if required:
+        raise DataError(f"the split {split!r} {reason}, so only losses are scored: leave --generate and --beam-size out")
+    logger.info("the split %r %s: only losses are scored", split, reason)
