@@ -68,6 +68,20 @@ def test_imported_data_train_under_a_recipe_that_extends_their_section(tmp_path:
     fails(other, "was prepared from another data section than this recipe's", "data.filter.max_ratio: null -> 3.0")
 
 
+def test_an_imported_model_trains_on_by_its_own_recipe(tmp_path: Path) -> None:
+    bundle, data, run = tmp_path / "bundle", tmp_path / "data", tmp_path / "run"
+    checkpoint = GOLDEN / "ref/toy_train/checkpoint_last.pt"
+    succeeds(dstrain("import", "fairseq", checkpoint, "--dictionary", GOLDEN / "data/bin_sep", "--output", bundle))
+    succeeds(dstrain("prepare", bundle / "recipe.yaml", "--output", data))
+    short = settings("training.max_steps=2", "reporting.log_every=1", "schedule.warmup_steps=1")
+    started = ("--data", data, "--base", bundle, "--output", run, "--device", "cpu", *short)
+    succeeds(dstrain("train", bundle / "recipe.yaml", *started))
+    teaching = events(run, "train")
+    assert [event["step"] for event in teaching] == [1, 2]
+    uniform = math.log(yaml.safe_load((bundle / "model.yaml").read_text())["vocabulary"]["target"])
+    assert teaching[0]["nll"] < 0.5 * uniform, "it starts from the imported weights"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

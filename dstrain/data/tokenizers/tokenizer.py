@@ -192,7 +192,7 @@ class DictionaryTokenizer:
 
     def _marker_ids(self, symbols: Sequence[str], name: str) -> list[int]:
         ids = {**self._ids, **{symbol: number for number, symbol in enumerate(SPECIAL_SYMBOLS)}}
-        lacking = [symbol for symbol in symbols if symbol not in ids]
+        lacking = [symbol for symbol in dict.fromkeys(symbols) if symbol not in ids]
         if lacking:
             raise DataError(f"{name} lacks the markers {', '.join(lacking)}; give the dictionary that the model was trained with")
         return [ids[symbol] for symbol in symbols]

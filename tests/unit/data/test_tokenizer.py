@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dstrain.data.config import TrainedSentencePiece
+from dstrain.data.tokenizers.dictionary_file import Markers
 from dstrain.data.tokenizers.tokenizer import (
     DictionaryTokenizer,
     SentencePieceTokenizer,
@@ -51,7 +52,10 @@ def trained(**options: object) -> bytes:
     """A model as SentencePiece itself makes it."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sentences(200)), model_writer=model, model_type="bpe", vocab_size=60, minloglevel=2, **options
+        sentence_iterator=iter(sentences(200)),
+        model_writer=model,
+        minloglevel=2,
+        **{"model_type": "bpe", "vocab_size": 60, **options},
     )
     return model.getvalue()
 
@@ -208,6 +212,56 @@ def test_a_sentencepiece_model_in_front_of_a_dictionary(model: bytes, tokenizer:
     assert both.decode(both.encode(lines)) == lines
     assert both.encode(["</s> ☃"])[0].count(both.unk_id) > 0
     assert not {0, 1, 2} & set(both.encode(["<s> </s> <pad>"])[0])
+
+
+MODELS: dict[str, dict[str, object]] = {
+    "bytes": {},
+    "spaces as they are": {"normalization_rule_name": "identity", "remove_extra_whitespaces": False},
+    "space behind": {"treat_whitespace_as_suffix": True},
+    "no space before": {"add_dummy_prefix": False},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_text_behind_a_dictionary_is_spelled_as_the_model_spells_it(kind: str) -> None:
+    """Byte pieces become the characters that they are the UTF-8 of, those of a broken character U+FFFD."""
+    model = trained(**{"byte_fallback": True, "vocab_size": 330, **MODELS[kind]})
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = [piece for piece in map(processor.id_to_piece, range(330)) if piece not in ("<unk>", "<s>", "</s>")]
+    tokenizer = DictionaryTokenizer("".join(f"{piece} 1\n" for piece in [*pieces, "\u2581own", "eng_Latn"]).encode(), model)
+    lines = [*sentences(5), *HORRIBLE, "日本語 \U0001f600é", " the  old "]
+    ids = tokenizer.encode(lines)
+    assert not any(tokenizer.unk_id in row for row in ids)
+    assert tokenizer.decode(ids) == processor.decode(processor.encode(lines))
+    cut = [row[: len(row) // 2] for row in ids]
+    assert tokenizer.decode(cut) == processor.decode([tokenizer.tokens(row) for row in cut])
+    assert tokenizer.decode([]) == []
+
+
+def test_symbols_that_the_model_lacks_are_spelled_as_in_the_dictionary(model: bytes) -> None:
+    dictionary = "\u2581the 9\n\u2581own 8\n\u2753 7\neng_Latn 1\n"
+    tokenizer = DictionaryTokenizer(dictionary.encode(), model, tags=["eng_Latn"])
+    assert tokenizer.decode([[4, 5, 6, 3, 5], [5], [7, 5], [7]]) == ["the own\u2753<unk> own", "own", "eng_Latn own", "eng_Latn"]
+
+
+def test_markers_are_around_every_text_but_an_empty_one_and_never_shown(tmp_path: Path) -> None:
+    markers = Markers(before=("__de__",), after=("</s>", "</s>"), end="[en]", start="__de__")
+    tokenizer = DictionaryTokenizer(DICTIONARY.encode()).with_markers(["__de__", "cat", "[en]"], markers)
+    assert tokenizer.tokens([10, 11]) == ["__de__", "[en]"]
+    assert (tokenizer.eos_id, tokenizer.start_id, tokenizer.vocab_size) == (11, 10, 12)
+    assert tokenizer.encode(["the cat", ""]) == [[10, 4, 7, 2, 2], []]
+    assert tokenizer.encode_prefixes(["the", ""]) == [[10, 4], [10]]
+    assert tokenizer.decode([[10, 4, 7, 2, 2, 11]]) == ["the cat"]
+    plain = DictionaryTokenizer(DICTIONARY.encode()).with_markers(["__de__", "[en]"], Markers())
+    assert (
+        tokenizer.fingerprint != plain.fingerprint == DictionaryTokenizer(DICTIONARY.encode() + b"__de__ 1\n[en] 1\n").fingerprint
+    )
+    save_tokenizers(TokenizerPair(tokenizer, plain), tmp_path)
+    loaded = load_tokenizers(tmp_path)
+    assert loaded.source.encode(["the"]) == [[10, 4, 2, 2]]
+    assert (loaded.source.eos_id, loaded.target.eos_id) == (11, 2)
+    with pytest.raises(DataError, match=r"lacks the markers \[fr\]; give the dictionary that the model was trained with"):
+        tokenizer.with_markers([], Markers(end="[fr]"))
 
 
 def pairs_of(model: bytes) -> list[TokenizerPair]:
