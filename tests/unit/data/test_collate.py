@@ -49,6 +49,13 @@ def test_padded_concatenated_pairs_written_out() -> None:
     assert batch.examples.source_start.tolist() == [0, 5, 10]
 
 
+def test_another_start_token_stands_before_targets_only() -> None:
+    examples = [(np.array(source), np.array(target)) for source, target in PAIRS]
+    batch = Collator("encoder_decoder", pad_id=PAD, eos_id=EOS, start_id=4)(examples, np.arange(3))
+    assert batch.target.tokens.tolist() == [[4, 7, PAD, PAD], [4, 7, 8, 9], [4, PAD, PAD, PAD]]
+    assert batch.targets.labels.tolist() == [7, EOS, 7, 8, 9, EOS, EOS]
+
+
 def test_packed_pairs_written_out() -> None:
     batch = collate(PAIRS, rows=[0, 0, 1])
     assert batch.source is not None

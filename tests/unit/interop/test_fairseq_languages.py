@@ -6,19 +6,24 @@ What each task does is written down here once more, as ids, from fairseq's own o
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import yaml
 
 from dstrain.api import load
 from dstrain.batch import Sequences
 from dstrain.build.bundle_model import BundleModel
+from dstrain.build.training_data import TrainingData
 from dstrain.checkpoint.bundle import find_bundle
+from dstrain.data.prepared.prepare import prepare
 from dstrain.data.tokenizers.dictionary_file import Markers
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, load_tokenizers
 from dstrain.errors import ImportFormatError
 from dstrain.interop.fairseq.checkpoint import FairseqCheckpoint, read_dictionaries, read_fairseq_checkpoint
 from dstrain.interop.fairseq.importing import FairseqImport, import_checkpoint
 from dstrain.interop.fairseq.languages import language_tokens
+from dstrain.recipe_file import load_recipe
 from tests.unit.interop.fairseq_checkpoints import AbsentModules, dictionaries, small_weights
 
 BOS, PAD, EOS = 0, 1, 2
@@ -72,19 +77,18 @@ CASES: dict[str, tuple[dict[str, Any], list[str], Ids, int, Ids, int]] = {
 }
 
 
-def greedy(loaded: BundleModel, source: Ids, start: int, forced: Ids, end: int, *, steps: int = 12) -> Ids:
-    """The best token at each step, without any of dstrain's search."""
-    model, tokens = loaded.bundle.model, [start]
-    while len(tokens) <= steps and (len(tokens) == 1 or tokens[-1] != end):
-        if len(tokens) <= len(forced):
-            tokens.append(forced[len(tokens) - 1])
-            continue
+def greedy(loaded: BundleModel, source: Ids, start: int, forced: Ids, end: int, *, most: int = 12) -> tuple[Ids, list[float]]:
+    """The best token at each step and its log-probability, without any of dstrain's search."""
+    model, tokens, scores = loaded.bundle.model, [start], []
+    while len(tokens) <= most and (len(tokens) == 1 or tokens[-1] != end):
         sides = [Sequences(torch.tensor([row]), torch.tensor([len(row)])) for row in (source, tokens)]
         with torch.no_grad():
-            logits = model.project(model(*sides).hidden[0, -1])
-        logits[PAD] = -torch.inf
-        tokens.append(end if len(tokens) == steps else int(logits.argmax()))
-    return tokens[1:]
+            log_probs = model.project(model(*sides).hidden[0, -1]).log_softmax(-1)
+        allowed = forced[len(tokens) - 1 : len(tokens)] or [token for token in range(len(log_probs)) if token != PAD]
+        best = end if len(tokens) == most else max(allowed, key=lambda token: float(log_probs[token]))
+        scores.append(float(log_probs[best]))
+        tokens.append(best)
+    return tokens[1:], scores
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -104,18 +108,41 @@ def test_a_task_imports_and_translates_as_fairseq_would(case: str, tmp_path: Pat
     tokenizers = loaded.tokenizer
     assert tokenizers.source.tokens(range(9, rows)) == symbols
     assert [*tokenizers.source.encode([LINE])[0], tokenizers.source.eos_id] == source
-    expected = greedy(loaded, source, start, forced, end)
+    expected, scores = greedy(loaded, source, start, forced, end)
     found = loaded.generate([LINE, ""], kind="beam", beam_size=1, max_length_offset=11, max_length_ratio=0.0)
     assert found[0][0].tokens == expected
+    assert found[0][0].token_scores == pytest.approx(scores, rel=1e-4, abs=1e-5)
     hidden = {BOS, PAD, EOS, *forced, start, end}
     assert found[0][0].text == " ".join(tokenizers.target.tokens([token for token in expected if token not in hidden]))
     assert found[1][0].text == "", "an empty line has no tokens, and an empty answer"
     prefixed = loaded.generate([LINE], prefixes=["word4"], kind="beam", beam_size=1, max_length_offset=5)[0][0]
     assert prefixed.tokens[: len(forced) + 1] == [*forced, 8]
     scored = loaded.score([LINE], [LINE], score="sum")[0]
-    ends = tokenizers.target.encode([LINE])[0]
-    assert scored.tokens == [*ends, end]
-    assert ends[: len(forced)] == forced
+    target = [*forced, *WORDS, *([EOS] if end == DE else []), end]
+    assert scored.tokens == target
+    assert scored.token_scores == pytest.approx(greedy(loaded, source, start, target, end)[1], rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", ["replacing", "mbart", "mbart with bos", "both"])
+def test_training_an_imported_model_further_reads_what_fairseq_read(case: str, tmp_path: Path, modules: AbsentModules) -> None:
+    task, symbols, source, start, forced, end = CASES[case]
+    rows = 9 + len(symbols)
+    named = {**task, "source_lang": "en", "target_lang": "de"}
+    path = modules.new_checkpoint(tmp_path / "checkpoint.pt", small_weights(source=rows, target=rows), named)
+    import_checkpoint(FairseqImport(path, tmp_path / "b", dictionaries(tmp_path, 9, 9)))
+    tree = yaml.safe_load((tmp_path / "b" / "recipe.yaml").read_text())
+    (tmp_path / "PAIRS.tsv").write_text(f"{LINE}\t{LINE}\n")
+    tree["data"]["train"] = tree["data"]["valid"] = [{"kind": "tsv", "path": str(tmp_path / "PAIRS.tsv")}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    recipe = load_recipe(str(tmp_path / "recipe.yaml"))
+    prepare(recipe.data, tmp_path / "data", workers=1)
+    data = TrainingData(tmp_path / "data", recipe)
+    assert data.vocabulary == find_bundle(tmp_path / "b").description.vocabulary
+    batch = data.collator(recipe)([(data.train[0].source, data.train[0].target)], np.array([0]))
+    assert batch.reading.tokens.tolist() == [source]
+    after = [EOS] if case.startswith("mbart") else []
+    assert batch.targets.labels.tolist() == [*forced, *WORDS, *after, end]
+    assert batch.target.tokens.tolist() == [[start, *forced, *WORDS, *after]]
 
 
 def test_a_direction_is_chosen_by_pair(tmp_path: Path, modules: AbsentModules) -> None:
