@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from dstrain.build.bundle_model import BundleModel, load
 from dstrain.build.device import open_device
 from dstrain.config_base import PrecisionChoice
 from dstrain.data.sources.opening import STANDARD
+from dstrain.data.tokenizers.unknown import MANY, UnknownTokens, likely_cause
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.files import Chunk, check_texts, count_lines, translate_file
 from dstrain.generation.formats import Answer, Format, formatter
@@ -102,11 +104,13 @@ def generate_file(options: GenerateOptions) -> GenerationReport:
         overwrite=options.overwrite,
     )
     model, config, render = open_translator(options)
+    tokenizer, unknown = model.tokenizer.target if model.continues else model.tokenizer.source, UnknownTokens()
     start = time.monotonic()
     own_output = options.output == STANDARD and sys.stdout.isatty()  # the answers themselves say how far it is
     with Progress("generating", count_lines(options.input), "lines", shown=not own_output) as bar:
 
         def answer(chunk: Chunk) -> list[list[TextHypothesis]]:
+            unknown.add(tokenizer.encode(chunk.lines), tokenizer.unk_id)
             if chunk.references is not None and options.score_only:
                 scored = model.score_texts(
                     chunk.lines, chunk.references, config, truncate=options.truncate, first_line=chunk.first, progress=bar.advance
@@ -124,4 +128,9 @@ def generate_file(options: GenerateOptions) -> GenerationReport:
         lines, tokens = translate_file(
             answer, options.input, options.output, render, reference=options.reference, prefix=options.prefix
         )
+    if unknown.unknown:
+        cause = f": {likely_cause(tokenizer)}" if unknown.share > MANY else ""
+        level = logging.WARNING if cause else logging.INFO
+        counts = (unknown.unknown, unknown.tokens, 100 * unknown.share)
+        logger.log(level, "%d of %d tokens of the input (%.2f %%) are <unk>%s", *counts, cause)
     return GenerationReport(lines, tokens, max(time.monotonic() - start, 1e-9))

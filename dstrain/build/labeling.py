@@ -109,7 +109,8 @@ def build_labeler(options: LabelOptions, device: str) -> Labeler:
         device=source.device,
     )
     sizes = bundle.vocabulary.source, bundle.vocabulary.target
-    return Labeler(generator, source.dataset, job, limits, sizes, options.output)
+    unk_ids = source.tokenizers.source.unk_id, source.tokenizers.target.unk_id
+    return Labeler(generator, source.dataset, job, limits, sizes, unk_ids, options.output)
 
 
 def _length_limits(options: LabelOptions, source: TeacherSource) -> FilterConfig:

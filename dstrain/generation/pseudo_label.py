@@ -56,13 +56,14 @@ class LabelReport:
 
 @dataclass(frozen=True)
 class Labeler:
-    """Writes shards of `job` into `output`. limits: which outputs are dropped by their lengths."""
+    """Writes shards of `job` into `output`. limits: which outputs are dropped by their lengths. unk_ids: of source and target."""
 
     generator: Generator
     dataset: Dataset
     job: LabelJob
     limits: FilterConfig
     vocabulary: tuple[int, int]
+    unk_ids: tuple[int, int]
     output: Path
 
     def run(self, worker: Worker, progress: Callable[[int], object]) -> LabelReport:
@@ -91,7 +92,7 @@ class Labeler:
         dtypes = [id_dtype(size) for size in self.vocabulary]
         path = self.output / label_shard_file(number)
         with atomic_writer(path) as sink:
-            writer = ShardWriter(sink, shard_schema(dtypes[0], dtypes[1], with_text=False))
+            writer = ShardWriter(sink, shard_schema(dtypes[0], dtypes[1], with_text=False), unk_ids=self.unk_ids)
             kept = list(compress(sources, keep)), list(compress(targets, keep))
             if kept[0]:
                 writer.add(Rows(*_flat(kept[0], dtypes[0]), *_flat(kept[1], dtypes[1])))

@@ -43,7 +43,7 @@ def test_a_command_line_becomes_a_recipe_that_trains(command: str, data: str, tm
 def test_imported_data_train_under_a_recipe_that_extends_their_section(tmp_path: Path) -> None:
     data, run, recipe = tmp_path / "data", tmp_path / "run", tmp_path / "recipe.yaml"
     printed = succeeds(dstrain("import", "fairseq-data", GOLDEN / "data/bin_sep", "--output", data)).stdout
-    assert "# train: 400 pairs, 3,481 + 3,481 tokens; dropped 0 of 400: none" in printed
+    assert "# train: 400 pairs, 3,481 + 3,481 tokens; <unk> " in printed
     (tmp_path / "data.yaml").write_text(printed)
     quickstart = yaml.safe_load(succeeds(dstrain("show", RECIPE, *settings(*SMALL_TRAINING))).stdout)
     quickstart["model"]["embedding"]["tie"] = "decoder"

@@ -25,11 +25,16 @@ TOKENIZER_DIRECTORY = "tokenizer"
 
 
 class ShardRecord(FileRecord):
-    """One Arrow file; tokens count the final EOS of every sentence."""
+    """One Arrow file; tokens count the final EOS of every sentence.
+
+    source_unknown, target_unknown: how many of them are <unk>; None if it was written before these were counted.
+    """
 
     rows: Count
     source_tokens: Count
     target_tokens: Count
+    source_unknown: Count | None = None
+    target_unknown: Count | None = None
 
 
 class SplitRecord(Config):
@@ -54,6 +59,18 @@ class SplitRecord(Config):
     def target_tokens(self) -> int:
         """Over all shards."""
         return sum(shard.target_tokens for shard in self.shards)
+
+    def unknown_shares(self) -> dict[str, float]:
+        """The share of <unk> among the tokens but EOS, by side; none for a side that has no other tokens or was not counted."""
+        sides = {
+            "source": (self.source_tokens, [shard.source_unknown for shard in self.shards]),
+            "target": (self.target_tokens, [shard.target_unknown for shard in self.shards]),
+        }
+        return {
+            side: sum(count or 0 for count in counts) / (tokens - self.rows)
+            for side, (tokens, counts) in sides.items()
+            if tokens > self.rows and None not in counts
+        }
 
     @property
     def fingerprint(self) -> str:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from dstrain import __version__
 from dstrain.arguments import require_path, require_type
@@ -41,6 +40,7 @@ from dstrain.log import logger
 from dstrain.progress import Progress
 from dstrain.storage.atomic import atomic_writer
 from dstrain.storage.document import FileRecord
+from dstrain.storage.hashing import HashingWriter
 from dstrain.storage.lock import locked_output
 from dstrain.storage.outputs import refuse_input_as_output
 from dstrain.storage.sharded_job import finished_shard, sidecar_path, warn_of_interruption, write_sidecar
@@ -76,13 +76,15 @@ def prepare(config: DataConfig, output: Path, *, workers: int, overwrite: bool =
         if damage is not None:
             logger.warning("%s is damaged, so everything is prepared again: %s", output, damage)
         start_job(output, job, known, overwrite=overwrite or damage is not None)
-        if (output / MANIFEST_FILE).exists():
-            return _finished(output)
         try:
-            return _Preparation(config, output, job, sizes, workers=workers, progress=progress).run()
+            work = _Preparation(config, output, job, sizes, workers=workers, progress=progress)
+            report = _finished(output) if (output / MANIFEST_FILE).exists() else work.run()
         except KeyboardInterrupt:
             warn_of_interruption(output)
             raise
+    for warning in report.warnings:
+        logger.warning("%s", warning)
+    return report
 
 
 def _busy(output: Path, holder: str) -> DataError:
@@ -178,10 +180,11 @@ class _Preparation:
         blocks = read_blocks(split, splits_of(self._config)[split], self._sizes[split], done, per_shard)
         dtypes = [id_dtype(side.vocab_size) for side in (tokenizers.source, tokenizers.target)]
         schema = shard_schema(dtypes[0], dtypes[1], with_text=split != "train")
+        writer = partial(ShardWriter, schema=schema, unk_ids=(tokenizers.source.unk_id, tokenizers.target.unk_id))
         encoded = iter(encode(blocks))
         for number in range(len(finished), -(-total // per_shard)):
             pairs = min(per_shard, total - number * per_shard)
-            finished.append(self._write_shard(f"{split}/{number:05d}.arrow", schema, encoded, pairs, bar))
+            finished.append(self._write_shard(f"{split}/{number:05d}.arrow", writer, encoded, pairs, bar))
         self._work[split] = (total - done, time.perf_counter() - start_time)
         return self._record(split, finished)
 
@@ -197,11 +200,18 @@ class _Preparation:
             logger.info("%s: %d of %d shards were finished before", split, len(finished), number_of_shards)
         return finished
 
-    def _write_shard(self, file: str, schema: Any, blocks: Iterator[EncodedBlock], pairs: int, bar: Progress) -> PairSidecar:
+    def _write_shard(
+        self,
+        file: str,
+        make_writer: Callable[[HashingWriter], ShardWriter],
+        blocks: Iterator[EncodedBlock],
+        pairs: int,
+        bar: Progress,
+    ) -> PairSidecar:
         """Write the next `pairs` pairs of the corpus as one shard."""
         pairs_read, dropped = 0, Counter[str]()
         with atomic_writer(self._output / file) as sink:
-            writer = ShardWriter(sink, schema)
+            writer = make_writer(sink)
             while pairs_read < pairs:
                 block = next(blocks)
                 writer.add(block.rows)

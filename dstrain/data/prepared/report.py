@@ -9,6 +9,7 @@ from dstrain.data.config import DataConfig, has_no_source
 from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, DataManifest, SplitRecord, data_remedy, load_manifest
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
+from dstrain.data.tokenizers.unknown import MANY, likely_cause
 from dstrain.errors import DataError
 from dstrain.progress import with_progress
 
@@ -17,7 +18,7 @@ from dstrain.progress import with_progress
 class SplitReport:
     """One split. pairs_encoded and seconds are this run's: fewer pairs than the split's if an earlier run left shards.
 
-    has_source: False for text without a source, whose pairs are lines.
+    has_source: False for text without a source, whose pairs are lines. unknown: the share of <unk> by side, see `SplitRecord`.
     """
 
     name: str
@@ -26,6 +27,7 @@ class SplitReport:
     pairs_kept: int
     source_tokens: int
     target_tokens: int
+    unknown: dict[str, float]
     dropped: dict[str, int]
     pairs_encoded: int
     seconds: float
@@ -40,6 +42,7 @@ class SplitReport:
         unit = "pairs" if self.has_source else "lines"
         sides = f"{self.source_tokens:,} + " if self.has_source else ""
         words = f"{self.name}: {self.pairs_kept:,} {unit}, {sides}{self.target_tokens:,} tokens"
+        words += f"; <unk> {self._shares()}"
         lost = {reason: count for reason, count in self.dropped.items() if count}
         if self.name == "train" or lost:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in lost.items()) or "none"
@@ -48,10 +51,17 @@ class SplitReport:
             words += f"; {self.seconds:.1f} s, {self.pairs_per_second:,.0f} {unit}/s"
         return words
 
+    def _shares(self) -> str:
+        if not self.unknown:
+            return "not counted"
+        if not self.has_source:
+            return f"{100 * self.unknown.get('target', 0.0):.2f} %"
+        return " and ".join(f"{100 * share:.2f} % of {side}" for side, share in self.unknown.items())
+
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """The whole directory. finished_before: there was nothing left to do."""
+    """The whole directory. finished_before: there was nothing left to do. warnings: of text that the tokenizer does not know."""
 
     output: Path
     splits: dict[str, SplitReport]
@@ -59,6 +69,7 @@ class PrepareReport:
     target_vocab_size: int
     shared: bool
     finished_before: bool
+    warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
         """The report as text."""
@@ -86,7 +97,24 @@ def build_report(
         target_vocab_size=tokenizers.target.vocab_size,
         shared=tokenizers.shared,
         finished_before=finished_before,
+        warnings=tuple(_warnings(manifest, tokenizers)),
     )
+
+
+def _warnings(manifest: DataManifest, tokenizers: TokenizerPair) -> list[str]:
+    """Sides of splits with many <unk>, and the likely cause: a line for each cause."""
+    corpora = splits_of(DataConfig.model_validate(manifest.data))
+    sides: dict[str, list[str]] = {}
+    for name, split in manifest.splits.items():
+        for side, share in split.unknown_shares().items():
+            cause = likely_cause(tokenizers.source if side == "source" else tokenizers.target)
+            if all(source.kind in {"fairseq", "fairseq_text"} for source in corpora[name]):
+                cause = "fairseq-preprocess wrote them so: its dictionary lacked words of the text that it was given"
+            if manifest.pseudo_labels is not None and (name, side) == ("train", "target"):
+                cause = "the teacher generates them: it was trained on such targets"
+            if share > MANY:
+                sides.setdefault(cause, []).append(f"{100 * share:.1f} % of the {side} tokens of {name}")
+    return [f"{', '.join(shares)} are <unk>: {cause}" for cause, shares in sides.items()]
 
 
 def describe_data(directory: Path) -> list[str]:
@@ -99,6 +127,7 @@ def describe_data(directory: Path) -> list[str]:
         if labels is None
         else f"prepared data; training targets are the outputs of teacher {labels['teacher'][:12]}",
         *report.lines()[1:],
+        *(f"warning: {warning}" for warning in report.warnings),
         f"tokenizer {manifest.tokenizer_fingerprint[:12]}, preparation {manifest.job[:12]}",
         f"complete; every checksum is right; written by {manifest.created_by}",
     ]
@@ -123,6 +152,7 @@ def _split_report(name: str, record: SplitRecord, pairs_encoded: int, seconds: f
         pairs_kept=record.rows,
         source_tokens=record.source_tokens,
         target_tokens=record.target_tokens,
+        unknown=record.unknown_shares(),
         dropped=record.dropped,
         pairs_encoded=pairs_encoded,
         seconds=seconds,

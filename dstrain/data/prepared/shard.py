@@ -50,9 +50,14 @@ def shard_schema(source_dtype: np.dtype[Any], target_dtype: np.dtype[Any], *, wi
 
 
 class ShardWriter:
-    """Collects rows into record batches. The bytes depend only on the rows and on how `add` groups them."""
+    """Collects rows into record batches. The bytes depend only on the rows and on how `add` groups them.
 
-    def __init__(self, writer: HashingWriter, schema: Any) -> None:
+    unk_ids: of source and target, which are counted.
+    """
+
+    def __init__(self, writer: HashingWriter, schema: Any, *, unk_ids: tuple[int, int]) -> None:
+        self._unk_ids = unk_ids
+        self._unknown = [0, 0]
         self._sink = writer
         self._schema = schema
         self._stream = pa.ipc.new_file(pa.PythonFile(writer, mode="w"), schema)
@@ -71,6 +76,8 @@ class ShardWriter:
         self.rows += count
         self.source_tokens += len(rows.source)
         self.target_tokens += len(rows.target)
+        for side, (ids, unk_id) in enumerate(zip((rows.source, rows.target), self._unk_ids, strict=True)):
+            self._unknown[side] += int(np.count_nonzero(ids == unk_id))
 
     def finish(self, file: str) -> ShardRecord:
         """Write the rest and the footer; `file` is the shard's name in the manifest."""
@@ -83,6 +90,8 @@ class ShardWriter:
             rows=self.rows,
             source_tokens=self.source_tokens,
             target_tokens=self.target_tokens,
+            source_unknown=self._unknown[0],
+            target_unknown=self._unknown[1],
         )
 
     def _flush(self) -> None:

@@ -198,6 +198,11 @@ class DictionaryTokenizer:
         return [ids[symbol] for symbol in symbols]
 
     @property
+    def splits_words(self) -> bool:
+        """Whether a SentencePiece model splits text into symbols; else white space does."""
+        return self._processor is not None
+
+    @property
     def tags(self) -> frozenset[str]:
         """Symbols that stay whole at the beginning of a line."""
         return self._tags

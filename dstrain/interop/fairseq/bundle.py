@@ -18,7 +18,9 @@ from dstrain.checkpoint.adapter_files import BaseReference, write_adapter
 from dstrain.checkpoint.bundle import find_bundle, fresh_directory, save_bundle
 from dstrain.checkpoint.directories import RECIPE
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
+from dstrain.data.tokenizers.unknown import unreachable_tags
 from dstrain.interop.fairseq.lora import ForeignAdapter
+from dstrain.log import logger
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.storage.atomic import write_file
 from dstrain.storage.parsing import dump_yaml
@@ -39,6 +41,14 @@ def save_imported(
     overwrite: bool,
 ) -> None:
     """Write an imported model, atomically. BundleError as `save_bundle`, and if the adapter does not fit."""
+    lost = [] if tokenizers is None else unreachable_tags(tokenizers.source)
+    if lost:
+        logger.warning(
+            "the SentencePiece model splits %d tags of the source dictionary (%s): if your text begins with them, name them with "
+            "--language-tags",
+            len(lost),
+            ", ".join(lost[:5]),
+        )
 
     def save(bundle: Path, recipe: Mapping[str, Any] | None) -> None:
         save_bundle(

@@ -52,7 +52,7 @@ def test_rows_come_back_across_record_batches(tmp_path: Path, vocab_size: int, d
     parts = [random_rows(count, count, kind, with_text=True) for count in (10_000, 1, 7_000, 0, 5)]
     path = tmp_path / "shard.arrow"
     with atomic_writer(path) as sink:
-        writer = ShardWriter(sink, shard_schema(kind, kind, with_text=True))
+        writer = ShardWriter(sink, shard_schema(kind, kind, with_text=True), unk_ids=(3, 3))
         for rows, _ in parts:
             writer.add(rows)
         record = writer.finish("shard.arrow")

@@ -199,8 +199,8 @@ def test_text_without_a_source_is_judged_by_its_own_length_and_loses_its_blank_l
     assert [valid.target_text(row) for row in range(len(valid))] == [words[3], words[11], words[9], words[1]]
     assert [valid.source_text(row) for row in range(len(valid))] == [""] * 4
     train_line, valid_line = report.lines()[2:]
-    assert train_line.startswith("train: 3 lines, 16 tokens; dropped 3 of 6: empty 2, too long 1;")
-    assert valid_line.startswith("valid: 4 lines, 28 tokens; dropped 2 of 6: empty 2;")
+    assert train_line.startswith("train: 3 lines, 16 tokens; <unk> 0.00 %; dropped 3 of 6: empty 2, too long 1;")
+    assert valid_line.startswith("valid: 4 lines, 28 tokens; <unk> 0.00 %; dropped 2 of 6: empty 2;")
 
 
 def test_text_and_pairs_may_stand_side_by_side(tmp_path: Path) -> None:

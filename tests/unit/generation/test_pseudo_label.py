@@ -93,7 +93,7 @@ def label(
 ) -> LabelReport:
     job = job_for(data, **changes)
     limits = FilterConfig(max_target_length=max_target_length, max_ratio=max_ratio)
-    labeler = Labeler(cast(Generator, Scripted(longest)), open_dataset(data, "train"), job, limits, (120, 120), output)
+    labeler = Labeler(cast(Generator, Scripted(longest)), open_dataset(data, "train"), job, limits, (120, 120), (3, 3), output)
     report = labeler.run(share, lambda pairs: None)
     if share.index == 0:
         copy_original(data, output, job)
@@ -165,7 +165,9 @@ def test_a_search_that_is_cut_short_gives_no_targets_of_its_full_length(data: Pa
     config = BeamSearchConfig(beam_size=2, length_penalty=1.0, max_length_ratio=0.0, max_length_offset=5)
     generator = Generator(teacher, config, SpecialIds(pad=PAD, eos=EOS, unk=0), limits=teacher.config.limits)
     job = job_for(data, max_repeats=None)
-    report = Labeler(generator, dataset, job, FilterConfig(), (120, 120), tmp_path / "labeled").run(Worker(0, 1), lambda n: None)
+    report = Labeler(generator, dataset, job, FilterConfig(), (120, 120), (3, 3), tmp_path / "labeled").run(
+        Worker(0, 1), lambda n: None
+    )
     found = generator.translate_ids([dataset[row].source.tolist() for row in range(PAIRS)])
     cut = sum(len(hypotheses[0].tokens) == 6 for hypotheses in found)
     assert 0 < cut < PAIRS
