@@ -102,7 +102,9 @@ def merge(base: Mapping[str, Any], top: Mapping[str, Any], sections: Sequence[ty
 
 
 def _same_part(old: Mapping[str, Any], new: Mapping[str, Any]) -> bool:
-    return "preset" not in new and new.get("kind", old.get("kind")) == old.get("kind")
+    preset = PRESETS.get(str(old.get("preset")))
+    old_kind = old.get("kind", preset.kind if preset else None)
+    return "preset" not in new and new.get("kind", old_kind) == old_kind
 
 
 def _annotations(sections: Sequence[type[BaseModel]], key: str) -> list[Any]:

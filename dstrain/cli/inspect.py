@@ -17,9 +17,9 @@ from pathlib import Path
 from dstrain.checkpoint.directories import is_bundle, require_bundle
 from dstrain.cli.bundle_arguments import add_base_argument
 from dstrain.cli.common import named, positive_number
-from dstrain.data.prepared.manifest import MANIFEST_FILE, load_manifest
-from dstrain.distillation.store.manifest import STORE_FILE
+from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import DataError
+from dstrain.storage.directory_kind import directory_kind, instead_of
 from dstrain.storage.sharded_job import PARTS_FILE
 
 
@@ -59,15 +59,15 @@ def _describe(path: Path, base: Path | None) -> list[str]:
         return describe_bundle(path, base)
     if base is not None:
         raise DataError(f"--base {base} is for an adapter bundle, which {path} is not; leave it out")
-    if (path / MANIFEST_FILE).is_file() or (path / "job.json").is_file() or (path / "train").is_dir():
+    if directory_kind(path) == "prepared data":
         from dstrain.data.prepared.report import describe_data
 
         return describe_data(path)
-    if (path / STORE_FILE).is_file() or (path / PARTS_FILE).is_file():
+    if directory_kind(path) == "dumped logits" or (path / PARTS_FILE).is_file():
         from dstrain.distillation.store.store import describe_store
 
         return describe_store(path)
-    raise DataError(f"{path} is no prepared data, no bundle and no dumped logits; name a directory that dstrain wrote")
+    raise DataError(f"{path} is no prepared data, no bundle and no dumped logits: {instead_of('a bundle', path)}")
 
 
 def _print_angles(args: argparse.Namespace) -> None:

@@ -107,7 +107,7 @@ def _expectation(detail: Any, yaml: bool) -> str:
     mistake, context = detail["type"], detail.get("ctx", {})
     if mistake in ("too_short", "too_long"):
         bound = f"least {_items(context['min_length'])}" if mistake == "too_short" else f"most {_items(context['max_length'])}"
-        return f"input should be a list of at {bound}"
+        return f"input should be a {'mapping' if context['field_type'] == 'Dictionary' else 'list'} of at {bound}"
     if yaml and mistake in EXPECTED:
         return f"input should be {EXPECTED[mistake]}"
     return f"{detail['msg'][:1].lower()}{detail['msg'][1:]}"

@@ -175,6 +175,9 @@ def test_a_preset_in_a_file_replaces_the_model_that_it_extends(tmp_path: Path) -
     child.write_text("extends: translation/quickstart\nmodel: {preset: base, embedding: {tie: all}}\n")
     model = load_recipe(str(child)).model
     assert (model.model_dim, model.norm_order, model.embedding.tie) == (512, "post", "all")
+    grandchild = tmp_path / "grandchild.yaml"
+    grandchild.write_text("extends: child.yaml\nmodel: {kind: encoder_decoder, dropout: 0.25}\n")
+    assert load_recipe(str(grandchild)).model == model.model_copy(update={"dropout": 0.25})
 
 
 def test_another_version_is_refused() -> None:

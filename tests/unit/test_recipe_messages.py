@@ -107,6 +107,7 @@ LAYERS = "objective={{kind: distillation, features: [{{kind: attention, side: cr
 @pytest.mark.parametrize(
     ("layers", "messages"),
     [
+        ("{}", ["objective.features.0.layers: input should be a mapping of at least 1 item, not {}"]),
         ("{a: 1}", ["objective.features.0.layers: the key 'a' should be a valid integer"]),
         ("{0: 1}", ["objective.features.0.layers: the key '0' should be greater than 0"]),
         (
