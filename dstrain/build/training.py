@@ -75,6 +75,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
         data=plan.data.manifest.job,
         teachers=plan.objective.teachers,
         upgrade=partial(upgrade_config, Recipe),
+        accept=options.accept_changes,
     )
     try:
         engine = build_engine(recipe, plan.data.vocabulary, mesh, plan.objective.build(mesh), plan.base)

@@ -15,7 +15,9 @@ from dstrain.engine.config import Placement
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.errors import DataError, RecipeError, TrainingError
 from dstrain.recipe import ObjectiveConfig, Recipe
+from dstrain.recipe_file import recipe_tree
 from dstrain.storage.outputs import refuse_input_as_output
+from dstrain.training.accepted_changes import check_accepted
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,24 @@ class TeacherOptions(CheckedOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(CheckedOptions):
-    """The options of `dstrain train`. output: the run directory. base: the bundle that training starts from, None for none."""
+    """The options of `dstrain train`. output: the run directory. base: the bundle that training starts from, None for none.
+
+    accept_changes: keys of the recipe that a resume may change, although they decide the result.
+    """
 
     data: Path
     output: Path
     base: Path | None = None
     teachers: TeacherOptions = field(default_factory=TeacherOptions)
     device: DeviceChoice = "auto"
+    accept_changes: tuple[str, ...] = ()
 
 
 def check_training(recipe: Recipe, options: TrainOptions) -> None:
     """Raise a DstrainError for every mistake in arguments and paths that shows before anything is loaded."""
     teachers = options.teachers
     check_teacher_options(recipe.objective, teachers)
+    check_accepted(options.accept_changes, recipe_tree(recipe))
     if recipe.adapter is not None and options.base is None:
         raise RecipeError("the recipe has an adapter section, which adapts a trained model; name its bundle with --base BUNDLE")
     manifest = load_manifest(options.data)

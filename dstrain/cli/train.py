@@ -11,7 +11,7 @@ From disk:        dstrain train translation/multi30k_tiny_kd --data DATA --outpu
 
 RUN holds recipe.yaml, events.jsonl, checkpoints/ (for resuming) and bundles/ (models: best, last, step_...). Starting again
 with the same RUN resumes, bit for bit; on other ranks or under another ZeRO stage or precision, within rounding. A recipe that
-computes something else is refused. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first.
+computes something else is refused, unless --accept-changes KEY names it. Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint first.
 Exit codes: 0 finished, 1 a mistake or a failed step, 85 saved after SIGTERM or SIGUSR1 (start again), 130 saved after Ctrl-C.
 """
 
@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="which id of the teacher each id of the data is, for a teacher with a permuted or larger vocabulary",
     )
+    parser.add_argument(
+        "--accept-changes",
+        metavar="KEY,...",
+        type=lambda text: tuple(text.split(",")),
+        default=(),
+        help="resume with other values of these keys of optimizer, schedule, or engine.clip_norm; recorded in the events",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
 
 
@@ -65,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     from dstrain.build.training_options import TeacherOptions, TrainOptions, check_training
 
     teachers = TeacherOptions(tuple(args.teachers), args.teacher_placement, args.vocabulary_map, logits=args.logits)
-    options = TrainOptions(**named(args, "data", "output", "base", "device"), teachers=teachers)
+    options = TrainOptions(**named(args, "data", "output", "base", "device", "accept_changes"), teachers=teachers)
     check_training(recipe, options)
     announce_training(recipe, args.recipe, **named(args, "data", "output", "base"))
     from dstrain.build.training import train

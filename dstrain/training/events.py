@@ -12,7 +12,7 @@ same objects.
 | | best_step |
 | bundle | names |
 | checkpoint | path, seconds |
-| resume | path, world_size, layout (ranks, DeepSpeed file, precision), layout_before |
+| resume | path, world_size, layout (ranks, DeepSpeed file, precision), layout_before, changes of the recipe |
 | failure | message, epoch, index, examples: position and data set rows of the step that failed |
 | end | reason, exit_code, elapsed_seconds, best_score, best_step |
 
@@ -91,28 +91,30 @@ class EventFile:
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All events of a file. A broken last line, the trace of a crash, is left out with a warning.
+    """All events of a file. Damaged lines, such as the last one after a crash, are left out with a warning that counts them.
 
-    Raises TrainingError if the file is missing or broken elsewhere.
+    Raises TrainingError if the file is missing.
     """
     if not path.is_file():
         raise TrainingError(
             f"{path} is missing: give the directory that `dstrain train --output` wrote; {instead_of('a run', path.parent)}"
         )
     lines = path.read_bytes().split(b"\n")
-    events = []
+    events, damaged = [], []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             event = parse_json(line.decode())
-            if not isinstance(event, dict) or "kind" not in event:
-                raise ValueError("not an event")
+        except ValueError:
+            event = None
+        if isinstance(event, dict) and {"kind", "step"} <= event.keys():
             events.append(event)
-        except ValueError as error:
-            if any(rest.strip() for rest in lines[number:]):
-                raise TrainingError(f"{path}:{number} is not an event ({error}); remove that line") from error
-            logger.warning("%s:%d: leaving out the broken last line", path, number)
+        else:
+            damaged.append(number)
+    if damaged:
+        some = ", ".join(map(str, damaged[:8])) + (", ..." if len(damaged) > 8 else "")
+        logger.warning("%s: %d of its lines are damaged and left out: %s", path, len(damaged), some)
     return events
 
 

@@ -2,13 +2,14 @@
 
 ```
 RUN/recipe.yaml   the recipe the run was started with, resolved
-RUN/run.json      format, run_id, fingerprints of the data and of the teachers, if any
+RUN/run.json      format, run_id, fingerprints of the data and of the teachers, if any, accepted changes
 RUN/events.jsonl  what happened (events.py)
 RUN/checkpoints/  for resuming          RUN/bundles/   models: best, last, step_...
 RUN/.lock         held by rank 0 while it trains
 ```
 A run may be continued with another recipe if the difference does not decide the result: when training ends, what it reports,
-validates and keeps, and how a step is computed (ranks, ZeRO stage, precision). Every other difference is refused and shown.
+validates and keeps, and how a step is computed (ranks, ZeRO stage, precision). Every other difference is refused and shown,
+unless it is one that a user may accept (`accepted_changes.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field
+
 from dstrain.config_base import Config
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.log import logger
@@ -30,6 +33,7 @@ from dstrain.storage.atomic import write_file
 from dstrain.storage.document import DocumentFormat, read_mapping
 from dstrain.storage.lock import OutputLock, lock_output
 from dstrain.storage.parsing import dump_yaml
+from dstrain.training.accepted_changes import is_acceptable, is_accepted, option_for, value_at, with_values
 
 RUN_VERSION = 1
 Upgrade = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -54,12 +58,16 @@ OWN_FILES = {".lock", "run.json", "run.json.tmp", "recipe.yaml.tmp"}
 
 
 class RunDescription(Config):
-    """run.json. data: fingerprint of the prepared data; teachers: of all that teaches."""
+    """run.json. data: fingerprint of the prepared data; teachers: of all that teaches.
+
+    accepted: values of the recipe that were changed since the run was started, by dotted key.
+    """
 
     format: int
     run_id: str
     data: str
     teachers: tuple[str, ...] = ()
+    accepted: dict[str, Any] = Field(default_factory=dict)
 
 
 _REMEDY = "restore it, or choose another --output"
@@ -105,11 +113,12 @@ def open_run(
     data: str,
     teachers: Sequence[str] = (),
     upgrade: Upgrade = dict,
+    accept: Sequence[str] = (),
 ) -> Run:
     """Make RUN, or open the one that is there to resume it. Collective; rank 0 holds the lock.
 
     recipe: the resolved recipe as plain YAML values. data, teachers: fingerprints of the prepared data and of all that teaches.
-    upgrade: resolves a recipe of an earlier version as this one would.
+    upgrade: resolves a recipe of an earlier version as this one would. accept: keys of the recipe that may differ on a resume.
     Raises TrainingError if another training holds the run or the directory is something else, CheckpointError if the
     recipe, the data or the teachers differ or the run has lost its checkpoints.
     """
@@ -117,7 +126,8 @@ def open_run(
 
     def on_first_rank() -> None:
         if ranks.rank == 0:
-            run._lock, run.run_id, run.changes = _open(directory, recipe, {"data": data, "teachers": list(teachers)}, upgrade)
+            origin = {"data": data, "teachers": list(teachers)}
+            run._lock, run.run_id, run.changes = _open(directory, recipe, origin, upgrade, accept)
 
     raise_on_all_ranks(ranks, TrainingError, f"opening {directory}", on_first_rank)
     run.run_id, run.changes = ranks.broadcast_object((run.run_id, run.changes))
@@ -161,7 +171,7 @@ def flatten_tree(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _open(
-    directory: Path, recipe: Mapping[str, Any], origin: Mapping[str, Any], upgrade: Upgrade
+    directory: Path, recipe: Mapping[str, Any], origin: Mapping[str, Any], upgrade: Upgrade, accept: Sequence[str]
 ) -> tuple[OutputLock, str, tuple[str, ...]]:
     recipe_file = directory / "recipe.yaml"
     if directory.exists() and not directory.is_dir():
@@ -174,20 +184,25 @@ def _open(
         )
     lock = lock_output(directory, busy=partial(_busy, directory))
     try:
-        return lock, *_begin_or_resume(directory, recipe, origin, upgrade)
+        return lock, *_begin_or_resume(directory, recipe, origin, upgrade, accept)
     except BaseException:
         lock.release()
         raise
 
 
 def _begin_or_resume(
-    directory: Path, recipe: Mapping[str, Any], origin: Mapping[str, Any], upgrade: Upgrade
+    directory: Path, recipe: Mapping[str, Any], origin: Mapping[str, Any], upgrade: Upgrade, accept: Sequence[str]
 ) -> tuple[str, tuple[str, ...]]:
     """The run's id, and the changes of the recipe since it was started."""
     recipe_file = directory / "recipe.yaml"
     if recipe_file.exists() and _has_progress(directory):
-        changes = _check_recipe(recipe_file, recipe, upgrade)
-        return _run_id(directory / "run.json", origin), changes
+        run = _known_run(directory / "run.json", origin)
+        return run.run_id, _check_recipe(directory, run, recipe, upgrade, accept)
+    if accept:
+        raise CheckpointError(
+            f"--accept-changes {','.join(accept)} is for a run that is resumed, but {directory} holds no checkpoint: leave it "
+            "out to begin with this recipe, or name the --output of the run"
+        )
     run_id = uuid.uuid4().hex[:16]
     RUN_FORMAT.write(directory / "run.json", RunDescription(format=RUN_VERSION, run_id=run_id, **origin))
     write_file(recipe_file, dump_yaml(_plain(recipe)).encode())
@@ -200,16 +215,27 @@ def _busy(directory: Path, holder: str) -> TrainingError:
     )
 
 
-def _check_recipe(recipe_file: Path, recipe: Mapping[str, Any], upgrade: Upgrade) -> tuple[str, ...]:
-    old, new = upgrade(read_mapping(recipe_file, error=CheckpointError, remedy=_REMEDY)), _plain(recipe)
-    differences = recipe_differences(old, new)
-    if differences:
+def _check_recipe(
+    directory: Path, run: RunDescription, recipe: Mapping[str, Any], upgrade: Upgrade, accept: Sequence[str]
+) -> tuple[str, ...]:
+    """All changes since the run was started. Those that are accepted now are recorded, if no other is refused."""
+    started = upgrade(read_mapping(directory / "recipe.yaml", error=CheckpointError, remedy=_REMEDY))
+    new = _plain(recipe)
+    accepted = {key: value for key, value in run.accepted.items() if key not in accept}
+    accepted |= {key: value_at(new, key) for key in accept}  # the latest is last, and wins
+    before = with_values(started, accepted)
+    if differences := recipe_differences(before, new):
+        refused = [key for key in _changes(before, new) if not _may_change(key)]
+        by_option = f"accept them with {option_for(refused)}, " if all(map(is_acceptable, refused)) else ""
         raise CheckpointError(
-            f"{recipe_file.parent} was started with another recipe; it is not resumed with this one:\n"
+            f"{directory} was started with another recipe; it is not resumed with this one:\n"
             + "\n".join(differences)
-            + "\nundo these changes to resume, or choose another --output to train afresh"
+            + f"\nundo these changes to resume, {by_option}or choose another --output to train afresh"
         )
-    return tuple(f"{key}: {change}" for key, change in _changes(old, new).items() if key not in LAYOUT_KEYS)
+    if accepted != run.accepted:
+        RUN_FORMAT.write(directory / "run.json", run.model_copy(update={"accepted": accepted}))
+    changes = {key: change for key, change in _changes(started, new).items() if key not in LAYOUT_KEYS}
+    return tuple(f"{key}: {change}{', accepted' if is_accepted(key, accepted) else ''}" for key, change in changes.items())
 
 
 def _has_progress(directory: Path) -> bool:
@@ -232,7 +258,7 @@ def _has_progress(directory: Path) -> bool:
     return False
 
 
-def _run_id(path: Path, origin: Mapping[str, Any]) -> str:
+def _known_run(path: Path, origin: Mapping[str, Any]) -> RunDescription:
     run = RUN_FORMAT.read(path)
     if run.data != origin["data"]:
         raise CheckpointError(
@@ -245,7 +271,7 @@ def _run_id(path: Path, origin: Mapping[str, Any]) -> str:
             f"{path.parent} was started with another teacher ({then}, this is {now}): name the first one, in the same "
             "order, or choose another --output"
         )
-    return run.run_id
+    return run
 
 
 def _plain(tree: Any) -> Any:

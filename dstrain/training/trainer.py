@@ -151,10 +151,16 @@ class Trainer:
             self._emit_window(state)
             batch_position = {"epoch": planned.epoch, "index": planned.index, "examples": planned.examples.tolist()}
             self.reporter.emit("failure", state.step, message=str(error), **batch_position)
-            latest = self.checkpoints.latest or "none; start again from the beginning"
+            latest = self.checkpoints.latest
+            resume = (
+                f"The last checkpoint is {latest}: start again to resume, and name what you change of the recipe, for example "
+                "with --set optimizer.learning_rate=X --accept-changes optimizer.learning_rate"
+                if latest
+                else "There is no checkpoint yet: start again from the beginning, with any recipe"
+            )
             raise TrainingError(
                 f"step {state.step + 1} failed (epoch {planned.epoch}, step {planned.index} of it; the last line of events.jsonl "
-                f"lists its examples): {error}. The last checkpoint is {latest}",
+                f"lists its examples): {error}. {resume}",
                 on_all_ranks=error.on_all_ranks,
             ) from error
         return report
@@ -173,7 +179,14 @@ class Trainer:
         self._saved_step = state.step
         self.reporter.cut(state.events_bytes)
         layouts = {"layout": self.engine.layout, "layout_before": latest.layout}
-        self.reporter.emit("resume", state.step, path=str(latest.directory), world_size=self.ranks.size, **layouts)
+        self.reporter.emit(
+            "resume",
+            state.step,
+            path=str(latest.directory),
+            world_size=self.ranks.size,
+            changes=list(self.changes),
+            **layouts,
+        )
         if self.ranks.rank == 0:
             moved = [f"{latest.layout} -> {self.engine.layout}"] if latest.layout != self.engine.layout else []
             changes = "; ".join([*moved, *self.changes]) or "nothing changed"

@@ -116,6 +116,21 @@ def test_a_run_resumed_with_another_recipe_is_refused_with_the_difference(run: P
     fails(dstrain(*words, *settings("optimizer.learning_rate=0.5")), "optimizer.learning_rate: 0.003 -> 0.5")
 
 
+def test_a_change_that_is_accepted_acts_from_the_resume_on_and_is_in_the_events(run: Path, data: Path, tmp_path: Path) -> None:
+    """As the message about it says."""
+    again = Path(shutil.copytree(run, tmp_path / "run"))
+    words = ["train", RECIPE, "--data", data, "--output", again, *settings(*SMALL_DATA, *SMALL_TRAINING, TENSORBOARD)]
+    words += settings("training.max_steps=16", "optimizer.learning_rate=0.0003")
+    said = fails(dstrain(*words), "optimizer.learning_rate: 0.003 -> 0.0003")
+    option = re.search(r"accept them with (--accept-changes) (\S+), or", said)
+    assert option is not None
+    succeeds(dstrain(*words, *option.groups()))
+    assert "optimizer.learning_rate: 0.003 -> 0.0003, accepted" in events(again, "resume")[-1]["changes"]
+    rates = {event["step"]: event["learning_rate"] for event in events(again, "train")}
+    assert rates[15] == pytest.approx(rates[14] / 10 * (14 / 15) ** 0.5)  # the peak of the inverse square root
+    succeeds(dstrain(*words, *option.groups()))  # the same command goes on
+
+
 def test_a_finished_run_started_again_ends_at_once(run: Path, data: Path) -> None:
     before = curve(run)
     words = ["train", RECIPE, "--data", data, "--output", run, *settings(*SMALL_DATA, *SMALL_TRAINING, TENSORBOARD)]

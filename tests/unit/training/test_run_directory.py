@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dstrain.errors import CheckpointError, StorageError, TrainingError
+from dstrain.errors import CheckpointError, RecipeError, StorageError, TrainingError
+from dstrain.training.accepted_changes import check_accepted
 from dstrain.training.run_directory import Run, open_run, recipe_differences
 from tests.paths import ROOT
 from tests.unit.checkpoint.ranks import on_ranks
@@ -128,6 +129,55 @@ def test_what_decides_the_result_in_these_sections_is_refused_with_the_reason(
     with pytest.raises(CheckpointError) as caught:
         open_run(tmp_path / "run", changed(path, value), ONE_PROCESS, data="d1")
     assert f"\n  {line}\n" in str(caught.value)
+
+
+def test_changes_are_accepted_by_key_and_recorded(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    slower = changed("optimizer.learning_rate", 0.001)
+    with pytest.raises(CheckpointError, match=r"resume, accept them with --accept-changes optimizer\.learning_rate, or choose"):
+        open_run(tmp_path / "run", slower, ONE_PROCESS, data="d1")
+    for _ in range(2):  # the same command once more, and without the option
+        for accept in (("optimizer.learning_rate",), ()):
+            run = open_run(tmp_path / "run", slower, ONE_PROCESS, data="d1", accept=accept)
+            run.close()
+            assert run.changes == ("optimizer.learning_rate: 0.005 -> 0.001, accepted",)
+    with pytest.raises(CheckpointError, match=r"optimizer\.learning_rate: 0\.001 -> 0\.005\n"):  # back is a change, too
+        open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1")
+    open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1", accept=["optimizer"]).close()
+    assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["optimizer"]["learning_rate"] == 0.005
+
+
+def test_an_accepted_change_does_not_cover_another(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    both = changed("optimizer.learning_rate", 0.001)
+    both["optimizer"]["betas"] = [0.9, 0.999]
+    both["engine"]["clip_norm"] = 1.0
+    with pytest.raises(CheckpointError, match=r"accept them with --accept-changes engine\.clip_norm,optimizer\.betas, or"):
+        open_run(tmp_path / "run", both, ONE_PROCESS, data="d1", accept=["optimizer.learning_rate"])
+    with pytest.raises(CheckpointError, match="learning_rate"):  # nothing was recorded
+        open_run(tmp_path / "run", changed("optimizer.learning_rate", 0.001), ONE_PROCESS, data="d1")
+    run = open_run(tmp_path / "run", both, ONE_PROCESS, data="d1", accept=["optimizer", "engine.clip_norm"])
+    run.close()
+    assert [change.endswith(", accepted") for change in run.changes] == [True] * 3
+
+
+def test_there_is_nothing_to_accept_in_a_new_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint: leave it out to begin with this recipe, or name the"):
+        open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="d1", accept=["optimizer"])
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("model.encoder.depth", "only keys of optimizer, schedule, engine.clip_norm may change within a run"),
+        ("engine.clip_normal", "only keys of"),
+        ("optimizer.learning_rat", "the recipe has no such key; did you mean learning_rate?"),
+    ],
+)
+def test_only_keys_of_optimizer_schedule_and_clipping_are_accepted(key: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        check_accepted([key], RECIPE)
+    check_accepted(["optimizer.betas", "optimizer", "engine.clip_norm"], RECIPE)
 
 
 @pytest.mark.parametrize(("path", "value"), [("training.seed", 2), ("training.max_stepsize", 2), ("version", 2)])
