@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
 from rich.progress import Progress as Bars
-from rich.table import Column
+from rich.table import Column, Table
 from rich.text import Text
 
 from dstrain.log import logger
@@ -52,11 +52,10 @@ class Progress:
 
     def __enter__(self) -> Progress:
         self._start = self._last_line = time.monotonic()
-        self._hidden = False
+        self._inner = terminal_width() is not None
         if self._shown:
-            self._hidden = terminal_width() is not None
             self._bars = _terminal.open() or self._bars
-        self._id = self._bars.add_task(self._doing, total=self._total, visible=not self._hidden, progress=self)
+        self._id = self._bars.add_task(self._doing, total=self._total, progress=self)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -81,6 +80,10 @@ class Progress:
         self._bars.update(self._id, completed=completed)
         self._say_if_due(now=say)
 
+    def is_visible(self) -> bool:
+        """Whether it has a bar yet."""
+        return not self._inner or time.monotonic() - self._start >= SECONDS_UNTIL_INNER_BAR
+
     def line(self, task: Task, width: int | None = None) -> str:
         """How many, what fits of the notes or the rate, and the time left. task: this one as the bars know it."""
         parts = [f"{task.completed:,.0f}{'' if task.total is None else f'/{task.total:,.0f}'} {self.unit}"]
@@ -93,9 +96,6 @@ class Progress:
         return join_fitting(parts, None if width is None else width - len(end)) + end
 
     def _say_if_due(self, *, now: bool = False) -> None:
-        if self._hidden and time.monotonic() - self._start >= SECONDS_UNTIL_INNER_BAR:
-            self._hidden = False
-            self._bars.update(self._id, visible=True)
         if now or time.monotonic() - self._last_line >= SECONDS_PER_LINE:
             self._last_line = time.monotonic()
             self._bars.refresh()
@@ -134,15 +134,38 @@ class _Console(Console):
 
 
 class _Words(ProgressColumn):
-    """What fits beside a bar."""
+    """What fits beside a bar in so many columns."""
 
-    def __init__(self, bars: Bars) -> None:
-        self._all = bars
+    width = 0
+
+    def __init__(self) -> None:
         super().__init__(table_column=Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
-        doing = max(len(other.description) for other in self._all.tasks if other.visible)
-        return Text(task.fields["progress"].line(task, self._all.console.width - doing - LEAST_BAR - 3))
+        return Text(task.fields["progress"].line(task, self.width))
+
+
+class _VisibleBars(Bars):
+    """Those that are visible, over the whole width."""
+
+    def __init__(self) -> None:
+        self._words, self._terminal = _Words(), _Console(stderr=True)
+        super().__init__(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None, table_column=Column(ratio=1)),
+            self._words,
+            console=self._terminal,
+            expand=True,
+            transient=True,
+            refresh_per_second=2,
+            redirect_stdout=sys.stdout.isatty(),  # what is piped elsewhere is no message
+        )
+
+    def make_tasks_table(self, tasks: Iterable[Task]) -> Table:
+        visible = [task for task in tasks if task.fields["progress"].is_visible()]
+        doing = max((len(task.description) for task in visible), default=0)
+        self._words.width = self._terminal.width - doing - LEAST_BAR - 3
+        return super().make_tasks_table(visible)
 
 
 class _Terminal:
@@ -155,15 +178,7 @@ class _Terminal:
     def open(self) -> Bars | None:
         """None if stderr is no terminal that can move its cursor."""
         if self._bars is None and sys.stderr.isatty() and os.environ.get("TERM") not in {"dumb", "unknown"}:
-            self._bars = Bars(
-                console=_Console(stderr=True),
-                expand=True,
-                transient=True,
-                refresh_per_second=2,
-                redirect_stdout=sys.stdout.isatty(),  # what is piped elsewhere is no message
-            )
-            bar = BarColumn(bar_width=None, table_column=Column(ratio=1))
-            self._bars.columns = (TextColumn("{task.description}"), bar, _Words(self._bars))
+            self._bars = _VisibleBars()
             self._bars.start()
         self._opened += self._bars is not None
         return self._bars

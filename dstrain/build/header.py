@@ -18,7 +18,6 @@ def announce_training(recipe: Recipe, name: str, *, data: Path, output: Path, ba
     stage = resolve_ds_config(engine, replicas=1)["zero_optimization"]["stage"]
     ranks = num_ranks(os.environ)
     limits = {key: getattr(training, key) for key in ("max_steps", "max_epochs", "max_hours")}
-    average = "" if training.ema is None else "; of the moving average (EMA) of the weights"
     logger.info("dstrain %s trains %s", __version__, name)
     log_fields(
         {
@@ -28,6 +27,7 @@ def announce_training(recipe: Recipe, name: str, *, data: Path, output: Path, ba
             "engine": f"{ranks} rank{'s' * (ranks > 1)}, {engine.precision}, ZeRO stage {stage} ({engine.deepspeed})",
             "step": f"{recipe.batching.tokens_per_step:,} target tokens",
             "until": ", ".join(f"{key} = {limit:,}" for key, limit in limits.items() if limit is not None),
-            "validate": f"every {validation.every:,} {validation.unit}, by {validation.metric}{average}",
+            "validate": f"every {validation.every:,} {validation.unit}, by {validation.metric}",
+            "weights": None if training.ema is None else "moving average (EMA), in validations and bundles",
         }
     )

@@ -41,7 +41,8 @@ print([name for name in ("torch", "numpy", "deepspeed", "rich") if name in sys.m
         "  engine    1 rank, fp32, ZeRO stage 1 (zero1)",
         "  step      4,096 target tokens",
         "  until     max_steps = 500",
-        "  validate  every 100 steps, by bleu; of the moving average (EMA) of the weights",
+        "  validate  every 100 steps, by bleu",
+        "  weights   moving average (EMA), in validations and bundles",
     ]
 
 
