@@ -26,7 +26,7 @@ from dstrain.storage.hashing import sha256_of_json
 
 CHECKPOINT_VERSION = 2
 INDEX_NAME = re.compile(r"rank_\d+\.json")
-REMEDY = "resume from another checkpoint, or restore it from a copy"
+REMEDY = "use another checkpoint, or restore this one from a copy"
 
 
 class OtherFormatError(CheckpointError):

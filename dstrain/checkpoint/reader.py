@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dstrain.checkpoint.directories import MANIFEST_NAME
 from dstrain.checkpoint.fragments import Span, plan_reads
-from dstrain.checkpoint.manifest import INDEX, INDEX_NAME, Manifest, OtherFormatError, read_manifest, verify_files
+from dstrain.checkpoint.manifest import INDEX, INDEX_NAME, REMEDY, Manifest, read_manifest, verify_files
 from dstrain.checkpoint.tensor_file import DTYPES, TensorFile, TensorInfo
 from dstrain.errors import CheckpointError
 from dstrain.fragment import Fragment
@@ -46,11 +46,13 @@ class StoredCheckpoint:
             for name, entry in INDEX.read(directory / index).fragments.items():
                 info = self.tensors.setdefault(name, entry.info)
                 if info != entry.info:
-                    raise CheckpointError(f"{directory / index}: {name} is {entry.info}, in another index it is {info}")
+                    raise CheckpointError(f"{directory / index}: {name} is {entry.info}, in another index it is {info}; {REMEDY}")
                 self._holders[name].append((file, entry.span))
                 num_bytes += entry.length * DTYPES[entry.dtype].itemsize
             if num_bytes > sizes.get(file, 0):
-                raise CheckpointError(f"{directory / index}: its fragments take {num_bytes} bytes, which {file} does not hold")
+                raise CheckpointError(
+                    f"{directory / index}: its fragments take {num_bytes} bytes, which {file} does not hold; {REMEDY}"
+                )
 
     @property
     def path(self) -> Path:
@@ -136,10 +138,8 @@ def open_checkpoint(directory: Path) -> StoredCheckpoint:
         manifest = read_manifest(directory)
         verify_files(directory, manifest.files)
         return StoredCheckpoint(directory, manifest)
-    except OtherFormatError:
-        raise
-    except (OSError, CheckpointError) as error:
-        raise CheckpointError(f"{directory} is no whole checkpoint: {error}; name another step_... of RUN/checkpoints") from error
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be read: {error}; {REMEDY}") from error
 
 
 def _listed(problem: str, names: Iterable[str]) -> list[str]:

@@ -16,6 +16,7 @@ With tensor = sequence = 1, world, data and replicas are one group on torch's de
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
@@ -26,11 +27,14 @@ from torch.distributed.rendezvous import rendezvous
 
 from dstrain.config_base import DeviceChoice
 from dstrain.errors import TrainingError
+from dstrain.log import logger
 from dstrain.parallel.group import TIMEOUT, Group
-from dstrain.parallel.launch_environment import rank_from_environment
+from dstrain.parallel.launch_environment import is_first_of_machine, rank_from_environment
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits at the start for the other processes; those of a cold node may come minutes later."""
+NOTE_AFTER = timedelta(seconds=30)
+"""How long it waits before it says so."""
 
 Backend = Literal["gloo", "nccl"]
 
@@ -163,14 +167,29 @@ def _join(rank: int, world_size: int, backend: Backend) -> None:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if name not in os.environ:
             raise TrainingError(f"WORLD_SIZE={world_size} but {name} is not set: start with deepspeed, torchrun or srun")
+    address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
+    note = threading.Timer(NOTE_AFTER.total_seconds(), _say_that_it_waits, (rank, world_size, address))
+    note.daemon = True
+    note.start()
     try:
         # Joining has a shorter limit than a collective: a rank that failed before it came here never comes.
         store, _, _ = next(rendezvous("env://", rank, world_size, timeout=JOIN_TIMEOUT))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        address = f"MASTER_ADDR={os.environ['MASTER_ADDR']} MASTER_PORT={os.environ['MASTER_PORT']}"
         reason = "the port is in use; choose a free MASTER_PORT" if "EADDRINUSE" in str(error) else str(error).splitlines()[0]
         raise TrainingError(f"rank {rank} cannot meet the other ranks at {address}: {reason}") from error
+    finally:
+        note.cancel()
+
+
+def _say_that_it_waits(rank: int, world_size: int, address: str) -> None:
+    """Once a machine: a rank that failed before it joined is known only to its own output."""
+    if is_first_of_machine(os.environ):
+        logger.warning(
+            "rank %d still waits for some of the %d ranks at %s, and will for up to %d minutes; if one has failed, its output "
+            "says why: stop the others and start again",
+            *(rank, world_size, address, JOIN_TIMEOUT.total_seconds() / 60),
+        )
 
 
 def _num_cores() -> int:

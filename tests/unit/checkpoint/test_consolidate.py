@@ -139,7 +139,11 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         consolidate(short, output)
     path = checkpoint / "rank_00001.safetensors"
     path.write_bytes(path.read_bytes()[:-8])
-    with pytest.raises(CheckpointError, match=r"rank_00001.safetensors holds .* it is truncated"):
+    remedy = "use another checkpoint, or restore this one from a copy"
+    with pytest.raises(CheckpointError, match=rf"rank_00001.safetensors holds [^;]* it is truncated or altered; {remedy}$"):
+        consolidate(checkpoint, output)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=rf"rank_00001.safetensors: [^;]*; the manifest lists this file: {remedy}$"):
         consolidate(checkpoint, output)
     assert not output.exists()
 

@@ -157,7 +157,7 @@ def test_damage_steps_back_with_a_warning_that_says_why(
     directory = three / "step_00000030"
     assert f"skipping checkpoint {directory}: {directory / name}" in line
     assert why in line
-    assert line.endswith(" resume from another checkpoint, or restore it from a copy")
+    assert line.endswith(" use another checkpoint, or restore this one from a copy")
 
 
 def test_every_flipped_byte_of_a_checkpoint_is_noticed(three: Path) -> None:
@@ -270,7 +270,7 @@ FRAGMENT = {"dtype": "U8", "shape": [13], "start": 0, "length": 13, "slice": Non
     ("index", "why"),
     [
         ([], "rank_00000.json holds no mapping of fields"),
-        ({}, "rank_00000.json is not a valid index of fragments: fragments: missing; give it a value; resume from another"),
+        ({}, "rank_00000.json is not a valid index of fragments: fragments: missing; give it a value; use another"),
         ({"fragments": {"text/0": {**FRAGMENT, "dtype": "X"}}}, "fragments.text/0.dtype: string should match pattern"),
         ({"fragments": {"text/0": {**FRAGMENT, "start": -1}}}, "fragments.text/0.start: input should be greater than or equal"),
         ({"fragments": {"text/0": {**FRAGMENT, "shape": "13"}}}, "fragments.text/0.shape: input should be a valid array"),

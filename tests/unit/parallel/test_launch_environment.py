@@ -111,8 +111,12 @@ def test_a_rank_without_a_world() -> None:
 
 
 def failure(code: str, setup: str = "", **environment: str) -> str:
-    """The message of the TrainingError that `build_mesh` ends with in a process of its own."""
+    """The message of the TrainingError that `build_mesh` ends with in a process of its own, after what it has logged."""
     program = f"""
+import sys
+from dstrain.log import setup_logging
+sys.stderr = sys.stdout
+setup_logging(rank=0)
 from dstrain.errors import TrainingError
 from dstrain.parallel import mesh
 from dstrain.parallel.mesh import build_mesh
@@ -140,9 +144,12 @@ def test_a_port_in_use() -> None:
 def test_a_rank_that_never_comes() -> None:
     found = failure(
         "'cpu'",
-        "import datetime; mesh.JOIN_TIMEOUT = datetime.timedelta(seconds=1)",
+        "from datetime import timedelta; mesh.JOIN_TIMEOUT, mesh.NOTE_AFTER = timedelta(seconds=1), timedelta(seconds=0.2)",
         **{"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
     )
+    note, _, found = found.partition("\n")
+    assert "WARNING rank 0 still waits for some of the 2 ranks at MASTER_ADDR=127.0.0.1 MASTER_PORT=" in note
+    assert note.endswith("if one has failed, its output says why: stop the others and start again")
     assert found.startswith("rank 0 cannot meet the other ranks at MASTER_ADDR=127.0.0.1 MASTER_PORT=")
     assert "Timed out" in found
     assert "1/2 clients joined" in found

@@ -311,7 +311,7 @@ def test_a_damaged_manifest_of_a_checkpoint_is_one_message(damage: str, tmp_path
     (tmp_path / "manifest.json").write_text("{}")
     DAMAGES[damage][0](tmp_path / "manifest.json")
     start = time.process_time()
-    with pytest.raises(CheckpointError, match=r"manifest\.json .*; resume from another checkpoint"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json .*; use another checkpoint"):
         read_manifest(tmp_path)
     assert time.process_time() - start < 1
 
