@@ -13,7 +13,7 @@ from dstrain.arguments import CheckedOptions, require_type
 from dstrain.build.device import usable_precision
 from dstrain.build.teacher_source import TeacherSource, load_teacher_source
 from dstrain.checkpoint.bundle import load_bundle
-from dstrain.config_base import DeviceChoice, PrecisionChoice
+from dstrain.config_base import BleuTokenization, DeviceChoice, PrecisionChoice
 from dstrain.data.batching.collate import Collator
 from dstrain.distillation.store.gradient_angle import Angle, gradient_angles, random_batches
 from dstrain.distillation.store.manifest import load_store_manifest
@@ -21,6 +21,7 @@ from dstrain.distillation.store.store import moved, open_store
 from dstrain.engine.construction import COMPUTE_DTYPES
 from dstrain.errors import BundleError
 from dstrain.evaluation.bundle_validation import validate_bundle
+from dstrain.evaluation.metrics.tokenization import check_tokenization
 from dstrain.generation.config import generation_config
 from dstrain.models.factory import Model, build_model
 from dstrain.objectives.config import CrossEntropyConfig
@@ -47,7 +48,7 @@ class ValidateOptions(CheckedOptions):
     split: str = "valid"
     generate: bool | None = None
     beam_size: int | None = None
-    tokenize: str | None = None
+    tokenize: BleuTokenization | None = None
     lowercase: bool | None = None
     max_tokens: int = 4096
     device: DeviceChoice = "auto"
@@ -68,6 +69,8 @@ def validate(options: ValidateOptions) -> dict[str, Any] | None:
     ['bleu', 'chrf', 'loss', 'nll', 'num_targets', 'perplexity', 'precision', 'repetition', 'signatures']
     """
     require_type("options", options, ValidateOptions)
+    if options.tokenize is not None:
+        check_tokenization(options.tokenize)
     mesh = build_mesh(options.device)
     try:
         scores = _validate(options, mesh)

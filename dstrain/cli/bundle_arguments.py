@@ -6,9 +6,7 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
-from dstrain.config_base import PrecisionChoice
-
-TOKENIZE_HELP = "how BLEU finds words: 13a, intl, zh, ja-mecab, char, ..., or auto by the script of the references (default: {})"
+from dstrain.config_base import BleuTokenization, PrecisionChoice
 
 
 def add_base_argument(parser: argparse.ArgumentParser) -> None:
@@ -25,4 +23,15 @@ def add_precision_argument(parser: argparse.ArgumentParser, default: PrecisionCh
         choices=get_args(PrecisionChoice),
         default=default,
         help=f"of the computation; auto = bf16 on a GPU that has it, else fp32 (default: {default})",
+    )
+
+
+def add_tokenize_argument(parser: argparse.ArgumentParser, default: BleuTokenization | None, shown: str) -> None:
+    """--tokenize, of the verbs that compute BLEU. shown: the default in words."""
+    parser.add_argument(
+        "--tokenize",
+        metavar="NAME",
+        choices=get_args(BleuTokenization),
+        default=default,
+        help=f"how BLEU finds words: {', '.join(get_args(BleuTokenization))} (auto = by script; default: {shown})",
     )

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from itertools import chain
 
-from dstrain.cli.bundle_arguments import TOKENIZE_HELP
+from dstrain.cli.bundle_arguments import add_tokenize_argument
 from dstrain.log import logger
 
 TITLES = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "repetition": "repetition"}
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="line-parallel; repeat it for several references",
     )
     parser.add_argument("--lowercase", action="store_true", help="let BLEU and chrF ignore case, as TER always does")
-    parser.add_argument("--tokenize", metavar="NAME", default="auto", help=TOKENIZE_HELP.format("auto"))
+    add_tokenize_argument(parser, "auto", "auto")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
 
 

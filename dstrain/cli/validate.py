@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from dstrain.checkpoint.directories import require_bundle
-from dstrain.cli.bundle_arguments import TOKENIZE_HELP, add_base_argument, add_precision_argument
+from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument, add_tokenize_argument
 from dstrain.cli.common import named, positive_number
 from dstrain.data.prepared.manifest import load_manifest
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", default="valid", help="default: valid")
     parser.add_argument("--generate", action=argparse.BooleanOptionalAction, help="translate, too (default: if it has sources)")
     parser.add_argument("--beam-size", metavar="N", type=positive_number, help="default: as in the bundle's recipe")
-    parser.add_argument("--tokenize", metavar="NAME", help=TOKENIZE_HELP.format("as in the bundle's recipe"))
+    add_tokenize_argument(parser, None, "as in the bundle's recipe")
     parser.add_argument("--lowercase", action=argparse.BooleanOptionalAction, help="BLEU and chrF ignore case (as in the recipe)")
     parser.add_argument(
         "--max-tokens", metavar="N", type=positive_number, default=4096, help="padded tokens of a batch (default: 4096)"

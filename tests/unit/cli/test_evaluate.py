@@ -101,8 +101,9 @@ def test_empty_files(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_unknown_tokenization(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(files, "--tokenize", "13b") == 1
-    fails_with("unknown BLEU tokenization '13b'; did you mean 13a?", capsys)
+    with pytest.raises(SystemExit, match="2"):
+        evaluate(files, "--tokenize", "13b")
+    fails_with("argument --tokenize: '13b' is unknown; did you mean 13a?", capsys)
 
 
 def test_unicode_line_separators_do_not_split_a_line(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -140,11 +141,18 @@ def test_another_precision_changes_the_figures_and_is_said(bundle: Path, data: P
     assert near["loss"] == pytest.approx(exact["loss"], rel=0.01)
 
 
+def test_a_tokenization_that_cannot_be_used_is_said_first(
+    bundle: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "MeCab", None)
+    assert main(["validate", str(bundle), "--data", str(data), "--tokenize", "ja-mecab"]) == 1
+    assert "BLEU tokenization 'ja-mecab' cannot be used here" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--split", "test"], "has no split 'test'; it holds train, valid"),
-        (["--tokenize", "13b"], "unknown BLEU tokenization '13b'; did you mean 13a?"),
         (["--split", "train", "--generate"], "'train' keeps no raw text to compare with, so only losses are scored: leave --gen"),
         (["--split", "train", "--beam-size", "2"], "so only losses are scored: leave --generate and --beam-size out"),
     ],
