@@ -28,6 +28,7 @@ from tests.e2e.support import (
     settings,
     succeeds,
 )
+from tests.paths import ROOT
 
 GOOD = "ein kleiner Satz mit Wörtern\n"
 
@@ -155,6 +156,17 @@ def test_a_bad_deepspeed_file_names_the_nearest_key(data: Path, tmp_path: Path) 
     fails(dstrain(*train_words(data, tmp_path / "run", f"engine.deepspeed={path}")), "gradient_cliping", "gradient_clipping")
     low = ("engine.deepspeed=zero0", "engine.precision=bf16")
     fails(dstrain(*train_words(data, tmp_path / "run", *low)), "zero1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_deepspeed_is_one_message_before_the_run_exists(data: Path, tmp_path: Path) -> None:
+    package = tmp_path / "broken" / "deepspeed"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise RuntimeError('CUDA_HOME does not exist\\nand more')\n")
+    command = [sys.executable, "-m", "dstrain", *map(str, train_words(data, tmp_path / "run"))]
+    shadowed = environment({"PYTHONPATH": f"{package.parent}:{ROOT}"})
+    result = subprocess.run(command, env=shadowed, capture_output=True, text=True, timeout=120, check=False)
+    fails(result, "training needs DeepSpeed, which cannot be imported: RuntimeError: CUDA_HOME does not exist; install one")
     assert not (tmp_path / "run").exists()
 
 
