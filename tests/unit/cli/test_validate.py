@@ -9,11 +9,17 @@ import pytest
 
 from dstrain.cli.main import main
 from dstrain.recipe_file import load_recipe, recipe_tree
+from tests.unit.evaluation.test_bundle_validation import prepared
 from tests.unit.generation.small_bundle import make_bundle
 
 
 def recipe(*overrides: str) -> dict[str, Any]:
     return recipe_tree(load_recipe("translation/quickstart", overrides))
+
+
+@pytest.fixture(scope="module")
+def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return prepared(tmp_path_factory.mktemp("data") / "data", 90)
 
 
 @pytest.mark.parametrize(
@@ -26,9 +32,9 @@ def recipe(*overrides: str) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("verb", ["validate", "generate"])
 def test_a_beam_that_the_recipe_cannot_have_is_explained(
-    tmp_path: Path, verb: str, overrides: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, *, verb: str, overrides: list[str], message: str, prepared_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = make_bundle(tmp_path / "bundle", recipe=recipe(*overrides))
-    data = ["--data", str(tmp_path)] if verb == "validate" else []
+    data = ["--data", str(prepared_data)] if verb == "validate" else []
     assert main([verb, str(bundle), "--device", "cpu", "--beam-size", "2", *data]) == 1
     assert message in capsys.readouterr().err
