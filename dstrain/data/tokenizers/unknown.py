@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dstrain.data.tokenizers.tokenizer import WORD_START, DictionaryTokenizer
-from dstrain.protocols import TextTokenizer
+
+if TYPE_CHECKING:  # so that `prepare` names a missing file without loading torch
+    from dstrain.protocols import TextTokenizer
 
 MANY = 0.02
 """Share of <unk> above which something is wrong with the text or its tokenizer."""
