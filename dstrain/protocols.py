@@ -56,11 +56,12 @@ class TeacherForced(Protocol):
         """Logits. (..., D) -> (..., V)"""
         ...
 
-    def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], _R]) -> _R:
-        """Call `reduce(features, weight)`, where the vocabulary projection is `features @ weight.T`.
+    def reduce_projection(self, hidden: Tensor, reduce: Callable[..., _R]) -> _R:
+        """Call `reduce(features, weight, vocabulary=...)`, where the vocabulary projection is `features @ weight.T`.
 
-        hidden: (N, D); features: (N, E); weight: (V, E). The call happens inside the projection's own forward, so that ZeRO-3
-        has gathered the weight; `reduce` returns a tensor or a tuple of tensors and never keeps the weight.
+        hidden: (N, D); features: (N, E); weight: (V, E); vocabulary: the `ops.vocabulary.VocabularySlice` of the weight's rows,
+        None for all entries. The call happens inside the projection's own forward, so that ZeRO-3 has gathered the weight;
+        `reduce` returns a tensor or a tuple of tensors and never keeps the weight.
         """
         ...
 

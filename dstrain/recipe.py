@@ -17,7 +17,7 @@ from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece
 from dstrain.distillation.config import DistillationConfig
 from dstrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
-from dstrain.models.config import ModelConfig
+from dstrain.models.config import ModelConfig, tensor_problems
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
 
@@ -52,6 +52,7 @@ class Recipe(Config):
             *self._length_problems(),
             *self._vocabulary_problems(),
             *self._dropout_problems(),
+            *tensor_problems(self.model, self.engine.parallel.tensor),
         ]
         if problems:
             raise ConfigErrors(problems)

@@ -21,6 +21,7 @@ from dstrain.adapters.parts import LoraEmbedding, LoraLinear, LoraProjection, Lo
 from dstrain.errors import BundleError, RecipeError
 from dstrain.nn.embedding import Projection, TokenEmbedding
 from dstrain.nn.linear import FusedLinear, Linear, SeparateLinear
+from dstrain.parallel.tensor import ParameterShard
 from dstrain.protocols import WeightSource
 from dstrain.seeding import derive_seed
 
@@ -75,11 +76,11 @@ def inject(model: nn.Module, config: LoraConfig, base: WeightSource, *, seed: in
         raise RecipeError(
             f"adapter.dropout = {config.dropout} does nothing: it acts on adapters of linear maps, and no target is one; set 0"
         )
+    shards = {target.module.weight: target.module.shards().get("weight") for target in targets}
     shapes = {
-        f"{path_of[weight]}{end}": tuple(tensor.shape)
-        for weight, low_rank in adapters.items()
-        for end, tensor in zip((A, B, MAGNITUDE), low_rank, strict=True)
-        if tensor is not None
+        f"{path_of[weight]}{end}": shape
+        for weight in adapters
+        for end, shape in _adapter_shapes(_whole_shape(weight, shards[weight]), config).items()
     }
     return FreshAdapter(base, shapes, seed)
 
@@ -100,14 +101,25 @@ def _matches(pattern: str, path: str) -> bool:
     return pattern in (path, path.rpartition(".")[2]) or fnmatchcase(path, pattern)
 
 
+def _whole_shape(weight: nn.Parameter, shard: ParameterShard | None) -> tuple[int, int]:
+    """Of a matrix of which this rank may hold a shard."""
+    rows, columns = weight.shape
+    if shard is None:
+        return rows, columns
+    return (shard.size, columns) if shard.dim == 0 else (rows, shard.size)
+
+
+def _adapter_shapes(shape: tuple[int, int], config: LoraConfig) -> dict[str, tuple[int, ...]]:
+    """The adapter's tensors of a matrix of that shape, by the ends of their names."""
+    rows, columns = shape
+    return {A: (config.rank, columns), B: (rows, config.rank)} | ({MAGNITUDE: (rows,)} if config.dora else {})
+
+
 def _empty(weight: nn.Parameter, config: LoraConfig) -> LowRank:
     """An adapter without values, on the device of the matrix that it adapts."""
-    rows, columns = weight.shape
-    return LowRank(
-        nn.Parameter(weight.new_empty(config.rank, columns)),
-        nn.Parameter(weight.new_empty(rows, config.rank)),
-        nn.Parameter(weight.new_empty(rows)) if config.dora else None,
-    )
+    shapes = _adapter_shapes((weight.shape[0], weight.shape[1]), config)
+    tensors = {end: nn.Parameter(weight.new_empty(shape)) for end, shape in shapes.items()}
+    return LowRank(tensors[A], tensors[B], tensors.get(MAGNITUDE))
 
 
 @dataclass(frozen=True)
@@ -163,9 +175,8 @@ def merged(name: str, tensor: Tensor, adapter: Mapping[str, Tensor], config: Lor
     path = name.removesuffix(".weight")
     required: dict[str, tuple[int, ...]] = {}
     if name.endswith(".weight") and f"{path}{A}" in adapter:
-        rows, columns = tensor.shape
-        required = {f"{path}{A}": (config.rank, columns), f"{path}{B}": (rows, config.rank)}
-        required |= {f"{path}{MAGNITUDE}": (rows,)} if config.dora else {}
+        shapes = _adapter_shapes((tensor.shape[0], tensor.shape[1]), config)
+        required = {f"{path}{end}": shape for end, shape in shapes.items()}
     elif name in adapter:
         required = {name: tuple(tensor.shape)}
     for key, shape in required.items():

@@ -16,11 +16,14 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dstrain.nn.dropout import Dropout
-from dstrain.nn.embedding import Projection, TokenEmbedding
+from dstrain.nn.embedding import Projection, TokenEmbedding, embed, vocabulary_shards
 from dstrain.nn.linear import Linear
+from dstrain.ops.linear import linear
+from dstrain.ops.vocabulary import VocabularySlice
+from dstrain.parallel.collectives import copy_to, reduce_from
+from dstrain.parallel.tensor import ParameterShard, even_shard
 
 _R = TypeVar("_R")
 
@@ -42,12 +45,17 @@ def row_lengths(matrix: Tensor) -> Tensor:
 def effective_matrix(weight: Tensor, low_rank: LowRank, scale: float) -> Tensor:
     """The matrix that a weight and its adapter amount to. (O, I) -> (O, I)"""
     matrix = torch.addmm(weight, low_rank.b, low_rank.a, alpha=scale)
-    return matrix if low_rank.magnitude is None else matrix * _stretch(matrix, low_rank.magnitude)[:, None]
+    return matrix if low_rank.magnitude is None else matrix * _stretch(row_lengths(matrix), low_rank.magnitude)[:, None]
 
 
-def _stretch(matrix: Tensor, magnitude: Tensor) -> Tensor:
+def _summed_over(vocabulary: VocabularySlice | None, a: Tensor) -> Tensor:
+    """A, whose gradient is the sum over the ranks, each of which adapts its own rows with it."""
+    return a if vocabulary is None or vocabulary.group is None else copy_to(a, vocabulary.group)
+
+
+def _stretch(lengths: Tensor, magnitude: Tensor) -> Tensor:
     """(O,), 1 at the start. A row of zeros, such as the embedding of padding, stays one."""
-    return magnitude / row_lengths(matrix).clamp_min(torch.finfo(matrix.dtype).tiny)
+    return magnitude / lengths.clamp_min(torch.finfo(lengths.dtype).tiny)
 
 
 class LoraLinear(nn.Module):
@@ -57,21 +65,41 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.weight = base.weight
         self.bias = base.bias
+        self.outputs = base.outputs
+        self.inputs = base.inputs
         self.lora_a, self.lora_b, self.lora_magnitude = low_rank
         self.scale = scale
-        self.dropout = Dropout(dropout)
+        self.dropout = Dropout(dropout, features=base.inputs)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., I) -> (..., O)"""
-        base = F.linear(x, self.weight, self.bias)
-        delta = F.linear(F.linear(self.dropout(x), self.lora_a), self.lora_b)
+        """(..., I) -> (..., O). If the inputs are cut, A's product is summed over the ranks, and B is whole."""
+        narrow = linear(self.dropout(x), self.lora_a)
+        if self.inputs is None:
+            base = linear(x, self.weight, self.bias, group=self.outputs)
+        else:
+            narrow = reduce_from(narrow, self.inputs)
+            base = reduce_from(linear(x, self.weight), self.inputs)
+            base = base if self.bias is None else base + self.bias
+        delta = linear(narrow, self.lora_b, group=self.outputs)
         if self.lora_magnitude is None:
             return torch.add(base, delta, alpha=self.scale)
         with torch.no_grad():
-            matrix = torch.addmm(self.weight, self.lora_b, self.lora_a, alpha=self.scale)
-        stretch = _stretch(matrix, self.lora_magnitude)
+            lengths = row_lengths(torch.addmm(self.weight, self.lora_b, self.lora_a, alpha=self.scale))
+            if self.inputs is not None:  # of this rank's columns; those of whole rows are wanted
+                lengths = self.inputs.all_reduce(lengths.square_()).sqrt_()
+        stretch = _stretch(lengths, self.lora_magnitude)
         product = base if self.bias is None else base - self.bias
         return base + (stretch - 1) * product + (self.scale * stretch) * delta
+
+    def shards(self) -> dict[str, ParameterShard]:
+        """Of the base's parameters and its adapter's."""
+        if self.inputs is not None:
+            return dict.fromkeys(("weight", "lora_a"), even_shard(1, self.weight.shape[1], self.inputs))
+        if self.outputs is not None:
+            return dict.fromkeys(
+                ("weight", "bias", "lora_b", "lora_magnitude"), even_shard(0, self.weight.shape[0], self.outputs)
+            )
+        return {}
 
 
 class LoraEmbedding(nn.Module):
@@ -80,16 +108,21 @@ class LoraEmbedding(nn.Module):
     def __init__(self, base: TokenEmbedding, low_rank: LowRank, *, scale: float) -> None:
         super().__init__()
         self.weight = base.weight
+        self.vocabulary = base.vocabulary
         self.lora_a, self.lora_b, self.lora_magnitude = low_rank
         self.scale = scale
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(...) int64 -> (..., D)"""
         if self.lora_magnitude is not None:
-            low_rank = LowRank(self.lora_a, self.lora_b, self.lora_magnitude)
-            return F.embedding(tokens, effective_matrix(self.weight, low_rank, self.scale))
-        delta = torch.matmul(F.embedding(tokens, self.lora_b), self.lora_a)
-        return torch.add(F.embedding(tokens, self.weight), delta, alpha=self.scale)
+            low_rank = LowRank(_summed_over(self.vocabulary, self.lora_a), self.lora_b, self.lora_magnitude)
+            return embed(tokens, effective_matrix(self.weight, low_rank, self.scale), self.vocabulary)
+        delta = torch.matmul(embed(tokens, self.lora_b, self.vocabulary), self.lora_a)
+        return torch.add(embed(tokens, self.weight, self.vocabulary), delta, alpha=self.scale)
+
+    def shards(self) -> dict[str, ParameterShard]:
+        """Of the base's parameters and its adapter's."""
+        return vocabulary_shards(self.vocabulary, "weight", "lora_b", "lora_magnitude")
 
 
 class LoraProjection(nn.Module):
@@ -112,22 +145,28 @@ class LoraProjection(nn.Module):
         self.weight = base.weight
         self.output_proj = base.output_proj
         self.back = base.back
+        self.vocabulary = base.vocabulary
         self.activation = base.activation
         self.lora_a, self.lora_b, self.lora_magnitude = weight or (None, None, None)
         self.back_lora_a, self.back_lora_b, self.back_lora_magnitude = back or (None, None, None)
         self.scale = scale
 
-    def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], _R]) -> _R:
-        """`reduce(features, weight)`, as `nn.embedding.Projection` calls it."""
-        return reduce(*self.operands(hidden))
+    def forward(self, hidden: Tensor, reduce: Callable[..., _R]) -> _R:
+        """`reduce(features, weight, vocabulary=...)`, as `nn.embedding.Projection` calls it."""
+        return reduce(*self.operands(hidden), vocabulary=self.vocabulary)
+
+    def shards(self) -> dict[str, ParameterShard]:
+        """Of the base's parameters and its adapter's."""
+        return vocabulary_shards(self.vocabulary, "weight", "lora_b", "lora_magnitude")
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, E) and the effective matrix (V, E)."""
         features = self.activation(hidden if self.output_proj is None else self.output_proj(hidden))
         if self.back is not None:
             back = self._effective(self.back, self.back_lora_a, self.back_lora_b, self.back_lora_magnitude)
-            features = F.linear(features, back.t())
-        return features, self._effective(self.weight, self.lora_a, self.lora_b, self.lora_magnitude)
+            features = linear(features, back.t())
+        narrow = None if self.lora_a is None else _summed_over(self.vocabulary, self.lora_a)
+        return features, self._effective(self.weight, narrow, self.lora_b, self.lora_magnitude)
 
     def _effective(self, weight: Tensor, a: Tensor | None, b: Tensor | None, magnitude: Tensor | None) -> Tensor:
         if a is None or b is None:

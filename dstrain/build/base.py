@@ -20,11 +20,12 @@ from dstrain.data.prepared.manifest import DataManifest
 from dstrain.errors import BundleError, TrainingError
 from dstrain.evaluation.validator import Evaluates, WholeModel
 from dstrain.models.config import ModelConfig
-from dstrain.models.factory import Model, build_model
+from dstrain.models.factory import Model, Projections, build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
 from dstrain.parallel.errors import raise_on_all_ranks
+from dstrain.parallel.group import Group
 from dstrain.parallel.mesh import Mesh
 from dstrain.protocols import WeightSource
 from dstrain.training.run_directory import recipe_differences
@@ -53,10 +54,14 @@ def find_base(directory: Path, model: ModelConfig, manifest: DataManifest) -> St
 
 
 def build_on_base(
-    base: StoredBundle, config: ModelConfig, adapter: AdapterConfig | None, seed: int
+    base: StoredBundle, config: ModelConfig, adapter: AdapterConfig | None, seed: int, tensor: Group | None = None
 ) -> tuple[Model, WeightSource]:
-    """The recipe's model on the meta device, and its weights: the base's; with an adapter, all else is frozen."""
-    model = build_model(config, base.description.vocabulary, projections="fused" if adapter is None else "separate", seed=None)
+    """The recipe's model on the meta device, and its weights: the base's; with an adapter, all else is frozen.
+
+    tensor: the ranks that share one copy of the parameters.
+    """
+    projections: Projections = "fused" if adapter is None else "separate"
+    model = build_model(config, base.description.vocabulary, projections=projections, seed=None, tensor=tensor)
     if adapter is None:
         return model, base
     weights = inject(model, adapter, base, seed=seed)

@@ -121,9 +121,9 @@ def build_engine(
     """
     seed = recipe.training.seed
     if base is not None:
-        model, weights = build_on_base(base, recipe.model, recipe.adapter, seed)
+        model, weights = build_on_base(base, recipe.model, recipe.adapter, seed, mesh.tensor)
     else:
-        model = build_model(recipe.model, vocabulary, seed=None)
+        model = build_model(recipe.model, vocabulary, seed=None, tensor=mesh.tensor)
         weights = initial_values(model, vocabulary, seed)
     if mesh.world.rank == 0:
         log_model(model, recipe.model)

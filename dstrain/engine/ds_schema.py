@@ -82,7 +82,7 @@ class ZeroSection(Config):
     stage3_max_live_parameters: NonNegativeInt = 1_000_000_000
     stage3_max_reuse_distance: NonNegativeInt = 1_000_000_000
     stage3_module_granularity_threshold: NonNegativeInt = 0
-    memory_efficient_linear: bool = True
+    memory_efficient_linear: bool = False
 
 
 class DataTypesSection(Config):

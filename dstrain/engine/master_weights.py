@@ -19,12 +19,22 @@ from torch import Tensor, nn
 
 from dstrain.config_base import Config
 from dstrain.engine.construction import ParameterValues
-from dstrain.fragment import Fragment
-from dstrain.parallel.group import Group
+from dstrain.fragment import DimensionSlice, Fragment
+from dstrain.parallel.mesh import Mesh
 from dstrain.storage.document import Count
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """Optimizer state of every optimizer here, beside its step."""
+
+
+def mark_tensor_sharded(parameter: nn.Parameter) -> None:
+    """Tell DeepSpeed that tensor ranks hold slices of it: its norm counts unmarked ones on the first of them only."""
+    vars(parameter).update(tensor_model_parallel=True, model_parallel=True)
+
+
+def is_tensor_sharded(parameter: nn.Parameter) -> bool:
+    """Whether it is marked."""
+    return bool(vars(parameter).get("tensor_model_parallel", False))
 
 
 class LossScalerState(Config):
@@ -46,20 +56,27 @@ class OptimizerScalars(Config):
 class Layout(NamedTuple):
     """How a flat master is made of parameters.
 
-    sizes: (P,) elements of each parameter, on all ranks together. pieces: (parameter, start, length) of this rank's share,
-    start and length in elements of the master; its padding is in no piece.
+    sizes: (P,) elements of each parameter, on all ranks together. is_cut: (P,) 1 for those that tensor ranks hold in slices, 0
+    for those that each of them has. pieces: (parameter, start, length) of this rank's share, start and length in elements of the
+    master; its padding is in no piece.
     """
 
     sizes: Tensor
+    is_cut: Tensor
     pieces: list[tuple[int, int, int]]
 
 
 class Block(NamedTuple):
-    """A tensor of a checkpoint inside a parameter. start: its first element in the flattened parameter."""
+    """A tensor of a checkpoint, or this rank's slice of it, inside a parameter.
+
+    shape: of the whole tensor. start, length: elements of the flattened parameter. slice: under tensor parallelism, None for all.
+    """
 
     name: str
     shape: tuple[int, ...]
     start: int
+    length: int
+    slice: DimensionSlice | None
 
 
 class Partition(NamedTuple):
@@ -74,9 +91,10 @@ class Partition(NamedTuple):
 class Masters:
     """This rank's share of the fp32 weights and optimizer state of a DeepSpeed engine."""
 
-    def __init__(self, deepspeed: ModuleType, engine: Any, stage: int, replicas: Group) -> None:
+    def __init__(self, deepspeed: ModuleType, engine: Any, stage: int, mesh: Mesh) -> None:
         self._deepspeed = deepspeed
-        self._replicas = replicas
+        self._replicas = mesh.replicas
+        self._tensor = mesh.tensor
         self._engine = engine
         self._stage = stage
         self.tensors = self._find()
@@ -103,9 +121,11 @@ class Masters:
         for master, group in zip(self.tensors, self._groups(), strict=True):
             partitions = [self._partition(parameter) for parameter in group]
             pieces = [(number, each.start, each.length) for number, each in enumerate(partitions) if each.length > 0]
-            layouts[master] = Layout(
-                torch.tensor([each.size for each in partitions], dtype=master.dtype, device=master.device), pieces
-            )
+            is_cut = master.new_tensor([is_tensor_sharded(parameter) for parameter in group])
+            sizes = master.new_tensor([each.size for each in partitions])
+            if self._tensor.size > 1:  # slices of a vocabulary may differ in size
+                sizes = torch.where(is_cut > 0, self._tensor.all_reduce(sizes.clone()), sizes)
+            layouts[master] = Layout(sizes, is_cut, pieces)
         return layouts
 
     def _partition(self, parameter: Any) -> Partition:
@@ -136,7 +156,8 @@ class Masters:
     ) -> Iterator[Fragment]:
         """Views of masters, moments and moving average, if there is one, by the tensors that each parameter is made of.
 
-        owned: only this rank's own share; else all that it holds. Optimizer state that does not exist yet is created as zeros.
+        owned: only this rank's own share; else all that it holds. The first tensor rank owns what is replicated over the group.
+        Optimizer state that does not exist yet is created as zeros.
         """
         kinds = {"master": self.tensors, **({} if average is None else {"ema": average})}
         kinds |= {kind: [self._optimizer_state(master)[kind] for master in self.tensors] for kind in MOMENTS}
@@ -144,10 +165,12 @@ class Masters:
             for parameter in group:
                 _, offset, start, length = self._owned(parameter) if owned else self._partition(parameter)
                 for block in blocks[parameter]:
-                    low, high = max(offset, block.start), min(offset + length, block.start + math.prod(block.shape))
+                    if owned and block.slice is None and self._tensor.rank > 0:
+                        continue
+                    low, high = max(offset, block.start), min(offset + length, block.start + block.length)
                     for kind, tensors in kinds.items() if low < high else ():
                         values = tensors[index].detach().view(-1)[start + low - offset : start + high - offset]
-                        yield Fragment(f"{kind}/{block.name}", block.shape, low - block.start, values)
+                        yield Fragment(f"{kind}/{block.name}", block.shape, low - block.start, values, block.slice)
 
     def _optimizer_state(self, master: Tensor) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self._engine.basic_optimizer.state[master]

@@ -33,10 +33,10 @@ class StableAdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps})
         self._layouts: Mapping[Tensor, Layout] = {}
-        self._add_up: Callable[[Tensor], Tensor] = lambda sums: sums
+        self._add_up: Callable[[Tensor, Layout], Tensor] = lambda sums, layout: sums
 
-    def partition(self, layouts: Mapping[Tensor, Layout], add_up: Callable[[Tensor], Tensor]) -> None:
-        """From now on update flat partitions, of these layouts. add_up: sums a vector over the ranks."""
+    def partition(self, layouts: Mapping[Tensor, Layout], add_up: Callable[[Tensor, Layout], Tensor]) -> None:
+        """From now on update flat partitions. add_up: sums a number for each parameter of a layout over the ranks."""
         self._layouts = layouts
         self._add_up = add_up
 
@@ -56,7 +56,7 @@ class StableAdamW(torch.optim.Optimizer):
         sums = torch.zeros_like(layout.sizes)
         for number, (_, grad, _, square) in zip(numbers, parts, strict=True):
             sums[number] = grad.square().div_(square.clamp(min=group["eps"] ** 2)).sum()
-        rates = group["lr"] / (self._add_up(sums) / layout.sizes).sqrt().clamp(min=1)
+        rates = group["lr"] / (self._add_up(sums, layout) / layout.sizes).sqrt().clamp(min=1)
         for number, (own, _, mean, square) in zip(numbers, parts, strict=True):
             change = mean / square.sqrt().add_(group["eps"])
             own.sub_(change.add_(own, alpha=group["weight_decay"]).mul_(rates[number]))
@@ -75,4 +75,4 @@ class StableAdamW(torch.optim.Optimizer):
 
 def _whole(weight: Tensor) -> Layout:
     """The layout of a tensor that is one parameter."""
-    return Layout(weight.new_full((1,), weight.numel()), [(0, 0, weight.numel())])
+    return Layout(weight.new_full((1,), weight.numel()), weight.new_zeros(1), [(0, 0, weight.numel())])

@@ -24,20 +24,28 @@ from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.ema import MovingAverage
 from dstrain.engine.launch import load_deepspeed, require_precision
 from dstrain.engine.loss_totals import LossReducer, LossTotals, StepReport
-from dstrain.engine.master_weights import MOMENTS, Block, Masters, OptimizerScalars
+from dstrain.engine.master_weights import (
+    MOMENTS,
+    Block,
+    Layout,
+    Masters,
+    OptimizerScalars,
+    is_tensor_sharded,
+    mark_tensor_sharded,
+)
 from dstrain.engine.optimizer import build_optimizer
 from dstrain.engine.replica import empty_copy, filled_copy
 from dstrain.engine.schedule import learning_rate
 from dstrain.engine.stable_adamw import StableAdamW
 from dstrain.errors import CheckpointError, TrainingError
-from dstrain.fragment import Fragment, StoredState
-from dstrain.models.weights import Layouts, ParameterLayout, TensorSlice, parameter_layouts, split_parameters
+from dstrain.fragment import DimensionSlice, Fragment, StoredState
+from dstrain.models.weights import Layouts, ParameterLayout, TensorSlice, parameter_layouts
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import balance_freed_memory, keep_freed_memory, return_freed_memory
 from dstrain.parallel.mesh import Mesh
+from dstrain.parallel.randomness import seed_ranks
 from dstrain.protocols import Generative, WeightSource
-from dstrain.seeding import seed_everything
 from dstrain.storage.document import Count, DocumentFormat
 
 
@@ -102,12 +110,15 @@ class TrainEngine:
             partition(self._deepspeed, module, values, config, mpu=mesh.mpu, device=mesh.device, dtype=dtype)
         else:
             fill(module, values, device=mesh.device, dtype=dtype)
+        for layout_name, layout in self._layouts.items():
+            if layout.is_sharded:
+                mark_tensor_sharded(self._trained[layout_name])
         self._engine: Any = self._deepspeed.initialize(
             model=module, optimizer=built, config=config, mpu=mesh.mpu, dist_init_required=False
         )[0]
-        self._masters = Masters(self._deepspeed, self._engine, self.stage, mesh.replicas)
-        if isinstance(built, StableAdamW) and self.stage > 0:
-            built.partition(self._masters.layouts(), lambda sums: mesh.replicas.all_reduce(sums.to(mesh.device)).to(sums.device))
+        self._masters = Masters(self._deepspeed, self._engine, self.stage, mesh)
+        if isinstance(built, StableAdamW) and (self.stage > 0 or mesh.tensor.size > 1):
+            built.partition(self._masters.layouts(), self._add_up)
         if engine.precision != "fp32":
             self._masters.load_fp32([parameter for parameter in module.parameters() if parameter.requires_grad], values)
         self._average = None if ema is None else MovingAverage(self._masters.tensors, ema)
@@ -127,7 +138,7 @@ class TrainEngine:
         rate = learning_rate(self._schedule, self._peak, self.step)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate
-        seed_everything(self._seed, "dropout", self.step, self.mesh.replicas.rank)
+        self._seed_dropout()
         self.module.train()
         selected = self._select(batches)
         denominator = self.module.objective.denominator(size)
@@ -168,7 +179,7 @@ class TrainEngine:
         if selection is None or any(batch.sampled for batch in batches):
             return [None] * len(batches)
         own: list[Tensor] = [self._engine(batch.to(self.device), selection.scan) for batch in batches]
-        seed_everything(self._seed, "dropout", self.step, self.mesh.replicas.rank)
+        self._seed_dropout()
         return list(selection.select(own, self.mesh.replicas.gather_rows(torch.cat(own))))
 
     def _accumulate(self, batches: Sequence[Batch], selected: Sequence[Tensor | None], scale: float) -> LossTotals:
@@ -186,8 +197,7 @@ class TrainEngine:
         """Clip and update; returns the gradient norm before clipping, infinite if fp16 scaling made the step skip."""
         norm = math.inf
         if self.stage == 0:
-            gradients = [parameter.grad for parameter in self.module.parameters() if parameter.grad is not None]
-            norm = float(torch.nn.utils.get_total_norm(gradients))
+            norm = self._grad_norm()
         if self.stage == 0 and not math.isfinite(norm):
             raise TrainingError(f"step {self.step + 1}: the gradient norm is {norm}; {_REMEDY}")
         try:
@@ -232,14 +242,15 @@ class TrainEngine:
         """
         if averaged:
             self._required_average().swap()
-        gathered = {}
+        gathered: dict[str, Tensor] = {}
         for name, parameter in self._trained.items():
-            full = self._masters.full(parameter)
-            if self.mesh.world.rank == 0:
-                gathered[name] = full.to("cpu", copy=True)
+            layout = self._layouts[name]
+            for canonical, value in layout.gather(self._masters.full(parameter), self.mesh.tensor).items():
+                if self.mesh.world.rank == 0:
+                    gathered[canonical] = value.to("cpu", copy=True)
         if averaged:
             self._required_average().swap()
-        return split_parameters(self._layouts, gathered) if self.mesh.world.rank == 0 else None
+        return gathered if self.mesh.world.rank == 0 else None
 
     @contextmanager
     def generation_model(self, averaged: bool) -> Iterator[Generative]:
@@ -263,12 +274,14 @@ class TrainEngine:
             self._deepspeed.comm.log_summary()
         self.module.objective.close()
         self._engine.destroy()
+        self._deepspeed.utils.groups.mpu = None  # DeepSpeed keeps it for the process, also for later engines without one
 
     @property
     def layout(self) -> str:
         """How this run is laid out, for people: `2 ranks zero1 fp32`."""
         ranks = "1 rank" if self.mesh.world.size == 1 else f"{self.mesh.world.size} ranks"
-        return f"{ranks} {self._deepspeed_name} {self._precision}"
+        shape = f" tensor {self.mesh.tensor.size}" if self.mesh.tensor.size > 1 else ""
+        return f"{ranks}{shape} {self._deepspeed_name} {self._precision}"
 
     def fragments(self) -> list[Fragment]:
         """This rank's share of masters, moments, moving average and the objective's state: views. No communication."""
@@ -309,6 +322,32 @@ class TrainEngine:
         """Compute with what `load` has read. Collective."""
         self._masters.sync_to_model()
 
+    def _seed_dropout(self) -> None:
+        """Masks of this step. Tensor ranks hold the same examples: they draw alike for what they have in common."""
+        seed_ranks(self._seed, "dropout", self.step, self.mesh.replicas.rank, tensor=self.mesh.tensor)
+
+    def _grad_norm(self) -> float:
+        """Of unpartitioned gradients, each counted once however many tensor ranks have it."""
+        gradients: dict[bool, list[Tensor]] = {True: [], False: []}
+        for parameter in self.module.parameters():
+            if parameter.grad is not None:
+                gradients[is_tensor_sharded(parameter)].append(parameter.grad)
+        norm, cut = torch.nn.utils.get_total_norm(gradients[False]), gradients[True]
+        if self.mesh.tensor.size > 1:
+            squares = self.mesh.tensor.all_reduce(torch.nn.utils.get_total_norm(cut).to(self.device).square())
+            norm = (norm.to(self.device).square() + squares).sqrt()
+        return float(norm)
+
+    def _add_up(self, sums: Tensor, layout: Layout) -> Tensor:
+        """Numbers of parameters, summed over the ranks that hold pieces of each."""
+        total = sums.to(self.mesh.device)
+        if self.stage > 0:
+            total = self.mesh.replicas.all_reduce(total)
+        if self.mesh.tensor.size > 1:
+            is_cut = layout.is_cut.to(total.device)
+            total = total + self.mesh.tensor.all_reduce(total * is_cut) - total * is_cut
+        return total.to(sums.device)
+
     def _required_average(self) -> MovingAverage:
         if self._average is None:
             raise ValueError("there is no moving average; give TrainEngine an EmaConfig")
@@ -328,7 +367,14 @@ def _checkpoint_blocks(module: TrainModule, layouts: Layouts) -> dict[nn.Paramet
         layout = layout or ParameterLayout(parameter.shape, (TensorSlice(name, None),))
         row = math.prod(layout.shape[1:])
         blocks[parameter] = [
-            Block(part.name, layout.shape_of(part), 0 if part.rows is None else part.rows.start * row) for part in layout.slices
+            Block(
+                part.name,
+                layout.shape_of(part),
+                0 if part.rows is None else part.rows.start * row,
+                math.prod(layout.local_shape_of(part)),
+                None if part.shard is None else DimensionSlice(*part.shard[:3]),
+            )
+            for part in layout.slices
         ]
     return blocks
 

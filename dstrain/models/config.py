@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
@@ -359,6 +359,21 @@ def _check_heads(model_dim: int, position: Config, stacks: Mapping[str, StackCon
 
 
 ModelConfig = Annotated[EncoderDecoderConfig | DecoderOnlyConfig, Field(discriminator="kind")]
+
+
+def tensor_problems(config: EncoderDecoderConfig | DecoderOnlyConfig, tensor: int) -> Iterator[str]:
+    """Why `tensor` ranks cannot share the model, in words; nothing if they can. A vocabulary may be of any size."""
+    stacks: dict[str, StackConfig] = {"decoder": config.decoder}
+    if config.kind == "encoder_decoder":
+        stacks["encoder"] = config.encoder
+    for side, stack in stacks.items():
+        sizes = {"num_heads": stack.num_heads, **stack.kv_heads(), "ffn_dim": stack.ffn_dim}
+        for name, size in sizes.items():
+            if size % tensor:
+                yield (
+                    f"engine.parallel.tensor = {tensor} does not divide model.{side}.{name} = {size}: each rank takes as many "
+                    "heads and features; choose a divisor"
+                )
 
 
 class VocabularySizes(Config):

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dstrain.batch import ModelKind, Sequences
 from dstrain.model_output import ActivationCapture, ModelOutput
@@ -20,7 +19,7 @@ from dstrain.models.config import DecoderOnlyConfig, VocabularySizes
 from dstrain.nn.attention_bias import AttentionBias, AttentionContext
 from dstrain.nn.cache import KeyValueCache, is_identity
 from dstrain.nn.capture import StackCapture
-from dstrain.nn.embedding import InputEmbedding, Projection
+from dstrain.nn.embedding import InputEmbedding, Projection, logits
 from dstrain.nn.layers import EncoderLayer
 from dstrain.nn.position import Positions
 from dstrain.nn.stack import LayerStack
@@ -110,14 +109,14 @@ class DecoderOnly(nn.Module):
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits. (..., D) -> (..., V)"""
-        return self.reduce_projection(hidden, F.linear)
+        return self.reduce_projection(hidden, logits)
 
     def invalidates_cache(self, length: int) -> bool:
         """Whether a sequence of `length` tokens changes the results of its earlier tokens, in the decoder."""
         return self.target_attention_bias.invalidates_cache(length)
 
-    def reduce_projection(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], _R]) -> _R:
-        """`reduce(features, weight)` inside the projection's forward; see `protocols.TeacherForced`."""
+    def reduce_projection(self, hidden: Tensor, reduce: Callable[..., _R]) -> _R:
+        """`reduce(features, weight, vocabulary=...)` inside the projection's forward; see `protocols.TeacherForced`."""
         result: _R = self.projection(hidden, reduce)
         return result
 
@@ -130,7 +129,7 @@ class DecoderOnly(nn.Module):
         cache = KeyValueCache(
             depth=stack.depth,
             num_rows=num_sentences,
-            num_heads=stack.num_kv_heads or stack.num_heads,
+            num_heads=self.decoder.passes(lambda layer: layer.self_attention.num_kv_heads)[0],
             max_length=width + max_length,
             head_dim=self.config.model_dim // stack.num_heads,
             like=self.projection.weight,

@@ -30,7 +30,14 @@ from dstrain.models.weights import canonical_shapes, load_canonical, parameter_l
 from dstrain.nn.attention import CrossAttention, SelfAttention
 from dstrain.nn.attention_bias import Alibi, AttentionBias
 from dstrain.nn.dropout import Dropout
-from dstrain.nn.embedding import FactorizedTokenEmbedding, InputEmbedding, Projection, TokenEmbedding, TokenPart
+from dstrain.nn.embedding import (
+    FactorizedTokenEmbedding,
+    InputEmbedding,
+    Projection,
+    TokenEmbedding,
+    TokenPart,
+    vocabulary_slice,
+)
 from dstrain.nn.feed_forward import FeedForward, GatedFeedForward
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.linear import BlockLinear, FusedLinear, Linear, SeparateLinear
@@ -38,6 +45,8 @@ from dstrain.nn.position import LearnedPositions, NoPositions, PositionPart, Sin
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.activation import ACTIVATIONS
 from dstrain.ops.bias import alibi_slopes
+from dstrain.parallel.group import Group
+from dstrain.parallel.tensor import even_shard
 
 Projections = Literal["fused", "separate"]
 Model = EncoderDecoder | DecoderOnly
@@ -45,20 +54,28 @@ _L = TypeVar("_L", bound=nn.Module)
 
 
 def build_model(
-    config: ModelConfig, vocabulary: VocabularySizes, *, projections: Projections = "fused", seed: int | None
+    config: ModelConfig,
+    vocabulary: VocabularySizes,
+    *,
+    projections: Projections = "fused",
+    seed: int | None,
+    tensor: Group | None = None,
 ) -> Model:
     """The model of `config`, in float32 whatever torch's default dtype and device are.
 
     projections: `fused` computes maps of the same input (q, k, v; k, v of the source; both halves of a gated network) in one
     matrix product, `separate` keeps one module each, which adapters can address; same results, same weights on disk. seed:
     decides the initial weights, whatever the projections; with None all parameters stay on the meta device, without memory, for
-    `load_canonical` or an engine to fill from a `WeightSource`. RecipeError if the vocabularies do not suit the model.
+    `load_canonical` or an engine to fill from a `WeightSource`. tensor: the ranks that share one copy of the parameters, of which
+    this one gets its part; `tensor_problems` says which sizes are possible. RecipeError if the vocabularies do not suit the
+    model.
     """
+    group = tensor if tensor is not None and tensor.size > 1 else None
     with torch.device("meta"):
         if config.kind == "encoder_decoder":
-            model: Model = _EncoderDecoderFactory(config, vocabulary, projections).model()
+            model: Model = _EncoderDecoderFactory(config, vocabulary, projections, group).model()
         else:
-            model = _DecoderOnlyFactory(config, vocabulary, projections).model()
+            model = _DecoderOnlyFactory(config, vocabulary, projections, group).model()
     if seed is not None:
         load_canonical(model, initial_values(model, vocabulary, seed))
     return model
@@ -79,6 +96,7 @@ class _Factory(Generic[C]):
     config: C
     vocabulary: VocabularySizes
     projections: Projections
+    tensor: Group | None
 
     def input_embedding(self, tokens: TokenPart, max_length: int) -> InputEmbedding:
         return InputEmbedding(
@@ -93,9 +111,9 @@ class _Factory(Generic[C]):
     def tokens(self, vocab_size: int, side: Literal["source", "target"]) -> TokenPart:
         embedding, dim = self.config.embedding, self.config.model_dim
         if embedding.kind == "plain" or embedding.sides not in ("both", side):
-            return TokenEmbedding(vocab_size, dim)
+            return TokenEmbedding(vocab_size, dim, entries=self.tensor)
         return FactorizedTokenEmbedding(
-            table=TokenEmbedding(vocab_size, embedding.dim),
+            table=TokenEmbedding(vocab_size, embedding.dim, entries=self.tensor),
             activation=ACTIVATIONS[embedding.activation],
             up_proj=Linear(embedding.dim, dim, bias=False),
         )
@@ -105,15 +123,15 @@ class _Factory(Generic[C]):
         activation, dim = ACTIVATIONS[output_activation or "linear"], self.config.model_dim
         width = self.config.embedding.output_dim
         output_proj = None if width is None else Linear(dim, width, bias=False)
+        entries, back = vocabulary_slice(self.vocabulary.target, self.tensor), None
         match tokens:
             case None:
-                own = nn.Parameter(torch.empty(self.vocabulary.target, width or dim))
-                return Projection(own, activation=activation, output_proj=output_proj)
+                weight = nn.Parameter(torch.empty(len(entries) if entries else self.vocabulary.target, width or dim))
             case FactorizedTokenEmbedding():
-                back = tokens.up_proj.weight if output_proj is None else None
-                return Projection(tokens.table.weight, activation=activation, output_proj=output_proj, back=back)
+                weight, back = tokens.table.weight, tokens.up_proj.weight if output_proj is None else None
             case TokenEmbedding():
-                return Projection(tokens.weight, activation=activation, output_proj=output_proj)
+                weight = tokens.weight
+        return Projection(weight, activation=activation, output_proj=output_proj, back=back, vocabulary=entries)
 
     def positions(self, max_length: int) -> PositionPart:
         match self.config.position.kind:
@@ -134,11 +152,19 @@ class _Factory(Generic[C]):
             case AlibiPosition(encoder="none") if not causal:
                 return AttentionBias(causal=causal)
             case AlibiPosition(encoder="asymmetric") if not causal:
-                return AttentionBias(causal=causal, alibi=Alibi(tuple(alibi_slopes(stack.num_heads)), lead=0.5))
+                return AttentionBias(causal=causal, alibi=Alibi(self.head_slopes(stack), lead=0.5))
             case AlibiPosition() | DecoderOnlyAlibiPosition():
-                return AttentionBias(causal=causal, alibi=Alibi(tuple(alibi_slopes(stack.num_heads))))
+                return AttentionBias(causal=causal, alibi=Alibi(self.head_slopes(stack)))
             case _:
                 return AttentionBias(causal=causal)
+
+    def head_slopes(self, stack: StackConfig) -> tuple[float, ...]:
+        """ALiBi's, of this rank's heads."""
+        of_all_heads = tuple(alibi_slopes(stack.num_heads))
+        if self.tensor is None:
+            return of_all_heads
+        shard = even_shard(0, stack.num_heads // self.tensor.size, self.tensor)
+        return of_all_heads[shard.start : shard.stop]
 
     def stack(self, config: StackConfig, layer: Callable[[], _L]) -> LayerStack[_L]:
         return LayerStack(
@@ -165,27 +191,31 @@ class _Factory(Generic[C]):
         dim, narrow = self.config.model_dim, (stack.num_kv_heads or stack.num_heads) * self.head_dim(stack)
         return SelfAttention(
             qkv=self.block_linear({"q_proj": dim, "k_proj": narrow, "v_proj": narrow}),
-            out_proj=Linear(dim, dim),
+            out_proj=Linear(dim, dim, inputs=self.tensor),
             head_dim=self.head_dim(stack),
             dropout=self.config.attention_dropout,
+            heads=self.tensor,
         )
 
     def block_linear(self, blocks: Mapping[str, int], *, bias: bool = True) -> BlockLinear:
         kind = FusedLinear if self.projections == "fused" else SeparateLinear
-        return kind(self.config.model_dim, blocks, bias=bias)
+        return kind(self.config.model_dim, blocks, bias=bias, outputs=self.tensor)
 
     def feed_forward(self, stack: StackConfig) -> FeedForward | GatedFeedForward:
         dim, activation = self.config.model_dim, ACTIVATIONS[self.config.activation]
-        dropout = Dropout(self.config.activation_dropout)
+        dropout = Dropout(self.config.activation_dropout, features=self.tensor)
         if stack.feed_forward == "gated":
             return GatedFeedForward(
                 up_gate=self.block_linear({"up_proj": stack.ffn_dim, "gate_proj": stack.ffn_dim}, bias=False),
-                down_proj=Linear(stack.ffn_dim, dim, bias=False),
+                down_proj=Linear(stack.ffn_dim, dim, bias=False, inputs=self.tensor),
                 activation=activation,
                 dropout=dropout,
             )
         return FeedForward(
-            up_proj=Linear(dim, stack.ffn_dim), down_proj=Linear(stack.ffn_dim, dim), activation=activation, dropout=dropout
+            up_proj=Linear(dim, stack.ffn_dim, outputs=self.tensor),
+            down_proj=Linear(stack.ffn_dim, dim, inputs=self.tensor),
+            activation=activation,
+            dropout=dropout,
         )
 
     def final_norm(self, stack: StackConfig) -> nn.Module:
@@ -239,11 +269,12 @@ class _EncoderDecoderFactory(_Factory[EncoderDecoderConfig]):
     def cross_attention(self, stack: DecoderStackConfig) -> CrossAttention:
         dim, narrow = self.config.model_dim, (stack.num_cross_kv_heads or stack.num_heads) * self.head_dim(stack)
         return CrossAttention(
-            q_proj=Linear(dim, dim),
+            q_proj=Linear(dim, dim, outputs=self.tensor),
             kv=self.block_linear({"k_proj": narrow, "v_proj": narrow}),
-            out_proj=Linear(dim, dim),
+            out_proj=Linear(dim, dim, inputs=self.tensor),
             head_dim=self.head_dim(stack),
             dropout=self.config.attention_dropout,
+            heads=self.tensor,
         )
 
 

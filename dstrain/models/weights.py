@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from dstrain.errors import BundleError
 from dstrain.nn.linear import FusedLinear, SeparateLinear
+from dstrain.parallel.group import Group
+from dstrain.parallel.tensor import ParameterShard, Sharded, even_shard
 from dstrain.protocols import WeightSource
 
 
@@ -43,31 +45,56 @@ class TensorSource:
 
 @dataclass(frozen=True)
 class TensorSlice:
-    """A canonical tensor as the `rows` of a parameter, in the first dimension; all of them if None."""
+    """A canonical tensor, or this rank's `shard` of it, as the `rows` of a parameter, in the first dimension; all if None."""
 
     name: str
     rows: slice | None
+    shard: ParameterShard | None = None
 
 
 @dataclass(frozen=True)
 class ParameterLayout:
     """How one parameter of a model is made of canonical tensors.
 
-    shape: of the whole parameter. slices: in row order.
+    shape: of the parameter, under tensor parallelism of this rank's part. slices: in row order.
     """
 
     shape: torch.Size
     slices: tuple[TensorSlice, ...]
 
-    def shape_of(self, part: TensorSlice) -> tuple[int, ...]:
-        """Of a canonical tensor in this parameter."""
+    def local_shape_of(self, part: TensorSlice) -> tuple[int, ...]:
+        """Of what this parameter holds of a canonical tensor."""
         return tuple(self.shape) if part.rows is None else (part.rows.stop - part.rows.start, *self.shape[1:])
 
+    def shape_of(self, part: TensorSlice) -> tuple[int, ...]:
+        """Of a canonical tensor in this parameter."""
+        shape = list(self.local_shape_of(part))
+        if part.shard is not None:
+            shape[part.shard.dim] = part.shard.size
+        return tuple(shape)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the ranks of a tensor group hold different parts of it."""
+        return any(part.shard is not None for part in self.slices)
+
+    def gather(self, value: Tensor, tensor: Group) -> dict[str, Tensor]:
+        """The whole canonical tensors of a parameter with this value, on every rank of the tensor group. Collective."""
+        whole = {}
+        for part in self.slices:
+            own = value if part.rows is None else value[part.rows]
+            if part.shard is not None:
+                own = tensor.gather_rows(own.transpose(0, part.shard.dim).contiguous()).transpose(0, part.shard.dim)
+            whole[part.name] = own
+        return whole
+
     def read(self, source: WeightSource, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
-        """The whole parameter in new memory; in the dtype of the source if `dtype` is None."""
+        """The parameter in new memory; in the dtype of the source if `dtype` is None."""
         value: Tensor | None = None
         for part in self.slices:
             tensor = source.read(part.name)
+            if part.shard is not None:
+                tensor = tensor.narrow(part.shard.dim, part.shard.start, part.shard.stop - part.shard.start)
             if value is None:
                 value = torch.empty(self.shape, dtype=dtype or tensor.dtype, device=device)
             (value if part.rows is None else value[part.rows]).copy_(tensor)
@@ -83,39 +110,46 @@ Layouts = dict[str, ParameterLayout]
 def parameter_layouts(model: nn.Module) -> Layouts:
     """The layout of every parameter. Reads no values; parameters may be on the meta device, but not partitioned by ZeRO-3."""
     fused: dict[str, tuple[TensorSlice, ...]] = {}
+    shards: dict[str, ParameterShard] = {}
     containers = []
     for path, module in model.named_modules():
         parent = path.rpartition(".")[0]
+        if isinstance(module, Sharded):
+            shards |= {f"{path}.{name}".removeprefix("."): shard for name, shard in module.shards().items()}
         if isinstance(module, SeparateLinear):
             containers.append((f"{path}.", f"{parent}."))
         elif isinstance(module, FusedLinear):
             for kind, _ in module.named_parameters():
-                fused[f"{path}.{kind}"] = _blocks(module.blocks, parent, kind)
+                fused[f"{path}.{kind}"] = _blocks(module, parent, kind)
     layouts: Layouts = {}
     for name, parameter in model.named_parameters():
         canonical = name
         for prefix, short in containers:
             if name.startswith(prefix):
                 canonical = short + name.removeprefix(prefix)
-        layouts[name] = ParameterLayout(parameter.shape, fused.get(name, (TensorSlice(canonical, None),)))
+        layouts[name] = ParameterLayout(parameter.shape, fused.get(name, (TensorSlice(canonical, None, shards.get(name)),)))
     return layouts
 
 
-def _blocks(blocks: Mapping[str, int], parent: str, kind: str) -> tuple[TensorSlice, ...]:
+def _blocks(module: FusedLinear, parent: str, kind: str) -> tuple[TensorSlice, ...]:
     slices, start = [], 0
-    for block, size in blocks.items():
-        slices.append(TensorSlice(f"{parent}.{block}.{kind}", slice(start, start + size)))
+    for block, size in module.blocks.items():
+        shard = None if module.outputs is None else even_shard(0, size, module.outputs)
+        slices.append(TensorSlice(f"{parent}.{block}.{kind}", slice(start, start + size), shard))
         start += size
     return tuple(slices)
 
 
 def canonical_shapes(layouts: Layouts) -> dict[str, tuple[int, ...]]:
-    """The shape of every canonical tensor."""
+    """The shape of every whole canonical tensor."""
     return {part.name: layout.shape_of(part) for layout in layouts.values() for part in layout.slices}
 
 
 def split_parameters(layouts: Layouts, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors by parameter name -> views by canonical name. Also for gradients, moments and averages of parameters."""
+    """Tensors by parameter name -> views by canonical name. Also for gradients, moments and averages of parameters.
+
+    Under tensor parallelism both hold this rank's parts.
+    """
     return {
         part.name: parameters[name] if part.rows is None else parameters[name][part.rows]
         for name, layout in layouts.items()

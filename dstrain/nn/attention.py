@@ -13,6 +13,9 @@ from dstrain.nn.attention_bias import AttentionContext
 from dstrain.nn.cache import LayerCache
 from dstrain.nn.linear import BlockLinear
 from dstrain.ops.attention import attention, mean_probabilities
+from dstrain.parallel.collectives import reduce_from
+from dstrain.parallel.group import Group
+from dstrain.parallel.randomness import shard_randomness
 
 AttentionHook = Callable[[Tensor], None]
 """Takes the attention probabilities averaged over the heads, (B, T, S); they are computed only for it."""
@@ -29,14 +32,22 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Attention of a sequence to itself. qkv: blocks q_proj, k_proj, v_proj."""
+    """Attention of a sequence to itself. qkv: blocks q_proj, k_proj, v_proj; heads: the tensor group that shares the heads."""
 
-    def __init__(self, *, qkv: BlockLinear, out_proj: nn.Module, head_dim: int, dropout: float) -> None:
+    def __init__(
+        self, *, qkv: BlockLinear, out_proj: nn.Module, head_dim: int, dropout: float, heads: Group | None = None
+    ) -> None:
         super().__init__()
         self.qkv = qkv
         self.out_proj = out_proj
         self.head_dim = head_dim
         self.dropout = dropout
+        self.heads = heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """Heads of keys and values on this rank."""
+        return self.qkv.blocks["k_proj"] // self.head_dim
 
     def forward(
         self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None, hooks: AttentionHook | None = None
@@ -48,23 +59,34 @@ class SelfAttention(nn.Module):
         if cache is not None:
             key, value = cache.append(key, value)
         if hooks is not None:
-            hooks(mean_probabilities(query, key, bias=context.bias, causal=context.causal))
+            hooks(_over_ranks(mean_probabilities(query, key, bias=context.bias, causal=context.causal), self.heads))
         dropout = self.dropout if self.training else 0.0
-        mixed = attention(query, key, value, bias=context.bias, causal=context.causal, dropout=dropout)
+        with shard_randomness(self.heads, active=dropout > 0):
+            mixed = attention(query, key, value, bias=context.bias, causal=context.causal, dropout=dropout)
         result: Tensor = self.out_proj(merge_heads(mixed))
         return result
 
 
 class CrossAttention(nn.Module):
-    """Attention of the decoder to the encoder's output. kv: blocks k_proj, v_proj."""
+    """Attention of the decoder to the encoder's output. kv: blocks k_proj, v_proj; heads: as above."""
 
-    def __init__(self, *, q_proj: nn.Module, kv: BlockLinear, out_proj: nn.Module, head_dim: int, dropout: float) -> None:
+    def __init__(
+        self,
+        *,
+        q_proj: nn.Module,
+        kv: BlockLinear,
+        out_proj: nn.Module,
+        head_dim: int,
+        dropout: float,
+        heads: Group | None = None,
+    ) -> None:
         super().__init__()
         self.q_proj = q_proj
         self.kv = kv
         self.out_proj = out_proj
         self.head_dim = head_dim
         self.dropout = dropout
+        self.heads = heads
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of the source. (B, S, D) -> twice (B, H or fewer, S, K)"""
@@ -78,9 +100,17 @@ class CrossAttention(nn.Module):
 
         N is a multiple of B: all rows of a source (beams) are adjacent as queries, the source is never copied.
         """
-        query = split_heads(self.q_proj(x).reshape(key.shape[0], -1, x.shape[-1]), self.head_dim)  # (B, H, N / B * T, K)
+        query = self.q_proj(x)
+        query = split_heads(query.reshape(key.shape[0], -1, query.shape[-1]), self.head_dim)  # (B, H, N / B * T, K)
         if hooks is not None:
-            hooks(mean_probabilities(query, key, bias=bias))
-        mixed = attention(query, key, value, bias=bias, dropout=self.dropout if self.training else 0.0)
+            hooks(_over_ranks(mean_probabilities(query, key, bias=bias), self.heads))
+        dropout = self.dropout if self.training else 0.0
+        with shard_randomness(self.heads, active=dropout > 0):
+            mixed = attention(query, key, value, bias=bias, dropout=dropout)
         result: Tensor = self.out_proj(merge_heads(mixed)).view_as(x)
         return result
+
+
+def _over_ranks(mean: Tensor, heads: Group | None) -> Tensor:
+    """The mean over the heads of all ranks from that over this rank's."""
+    return mean if heads is None else reduce_from(mean / heads.size, heads)

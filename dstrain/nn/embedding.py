@@ -14,20 +14,61 @@ from dstrain.nn.dropout import Dropout
 from dstrain.nn.linear import Linear
 from dstrain.nn.position import PositionPart, Positions
 from dstrain.ops.activation import identity
+from dstrain.ops.linear import linear
+from dstrain.ops.vocabulary import VocabularySlice
+from dstrain.parallel.collectives import reduce_from
+from dstrain.parallel.group import Group
+from dstrain.parallel.tensor import ParameterShard, vocabulary_shard
 
 _R = TypeVar("_R")
 
 
+def vocabulary_slice(vocab_size: int, entries: Group | None) -> VocabularySlice | None:
+    """This rank's entries of a table or projection that is cut over the group `entries`; None for a whole one."""
+    if entries is None:
+        return None
+    shard = vocabulary_shard(vocab_size, entries)
+    return VocabularySlice(shard.start, shard.stop, vocab_size, entries)
+
+
+def vocabulary_shards(vocabulary: VocabularySlice | None, *names: str) -> dict[str, ParameterShard]:
+    """Of parameters with a row for each entry."""
+    if vocabulary is None:
+        return {}
+    return dict.fromkeys(names, ParameterShard(0, vocabulary.start, vocabulary.stop, vocabulary.vocab_size))
+
+
+def embed(tokens: Tensor, table: Tensor, vocabulary: VocabularySlice | None) -> Tensor:
+    """Rows of a table, of which this rank has those of `vocabulary`. (...), (V, D) -> (..., D)"""
+    if vocabulary is None or vocabulary.group is None:
+        return F.embedding(tokens, table)
+    is_local = (tokens >= vocabulary.start) & (tokens < vocabulary.stop)
+    local = F.embedding((tokens - vocabulary.start).masked_fill(~is_local, 0), table)
+    return reduce_from(local.masked_fill(~is_local.unsqueeze(-1), 0), vocabulary.group)
+
+
 class TokenEmbedding(nn.Embedding):
-    """(...) int64 -> (..., D), without initial values.
+    """(...) int64 -> (..., D), without initial values. entries: the tensor group over which the table is cut, or None.
 
     No row is special: padding never reaches a scored position, so its row gets no gradient from here.
     """
 
     weight: nn.Parameter
 
+    def __init__(self, vocab_size: int, dim: int, *, entries: Group | None = None) -> None:
+        self.vocabulary = vocabulary_slice(vocab_size, entries)
+        super().__init__(vocab_size if self.vocabulary is None else len(self.vocabulary), dim)
+
     def reset_parameters(self) -> None:
         """Leave the memory as it is."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(...) -> (..., D)"""
+        return embed(tokens, self.weight, self.vocabulary)
+
+    def shards(self) -> dict[str, ParameterShard]:
+        """Of the weight."""
+        return vocabulary_shards(self.vocabulary, "weight")
 
 
 class FactorizedTokenEmbedding(nn.Module):
@@ -77,6 +118,7 @@ class Projection(nn.Module):
 
     weight: the model's own or the very Parameter of an embedding (tied). output_proj: D to E, None if the widths agree. back:
     (D, E), the up-projection of a tied factorized embedding, used transposed instead of output_proj, after the activation.
+    vocabulary: the entries of the weight's rows if it is cut over a tensor group; None for all.
     """
 
     def __init__(
@@ -86,20 +128,32 @@ class Projection(nn.Module):
         activation: Callable[[Tensor], Tensor] = identity,
         output_proj: Linear | None = None,
         back: nn.Parameter | None = None,
+        vocabulary: VocabularySlice | None = None,
     ) -> None:
         super().__init__()
         self.weight = weight
+        self.vocabulary = vocabulary
         self.activation = activation
         self.output_proj = output_proj
         self.back = back
 
-    def forward(self, hidden: Tensor, reduce: Callable[[Tensor, Tensor], _R]) -> _R:
-        """`reduce(features, weight)`, called here because under ZeRO-3 the weights are whole inside this forward only."""
-        return reduce(*self.operands(hidden))
+    def forward(self, hidden: Tensor, reduce: Callable[..., _R]) -> _R:
+        """`reduce(features, weight, vocabulary=...)`, called here: under ZeRO-3 the weights are gathered in this forward only."""
+        return reduce(*self.operands(hidden), vocabulary=self.vocabulary)
+
+    def shards(self) -> dict[str, ParameterShard]:
+        """Of the weight."""
+        return vocabulary_shards(self.vocabulary, "weight")
 
     def operands(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, E) and weight (V, E), whose product is the logits. For a caller who holds the weights gathered."""
         features = self.activation(hidden if self.output_proj is None else self.output_proj(hidden))
         if self.back is not None:
-            features = F.linear(features, self.back.t())
+            features = linear(features, self.back.t())
         return features, self.weight
+
+
+def logits(features: Tensor, weight: Tensor, *, vocabulary: VocabularySlice | None) -> Tensor:
+    """Of all entries, on every rank: for generation; losses never gather them. (..., E), (rows, E) -> (..., V)"""
+    own = F.linear(features, weight)
+    return own if vocabulary is None else vocabulary.gather_ranks(own)

@@ -18,6 +18,7 @@ from dstrain.objectives.config import CrossEntropyConfig, RDropConfig
 from dstrain.objectives.cross_entropy import CrossEntropy, loss_weight, target_hidden
 from dstrain.objectives.objective import LossOutput
 from dstrain.ops.token_loss.r_drop import RDropSums, linear_r_drop
+from dstrain.ops.vocabulary import VocabularySlice
 from dstrain.protocols import TeacherForced
 
 
@@ -45,8 +46,8 @@ class RDrop:
             token_weights=loss_weight(batch, self.config),
         )
 
-        def reduce_passes(features: Tensor, weight: Tensor) -> RDropSums:
-            return reduce(features.view(2, batch.num_targets, features.shape[1]), weight)
+        def reduce_passes(features: Tensor, weight: Tensor, *, vocabulary: VocabularySlice | None) -> RDropSums:
+            return reduce(features.view(2, batch.num_targets, features.shape[1]), weight, vocabulary=vocabulary)
 
         sums = model.reduce_projection(torch.cat(passes), reduce_passes)
         return LossOutput(sums.loss, batch.size, Metrics.over(batch.num_targets, {"nll": sums.nll, "kl": sums.kl}))

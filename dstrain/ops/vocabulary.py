@@ -12,34 +12,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dstrain.ops.kernels import ARGMAX
-
-
-class TensorGroup(Protocol):
-    """The ranks that hold the slices of one vocabulary."""
-
-    @property
-    def rank(self) -> int:
-        """This rank, from 0."""
-        ...
-
-    @property
-    def size(self) -> int:
-        """How many ranks there are."""
-        ...
-
-    def all_reduce(self, tensor: Tensor, /) -> Tensor:
-        """The tensor summed over the ranks; may be in place."""
-        ...
-
-    def max(self, tensor: Tensor, /) -> Tensor:
-        """The elementwise maximum over the ranks; may be in place."""
-        ...
+from dstrain.parallel.group import Group
 
 
 class Normalizer(NamedTuple):
@@ -75,16 +54,26 @@ class VocabularySlice:
     start: int
     stop: int
     vocab_size: int
-    group: TensorGroup | None = None
+    group: Group | None = None
 
     @classmethod
     def whole(cls, vocab_size: int) -> VocabularySlice:
         """All entries."""
         return cls(0, vocab_size, vocab_size)
 
+    def __len__(self) -> int:
+        """Entries of this slice."""
+        return self.stop - self.start
+
     def add_ranks(self, partial: Tensor) -> Tensor:
         """The sum of the ranks' partial results; may be in place. (...) -> (...)"""
         return partial if self.group is None else self.group.all_reduce(partial)
+
+    def gather_ranks(self, own: Tensor) -> Tensor:
+        """The values of all entries, on every rank. (..., V) -> (..., vocab_size)"""
+        values = own.new_zeros(*own.shape[:-1], self.vocab_size)
+        values[..., self.start : self.stop] = own
+        return self.add_ranks(values)
 
     def max(self, values: Tensor) -> Tensor:
         """(c, V) -> (c, 1)"""

@@ -5,7 +5,7 @@ With one rank each method is the identity and never communicates. Groups speak g
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -37,6 +37,10 @@ class Group:
     process_group: dist.ProcessGroup | None
     device: torch.device
 
+    def __deepcopy__(self, memo: object) -> Group:
+        """The same group: a copy of a module stays on its ranks."""
+        return self
+
     @classmethod
     def single(cls, device: torch.device) -> Group:
         """The group of this process only."""
@@ -47,6 +51,14 @@ class Group:
         if self.size > 1:
             dist.all_reduce(tensor, group=self.process_group)
         return tensor
+
+    def start_all_reduce(self, tensor: Tensor) -> Callable[[], object]:
+        """Begin to sum the tensor over the ranks, in place; it is the sum once the returned function has returned."""
+        if self.size == 1:
+            return lambda: None
+        work = dist.all_reduce(tensor, group=self.process_group, async_op=True)
+        wait: Callable[[], object] = work.wait
+        return wait
 
     def max(self, tensor: Tensor) -> Tensor:
         """The elementwise maximum over the ranks, in place, without waiting for a GPU."""

@@ -235,9 +235,9 @@ class Selected(NamedTuple):
 
 
 def select_in_chunks(
-    features: Tensor, weight: Tensor, *, codec: Codec, keys: TokenKeys, temperature: float, size: int
+    features: Tensor, weight: Tensor, *, codec: Codec, keys: TokenKeys, temperature: float, size: int, vocabulary: None
 ) -> tuple[Tensor, ...]:
-    """`codec.select` of the logits `features @ weight.T / temperature`, `size` tokens at a time."""
+    """`codec.select` of the logits `features @ weight.T / temperature`, `size` tokens at a time. vocabulary: the whole one."""
     chunks = []
     for tokens, logits in logits_in_chunks(features, weight, size):
         if temperature != 1.0:

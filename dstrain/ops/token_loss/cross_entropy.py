@@ -64,9 +64,13 @@ def linear_cross_entropy(
 
 
 @torch.no_grad()
-def linear_nll(features: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int) -> Tensor:
+def linear_nll(
+    features: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int, vocabulary: VocabularySlice | None = None
+) -> Tensor:
     """The negative log-likelihood of each token, in nats, without gradient. Arguments as above -> (N,)"""
-    return chunked_loss(features, weight, TokenCrossEntropy(0.0), labels.unsqueeze(1), chunk_tokens=chunk_tokens).metrics[0]
+    loss = TokenCrossEntropy(0.0)
+    targets = labels.unsqueeze(1)
+    return chunked_loss(features, weight, loss, targets, chunk_tokens=chunk_tokens, vocabulary=vocabulary).metrics[0]
 
 
 def reference_linear_cross_entropy(

@@ -95,7 +95,7 @@ def test_packed_segments_equal_separate_rows() -> None:
 def test_projection_in_and_out_of_reduce() -> None:
     model = small_model()
     hidden = torch.randn(6, 24)
-    features, weight = model.reduce_projection(hidden, lambda features, weight: (features, weight))
+    features, weight = model.reduce_projection(hidden, lambda features, weight, vocabulary: (features, weight))
     torch.testing.assert_close(features @ weight.T, model.project(hidden))
     assert model.project(hidden.view(2, 3, 24)).shape == (2, 3, VOCABULARY.target)
 

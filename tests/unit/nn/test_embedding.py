@@ -5,10 +5,9 @@ import math
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from dstrain.nn.dropout import Dropout
-from dstrain.nn.embedding import InputEmbedding, Projection, TokenEmbedding
+from dstrain.nn.embedding import InputEmbedding, Projection, TokenEmbedding, logits
 from dstrain.nn.linear import Linear
 from dstrain.nn.position import SinusoidalPositions
 
@@ -40,7 +39,7 @@ def test_the_output_projection_comes_before_the_activation_and_the_matrix() -> N
     nn.init.normal_(output_proj.weight)
     table, hidden = nn.Parameter(torch.randn(11, 4)), torch.randn(3, 7)
     projection = Projection(table, activation=torch.tanh, output_proj=output_proj)
-    torch.testing.assert_close(projection(hidden, F.linear), torch.tanh(hidden @ output_proj.weight.T) @ table.T)
+    torch.testing.assert_close(projection(hidden, logits), torch.tanh(hidden @ output_proj.weight.T) @ table.T)
 
 
 def test_projection_hands_out_features_and_the_tied_parameter() -> None:
@@ -48,7 +47,7 @@ def test_projection_hands_out_features_and_the_tied_parameter() -> None:
     projection = Projection(table)
     hidden = torch.randn(3, 4)
     seen = []
-    assert projection(hidden, lambda features, weight: seen.append((features, weight)) or 7) == 7
+    assert projection(hidden, lambda features, weight, vocabulary: seen.append((features, weight)) or 7) == 7
     assert seen[0][0] is hidden
     assert seen[0][1] is table
-    torch.testing.assert_close(projection(hidden, F.linear), hidden @ table.T)
+    torch.testing.assert_close(projection(hidden, logits), hidden @ table.T)

@@ -35,7 +35,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class ThreadGroup:
-    """Implements `TensorGroup` for threads; in place, as collectives of processes are."""
+    """Stands in for `parallel.group.Group` among threads; in place, as collectives of processes are."""
 
     rank: int
     size: int

@@ -1,0 +1,57 @@
+"""The linear map of the model's layers: x W^T + b, with a backward pass of its own.
+
+It keeps the Parameter for the backward pass, not what the Parameter holds in forward: under ZeRO-3 torch's own keeps a view of
+the gathered weight, and so every gathered layer, alive until its backward pass. It also sums the gradient of an input that the
+ranks of a tensor group share while the gradient of the weight is computed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from dstrain.ops.mixed_precision import to_autocast_dtype
+from dstrain.parallel.group import Group
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, group: Group | None = None) -> Tensor:
+    """(..., I) -> (..., O). weight: (O, I); bias: (O,).
+
+    group: the ranks that hold the other rows of a weight, if x is the same on all of them and needs the sum of their gradients;
+    None if x needs only its own.
+    """
+    if not torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    operands = [None if each is None else to_autocast_dtype(each) for each in (x, weight, bias)]
+    product: Tensor = _Linear.apply(*operands, group)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.group = group
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows = grad.reshape(-1, grad.shape[-1])  # (N, O)
+        x_grad = weight_grad = bias_grad = wait = None
+        if ctx.needs_input_grad[0]:
+            x_grad = rows.mm(weight)
+            wait = None if ctx.group is None else ctx.group.start_all_reduce(x_grad)
+        if ctx.needs_input_grad[1]:
+            weight_grad = rows.t().mm(x.reshape(-1, x.shape[-1]))
+        if ctx.needs_input_grad[2]:
+            bias_grad = rows.sum(0)
+        if wait is not None:
+            wait()
+        return None if x_grad is None else x_grad.view(x.shape), weight_grad, bias_grad, None

@@ -1,0 +1,188 @@
+"""Training over tensor groups: models of every variant and every objective, on meshes of several shapes in one process group."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter
+from torch import Tensor
+
+from dstrain.adapters.config import LoraConfig
+from dstrain.adapters.freeze import freeze
+from dstrain.adapters.lora import inject
+from dstrain.distillation.build import build_distillation
+from dstrain.distillation.feature_plan import plan_features
+from dstrain.distillation.signals import TeacherSignals
+from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
+from dstrain.engine.launch import load_deepspeed
+from dstrain.engine.training_engine import TrainEngine
+from dstrain.models.config import ModelConfig
+from dstrain.models.factory import build_model, initial_values
+from dstrain.models.weights import TensorSource, to_canonical
+from dstrain.objectives.build import build_cross_entropy
+from dstrain.objectives.config import CrossEntropyConfig
+from dstrain.objectives.cross_entropy import CrossEntropy
+from dstrain.objectives.train_module import TrainModule
+from dstrain.parallel.mesh import Mesh, build_mesh
+from dstrain.recipe import ObjectiveConfig
+from tests.batches import collate
+from tests.parallel.distilling import TEACHER, queues, share, teacher
+from tests.parallel.setting import VOCABULARY, load, padded, save, sentences
+
+Report = dict[str, Any]
+STACK: Report = {"depth": 2, "num_heads": 4, "ffn_dim": 48}
+PAIR: Report = {"kind": "encoder_decoder", "model_dim": 24, "encoder": STACK, "decoder": STACK, "dropout": 0.0}
+GATED: Report = {"feed_forward": "gated"}
+MODELS: dict[str, Report] = {
+    "plain": {**PAIR, "norm_order": "pre", "embedding": {"kind": "plain", "tie": "all"}},
+    "rotary": {
+        "kind": "decoder_only",
+        "model_dim": 32,
+        "decoder": {**STACK, **GATED, "num_kv_heads": 2},
+        "norm": {"kind": "rms_norm"},
+        "position": {"kind": "rotary"},
+        "embedding": {"kind": "plain", "tie": "decoder"},
+        "dropout": 0.0,
+    },
+    "alibi": {
+        **PAIR,
+        "encoder": {**STACK, "unique_layers": 1},
+        "decoder": {**STACK, "unique_layers": 1, "output_activation": "tanh"},
+        "position": {"kind": "alibi"},
+        "embedding": {"kind": "factorized", "tie": "all", "dim": 12, "activation": "gelu"},
+    },
+    "untied": {
+        **PAIR,
+        "decoder": {**STACK, "num_kv_heads": 2, "num_cross_kv_heads": 2},
+        "position": {"kind": "learned"},
+        "embedding": {"kind": "plain", "tie": "none", "output_dim": 16},
+    },
+}
+LORA: Report = {"rank": 3, "alpha": 6, "targets": ["*"]}
+
+
+def tensor_curves(mesh: Mesh, *, cases: list[Report]) -> list[Report]:
+    """What each case reports; a case is the options of `_engine`, with `steps` and `parts`."""
+    load_deepspeed(mesh)
+    return [_curve(**case) for case in cases]
+
+
+def _curve(*, steps: int = 4, parts: int = 4, **options: Any) -> Report:
+    engine = _engine(**options)
+    reports = [asdict(engine.train_step(*_share(engine, step, parts))) for step in range(steps)]
+    report = {"reports": reports, "queues": queues(engine), "validated": _validated(engine), **_outputs(engine)}
+    engine.close()
+    return report
+
+
+def _share(engine: TrainEngine, step: int, parts: int) -> Any:
+    kind = engine.module.model.kind
+    if kind == "encoder_decoder":
+        return share(step, engine.mesh, parts)
+    pairs, (_, size) = sentences(step), share(step, engine.mesh, parts)
+    numbers = list(range(parts))[engine.mesh.data.rank :: engine.mesh.data.size]
+    return [collate(pairs[part::parts], kind=kind) for part in numbers], size
+
+
+def _validated(engine: TrainEngine) -> float:
+    return float(engine.evaluate(collate(sentences(99), kind=engine.module.model.kind)).loss_sum)
+
+
+def _outputs(engine: TrainEngine) -> Report:
+    """The whole weights, and logits of the generation model."""
+    weights = engine.mesh.world.broadcast_object(engine.gather_weights(averaged=False)) or {}
+    source = padded([source for source, _ in sentences(5)[:3]], 1)
+    with engine.generation_model(averaged=False) as model, torch.no_grad():
+        state = model.start(source, num_sentences=3, rows_per_sentence=1, max_length=4)
+        logits = torch.cat([model.step(torch.full((3, 1), token), state) for token in (7, 9)], 1)
+    return {
+        "weights": {name: [float(value.double().sum()), float(value.double().norm())] for name, value in sorted(weights.items())},
+        "shapes": {name: list(value.shape) for name, value in sorted(weights.items())},
+        "logits": logits.flatten().tolist(),
+    }
+
+
+@cache
+def _mesh(tensor: int) -> Mesh:
+    return build_mesh("cpu", tensor=tensor)
+
+
+def _engine(
+    *,
+    tensor: int = 1,
+    model: str = "plain",
+    deepspeed: str = "zero1",
+    precision: str = "fp32",
+    clip_norm: float = 0.0,
+    kind: str = "adam",
+    ema: bool = False,
+    adapter: Report | None = None,
+    objective: Report | None = None,
+    teachers: Sequence[str] = (),
+    dropout: float = 0.0,
+) -> TrainEngine:
+    """teachers: placement of each. objective: its section. dropout: of what the ranks of a group have in common."""
+    mesh = _mesh(tensor)
+    config: Any = TypeAdapter(ModelConfig).validate_python({**MODELS[model], "dropout": dropout})
+    engines = [teacher(mesh, seed=3 + number, placement=placement) for number, placement in enumerate(teachers)]
+    projections = "fused" if adapter is None else "separate"
+    built = build_model(config, VOCABULARY, projections=projections, seed=None, tensor=mesh.tensor)
+    weights: Any = initial_values(build_model(config, VOCABULARY, seed=None), VOCABULARY, 1)
+    if adapter is not None:
+        settings = LoraConfig(**{**LORA, **adapter})
+        base = {name: tensor.clone() for name, tensor in to_canonical(build_model(config, VOCABULARY, seed=1)).items()}
+        weights = _Trained(inject(built, settings, TensorSource(base), seed=5))
+        freeze(built, settings)
+    return TrainEngine(
+        TrainModule(built, *_objective(objective or {}, config, engines)),
+        optimizer=AdamConfig(learning_rate=0.005, kind=kind, weight_decay=0.1),
+        schedule=ConstantSchedule(warmup_steps=2),
+        engine=EngineConfig(deepspeed=deepspeed, precision=precision, clip_norm=clip_norm),
+        ema=EmaConfig(decay=0.7) if ema else None,
+        seed=7,
+        mesh=mesh,
+        weights=weights,
+    )
+
+
+class _Trained:
+    """An adapter that is no longer fresh: its B is not zero, so that every tensor gets a gradient."""
+
+    def __init__(self, source: Any) -> None:
+        self.source = source
+
+    def names(self) -> Any:
+        return self.source.names()
+
+    def shape(self, name: str) -> Any:
+        return self.source.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        tensor = self.source.read(name)
+        return tensor + 0.02 * torch.arange(tensor.numel()).sin().view_as(tensor) if name.endswith("lora_b") else tensor
+
+
+def _objective(section: Report, config: Any, engines: list[Any]) -> tuple[Any, ...]:
+    parsed: Any = TypeAdapter(ObjectiveConfig).validate_python({"kind": "cross_entropy", "chunk_tokens": 16, **section})
+    if parsed.kind == "cross_entropy":
+        return (build_cross_entropy(parsed),)
+    plans = plan_features(parsed, config, [TEACHER] * len(engines))
+    return build_distillation(parsed, TeacherSignals(engines), features=plans, seed=5), CrossEntropy(CrossEntropyConfig())
+
+
+def tensor_legs(mesh: Mesh, *, shards: str, first: int, legs: list[Report]) -> list[list[Report]]:
+    """Runs that continue the checkpoint of step `first` in `shards`, which the first of them writes if there is none."""
+    load_deepspeed(mesh)
+    found = []
+    for leg in legs:
+        steps, engine = leg.pop("steps"), _engine(**leg)
+        if first:
+            load(engine, Path(shards))
+        found.append([asdict(engine.train_step(*_share(engine, step, 4))) for step in range(first, first + steps)])
+        if leg.get("save", not first):
+            save(engine, Path(shards))
+        engine.close()
+    return found
