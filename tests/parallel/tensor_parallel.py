@@ -19,6 +19,7 @@ from dstrain.distillation.signals import TeacherSignals
 from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
 from dstrain.engine.launch import load_deepspeed
 from dstrain.engine.training_engine import TrainEngine
+from dstrain.errors import TrainingError
 from dstrain.models.config import ModelConfig
 from dstrain.models.factory import build_model, initial_values
 from dstrain.models.weights import TensorSource, to_canonical
@@ -62,12 +63,6 @@ MODELS: dict[str, Report] = {
     },
 }
 LORA: Report = {"rank": 3, "alpha": 6, "targets": ["*"]}
-
-
-def tensor_curves(mesh: Mesh, *, cases: list[Report]) -> list[Report]:
-    """What each case reports; a case is the options of `_engine`, with `steps` and `parts`."""
-    load_deepspeed(mesh)
-    return [_curve(**case) for case in cases]
 
 
 def _curve(*, steps: int = 4, parts: int = 4, **options: Any) -> Report:
@@ -173,16 +168,44 @@ def _objective(section: Report, config: Any, engines: list[Any]) -> tuple[Any, .
     return build_distillation(parsed, TeacherSignals(engines), features=plans, seed=5), CrossEntropy(CrossEntropyConfig())
 
 
-def tensor_legs(mesh: Mesh, *, shards: str, first: int, legs: list[Report]) -> list[list[Report]]:
-    """Runs that continue the checkpoint of step `first` in `shards`, which the first of them writes if there is none."""
+def tensor_runs(mesh: Mesh, *, cases: list[Report], leg: Report, shards: str) -> Report:
+    """The reports of all cases, and those of a leg of a longer curve; see `_leg`."""
     load_deepspeed(mesh)
-    found = []
-    for leg in legs:
-        steps, engine = leg.pop("steps"), _engine(**leg)
-        if first:
-            load(engine, Path(shards))
-        found.append([asdict(engine.train_step(*_share(engine, step, 4))) for step in range(first, first + steps)])
-        if leg.get("save", not first):
-            save(engine, Path(shards))
-        engine.close()
-    return found
+    return {"cases": [_curve(**case) for case in cases], "leg": _leg(Path(shards), **leg)}
+
+
+def _leg(shards: Path, *, first: int, last: int, **options: Any) -> Report:
+    """Steps [first, last), from the checkpoint in `shards` on unless they are the first, and saved there."""
+    engine = _engine(**options)
+    if first:
+        load(engine, shards)
+    losses = [engine.train_step(*_share(engine, step, 4)).loss for step in range(first, last)]
+    save(engine, shards)
+    layout = engine.layout
+    engine.close()
+    return {"losses": losses, "layout": layout}
+
+
+def tensor_faults(mesh: Mesh, *, tensor: int, stages: list[str]) -> list[Report]:
+    """A step in which one tensor rank only has a gradient that is not finite."""
+    load_deepspeed(mesh)
+    return [_fault(stage, tensor) for stage in stages]
+
+
+def _fault(stage: str, tensor: int) -> Report:
+    engine = _engine(deepspeed=stage, tensor=tensor)
+    engine.train_step(*_share(engine, 0, 4))
+    before = engine.gather_weights(averaged=False)
+    last = engine.mesh.tensor.rank == engine.mesh.tensor.size - 1
+    norm = engine.module.model.encoder.layers[0].feed_forward.up_proj
+    norm.register_full_backward_hook(lambda module, inputs, outputs: tuple(grad * float("nan" if last else 1) for grad in inputs))
+    error = ""
+    try:
+        engine.train_step(*_share(engine, 1, 4))
+    except TrainingError as caught:
+        error = str(caught)
+    after = engine.gather_weights(averaged=False)
+    same = before is None or after is None or all(torch.equal(before[name], after[name]) for name in before)
+    report = {"error": error, "step": engine.step, "unchanged": same}
+    engine.close()
+    return report
