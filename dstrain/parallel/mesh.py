@@ -117,6 +117,13 @@ def build_mesh(device: DeviceChoice = "auto", *, tensor: int = 1, sequence: int 
             f"engine.parallel: tensor = {tensor} times sequence = {sequence} does not divide the number of ranks, {world_size}; "
             "start another number of ranks, or lower one of the two"
         )
+    if rank == 0 and local_world_size % tensor != 0:
+        logger.warning(
+            "engine.parallel.tensor = %d: groups of as many ranks reach over nodes of %d, and every layer waits for the network; "
+            "choose a divisor of the ranks of a node",
+            tensor,
+            local_world_size,
+        )
     chosen, local_rank = _choose_device(device, int(variables["LOCAL_RANK"]))
     os.environ.update({**variables, "LOCAL_RANK": str(local_rank)})
     if "OMP_NUM_THREADS" not in os.environ:

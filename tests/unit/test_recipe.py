@@ -65,6 +65,18 @@ def test_heads_must_divide_the_width() -> None:
     assert "encoder.num_heads = 3 does not divide model_dim = 128" in errors_of("model.encoder.num_heads=3")
 
 
+def test_tensor_ranks_must_divide_heads_and_features() -> None:
+    changes = (
+        "model.decoder.num_heads=6",
+        "model.decoder.num_cross_kv_heads=3",
+        "model.encoder.ffn_dim=130",
+        "model.model_dim=96",
+    )
+    message = errors_of("engine.parallel.tensor=4", *changes)
+    for key, value in {"decoder.num_heads": 6, "decoder.num_cross_kv_heads": 3, "encoder.ffn_dim": 130}.items():
+        assert f"engine.parallel.tensor = 4 does not divide model.{key} = {value}" in message
+
+
 def test_training_may_not_outlast_its_schedule() -> None:
     assert "goes beyond schedule.total_steps = 5" in errors_of("schedule={kind: linear, total_steps: 5}")
 

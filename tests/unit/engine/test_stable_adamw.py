@@ -116,7 +116,8 @@ def test_partitions_equal_whole_tensors(cuts: list[tuple[int, int]]) -> None:
         ]
         optimizer = build_optimizer(nn.ParameterList([flat]), CONFIG)
         assert isinstance(optimizer, StableAdamW)
-        optimizer.partition({flat: Layout(torch.tensor(sizes, dtype=torch.float32), pieces)}, add_up)
+        layout = Layout(torch.tensor(sizes, dtype=torch.float32), torch.zeros(len(sizes)), pieces)
+        optimizer.partition({flat: layout}, lambda sums, layout: add_up(sums))
         for step in range(1, 9):
             gradient = torch.cat([each.flatten() for each in gradients(step, shapes)])[first:last]
             flat.grad = nn.functional.pad(gradient, (0, 3))

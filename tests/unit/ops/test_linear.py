@@ -1,0 +1,55 @@
+"""The linear map and its backward pass against torch's."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dstrain.ops.linear import linear
+
+
+@pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 7, 5), (0, 5)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_values_and_gradients_equal_torchs(shape: tuple[int, ...], biased: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias = (torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape, (4, 5), (4,)))
+    grads = []
+    for function in (linear, F.linear):
+        leaves = [tensor.clone().requires_grad_() for tensor in ((x, weight, bias) if biased else (x, weight))]
+        product = function(*leaves)
+        grads.append((product, *torch.autograd.grad(product.sin().sum(), leaves)))
+    for own, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(own, expected)
+
+
+def test_a_frozen_weight_gets_no_gradient() -> None:
+    x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5)
+    linear(x, weight).sum().backward()
+    assert weight.grad is None
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 5))
+
+
+def test_a_transposed_input_and_gradient_are_read_as_they_are() -> None:
+    x, weight = torch.randn(5, 3).t().requires_grad_(), torch.randn(4, 5, requires_grad=True)
+    linear(x, weight).t().contiguous().square().sum().backward()
+    expected = torch.autograd.grad(F.linear(x, weight).square().sum(), [x, weight])
+    torch.testing.assert_close([x.grad, weight.grad], list(expected))
+
+
+def test_the_parameter_itself_is_kept_for_the_backward_pass() -> None:
+    """As under ZeRO-3, which frees a Parameter's data after the forward pass and gathers it again before the backward pass."""
+    x, weight = torch.randn(3, 5, requires_grad=True), torch.nn.Parameter(torch.randn(4, 5))
+    values = weight.detach().clone()
+    product = linear(x, weight)
+    weight.data = torch.empty(0)
+    weight.data = 2 * values
+    product.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * values.sum(0).expand(3, 5))
+
+
+def test_autocast_decides_the_dtype() -> None:
+    x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        product = linear(x, weight)
+    assert product.dtype == torch.bfloat16
+    product.float().sum().backward()
+    assert x.grad is not None and x.grad.dtype == torch.float32
