@@ -28,6 +28,7 @@ from dstrain.generation.constraints import SpecialIds
 from dstrain.log import log_fields, logger
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model, initial_values
+from dstrain.models.weights import parameter_layouts
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
@@ -105,7 +106,8 @@ def log_plan(plan: TrainingPlan, mesh: Mesh) -> None:
 
 def log_model(model: Model, config: ModelConfig) -> None:
     """Log the model and its size."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    layouts = parameter_layouts(model)
+    sizes = [(layouts[name].numel, parameter.requires_grad) for name, parameter in model.named_parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
     layers = f"{config.encoder.depth} + {config.decoder.depth}" if config.kind == "encoder_decoder" else f"{config.decoder.depth}"
     share = "" if trained == total else f", {trained:,} of them are trained"

@@ -11,6 +11,7 @@ that filling needs the memory of the model (or of this rank's share of it) and o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
@@ -72,6 +73,11 @@ class ParameterLayout:
         if part.shard is not None:
             shape[part.shard.dim] = part.shard.size
         return tuple(shape)
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole parameter."""
+        return sum(math.prod(self.shape_of(part)) for part in self.slices)
 
     @property
     def is_sharded(self) -> bool:
