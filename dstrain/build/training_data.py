@@ -11,6 +11,7 @@ from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.loader import TrainLoader, evaluation_loader
 from dstrain.data.batching.plan import StepPlan
 from dstrain.data.config import DataConfig
+from dstrain.data.prepared.comparison import other_content, settings_of
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
@@ -21,7 +22,7 @@ from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.parallel.mesh import Mesh
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
-from dstrain.training.run_directory import recipe_differences
+from dstrain.training.run_directory import tree_changes
 
 
 class TrainingData:
@@ -34,17 +35,26 @@ class TrainingData:
             logger.info(
                 "%s: the training targets are the outputs of teacher %s", directory, self.manifest.pseudo_labels["teacher"][:12]
             )
-        prepared = {"data": upgrade_config(DataConfig, self.manifest.data)}
-        differences = recipe_differences(prepared, {"data": recipe_tree(recipe)["data"]})
-        if differences:
-            raise DataError(
-                f"{directory} was prepared from another data section than this recipe's:\n"
-                + "\n".join(differences)
-                + "\nundo these changes, or prepare the data again into another directory"
-            )
+        self._require_data_of(recipe)
         self.train: Dataset = open_dataset(directory, "train")
         self.valid: Dataset = open_dataset(directory, "valid")
         self.tokenizers: TokenizerPair = load_tokenizers(directory / "tokenizer")
+
+    def _require_data_of(self, recipe: Recipe) -> None:
+        """DataError unless this is the data of the recipe, wherever that finds its files; test sets do not count."""
+        prepared, requested = upgrade_config(DataConfig, self.manifest.data), recipe_tree(recipe)["data"]
+        changes = tree_changes({"data": settings_of(prepared)}, {"data": settings_of(requested)})
+        lines = [f"  {key}: {change}" for key, change in changes.items()]
+        lines = lines or list(other_content(self.directory, self.manifest, DataConfig.model_validate(prepared), recipe.data))
+        if lines:
+            raise DataError(
+                f"{self.directory} was prepared from another data section than this recipe's:\n"
+                + "\n".join(lines)
+                + "\nundo these changes, or prepare the data again into another directory"
+            )
+        moved = tree_changes(*({"data": {key: side[key] for key in ("train", "valid")}} for side in (prepared, requested)))
+        if moved:
+            logger.info("%s is read, whose text was elsewhere when it was prepared: %s", self.directory, "; ".join(moved))
 
     @property
     def vocabulary(self) -> VocabularySizes:

@@ -19,7 +19,6 @@ from dstrain.errors import RecipeError
 from dstrain.evaluation.metrics.tokenization import check_tokenization
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
-from dstrain.storage.hashing import sha256_of_text
 from dstrain.training.horizons import Horizons
 
 
@@ -40,11 +39,10 @@ class TrainingPlan:
 
     def decisive(self, options: TrainOptions) -> dict[str, Any]:
         """The values that must be equal on every rank, by their keys in messages."""
-        manifest = self.data.manifest.model_dump_json()
         return {
             **recipe_tree(self.recipe),
             "DeepSpeed file": self.deepspeed,
-            "--data": sha256_of_text(manifest),
+            "--data": self.data.manifest.content,
             "--base": self.base and self.base.fingerprint,
             "--teacher or --logits": list(self.objective.teachers),
             "--teacher-placement": options.teachers.placement,

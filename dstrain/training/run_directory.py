@@ -9,7 +9,7 @@ RUN/.lock         held by rank 0 while it trains
 ```
 A run may be continued with another recipe if the difference does not decide the result: when training ends, what it reports,
 validates and keeps, and how a step is computed (ranks, ZeRO stage, precision). Every other difference is refused and shown,
-unless it is one that a user may accept (`accepted_changes.py`).
+unless it is one that a user may accept (`accepted_changes.py`). Of the data it is the content that counts, not where it lies.
 """
 
 from __future__ import annotations
@@ -45,20 +45,19 @@ MAY_CHANGE = {
     "training.max_hours",
     "training.hang_seconds",
 }
-SECTIONS_MAY_CHANGE = ("reporting.", "generation.", "validation.", "checkpoint.", "engine.")
-MAY_NOT_CHANGE = {
-    "engine.clip_norm": "clips other gradients",
-    "validation.metric": "the best score so far is of the other metric",
-}
+SECTIONS_MAY_CHANGE = ("reporting.", "generation.", "validation.", "checkpoint.", "engine.", "data.")
+MAY_NOT_CHANGE = {"engine.clip_norm": "clips other gradients"}
 """Exceptions in these sections, with the reason."""
 LAYOUT_KEYS = {"engine.deepspeed", "engine.precision"}
 """Every checkpoint records their values."""
+LONGEST_VALUE = 100
+"""Characters of a value in a message."""
 OWN_FILES = {".lock", "run.json", "run.json.tmp", "recipe.yaml.tmp"}
 """Possible files of a run that was killed while it was made."""
 
 
 class RunDescription(Config):
-    """run.json. data: fingerprint of the prepared data; teachers: of all that teaches.
+    """run.json. data: fingerprint of what is read of the prepared data; teachers: of all that teaches.
 
     accepted: values of the recipe that were changed since the run was started, by dotted key.
     """
@@ -111,13 +110,15 @@ def open_run(
     ranks: Ranks,
     *,
     data: str,
+    preparation: str | None = None,
     teachers: Sequence[str] = (),
     upgrade: Upgrade = dict,
     accept: Sequence[str] = (),
 ) -> Run:
     """Make RUN, or open the one that is there to resume it. Collective; rank 0 holds the lock.
 
-    recipe: the resolved recipe as plain YAML values. data, teachers: fingerprints of the prepared data and of all that teaches.
+    recipe: the resolved recipe as plain YAML values. data, teachers: fingerprints of what is read of the prepared data and of all
+    that teaches. preparation: of the data's preparation, by which runs of an earlier version know it.
     upgrade: resolves a recipe of an earlier version as this one would. accept: keys of the recipe that may differ on a resume.
     Raises TrainingError if another training holds the run or the directory is something else, CheckpointError if the
     recipe, the data or the teachers differ or the run has lost its checkpoints.
@@ -126,7 +127,7 @@ def open_run(
 
     def on_first_rank() -> None:
         if ranks.rank == 0:
-            origin = {"data": data, "teachers": list(teachers)}
+            origin = {"data": data, "teachers": list(teachers), "preparation": preparation}
             run._lock, run.run_id, run.changes = _open(directory, recipe, origin, upgrade, accept)
 
     raise_on_all_ranks(ranks, TrainingError, f"opening {directory}", on_first_rank)
@@ -136,26 +137,42 @@ def open_run(
 
 def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines `a.b: old -> new` for every key that differs and may not change on a resume."""
-    return [f"  {key}: {change}" for key, change in _changes(old, new).items() if not _may_change(key)]
+    return [f"  {key}: {change}" for key, change in tree_changes(old, new).items() if not _may_change(key)]
 
 
 def _may_change(key: str) -> bool:
-    return key in MAY_CHANGE or (key.startswith(SECTIONS_MAY_CHANGE) and key not in MAY_NOT_CHANGE)
+    return key in MAY_CHANGE or (f"{key}.".startswith(SECTIONS_MAY_CHANGE) and key not in MAY_NOT_CHANGE)
 
 
-def _changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
-    """`old -> new` of every key that differs."""
-    before, after = dict(flatten_tree(old)), dict(flatten_tree(new))
+def tree_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, str]:
+    """`old -> new` of every key that differs; a section that only one side has is one key."""
     changes = {}
-    for key in sorted(before.keys() | after.keys()):
-        if before.get(key, _ABSENT) != after.get(key, _ABSENT):
-            was, now = (json.dumps(side[key]) if key in side else "(absent)" for side in (before, after))
-            reason = f" ({MAY_NOT_CHANGE[key]})" if key in MAY_NOT_CHANGE else ""
-            changes[key] = f"{was} -> {now}{reason}"
+    for key, was, now in _differences(old, new):
+        reason = f" ({MAY_NOT_CHANGE[key]})" if key in MAY_NOT_CHANGE else ""
+        changes[key] = f"{_short(was)} -> {_short(now)}{reason}"
     return changes
 
 
 _ABSENT = object()
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Key and both values, where two trees of plain values differ."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        for number in range(max(len(old), len(new))):
+            was, now = (side[number] if number < len(side) else _ABSENT for side in (old, new))
+            yield from _differences(was, now, f"{prefix}[{number}]")
+    elif old != new:
+        yield prefix, old, new
+
+
+def _short(value: Any) -> str:
+    """A value as JSON on one line, cut if it is long."""
+    text = "(absent)" if value is _ABSENT else json.dumps(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 4]} ..."
 
 
 def flatten_tree(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -204,7 +221,8 @@ def _begin_or_resume(
             "out to begin with this recipe, or name the --output of the run"
         )
     run_id = uuid.uuid4().hex[:16]
-    RUN_FORMAT.write(directory / "run.json", RunDescription(format=RUN_VERSION, run_id=run_id, **origin))
+    description = RunDescription(format=RUN_VERSION, run_id=run_id, data=origin["data"], teachers=origin["teachers"])
+    RUN_FORMAT.write(directory / "run.json", description)
     write_file(recipe_file, dump_yaml(_plain(recipe)).encode())
     return run_id, ()
 
@@ -225,7 +243,7 @@ def _check_recipe(
     accepted |= {key: value_at(new, key) for key in accept}  # the latest is last, and wins
     before = with_values(started, accepted)
     if differences := recipe_differences(before, new):
-        refused = [key for key in _changes(before, new) if not _may_change(key)]
+        refused = [key for key in tree_changes(before, new) if not _may_change(key)]
         by_option = f"accept them with {option_for(refused)}, " if all(map(is_acceptable, refused)) else ""
         raise CheckpointError(
             f"{directory} was started with another recipe; it is not resumed with this one:\n"
@@ -234,7 +252,7 @@ def _check_recipe(
         )
     if accepted != run.accepted:
         RUN_FORMAT.write(directory / "run.json", run.model_copy(update={"accepted": accepted}))
-    changes = {key: change for key, change in _changes(started, new).items() if key not in LAYOUT_KEYS}
+    changes = {key: change for key, change in tree_changes(started, new).items() if key not in LAYOUT_KEYS}
     return tuple(f"{key}: {change}{', accepted' if is_accepted(key, accepted) else ''}" for key, change in changes.items())
 
 
@@ -260,7 +278,7 @@ def _has_progress(directory: Path) -> bool:
 
 def _known_run(path: Path, origin: Mapping[str, Any]) -> RunDescription:
     run = RUN_FORMAT.read(path)
-    if run.data != origin["data"]:
+    if run.data not in (origin["data"], origin["preparation"]):
         raise CheckpointError(
             f"{path.parent} was started on other data ({run.data[:12]}, this is {origin['data'][:12]}): "
             "name the --data it was started on, or choose another --output"

@@ -70,7 +70,8 @@ class TrainingState(Config):
 
     epoch, step_in_epoch: the position of the next step; epochs count from 1, and at the end of one this is (next epoch, 0).
     completed_step: the last step after which everything that was due (validation, bundles) had been done; behind `step` only
-    in a checkpoint written in haste on a signal. elapsed_seconds: over all resumes. events_bytes: length of the event file.
+    in a checkpoint written in haste on a signal. best_metric: of best_score; None before there is one, and in checkpoints of an
+    earlier version. elapsed_seconds: over all resumes. events_bytes: length of the event file.
     """
 
     step: Count = 0
@@ -82,6 +83,7 @@ class TrainingState(Config):
     completed_step: Annotated[int, Field(ge=-1)] = -1
     best_score: float | None = None
     best_step: Count | None = None
+    best_metric: str | None = None
     validations_without_improvement: Count = 0
     events_bytes: Count = 0
     window: Window = Window()
@@ -102,12 +104,18 @@ class TrainingState(Config):
             window=window,
         )
 
-    def after_validation(self, score: float, *, higher_is_better: bool) -> TrainingState:
+    def after_validation(self, score: float, metric: str) -> TrainingState:
         """With the counter of patience moved; only a strictly better, finite score is an improvement."""
         best = self.best_score
-        if math.isfinite(score) and (best is None or (score > best if higher_is_better else score < best)):
-            return self.changed(best_score=score, best_step=self.step, validations_without_improvement=0)
+        if math.isfinite(score) and (best is None or (score < best if metric == "loss" else score > best)):
+            return self.changed(best_score=score, best_step=self.step, best_metric=metric, validations_without_improvement=0)
         return self.changed(validations_without_improvement=self.validations_without_improvement + 1)
+
+    def judged_by(self, metric: str, before: str) -> TrainingState:
+        """Without a best score if that is of another metric. before: the metric of a state that does not name one."""
+        if self.best_score is None or (self.best_metric or before) == metric:
+            return self
+        return self.changed(best_score=None, best_step=None, best_metric=None, validations_without_improvement=0)
 
     def changed(self, **fields: Any) -> TrainingState:
         """With other values of some fields."""
@@ -123,7 +131,7 @@ def load_state(content: Mapping[str, Any], path: Path) -> TrainingState:
     """The state whose `model_dump` is in the document `path`. CheckpointError if a field is missing, unknown or wrong."""
     state = _FORMAT.validate(dict(content), path)
     # A default is for the beginning of training, not for a checkpoint that lacks the field.
-    lacking = TrainingState.model_fields.keys() - state.model_fields_set
+    lacking = TrainingState.model_fields.keys() - state.model_fields_set - {"best_metric"}
     lacking |= {f"window.{name}" for name in Window.model_fields.keys() - state.window.model_fields_set}
     if lacking:
         raise CheckpointError(f"{path} is not a valid {_FORMAT.name}: it lacks {', '.join(sorted(lacking))}; {_FORMAT.remedy}")

@@ -8,6 +8,7 @@ agreement costs one all-reduce of three numbers a step.
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 import time
@@ -191,7 +192,17 @@ class Trainer:
             moved = [f"{latest.layout} -> {self.engine.layout}"] if latest.layout != self.engine.layout else []
             changes = "; ".join([*moved, *self.changes]) or "nothing changed"
             logger.info("resuming at step %d from %s: %s", state.step, latest.directory, changes)
-        return state
+        return self._judged(state)
+
+    def _judged(self, state: TrainingState) -> TrainingState:
+        """The state with its best score, if that is of the metric that counts now."""
+        name, metric = "validation.metric: ", self.validation.metric
+        old = [line.removeprefix(name).split(" -> ")[0] for line in self.changes if line.startswith(name)]
+        before = json.loads(old[0]) if old else metric
+        judged = state.judged_by(metric, before)
+        if judged is not state and self.ranks.rank == 0:
+            logger.info("the best bundle is chosen anew, by %s", metric)
+        return judged
 
     def _record(
         self, state: TrainingState, planned: PlannedStep, batches: Sequence[Batch], report: StepReport, clock: _Clock
@@ -264,7 +275,7 @@ class Trainer:
         if scores is None:
             return state, self._agree(state)[1]
         if state.step > 0:
-            state = state.after_validation(scores[self.validation.metric], higher_is_better=self.validation.metric != "loss")
+            state = state.after_validation(scores[self.validation.metric], self.validation.metric)
         epoch = state.epoch - 1 if state.at_epoch_end else state.epoch
         seconds = time.perf_counter() - begin
         about = {"weights": "trained" if self.training.ema is None else "ema", "epoch": epoch, "seconds": seconds}

@@ -103,6 +103,12 @@ class DataManifest(Config):
             raise DataError(f"{directory} has no split {name!r}; it holds {', '.join(self.splits)}")
         return self.splits[name]
 
+    @property
+    def content(self) -> str:
+        """SHA-256 over what a training reads: tokenizer, train and valid; neither paths nor test sets count."""
+        read = [self.splits[name].fingerprint for name in ("train", "valid")]
+        return sha256_of_text(" ".join([self.tokenizer_fingerprint, *read]))
+
     def require_tokenizer(self, fingerprint: str, owner: str) -> None:
         """Raise DataError if `owner` (a bundle, a run) reads ids of another tokenizer than this data's."""
         if fingerprint != self.tokenizer_fingerprint:

@@ -65,16 +65,17 @@ def test_another_recipe_is_refused_and_the_difference_shown(tmp_path: Path) -> N
     other = changed("model.encoder.depth", 6)
     other["optimizer"]["betas"] = [0.9, 0.999]
     del other["batching"]["tokens_per_step"]
-    other["data"]["train"].append({"kind": "tsv", "path": "b.tsv"})
+    other["model"]["decoders"] = [{"depth": 2}]
+    other["model"]["encoder"]["norm"] = None
     with pytest.raises(CheckpointError) as caught:
         open_run(tmp_path / "run", other, ONE_PROCESS, data="d1")
     assert str(caught.value) == "\n".join(
         [
             f"{tmp_path}/run was started with another recipe; it is not resumed with this one:",
             "  batching.tokens_per_step: 4096 -> (absent)",
-            '  data.train[1].kind: (absent) -> "tsv"',
-            '  data.train[1].path: (absent) -> "b.tsv"',
+            '  model.decoders: (absent) -> [{"depth": 2}]',
             "  model.encoder.depth: 4 -> 6",
+            "  model.encoder.norm: (absent) -> null",
             "  optimizer.betas[1]: 0.98 -> 0.999",
             "undo these changes to resume, or choose another --output to train afresh",
         ]
@@ -87,6 +88,10 @@ def test_another_recipe_is_refused_and_the_difference_shown(tmp_path: Path) -> N
         ("training.max_steps", 200),
         ("validation.patience", 3),
         ("validation.every", 7),
+        ("validation.metric", "bleu"),
+        ("data.train", [{"kind": "tsv", "path": "/elsewhere/a.tsv"}]),
+        ("data.test", {"news": [{"kind": "tsv", "path": "news.tsv"}]}),
+        ("reporting", {"log_every": 50, "wandb": {"project": "p", "name": "n"}}),
         ("validation.generation", {"kind": "beam", "beam_size": 2}),
         ("checkpoint.unit", "steps"),
         ("reporting.log_every", 1),
@@ -119,7 +124,6 @@ def test_what_has_changed_is_logged_at_resume(tmp_path: Path) -> None:
     ("path", "value", "line"),
     [
         ("engine.clip_norm", 1.0, "engine.clip_norm: 0.0 -> 1.0 (clips other gradients)"),
-        ("validation.metric", "bleu", 'validation.metric: "loss" -> "bleu" (the best score so far is of the other metric)'),
     ],
 )
 def test_what_decides_the_result_in_these_sections_is_refused_with_the_reason(
@@ -183,6 +187,27 @@ def test_only_keys_of_optimizer_schedule_and_clipping_are_accepted(key: str, mes
 @pytest.mark.parametrize(("path", "value"), [("training.seed", 2), ("training.max_stepsize", 2), ("version", 2)])
 def test_everything_else_counts(path: str, value: Any) -> None:
     assert len(recipe_differences(RECIPE, changed(path, value))) == 1
+
+
+def test_a_section_that_goes_or_comes_is_one_line() -> None:
+    adapter = {
+        "kind": "lora",
+        "rank": 8,
+        "alpha": 16,
+        "targets": ["q_proj", "k_proj", "v_proj", "out_proj", "up_proj"],
+    }
+    with_one, without = {**RECIPE, "adapter": adapter}, {**RECIPE, "adapter": None}
+    (gone,), (come,) = recipe_differences(with_one, without), recipe_differences(without, with_one)
+    assert gone.startswith('  adapter: {"kind": "lora", "rank": 8, "alpha": 16, ')
+    assert gone.endswith(" ... -> null")
+    assert come.startswith('  adapter: null -> {"kind": "lora",')
+
+
+def test_a_run_of_an_earlier_version_knows_its_data_by_their_preparation(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="content", preparation="d1").close()
+    with pytest.raises(CheckpointError, match=r"was started on other data \(d1, this is content\)"):
+        open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="content", preparation="d2")
 
 
 def test_a_directory_that_is_no_run_is_unchanged(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_wrong_state_is_one_message(change: dict[str, object], problem: str) -
     assert str(caught.value).endswith("; resume with the version that wrote it, or start again from a bundle")
 
 
-@pytest.mark.parametrize("field", TrainingState.model_fields)
+@pytest.mark.parametrize("field", sorted(TrainingState.model_fields.keys() - {"best_metric"}))
 def test_a_field_that_is_missing_is_no_default(field: str) -> None:
     content = TrainingState().model_dump()
     del content[field]
@@ -114,20 +114,30 @@ def test_the_time_left_follows_the_nearest_limit() -> None:
 
 
 def test_only_strictly_better_scores_improve() -> None:
-    state = TrainingState(step=5).after_validation(2.0, higher_is_better=False)
+    state = TrainingState(step=5).after_validation(2.0, metric="loss")
     assert (state.best_score, state.best_step, state.validations_without_improvement) == (2.0, 5, 0)
-    same = state.changed(step=6).after_validation(2.0, higher_is_better=False)
+    same = state.changed(step=6).after_validation(2.0, metric="loss")
     assert (same.best_step, same.validations_without_improvement) == (5, 1)
-    better = same.changed(step=7).after_validation(1.9, higher_is_better=False)
+    better = same.changed(step=7).after_validation(1.9, metric="loss")
     assert (better.best_score, better.best_step, better.validations_without_improvement) == (1.9, 7, 0)
-    assert state.changed(step=8).after_validation(2.1, higher_is_better=True).best_step == 8
+    assert state.changed(step=8).after_validation(2.1, metric="bleu").best_step == 8
+
+
+def test_a_best_score_is_of_one_metric() -> None:
+    state = TrainingState(step=5).after_validation(2.0, metric="loss").changed(validations_without_improvement=3)
+    assert state.judged_by("loss", before="bleu") is state
+    other = state.judged_by("bleu", before="loss")
+    assert (other.best_score, other.best_step, other.best_metric, other.validations_without_improvement) == (None, None, None, 0)
+    earlier = state.changed(best_metric=None)
+    assert earlier.judged_by("loss", before="loss") is earlier
+    assert earlier.judged_by("bleu", before="loss").best_score is None
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
 def test_a_score_that_is_not_finite_is_never_best(score: float) -> None:
-    state = TrainingState(step=5).after_validation(score, higher_is_better=False)
+    state = TrainingState(step=5).after_validation(score, metric="loss")
     assert (state.best_score, state.best_step, state.validations_without_improvement) == (None, None, 1)
-    assert state.after_validation(1.0, higher_is_better=False).best_score == 1.0
+    assert state.after_validation(1.0, metric="loss").best_score == 1.0
 
 
 def test_every_reported_sum_adds_up_over_the_applied_steps_of_a_window() -> None:
