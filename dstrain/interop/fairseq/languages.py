@@ -49,7 +49,8 @@ class LanguageTokens:
 
 def task_name(task: Mapping[str, Any]) -> str:
     """The name of a checkpoint's task; `translation` in files that are older than tasks."""
-    return str(task.get("_name") or task.get("task") or "translation")
+    names = (task.get("task"), task.get("_name"))  # in one flat namespace `_name` is the model's
+    return next((name for name in names if isinstance(name, str) and name), "translation")
 
 
 def choose_pair(task: Mapping[str, Any], pair: str | None, models: Sequence[str] = ()) -> tuple[Any, Any]:

@@ -88,6 +88,8 @@ def read_value(name: str, value: Any) -> Any:
     kind = OPTIONS[name].kind
     if kind is bool:
         return bool(value)
+    if kind in (int, float) and isinstance(value, int | float):
+        return kind(value)
     if kind is list and not isinstance(value, str):
         return [float(part) for part in (value if isinstance(value, list) else [value])]
     return value if isinstance(value, dict) else _value(name, str(value))
