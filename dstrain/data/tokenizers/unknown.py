@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dstrain.data.tokenizers.dictionary_file import Markers
 from dstrain.data.tokenizers.tokenizer import WORD_START, DictionaryTokenizer
 
 if TYPE_CHECKING:  # so that `prepare` names a missing file without loading torch
@@ -61,6 +62,8 @@ def likely_cause(tokenizer: TextTokenizer) -> str:
 def unreachable_tags(tokenizer: TextTokenizer) -> list[str]:
     """Language tags of a dictionary that its SentencePiece model splits, so that no text gives them."""
     if not isinstance(tokenizer, DictionaryTokenizer) or not tokenizer.splits_words:
+        return []
+    if tokenizer.markers != Markers():  # then they are not of the text; the tokenizer puts them around it
         return []
     symbols = tokenizer.tokens(range(tokenizer.vocab_size))
     tags = [number for number, symbol in enumerate(symbols) if TAG.fullmatch(symbol)]

@@ -17,6 +17,7 @@ from dstrain.data.tokenizers.tokenizer import (
     save_tokenizers,
 )
 from dstrain.data.tokenizers.training import train_sentencepiece
+from dstrain.data.tokenizers.unknown import unreachable_tags
 from dstrain.errors import DataError
 from tests.unit.data.corpus import sentences
 
@@ -260,6 +261,9 @@ def test_markers_are_around_every_text_but_an_empty_one_and_never_shown(tmp_path
     loaded = load_tokenizers(tmp_path)
     assert loaded.source.encode(["the"]) == [[10, 4, 2, 2]]
     assert (loaded.source.eos_id, loaded.target.eos_id) == (11, 2)
+    front = DictionaryTokenizer((DICTIONARY + "__de__ 1\n").encode(), trained())
+    assert unreachable_tags(front) == ["__de__"]
+    assert unreachable_tags(front.with_markers([], Markers(before=("__de__",)))) == []
     with pytest.raises(DataError, match=r"lacks the markers \[fr\]; give the dictionary that the model was trained with"):
         tokenizer.with_markers([], Markers(end="[fr]"))
 

@@ -86,6 +86,9 @@ _REASONS = {
     "BLEU and chrF are sacreBLEU's": "scoring",
     "there is no such device": "tpu!",
     "the learning rate depends only on the step": "lr-patience lr-threshold",
+    "a recipe names no languages: tags in front of the text do (data.tokenizer.tags), or an imported tokenizer": """
+        langs lang-pairs lang-dict lang-tok-style encoder-langtok decoder-langtok! lang-tok-replacing-bos-eos! langtoks
+        langtoks-specs""",
     "the target is the next token": """
         sample-break-mode self-target! future-target! past-target! add-bos-token! output-dictionary-size""",
 }
