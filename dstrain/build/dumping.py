@@ -14,7 +14,7 @@ from dstrain.build.shared_work import ALL_WORK, Task, do_work
 from dstrain.build.teacher_source import load_teacher_source
 from dstrain.config_base import PrecisionChoice
 from dstrain.distillation.store.dump import Dumper, plan_dump
-from dstrain.distillation.store.manifest import StoreManifest, choose_method, merge_store
+from dstrain.distillation.store.manifest import DUMP, StoreManifest, choose_method, merge_store
 from dstrain.log import logger
 from dstrain.progress import Progress
 from dstrain.storage.outputs import refuse_input_as_output
@@ -30,6 +30,7 @@ class DumpOptions(CheckedOptions):
     base: of a teacher that is an adapter bundle, if it has moved.
     method_options: draws and seed of `sample`; k and dtype of `topk`; temperature of all. max_tokens: padded tokens of a batch.
     tokens_per_shard: None for a 64th of the split. worker: which shards this job writes.
+    overwrite: replace the work of another job at `output`.
     """
 
     teacher: Path
@@ -43,6 +44,7 @@ class DumpOptions(CheckedOptions):
     tokens_per_shard: int | None = None
     worker: Worker = ALL_WORK
     device: str = "auto"
+    overwrite: bool = False
     precision: PrecisionChoice = "fp32"
 
 
@@ -67,6 +69,8 @@ def dump_logits(options: DumpOptions, report: Callable[[str], object] = logger.i
 
 def _dump(options: DumpOptions, task: Task) -> str:
     dumper = build_dumper(options, task.device)
+    if options.overwrite:
+        DUMP.discard_other(options.output, dumper.job)
     with Progress("dumping", dumper.tokens_of(task.worker), "tokens", shown=task.is_first) as progress:
         return dumper.run(task.worker, progress.advance).line()
 

@@ -13,7 +13,7 @@ from dstrain.build.shared_work import ALL_WORK, Task, do_work
 from dstrain.build.teacher_source import TeacherSource, load_teacher_source
 from dstrain.config_base import PrecisionChoice
 from dstrain.data.config import DataConfig, FilterConfig
-from dstrain.data.prepared.derived import LabelJob, copy_original, merge_labels
+from dstrain.data.prepared.derived import LABELING, LabelJob, copy_original, merge_labels
 from dstrain.data.prepared.manifest import DataManifest
 from dstrain.errors import DataError
 from dstrain.generation.config import generation_config
@@ -34,6 +34,7 @@ class LabelOptions(CheckedOptions):
     beam_size, length_penalty, max_tokens: of the search, None as in the teacher's recipe. max_ratio: of the lengths of both
     sides, None as in the data's filter. max_repeats: how often a group of 1 to 4 tokens may follow itself. keep_original: train
     on the original pairs, too. pairs_per_shard: None for a 64th of all. worker: which shards this job writes.
+    overwrite: replace the work of another job at `output`.
     """
 
     teacher: Path
@@ -49,6 +50,7 @@ class LabelOptions(CheckedOptions):
     pairs_per_shard: int | None = None
     worker: Worker = ALL_WORK
     device: str = "auto"
+    overwrite: bool = False
     precision: PrecisionChoice = "fp32"
 
 
@@ -73,6 +75,8 @@ def pseudo_label(options: LabelOptions, report: Callable[[str], object] = logger
 
 def _label(options: LabelOptions, task: Task) -> str:
     labeler = build_labeler(options, task.device)
+    if options.overwrite:
+        LABELING.discard_other(options.output, labeler.job)
     total = sum(len(labeler.job.rows(number)) for number in task.worker.shards(labeler.job.parts))
     with Progress("translating", total, "pairs", shown=task.is_first) as progress:
         report = labeler.run(task.worker, progress.advance)

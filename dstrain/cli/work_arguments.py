@@ -8,12 +8,13 @@ from pathlib import Path
 
 from dstrain.checkpoint.directories import require_bundle
 from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument
+from dstrain.cli.common import add_overwrite_argument
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import DataError
 from dstrain.storage.outputs import refuse_input_as_output
 from dstrain.storage.sharded_job import Worker
 
-WORK = ("teacher", "base", "data", "output", "worker", "device", "precision")
+WORK = ("teacher", "base", "data", "output", "worker", "device", "precision", "overwrite")
 """Names of the shared arguments, as in `DumpOptions` and `LabelOptions`."""
 
 
@@ -33,6 +34,7 @@ def add_work_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
     add_precision_argument(parser, "fp32")  # what is written is kept, and every share of it must be alike
+    add_overwrite_argument(parser, f"{output} of another job")
     parser.add_argument("--merge", metavar=output, type=Path, help="check that every shard is there and complete, and finish")
 
 
@@ -47,8 +49,8 @@ def worker(text: str) -> Worker:
 def check_work(args: argparse.Namespace, verb: str, output: str, split: str) -> None:
     """Check arguments and paths: DataError unless there is either all that work needs, or --merge."""
     present = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
-    if args.base is not None and args.merge is not None:
-        raise DataError(f"{verb} --merge reads no teacher; leave --base out")
+    if args.merge is not None and (args.base is not None or args.overwrite):
+        raise DataError(f"{verb} --merge reads no teacher and replaces nothing; leave --base and --overwrite out")
     if present not in ([True, True, True, False], [False, False, False, True]):
         raise DataError(f"{verb} takes --teacher, --data and --output, or --merge {output} without them")
     if args.merge is None:

@@ -12,7 +12,9 @@ shard cannot pass off a wrong file as a complete one: its checksum would differ.
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ from dstrain.log import logger
 from dstrain.progress import with_progress
 from dstrain.storage.atomic import write_file
 from dstrain.storage.document import DocumentFormat, FileRecord
-from dstrain.storage.lock import LOCK_FILE
+from dstrain.storage.lock import LOCK_FILE, locked_output
 
 PARTS_FILE = "parts.json"
 
@@ -94,9 +96,20 @@ class ShardedJob(Generic[J, S]):
         if known != job and known is not None:
             old, new = known.model_dump(mode="json"), job.model_dump(mode="json")
             changes = "; ".join(f"{name}: {_short(old[name])} -> {_short(new[name])}" for name in old if old[name] != new[name])
-            raise DataError(
-                f"{directory} was started with another job ({changes}); choose another --output, or remove the directory"
-            )
+            raise DataError(f"{directory} was started with another job ({changes}); choose another --output, or --overwrite")
+
+    def discard_other(self, directory: Path, job: J) -> None:
+        """Remove what another job has left in the directory. Processes of one job may all call it, at any time.
+
+        parts.json is removed last, so that a removal that was cut short goes on with the next call.
+        """
+        while (known := self.read(directory)) is not None and known != job:
+            try:
+                with locked_output(directory, busy=_BusyError):
+                    if self.read(directory) == known:  # no other process has done it meanwhile
+                        _empty(directory)
+            except _BusyError:
+                time.sleep(0.1)
 
     def run(self, directory: Path, job: J, worker: Worker, write: Callable[[int], object], skip: Callable[[S], object]) -> None:
         """Do every shard of `worker` that is not complete.
@@ -136,6 +149,19 @@ class ShardedJob(Generic[J, S]):
                 f"{self.verb}` again, with the same --shard if it was interrupted: only missing shards are done"
             )
         return job, [sidecar for sidecar in sidecars if sidecar is not None]
+
+
+class _BusyError(DataError):
+    """Another process holds the directory."""
+
+
+def _empty(directory: Path) -> None:
+    """Remove everything but the lock, parts.json last."""
+    for path in sorted(directory.iterdir(), key=lambda item: item.name == PARTS_FILE):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK_FILE:
+            path.unlink()
 
 
 def foreign_files(directory: Path, *, known: str) -> list[str]:

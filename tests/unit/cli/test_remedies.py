@@ -117,7 +117,10 @@ CASES = {
         afterwards=("pseudo-label", *WORK, "--output", "new", "--max-repeats", "1000", "--beam-size", "1"),
     ),
     "logits of another job": Case(
-        (*DUMP, "--draws", "7"), "choose another --output", afterwards=("dump-logits", *WORK, "--output", "new", "--draws", "7")
+        (*DUMP, "--draws", "7"), "or --overwrite", afterwards=(*DUMP, "--draws", "7", "--overwrite")
+    ),
+    "labels of another job": Case(
+        (*LABEL, "--keep-original"), "or --overwrite", afterwards=(*LABEL, "--keep-original", "--overwrite")
     ),
     "more entries than the vocabulary has": Case(
         ("dump-logits", *WORK, "--output", "new", "--method", "topk"), "lower --k",

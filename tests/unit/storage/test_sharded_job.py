@@ -1,6 +1,8 @@
 """Shards: each belongs to one worker, however workers are divided; processes that meet do not disturb each other."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier, Lock
 
 import pytest
 
@@ -61,3 +63,47 @@ def test_two_processes_at_one_file_get_an_error(tmp_path: Path) -> None:
         with atomic_writer(path) as twin:
             twin.write(b"same")
     assert path.read_bytes() == b"same"
+
+
+def test_processes_of_a_new_job_replace_the_old_one_once_and_lose_nothing_of_their_own(tmp_path: Path) -> None:
+    WORK.start(tmp_path, Job(number=1))
+    for name in ("00000.arrow", "00000.json"):
+        (tmp_path / name).write_text("old")
+    (tmp_path / "train").mkdir()
+    together, one_draft = Barrier(4), Lock()
+
+    def work(number: int) -> None:
+        together.wait()
+        WORK.discard_other(tmp_path, Job(number=2))
+        with one_draft:  # the draft of parts.json is named after the process
+            WORK.start(tmp_path, Job(number=2))
+        (tmp_path / f"{number:05d}.arrow").write_text("new")
+        WORK.discard_other(tmp_path, Job(number=2))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert WORK.read(tmp_path) == Job(number=2)
+    shards = [f"{number:05d}.arrow" for number in range(4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [*shards, PARTS_FILE]
+    assert [(tmp_path / name).read_text() for name in shards] == ["new"] * 4
+
+
+def test_a_removal_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    WORK.start(tmp_path, Job(number=1))
+    (tmp_path / "00000.arrow").touch()
+    (tmp_path / "00001.arrow").touch()
+    unlink, seen = Path.unlink, []
+
+    def cut(path: Path, missing_ok: bool = False) -> None:
+        seen.append(path.name)
+        if path.name.endswith(".arrow") and len(seen) == 2:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", cut)
+    with pytest.raises(KeyboardInterrupt):
+        WORK.discard_other(tmp_path, Job(number=2))
+    monkeypatch.setattr(Path, "unlink", unlink)
+    assert WORK.read(tmp_path) == Job(number=1)
+    WORK.discard_other(tmp_path, Job(number=2))
+    assert list(tmp_path.iterdir()) == []
