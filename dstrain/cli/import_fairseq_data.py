@@ -4,9 +4,9 @@ dstrain import fairseq-data data-bin --output DATA > data.yaml
 dstrain import fairseq-data part1:part2 --source-lang en --target-lang de --sentencepiece spm.model --output DATA
 
 A directory without languages (train.idx) is text for a language model. Prints the `data:` section that a recipe needs to be
-trained on DATA; a recipe may say `extends: data.yaml`. Training pairs with an empty side or one of more than 1,024 tokens are
-dropped and counted; for other limits put the section into a recipe, change `filter` and run `dstrain prepare RECIPE`, which reads
-the same files.
+trained on DATA; one may say `extends: [RECIPE, data.yaml]`. Training pairs with an empty side or one of more than 1,024 tokens
+are dropped and counted; for other limits put the section into a recipe, change `filter` and run `dstrain prepare RECIPE`, which
+reads the same files.
 """
 
 from __future__ import annotations
