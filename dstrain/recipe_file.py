@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -37,10 +37,13 @@ def recipe_names() -> list[str]:
     return sorted(str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.glob("*/*.yaml"))
 
 
-def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    name_or_path: str | Path, overrides: Sequence[str] = (), *, base_model: Callable[[], ModelConfig] | None = None
+) -> Recipe:
     """Read, merge, override and check a recipe.
 
     name_or_path: a shipped name or a YAML file. overrides: `a.b=value` with a YAML value; list items by number.
+    base_model: gives the model of the bundle to start from, for a recipe without one or with `model.from_base: true`.
     Raises RecipeError with every mistake found.
     """
     path = _find(str(require_path("name_or_path", name_or_path)))
@@ -51,7 +54,7 @@ def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Reci
             _override(tree, override)
         except RecipeError as error:
             mistakes.append(str(error))
-    tree = _cleaned(_with_preset(tree, mistakes), [Recipe], "", mistakes)
+    tree = _cleaned(_with_preset(tree, mistakes, base_model), [Recipe], "", mistakes)
     return check_recipe(tree, str(path), mistakes + _deepspeed_mistakes(tree))
 
 
@@ -71,6 +74,8 @@ def check_recipe(tree: Mapping[str, Any], origin: str, mistakes: Sequence[str] =
         count = "1 mistake" if len(lines) == 1 else f"{len(lines)} mistakes"
         sections = sum(line.endswith(": missing; give it a value") and "." not in line for line in lines)
         hint = ["(`extends: translation/multi30k_tiny` takes the missing sections from that recipe)"] if sections > 1 else []
+        if "model: missing; give it a value" in lines:
+            hint.append("(with --base BUNDLE `model` may be left out: it is the bundle's)")
         raise RecipeError("\n  ".join([f"{origin}: {count}", *lines, *hint]))
     return recipe
 
@@ -111,9 +116,17 @@ def _annotations(sections: Sequence[type[BaseModel]], key: str) -> list[Any]:
     return [section.model_fields[key].annotation for section in sections if key in section.model_fields]
 
 
-def _with_preset(tree: Tree, mistakes: list[str]) -> Tree:
-    """The tree with `model.preset` replaced by the preset's keys, over which the other keys of `model` go."""
-    model = tree.get("model")
+def _with_preset(tree: Tree, mistakes: list[str], base_model: Callable[[], ModelConfig] | None) -> Tree:
+    """The tree with `model.preset` or `from_base` replaced by the keys of that model, over which the other keys of `model` go."""
+    model = tree.get("model", {} if base_model is None else {"from_base": True})
+    if isinstance(model, dict) and "from_base" in model:
+        own = {key: value for key, value in model.items() if key != "from_base"}
+        if model["from_base"] is not True:
+            mistakes.append(f"model.from_base: input should be true, not {shown(model['from_base'])}; or leave it out")
+        if base_model is None:
+            mistakes.append("model.from_base: no base is named; add --base BUNDLE")
+        config = next(iter(PRESETS.values())) if base_model is None else base_model()  # any: the other keys are still checked
+        return {**tree, "model": merge(config.model_dump(mode="json"), own, union_members(ModelConfig))}
     if not isinstance(model, dict) or "preset" not in model:
         return tree
     name = model["preset"]

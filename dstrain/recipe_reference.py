@@ -33,6 +33,8 @@ FILE_KEYS = {
     "extends": "a shipped recipe, a file, or a list of them, later ones over earlier ones. What the file says goes over them, "
     "key by key through sections; lists, `data.test` and sections of another kind are replaced whole, null empties a section, a "
     "list or a mapping, and `description` is not inherited.",
+    "model.from_base": "true = the architecture of the bundle that --base names, which the other keys of `model` change; also if "
+    "`model` is left out.",
     "model.preset": f"the architecture that the other keys of `model` change: {', '.join(PRESETS)}.",
 }
 """Keys that a file may have and a resolved recipe has not -> their meaning."""

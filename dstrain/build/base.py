@@ -1,6 +1,7 @@
 """Training that starts from a bundle: its weights, and an adapter over them if the recipe has one.
 
-Only settings that act only in training (dropout, dropped layers) may differ between the base's architecture and the recipe's.
+Between the base's architecture and the recipe's may differ what acts in training alone (dropout, dropped layers), and the longest
+sequences if positions have no weights.
 """
 
 from __future__ import annotations
@@ -30,12 +31,16 @@ from dstrain.parallel.mesh import Mesh
 from dstrain.protocols import WeightSource
 from dstrain.training.run_directory import recipe_differences
 
+LENGTHS = {"max_source_length", "max_target_length"}
+"""Keys of a model that no weight depends on, unless positions are learned."""
 TRAINING_ALONE = {"dropout", "attention_dropout", "activation_dropout", "layer_drop"}
 """Keys of a model that change nothing outside training."""
 
 
-def find_base(directory: Path, model: ModelConfig, manifest: DataManifest) -> StoredBundle:
+def find_base(directory: Path, model: ModelConfig, manifest: DataManifest, *, adapted: bool = False) -> StoredBundle:
     """The bundle that training starts from, whose weights are not read yet. manifest: of the data.
+
+    adapted: an adapter is trained over it; then the lengths stay, too, as an adapter bundle has those of its base.
 
     BundleError if it is another model than the recipe's or has no tokenizer, DataError if the data has another one.
     """
@@ -44,7 +49,8 @@ def find_base(directory: Path, model: ModelConfig, manifest: DataManifest) -> St
         raise BundleError(f"--base {directory} has no tokenizer, so it is unknown whether the ids of the data are its own")
     manifest.require_tokenizer(bundle.description.tokenizer, f"--base {directory}")
     sides = [{"model": config.model_dump(mode="json")} for config in (bundle.description.model, model)]
-    if differences := recipe_differences(*(_without(TRAINING_ALONE, side) for side in sides)):
+    free = TRAINING_ALONE if adapted or model.position.kind == "learned" else TRAINING_ALONE | LENGTHS
+    if differences := recipe_differences(*(_without(free, side) for side in sides)):
         raise BundleError(
             f"--base {directory} is another model than the recipe's (base -> recipe):\n"
             + "\n".join(differences)

@@ -23,7 +23,7 @@ def announce_training(recipe: Recipe, name: str, *, data: Path, output: Path, ba
         {
             "data": data,
             "output": output,
-            "base": base,
+            "start": f"the weights of {base}" if base is not None else f"initial weights of seed {training.seed}",
             "engine": f"{ranks} rank{'s' * (ranks > 1)}, {engine.precision}, ZeRO stage {stage} ({engine.deepspeed})",
             "step": f"{recipe.batching.tokens_per_step:,} target tokens",
             "until": ", ".join(f"{key} = {limit:,}" for key, limit in limits.items() if limit is not None),

@@ -57,7 +57,9 @@ def plan_training(recipe: Recipe, options: TrainOptions) -> TrainingPlan:
     if recipe.validation.generation is not None:
         check_tokenization(recipe.validation.tokenize)
     data = TrainingData(options.data, recipe)
-    base = None if options.base is None else find_base(options.base, recipe.model, data.manifest)
+    base = (
+        None if options.base is None else find_base(options.base, recipe.model, data.manifest, adapted=recipe.adapter is not None)
+    )
     steps = data.plan_steps(recipe)
     horizons = Horizons(recipe, steps.steps_per_epoch())
     for error in horizons.errors():

@@ -1,34 +1,10 @@
-"""What several verbs share: recipe arguments and how they are read."""
+"""What several verbs share: types of arguments, and the arguments of an options object."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
 from typing import Any
-
-from dstrain.recipe import Recipe
-from dstrain.recipe_file import load_recipe
-
-
-def add_recipe_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """RECIPE and --set."""
-    count = None if required else "?"
-    parser.add_argument(
-        "recipe", metavar="RECIPE", nargs=count, help="a shipped recipe (translation/multi30k_tiny) or a YAML file"
-    )
-    parser.add_argument(
-        "--set",
-        dest="overrides",
-        metavar="KEY=VALUE",
-        action="append",
-        default=[],
-        help="override one value, for example --set training.max_steps=100; may be repeated",
-    )
-
-
-def recipe_from(args: argparse.Namespace) -> Recipe:
-    """The checked recipe of the two arguments."""
-    return load_recipe(args.recipe, args.overrides)
 
 
 def add_overwrite_argument(parser: argparse.ArgumentParser, output: str) -> None:

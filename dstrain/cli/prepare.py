@@ -10,7 +10,8 @@ import argparse
 import os
 from pathlib import Path
 
-from dstrain.cli.common import add_overwrite_argument, add_recipe_arguments, positive_number, recipe_from
+from dstrain.cli.common import add_overwrite_argument, positive_number
+from dstrain.cli.recipe_arguments import add_recipe_arguments, recipe_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from dstrain.cli.common import add_recipe_arguments, recipe_from
+from dstrain.cli.recipe_arguments import add_recipe_arguments, recipe_from
 from dstrain.errors import RecipeError
 from dstrain.log import logger
 from dstrain.recipe_file import dump_recipe

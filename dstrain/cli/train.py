@@ -21,17 +21,16 @@ import argparse
 from pathlib import Path
 
 from dstrain.build.header import announce_training
-from dstrain.cli.common import add_recipe_arguments, named, recipe_from
+from dstrain.cli.common import named
+from dstrain.cli.recipe_arguments import add_recipe_arguments, recipe_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    add_recipe_arguments(parser)
+    base = "start from the weights of this bundle, and with its model if the recipe has none; an adapter section adapts them"
+    add_recipe_arguments(parser, base=base)
     parser.add_argument("--data", metavar="DATA", type=Path, required=True, help="directory that `dstrain prepare` wrote")
     parser.add_argument("--output", metavar="RUN", type=Path, required=True, help="run directory; an existing run is resumed")
-    parser.add_argument(
-        "--base", metavar="BUNDLE", type=Path, help="start from the weights of this bundle; an adapter section adapts them"
-    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
     parser.add_argument(
         "--teacher",
@@ -68,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the recipe, then train."""
-    recipe = recipe_from(args)
+    recipe = recipe_from(args, trains=True)
     from dstrain.build.training_options import TeacherOptions, TrainOptions, check_training
 
     teachers = TeacherOptions(tuple(args.teachers), args.teacher_placement, args.vocabulary_map, logits=args.logits)

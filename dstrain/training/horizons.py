@@ -114,14 +114,14 @@ class Horizons:
         validation, checkpoint, reporting = self._settings.validation, self._settings.checkpoint, self._settings.reporting
         between = self._interval(validation)
         if between is not None and between > steps:
-            yield f"validation.every = {validation.every} {validation.unit}: the one validation is that at the end"
+            yield f"validation.every = {_duration(validation)}: the one validation is that at the end"
         elif between is not None and validation.patience is not None and steps // between <= validation.patience:
             yield (
                 f"validation.patience = {validation.patience}: there are {steps // between} validations, too few to stop training"
             )
         between = self._interval(checkpoint)
         if between is not None and between > steps:
-            yield f"checkpoint.every = {checkpoint.every} {checkpoint.unit}: the one checkpoint is that at the end"
+            yield f"checkpoint.every = {_duration(checkpoint)}: the one checkpoint is that at the end"
         if reporting.log_every > steps:
             yield f"reporting.log_every = {reporting.log_every}: no step is reported before the end"
 
@@ -130,3 +130,7 @@ class Horizons:
         if section.unit == "steps":
             return section.every
         return None if self.steps_per_epoch is None else section.every * self.steps_per_epoch
+
+
+def _duration(section: ValidationConfig | CheckpointConfig) -> str:
+    return f"{section.every} {section.unit.removesuffix('s') if section.every == 1 else section.unit}"
