@@ -98,6 +98,8 @@ def read_fairseq_checkpoint(path: Path, pair: str | None = None) -> FairseqCheck
     model = settings["model"] if isinstance(settings.get("model"), dict) else settings
     task = settings["task"] if isinstance(settings.get("task"), dict) else settings
     unread = {str(name): TRAINING_STATE for name, entry in content.items() if name not in _READ_ENTRIES and not _is_empty(entry)}
+    if isinstance(state := content.get("extra_state"), dict) and state.get("ema"):
+        unread["extra_state.ema"] = "the moving average of the weights; to import it, save it as `model`"
     models = list(dict.fromkeys(name.split(".")[1] for name in weights if name.startswith("models.") and name.count(".") > 1))
     source, target = choose_pair(task, pair, models)
     if models:

@@ -133,6 +133,13 @@ def test_settings_that_make_no_model_are_refused() -> None:
         convert(checkpoint(small_weights(), encoder_attention_heads=3))
 
 
+def test_a_moving_average_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    content = {"args": Namespace(**SMALL), "model": small_weights(), "extra_state": {"ema": small_weights(), "best": 2.5}}
+    torch.save(content, tmp_path / "checkpoint.pt")
+    listed = left_out(read_fairseq_checkpoint(tmp_path / "checkpoint.pt"))
+    assert ["extra_state.ema"] in listed.values()
+
+
 def test_old_names_mean_the_same() -> None:
     modern = small_weights()
     old = dict(modern)
