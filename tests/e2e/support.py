@@ -96,12 +96,16 @@ class Ranks:
             self.kill()
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> None:
-        """Poll finely until it holds; a training that has ended fails the test."""
+        """Poll finely until it holds; a training that has ended fails the test, and none outlives a failure."""
         deadline = time.monotonic() + timeout
-        while not condition():
-            assert time.monotonic() < deadline, f"waited in vain\n{self.output()}"
-            assert any(process.poll() is None for process in self.processes), f"ended early\n{self.output()}"
-            time.sleep(0.002)
+        try:
+            while not condition():
+                assert time.monotonic() < deadline, f"waited in vain\n{self.output()}"
+                assert any(process.poll() is None for process in self.processes), f"ended early\n{self.output()}"
+                time.sleep(0.002)
+        except BaseException:
+            self.kill()
+            raise
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """Send a signal to every rank that still runs."""
