@@ -53,9 +53,9 @@ class TrainingPlan:
 
 def plan_training(recipe: Recipe, options: TrainOptions) -> TrainingPlan:
     """Check everything that needs no model. Raises a DstrainError if something does not fit the recipe."""
-    check_training(recipe, options)
     if recipe.validation.generation is not None:
         check_tokenization(recipe.validation.tokenize)
+    check_training(recipe, options)
     data = TrainingData(options.data, recipe)
     base = (
         None if options.base is None else find_base(options.base, recipe.model, data.manifest, adapted=recipe.adapter is not None)

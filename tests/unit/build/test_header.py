@@ -38,6 +38,7 @@ print([name for name in ("torch", "numpy", "deepspeed", "rich") if name in sys.m
     assert fields == [
         "  data      DATA",
         "  output    RUN",
+        "  start     initial weights of seed 1",
         "  engine    1 rank, fp32, ZeRO stage 1 (zero1)",
         "  step      4,096 target tokens",
         "  until     max_steps = 500",
@@ -53,7 +54,7 @@ def test_base_and_number_of_ranks_are_said(capsys: pytest.CaptureFixture[str], m
     recipe = load_recipe("translation/quickstart", ["engine={deepspeed: zero3, precision: bf16}"])
     announce_training(recipe, "r.yaml", data=Path("DATA"), output=Path("RUN"), base=Path("BUNDLE"))
     lines = [line[9:] for line in capsys.readouterr().err.splitlines()]
-    assert "  base      BUNDLE" in lines
+    assert "  start     the weights of BUNDLE" in lines
     assert "  engine    4 ranks, bf16, ZeRO stage 3 (zero3)" in lines
 
 
