@@ -77,8 +77,10 @@ def prepare(config: DataConfig, output: Path, *, workers: int, overwrite: bool =
             logger.warning("%s is damaged, so everything is prepared again: %s", output, damage)
         start_job(output, job, known, overwrite=overwrite or damage is not None)
         try:
-            work = _Preparation(config, output, job, sizes, workers=workers, progress=progress)
-            report = _finished(output) if (output / MANIFEST_FILE).exists() else work.run()
+            if (output / MANIFEST_FILE).exists():
+                report = _finished(output)
+            else:
+                report = _Preparation(config, output, job, sizes, workers=workers, progress=progress).run()
         except KeyboardInterrupt:
             warn_of_interruption(output)
             raise
