@@ -13,6 +13,8 @@ Tree = dict[str, Any]
 """The plain values of a configuration, as a YAML file has them."""
 Precision = Literal["fp32", "bf16", "fp16"]
 """The precision of a model's computation."""
+Checkpointing = Literal["none", "selective", "full", "offload"]
+"""What of the layers' activations is computed again in the backward pass."""
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 """A kind of device that a user names; auto = a GPU if there is one."""
 PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from dstrain.config_base import Config, Precision
+from dstrain.config_base import Checkpointing, Config, Precision
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Placement = Literal["replicated", "sharded", "offloaded"]
@@ -137,6 +137,11 @@ class EngineConfig(Config):
     deepspeed: str = Field(default="zero1", description="Name of a file in ds_configs/, or a path to a DeepSpeed JSON file.")
     precision: Precision = Field(default="fp32", description="Precision of the model's computation; master weights are fp32.")
     clip_norm: NonNegativeFloat = Field(default=0.0, description="Largest L2 norm of the gradient; 0 = no clipping.")
+    activation_checkpointing: Checkpointing = Field(
+        default="none",
+        description="What layers compute again in the backward pass: none; selective = all but products and attention; "
+        "full = all; offload = all, from inputs that wait in CPU memory.",
+    )
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="How many ranks share one model, or one batch.")
 
 

@@ -40,6 +40,7 @@ from dstrain.engine.stable_adamw import StableAdamW
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.fragment import DimensionSlice, Fragment, StoredState
 from dstrain.models.weights import Layouts, ParameterLayout, TensorSlice, parameter_layouts
+from dstrain.nn.checkpointing import checkpoint_layers
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import balance_freed_memory, keep_freed_memory, return_freed_memory
@@ -101,6 +102,7 @@ class TrainEngine:
         self._layouts = {name: layout for name, layout in parameter_layouts(self._model).items() if name in self._trained}
         self._blocks = _checkpoint_blocks(module, self._layouts)
         self._shape = empty_copy(self._model) if self.stage == 3 else None
+        checkpoint_layers(self._model, engine.activation_checkpointing)
         self._comms_logger: bool = config.get("comms_logger", {}).get("enabled", False)
         self._deepspeed = load_deepspeed(mesh, talkative=_profiles(config))
         require_precision(self._deepspeed, engine.precision, mesh)

@@ -8,6 +8,7 @@ keeps a gradient and every rank runs the same modules, which sharded training ne
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Generic, TypeVar, cast
 
 import torch
@@ -26,6 +27,7 @@ class LayerStack(nn.Module, Generic[_L]):
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.schedule = tuple(schedule)
+        self.checkpoint: Callable[[Callable[[Tensor], Tensor], Tensor], Tensor] | None = None  # set by checkpoint_layers
         self.layer_drop = layer_drop
         self.final_norm = final_norm
 
@@ -34,7 +36,8 @@ class LayerStack(nn.Module, Generic[_L]):
         for depth, index in enumerate(self.schedule):
             if hooks is not None:
                 hooks.hidden_states(depth, x)
-            passed = run(depth, cast("_L", self.layers[index]), x)
+            layer_pass = partial(run, depth, cast("_L", self.layers[index]))
+            passed = layer_pass(x) if self.checkpoint is None or not torch.is_grad_enabled() else self.checkpoint(layer_pass, x)
             if self.training and self.layer_drop > 0:
                 dropped = torch.rand((), device=x.device) < self.layer_drop
                 passed = torch.where(dropped, x, passed)

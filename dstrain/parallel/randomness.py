@@ -7,7 +7,7 @@ stream, seeded by the rank: inside `shard_randomness` it takes the generator's p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -26,6 +26,21 @@ def seed_ranks(seed: int, purpose: str, *numbers: int, tensor: Group) -> None:
         seed_everything(seed, f"{purpose} of a shard", *numbers, tensor.rank)
         _STREAM[tensor.device.type] = _state(tensor.device)
     seed_everything(seed, purpose, *numbers)
+
+
+@contextmanager
+def _stream(states: dict[str, Tensor]) -> Iterator[None]:
+    now = dict(_STREAM)
+    _STREAM.update(states)
+    try:
+        yield
+    finally:
+        _STREAM.update(now)
+
+
+def saved_stream() -> AbstractContextManager[None]:
+    """A context in which the second stream is where it was when this was called; afterwards it is where it was before."""
+    return _stream(dict(_STREAM))
 
 
 @contextmanager

@@ -118,6 +118,7 @@ def _engine(
     objective: Report | None = None,
     teachers: Sequence[str] = (),
     dropout: float = 0.0,
+    checkpointing: Any = "none",
 ) -> TrainEngine:
     """teachers: placement of each. objective: its section. dropout: of what the ranks of a group have in common."""
     mesh = _mesh(tensor)
@@ -135,7 +136,9 @@ def _engine(
         TrainModule(built, *_objective(objective or {}, config, engines)),
         optimizer=AdamConfig(learning_rate=0.005, kind=kind, weight_decay=0.1),
         schedule=ConstantSchedule(warmup_steps=2),
-        engine=EngineConfig(deepspeed=deepspeed, precision=precision, clip_norm=clip_norm),
+        engine=EngineConfig(
+            deepspeed=deepspeed, precision=precision, clip_norm=clip_norm, activation_checkpointing=checkpointing
+        ),
         ema=EmaConfig(decay=0.7) if ema else None,
         seed=7,
         mesh=mesh,

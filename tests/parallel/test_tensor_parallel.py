@@ -62,6 +62,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
 
     two = {name: {**case, "tensor": 2, "deepspeed": STAGES[number % 4]} for number, (name, case) in enumerate(CASES.items())}
     two["reverse_kl"]["teachers"] = ["sharded"]
+    two["rotary"]["checkpointing"], two["r_drop"]["checkpointing"] = "full", "selective"
     four = {name: {**CASES[name], "tensor": tensor, "deepspeed": "zero3"} for name, tensor in FOUR.items()}
     straight = {"straight": {**model, "steps": 6}}
     return {"two": run(2, 0, two), "one": run(1, 1, {**CASES, **straight}), "four": run(4, 2, four)}

@@ -1,0 +1,67 @@
+"""Activation checkpointing: what a layer's forward pass computes is computed again in the backward pass, not kept.
+
+It is a transform of a built model: `checkpoint_layers` tells every stack how its passes keep activations. Results do not change,
+bit for bit: dropout draws the same masks again. Cost: `full` keeps a layer's input only and runs each layer once more, a third of
+the products of a step; `selective` also keeps the results of matrix products, attention and collectives, and computes only the
+cheap operations between them again (norms, activations, dropout, residuals).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from dstrain.config_base import Checkpointing
+from dstrain.nn.stack import LayerStack
+from dstrain.parallel.randomness import saved_stream
+
+Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
+
+_KEPT = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::_scaled_dot_product",
+    "dstrain::",
+)
+"""Beginnings of the names of the operations whose results `selective` keeps. Their results must not be changed in place: so not
+`bmm`, whose one user, the attention of short sequences on a CPU, does that."""
+
+
+def checkpoint_layers(model: nn.Module, mode: Checkpointing) -> None:
+    """Choose what the layer passes of `model` keep in training. offload: as `full`, with the layers' inputs in CPU memory."""
+    for module in model.modules():
+        if isinstance(module, LayerStack):
+            module.checkpoint = None if mode == "none" else partial(_checkpointed, mode=mode)
+
+
+def _checkpointed(run: Callable[[Tensor], Tensor], x: Tensor, *, mode: Checkpointing) -> Tensor:
+    kept_on_cpu = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if mode == "offload" else nullcontext()
+    with kept_on_cpu:
+        result: Tensor = checkpoint(run, x, use_reentrant=False, context_fn=partial(_contexts, mode == "selective"))
+    return result
+
+
+def _contexts(selective: bool) -> Contexts:
+    """Those of the first and of the second computation. torch puts its own generator back, but not the stream of shards."""
+    restored = saved_stream()
+    if not selective:
+        return nullcontext(), restored
+    first, again = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return first, _both(restored, again)
+
+
+@contextmanager
+def _both(outer: AbstractContextManager[None], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    with outer, inner:
+        yield
+
+
+def _policy(context: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:
+    is_kept = operation.name().startswith(_KEPT)
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
