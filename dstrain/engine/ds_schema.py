@@ -28,6 +28,7 @@ BELONGS_ELSEWHERE = {
     "csv_monitor": "events.jsonl in the run directory holds every figure",
     "comet": "events.jsonl in the run directory holds every figure",
     "steps_per_print": "set reporting.log_every in the recipe",
+    "zero_optimization.memory_efficient_linear": "the linear maps of models keep no gathered weight anyway; leave it out",
     "gradient_allreduce_op": "dstrain scales the loss itself; leave it out",
     "prescale_gradients": "dstrain scales the loss itself; leave it out",
     "gradient_predivide_factor": "dstrain scales the loss itself; leave it out",
@@ -82,7 +83,6 @@ class ZeroSection(Config):
     stage3_max_live_parameters: NonNegativeInt = 1_000_000_000
     stage3_max_reuse_distance: NonNegativeInt = 1_000_000_000
     stage3_module_granularity_threshold: NonNegativeInt = 0
-    memory_efficient_linear: bool = False
 
 
 class DataTypesSection(Config):

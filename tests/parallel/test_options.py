@@ -29,7 +29,7 @@ def write(directory: Path, **content: Any) -> str:
             "stage3_prefetch_bucket_size": 0,
             "stage3_max_live_parameters": 100,
         },
-        {"stage": 3, "sub_group_size": 2000, "memory_efficient_linear": False, "overlap_comm": False},
+        {"stage": 3, "sub_group_size": 2000, "overlap_comm": False},
         {"stage": 3, "stage3_model_persistence_threshold": 100, "stage3_max_reuse_distance": 0},
     ],
     ids=lambda zero: "-".join([str(zero["stage"]), *list(zero)[1:2]]),
