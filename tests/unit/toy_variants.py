@@ -56,8 +56,9 @@ class TokenToy:
         return TokenLosses(nll.square() / 2, (nll,), vocabulary.add_at_(logits, labels, -1.0).mul_(nll))
 
 
-def linear_toy(features, weight, labels):
-    loss_sum, (nll,) = chunked_loss(features, weight, TokenToy(), labels.unsqueeze(1), chunk_tokens=5)
+def linear_toy(features, weight, labels, vocabulary):
+    targets = labels.unsqueeze(1)
+    loss_sum, (nll,) = chunked_loss(features, weight, TokenToy(), targets, chunk_tokens=5, vocabulary=vocabulary)
     return loss_sum, nll.sum()
 ''',
     "dstrain/objectives/toy.py": """

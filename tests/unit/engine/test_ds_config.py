@@ -83,7 +83,7 @@ def test_values_of_the_file_arrive(tmp_path: Path) -> None:
     }
     engine = EngineConfig(deepspeed=write(tmp_path, content), precision="fp16", clip_norm=1.5)
     resolved = resolve_ds_config(engine, replicas=1)
-    assert resolved["zero_optimization"] == content["zero_optimization"]
+    assert resolved["zero_optimization"] == {**content["zero_optimization"], "memory_efficient_linear": False}
     assert resolved["fp16"] == {"enabled": True, "loss_scale_window": 50}
     assert resolved["flops_profiler"] == {"enabled": True}
 
