@@ -39,7 +39,7 @@ def resolve_ds_config(engine: EngineConfig, *, replicas: int) -> dict[str, Any]:
         "gradient_clipping": engine.clip_norm,
         "bf16": {**resolved.get("bf16", {}), "enabled": engine.precision == "bf16", "check_grad_overflow": True},
         "fp16": {**resolved.get("fp16", {}), "enabled": engine.precision == "fp16"},
-        # DeepSpeed's linear map would replace torch's for the whole process: ops/linear.py needs neither its memory nor its rounding.
+        # Else DeepSpeed replaces torch's linear map for the whole process; ops/linear.py keeps no gathered weight anyway.
         "zero_optimization": {**resolved["zero_optimization"], "memory_efficient_linear": False},
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True,
