@@ -94,7 +94,7 @@ CONCATENATED = [
 def encoder_decoder(*names: str) -> Tree:
     tree = ENCODER_DECODER
     for name in names:
-        tree = merge(tree, PARTS[name])
+        tree = merge({"model": tree}, {"model": PARTS[name]})["model"]
     return tree
 
 
@@ -103,7 +103,8 @@ def decoder_only(*names: str) -> Tree:
     parts = {**PARTS, "alibi": {"position": {"kind": "alibi"}}, "factorized_tied": {"embedding": tied}}
     tree = DECODER_ONLY
     for name in names:
-        tree = merge(tree, {key: value for key, value in parts[name].items() if key != "encoder"})
+        part = {key: value for key, value in parts[name].items() if key != "encoder"}
+        tree = merge({"model": tree}, {"model": part})["model"]
     return {**tree, "decoder": {key: value for key, value in tree["decoder"].items() if key != "num_cross_kv_heads"}}
 
 
