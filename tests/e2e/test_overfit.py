@@ -26,7 +26,7 @@ from tests.e2e.support import environment
 
 Tree = dict[str, Any]
 CORPUS = {"kind": "grammar", "split": "train", "num_pairs": 64}
-STEPS = 200
+STEPS = 300
 
 STACK = {"depth": 1, "num_heads": 4, "ffn_dim": 128}
 ENCODER_DECODER: Tree = {
