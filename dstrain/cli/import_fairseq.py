@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, convert, write."""
     if not args.checkpoint.is_file():
-        raise ImportFormatError(f"{args.checkpoint} is no file; name a checkpoint*.pt file")
+        raise ImportFormatError(f"{args.checkpoint} is no file; name one checkpoint*.pt file")
     models = model_pair(args.sentencepiece)
     inputs = {"CKPT": args.checkpoint, "--dictionary": args.dictionary}
     inputs |= {f"--sentencepiece {model}": model for model in models or ()}

@@ -21,7 +21,7 @@ from dstrain.errors import BundleError, ImportFormatError
 from dstrain.interop.fairseq.command_line.flags import WITHOUT
 from dstrain.interop.fairseq.languages import APPENDING, ONE_PAIR, choose_pair, language_tokens, task_name
 from dstrain.interop.fairseq.model import model_section
-from dstrain.interop.fairseq.names import FUSED, SINUSOIDS, TABLES, canonical_name, current_name, left_out_reason
+from dstrain.interop.fairseq.names import FUSED, SINUSOIDS, TABLES, canonical_name, current_name, left_out_reason, refusal_of_name
 from dstrain.interop.fairseq.options import ARCHITECTURE_ALIASES, ARCHITECTURES, Settings, SettingsReader
 from dstrain.interop.fairseq.safe_pickle import load_pickled
 from dstrain.interop.fairseq.settings import plain_settings
@@ -97,6 +97,7 @@ def read_fairseq_checkpoint(path: Path, pair: str | None = None) -> FairseqCheck
     settings = plain_settings(groups)
     model = settings["model"] if isinstance(settings.get("model"), dict) else settings
     task = settings["task"] if isinstance(settings.get("task"), dict) else settings
+    _require_whole_transformer(path, weights, settings)
     unread = {str(name): TRAINING_STATE for name, entry in content.items() if name not in _READ_ENTRIES and not _is_empty(entry)}
     if isinstance(state := content.get("extra_state"), dict) and state.get("ema"):
         unread["extra_state.ema"] = "the moving average of the weights; to import it, save it as `model`"
@@ -112,6 +113,17 @@ def read_fairseq_checkpoint(path: Path, pair: str | None = None) -> FairseqCheck
         )
     task = {**task, "source_lang": source, "target_lang": target}
     return FairseqCheckpoint(model, task, dict(weights), settings, unread)
+
+
+def _require_whole_transformer(path: Path, weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    parts = settings.get("common", settings).get("model_parallel_size") or 1
+    if parts > 1:
+        raise ImportFormatError(
+            f"{path} is one of {parts} parts of a model (model_parallel_size = {parts}); join them with the tool that cut it"
+        )
+    for name in weights:
+        if (reason := refusal_of_name(name)) is not None:
+            raise ImportFormatError(f"{path} holds {name}: {reason}")
 
 
 def _is_empty(entry: Any) -> bool:
@@ -149,7 +161,7 @@ def convert(
     for side, stack in _stacks(config).items():
         weights = unstack(weights, side, stack.schedule)
     _untie(weights, [name for name in TABLES if checkpoint.has_encoder or name.startswith("decoder")], config.embedding.tie)
-    canonical = {canonical_name(name): tensor.float() for name, tensor in weights.items()}
+    canonical = {canonical_name(name): _float32(name, tensor) for name, tensor in weights.items()}
     for side in ("source_embedding", "target_embedding"):
         if f"{side}.tokens.up_proj.weight" in canonical and f"{side}.tokens.weight" in canonical:
             canonical[f"{side}.tokens.table.weight"] = canonical.pop(f"{side}.tokens.weight")
@@ -165,6 +177,14 @@ def convert(
     if tokenizers is not None:
         vocabulary = VocabularySizes.of(tokenizers.source if "source" in sizes else tokenizers.target, tokenizers.target)
     return config, vocabulary, _fitting(canonical, config, vocabulary)
+
+
+def _float32(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        raise ImportFormatError(f"{name} is quantized ({tensor.dtype}); import the model from before quantization")
+    if not tensor.isfinite().all():
+        raise ImportFormatError(f"{name} holds NaN or infinity, so the training had diverged; import an earlier checkpoint")
+    return tensor.float()
 
 
 def _fitting(weights: Mapping[str, Tensor], config: ModelConfig, vocabulary: VocabularySizes) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ multilingual_translation                   text __de__              __en__ ...  
 translation_from_pretrained_bart (mBART)   text </s> [de_DE]        [en_XX] ...      text </s> [en_XX]
 denoising (BART)                           <s> text </s>            </s> <s> ...     <s> text </s>
 multilingual_denoising, add_lang_token     <s> text </s> [de_DE]    [en_XX] ...      <s> text </s> [en_XX]
+language_modeling, add_bos_token                                    <s> ...          text </s>
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dstrain.data.sources.text import read_lines
 from dstrain.data.tokenizers.dictionary_file import Markers
 from dstrain.errors import ImportFormatError
 
@@ -28,7 +30,7 @@ DATA_SOURCES = ("<MINED_DATA>", "<MMT_BT_DATA>", "<SMT_BT_DATA>")
 _SUFFIXES = {"dae": "_dae", "mined": "_mined", "lm": "_lm"}
 """Of a language's token for one kind of data, by the end of that kind's name."""
 ONE_PAIR = {"translation", "translation_with_kd", "seq2seq_lm_distillation", "language_modeling"}
-"""Tasks that append nothing."""
+"""Tasks that append nothing to a dictionary."""
 APPENDING = {
     "translation_multi_simple_epoch",
     "translation_from_pretrained_bart",
@@ -85,7 +87,8 @@ def choose_pair(task: Mapping[str, Any], pair: str | None, models: Sequence[str]
 def language_tokens(task: Mapping[str, Any], directory: Path) -> LanguageTokens:
     """What the task adds for the direction `source_lang` -> `target_lang`. directory: where a file of languages may be.
 
-    ImportFormatError if the checkpoint does not name its languages, or the direction is open or not among them.
+    ImportFormatError if the checkpoint does not name its languages, or the direction is open or not among them; DataError if the
+    file of languages is no text.
     """
     match task_name(task):
         case "translation_multi_simple_epoch":
@@ -104,8 +107,9 @@ def language_tokens(task: Mapping[str, Any], directory: Path) -> LanguageTokens:
         case "denoising" | "multilingual_denoising":
             markers = Markers(before=(BEGIN,))
             return LanguageTokens((MASK,), markers, markers)
-        case _:
-            return LanguageTokens()
+        case name:
+            first = Markers(start=BEGIN if name == "language_modeling" and task.get("add_bos_token") else None)
+            return LanguageTokens((), first, first)
 
 
 def _multi_simple_epoch(task: Mapping[str, Any], directory: Path) -> LanguageTokens:
@@ -160,7 +164,7 @@ def _languages(task: Mapping[str, Any], directory: Path) -> list[str]:
             raise ImportFormatError(
                 f"the checkpoint's languages are in the file lang_dict = {named}, which is not here; copy it into {directory}"
             )
-        return path.read_text(encoding="utf-8").split()
+        return [line.strip() for line in read_lines(path) if line.strip()]
     languages = sorted({name for pair in _words(task.get("lang_pairs")) for name in pair.split("-")})
     if not languages:
         raise ImportFormatError(

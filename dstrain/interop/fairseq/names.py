@@ -57,6 +57,17 @@ _LEFT_OUT = {
     SINUSOIDS: "sinusoids are computed",
     re.compile(r"classification_heads\..+"): "a classifier of sentences, which writes no text",
 }
+_OTHER_MODELS = {
+    re.compile(r"module\..+"): "a name that DistributedDataParallel gave; save model.module.state_dict() as `model`",
+    re.compile(r"(?:.+\.)?flat_param_\d+"): "a shard of a model that FSDP cut; save it again as one",
+    re.compile(
+        r".+\.sentence_encoder\..+"
+    ): "an encoder of masked language modeling, as in RoBERTa and XLM-R, which writes no text",
+    re.compile(r".+\.(?:convolutions|conv|subsample)\..+"): "a convolution, which dstrain has not; import a transformer",
+    re.compile(r".+\.(?:lstm\.|layers\.\d+\.)weight_[ih]h.*"): "a recurrent layer, which dstrain has not; import a transformer",
+    re.compile(r".+\.experts\..+"): "a mixture of experts, which dstrain has not; import a dense model",
+    re.compile(r".+\.(?:scale|zero_point|centroids|assignments|counts)"): "quantized; import the model from before quantization",
+}
 _TARGETS = {
     "fc1": ("*.feed_forward.up_proj",),
     "fc2": ("down_proj",),
@@ -77,6 +88,11 @@ _TARGETS = {
 def left_out_reason(name: str) -> str | None:
     """Why a tensor is no part of an imported model; None if it is."""
     return next((reason for pattern, reason in _LEFT_OUT.items() if pattern.fullmatch(name)), None)
+
+
+def refusal_of_name(name: str) -> str | None:
+    """What a tensor shows that its model is, with a remedy, if it is none of ours; None if it may be."""
+    return next((reason for pattern, reason in _OTHER_MODELS.items() if pattern.fullmatch(name)), None)
 
 
 def canonical_name(name: str) -> str:

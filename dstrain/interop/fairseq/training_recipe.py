@@ -31,7 +31,7 @@ from dstrain.interop.fairseq.command_line.running import (
     training_section,
     validation_section,
 )
-from dstrain.interop.fairseq.languages import ONE_PAIR, task_name
+from dstrain.interop.fairseq.languages import ONE_PAIR, LanguageTokens, language_tokens, task_name
 from dstrain.interop.fairseq.lora import ForeignAdapter
 from dstrain.interop.fairseq.options import OPTIONS, Settings
 from dstrain.models.config import ModelConfig
@@ -114,7 +114,7 @@ def _data(
     limits: Mapping[str, int],
 ) -> Tree | None:
     """The binarized data in the directory; None without them, or if the task adds tokens to them, which dstrain does not."""
-    if task_name(checkpoint.task) not in ONE_PAIR:
+    if task_name(checkpoint.task) not in ONE_PAIR or language_tokens(checkpoint.task, directory) != LanguageTokens():
         return None
     source, target = (checkpoint.task.get(f"{side}_lang") for side in ("source", "target"))
     paths = None if models is None else (str(models[0].resolve()), str(models[1].resolve()))

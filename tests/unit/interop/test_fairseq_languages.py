@@ -19,7 +19,7 @@ from dstrain.checkpoint.bundle import find_bundle
 from dstrain.data.prepared.prepare import prepare
 from dstrain.data.tokenizers.dictionary_file import Markers
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, load_tokenizers
-from dstrain.errors import ImportFormatError
+from dstrain.errors import DataError, ImportFormatError
 from dstrain.interop.fairseq.checkpoint import FairseqCheckpoint, read_dictionaries, read_fairseq_checkpoint
 from dstrain.interop.fairseq.importing import FairseqImport, import_checkpoint
 from dstrain.interop.fairseq.languages import language_tokens
@@ -201,6 +201,21 @@ def test_the_order_of_appended_symbols(task: dict[str, Any], symbols: list[str],
     added = language_tokens({**task, "source_lang": "en", "target_lang": "de"}, tmp_path)
     assert list(added.symbols[: len(symbols)]) == symbols
     assert added.symbols[-1] == ("<mask>" if "extra_data" in task else added.symbols[-1])
+
+
+def test_a_language_model_reads_the_token_that_its_task_adds_first(tmp_path: Path) -> None:
+    found = FairseqCheckpoint({}, {"_name": "language_modeling", "add_bos_token": True}, {})
+    dictionaries(tmp_path, 9, 9)
+    (tmp_path / "dict.en.txt").rename(tmp_path / "dict.txt")
+    pair = read_dictionaries(tmp_path, found)
+    assert pair.shared
+    assert (pair.target.start_id, pair.target.eos_id, pair.target.vocab_size) == (BOS, EOS, 9)
+
+
+def test_a_file_of_languages_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "languages.txt").write_bytes(b"de\xff\n")
+    with pytest.raises(DataError, match=r"languages\.txt:1: invalid UTF-8"):
+        language_tokens({**MULTI, "langs": None, "lang_dict": "languages.txt"}, tmp_path)
 
 
 def test_symbols_that_a_dictionary_has_are_not_appended_again(tmp_path: Path) -> None:

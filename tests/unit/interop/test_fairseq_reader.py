@@ -1,6 +1,7 @@
 """The reader of fairseq checkpoints: settings, old names, refusals. What its models compute is in tests/equivalence."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -305,6 +306,47 @@ def test_files_that_are_no_translation_model_are_refused(tmp_path: Path) -> None
     torch.save({"args": Namespace(arch="roberta"), "model": {"encoder.embed_tokens.weight": torch.zeros(3, 2)}}, path)
     with pytest.raises(ImportFormatError, match=r"holds no decoder \(arch roberta\)"):
         read_fairseq_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("module.decoder.layers.0.fc1.weight", {}, "a name that DistributedDataParallel gave; save model.module.state_dict"),
+        ("encoder.layers.0._fsdp_wrapped_module.flat_param_0", {}, "a shard of a model that FSDP cut"),
+        ("decoder.sentence_encoder.layers.0.fc1.weight", {}, "an encoder of masked language modeling"),
+        ("encoder.sentence_encoder.layers.0.fc1.weight", {}, "an encoder of masked language modeling"),
+        ("encoder.convolutions.0.weight_v", {}, "a convolution"),
+        ("decoder.layers.0.conv.weight", {}, "a convolution"),
+        ("encoder.lstm.weight_ih_l0", {}, "a recurrent layer"),
+        ("decoder.layers.0.weight_hh", {}, "a recurrent layer"),
+        ("encoder.layers.1.moe_layer.experts.0.fc1.weight", {}, "a mixture of experts"),
+        ("decoder.layers.0.fc1.centroids", {}, "quantized; import the model from before quantization"),
+        ("decoder.layers.0.fc1.weight", {"model_parallel_size": 2}, r"one of 2 parts of a model \(model_parallel_size = 2\)"),
+    ],
+)
+@pytest.mark.parametrize("grouped", [False, True])
+def test_other_models_are_refused_for_what_they_are(
+    name: str, settings: dict[str, Any], message: str, grouped: bool, tmp_path: Path
+) -> None:
+    content = {"cfg": {"common": settings, "model": SMALL}} if grouped else {"args": Namespace(**SMALL, **settings)}
+    torch.save({**content, "model": {name: torch.zeros(1)}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ImportFormatError, match=message):
+        read_fairseq_checkpoint(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.to(torch.int8), r"quantized \(torch\.int8\)"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), r"quantized \(torch\.qint8\)"),
+        (lambda tensor: tensor / 0, "holds NaN or infinity, so the training had diverged"),
+    ],
+)
+def test_values_that_are_no_finite_numbers_are_refused(change: Callable[[Tensor], Tensor], message: str) -> None:
+    weights = small_weights()
+    weights["encoder.layers.0.fc1.weight"] = change(weights["encoder.layers.0.fc1.weight"])
+    with pytest.raises(ImportFormatError, match=rf"encoder\.layers\.0\.fc1\.weight (is )?{message}"):
+        convert(checkpoint(weights))
 
 
 def test_dictionaries_must_have_the_models_sizes(tmp_path: Path) -> None:
