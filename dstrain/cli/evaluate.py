@@ -37,10 +37,12 @@ def run(args: argparse.Namespace) -> int:
     from dstrain.errors import DataError
     from dstrain.evaluation.metrics.corpus import corpus_scores
     from dstrain.evaluation.metrics.tokenization import choose_tokenization, doubtful_tokenization
+    from dstrain.generation.formats import require_sentences
 
     streams = {f"--reference {number}": path for number, path in enumerate(args.reference, 1)}
     require_different_streams({"--hypothesis": args.hypothesis, **streams})
     hypotheses = read_lines(args.hypothesis)
+    require_sentences(hypotheses, input_name(args.hypothesis))
     references = [read_lines(path) for path in args.reference]
     for path, lines in zip(args.reference, references, strict=True):
         if len(lines) != len(hypotheses):

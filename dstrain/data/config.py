@@ -22,7 +22,10 @@ class ParallelText(Config):
 
 
 class TsvText(Config):
-    """One tab-separated file, plain or compressed; columns count from 0. All lines must have as many columns as the first."""
+    """One tab-separated file, plain or compressed; columns count from 0. All lines must have as many columns as the first.
+
+    Nothing is quoted: a quotation mark is text.
+    """
 
     kind: Literal["tsv"] = "tsv"
     path: str = Field(description="The file.")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from dstrain.errors import RecipeError
+from dstrain.errors import DataError, RecipeError
 
 if TYPE_CHECKING:  # so that the command line lists the formats without loading torch
     from dstrain.generation.generator import TextHypothesis
@@ -30,6 +31,14 @@ class Answer:
     source: str
     hypotheses: Sequence[TextHypothesis]
     reference: str | None = None
+
+
+def require_sentences(lines: Sequence[str], name: str) -> None:
+    """Raise DataError if lines are answers in another format than text, which are not to be scored as they are."""
+    if any(re.match(r"[STHDP]-\d+\t", line) for line in lines):
+        raise DataError(f"{name} has fairseq's lines; score its sentences: grep ^D- FILE | sort -V | cut -f3")
+    if lines and lines[0].startswith('{"line": '):
+        raise DataError(f"{name} has JSON lines; score its sentences: jq -r '.hypotheses[0].text' FILE")
 
 
 def formatter(name: Format, target: TextTokenizer, *, num_best: int, score_only: bool = False) -> Callable[[Answer], str]:

@@ -20,12 +20,14 @@ from typing import BinaryIO, NamedTuple
 
 from dstrain.data.sources.opening import input_name, open_lines, require_text
 from dstrain.errors import DataError
+from dstrain.log import logger
 from dstrain.storage.hashing import sha256_of_file
 
 MAX_BLOCK_LINES = 4096
 MAX_BLOCK_BYTES = 1 << 20
 SCAN_BYTES = 1 << 22
 BYTE_ORDER_MARK = "\ufeff"
+CSV_FIELD = re.compile(rb'(?:^|\t)"((?:[^"\t\n]|"")+)"(?=\t|\r?$)', re.MULTILINE)
 VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
@@ -74,11 +76,21 @@ def scan_file(path: Path, check: Callable[[bytes, int], None] | None = None) -> 
 
 
 def scan_tsv(path: Path) -> FileScan:
-    """As `scan_file`; every line must have as many columns as the first, or a tab inside a sentence would cut it in two."""
+    """As `scan_file`; every line must have as many columns as the first, or a tab inside a sentence would cut it in two.
+
+    Warns of a field that is quoted as in CSV, because quotes are text here.
+    """
     tabs: int | None = None
+    warned = False
 
     def check(chunk: bytes, lines_before: int) -> None:
-        nonlocal tabs
+        nonlocal tabs, warned
+        quoted = next((field for field in CSV_FIELD.finditer(chunk) if b'""' in field[1]), None) if b'""' in chunk else None
+        if quoted is not None and not warned:
+            line, warned = lines_before + chunk.count(b"\n", 0, quoted.start(1)) + 1, True
+            logger.warning(
+                '%s:%d: a field in quotes with "" inside, as in CSV; quotes are text here: write it unquoted', path, line
+            )
         counts = [line.count(b"\t") for line in chunk.removesuffix(b"\n").split(b"\n")]
         tabs = counts[0] if tabs is None else tabs
         if counts.count(tabs) == len(counts):
@@ -86,7 +98,7 @@ def scan_tsv(path: Path) -> FileScan:
         wrong = next(number for number, count in enumerate(counts) if count != tabs)
         raise DataError(
             f"{path}:{lines_before + wrong + 1}: {counts[wrong] + 1} tab-separated columns, line 1 has {tabs + 1}; fix the line: "
-            "it may hold a tab inside a sentence"
+            f"it may {'hold a tab inside a sentence' if counts[wrong] > tabs else 'lack a tab, or be blank'}"
         )
 
     return scan_file(path, check)
@@ -108,8 +120,10 @@ def scan_jsonl(path: Path) -> FileScan:
 
 
 def check_text(name: Path | str, chunk: bytes, lines_before: int) -> None:
-    """Raise DataError, with file and line, if whole lines hold a NUL or are not UTF-8."""
+    """Raise DataError, with file and line, if whole lines hold a NUL, are not UTF-8, or end in "\\r" alone."""
     position = chunk.find(b"\0")
+    if position < 0 and lines_before == 0 and b"\n" not in chunk and b"\r" in chunk.rstrip(b"\r"):
+        raise DataError(f"{name}: its lines end in \\r, not in \\n; convert it: tr '\\r' '\\n' < FILE > NEW")
     if position < 0 and chunk.isascii():
         return
     if lines_before == 0:

@@ -108,8 +108,8 @@ def language_tokens(task: Mapping[str, Any], directory: Path) -> LanguageTokens:
             markers = Markers(before=(BEGIN,))
             return LanguageTokens((MASK,), markers, markers)
         case name:
-            first = Markers(start=BEGIN if name == "language_modeling" and task.get("add_bos_token") else None)
-            return LanguageTokens((), first, first)
+            markers = Markers(start=BEGIN if name == "language_modeling" and task.get("add_bos_token") else None)
+            return LanguageTokens((), markers, markers)
 
 
 def _multi_simple_epoch(task: Mapping[str, Any], directory: Path) -> LanguageTokens:

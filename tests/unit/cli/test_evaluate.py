@@ -3,6 +3,7 @@ import gzip
 import io
 import json
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -27,6 +28,21 @@ def files(tmp_path: Path) -> Path:
 
 def evaluate(files: Path, *arguments: str, reference: str = "test.de") -> int:
     return main(["evaluate", "--hypothesis", f"{files / 'hyp.de'}", "--reference", f"{files / reference}", *arguments])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("D-0\t-0.5\tein Hund", r"hyp\.de has fairseq's lines; score its sentences: grep \^D- "),
+        ('{"line": 1, "source": "a"}', r"hyp\.de has JSON lines; score its sentences: jq "),
+    ],
+)
+def test_answers_that_are_no_sentences_are_not_scored(
+    files: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (files / "hyp.de").write_text(f"{line}\n" * len(REFERENCES))
+    assert evaluate(files) == 1
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_text_has_a_line_per_score_with_its_signature(files: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,17 @@ def test_a_column_that_is_not_there_lists_the_columns(tmp_path: Path, wrong: str
             read()
 
 
+@pytest.mark.parametrize("path", ["text", "text.en"])
+def test_a_name_of_two_columns_is_refused(tmp_path: Path, path: str) -> None:
+    column = pa.array([{"en": "a"}] if "." in path else ["a"])
+    pq.write_table(
+        pa.Table.from_arrays([column, column, pa.array(["b"])], names=["text", "text", "other"]), tmp_path / "t.parquet"
+    )
+    corpus = ParquetTable(path=str(tmp_path / "t.parquet"), source=path, target="other")
+    with pytest.raises(DataError, match=r"t\.parquet: it has two columns 'text'; rename one"):
+        scan_of(corpus)(tmp_path / "t.parquet")
+
+
 def test_values_that_are_no_text_are_named_by_row(tmp_path: Path) -> None:
     path = tmp_path / "pairs.parquet"
     pq.write_table(pa.table({"a": ["x", None], "b": [1, 2], "c": pa.array([b"\xff", b""]).cast(pa.string(), safe=False)}), path)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dstrain.data.config import JsonlText, ParallelText, TsvText
 from dstrain.data.sources import text
 from dstrain.data.sources.corpora import files_of, parse, read_blocks
-from dstrain.data.sources.text import BlockReader, TextBlock, decode_lines, expand_path, scan_file, scan_tsv
+from dstrain.data.sources.text import BlockReader, TextBlock, decode_lines, expand_path, read_lines, scan_file, scan_tsv
 from dstrain.errors import DataError
 from tests.unit.data.corpus import write_lines
 
@@ -105,6 +105,14 @@ def test_a_nul_names_file_and_line(tmp_path: Path) -> None:
         scan_file(write(tmp_path / "text", b"a\nb\nc\0d\n"))
 
 
+@pytest.mark.parametrize("content", [b"a\rb\r", b"\xc3\xa9\rb"])
+def test_carriage_returns_alone_end_no_lines(tmp_path: Path, content: bytes) -> None:
+    path = write(tmp_path / "text", content)
+    for read in (scan_file, read_lines):
+        with pytest.raises(DataError, match=r"text: its lines end in \\r, not in \\n; convert it: tr "):
+            read(path)
+
+
 def test_lines_are_counted_across_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text, "SCAN_BYTES", 7)
     path = write(tmp_path / "text", "äöü äöü\n".encode() * 100 + b"\xff\n")
@@ -169,16 +177,36 @@ def test_tsv_columns() -> None:
 
 @pytest.mark.parametrize(
     ("line", "columns"),
-    [("a\tb\tc", "3 tab-separated columns"), ("a b", "1 tab-separated columns"), ("", "1 tab-separated columns")],
+    [("a\tb\tc", 3), ("a b", 1), ("", 1)],
 )
 def test_a_line_with_other_columns_than_the_first_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, columns: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, columns: int
 ) -> None:
     monkeypatch.setattr(text, "SCAN_BYTES", 50)
     path = write_lines(tmp_path / "pairs.tsv", ["x\ty"] * 40 + [line] + ["x\ty"] * 9)
-    with pytest.raises(DataError, match=rf"pairs\.tsv:41: {columns}, line 1 has 2; fix the line: it may hold a tab inside"):
+    cause = "hold a tab inside a sentence" if columns > 2 else "lack a tab"
+    with pytest.raises(DataError, match=rf"pairs\.tsv:41: {columns} tab-separated columns, line 1 has 2; .*: it may {cause}"):
         scan_tsv(path)
     assert scan_tsv(write_lines(path, ["\t", "x\ty", "\t"])).lines == 3
+
+
+@pytest.mark.parametrize(
+    ("line", "warned"),
+    [
+        ('"he said ""no"""\t"x"', True),
+        ('x\t"""no"" he said"\r', True),
+        ('"he said "no""\tx', False),
+        ('"he"\t"said"', False),
+        ('""\t"" a', False),
+    ],
+)
+def test_fields_quoted_as_in_csv_are_warned_of_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, line: str, warned: bool
+) -> None:
+    monkeypatch.setattr(text, "SCAN_BYTES", 10)
+    path = write_lines(tmp_path / "pairs.tsv", ["x\ty", line, line])
+    assert scan_tsv(path).lines == 3
+    assert [record.getMessage().partition(": ")[0] for record in caplog.records] == [f"{path}:2"] * warned
 
 
 def test_a_header_is_no_pair() -> None:
@@ -205,6 +233,7 @@ def test_jsonl_fields() -> None:
         ('{"source": "a\\u0000", "target": "b"}', "field 'source' holds a NUL or half of a surrogate pair"),
         ('{"source": "a", "target": "\\ud800"}', "field 'target' holds a NUL or half of a surrogate pair"),
         ("[" * 100_000, "not valid JSON"),
+        ('{"source": "a", "source": "b", "target": "c"}', r"not valid JSON \(one object has 'source' twice\)"),
     ],
 )
 def test_a_bad_json_line_is_named(line: str, message: str) -> None:
