@@ -146,9 +146,9 @@ def _columns(schema: Any, source: ParquetTable | HuggingFaceDataset, name: str) 
     """The columns to read for both sides: paths that end before the first list."""
     columns: dict[str, None] = {}
     for path in (source.source, source.target):
-        for wanted in (path, path.partition(".")[0]):
-            if schema.names.count(wanted) > 1:
-                raise DataError(f"{name}: it has two columns {wanted!r}; rename one, or write the table without it")
+        for field in (path, path.partition(".")[0]):
+            if schema.names.count(field) > 1:
+                raise DataError(f"{name}: it has two columns {field!r}; rename one, or write the table without it")
         column = _column(schema, path)
         if column is None:
             raise DataError(f"{name}: no column {path!r}; the columns are {', '.join(_column_names(schema))}")
