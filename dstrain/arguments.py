@@ -74,7 +74,7 @@ def require_ids(name: str, value: object, vocab_size: int, limit: int) -> list[l
         for position, token in enumerate(row):
             where = f"{name}[{number}][{position}]"
             try:
-                row[position] = index(token)
+                row[position] = _whole(token)
             except TypeError as error:
                 raise ArgumentError(f"{where} is {_kind_of(token)} ({_shown(token)}); give a whole number") from error
             if not 0 <= row[position] < vocab_size:
@@ -94,6 +94,12 @@ def _items(name: str, value: object, what: str) -> list[Any]:
     if not isinstance(value, Iterable) or isinstance(value, Mapping | Set):
         raise ArgumentError(f"{name} is {_kind_of(value)} ({_shown(value)}); give a list of {what}")
     return value.tolist() if hasattr(value, "tolist") else list(value)
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool):
+        raise TypeError("a mask is no row of ids")
+    return index(value)
 
 
 def _kind_of(value: object) -> str:

@@ -56,6 +56,12 @@ class ExtraError(DstrainError):
     """A package that an extra installs is missing or broken."""
 
 
+def close_to(word: str, valid: Iterable[str]) -> list[str]:
+    """The valid word, if any, that is near to another one; case does not count."""
+    by_case = {name.lower(): name for name in valid}
+    return [by_case[name] for name in difflib.get_close_matches(word.lower(), by_case, n=1)]
+
+
 def nearest(key: str, valid: Iterable[str]) -> str:
     """The end of an unknown-key message: the nearest valid key if there is one, else all of them.
 
@@ -63,5 +69,5 @@ def nearest(key: str, valid: Iterable[str]) -> str:
     """
     valid = sorted(valid)
     inner = [name for name in valid if re.search(rf"[\W_]{re.escape(name)}(?![^\W_])", key)]
-    close = sorted(inner, key=len)[-1:] or difflib.get_close_matches(key, valid, n=1)
+    close = sorted(inner, key=len)[-1:] or close_to(key, valid)
     return f"did you mean {close[0]}?" if close else f"valid: {', '.join(valid)}"

@@ -52,6 +52,7 @@ class Recipe(Config):
             *self._length_problems(),
             *self._vocabulary_problems(),
             *self._dropout_problems(),
+            *self._rate_problems(),
             *tensor_problems(self.model, self.engine.parallel.tensor),
         ]
         if problems:
@@ -112,6 +113,15 @@ class Recipe(Config):
                 f"{use} has no effect: every dropout of model and adapter is 0, so both passes are the same; raise "
                 f"model.dropout, or {remedy}"
             )
+
+    def _rate_problems(self) -> Iterator[str]:
+        peak, schedule = self.optimizer.learning_rate, self.schedule
+        for name, rate in schedule.model_dump(include={"warmup_init", "final"}).items():
+            if rate > peak:
+                yield (
+                    f"schedule.{name} = {rate:g} is a learning rate, and above the peak, optimizer.learning_rate = {peak:g}; "
+                    f"lower it (a tenth of the peak is {peak / 10:g})"
+                )
 
     def _vocabulary_problems(self) -> Iterator[str]:
         tokenizer = self.data.tokenizer

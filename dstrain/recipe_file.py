@@ -67,7 +67,8 @@ def check_recipe(tree: Mapping[str, Any], origin: str, mistakes: Sequence[str] =
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        lines += explain(error, Recipe, yaml=True)
+        known = {line.partition(": ")[0] for line in mistakes}
+        lines += [line for line in explain(error, Recipe, yaml=True) if line.partition(": ")[0] not in known]
     else:
         lines += Horizons(recipe).errors()
     if lines:
@@ -126,7 +127,7 @@ def _with_preset(tree: Tree, mistakes: list[str], base_model: Callable[[], Model
         if base_model is None:
             mistakes.append("model.from_base: no base is named; add --base BUNDLE")
         config = next(iter(PRESETS.values())) if base_model is None else base_model()  # any: the other keys are still checked
-        return {**tree, "model": merge(config.model_dump(mode="json"), own, union_members(ModelConfig))}
+        return {**tree, "model": _over(config, own, "the base", mistakes)}
     if not isinstance(model, dict) or "preset" not in model:
         return tree
     name = model["preset"]
@@ -135,7 +136,14 @@ def _with_preset(tree: Tree, mistakes: list[str], base_model: Callable[[], Model
         mistakes.append(f"model.preset: no preset {shown(name)}{trap}")
         name = next(iter(PRESETS))  # any: the other keys are still checked
     own = {key: value for key, value in model.items() if key != "preset"}
-    return {**tree, "model": merge(PRESETS[name].model_dump(mode="json"), own, union_members(ModelConfig))}
+    return {**tree, "model": _over(PRESETS[name], own, f"the preset {name}", mistakes)}
+
+
+def _over(config: ModelConfig, own: Tree, origin: str, mistakes: list[str]) -> Tree:
+    """The keys of a recipe over those of a model, which decides the kind."""
+    if own.get("kind", config.kind) != config.kind:
+        mistakes.append(f"model.kind: {origin} is of kind {config.kind}, not {shown(own['kind'])}; leave one of the two out")
+    return merge(config.model_dump(mode="json"), {**own, "kind": config.kind}, union_members(ModelConfig))
 
 
 def _cleaned(value: Any, annotations: Sequence[Any], path: str, mistakes: list[str]) -> Any:

@@ -23,7 +23,7 @@ def announce_training(recipe: Recipe, name: str, *, data: Path, output: Path, ba
         {
             "data": data,
             "output": output,
-            "start": f"the weights of {base}" if base is not None else f"initial weights of seed {training.seed}",
+            "start": _start(training.seed, output, base),
             "engine": f"{ranks} rank{'s' * (ranks > 1)}, {engine.precision}, ZeRO stage {stage} ({engine.deepspeed})",
             "step": f"{recipe.batching.tokens_per_step:,} target tokens",
             "until": ", ".join(f"{key} = {limit:,}" for key, limit in limits.items() if limit is not None),
@@ -31,3 +31,9 @@ def announce_training(recipe: Recipe, name: str, *, data: Path, output: Path, ba
             "weights": None if training.ema is None else "moving average (EMA), in validations and bundles",
         }
     )
+
+
+def _start(seed: int, output: Path, base: Path | None) -> str:
+    if any((output / "checkpoints").glob("step_*")):
+        return "the latest checkpoint of that run"
+    return f"initial weights of seed {seed}" if base is None else f"the weights of {base}"

@@ -16,7 +16,7 @@ from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.errors import DataError, RecipeError, TrainingError
 from dstrain.recipe import ObjectiveConfig, Recipe
 from dstrain.recipe_file import recipe_tree
-from dstrain.storage.outputs import refuse_input_as_output
+from dstrain.storage.outputs import refuse_input_as_output, require_run_as_output
 from dstrain.training.accepted_changes import check_accepted
 
 
@@ -53,6 +53,7 @@ def check_training(recipe: Recipe, options: TrainOptions) -> None:
     teachers = options.teachers
     check_teacher_options(recipe.objective, teachers)
     check_accepted(options.accept_changes, recipe_tree(recipe))
+    require_run_as_output(options.output)
     if recipe.adapter is not None and options.base is None:
         raise RecipeError("the recipe has an adapter section, which adapts a trained model; name its bundle with --base BUNDLE")
     manifest = load_manifest(options.data)

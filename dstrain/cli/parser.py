@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from dstrain.cli.unknown_option import option_remedy
+from dstrain.errors import close_to
 
 IN_WORDS = {
     r"argument (\S+): expected (one|at least one) argument": r"\1 lacks its value",
@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         choices = [str(choice) for choice in action.choices or ()]
         if choices and value not in (action.choices or ()):
-            close = difflib.get_close_matches(str(value), choices, n=1)
+            close = close_to(str(value), choices)
             remedy = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(choices)}"
             raise argparse.ArgumentError(action, f"{value!r} is unknown; {remedy}")
         super()._check_value(action, value)

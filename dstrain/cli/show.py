@@ -26,6 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the recipe as YAML that dstrain reads back, or the reference of its keys."""
+    if args.explain is not None and (args.recipe or args.overrides or args.base):
+        raise RecipeError("--explain is about the keys of all recipes; leave RECIPE, --set and --base out, or --explain")
     if args.explain is not None:
         sys.stdout.write(explain_key(args.explain) if args.explain else reference_page())
     elif args.recipe is None:

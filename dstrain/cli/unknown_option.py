@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
+
+from dstrain.errors import close_to
 
 
 def option_remedy(parser: argparse.ArgumentParser, option: str, words: Sequence[str]) -> str:
@@ -20,7 +21,7 @@ def option_remedy(parser: argparse.ArgumentParser, option: str, words: Sequence[
     if "set" in own and (key := _recipe_key(name.lstrip("-").replace("-", "_"))):
         return f"{name} is a key of the recipe; use --set {key}={value}"
     written = name.lstrip("-").replace("_", "-")
-    close = [text for text in own if text.startswith(written)] or difflib.get_close_matches(written, own, n=1)
+    close = [text for text in own if text.startswith(written)] or close_to(written, own)
     remedy = f"did you mean {' or '.join(own[text] for text in close)}?" if close else f"it has {', '.join(own.values())}"
     return f"{name} is no option of {parser.prog}; {remedy}"
 

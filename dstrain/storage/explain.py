@@ -7,14 +7,16 @@ about one says so.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from dstrain.config_base import ConfigErrors
-from dstrain.errors import nearest
-from dstrain.storage.schema import choices_of, element_type, key_paths, kinds_of, union_members
+from dstrain.errors import close_to, nearest
+from dstrain.storage.schema import choices_of, element_type, key_paths, kinds_of, scalar_types, union_members
 
 EXPECTED = {
     "string_type": "a valid string",
@@ -124,7 +126,7 @@ def _value_remedy(mistake: str, value: Any, at: _Location) -> str:
         case "string_type":
             remedy = yaml_trap(value)
         case "literal_error":
-            close = difflib.get_close_matches(str(value), map(str, choices_of(at.annotation)), n=1)
+            close = close_to(str(value), choices_of(at.annotation))
             remedy = yaml_trap(value) if isinstance(value, bool) else f"; did you mean {close[0]}?" if close else ""
         case "int_parsing" if (number := _whole_number(value)) is not None:
             remedy = f"; YAML reads it as text: write {number}"
@@ -141,6 +143,10 @@ def _value_remedy(mistake: str, value: Any, at: _Location) -> str:
 def _section_remedy(value: Any, at: _Location) -> str:
     """How a section is written where a plain value or a list stands."""
     kinds = kinds_of(at.annotation)
+    if value is False and NoneType in scalar_types(at.annotation):
+        return "; write null for none"
+    if isinstance(value, str) and re.match(r"\w+:\S", value):
+        return "; put a space after the colon"
     if value in kinds:
         return f"; write {{kind: {value}}}"
     if kinds:

@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from dstrain.errors import StorageError
+from dstrain.errors import StorageError, TrainingError
+
+OWN_FILES = {".lock", "run.json", "run.json.tmp", "recipe.yaml.tmp"}
+"""Possible files of a run that was killed while it was made."""
 
 
 def check_output(output: Path, inputs: Mapping[str, Path | None], *, overwrite: bool) -> None:
@@ -35,3 +38,15 @@ def refuse_input_as_output(output: Path, inputs: Mapping[str, Path | None]) -> N
             raise StorageError(f"--output {output} is the same as {name}, which would be lost; choose another --output")
         if output.resolve() in path.resolve().parents:
             raise StorageError(f"--output {output} holds {name} ({path}), which would be lost; choose another --output")
+
+
+def require_run_as_output(directory: Path) -> None:
+    """Raise TrainingError unless a run may begin or go on here; a bundle, too, has a recipe.yaml, but no run.json."""
+    if directory.exists() and not directory.is_dir():
+        raise TrainingError(f"--output {directory} is a file; name a directory")
+    others = sorted({path.name for path in directory.iterdir()} - OWN_FILES) if directory.is_dir() else []
+    if others and not (directory / "run.json").exists():
+        raise TrainingError(
+            f"--output {directory} is no run (it has no run.json) and not empty (it holds {', '.join(others[:3])}): "
+            "name a new directory, or that of an earlier run"
+        )

@@ -31,6 +31,7 @@ YAML_PROBLEMS = {
     "'\\t' that cannot start any token": "a tab; indent with spaces",
     "mapping values are not allowed here": "a colon too many; put text with ': ' in quotes, or indent rightly",
     "expected <block end>": "the indentation fits no line above",
+    "2002:merge": "`<<`, which is not read; write the keys of that mapping out",
     "could not determine a constructor": "a tag (!...) that is not read; leave it out",
 }
 """Part of a complaint of PyYAML -> what it means."""
@@ -191,6 +192,9 @@ class _BoundedLoader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(
                     problem=f"the key {raw} is not text in YAML; quote it", problem_mark=key_node.start_mark
                 )
+            if str(key) != str(key).strip():
+                problem = f"the key {key!r} begins or ends with a space; if it is an indent, write it with plain spaces"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
             if str(key) in seen:
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} is given twice", problem_mark=key_node.start_mark)
             seen.add(str(key))

@@ -53,6 +53,14 @@ class ValidationConfig(Config):
     )
     run_sanity_validation: bool = Field(default=False, description="One full validation before the first step.")
 
+    @property
+    def criterion(self) -> str:
+        """What the best bundle is chosen by: the metric, and how it cuts words and reads case. Scores of one are comparable."""
+        if self.metric == "loss":
+            return self.metric
+        cut = [f"tokenize={self.tokenize}"] if self.metric == "bleu" and self.tokenize != "auto" else []
+        return " ".join([self.metric, *cut, *(["lowercase"] if self.lowercase else [])])
+
     @model_validator(mode="after")
     def _metric_is_made(self) -> ValidationConfig:
         if self.metric != "loss" and self.generation is None:

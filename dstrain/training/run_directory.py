@@ -32,6 +32,7 @@ from dstrain.protocols import Ranks
 from dstrain.storage.atomic import write_file
 from dstrain.storage.document import DocumentFormat, read_mapping
 from dstrain.storage.lock import OutputLock, lock_output
+from dstrain.storage.outputs import require_run_as_output
 from dstrain.storage.parsing import dump_yaml
 from dstrain.training.accepted_changes import is_acceptable, is_accepted, option_for, value_at, with_values
 
@@ -52,8 +53,6 @@ LAYOUT_KEYS = {"engine.deepspeed", "engine.precision"}
 """Every checkpoint records their values."""
 LONGEST_VALUE = 100
 """Characters of a value in a message."""
-OWN_FILES = {".lock", "run.json", "run.json.tmp", "recipe.yaml.tmp"}
-"""Possible files of a run that was killed while it was made."""
 
 
 class RunDescription(Config):
@@ -190,15 +189,7 @@ def flatten_tree(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _open(
     directory: Path, recipe: Mapping[str, Any], origin: Mapping[str, Any], upgrade: Upgrade, accept: Sequence[str]
 ) -> tuple[OutputLock, str, tuple[str, ...]]:
-    recipe_file = directory / "recipe.yaml"
-    if directory.exists() and not directory.is_dir():
-        raise TrainingError(f"--output {directory} is a file; name a directory")
-    others = sorted({path.name for path in directory.iterdir()} - OWN_FILES) if directory.is_dir() else []
-    if others and not recipe_file.exists():
-        raise TrainingError(
-            f"--output {directory} is no run (it has no recipe.yaml) and not empty (it holds {', '.join(others[:3])}): "
-            "name a new directory, or that of an earlier run"
-        )
+    require_run_as_output(directory)
     lock = lock_output(directory, busy=partial(_busy, directory))
     try:
         return lock, *_begin_or_resume(directory, recipe, origin, upgrade, accept)

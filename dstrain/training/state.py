@@ -70,8 +70,8 @@ class TrainingState(Config):
 
     epoch, step_in_epoch: the position of the next step; epochs count from 1, and at the end of one this is (next epoch, 0).
     completed_step: the last step after which everything that was due (validation, bundles) had been done; behind `step` only
-    in a checkpoint written in haste on a signal. best_metric: of best_score; None before there is one, and in checkpoints of an
-    earlier version. elapsed_seconds: over all resumes. events_bytes: length of the event file.
+    in a checkpoint written in haste on a signal. best_metric: the criterion of best_score; None before there is one, and in
+    checkpoints of an earlier version. elapsed_seconds: over all resumes. events_bytes: length of the event file.
     """
 
     step: Count = 0
@@ -104,16 +104,16 @@ class TrainingState(Config):
             window=window,
         )
 
-    def after_validation(self, score: float, metric: str) -> TrainingState:
+    def after_validation(self, score: float, criterion: str) -> TrainingState:
         """With the counter of patience moved; only a strictly better, finite score is an improvement."""
         best = self.best_score
-        if math.isfinite(score) and (best is None or (score < best if metric == "loss" else score > best)):
-            return self.changed(best_score=score, best_step=self.step, best_metric=metric, validations_without_improvement=0)
+        if math.isfinite(score) and (best is None or (score < best if criterion == "loss" else score > best)):
+            return self.changed(best_score=score, best_step=self.step, best_metric=criterion, validations_without_improvement=0)
         return self.changed(validations_without_improvement=self.validations_without_improvement + 1)
 
-    def judged_by(self, metric: str, before: str) -> TrainingState:
-        """Without a best score if that is of another metric. before: the metric of a state that does not name one."""
-        if self.best_score is None or (self.best_metric or before) == metric:
+    def judged_by(self, criterion: str, before: str) -> TrainingState:
+        """Without a best score if that is of another criterion. before: that of a state that does not name one."""
+        if self.best_score is None or (self.best_metric or before) == criterion:
             return self
         return self.changed(best_score=None, best_step=None, best_metric=None, validations_without_improvement=0)
 

@@ -195,13 +195,13 @@ class Trainer:
         return self._judged(state)
 
     def _judged(self, state: TrainingState) -> TrainingState:
-        """The state with its best score, if that is of the metric that counts now."""
-        name, metric = "validation.metric: ", self.validation.metric
+        """The state with its best score, if that is of the criterion that counts now."""
+        name, criterion = "validation.metric: ", self.validation.criterion
         old = [line.removeprefix(name).split(" -> ")[0] for line in self.changes if line.startswith(name)]
-        before = json.loads(old[0]) if old else metric
-        judged = state.judged_by(metric, before)
+        before = json.loads(old[0]) if old else criterion
+        judged = state.judged_by(criterion, before)
         if judged is not state and self.ranks.rank == 0:
-            logger.info("the best bundle is chosen anew, by %s", metric)
+            logger.info("the best bundle is chosen anew, by %s", criterion)
         return judged
 
     def _record(
@@ -275,7 +275,7 @@ class Trainer:
         if scores is None:
             return state, self._agree(state)[1]
         if state.step > 0:
-            state = state.after_validation(scores[self.validation.metric], self.validation.metric)
+            state = state.after_validation(scores[self.validation.metric], self.validation.criterion)
         epoch = state.epoch - 1 if state.at_epoch_end else state.epoch
         seconds = time.perf_counter() - begin
         about = {"weights": "trained" if self.training.ema is None else "ema", "epoch": epoch, "seconds": seconds}

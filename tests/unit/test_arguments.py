@@ -61,6 +61,7 @@ WRONG_CALLS: list[tuple[Callable[[Any], object], str]] = [
     ),
     (lambda model: model.logits([[5, 2]], [[2, -1]]), "target_input_ids[0][1] = -1 is no id of the vocabulary"),
     (lambda model: model.logits([[5, 2.0]], [[2]]), "source_ids[0][1] is float (2.0); give a whole number"),
+    (lambda model: model.logits([[True]], [[2]]), "source_ids[0][0] is bool (True); give a whole number"),
     (lambda model: model.logits(["one"], [[2]]), "source_ids[0] = 'one' is one str; give a list of ids"),
     (lambda model: model.logits([5, 2], [[2]]), "source_ids[0] is int (5); give a list of ids"),
     (lambda model: model.logits([[5, 2]], [[]]), "target_input_ids[0] has 0 ids; the model reads 1 to 16"),

@@ -58,6 +58,13 @@ def test_base_and_number_of_ranks_are_said(capsys: pytest.CaptureFixture[str], m
     assert "  engine    4 ranks, bf16, ZeRO stage 3 (zero3)" in lines
 
 
+def test_a_run_that_goes_on_starts_from_its_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "checkpoints" / "step_00000005").mkdir(parents=True)
+    setup_logging()
+    announce_training(load_recipe("translation/quickstart"), "r.yaml", data=Path("DATA"), output=tmp_path, base=Path("BUNDLE"))
+    assert "  start     the latest checkpoint of that run" in capsys.readouterr().err
+
+
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """A machine with as many GPUs as a test says. visible: to torch; installed: in the driver's list."""

@@ -24,6 +24,8 @@ ADAPTER = "adapter={rank: 2, alpha: 4, targets: [q_proj]}"
 MISTAKES = {
     "an unknown recipe": (["train", "translation/quickstrt", "--data", "d", "--output", "r"], "did you mean"),
     "data that is missing": ([*TRAIN, "--output", "r"], "none/manifest.json is missing"),
+    "output that is no run": ([*TRAIN, "--output", "text"], "--output text is a file; name a directory"),
+    "two things to show": (["show", RECIPE, "--explain", "training"], "leave RECIPE, --set and --base out, or --explain"),
     "a teacher without an objective": ([*TRAIN, "--output", "r", "--teacher", BUNDLE], "has no use for a teacher"),
     "an adapter without a base": (
         [*TRAIN, "--output", "r", "--set", ADAPTER],

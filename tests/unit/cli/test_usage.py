@@ -18,6 +18,7 @@ TRAIN = ("train", "translation/quickstart", "--data", "d", "--output", "o")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["evaluate", "--tokenize", "ZH"], "argument --tokenize: 'ZH' is unknown; did you mean zh?"),
         (["trian"], "dstrain: error: argument VERB: 'trian' is unknown; did you mean train?"),
         (["--beam", "3"], "dstrain: error: --beam is no option of dstrain; it has --version, --debug"),
         (
@@ -35,8 +36,8 @@ TRAIN = ("train", "translation/quickstart", "--data", "d", "--output", "o")
             "--training.seed is a key of the recipe; use --set training.seed=4",
         ),
         (["show", "r", "--seed"], "--seed is a key of the recipe; use --set training.seed=VALUE"),
-        ([*TRAIN, "--lr", "0.1"], "--lr is no option of dstrain train; it has --set, --data, --output, "),
-        ([*TRAIN, "--lr", "0.1", "--seed", "2"], "--base, --device, --teacher"),
+        ([*TRAIN, "--lr", "0.1"], "--lr is no option of dstrain train; it has --set, --base, --data, --output, "),
+        ([*TRAIN, "--lr", "0.1", "--seed", "2"], "--device, --teacher"),
         (["import", "fairseq-dat"], "import: error: argument FORMAT: 'fairseq-dat' is unknown; did you mean fairseq-data?"),
         (
             ["import", "fairseq", "x", "--dict", "y"],

@@ -212,9 +212,12 @@ def test_a_run_of_an_earlier_version_knows_its_data_by_their_preparation(tmp_pat
 
 def test_a_directory_that_is_no_run_is_unchanged(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(TrainingError, match=r"is no run \(it has no recipe.yaml\) and not empty \(it holds thesis.tex\)"):
+    with pytest.raises(TrainingError, match=r"is no run \(it has no run.json\) and not empty \(it holds thesis.tex\)"):
         open_run(tmp_path, RECIPE, ONE_PROCESS, data="d1")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "recipe.yaml").write_text("of a bundle")
+    with pytest.raises(TrainingError, match=r"has no run.json\) and not empty \(it holds recipe.yaml, thesis.tex\)"):
+        open_run(tmp_path, RECIPE, ONE_PROCESS, data="d1")
     with pytest.raises(TrainingError, match="is a file; name a directory"):
         open_run(tmp_path / "thesis.tex", RECIPE, ONE_PROCESS, data="d1")
 

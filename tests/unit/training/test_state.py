@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -114,20 +115,30 @@ def test_the_time_left_follows_the_nearest_limit() -> None:
 
 
 def test_only_strictly_better_scores_improve() -> None:
-    state = TrainingState(step=5).after_validation(2.0, metric="loss")
+    state = TrainingState(step=5).after_validation(2.0, criterion="loss")
     assert (state.best_score, state.best_step, state.validations_without_improvement) == (2.0, 5, 0)
-    same = state.changed(step=6).after_validation(2.0, metric="loss")
+    same = state.changed(step=6).after_validation(2.0, criterion="loss")
     assert (same.best_step, same.validations_without_improvement) == (5, 1)
-    better = same.changed(step=7).after_validation(1.9, metric="loss")
+    better = same.changed(step=7).after_validation(1.9, criterion="loss")
     assert (better.best_score, better.best_step, better.validations_without_improvement) == (1.9, 7, 0)
-    assert state.changed(step=8).after_validation(2.1, metric="bleu").best_step == 8
+    assert state.changed(step=8).after_validation(2.1, criterion="bleu").best_step == 8
 
 
-def test_a_best_score_is_of_one_metric() -> None:
-    state = TrainingState(step=5).after_validation(2.0, metric="loss").changed(validations_without_improvement=3)
+def criterion_of(**section: Any) -> str:
+    return ValidationConfig.model_validate(section).criterion
+
+
+def test_a_best_score_is_of_one_criterion() -> None:
+    state = TrainingState(step=5).after_validation(2.0, criterion="loss").changed(validations_without_improvement=3)
     assert state.judged_by("loss", before="bleu") is state
     other = state.judged_by("bleu", before="loss")
     assert (other.best_score, other.best_step, other.best_metric, other.validations_without_improvement) == (None, None, None, 0)
+    chinese = TrainingState(step=5).after_validation(1.0, criterion=criterion_of(metric="bleu", tokenize="zh"))
+    assert chinese.judged_by(criterion_of(metric="bleu", tokenize="zh", lowercase=False), before="") is chinese
+    for change in ({"tokenize": "char"}, {"tokenize": "zh", "lowercase": True}):
+        assert chinese.judged_by(criterion_of(metric="bleu", **change), before="").best_score is None
+    assert criterion_of(metric="loss", tokenize="zh", lowercase=True) == "loss"
+    assert criterion_of(metric="chrf", tokenize="zh") == criterion_of(metric="chrf")
     earlier = state.changed(best_metric=None)
     assert earlier.judged_by("loss", before="loss") is earlier
     assert earlier.judged_by("bleu", before="loss").best_score is None
@@ -135,9 +146,9 @@ def test_a_best_score_is_of_one_metric() -> None:
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
 def test_a_score_that_is_not_finite_is_never_best(score: float) -> None:
-    state = TrainingState(step=5).after_validation(score, metric="loss")
+    state = TrainingState(step=5).after_validation(score, criterion="loss")
     assert (state.best_score, state.best_step, state.validations_without_improvement) == (None, None, 1)
-    assert state.after_validation(1.0, metric="loss").best_score == 1.0
+    assert state.after_validation(1.0, criterion="loss").best_score == 1.0
 
 
 def test_every_reported_sum_adds_up_over_the_applied_steps_of_a_window() -> None:
