@@ -70,7 +70,7 @@ class TokenLoss(Protocol[TokenTargets_contra]):
     def __call__(
         self, logits: Tensor, logit_sums: Tensor, targets: TokenTargets_contra, vocabulary: VocabularySlice, /
     ) -> TokenLosses:
-        """logits: (..., c, V), overwritten; logit_sums: (..., c, 1), their sums over the whole vocabulary."""
+        """logits: (..., c, V), overwritten; logit_sums: (..., c, 1), their sums over the entries of this slice."""
         ...
 
 
@@ -190,7 +190,7 @@ def _chunked_forward(
     gradients = _Gradients(features, weight, plan)
     for tokens, logits in logits_in_chunks(features, weight, plan.chunk_tokens):
         chunk = features[..., tokens, :]
-        logit_sums = plan.vocabulary.add_ranks(chunk.to(accum) @ gradients.weight_sum).unsqueeze(-1)
+        logit_sums = (chunk.to(accum) @ gradients.weight_sum).unsqueeze(-1)
         result = loss(logits, logit_sums, targets[tokens], plan.vocabulary)
         losses[tokens] = result.loss
         torch.stack(list(result.metrics), out=metrics[:, tokens])

@@ -102,6 +102,21 @@ class VocabularySlice:
         logits.div_(total)
         return Normalizer(highest, total.log_())
 
+    def softmax_with_(self, logits: Tensor, ids: Tensor, partial: Tensor) -> tuple[Normalizer, Tensor, Tensor]:
+        """`softmax_`, the logits of some entries before it, and the sum of the ranks' partial results, in two collectives.
+
+        (c, V), (c, 1), (c, 1) -> the normalizer, (c, 1), (c, 1)
+        """
+        local, inside = self._local(ids)
+        at_ids = logits.gather(1, local).masked_fill_(~inside, 0)
+        if self.group is None:
+            return self.softmax_(logits), at_ids, partial
+        highest = self.max(logits)
+        own = logits.sub_(highest).exp_().sum(1, keepdim=True)
+        total, at_ids, summed = torch.split(self.add_ranks(torch.cat([own, at_ids, partial], 1)), 1, dim=1)
+        logits.div_(total)
+        return Normalizer(highest, total.log()), at_ids, summed
+
     def log_softmax(self, logits: Tensor, *, out: Tensor) -> Tensor:
         """Write log-probabilities into `out`, which may be the logits; returns the logsumexp. (c, V), (c, V) -> (c, 1)"""
         if self.group is None:

@@ -1,6 +1,6 @@
 """Training over tensor groups: models of every variant and every objective, on meshes of several shapes in one process group."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -27,6 +27,7 @@ from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
+from dstrain.parallel import group as group_module
 from dstrain.parallel.mesh import Mesh, build_mesh
 from dstrain.recipe import ObjectiveConfig
 from tests.batches import collate
@@ -187,6 +188,31 @@ def _leg(shards: Path, *, first: int, last: int, **options: Any) -> Report:
     layout = engine.layout
     engine.close()
     return {"losses": losses, "layout": layout}
+
+
+def tensor_collectives(mesh: Mesh, *, tensor: int) -> dict[str, list[int]]:
+    """All-reduces of forward and backward of one micro-batch by model, without those of DeepSpeed."""
+    load_deepspeed(mesh)
+    return {model: [*_collectives(model, tensor)] for model in ("plain", "rotary")}
+
+
+def _collectives(model: str, tensor: int) -> Iterator[int]:
+    module = _engine(model=model, tensor=tensor, deepspeed="zero0").module
+    batch = collate(sentences(0), kind=module.model.kind)
+    calls, all_reduce = [0], group_module.dist.all_reduce
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        calls[0] += 1
+        return all_reduce(*arguments, **options)
+
+    group_module.dist.all_reduce = counted
+    try:
+        loss = module.train().objective(module.model, batch).loss_sum
+        yield calls[0]
+        loss.backward()
+        yield calls[0]
+    finally:
+        group_module.dist.all_reduce = all_reduce
 
 
 def tensor_faults(mesh: Mesh, *, tensor: int, stages: list[str]) -> list[Report]:

@@ -27,8 +27,7 @@ class TokenCrossEntropy:
     def __call__(self, logits: Tensor, logit_sums: Tensor, labels: Tensor, vocabulary: VocabularySlice) -> TokenLosses:
         """(c, V), (c, 1), (c, 1)"""
         smoothing = LabelSmoothing.of(self.label_smoothing, vocabulary.vocab_size)
-        label_logits = vocabulary.gather(logits, labels)
-        normalizer = vocabulary.softmax_(logits)
+        normalizer, label_logits, logit_sums = vocabulary.softmax_with_(logits, labels, logit_sums)
         nll = normalizer.nll(label_logits)
         loss = smoothing.loss(nll, normalizer.logsumexp, logit_sums)
         logits_grad = vocabulary.add_at_(logits, labels, -smoothing.confidence)

@@ -96,6 +96,8 @@ class TokenDistillation:
         student_losses = self._sparse if is_sparse else self._dense
         student = student_losses(logits, targets, vocabulary)
         vocabulary.add_at_(student.logits_grad, targets.labels, -self.terms.hard_weight * smoothing.confidence)
+        if smoothing.per_token:
+            logit_sums = vocabulary.add_ranks(logit_sums)
         hard = smoothing.loss(student.nll, student.lse, logit_sums)
         kd = student.value.mul_(self.terms.temperature**2)
         if targets.selected is not None:

@@ -53,7 +53,7 @@ class TokenRDrop:
         kl = self._divergence_(logits, vocabulary)
         for own in logits:
             vocabulary.add_at_(own, labels, -smoothing.confidence / 2)
-        loss = (smoothing.loss(nll, lse, logit_sums.sum(0)) + self.alpha * kl) / 2
+        loss = (smoothing.loss(nll, lse, vocabulary.add_ranks(logit_sums.sum(0))) + self.alpha * kl) / 2
         return TokenLosses(loss, (nll / 2, kl), logits, smoothing.per_token / 2)
 
     def _divergence_(self, log_probs: Tensor, vocabulary: VocabularySlice) -> Tensor:
