@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from dstrain.arguments import require_path, require_texts
 from dstrain.config_base import Tree
 from dstrain.engine.config import EngineConfig
-from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.engine.ds_config import read_ds_config
 from dstrain.errors import RecipeError, nearest
 from dstrain.models.config import ModelConfig
 from dstrain.models.presets import PRESETS
@@ -178,7 +178,7 @@ def _deepspeed_mistakes(tree: Tree) -> list[str]:
     except ValidationError:
         return []
     try:
-        resolve_ds_config(engine, replicas=1)
+        read_ds_config(engine)
     except RecipeError as error:
         return str(error).splitlines()
     return []

@@ -7,8 +7,8 @@ step of 32 tokens. Prints one JSON line per rank, in bytes:
 
 - `built`, `peak`: highest resident memory until the engine is built, and until the first step has ended, above what the process
   holds after its imports, joining the group and one step of a toy model (libraries are loaded on first use);
-- `share`: parameters and gradients in the precision of computing, and 12 bytes of optimizer state (fp32 weight and two moments),
-  divided by the ranks; `largest`: the largest tensor, in fp32;
+- `share`: parameters in the precision of computing, gradients in that of adding up (fp32, or fp16), and 12 bytes of optimizer
+  state (fp32 weight and two moments), divided by the ranks; `largest`: the largest tensor, in fp32;
 - `later`: the highest after `--further-steps`. From the first step on malloc keeps freed memory, for speed (`ops/allocator.py`).
 
 Linux only.
@@ -98,13 +98,13 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
     peak = resident("VmHWM") - before
     for _ in range(args.further_steps):
         engine.train_step([batch], size)
-    computing = 4 if args.precision == "fp32" else 2
+    computing, gradient = {"fp32": (4, 4), "bf16": (2, 4), "fp16": (2, 2)}[args.precision]
     return {
         "parameters": sum(sizes),
         "built": built,
         "peak": peak,
         "later": resident("VmHWM") - before,
-        "share": (2 * computing + 12) * sum(sizes) // WORLD_SIZE,
+        "share": (computing + gradient + 12) * sum(sizes) // WORLD_SIZE,
         "largest": 4 * max(sizes),
         "loss": report.loss,
     }

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from dstrain import __version__
-from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.engine.ds_config import read_ds_config
 from dstrain.log import log_fields, logger
 from dstrain.parallel.launch_environment import num_ranks
 from dstrain.recipe import Recipe
@@ -15,7 +15,7 @@ from dstrain.recipe import Recipe
 def announce_training(recipe: Recipe, name: str, *, data: Path, output: Path, base: Path | None) -> None:
     """Log what is going to be trained. name: of the recipe."""
     engine, training, validation = recipe.engine, recipe.training, recipe.validation
-    stage = resolve_ds_config(engine, replicas=1)["zero_optimization"]["stage"]
+    stage = read_ds_config(engine).zero_optimization.stage
     ranks = num_ranks(os.environ)
     limits = {key: getattr(training, key) for key in ("max_steps", "max_epochs", "max_hours")}
     logger.info("dstrain %s trains %s", __version__, name)

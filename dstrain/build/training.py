@@ -62,7 +62,8 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     require_type("options", options, TrainOptions)
     mesh = build_mesh(options.device, tensor=recipe.engine.parallel.tensor, sequence=recipe.engine.parallel.sequence)
     reporting = usable_trackers(recipe.reporting) if mesh.world.rank == 0 else recipe.reporting
-    plan = raise_on_all_ranks(mesh.world, TrainingError, "starting", partial(plan_training, recipe, options))
+    prepare = partial(plan_training, recipe, options, replicas=mesh.replicas.size)
+    plan = raise_on_all_ranks(mesh.world, TrainingError, "starting", prepare)
     raise_on_all_ranks(mesh.world, TrainingError, "importing DeepSpeed", partial(import_deepspeed, mesh.device.type))
     require_agreement(mesh.world, plan.decisive(options))
     if mesh.world.rank == 0:

@@ -12,7 +12,7 @@ from dstrain.config_base import DeviceChoice
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.distillation.store.manifest import load_store_manifest
 from dstrain.engine.config import Placement
-from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.engine.ds_config import read_ds_config
 from dstrain.errors import DataError, RecipeError, TrainingError
 from dstrain.recipe import ObjectiveConfig, Recipe
 from dstrain.recipe_file import recipe_tree
@@ -68,7 +68,7 @@ def check_training(recipe: Recipe, options: TrainOptions) -> None:
         raise DataError(f"--vocabulary-map {teachers.vocabulary_map} is no file; name a YAML or JSON file")
     inputs = {**bundles, "--data": options.data, "--base": options.base, "--logits": teachers.logits}
     refuse_input_as_output(options.output, inputs)
-    resolve_ds_config(recipe.engine, replicas=1)
+    read_ds_config(recipe.engine)
     if find_spec("deepspeed") is None:
         raise TrainingError("training needs DeepSpeed, which is not installed: pip install deepspeed")
 

@@ -14,7 +14,7 @@ from dstrain.build.training_data import TrainingData
 from dstrain.build.training_options import TrainOptions, check_training
 from dstrain.checkpoint.bundle import StoredBundle
 from dstrain.data.batching.plan import StepPlan
-from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.engine.ds_config import read_ds_config
 from dstrain.errors import RecipeError
 from dstrain.evaluation.metrics.tokenization import check_tokenization
 from dstrain.recipe import Recipe
@@ -26,7 +26,7 @@ from dstrain.training.horizons import Horizons
 class TrainingPlan:
     """All that a training reads before a model is built.
 
-    deepspeed: the file that engine.deepspeed names, resolved. horizons: the planned length of the run.
+    deepspeed: what the file that engine.deepspeed names says. horizons: the planned length of the run.
     """
 
     recipe: Recipe
@@ -51,8 +51,11 @@ class TrainingPlan:
         }
 
 
-def plan_training(recipe: Recipe, options: TrainOptions) -> TrainingPlan:
-    """Check everything that needs no model. Raises a DstrainError if something does not fit the recipe."""
+def plan_training(recipe: Recipe, options: TrainOptions, *, replicas: int | None = None) -> TrainingPlan:
+    """Check everything that needs no model. replicas: of the parameters, None if not known yet.
+
+    Raises a DstrainError if something does not fit the recipe.
+    """
     if recipe.validation.generation is not None:
         check_tokenization(recipe.validation.tokenize)
     check_training(recipe, options)
@@ -65,4 +68,5 @@ def plan_training(recipe: Recipe, options: TrainOptions) -> TrainingPlan:
     for error in horizons.errors():
         raise RecipeError(error)
     objective = plan_objective(recipe, options.teachers, data)
-    return TrainingPlan(recipe, data, base, steps, objective, resolve_ds_config(recipe.engine, replicas=1), horizons)
+    deepspeed = read_ds_config(recipe.engine, replicas=replicas).model_dump(mode="json", exclude_unset=True)
+    return TrainingPlan(recipe, data, base, steps, objective, deepspeed, horizons)

@@ -6,12 +6,12 @@ Torch-free, so that a login node can check it. See ds_schema.py for the keys of 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
 from dstrain.engine.config import EngineConfig
-from dstrain.engine.ds_schema import BELONGS_ELSEWHERE, DeepSpeedFile
+from dstrain.engine.ds_schema import BELONGS_ELSEWHERE, DeepSpeedFile, ZeroSection
 from dstrain.errors import RecipeError, nearest
 from dstrain.storage.explain import EXPECTED, shown
 from dstrain.storage.parsing import read_tree
@@ -19,19 +19,45 @@ from dstrain.storage.parsing import read_tree
 PACKAGE = Path(__file__).parent.parent
 DIRECTORIES = (PACKAGE / "ds_configs", PACKAGE.parent / "ds_configs")
 """Where shipped files lie: inside an installed package, or beside it in a checkout."""
+MODEL_PARTS = 16
+"""A limit of ZeRO that is "auto" is this part of the model, but at least its largest layer and at most DeepSpeed's default."""
+LARGE_GROUP = 8
+"""Ranks up to which gradients in bf16 are summed in bf16."""
+_DEFAULT_LIMITS = {
+    "reduce_bucket_size": 500_000_000,
+    "sub_group_size": 1_000_000_000,
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+}
 
 
-def resolve_ds_config(engine: EngineConfig, *, replicas: int) -> dict[str, Any]:
-    """The dictionary that `deepspeed.initialize` gets for `engine.deepspeed`, without any "auto". replicas: of the parameters.
+class ModelSize(NamedTuple):
+    """Numbers of a model, and of the module that holds most of them itself: what ZeRO-3 gathers at once."""
+
+    parameters: int
+    largest_layer: int
+
+
+def read_ds_config(engine: EngineConfig, *, replicas: int | None = None) -> DeepSpeedFile:
+    """The file that `engine.deepspeed` names, checked. replicas: of the parameters, None if not known yet.
 
     Raises RecipeError with every mistake of the file: file, dotted path, value, remedy.
     """
     path = find_ds_config(engine.deepspeed)
     content = _read(path)
-    mistakes = _mistakes(content) or _disagreements(DeepSpeedFile.model_validate(content), engine)
+    mistakes = _mistakes(content) or _disagreements(DeepSpeedFile.model_validate(content), engine, replicas)
     if mistakes:
         raise RecipeError("\n".join(f"{path}: {mistake}" for mistake in mistakes))
-    resolved = DeepSpeedFile.model_validate(content).model_dump(mode="json", exclude_unset=True)
+    return DeepSpeedFile.model_validate(content)
+
+
+def resolve_ds_config(engine: EngineConfig, *, replicas: int, size: ModelSize) -> dict[str, Any]:
+    """The dictionary that `deepspeed.initialize` gets for a model, without any "auto". Raises RecipeError as `read_ds_config`."""
+    file = read_ds_config(engine, replicas=replicas)
+    resolved = file.model_dump(mode="json", exclude_unset=True)
+    resolved |= _gradient_types(file, engine, replicas)
+    resolved["zero_optimization"] |= _limits(file.zero_optimization, size)
     resolved |= {
         "train_batch_size": replicas,
         "train_micro_batch_size_per_gpu": 1,
@@ -46,6 +72,29 @@ def resolve_ds_config(engine: EngineConfig, *, replicas: int) -> dict[str, Any]:
         "timers": {"throughput": {"enabled": False}},
     }
     return resolved
+
+
+def _gradient_types(file: DeepSpeedFile, engine: EngineConfig, replicas: int) -> dict[str, Any]:
+    """In which types gradients add up: in bf16 training fp32 over micro-batches, and over ranks where rounding would tell.
+
+    Stage 1 reduces the sum of a whole step, which is in fp32 already; stages 2 and 3 reduce every micro-batch.
+    """
+    if engine.precision != "bf16":
+        return {}
+    accumulation = "fp32" if file.data_types is None else file.data_types.grad_accum_dtype
+    exact = replicas > LARGE_GROUP or (file.zero_optimization.stage == 1 and accumulation == "fp32")
+    communication = file.communication_data_type or ("fp32" if exact else "bf16")
+    return {"data_types": {"grad_accum_dtype": accumulation}, "communication_data_type": communication}
+
+
+def _limits(zero: ZeroSection, size: ModelSize) -> dict[str, int]:
+    """The values of limits that are "auto"."""
+    limits = {}
+    for name, most in _DEFAULT_LIMITS.items():
+        if getattr(zero, name) == "auto":
+            layers = 2 if name == "stage3_max_live_parameters" else 1  # the one at work and those that are gathered ahead
+            limits[name] = max(layers * size.largest_layer, min(most, layers * size.parameters // MODEL_PARTS))
+    return limits
 
 
 def find_ds_config(name_or_path: str) -> Path:
@@ -121,7 +170,7 @@ def _section(path: tuple[str, ...]) -> type[BaseModel]:
     return model
 
 
-def _disagreements(file: DeepSpeedFile, engine: EngineConfig) -> list[str]:
+def _disagreements(file: DeepSpeedFile, engine: EngineConfig, replicas: int | None) -> list[str]:
     """Literals that contradict the recipe, and combinations that cannot train right."""
     zero, precision = file.zero_optimization, engine.precision
     mistakes = [
@@ -146,9 +195,27 @@ def _disagreements(file: DeepSpeedFile, engine: EngineConfig) -> list[str]:
     if zero.stage != 3 and zero.offload_param is not None:
         mistakes.append(f"zero_optimization.offload_param: parameters are offloaded by stage 3 only, not {zero.stage}")
     accumulation = file.data_types.grad_accum_dtype if file.data_types else precision
-    if accumulation not in ("fp32", precision) or (accumulation != precision and zero.stage == 1):
+    if accumulation not in ("fp32", precision):
         mistakes.append(
-            f"data_types.grad_accum_dtype = {accumulation} does not work with engine.precision = {precision} under stage "
-            f"{zero.stage}; leave it out, or use fp32 with stage 2 or 3"
+            f"data_types.grad_accum_dtype = {accumulation} does not work with engine.precision = {precision}; leave it out, or "
+            "use fp32"
         )
+    return mistakes + _hierarchy_mistakes(zero, engine, replicas)
+
+
+def _hierarchy_mistakes(zero: ZeroSection, engine: EngineConfig, replicas: int | None) -> list[str]:
+    """What speaks against a second, smaller partition of the parameters. DeepSpeed makes it of consecutive ranks."""
+    size, key = zero.zero_hpz_partition_size, "zero_optimization.zero_hpz_partition_size"
+    if size == 1:
+        return []
+    mistakes = []
+    if zero.stage != 3:
+        mistakes.append(f"{key} = {size}: parameters are partitioned by stage 3 only, not {zero.stage}; leave it out")
+    if engine.parallel.tensor > 1:
+        mistakes.append(
+            f"{key} = {size} does not work with engine.parallel.tensor = {engine.parallel.tensor}: its groups would mix slices "
+            "of different tensor ranks; leave one of them out"
+        )
+    elif replicas is not None and replicas % size != 0:
+        mistakes.append(f"{key} = {size} does not divide the number of ranks, {replicas}; set it to the ranks of a node")
     return mistakes

@@ -1,9 +1,9 @@
 """Every key of a DeepSpeed JSON file that dstrain accepts; each is used.
 
 DeepSpeed itself drops unknown keys of most sections silently and fills "auto" with its own defaults, so nothing reaches it
-that has not passed here. The keys that decide the result (optimizer, schedule, batch sizes, clipping, precision) belongs to the
-recipe: they are refused with the recipe's key for them, or may be "auto". The defaults shown are DeepSpeed's; only what
-a file says is passed on.
+that has not passed here. The keys that decide the result (optimizer, schedule, batch sizes, clipping, precision) belong to the
+recipe: they are refused with the recipe's key for them, or may be "auto". Limits that are "auto" follow the model's size
+(ds_config.py). Other defaults shown are DeepSpeed's; only what a file says is passed on.
 """
 
 from __future__ import annotations
@@ -70,23 +70,24 @@ class ZeroSection(Config):
     stage: Literal[0, 1, 2, 3]
     contiguous_gradients: bool = True
     reduce_scatter: bool = True
-    reduce_bucket_size: PositiveInt = 500_000_000
+    reduce_bucket_size: PositiveInt | Auto = "auto"
     use_multi_rank_bucket_allreduce: bool = True
     allgather_bucket_size: PositiveInt = 500_000_000
     overlap_comm: bool | None = None
     offload_optimizer: OffloadSection | None = None
     offload_param: OffloadSection | None = None
-    sub_group_size: PositiveInt = 1_000_000_000
-    stage3_prefetch_bucket_size: NonNegativeInt = 50_000_000
+    sub_group_size: PositiveInt | Auto = "auto"
+    stage3_prefetch_bucket_size: NonNegativeInt | Auto = "auto"
     stage3_param_persistence_threshold: NonNegativeInt = 100_000
     stage3_model_persistence_threshold: NonNegativeInt = 2**63 - 1
-    stage3_max_live_parameters: NonNegativeInt = 1_000_000_000
-    stage3_max_reuse_distance: NonNegativeInt = 1_000_000_000
+    stage3_max_live_parameters: NonNegativeInt | Auto = "auto"
+    stage3_max_reuse_distance: NonNegativeInt | Auto = "auto"
     stage3_module_granularity_threshold: NonNegativeInt = 0
+    zero_hpz_partition_size: PositiveInt = 1
 
 
 class DataTypesSection(Config):
-    """In which type gradients are added up over micro-batches; by default that of the parameters."""
+    """In which type gradients are added up over micro-batches; by default fp32, or fp16 for fp16 parameters."""
 
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"]
 

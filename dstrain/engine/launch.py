@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 
 from dstrain.errors import TrainingError
@@ -53,5 +55,22 @@ def load_deepspeed(mesh: Mesh, *, talkative: bool = False) -> ModuleType:
         messages.handlers[:] = logger.handlers
     if mesh.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # an earlier engine's, which this one would take for its own
     deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
     return deepspeed
+
+
+@contextmanager
+def partitioning_optimizer(deepspeed: ModuleType) -> Iterator[None]:
+    """Inside, DeepSpeed takes its partitioning optimizer for every engine of stage 1.
+
+    For bf16 with gradients in fp32 it would take another one, which updates weights by gradients that are not finite. The
+    partitioning one adds up in fp32 as well.
+    """
+    engine = deepspeed.DeepSpeedEngine
+    own = engine._do_optimizer_sanity_check
+    engine._do_optimizer_sanity_check = lambda _engine, _optimizer: deepspeed.runtime.zero.config.ZERO_OPTIMIZATION
+    try:
+        yield
+    finally:
+        engine._do_optimizer_sanity_check = own

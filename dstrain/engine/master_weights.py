@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Annotated, Any, NamedTuple, cast
 
@@ -200,16 +201,27 @@ class Masters:
         if self._stage in (1, 2):
             optimizer.update_lp_params()
         elif self._stage == 3:
-            optimizer.checkpoint_event_prologue()
-            for index in range(len(self.tensors)):
-                optimizer._reassign_or_swap_out_partitioned_parameters(index)
-            optimizer.checkpoint_event_epilogue()
+            with self._released():
+                for index in range(len(self.tensors)):
+                    optimizer._reassign_or_swap_out_partitioned_parameters(index)
+
+    @contextmanager
+    def _released(self) -> Iterator[None]:
+        """Inside, ZeRO-3 has no parameter whole, and none on its way: after a forward pass alone, some are gathered ahead."""
+        self._engine.optimizer.checkpoint_event_prologue()
+        yield
+        self._engine.optimizer.checkpoint_event_epilogue()
 
     @torch.no_grad()
     def full(self, parameter: nn.Parameter) -> Tensor:
         """The whole fp32 master of one model parameter, on every rank. Collective."""
         value: Tensor | None = self._deepspeed.utils.safe_get_full_fp32_param(parameter)
         return self.gather_compute_weights(parameter).float() if value is None else value
+
+    def gather_model(self, model: nn.Module) -> dict[str, Tensor]:
+        """A copy of every parameter of a model under ZeRO-3, whole, by name. Collective."""
+        with self._released():
+            return {name: self.gather_compute_weights(parameter) for name, parameter in model.named_parameters()}
 
     @torch.no_grad()
     def gather_compute_weights(self, parameter: nn.Parameter) -> Tensor:

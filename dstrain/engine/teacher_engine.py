@@ -2,8 +2,9 @@
 
 A teacher is whole on every rank (`replicated`), or its parameters are partitioned over the ranks and gathered layer by layer
 while it computes (`sharded`: DeepSpeed's ZeRO-3 without an optimizer; `offloaded`: the partitions wait in CPU memory). All three
-give the same numbers, in fp32 to the last bit: DeepSpeed's own linear layer, which adds biases in another order, stays off.
-Gathered layers are freed at once, so that a rank holds its partition, the largest layer and the prefetched next one;
+give the same numbers, in fp32 to the last bit: DeepSpeed's own linear map, which adds biases in another way and would replace
+torch's in the whole process, is off here and in the student's engine. Gathered layers are freed at once, so that a rank holds its
+partition, the largest layer and the prefetched next one;
 while a signal is open, also the projection. Weights are read from the bundle one tensor at a time; no rank holds a sharded
 teacher whole, not even while it is loaded.
 

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from dstrain.batch import Batch, Size
 from dstrain.engine.config import EmaConfig, EngineConfig, OptimizerConfig, ScheduleConfig
 from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, partition
-from dstrain.engine.ds_config import resolve_ds_config
+from dstrain.engine.ds_config import ModelSize, resolve_ds_config
 from dstrain.engine.ema import MovingAverage
-from dstrain.engine.launch import load_deepspeed, require_precision
+from dstrain.engine.launch import load_deepspeed, partitioning_optimizer, require_precision
 from dstrain.engine.loss_totals import LossReducer, LossTotals, StepReport
 from dstrain.engine.master_weights import (
     MOMENTS,
@@ -87,7 +87,7 @@ class TrainEngine:
         weights: WeightSource | None = None,
         base: str | None = None,
     ) -> None:
-        config = resolve_ds_config(engine, replicas=mesh.replicas.size)
+        config = resolve_ds_config(engine, replicas=mesh.replicas.size, size=_size(module))
         return_freed_memory()  # until the first step has made the last tensors that stay, the optimizer's moments
         self._first_step = True
         self.mesh = mesh
@@ -115,9 +115,10 @@ class TrainEngine:
         for layout_name, layout in self._layouts.items():
             if layout.is_sharded:
                 mark_tensor_sharded(self._trained[layout_name])
-        self._engine: Any = self._deepspeed.initialize(
-            model=module, optimizer=built, config=config, mpu=mesh.mpu, dist_init_required=False
-        )[0]
+        with partitioning_optimizer(self._deepspeed) if self.stage == 1 else nullcontext():
+            self._engine: Any = self._deepspeed.initialize(
+                model=module, optimizer=built, config=config, mpu=mesh.mpu, dist_init_required=False
+            )[0]
         self._masters = Masters(self._deepspeed, self._engine, self.stage, mesh)
         if isinstance(built, StableAdamW) and (self.stage > 0 or mesh.tensor.size > 1):
             built.partition(self._masters.layouts(), self._add_up)
@@ -259,10 +260,7 @@ class TrainEngine:
         """The whole model in evaluation mode, for any number of calls on each rank. Collective on both ends."""
         with self.averaged_weights() if averaged else nullcontext():
             if self._shape is not None:
-                whole = {
-                    name: self._masters.gather_compute_weights(parameter) for name, parameter in self._model.named_parameters()
-                }
-                yield cast("Generative", filled_copy(self._shape, whole))
+                yield cast("Generative", filled_copy(self._shape, self._masters.gather_model(self._model)))
             else:
                 self.module.eval()
                 try:
@@ -379,6 +377,11 @@ def _checkpoint_blocks(module: TrainModule, layouts: Layouts) -> dict[nn.Paramet
             for part in layout.slices
         ]
     return blocks
+
+
+def _size(module: nn.Module) -> ModelSize:
+    layers = [sum(parameter.numel() for parameter in layer.parameters(recurse=False)) for layer in module.modules()]
+    return ModelSize(sum(parameter.numel() for parameter in module.parameters()), max(layers))
 
 
 def _profiles(config: dict[str, Any]) -> bool:

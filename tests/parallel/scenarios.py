@@ -19,6 +19,7 @@ from dstrain.batch import Batch, Metrics, Size
 from dstrain.checkpoint.manifest import read_manifest, write_manifest
 from dstrain.engine.config import ScheduleConfig
 from dstrain.engine.launch import load_deepspeed
+from dstrain.engine.teacher_engine import TeacherEngine
 from dstrain.engine.training_engine import TrainEngine
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.models.config import PlainEmbedding
@@ -283,14 +284,25 @@ def mixed_names(mesh: Mesh, *, deepspeed: str) -> Report:
 
 
 def repeated(mesh: Mesh, *, files: list[str], precision: str) -> list[list[float]]:
-    """For each DeepSpeed file the gradient's norm of one micro-batch, and of it 32 times over."""
+    """For each DeepSpeed file the gradient's norm of one micro-batch, and of it 64 times over."""
     (batch,), size = share(0, mesh, 1)
     norms = []
     for file in files:
         engines = [build_engine(mesh, build_module(), deepspeed=file, precision=precision) for _ in range(2)]
-        many = Size(32 * size.num_targets, 32 * size.num_sentences)
-        norms.append([engines[0].train_step([batch], size).grad_norm, engines[1].train_step([batch] * 32, many).grad_norm])
+        many = Size(64 * size.num_targets, 64 * size.num_sentences)
+        norms.append([engines[0].train_step([batch], size).grad_norm, engines[1].train_step([batch] * 64, many).grad_norm])
     return norms
+
+
+def linear_map(mesh: Mesh) -> bool:
+    """Whether torch's linear map is its own with a partitioned model and a sharded teacher, and afterwards."""
+    before = torch.nn.functional.linear
+    teacher = TeacherEngine(build_module().model, placement="sharded", precision="fp32", mesh=mesh)
+    engine = build_engine(mesh, build_module(), deepspeed="zero3")
+    beside = torch.nn.functional.linear
+    engine.close()
+    teacher.close()
+    return before is beside is torch.nn.functional.linear
 
 
 def against_torch(mesh: Mesh, *, deepspeed: str) -> Report:

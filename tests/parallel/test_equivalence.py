@@ -43,7 +43,8 @@ def test_one_micro_batch_equals_four(curves: list[list[dict[str, Any]]], run: in
 
 
 def test_two_ranks_equal_one(curves: list[list[dict[str, Any]]], tmp_path: Path) -> None:
-    for rank in run_ranks("curves", 2, tmp_path, runs=ONE_RANK):
+    cluster = {"deepspeed": "zero1_cluster", "parts": 4, "steps": STEPS}
+    for rank in run_ranks("curves", 2, tmp_path, runs=[*ONE_RANK, cluster]):
         for found in rank:
             assert_same_curve(found, curves[0])
     assert not (tmp_path / "compiled").exists(), "nothing is compiled on the CPU"

@@ -55,24 +55,20 @@ def test_buckets_and_overlap_move_no_curve(zero: dict[str, Any], tmp_path: Path)
         assert rank["resumed"]["found_weights"] == rank["resumed"]["expected_weights"]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_gradients_of_bf16_add_up_in_fp32(stage: int, tmp_path: Path) -> None:
-    """The sum of 32 times a 32nd of a gradient is the gradient; bf16 cannot hold the sums on the way."""
-    plain = write(tmp_path, zero_optimization={"stage": stage})
-    careful = tmp_path / "careful.json"
-    careful.write_text(json.dumps({"zero_optimization": {"stage": stage}, "data_types": {"grad_accum_dtype": "fp32"}}))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_second_partition_of_parameters_moves_no_curve(precision: str, tmp_path: Path) -> None:
+    file = write(tmp_path, zero_optimization={"stage": 3, "zero_hpz_partition_size": 2, "stage3_param_persistence_threshold": 0})
+    run = {"steps": 8, "parts": 4, "precision": precision}
     scenarios = {
-        "repeated": ["repeated", {"files": [str(careful), plain], "precision": "bf16"}],
-        "resumed": ["resumed", {"deepspeed": str(careful), "precision": "bf16", "shards": str(tmp_path)}],
-        "fault": ["guarded", {"deepspeed": str(careful), "precision": "bf16", "fault": "gradient"}],
+        "curves": ["curves", {"runs": [{**run, "deepspeed": name} for name in ("zero3", file, "zero3")]}],
+        "resumed": ["resumed", {"deepspeed": file, "precision": precision, "shards": str(tmp_path)}],
     }
-    (rank,) = run_ranks("several", 1, tmp_path, scenarios=scenarios)
-    added, rounded = rank["repeated"]
-    assert added[1] == pytest.approx(added[0], rel=1e-6)
-    assert rounded[1] != pytest.approx(rounded[0], rel=1e-6)
-    assert rank["resumed"]["found"] == rank["resumed"]["expected"]
-    assert rank["fault"]["error"].startswith("step 2: ")
-    assert rank["fault"]["unchanged"]
+    for rank in run_ranks("several", 4, tmp_path, scenarios=scenarios):
+        expected, found, afterwards = ([report["loss"] for report in curve] for curve in rank["curves"])
+        assert found == pytest.approx(expected, rel=1e-6)
+        assert afterwards == expected, "the groups of one engine are not those of the next"
+        assert rank["resumed"]["found"] == rank["resumed"]["expected"]
+        assert rank["resumed"]["found_weights"] == rank["resumed"]["expected_weights"]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,27 @@ def test_bf16_follows_fp32_stops_at_faults_and_resumes(name: str, tmp_path: Path
         assert rank["resumed"]["found_weights"] == rank["resumed"]["expected_weights"]
 
 
+def test_bf16_is_the_same_under_every_stage_and_adds_up_in_fp32(tmp_path: Path) -> None:
+    """64 times a 64th of a gradient is the gradient: fp32 holds the sums on the way, bf16 does not."""
+    rough = tmp_path / "rough.json"
+    rough.write_text(json.dumps({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "bf16"}}))
+    runs = [{"steps": 12, "parts": 4, "precision": "bf16", "deepspeed": name} for name in ("zero1", "zero2", "zero3")]
+    scenarios = {
+        "repeated": ["repeated", {"files": ["zero1", "zero2", "zero3", str(rough)], "precision": "bf16"}],
+        "curves": ["curves", {"runs": runs}],
+        "linear": ["linear_map", {}],
+    }
+    (rank,) = run_ranks("several", 1, tmp_path, scenarios=scenarios)
+    *exact, rounded = rank["repeated"]
+    for one, many in exact:
+        assert many == pytest.approx(one, rel=1e-6)
+    assert rounded[1] != pytest.approx(rounded[0], rel=1e-4)
+    for name in ("loss", "grad_norm"):
+        first, *others = ([report[name] for report in curve] for curve in rank["curves"])
+        assert others == [pytest.approx(first, rel=1e-6)] * 2, name
+    assert rank["linear"]
+
+
 @pytest.mark.parametrize("name", ["zero1", *others])
 def test_fp16_skips_overflows_and_goes_on(name: str, tmp_path: Path) -> None:
     """A loss scale of 2**24 overflows until it has been halved often enough; skipped steps change nothing and do not count."""

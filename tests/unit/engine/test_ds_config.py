@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 from dstrain.engine.config import EngineConfig
-from dstrain.engine.ds_config import DIRECTORIES, resolve_ds_config
+from dstrain.engine.ds_config import DIRECTORIES, ModelSize, read_ds_config, resolve_ds_config
 from dstrain.errors import RecipeError
 from tests.paths import ROOT
 
-SHIPPED = ["zero0", "zero1", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+SHIPPED = ["zero0", "zero1", "zero1_cluster", "zero1_offload", "zero2", "zero2_offload", "zero3", "zero3_offload"]
 ZERO1: dict[str, Any] = {"zero_optimization": {"stage": 1}}
+SIZE = ModelSize(parameters=160_000_000, largest_layer=4_000_000)
 
 
 def write(directory: Path, content: Any) -> str:
@@ -27,10 +28,15 @@ def message(directory: Path, content: Any, **engine: Any) -> str:
     """What is said about the file, without its path."""
     path = write(directory, content)
     with pytest.raises(RecipeError) as error:
-        resolve_ds_config(EngineConfig(deepspeed=path, **engine), replicas=2)
+        read_ds_config(EngineConfig(deepspeed=path, **engine), replicas=2)
     lines = str(error.value).splitlines()
     assert all(line.startswith(f"{path}: ") for line in lines)
     return "\n".join(line.removeprefix(f"{path}: ") for line in lines)
+
+
+def resolve(directory: Path, content: Any, *, replicas: int = 1, size: ModelSize = SIZE, **engine: Any) -> dict[str, Any]:
+    """What DeepSpeed gets for a file of this content."""
+    return resolve_ds_config(EngineConfig(deepspeed=write(directory, content), **engine), replicas=replicas, size=size)
 
 
 def auto_values(content: Any) -> list[Any]:
@@ -49,7 +55,7 @@ def test_these_files_are_shipped() -> None:
 )
 def test_shipped_files_resolve_without_auto(name: str, precision: Any) -> None:
     engine = EngineConfig(deepspeed=name, precision=precision, clip_norm=0.5)
-    resolved = resolve_ds_config(engine, replicas=3)
+    resolved = resolve_ds_config(engine, replicas=3, size=SIZE)
     assert auto_values(resolved) == []
     assert resolved["zero_optimization"]["stage"] == int(name[4])
     assert resolved["gradient_clipping"] == 0.5
@@ -60,8 +66,9 @@ def test_shipped_files_resolve_without_auto(name: str, precision: Any) -> None:
 
 def test_the_additions_that_the_readme_shows_are_accepted(tmp_path: Path) -> None:
     text = (ROOT / "ds_configs" / "README.md").read_text().split("```json\n")[1].split("```")[0]
-    resolved = resolve_ds_config(EngineConfig(deepspeed=write(tmp_path, f"{{{text}}}"), precision="bf16"), replicas=1)
-    assert resolved["data_types"] == {"grad_accum_dtype": "fp32"}
+    resolved = resolve(tmp_path, f"{{{text}}}", precision="bf16", replicas=8)
+    assert resolved["data_types"] == {"grad_accum_dtype": "bf16"}
+    assert resolved["zero_optimization"]["zero_hpz_partition_size"] == 8
 
 
 def test_the_readme_tells_about_every_file() -> None:
@@ -70,7 +77,7 @@ def test_the_readme_tells_about_every_file() -> None:
 
 
 def test_clipping_is_explicit_even_where_the_file_is_silent(tmp_path: Path) -> None:
-    resolved = resolve_ds_config(EngineConfig(deepspeed=write(tmp_path, ZERO1)), replicas=1)
+    resolved = resolve(tmp_path, ZERO1)
     assert resolved["gradient_clipping"] == 0.0
 
 
@@ -81,11 +88,51 @@ def test_values_of_the_file_arrive(tmp_path: Path) -> None:
         "gradient_clipping": 1.5,
         "flops_profiler": {"enabled": True},
     }
-    engine = EngineConfig(deepspeed=write(tmp_path, content), precision="fp16", clip_norm=1.5)
-    resolved = resolve_ds_config(engine, replicas=1)
-    assert resolved["zero_optimization"] == {**content["zero_optimization"], "memory_efficient_linear": False}
+    resolved = resolve(tmp_path, content, precision="fp16", clip_norm=1.5)
+    assert resolved["zero_optimization"].items() >= content["zero_optimization"].items()
     assert resolved["fp16"] == {"enabled": True, "loss_scale_window": 50}
     assert resolved["flops_profiler"] == {"enabled": True}
+
+
+@pytest.mark.parametrize(
+    ("stage", "replicas", "precision", "types"),
+    [
+        (1, 8, "bf16", ("fp32", "fp32")),
+        (2, 8, "bf16", ("fp32", "bf16")),
+        (3, 9, "bf16", ("fp32", "fp32")),
+        (3, 9, "fp16", (None, None)),
+        (3, 9, "fp32", (None, None)),
+    ],
+)
+def test_bf16_gradients_add_up_in_fp32(stage: int, replicas: int, precision: str, types: Any, tmp_path: Path) -> None:
+    """types: of sums over micro-batches, and over ranks; None for DeepSpeed's own, which is that of the parameters."""
+    resolved = resolve(tmp_path, {"zero_optimization": {"stage": stage}}, replicas=replicas, precision=precision)
+    assert (resolved.get("data_types", {}).get("grad_accum_dtype"), resolved.get("communication_data_type")) == types
+
+
+def test_a_file_may_choose_other_types_of_gradients(tmp_path: Path) -> None:
+    content = {**ZERO1, "data_types": {"grad_accum_dtype": "bf16"}}
+    resolved = resolve(tmp_path, content, precision="bf16")
+    assert (resolved["data_types"], resolved["communication_data_type"]) == ({"grad_accum_dtype": "bf16"}, "bf16")
+    assert resolve(tmp_path, {**ZERO1, "communication_data_type": "bf16"}, precision="bf16")["communication_data_type"] == "bf16"
+
+
+@pytest.mark.parametrize("content", [{"stage": 3}, {"stage": 3, "sub_group_size": "auto", "stage3_max_live_parameters": "auto"}])
+def test_limits_follow_the_model(content: Any, tmp_path: Path) -> None:
+    def limits(parameters: int, largest_layer: int) -> list[int]:
+        zero = resolve(tmp_path, {"zero_optimization": content}, size=ModelSize(parameters, largest_layer))["zero_optimization"]
+        keys = ("reduce_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters")
+        return [zero[key] for key in (*keys, "stage3_max_reuse_distance")]
+
+    million = 1_000_000
+    assert limits(160 * million, 4 * million) == [size * million for size in (10, 10, 10, 20, 10)], "a sixteenth"
+    assert limits(160 * million, 64 * million) == [size * million for size in (64, 64, 64, 128, 64)], "the largest layer"
+    assert limits(32_000 * million, million) == [size * million for size in (500, 1000, 50, 1000, 1000)], "DeepSpeed's defaults"
+
+
+def test_ranks_that_are_not_known_yet_are_not_checked(tmp_path: Path) -> None:
+    path = write(tmp_path, {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 8}})
+    assert read_ds_config(EngineConfig(deepspeed=path)).zero_optimization.zero_hpz_partition_size == 8
 
 
 @pytest.mark.parametrize(
@@ -113,6 +160,10 @@ def test_values_of_the_file_arrive(tmp_path: Path) -> None:
         ({**ZERO1, "train_batch_size": 32}, "train_batch_size: not taken from this file; set batching.tokens_per_step in the"),
         ({**ZERO1, "aio": {}}, "aio: not taken from this file; offloading to NVMe is not supported; offload to cpu"),
         ({**ZERO1, "activation_checkpointing": {}}, "activation_checkpointing: not taken from this file; "),
+        (
+            {"zero_optimization": {"stage": 3, "memory_efficient_linear": True}},
+            "zero_optimization.memory_efficient_linear: not taken from this file; the linear maps of models keep",
+        ),
         ({"zero_optimization": {}}, "zero_optimization.stage: missing; give it a value"),
         ({}, "zero_optimization: missing; give it a value"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage: should be 0, 1, 2 or 3, not 4"),
@@ -170,9 +221,24 @@ def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
             "zero_optimization.offload_param: parameters are offloaded by stage 3 only, not 2",
         ),
         (
-            {**ZERO1, "data_types": {"grad_accum_dtype": "fp32"}},
+            {**ZERO1, "data_types": {"grad_accum_dtype": "fp16"}},
             {"precision": "bf16"},
-            "data_types.grad_accum_dtype = fp32 does not work with engine.precision = bf16 under stage 1; leave it out",
+            "data_types.grad_accum_dtype = fp16 does not work with engine.precision = bf16; leave it out, or use fp32",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
+            {"parallel": {"tensor": 2}},
+            "zero_optimization.zero_hpz_partition_size = 2 does not work with engine.parallel.tensor = 2: its groups would mix",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 4}},
+            {},
+            "zero_optimization.zero_hpz_partition_size = 4 does not divide the number of ranks, 2; set it to the ranks of a node",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 2}},
+            {},
+            "zero_optimization.zero_hpz_partition_size = 2: parameters are partitioned by stage 3 only, not 2; leave it out",
         ),
     ],
 )
@@ -200,7 +266,7 @@ def test_a_file_that_is_no_json(tmp_path: Path) -> None:
 )
 def test_a_name_that_is_not_there(name: str, expected: str) -> None:
     with pytest.raises(RecipeError) as error:
-        resolve_ds_config(EngineConfig(deepspeed=name), replicas=1)
+        read_ds_config(EngineConfig(deepspeed=name))
     assert str(error.value).startswith(expected)
 
 
