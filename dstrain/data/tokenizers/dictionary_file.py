@@ -25,7 +25,7 @@ class Markers(Config):
 def parse_dictionary(content: bytes, name: str) -> tuple[list[str], dict[str, int]]:
     """The symbols by id, and the id that a symbol of text gets. The names of the specials are not text."""
     check_text(name, content, 0)
-    text = content.decode("utf-8")
+    text = content.decode("utf-8-sig")  # an editor may have put a byte order mark before the most frequent symbol
     symbols = list(SPECIAL_SYMBOLS)
     ids: dict[str, int] = {}
     taken = set(symbols)

@@ -60,9 +60,8 @@ _LEFT_OUT = {
 _OTHER_MODELS = {
     re.compile(r"module\..+"): "a name that DistributedDataParallel gave; save model.module.state_dict() as `model`",
     re.compile(r"(?:.+\.)?flat_param_\d+"): "a shard of a model that FSDP cut; save it again as one",
-    re.compile(
-        r".+\.sentence_encoder\..+"
-    ): "an encoder of masked language modeling, as in RoBERTa and XLM-R, which writes no text",
+    re.compile(r"(?:.+\.)?partitions\.\d+\..+"): "a stage of pipeline parallelism, named by number; import a model in one piece",
+    re.compile(r".+\.sentence_encoder\..+"): "an encoder of masked language modeling (RoBERTa, XLM-R), which writes no text",
     re.compile(r".+\.(?:convolutions|conv|subsample)\..+"): "a convolution, which dstrain has not; import a transformer",
     re.compile(r".+\.(?:lstm\.|layers\.\d+\.)weight_[ih]h.*"): "a recurrent layer, which dstrain has not; import a transformer",
     re.compile(r".+\.experts\..+"): "a mixture of experts, which dstrain has not; import a dense model",

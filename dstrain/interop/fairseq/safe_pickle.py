@@ -26,6 +26,7 @@ import torch
 
 from dstrain.data.sources.opening import require_file
 from dstrain.errors import ImportFormatError
+from dstrain.storage.file_format import HEAD_BYTES, foreign_format
 
 _reconstruct = np.empty(0).__reduce__()[0]
 _scalar = np.float64(0).__reduce__()[0]
@@ -112,6 +113,10 @@ def load_pickled(path: Path) -> Any:
     except OSError as error:
         raise ImportFormatError(f"{path} cannot be read: {error.strerror}; check the path") from error
     with file:
+        head = file.read(HEAD_BYTES)
+        if (words := foreign_format(head)) and not head.startswith(b"PK"):  # torch's own files are zipped
+            raise ImportFormatError(f"{path}: {words}")
+        file.seek(0)
         try:
             stand_ins = [(_stand_in(name), name) for name in set(_globals(file)) - _READ]
             file.seek(0)

@@ -192,6 +192,10 @@ def test_a_malformed_dictionary_is_refused(content: str, message: str) -> None:
         DictionaryTokenizer(content.encode())
 
 
+def test_a_byte_order_mark_is_no_part_of_the_first_symbol() -> None:
+    assert DictionaryTokenizer("\ufeffthe 9\ncat 8\n".encode()).encode(["the cat"]) == [[4, 5]]
+
+
 def test_overwrite_lets_the_later_id_win() -> None:
     tokenizer = DictionaryTokenizer(b"the 9\ncat 8\nthe 7 #fairseq:overwrite\n<pad> 1 #fairseq:overwrite\n")
     assert tokenizer.encode(["the cat <pad>"]) == [[6, 5, 7]]

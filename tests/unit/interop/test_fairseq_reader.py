@@ -313,6 +313,7 @@ def test_files_that_are_no_translation_model_are_refused(tmp_path: Path) -> None
     [
         ("module.decoder.layers.0.fc1.weight", {}, "a name that DistributedDataParallel gave; save model.module.state_dict"),
         ("encoder.layers.0._fsdp_wrapped_module.flat_param_0", {}, "a shard of a model that FSDP cut"),
+        ("model.partitions.0.2.fc1.weight", {}, "a stage of pipeline parallelism"),
         ("decoder.sentence_encoder.layers.0.fc1.weight", {}, "an encoder of masked language modeling"),
         ("encoder.sentence_encoder.layers.0.fc1.weight", {}, "an encoder of masked language modeling"),
         ("encoder.convolutions.0.weight_v", {}, "a convolution"),

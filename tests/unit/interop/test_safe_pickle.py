@@ -5,6 +5,7 @@ import importlib
 import os
 import subprocess
 import sys
+import tarfile
 import types
 from collections import OrderedDict, defaultdict
 from pathlib import Path, PurePosixPath
@@ -127,6 +128,10 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("hello\nworld\n")
     with pytest.raises(ImportFormatError, match=r"notes\.txt is truncated or no torch checkpoint"):
         load_pickled(tmp_path / "notes.txt")
+    with tarfile.open(tmp_path / "model.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "notes.txt")
+    with pytest.raises(ImportFormatError, match=r"model\.tar\.gz: compressed by gzip; decompress it first"):
+        load_pickled(tmp_path / "model.tar.gz")
     with pytest.raises(ImportFormatError, match=r"absent\.pt cannot be read: No such file or directory; check the path"):
         load_pickled(tmp_path / "absent.pt")
     with pytest.raises(ImportFormatError, match=r"cannot be read: Is a directory"):
