@@ -17,7 +17,7 @@ from dstrain.distillation.store.dump import Dumper, plan_dump
 from dstrain.distillation.store.manifest import DUMP, StoreManifest, choose_method, merge_store
 from dstrain.log import logger
 from dstrain.progress import Progress
-from dstrain.storage.outputs import refuse_input_as_output
+from dstrain.storage.outputs import check_output_path
 from dstrain.storage.sharded_job import Worker
 
 MethodKind = Literal["sample", "topk", "dense"]
@@ -61,7 +61,7 @@ def dump_logits(options: DumpOptions, report: Callable[[str], object] = logger.i
     ('train', 64)
     """
     require_type("options", options, DumpOptions)
-    refuse_input_as_output(options.output, {"--teacher": options.teacher, "--data": options.data})
+    check_output_path(options.output, {"--teacher": options.teacher, "--data": options.data})
     if not do_work(options.worker, options.device, partial(_dump, options), report):
         return None
     return merge_store(options.output, f"dstrain {__version__}")

@@ -96,6 +96,7 @@ def generate_file(options: GenerateOptions) -> GenerationReport:
     """
     require_type("options", options, GenerateOptions)
     check_texts(
+        bundle=options.bundle,
         input=options.input,
         output=options.output,
         reference=options.reference,

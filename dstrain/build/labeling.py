@@ -22,7 +22,7 @@ from dstrain.generation.generator import Generator
 from dstrain.generation.pseudo_label import Labeler
 from dstrain.log import logger
 from dstrain.progress import Progress
-from dstrain.storage.outputs import refuse_input_as_output
+from dstrain.storage.outputs import check_output_path
 from dstrain.storage.sharded_job import Worker
 
 
@@ -67,7 +67,7 @@ def pseudo_label(options: LabelOptions, report: Callable[[str], object] = logger
     True
     """
     require_type("options", options, LabelOptions)
-    refuse_input_as_output(options.output, {"--teacher": options.teacher, "--data": options.data})
+    check_output_path(options.output, {"--teacher": options.teacher, "--data": options.data})
     if not do_work(options.worker, options.device, partial(_label, options), report):
         return None
     return merge_labels(options.output, f"dstrain {__version__}")

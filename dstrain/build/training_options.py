@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 from dstrain.arguments import CheckedOptions
 from dstrain.checkpoint.directories import require_bundle
-from dstrain.config_base import DeviceChoice
+from dstrain.config_base import DeviceChoice, upgrade_config
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.distillation.store.manifest import load_store_manifest
 from dstrain.engine.config import Placement
@@ -16,8 +17,9 @@ from dstrain.engine.ds_config import read_ds_config
 from dstrain.errors import DataError, RecipeError, TrainingError
 from dstrain.recipe import ObjectiveConfig, Recipe
 from dstrain.recipe_file import recipe_tree
-from dstrain.storage.outputs import refuse_input_as_output, require_run_as_output
+from dstrain.storage.outputs import check_output_path
 from dstrain.training.accepted_changes import check_accepted
+from dstrain.training.run_directory import check_run
 
 
 @dataclass(frozen=True)
@@ -53,21 +55,21 @@ def check_training(recipe: Recipe, options: TrainOptions) -> None:
     teachers = options.teachers
     check_teacher_options(recipe.objective, teachers)
     check_accepted(options.accept_changes, recipe_tree(recipe))
-    require_run_as_output(options.output)
     if recipe.adapter is not None and options.base is None:
         raise RecipeError("the recipe has an adapter section, which adapts a trained model; name its bundle with --base BUNDLE")
+    bundles = {f"--teacher {bundle}": bundle for bundle in teachers.bundles}
+    inputs = {**bundles, "--data": options.data, "--base": options.base, "--logits": teachers.logits}
+    check_output_path(options.output, inputs)
+    check_run(options.output, recipe_tree(recipe), upgrade=partial(upgrade_config, Recipe), accept=options.accept_changes)
     manifest = load_manifest(options.data)
     for split in ("train", "valid"):
         manifest.require_split(split, options.data)
-    bundles = {f"--teacher {bundle}": bundle for bundle in teachers.bundles}
     for bundle in (*bundles.values(), *(() if options.base is None else (options.base,))):
         require_bundle(bundle)
     if teachers.logits is not None:
         load_store_manifest(teachers.logits)
     if teachers.vocabulary_map is not None and not teachers.vocabulary_map.is_file():
         raise DataError(f"--vocabulary-map {teachers.vocabulary_map} is no file; name a YAML or JSON file")
-    inputs = {**bundles, "--data": options.data, "--base": options.base, "--logits": teachers.logits}
-    refuse_input_as_output(options.output, inputs)
     read_ds_config(recipe.engine)
     if find_spec("deepspeed") is None:
         raise TrainingError("training needs DeepSpeed, which is not installed: pip install deepspeed")

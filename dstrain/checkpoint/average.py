@@ -20,7 +20,7 @@ from dstrain.errors import BundleError
 from dstrain.progress import with_progress
 from dstrain.protocols import WeightSource
 from dstrain.storage.atomic import read_unreplaced
-from dstrain.storage.outputs import refuse_input_as_output
+from dstrain.storage.outputs import check_output_path
 
 
 def average_bundles(
@@ -46,7 +46,7 @@ def _read_mean(directories: Sequence[Path], *, output: Path, base: Path | None) 
     adapted = [is_adapter(directory) for directory in directories]
     bases = [base if is_one or not any(adapted) else None for is_one in adapted]
     bundles = [find_bundle(directory, of_it) for directory, of_it in zip(directories, bases, strict=True)]
-    refuse_input_as_output(output, {name: path for bundle in bundles for name, path in bundle.sources.items()})
+    check_output_path(output, {name: path for bundle in bundles for name, path in bundle.sources.items()})
     for bundle in bundles[1:]:
         _require_equal(bundles[0], bundle)
     last = bundles[-1]

@@ -32,7 +32,7 @@ from dstrain.checkpoint.task import BundleTask, task_of
 from dstrain.checkpoint.tensor_file import TensorFile, save_tensors
 from dstrain.config_base import Config
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
-from dstrain.errors import BundleError, StorageError
+from dstrain.errors import BundleError
 from dstrain.models.config import EncoderDecoderConfig, ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
 from dstrain.models.weights import TensorSource, check_canonical, load_canonical, parameter_layouts
@@ -174,14 +174,15 @@ def reference_to(base: StoredBundle, directory: Path) -> BaseReference:
 
 @contextmanager
 def fresh_directory(directory: Path, *, overwrite: bool = True) -> Iterator[Path]:
-    """`atomic_directory` for a bundle. BundleError if it cannot be written; the errors of `check_bundle_output`."""
+    """`atomic_directory` for a bundle. BundleError or StorageError if it cannot be written, as `check_bundle_output`."""
     check_bundle_output(directory, {}, overwrite=overwrite)
     directory = directory.resolve()
     try:
         with atomic_directory(directory) as fresh:
             yield fresh
-    except (OSError, StorageError) as error:
-        raise BundleError(f"cannot write the bundle {directory}: {error}; free some space or choose another --output") from error
+    except OSError as error:
+        remedy = "free some space, then run the same command again"
+        raise BundleError(f"cannot write the bundle {directory}: {error.strerror or error}; {remedy}") from error
 
 
 @dataclass(frozen=True)

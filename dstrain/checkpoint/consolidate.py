@@ -20,7 +20,7 @@ from dstrain.errors import CheckpointError
 from dstrain.models.factory import build_model
 from dstrain.models.weights import TensorSource, check_canonical, parameter_layouts
 from dstrain.progress import with_progress
-from dstrain.storage.outputs import refuse_input_as_output
+from dstrain.storage.outputs import check_output_path
 
 WeightChoice = Literal["as_bundles", "averaged", "trained"]
 KINDS = {"averaged": "ema", "trained": "master"}
@@ -36,7 +36,7 @@ def consolidate(checkpoint: Path, output: Path, *, weights: WeightChoice = "as_b
     """
     require_checkpoint(checkpoint)
     stored = open_checkpoint(checkpoint)
-    refuse_input_as_output(output, {"CHECKPOINT": checkpoint})
+    check_output_path(output, {"CHECKPOINT": checkpoint})
     has_average = bool(stored.names(KINDS["averaged"]))
     choice = weights if weights != "as_bundles" else "averaged" if has_average else "trained"
     if choice == "averaged" and not has_average:
@@ -45,7 +45,9 @@ def consolidate(checkpoint: Path, output: Path, *, weights: WeightChoice = "as_b
     if not template.is_dir():
         raise CheckpointError(f"{checkpoint} has no {TEMPLATE}/, which describes the model; name a checkpoint of `dstrain train`")
     with fresh_directory(output, overwrite=overwrite) as fresh:
-        shutil.copytree(template, fresh, dirs_exist_ok=True)
+        for path in sorted(template.rglob("*")):  # shutil.copytree would raise a list of tuples
+            copy = fresh / path.relative_to(template)
+            copy.mkdir() if path.is_dir() else shutil.copyfile(path, copy)
         if is_adapter(template):
             _write_adapter(stored, KINDS[choice], template, fresh, output)
         else:
@@ -67,7 +69,7 @@ def _write_adapter(stored: StoredCheckpoint, kind: str, template: Path, fresh: P
     path = fresh / ADAPTER / ADAPTER_YAML
     description = ADAPTER_FORMAT.read(path)
     base = description.base
-    refuse_input_as_output(output, {f"the base {base.path}": template / base.path})
+    check_output_path(output, {f"the base {base.path}": template / base.path})
     if not Path(base.path).is_absolute():
         moved = os.path.relpath((template / base.path).resolve(), output.resolve())
         base = base.model_copy(update={"path": moved})

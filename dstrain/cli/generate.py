@@ -43,12 +43,12 @@ def run(args: argparse.Namespace) -> int:
     from dstrain.checkpoint.directories import require_bundle
     from dstrain.generation.files import check_texts
 
-    check_texts(**named(args, *FILES))
+    check_texts(**named(args, "bundle", *FILES))
     require_bundle(args.bundle)
     from dstrain.build.generation import generate_file
 
     lines, tokens, seconds = generate_file(generate_options(args, *FILES))
     logger.info(
-        "%d lines, %d tokens in %.1f s: %.1f lines/s, %.0f tokens/s", lines, tokens, seconds, lines / seconds, tokens / seconds
+        f"{lines:,} lines, {tokens:,} tokens in {seconds:.1f} s: {lines / seconds:,.1f} lines/s, {tokens / seconds:,.0f} tokens/s"
     )
     return 0

@@ -29,10 +29,10 @@ def run(args: argparse.Namespace) -> int:
     """Convert, check, write."""
     from dstrain.interop.fairseq.command_line.convert import recipe_from_command
     from dstrain.storage.atomic import write_file
-    from dstrain.storage.outputs import check_output
+    from dstrain.storage.outputs import check_output_file
 
     if args.output is not None:
-        check_output(args.output, {}, overwrite=args.overwrite)
+        check_output_file(args.output, {}, overwrite=args.overwrite)
     recipe = recipe_from_command(args.command)
     if args.output is None:
         sys.stdout.write(recipe)

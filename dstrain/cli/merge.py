@@ -12,7 +12,7 @@ from dstrain.checkpoint.directories import check_bundle_output, require_bundle
 from dstrain.cli.bundle_arguments import add_base_argument
 from dstrain.cli.common import add_overwrite_argument
 from dstrain.errors import BundleError
-from dstrain.storage.outputs import refuse_input_as_output
+from dstrain.storage.outputs import check_output_path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from dstrain.models.weights import to_canonical
 
     bundle = load_bundle(args.bundle, base=args.base)
-    refuse_input_as_output(args.output, bundle.sources)
+    check_output_path(args.output, bundle.sources)
     if not bundle.adapters:
         raise BundleError(f"{args.bundle} is a plain bundle already; name an adapter bundle, such as RUN/bundles/best")
     save_bundle(

@@ -24,10 +24,10 @@ def run(args: argparse.Namespace) -> int:
     from dstrain.data.prepared.dataset import open_dataset
     from dstrain.generation.formats import one_line
     from dstrain.storage.atomic import atomic_writer
-    from dstrain.storage.outputs import check_output
+    from dstrain.storage.outputs import check_output_file
 
     for name in ("source.txt", "target.txt"):
-        check_output(args.output / name, {}, overwrite=args.overwrite)
+        check_output_file(args.output / name, {}, overwrite=args.overwrite)
     dataset = open_dataset(args.data, args.split)
     for name, line_of in (("source.txt", dataset.source_text), ("target.txt", dataset.target_text)):
         with atomic_writer(args.output / name) as sink:

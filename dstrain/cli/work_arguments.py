@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from typing import Any
 
 from dstrain.checkpoint.directories import require_bundle
 from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument
 from dstrain.cli.common import add_overwrite_argument
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import DataError
-from dstrain.storage.outputs import refuse_input_as_output
-from dstrain.storage.sharded_job import Worker
+from dstrain.storage.outputs import check_output_path
+from dstrain.storage.sharded_job import ShardedJob, Worker
 
 WORK = ("teacher", "base", "data", "output", "worker", "device", "precision", "overwrite")
 """Names of the shared arguments, as in `DumpOptions` and `LabelOptions`."""
@@ -46,14 +47,15 @@ def worker(text: str) -> Worker:
     return Worker(int(numbers[1]), int(numbers[2]))
 
 
-def check_work(args: argparse.Namespace, verb: str, output: str, split: str) -> None:
+def check_work(args: argparse.Namespace, work: ShardedJob[Any, Any], output: str, split: str) -> None:
     """Check arguments and paths: DataError unless there is either all that work needs, or --merge."""
     present = [value is not None for value in (args.teacher, args.data, args.output, args.merge)]
     if args.merge is not None and (args.base is not None or args.overwrite):
-        raise DataError(f"{verb} --merge reads no teacher and replaces nothing; leave --base and --overwrite out")
+        raise DataError(f"{work.verb} --merge reads no teacher and replaces nothing; leave --base and --overwrite out")
     if present not in ([True, True, True, False], [False, False, False, True]):
-        raise DataError(f"{verb} takes --teacher, --data and --output, or --merge {output} without them")
+        raise DataError(f"{work.verb} takes --teacher, --data and --output, or --merge {output} without them")
     if args.merge is None:
         require_bundle(args.teacher)
         load_manifest(args.data).require_split(split, args.data)
-        refuse_input_as_output(args.output, {"--teacher": args.teacher, "--data": args.data})
+        check_output_path(args.output, {"--teacher": args.teacher, "--data": args.data})
+        work.read(args.output)

@@ -22,7 +22,7 @@ from dstrain.generation.formats import Answer
 from dstrain.log import logger
 from dstrain.storage.atomic import is_stream, sync
 from dstrain.storage.file_format import HEAD_BYTES, compression_of
-from dstrain.storage.outputs import check_output, refuse_input_as_output
+from dstrain.storage.outputs import check_output_file, check_output_path
 
 if TYPE_CHECKING:  # so that the command line checks the files without loading torch
     from dstrain.generation.generator import TextHypothesis
@@ -40,7 +40,9 @@ class Chunk:
     prefixes: Sequence[str] | None = None
 
 
-def check_texts(*, input: str, output: str, reference: str | None, prefix: str | None, score_only: bool, overwrite: bool) -> None:
+def check_texts(
+    *, bundle: Path, input: str, output: str, reference: str | None, prefix: str | None, score_only: bool, overwrite: bool
+) -> None:
     """Raise a DstrainError for whatever is wrong with the files of `dstrain generate` before one is read or written."""
     if score_only and reference is None:
         raise DataError("--score-only has nothing to score; add --reference FILE")
@@ -53,8 +55,8 @@ def check_texts(*, input: str, output: str, reference: str | None, prefix: str |
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}; check the path") from error
     if output != STANDARD:
-        check_output(Path(output), paths, overwrite=overwrite)
-        refuse_input_as_output(partial_path(output), paths)
+        check_output_file(Path(output), {**paths, "BUNDLE": bundle}, overwrite=overwrite)
+        check_output_path(partial_path(output), paths)
 
 
 def translate_file(

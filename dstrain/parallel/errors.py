@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from dstrain.errors import DstrainError
-from dstrain.protocols import Ranks
+
+if TYPE_CHECKING:  # whose protocols name torch
+    from dstrain.protocols import Ranks
 
 _R = TypeVar("_R")
 

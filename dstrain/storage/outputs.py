@@ -5,31 +5,55 @@ Every verb that writes asks here twice: on the command line, before anything is 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from dstrain.errors import StorageError, TrainingError
+from dstrain.storage.directory_kind import directory_kind
 
 OWN_FILES = {".lock", "run.json", "run.json.tmp", "recipe.yaml.tmp"}
 """Possible files of a run that was killed while it was made."""
 
 
-def check_output(output: Path, inputs: Mapping[str, Path | None], *, overwrite: bool) -> None:
-    """Raise StorageError if writing `output` would destroy something.
+def check_output_file(output: Path, inputs: Mapping[str, Path | None], *, overwrite: bool) -> None:
+    """`check_output` for a file."""
+    if output.is_dir():
+        raise StorageError(f"--output {output} is a directory; name a file, such as {output / 'NAME'}")
+    check_output(output, inputs, overwrite=overwrite)
 
-    inputs: what is read, by the names that messages give it; None for one that is not read. An output that is an input or holds
-    one, through links too, is always refused; any other file or directory with content, unless `overwrite`. Devices and pipes
-    hold nothing.
+
+def check_output(output: Path, inputs: Mapping[str, Path | None], *, overwrite: bool) -> None:
+    """Raise StorageError if writing `output` would fail or destroy something.
+
+    inputs: what is read, by the names that messages give it; None for one that is not read. An output that is an input, holds one
+    or is part of one, through links too, is always refused; any other file or directory with content, unless `overwrite`. Devices
+    and pipes hold nothing. A run is no whole: what it holds may be replaced, but for the inputs themselves.
     """
-    refuse_input_as_output(output, inputs)
+    check_output_path(output, inputs)
+    for name, path in inputs.items():
+        if (
+            path is not None
+            and output.exists()
+            and path.resolve() in output.resolve().parents
+            and directory_kind(path) != "a run"
+        ):
+            raise StorageError(f"--output {output} is part of {name} ({path}), which would be lost; choose another --output")
     is_full = any(output.iterdir()) if output.is_dir() else output.is_file() and output.stat().st_size
     if is_full and not overwrite:
         raise StorageError(f"{output} exists; add --overwrite to replace it, or choose another --output")
 
 
-def refuse_input_as_output(output: Path, inputs: Mapping[str, Path | None]) -> None:
+def check_output_path(output: Path, inputs: Mapping[str, Path | None]) -> None:
     """The first half of `check_output`, for an output that is continued where it exists."""
-    if not (output.is_file() or output.is_dir()):
+    if output.exists() and not (output.is_file() or output.is_dir()):
+        return
+    parent = _directory_of(output)
+    if not parent.is_dir():
+        raise StorageError(f"--output {output}: {parent} is a file, not a directory; choose another --output")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise StorageError(f"--output {output}: {parent} cannot be written; choose another --output, or change the permissions")
+    if not output.exists():
         return
     for name, path in inputs.items():
         if path is None or not path.exists():
@@ -50,3 +74,9 @@ def require_run_as_output(directory: Path) -> None:
             f"--output {directory} is no run (it has no run.json) and not empty (it holds {', '.join(others[:3])}): "
             "name a new directory, or that of an earlier run"
         )
+
+
+def _directory_of(output: Path) -> Path:
+    """The directory that is written into to make `output`, or the file that is in its way."""
+    resolved = output.resolve()
+    return next(path for path in (resolved, *resolved.parents) if path.exists() and not (path == resolved and path.is_file()))

@@ -16,7 +16,7 @@ from dstrain.errors import TrainingError
 from dstrain.extras import import_extra
 from dstrain.storage.atomic import write_file
 from dstrain.storage.document import read_mapping
-from dstrain.storage.outputs import check_output
+from dstrain.storage.outputs import check_output_file
 from dstrain.storage.parsing import dump_yaml
 from dstrain.training.events import read_events
 
@@ -46,7 +46,7 @@ def write_report(run: Path, output: Path, *, overwrite: bool = False) -> tuple[P
     """
     png, page = output / "report.png", output / "report.html"
     for path in (png, page):
-        check_output(path, {}, overwrite=overwrite or output.resolve() == run.resolve())
+        check_output_file(path, {}, overwrite=overwrite or output.resolve() == run.resolve())
     events = read_events(run / "events.jsonl")
     if not any(event["kind"] in {"train", "valid"} for event in events):
         raise TrainingError(f"{run} has reported no step yet; wait for the first `reporting.log_every` steps")

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -28,13 +28,15 @@ from dstrain.config_base import Config
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.log import logger
 from dstrain.parallel.errors import raise_on_all_ranks
-from dstrain.protocols import Ranks
 from dstrain.storage.atomic import write_file
 from dstrain.storage.document import DocumentFormat, read_mapping
 from dstrain.storage.lock import OutputLock, lock_output
 from dstrain.storage.outputs import require_run_as_output
 from dstrain.storage.parsing import dump_yaml
 from dstrain.training.accepted_changes import is_acceptable, is_accepted, option_for, value_at, with_values
+
+if TYPE_CHECKING:  # so that the command line checks a run without loading torch
+    from dstrain.protocols import Ranks
 
 RUN_VERSION = 1
 Upgrade = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -134,6 +136,12 @@ def open_run(
     return run
 
 
+def check_run(directory: Path, recipe: Mapping[str, Any], *, upgrade: Upgrade = dict, accept: Sequence[str] = ()) -> None:
+    """Raise the errors of `open_run` that need no data: for another directory than a run, and for another recipe."""
+    if _is_resumed(directory, accept):
+        _compare_recipe(directory, RUN_FORMAT.read(directory / "run.json"), recipe, upgrade, accept)
+
+
 def recipe_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Lines `a.b: old -> new` for every key that differs and may not change on a resume."""
     return [f"  {key}: {change}" for key, change in tree_changes(old, new).items() if not _may_change(key)]
@@ -189,33 +197,40 @@ def flatten_tree(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _open(
     directory: Path, recipe: Mapping[str, Any], origin: Mapping[str, Any], upgrade: Upgrade, accept: Sequence[str]
 ) -> tuple[OutputLock, str, tuple[str, ...]]:
-    require_run_as_output(directory)
+    _is_resumed(directory, accept)  # what is something else gets no lock
     lock = lock_output(directory, busy=partial(_busy, directory))
     try:
-        return lock, *_begin_or_resume(directory, recipe, origin, upgrade, accept)
+        if _is_resumed(directory, accept):
+            run = _known_run(directory / "run.json", origin)
+            return lock, run.run_id, _accept_changes(directory, run, recipe, upgrade, accept)
+        return lock, _begin(directory, recipe, origin), ()
     except BaseException:
         lock.release()
         raise
 
 
-def _begin_or_resume(
-    directory: Path, recipe: Mapping[str, Any], origin: Mapping[str, Any], upgrade: Upgrade, accept: Sequence[str]
-) -> tuple[str, tuple[str, ...]]:
-    """The run's id, and the changes of the recipe since it was started."""
-    recipe_file = directory / "recipe.yaml"
-    if recipe_file.exists() and _has_progress(directory):
-        run = _known_run(directory / "run.json", origin)
-        return run.run_id, _check_recipe(directory, run, recipe, upgrade, accept)
+def _is_resumed(directory: Path, accept: Sequence[str]) -> bool:
+    """Whether there is a run to resume; False if one can begin. TrainingError for anything else."""
+    require_run_as_output(directory)
+    if _has_progress(directory):
+        return True
     if accept:
         raise CheckpointError(
             f"--accept-changes {','.join(accept)} is for a run that is resumed, but {directory} holds no checkpoint: leave it "
             "out to begin with this recipe, or name the --output of the run"
         )
+    return False
+
+
+def _begin(directory: Path, recipe: Mapping[str, Any], origin: Mapping[str, Any]) -> str:
+    """Describe a new run; its id."""
+    if (directory / "recipe.yaml").exists():
+        logger.warning("%s was started but never reached a checkpoint: starting from the beginning", directory)
     run_id = uuid.uuid4().hex[:16]
     description = RunDescription(format=RUN_VERSION, run_id=run_id, data=origin["data"], teachers=origin["teachers"])
     RUN_FORMAT.write(directory / "run.json", description)
-    write_file(recipe_file, dump_yaml(_plain(recipe)).encode())
-    return run_id, ()
+    write_file(directory / "recipe.yaml", dump_yaml(_plain(recipe)).encode())
+    return run_id
 
 
 def _busy(directory: Path, holder: str) -> TrainingError:
@@ -224,10 +239,24 @@ def _busy(directory: Path, holder: str) -> TrainingError:
     )
 
 
-def _check_recipe(
+def _accept_changes(
     directory: Path, run: RunDescription, recipe: Mapping[str, Any], upgrade: Upgrade, accept: Sequence[str]
 ) -> tuple[str, ...]:
     """All changes since the run was started. Those that are accepted now are recorded, if no other is refused."""
+    accepted, changes = _compare_recipe(directory, run, recipe, upgrade, accept)
+    if accepted != run.accepted:
+        RUN_FORMAT.write(directory / "run.json", run.model_copy(update={"accepted": accepted}))
+    return tuple(
+        f"{key}: {change}{', accepted' if is_accepted(key, accepted) else ''}"
+        for key, change in changes.items()
+        if key not in LAYOUT_KEYS
+    )
+
+
+def _compare_recipe(
+    directory: Path, run: RunDescription, recipe: Mapping[str, Any], upgrade: Upgrade, accept: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The accepted values, and all changes since the run was started. CheckpointError for a change that is refused."""
     started = upgrade(read_mapping(directory / "recipe.yaml", error=CheckpointError, remedy=_REMEDY))
     new = _plain(recipe)
     accepted = {key: value for key, value in run.accepted.items() if key not in accept}
@@ -241,10 +270,7 @@ def _check_recipe(
             + "\n".join(differences)
             + f"\nundo these changes to resume, {by_option}or choose another --output to train afresh"
         )
-    if accepted != run.accepted:
-        RUN_FORMAT.write(directory / "run.json", run.model_copy(update={"accepted": accepted}))
-    changes = {key: change for key, change in tree_changes(started, new).items() if key not in LAYOUT_KEYS}
-    return tuple(f"{key}: {change}{', accepted' if is_accepted(key, accepted) else ''}" for key, change in changes.items())
+    return accepted, tree_changes(started, new)
 
 
 def _has_progress(directory: Path) -> bool:
@@ -263,7 +289,6 @@ def _has_progress(directory: Path) -> bool:
                 f"{events} reports checkpoints, but {directory / 'checkpoints'} holds none: "
                 "restore them, or choose another --output to train from the beginning"
             )
-    logger.warning("%s was started but never reached a checkpoint: starting from the beginning", directory)
     return False
 
 

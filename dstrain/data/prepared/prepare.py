@@ -42,7 +42,7 @@ from dstrain.storage.atomic import atomic_writer
 from dstrain.storage.document import FileRecord
 from dstrain.storage.hashing import HashingWriter
 from dstrain.storage.lock import locked_output
-from dstrain.storage.outputs import refuse_input_as_output
+from dstrain.storage.outputs import check_output_path
 from dstrain.storage.sharded_job import finished_shard, sidecar_path, warn_of_interruption, write_sidecar
 
 PAIRS_PER_WORKER = 16_384
@@ -67,7 +67,7 @@ def prepare(config: DataConfig, output: Path, *, workers: int, overwrite: bool =
     require_type("config", config, DataConfig, "; give the `data` of a recipe")
     output = require_path("output", output)
     output = Path(output)
-    refuse_input_as_output(output, inputs_of(config))
+    check_output_path(output, inputs_of(config))
     with locked_output(output, busy=partial(_busy, output)):
         known = read_job(output)
         job = plan_job(config, known, workers)

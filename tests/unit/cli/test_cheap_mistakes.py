@@ -40,6 +40,12 @@ MISTAKES = {
     "nothing to score": (["generate", BUNDLE, "--input", "text", "--score-only"], "add --reference FILE"),
     "output that is input": (["generate", BUNDLE, "--input", "text", "--output", "text"], "is the same as --input"),
     "output that exists": (["generate", BUNDLE, "--input", "text", "--output", "other"], "other exists; add --overwrite"),
+    "output in place of a directory": (["generate", BUNDLE, "--input", "text", "--output", "."], ". is a directory; name a file"),
+    "output that is part of the bundle": (
+        ["generate", BUNDLE, "--input", "text", "--output", f"{BUNDLE}/model.yaml", "--overwrite"],
+        "is part of BUNDLE",
+    ),
+    "output below a file": (["average", BUNDLE, "--output", "text/b"], "text is a file, not a directory"),
     "no bundle to talk to": (["interactive", "none"], "none is not a bundle"),
     "no data to validate on": (["validate", BUNDLE, "--data", "none"], "none/manifest.json is missing"),
     "no hypotheses": (["evaluate", "--hypothesis", "none", "--reference", "text"], "none: No such file"),

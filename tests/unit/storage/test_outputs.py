@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from dstrain.errors import StorageError
-from dstrain.storage.outputs import check_output, refuse_input_as_output
+from dstrain.storage.outputs import check_output, check_output_file, check_output_path
 
 Alias = Callable[[Path, Path], None]
 
@@ -42,8 +42,33 @@ def test_a_directory_that_holds_an_input_is_no_output(text: Path, tmp_path: Path
     outer = tmp_path / "outer"
     outer.symlink_to(tmp_path)
     with pytest.raises(StorageError, match=r"outer holds --base \(.*in.txt\), which would be lost"):
-        refuse_input_as_output(outer, {"--base": text})
-    refuse_input_as_output(tmp_path / "beside", {"--base": text})
+        check_output_path(outer, {"--base": text})
+    check_output_path(tmp_path / "beside", {"--base": text})
+
+
+def test_a_part_of_an_input_is_no_output(tmp_path: Path) -> None:
+    bundle, run = tmp_path / "bundle", tmp_path / "run"
+    for path in (bundle / "model.yaml", run / "events.jsonl", run / "average"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("precious")
+    (tmp_path / "link").symlink_to(bundle)
+    for output in (bundle / "model.yaml", tmp_path / "link" / "model.yaml"):
+        with pytest.raises(StorageError, match=r"model.yaml is part of BUNDLE \(.*bundle\), which would be lost"):
+            check_output_file(output, {"BUNDLE": bundle}, overwrite=True)
+    check_output_file(bundle / "new", {"BUNDLE": bundle}, overwrite=False)
+    check_output(run / "average", {"RUN": run}, overwrite=True)
+
+
+def test_an_output_lies_where_it_can_be_written(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StorageError, match=r"in.txt/new/b: .*in.txt is a file, not a directory; choose another --output"):
+        check_output_path(text / "new" / "b", {})
+    with pytest.raises(StorageError, match=r"is a directory; name a file, such as .*NAME"):
+        check_output_file(tmp_path, {}, overwrite=True)
+    check_output_path(tmp_path / "new" / "b", {})
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+    for output in (text, tmp_path / "new" / "b", tmp_path):
+        with pytest.raises(StorageError, match=f"{tmp_path} cannot be written; choose another --output"):
+            check_output_path(output, {})
 
 
 def test_what_exists_is_replaced_on_request_only(text: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from dstrain.errors import CheckpointError, RecipeError, StorageError, TrainingError
 from dstrain.training.accepted_changes import check_accepted
-from dstrain.training.run_directory import Run, open_run, recipe_differences
+from dstrain.training.run_directory import Run, check_run, open_run, recipe_differences
 from tests.paths import ROOT
 from tests.unit.checkpoint.ranks import on_ranks
 from tests.unit.training.fakes import ONE_PROCESS
@@ -203,6 +203,17 @@ def test_a_section_that_goes_or_comes_is_one_line() -> None:
     assert come.startswith('  adapter: null -> {"kind": "lora",')
 
 
+def test_another_recipe_is_refused_before_data_are_read_and_nothing_is_written(tmp_path: Path) -> None:
+    begin(tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    slower = changed("optimizer.learning_rate", 0.001)
+    with pytest.raises(CheckpointError, match=r"accept them with --accept-changes optimizer.learning_rate"):
+        check_run(tmp_path / "run", slower)
+    check_run(tmp_path / "run", slower, accept=["optimizer.learning_rate"])
+    check_run(tmp_path / "new", slower)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_a_run_of_an_earlier_version_knows_its_data_by_their_preparation(tmp_path: Path) -> None:
     begin(tmp_path / "run")
     open_run(tmp_path / "run", RECIPE, ONE_PROCESS, data="content", preparation="d1").close()
@@ -220,6 +231,13 @@ def test_a_directory_that_is_no_run_is_unchanged(tmp_path: Path) -> None:
         open_run(tmp_path, RECIPE, ONE_PROCESS, data="d1")
     with pytest.raises(TrainingError, match="is a file; name a directory"):
         open_run(tmp_path / "thesis.tex", RECIPE, ONE_PROCESS, data="d1")
+
+
+def test_a_recipe_that_lies_in_the_output_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("my: own\n")
+    with pytest.raises(TrainingError, match=r"is no run \(it has no run.json\) and not empty \(it holds recipe.yaml\)"):
+        open_run(tmp_path, RECIPE, ONE_PROCESS, data="d1")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["my: own\n"]
 
 
 def test_an_empty_directory_is_welcome(tmp_path: Path) -> None:
