@@ -20,7 +20,7 @@ from dstrain.arguments import require_path, require_texts
 from dstrain.config_base import Tree
 from dstrain.engine.config import EngineConfig
 from dstrain.engine.ds_config import read_ds_config
-from dstrain.errors import RecipeError, nearest
+from dstrain.errors import RecipeError, close_to, nearest
 from dstrain.models.config import ModelConfig
 from dstrain.models.presets import PRESETS
 from dstrain.recipe import RECIPE_VERSION, Recipe
@@ -190,6 +190,8 @@ def _read_extended(path: Path, children: tuple[Path, ...] = ()) -> Tree:
         circle = " -> ".join(map(str, (*children, path)))
         raise RecipeError(f"{children[0]}: extends leads in a circle: {circle}; leave one of them out")
     tree = _read(path)
+    if wrong := [key for key in tree.keys() - Recipe.model_fields.keys() - {"extends"} if close_to(key, ["extends"])]:
+        raise RecipeError(f"{path}: {wrong[0]}: unknown key; did you mean extends?")
     names = tree.pop("extends", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -203,26 +205,27 @@ def _read_extended(path: Path, children: tuple[Path, ...] = ()) -> Tree:
 
 def _find(name_or_path: str, child: Path | None = None) -> Path:
     """The file of a recipe. child: the file that extends it, beside which it is looked for first."""
-    path = Path(name_or_path)
+    path = Path(name_or_path).expanduser()
     beside = [child.parent / path] if child is not None else []
     shipped = [SHIPPED / f"{path}.yaml"] if name_or_path in recipe_names() else []
     for candidate in (*beside, *shipped, path):
         if candidate.is_file():
             return candidate
+    meant = next(filter(None, map(_near_file, (*beside, path))), None) or nearest(str(path), recipe_names())
     origin = "" if child is None else f"{child}: extends: "
-    raise RecipeError(f"{origin}recipe {name_or_path!r}: no shipped recipe and no file of that name; {_nearest_recipe(path)}")
+    raise RecipeError(f"{origin}recipe {name_or_path!r}: no shipped recipe and no file of that name; {meant}")
 
 
-def _nearest_recipe(path: Path) -> str:
-    """What was meant by a path without a file: a recipe in that directory, a file beside it, a shipped recipe."""
+def _near_file(path: Path) -> str | None:
+    """What was meant by a path without a file: a recipe in that directory, or a file beside it."""
     if (path / "recipe.yaml").is_file():
         return f"did you mean {path / 'recipe.yaml'}?"
     if path.is_dir() and path != Path():
         return f"it is a directory; name a file in it, or one of {', '.join(recipe_names())}"
-    files = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+    files = [file.name for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
     named = [file for file in files if Path(file).stem.lower() == path.stem.lower()]
-    close = named or difflib.get_close_matches(str(path), files, n=1, cutoff=0.7)
-    return f"did you mean {close[0]}?" if close else nearest(str(path), recipe_names())
+    close = named or difflib.get_close_matches(path.name, files, n=1, cutoff=0.7)
+    return f"did you mean {path.parent / close[0]}?" if close else None
 
 
 def _read(path: Path) -> Tree:
@@ -260,13 +263,13 @@ def _override(tree: Tree, override: str) -> None:
 
 
 def _enter(node: Any, key: str, override: str, path: str) -> Any:
-    if isinstance(node, list):
-        return node[_index(node, key, override)]
-    if not isinstance(node.get(key), dict | list):
-        if node.get(key) is not None:
-            raise RecipeError(f"--set {override}: {path} is the value {node[key]!r}, which has no keys")
-        node[key] = {}
-    return node[key]
+    at: Any = _index(node, key, override) if isinstance(node, list) else key
+    inner = node[at] if isinstance(node, list) else node.get(key)
+    if inner is None:
+        node[at] = inner = {}
+    if not isinstance(inner, dict | list):
+        raise RecipeError(f"--set {override}: {path} is the value {shown(inner)}, which has no keys")
+    return inner
 
 
 def _assign(node: Any, key: str, value: Any, override: str) -> None:
@@ -280,7 +283,7 @@ def _assign(node: Any, key: str, value: Any, override: str) -> None:
 
 
 def _index(node: list[Any], key: str, override: str) -> int:
-    if not key.isdigit() or int(key) >= len(node):
+    if not (key.isascii() and key.isdigit()) or int(key) >= len(node):
         raise RecipeError(
             f"--set {override}: {key!r} is no item of a list of {len(node)}; items count from 0; to add one, give the whole list"
         )

@@ -290,12 +290,18 @@ def test_every_shipped_recipe_on_own_data_is_extends_and_data(name: str, tmp_pat
             "translation/quikstart",
             "child.yaml: extends: recipe 'translation/quikstart': no shipped recipe and no file of that name",
         ),
+        ("broken", "/broken.yaml?"),
         ("broken.yaml", "broken.yaml: not valid YAML: line 2"),
         ("child.yaml", "child.yaml: extends leads in a circle"),
     ],
 )
 def test_a_bad_extends_is_explained(text: str, complaint: str, tmp_path: Path) -> None:
     assert complaint in errors_of(recipe=files(tmp_path, child=f"extends: {text}\n", broken="a: {\n"))
+
+
+def test_a_near_word_for_extends_is_one_mistake(tmp_path: Path) -> None:
+    complaint = errors_of(recipe=files(tmp_path, child="Extend: translation/quickstart\ndata: {}\n"))
+    assert complaint.endswith("child.yaml: Extend: unknown key; did you mean extends?")
 
 
 def test_merge_replaces_a_part_of_another_kind() -> None:

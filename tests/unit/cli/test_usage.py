@@ -19,6 +19,7 @@ TRAIN = ("train", "translation/quickstart", "--data", "d", "--output", "o")
     ("words", "message"),
     [
         (["evaluate", "--tokenize", "ZH"], "argument --tokenize: 'ZH' is unknown; did you mean zh?"),
+        (["completion", "--lr"], "--lr is no option of dstrain completion; it has none"),
         (["trian"], "dstrain: error: argument VERB: 'trian' is unknown; did you mean train?"),
         (["--beam", "3"], "dstrain: error: --beam is no option of dstrain; it has --version, --debug"),
         (
