@@ -22,7 +22,9 @@ def option_remedy(parser: argparse.ArgumentParser, option: str, words: Sequence[
         return f"{name} is a key of the recipe; use --set {key}={value}"
     written = name.lstrip("-").replace("_", "-")
     close = [text for text in own if text.startswith(written)] or close_to(written, own)
-    remedy = f"did you mean {' or '.join(own[text] for text in close)}?" if close else f"it has {', '.join(own.values()) or 'none'}"
+    remedy = (
+        f"did you mean {' or '.join(own[text] for text in close)}?" if close else f"it has {', '.join(own.values()) or 'none'}"
+    )
     return f"{name} is no option of {parser.prog}; {remedy}"
 
 
