@@ -1,7 +1,7 @@
 """Whether prepared data is that of a recipe: by what is in it, not by how its files are spelled.
 
 A recipe may name the same text by another path, or text that is not on this machine at all. Where it names other files that
-are here, they must have the content that was prepared.
+are here, they must have the size that was prepared; reading large corpora again would take minutes.
 """
 
 from __future__ import annotations

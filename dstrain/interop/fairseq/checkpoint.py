@@ -96,6 +96,8 @@ def read_fairseq_checkpoint(path: Path, pair: str | None = None) -> FairseqCheck
         raise ImportFormatError(f"{path}: model holds {strange[0]!r}, which is no tensor; save its state_dict() alone")
     settings = plain_settings(groups)
     model = settings["model"] if isinstance(settings.get("model"), dict) else settings
+    sides = {side: model[side] for side in WITH_FINAL_NORM if isinstance(model.get(side), dict)}  # of fairseq's TransformerConfig
+    model = {**model, **{f"{side}_{name}": value for side, part in sides.items() for name, value in part.items()}}
     task = settings["task"] if isinstance(settings.get("task"), dict) else settings
     _require_whole_transformer(path, weights, settings)
     unread = {str(name): TRAINING_STATE for name, entry in content.items() if name not in _READ_ENTRIES and not _is_empty(entry)}

@@ -62,9 +62,11 @@ _OTHER_MODELS = {
     re.compile(r"(?:.+\.)?flat_param_\d+"): "a shard of a model that FSDP cut; save it again as one",
     re.compile(r"(?:.+\.)?partitions\.\d+\..+"): "a stage of pipeline parallelism, named by number; import a model in one piece",
     re.compile(r".+\.sentence_encoder\..+"): "an encoder of masked language modeling (RoBERTa, XLM-R), which writes no text",
-    re.compile(r".+\.(?:convolutions|conv|subsample)\..+"): "a convolution, which dstrain has not; import a transformer",
-    re.compile(r".+\.(?:lstm\.|layers\.\d+\.)weight_[ih]h.*"): "a recurrent layer, which dstrain has not; import a transformer",
-    re.compile(r".+\.experts\..+"): "a mixture of experts, which dstrain has not; import a dense model",
+    re.compile(r".+\.(?:convolutions|conv|subsample)\..+"): "a convolution, which dstrain does not have; import a transformer",
+    re.compile(
+        r".+\.(?:lstm\.|layers\.\d+\.)weight_[ih]h.*"
+    ): "a recurrent layer, which dstrain does not have; import a transformer",
+    re.compile(r".+\.experts\..+"): "a mixture of experts, which dstrain does not have; import a dense model",
     re.compile(r".+\.(?:scale|zero_point|centroids|assignments|counts)"): "quantized; import the model from before quantization",
 }
 _TARGETS = {

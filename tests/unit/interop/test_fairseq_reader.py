@@ -283,11 +283,16 @@ def test_missing_tables_are_named(name: str) -> None:
         convert(checkpoint(weights))
 
 
-def test_both_locations_of_the_settings_are_read(tmp_path: Path) -> None:
+def test_every_location_of_the_settings_is_read(tmp_path: Path) -> None:
     path, weights = tmp_path / "checkpoint.pt", small_weights()
     flat = {**SMALL, "data": "first:second", "source_lang": "en", "target_lang": "de"}
     expected = convert(checkpoint(weights))
+    nested: dict[str, Any] = {"_name": "transformer", "encoder": {}, "decoder": {}}
+    for name, value in SMALL.items():
+        side, _, key = name.partition("_")
+        nested.get(side, nested)[key or name] = value
     for content in (
+        {"cfg": {"model": nested, "task": {"data": "first", "source_lang": "en"}}, "model": weights},
         {"args": Namespace(**flat), "model": weights},
         {"args": None, "cfg": {"model": Namespace(**SMALL), "task": {"data": "first", "source_lang": "en"}}, "model": weights},
     ):
