@@ -119,9 +119,13 @@ def _annotations(sections: Sequence[type[BaseModel]], key: str) -> list[Any]:
 
 def _with_preset(tree: Tree, mistakes: list[str], base_model: Callable[[], ModelConfig] | None) -> Tree:
     """The tree with `model.preset` or `from_base` replaced by the keys of that model, over which the other keys of `model` go."""
-    model = tree.get("model", {} if base_model is None else {"from_base": True})
+    model = tree.get("model")
+    if model is None and base_model is not None:
+        model = {"from_base": True}
     if isinstance(model, dict) and "from_base" in model:
-        own = {key: value for key, value in model.items() if key != "from_base"}
+        own = {key: value for key, value in model.items() if key not in {"from_base", "preset"}}
+        if "preset" in model:
+            mistakes.append("model.preset: model.from_base names the architecture, too; leave one of the two out")
         if model["from_base"] is not True:
             mistakes.append(f"model.from_base: input should be true, not {shown(model['from_base'])}; or leave it out")
         if base_model is None:

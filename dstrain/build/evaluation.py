@@ -19,7 +19,7 @@ from dstrain.distillation.store.gradient_angle import Angle, gradient_angles, ra
 from dstrain.distillation.store.manifest import load_store_manifest
 from dstrain.distillation.store.store import moved, open_store
 from dstrain.engine.construction import COMPUTE_DTYPES
-from dstrain.errors import BundleError
+from dstrain.errors import ArgumentError, BundleError
 from dstrain.evaluation.bundle_validation import validate_bundle
 from dstrain.evaluation.metrics.tokenization import check_tokenization
 from dstrain.generation.config import generation_config
@@ -60,7 +60,7 @@ def validate(options: ValidateOptions) -> dict[str, Any] | None:
 
     Every rank scores its share, and only rank 0 returns the result.
 
-    Raises DataError or BundleError if bundle and data do not fit together.
+    Raises DataError or BundleError if bundle and data do not fit together, ArgumentError for an option without effect.
 
     >>> from pathlib import Path
     >>> from dstrain.api import ValidateOptions, validate
@@ -69,6 +69,9 @@ def validate(options: ValidateOptions) -> dict[str, Any] | None:
     ['bleu', 'chrf', 'loss', 'nll', 'num_targets', 'perplexity', 'precision', 'repetition', 'signatures']
     """
     require_type("options", options, ValidateOptions)
+    unused = [name for name in ("beam_size", "tokenize", "lowercase") if getattr(options, name) is not None]
+    if unused and options.generate is False:
+        raise ArgumentError(f"{unused[0]} is about translations, and generate = False (--no-generate) makes none; leave one out")
     if options.tokenize is not None:
         check_tokenization(options.tokenize)
     mesh = build_mesh(options.device)

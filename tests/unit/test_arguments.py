@@ -96,6 +96,10 @@ WRONG_CALLS: list[tuple[Callable[[Any], object], str]] = [
         "ValidateOptions.beam_size: input should be a valid",
     ),
     (
+        lambda model: validate(ValidateOptions(bundle=HERE, data=HERE, generate=False, tokenize="char")),
+        "tokenize is about translations, and generate = False (--no-generate) makes none; leave one out",
+    ),
+    (
         lambda model: ValidateOptions(bundle=HERE, data=HERE, device="gpu"),
         "ValidateOptions.device: input should be 'auto', 'cpu'",
     ),

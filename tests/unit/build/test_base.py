@@ -117,6 +117,7 @@ def test_a_recipe_without_a_model_has_that_of_the_base(
     assert main(["show", str(without_model), "--base", str(base)]) == 0
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["model"] == MODEL.model_dump(mode="json")
+    assert load_recipe("translation/quickstart", ["model=null"], base_model=lambda: MODEL).model == MODEL
     assert main(["prepare", str(without_model), "--base", str(base), "--output", str(tmp_path / "data")]) == 0
     assert load_manifest(tmp_path / "data").content == load_manifest(data).content
     changed = load_recipe(
@@ -136,6 +137,8 @@ def test_a_model_that_nothing_gives_is_explained(without_model: Path, base: Path
     assert "(with --base BUNDLE `model` may be left out: it is the bundle's)" in error(str(without_model))
     from_base = error(str(without_model), "--set", "model.from_base=true")
     assert "1 mistake\n  model.from_base: no base is named; add --base BUNDLE" in from_base
+    twice = error(str(without_model), "--set", "model={preset: base, from_base: true}", "--base", str(base))
+    assert "1 mistake\n  model.preset: model.from_base names the architecture, too; leave one of the two out" in twice
     wrong = error(str(without_model), "--set", "model.from_base=3", "--base", str(base))
     assert "model.from_base: input should be true, not" in wrong
     assert "changes nothing here: the recipe has a model of its own; leave --base out" in error(
