@@ -91,9 +91,11 @@ def read_fairseq_checkpoint(path: Path, pair: str | None = None) -> FairseqCheck
         raise ImportFormatError(
             f"{path} is no fairseq checkpoint: it lacks `model` and `cfg` or `args`; name a checkpoint*.pt file"
         )
-    strange = [name for name, tensor in weights.items() if not isinstance(tensor, Tensor)]
+    strange = [name for name, tensor in weights.items() if not (isinstance(name, str) and _is_plain(tensor))]
     if strange:
-        raise ImportFormatError(f"{path}: model holds {strange[0]!r}, which is no tensor; save its state_dict() alone")
+        raise ImportFormatError(
+            f"{path}: model holds {strange[0]!r}, which is no plain tensor with a name; save its state_dict() alone"
+        )
     settings = plain_settings(groups)
     model = settings["model"] if isinstance(settings.get("model"), dict) else settings
     sides = {side: model[side] for side in WITH_FINAL_NORM if isinstance(model.get(side), dict)}  # of fairseq's TransformerConfig
@@ -126,6 +128,12 @@ def _require_whole_transformer(path: Path, weights: Mapping[str, Tensor], settin
     for name in weights:
         if (reason := refusal_of_name(name)) is not None:
             raise ImportFormatError(f"{path} holds {name}: {reason}")
+
+
+def _is_plain(tensor: Any) -> bool:
+    return (
+        isinstance(tensor, Tensor) and tensor.layout is torch.strided and not tensor.is_meta and min(tensor.shape, default=0) > 0
+    )
 
 
 def _is_empty(entry: Any) -> bool:
@@ -183,7 +191,7 @@ def convert(
 
 def _float32(name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
-        raise ImportFormatError(f"{name} is quantized ({tensor.dtype}); import the model from before quantization")
+        raise ImportFormatError(f"{name} is of {tensor.dtype}, as in a quantized model; import it from before quantization")
     if not tensor.isfinite().all():
         raise ImportFormatError(f"{name} holds NaN or infinity, so the training had diverged; import an earlier checkpoint")
     return tensor.float()

@@ -341,10 +341,27 @@ def test_other_models_are_refused_for_what_they_are(
 
 
 @pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        (0, torch.ones(1)),
+        ("w", [1.0]),
+        ("w", torch.ones(2).to_sparse()),
+        ("w", torch.ones(2, device="meta")),
+        ("w", torch.tensor(1.0)),
+        ("encoder.version", torch.zeros(0)),
+    ],
+)
+def test_what_is_no_plain_tensor_is_named(name: object, tensor: object, tmp_path: Path) -> None:
+    torch.save({"args": Namespace(**SMALL), "model": {**small_weights(), name: tensor}}, tmp_path / "checkpoint.pt")
+    with pytest.raises(ImportFormatError, match=rf"model holds {name!r}, which is no plain tensor with a name"):
+        read_fairseq_checkpoint(tmp_path / "checkpoint.pt")
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda tensor: tensor.to(torch.int8), r"quantized \(torch\.int8\)"),
-        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), r"quantized \(torch\.qint8\)"),
+        (lambda tensor: tensor.to(torch.int8), r"of torch\.int8, as in a quantized model"),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), r"of torch\.qint8, as in a quantized model"),
         (lambda tensor: tensor / 0, "holds NaN or infinity, so the training had diverged"),
     ],
 )
