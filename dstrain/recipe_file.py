@@ -260,6 +260,8 @@ def _override(tree: Tree, override: str) -> None:
     except ValueError as error:
         reason = re.sub(r"^line \d+, column \d+: ", "", str(error))
         raise RecipeError(f"--set {override}: {text!r} is not a YAML value ({reason}); quote it") from None
+    if re.search(r"\s#", text) and "#" not in str(value):
+        raise RecipeError(f"--set {override}: YAML reads a comment from ' #' on; put the value in quotes")
     node: Any = tree
     for depth, key in enumerate(keys[:-1]):
         node = _enter(node, key, override, ".".join(keys[: depth + 1]))

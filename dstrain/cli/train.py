@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--accept-changes",
         metavar="KEY,...",
-        type=lambda text: tuple(text.split(",")),
+        type=lambda text: tuple(key.strip() for key in text.split(",")),
         default=(),
         help="resume with other values of these keys of optimizer, schedule, or engine.clip_norm; recorded in the events",
     )

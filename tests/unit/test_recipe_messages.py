@@ -108,6 +108,7 @@ def lines_of(name: str, *overrides: str) -> list[str]:
             "'1' is no item of a list of 1; items count from 0; to add one, give the whole list",
         ),
         ("optimizer.betas.0.x=1", "--set optimizer.betas.0.x=1: optimizer.betas.0 is the value 0.9, which has no keys"),
+        ("description=a #b", "YAML reads a comment from ' #' on; put the value in quotes"),
         ("training.seed.x.y=1", "training.seed is the value 1, which has no keys"),
         ("optimizer.betas.\u00b2=1", "is no item of a list of 2; items count from 0"),
         ("version=null", "version: this dstrain reads recipes of version 1, not null"),

@@ -69,6 +69,11 @@ def test_without_a_verb_there_is_help(words: list[str], capsys: pytest.CaptureFi
     assert capsys.readouterr().out.startswith(f"usage: dstrain {'import ' if words == ['import'] else ''}[-h]")
 
 
+def test_a_list_of_keys_may_have_spaces() -> None:
+    words = ["train", "r", "--data", "d", "--output", "o", "--accept-changes", "schedule, optimizer.betas"]
+    assert build_parser(["train"]).parse_args(words).accept_changes == ("schedule", "optimizer.betas")
+
+
 def test_short_options_and_negative_numbers_are_values() -> None:
     words = ["import", "fairseq-data", "data-bin", "-sen", "-t", "de", "--output", "o"]
     args = build_parser(["import"]).parse_args(words)
