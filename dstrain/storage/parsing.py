@@ -74,7 +74,7 @@ def parse_json(text: str, max_values: int = MAX_JSON_VALUES) -> Any:
     if sum(map(text.count, "{[,")) > max_values:
         raise ValueError(f"more than {max_values:,} values")
     try:
-        tree = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer, parse_float=_real)
+        tree = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_int=_integer, parse_float=_real)
     except RecursionError as error:
         raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
     _check_depth(tree)
@@ -109,7 +109,8 @@ def dump_yaml(tree: Any, *, width: int = 80) -> str:
     return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, width=width)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for `json.loads`. Raises ValueError if a key is given twice, of which one would be lost."""
     tree = dict(pairs)
     if len(tree) < len(pairs):
         keys = [key for key, _ in pairs]

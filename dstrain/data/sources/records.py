@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from dstrain.data.config import HuggingFaceDataset, RecordSource
 from dstrain.data.sources.text import TextBlock, decode_lines, expand_path
 from dstrain.errors import DataError
+from dstrain.storage.parsing import unique_keys
 
 UNUSABLE = re.compile("[\0\ud800-\udfff]")
 JSON_TYPES = {
@@ -88,20 +89,12 @@ def record_texts(source: RecordSource, block: TextBlock | RecordBlock) -> tuple[
 def _parse_json(block: TextBlock, name: str) -> Iterator[Record]:
     for number, line in enumerate(decode_lines(block, 0), block.first + 1):
         try:
-            record = json.loads(line, object_pairs_hook=_object)
+            record = json.loads(line, object_pairs_hook=unique_keys)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{name}:{number}: not valid JSON ({error}); every line must hold one object") from error
         if not isinstance(record, dict):
             raise DataError(f"{name}:{number}: a JSON {type(record).__name__}, not an object; every line must hold one object")
         yield record
-
-
-def _object(fields: list[tuple[str, Any]]) -> Record:
-    record = dict(fields)
-    if len(record) < len(fields):
-        names = [name for name, _ in fields]
-        raise ValueError(f"one object has {next(name for name in names if names.count(name) > 1)!r} twice")
-    return record
 
 
 def _text(record: Record, path: str, where: str, join: str | None) -> str:

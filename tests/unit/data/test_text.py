@@ -233,7 +233,7 @@ def test_jsonl_fields() -> None:
         ('{"source": "a\\u0000", "target": "b"}', "field 'source' holds a NUL or half of a surrogate pair"),
         ('{"source": "a", "target": "\\ud800"}', "field 'target' holds a NUL or half of a surrogate pair"),
         ("[" * 100_000, "not valid JSON"),
-        ('{"source": "a", "source": "b", "target": "c"}', r"not valid JSON \(one object has 'source' twice\)"),
+        ('{"source": "a", "source": "b", "target": "c"}', r"not valid JSON \(the key 'source' is given twice\)"),
     ],
 )
 def test_a_bad_json_line_is_named(line: str, message: str) -> None:
