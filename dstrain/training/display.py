@@ -55,7 +55,7 @@ def train_notes(event: Event) -> list[str]:
     if event.get("on_policy_kd") is not None:
         notes += [f"on-policy kd {event['on_policy_kd']:.3f}", f"on-policy agreement {event['on_policy_agreement']:.1%}"]
     if event.get("on_policy") != 1:  # else there were no labels
-        notes.append(_figure(event, "perplexity", "perplexity {:.2f}"))
+        notes.append(_figure(event, "perplexity", "perplexity {:.4g}"))
     notes.append(f"epoch {event['epoch']}")
     return [*notes, _figure(event, "learning_rate", "lr {:.2e}"), _figure(event, "grad_norm", "norm {:.2f}")]
 

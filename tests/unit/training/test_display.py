@@ -23,6 +23,7 @@ def test_notes_begin_with_the_most_important() -> None:
         "loss 3.250", "2,950 tokens/s", "perplexity 20.08", "epoch 2", "lr 1.50e-03", "norm 0.75",
     ]  # fmt: skip
     assert train_notes({**TRAIN, "loss": math.nan, "skipped": 3})[:3] == ["loss not finite", "3 skipped", "2,950 tokens/s"]
+    assert train_notes({**TRAIN, "perplexity": 1.5e304})[2] == "perplexity 1.5e+304"
 
 
 def test_a_distillation_shows_what_it_learns_from_the_teacher() -> None:
