@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dstrain import __version__
 from dstrain.cli.guard import guarded
 from dstrain.cli.parser import Parser, help_of
-from dstrain.log import setup_logging
+from dstrain.log import logger, setup_logging
 from dstrain.parallel.launch_environment import rank_for_messages
 
 VERBS = {
@@ -48,7 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 1 a mistake that the message explains, 2 usage, 130 interrupted."""
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not re.match(r"--local[-_]rank=", word)]
     chosen = next((word for word in words if not word.startswith("-")), None)
-    args = build_parser([chosen] if chosen else []).parse_args(words)
+    try:
+        args = build_parser([chosen] if chosen else []).parse_args(words)
+    except KeyboardInterrupt:  # imports take a moment
+        logger.error("interrupted")
+        return 130
     setup_logging(debug=args.debug, rank=rank_for_messages(os.environ))
     return guarded(args)
 

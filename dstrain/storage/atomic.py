@@ -169,4 +169,4 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 def previous_version(directory: Path) -> Path:
     """Where `replace_directory` moves a directory until the new one is in its place."""
-    return directory.with_name(f".{directory.name}.old")
+    return directory.parent / f".{directory.name}.old"  # with_name refuses "."

@@ -48,7 +48,11 @@ def check_output_path(output: Path, inputs: Mapping[str, Path | None]) -> None:
     """The first half of `check_output`, for an output that is continued where it exists."""
     if output.exists() and not (output.is_file() or output.is_dir()):
         return
-    parent = _directory_of(output)
+    try:
+        resolved = output.resolve()
+    except (OSError, RuntimeError) as error:  # the second one of Python before 3.13
+        raise StorageError(f"--output {output} is a link that leads back to itself; choose another --output") from error
+    parent = next(path for path in (resolved, *resolved.parents) if path.exists() and not (path == resolved and path.is_file()))
     if not parent.is_dir():
         raise StorageError(f"--output {output}: {parent} is a file, not a directory; choose another --output")
     if not os.access(parent, os.W_OK | os.X_OK):
@@ -60,7 +64,7 @@ def check_output_path(output: Path, inputs: Mapping[str, Path | None]) -> None:
             continue
         if path.samefile(output):
             raise StorageError(f"--output {output} is the same as {name}, which would be lost; choose another --output")
-        if output.resolve() in path.resolve().parents:
+        if resolved in path.resolve().parents:
             raise StorageError(f"--output {output} holds {name} ({path}), which would be lost; choose another --output")
 
 
@@ -74,9 +78,3 @@ def require_run_as_output(directory: Path) -> None:
             f"--output {directory} is no run (it has no run.json) and not empty (it holds {', '.join(others[:3])}): "
             "name a new directory, or that of an earlier run"
         )
-
-
-def _directory_of(output: Path) -> Path:
-    """The directory that is written into to make `output`, or the file that is in its way."""
-    resolved = output.resolve()
-    return next(path for path in (resolved, *resolved.parents) if path.exists() and not (path == resolved and path.is_file()))

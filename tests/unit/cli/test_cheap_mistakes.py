@@ -46,6 +46,7 @@ MISTAKES = {
         "is part of BUNDLE",
     ),
     "output below a file": (["average", BUNDLE, "--output", "text/b"], "text is a file, not a directory"),
+    "no bundle where one stands": (["generate", ".", "--input", "text"], ". is not a bundle"),
     "no bundle to talk to": (["interactive", "none"], "none is not a bundle"),
     "no data to validate on": (["validate", BUNDLE, "--data", "none"], "none/manifest.json is missing"),
     "no hypotheses": (["evaluate", "--hypothesis", "none", "--reference", "text"], "none: No such file"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import time
 
 import pytest
 
 from dstrain.cli.guard import guarded
+from dstrain.cli.main import main
 from dstrain.errors import DataError, DstrainError
 from dstrain.log import setup_logging
 from dstrain.parallel.errors import raise_on_all_ranks
@@ -50,3 +52,14 @@ def test_an_error_of_one_rank_is_printed_by_it(monkeypatch: pytest.MonkeyPatch, 
     assert printed(DataError("alone"), 3, monkeypatch, capsys, local_rank=1) == "[rank 3] ERROR alone\n"
     refusal = OSError(28, "No space left on device", "RUN")
     assert "[rank 3] ERROR RUN: No space left on device" in printed(refusal, 3, monkeypatch, capsys, local_rank=1)
+
+
+def test_an_interruption_while_a_verb_is_imported_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(importlib, "import_module", interrupt)
+    assert main(["show", "translation/quickstart"]) == 130
+    assert capsys.readouterr().err.endswith("interrupted\n")

@@ -64,6 +64,9 @@ def test_an_output_lies_where_it_can_be_written(text: Path, tmp_path: Path, monk
         check_output_path(text / "new" / "b", {})
     with pytest.raises(StorageError, match=r"is a directory; name a file, such as .*NAME"):
         check_output_file(tmp_path, {}, overwrite=True)
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(StorageError, match="loop is a link that leads back to itself; choose another --output"):
+        check_output_path(tmp_path / "loop", {"--input": text})
     check_output_path(tmp_path / "new" / "b", {})
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
     for output in (text, tmp_path / "new" / "b", tmp_path):
