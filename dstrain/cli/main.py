@@ -70,11 +70,10 @@ def build_parser(verbs: Collection[str]) -> Parser:
     parser.add_argument("--debug", action="store_true", help="show stack traces and debug messages")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB")
     for name, summary in VERBS.items():
-        subparser = subparsers.add_parser(name, help=summary, description=summary)
+        subparser = subparsers.add_parser(name, help=summary, formatter_class=argparse.RawDescriptionHelpFormatter)
         if name in verbs:
             module = importlib.import_module(f"dstrain.cli.{'import_' if name == 'import' else name.replace('-', '_')}")
             subparser.description = f"{module.__doc__}"
-            subparser.formatter_class = argparse.RawDescriptionHelpFormatter
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
             subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)

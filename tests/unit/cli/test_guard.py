@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
 import time
 
 import pytest
@@ -49,6 +50,7 @@ def test_an_error_that_all_ranks_share_is_printed_by_the_first(
 
 
 def test_an_error_of_one_rank_is_printed_by_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "dstrain.parallel.mesh", sys)  # the ranks have met
     assert printed(DataError("alone"), 3, monkeypatch, capsys, local_rank=1) == "[rank 3] ERROR alone\n"
     refusal = OSError(28, "No space left on device", "RUN")
     assert "[rank 3] ERROR RUN: No space left on device" in printed(refusal, 3, monkeypatch, capsys, local_rank=1)
@@ -60,6 +62,7 @@ def test_an_interruption_while_a_verb_is_imported_is_one_message(
     def interrupt(name: str) -> None:
         raise KeyboardInterrupt
 
+    setup_logging()
     monkeypatch.setattr(importlib, "import_module", interrupt)
     assert main(["show", "translation/quickstart"]) == 130
     assert capsys.readouterr().err.endswith("interrupted\n")
