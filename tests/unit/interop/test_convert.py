@@ -97,6 +97,7 @@ VALUES = {
     "criterion": "adaptive_loss",
     "ddp-backend": "fully_sharded",
     "decoder-output-activation-fn": "tanh",
+    "end-learning-rate": "1e-6",
     "eval-bleu-args": """'{"beam": 4, "max_len_a": 1.2, "iter_decode_max_iter": 3}'""",
     "eval-bleu-detok": "moses",
     "eval-bleu-remove-bpe": "sentencepiece",
@@ -123,6 +124,8 @@ VALUES = {
     **dict.fromkeys(("max-source-positions", "max-target-positions", "max-tokens"), "512"),
     **dict.fromkeys(("keep-best-checkpoints", "patience", "seed", "max-epoch", "tokens-per-sample", "batch-size"), "16"),
     **dict.fromkeys(("source-lang", "target-lang"), "fr"),
+    "min-lr": "1e-6",
+    "warmup-init-lr": "1e-6",
 }
 SCHEDULES = {
     "inverse_sqrt": "warmup-updates warmup-init-lr",
