@@ -14,6 +14,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import RLock
 from typing import IO
 from weakref import WeakValueDictionary
 
@@ -32,13 +33,16 @@ class OutputLock:
 
     def release(self) -> None:
         """Let other processes write into the directory. Calling it again does nothing."""
-        if not self._file.closed:
-            _held.pop(self._path, None)
-            self._path.unlink(missing_ok=True)  # while it is still locked: a process that waits for this file opens a new one
-            self._file.close()
+        with _GUARD:
+            if not self._file.closed:
+                _held.pop(self._path, None)
+                self._path.unlink(missing_ok=True)  # while it is still locked: a process that waits for this file opens a new one
+                self._file.close()
 
 
 _held: WeakValueDictionary[Path, OutputLock] = WeakValueDictionary()
+_GUARD = RLock()
+"""Record locks are those of a process: its threads take turns by this one."""
 
 
 def lock_output(directory: Path, *, busy: Callable[[str], DstrainError]) -> OutputLock:
@@ -47,6 +51,11 @@ def lock_output(directory: Path, *, busy: Callable[[str], DstrainError]) -> Outp
     busy: the error to raise if another process holds the lock, from a description of that process. Raises StorageError if the
     directory cannot be made or written.
     """
+    with _GUARD:
+        return _lock_output(directory, busy)
+
+
+def _lock_output(directory: Path, busy: Callable[[str], DstrainError]) -> OutputLock:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory.resolve() / LOCK_FILE

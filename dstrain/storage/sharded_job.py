@@ -73,14 +73,20 @@ class ShardedJob(Generic[J, S]):
     def read(self, directory: Path) -> J | None:
         """The job of a directory; None if it has none yet. Raises DataError if it holds something else."""
         path = directory / PARTS_FILE
-        # List the directory before looking for the job: if another process starts in between, its first shard is younger.
-        foreign = foreign_files(directory, known=PARTS_FILE)
-        if path.exists() or path.is_symlink():
-            return self.job.read(path)
-        if foreign:
-            names = ", ".join(foreign[:3])
-            raise DataError(f"{directory} holds files that `dstrain {self.verb}` did not make ({names}); choose another --output")
-        return None
+        foreign: list[str] = []
+        for _ in range(3):  # what is seen may be half of what another process removes or starts: then look again
+            foreign = foreign_files(directory, known=PARTS_FILE)
+            if path.exists() or path.is_symlink():
+                try:
+                    return self.job.read(path)
+                except DataError:
+                    if path.exists() or path.is_symlink():
+                        raise
+            elif not foreign:
+                return None
+            time.sleep(0.05)
+        names = ", ".join(foreign[:3])
+        raise DataError(f"{directory} holds files that `dstrain {self.verb}` did not make ({names}); choose another --output")
 
     def start(self, directory: Path, job: J) -> None:
         """Make the directory belong to `job`. Raises DataError that lists the differences if it belongs to another job.
