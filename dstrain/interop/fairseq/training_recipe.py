@@ -15,21 +15,13 @@ from dstrain.data.sources.fairseq_directory import fairseq_data
 from dstrain.errors import DataError
 from dstrain.interop.fairseq.checkpoint import FairseqCheckpoint
 from dstrain.interop.fairseq.command_line.command import read_value
-from dstrain.interop.fairseq.command_line.convert import PLACEHOLDER, data_tree, length_limits
+from dstrain.interop.fairseq.command_line.convert import PLACEHOLDER, data_tree, length_limits, training_sections
 from dstrain.interop.fairseq.command_line.flags import ALIASES
 from dstrain.interop.fairseq.command_line.notes import Notes
-from dstrain.interop.fairseq.command_line.objective import objective_section
 from dstrain.interop.fairseq.command_line.optimization import (
     batching_section,
-    engine_section,
     optimizer_section,
     schedule_section,
-)
-from dstrain.interop.fairseq.command_line.running import (
-    checkpoint_section,
-    reporting_section,
-    training_section,
-    validation_section,
 )
 from dstrain.interop.fairseq.languages import ONE_PAIR, LanguageTokens, language_tokens, task_name
 from dstrain.interop.fairseq.lora import ForeignAdapter
@@ -82,14 +74,7 @@ def recipe_of_checkpoint(
         "batching": batching_section(settings, notes),
         "model": model,
         **({} if adapter is None else {"adapter": adapter.settings}),
-        "objective": objective_section(settings, notes),
-        "optimizer": optimizer,
-        "schedule": schedule,
-        "engine": engine_section(settings, notes),
-        "training": training_section(settings, schedule, notes),
-        "validation": validation_section(settings, notes),
-        "checkpoint": checkpoint_section(settings, notes),
-        "reporting": reporting_section(settings, notes),
+        **training_sections(settings, optimizer, schedule, notes),
     }
     check_recipe(tree, "the recipe of this checkpoint")
     return tree, notes

@@ -80,6 +80,13 @@ def _tree(arch: str, command: Command, settings: Settings, notes: Notes) -> Tree
         "batching": batching_section(settings, notes),
         "model": model,
         **({} if adapter is None else {"adapter": adapter}),
+        **training_sections(settings, optimizer, schedule, notes),
+    }
+
+
+def training_sections(settings: Settings, optimizer: Tree, schedule: Tree, notes: Notes) -> Tree:
+    """The sections from `objective` on, which no data and no model decide. optimizer, schedule: as made before."""
+    return {
         "objective": objective_section(settings, notes),
         "optimizer": optimizer,
         "schedule": schedule,
