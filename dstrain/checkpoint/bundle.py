@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +29,7 @@ from dstrain.adapters.config import AdapterConfig
 from dstrain.checkpoint.adapter_files import BaseReference, StoredAdapter, adapters_of, open_weights, write_adapter
 from dstrain.checkpoint.directories import MODEL, RECIPE, TOKENIZER, WEIGHTS, check_bundle_output, require_bundle
 from dstrain.checkpoint.task import BundleTask, task_of
-from dstrain.checkpoint.tensor_file import TensorFile, save_tensors
+from dstrain.checkpoint.tensor_file import FileVersion, TensorFile, file_version, save_tensors
 from dstrain.config_base import Config
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import BundleError
@@ -192,7 +192,8 @@ class StoredBundle:
     root: the plain bundle that it is or rests on.
 
     description: of the root. adapters: over it, lowest first. notes: of the bundle itself. fingerprint: which model this is,
-    SHA-256 over architecture, vocabulary, weights and adapters.
+    SHA-256 over architecture, vocabulary, weights and adapters. version: of the file of weights that was verified, which is
+    read later, tensor by tensor.
     """
 
     directory: Path
@@ -201,6 +202,7 @@ class StoredBundle:
     adapters: tuple[StoredAdapter, ...]
     notes: dict[str, Any]
     fingerprint: str
+    version: FileVersion
 
     @property
     def task(self) -> BundleTask:
@@ -230,9 +232,13 @@ class StoredBundle:
         return self._file.infos[name].shape
 
     def read(self, name: str) -> Tensor:
-        """One tensor with all adapters merged. BundleError if an adapter does not fit."""
-        with self._file as file:
-            tensor = file.read(name)
+        """One tensor with all adapters merged. BundleError if an adapter does not fit, or the bundle was replaced meanwhile."""
+        tensor = None
+        with suppress(FileNotFoundError), self._file as file:
+            if file.version() == self.version:
+                tensor = file.read(name)
+        if tensor is None:
+            raise BundleError(f"{self.root} was replaced while it was read, perhaps by a training; run the same command again")
         for adapter in self.adapters:
             tensor = adapter.applied(name, tensor)
         return tensor
@@ -256,12 +262,17 @@ def find_bundle(directory: Path, base: Path | None = None) -> StoredBundle:
 
     BundleError as `load_bundle`, before weights are read.
     """
-    directory = complete_version(Path(directory))
+    return read_unreplaced(lambda: [Path(directory)], lambda paths: _find(paths[0], base))
+
+
+def _find(directory: Path, base: Path | None) -> StoredBundle:
+    directory = complete_version(directory)
     root, adapters = adapters_of(directory, base)
     tree = _description_tree(root)
     description = DESCRIPTION.validate(tree, root / MODEL)
     weights = root / WEIGHTS
     _require(weights)
+    version = file_version(weights)
     if sha256_of_file(weights) != description.sha256:
         raise BundleError(f"{weights}: the file was altered after it was written (checksum); restore it from a copy")
     model = [tree["model"], tree["vocabulary"]]  # as they are in the file: defaults of later versions change nothing
@@ -270,7 +281,7 @@ def find_bundle(directory: Path, base: Path | None = None) -> StoredBundle:
         adapter.check_base(sha256_of_json([*model, weights_id]), weights_id)
         weights_id = adapter.weights_id_on(weights_id)
     notes = adapters[-1].description.notes if adapters else description.notes
-    return StoredBundle(directory, root, description, adapters, notes, sha256_of_json([*model, weights_id]))
+    return StoredBundle(directory, root, description, adapters, notes, sha256_of_json([*model, weights_id]), version)
 
 
 def load_bundle(directory: Path, *, device: torch.device | str = "cpu", base: Path | None = None) -> Bundle:
@@ -283,7 +294,7 @@ def load_bundle(directory: Path, *, device: torch.device | str = "cpu", base: Pa
 
 
 def _load(directory: Path, device: torch.device | str, base: Path | None) -> Bundle:
-    stored = find_bundle(directory, base)
+    stored = _find(directory, base)
     description = stored.description
     model = build_model(description.model, description.vocabulary, seed=None)
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dstrain.errors import BundleError, CheckpointError
@@ -36,6 +36,14 @@ def require_bundle(directory: Path) -> None:
     """BundleError unless `is_bundle`."""
     if not is_bundle(directory):
         raise BundleError(f"{directory} is not a bundle: it has no {MODEL}; {instead_of('a bundle', directory)}")
+
+
+def require_different(directories: Sequence[Path]) -> None:
+    """BundleError if a bundle is named twice, through a link too."""
+    seen: dict[Path, Path] = {}
+    for directory in directories:
+        if (first := seen.setdefault(directory.resolve(), directory)) is not directory:
+            raise BundleError(f"{directory} is the same bundle as {first} and would count twice; name it once")
 
 
 def check_bundle_output(directory: Path, inputs: Mapping[str, Path | None], *, overwrite: bool) -> None:

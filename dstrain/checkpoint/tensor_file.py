@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,6 +89,19 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, show_progress: bo
     return write_tensors(path, infos, (tensors[name].cpu() for name in names))
 
 
+FileVersion = tuple[int, ...]
+"""Changes if a file is replaced, even by one that gets its inode."""
+
+
+def file_version(path: Path) -> FileVersion:
+    """Of the file that is there now."""
+    return _version(path.stat())
+
+
+def _version(stat: os.stat_result) -> FileVersion:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 class TensorFile:
     """A safetensors file, read inside `with` blocks. CheckpointError if its header is none of safetensors."""
 
@@ -116,6 +130,10 @@ class TensorFile:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
+
+    def version(self) -> FileVersion:
+        """Of the file that this `with` block reads, wherever its name leads meanwhile."""
+        return _version(os.fstat(self._file.fileno()))
 
     def info(self, name: str) -> TensorInfo:
         """Dtype and shape of a tensor. Raises CheckpointError if there is none of that name."""

@@ -10,7 +10,7 @@ import argparse
 from functools import partial
 from pathlib import Path
 
-from dstrain.checkpoint.directories import check_bundle_output, is_bundle, newest_step_bundles, require_bundle
+from dstrain.checkpoint.directories import check_bundle_output, is_bundle, newest_step_bundles, require_bundle, require_different
 from dstrain.cli.bundle_arguments import add_base_argument
 from dstrain.cli.common import add_overwrite_argument, positive_number
 from dstrain.errors import BundleError
@@ -39,8 +39,10 @@ def run(args: argparse.Namespace) -> int:
         choose = partial(list, args.inputs)
     for bundle in choose():
         require_bundle(bundle)
+    require_different(args.inputs)
     from dstrain.checkpoint.average import average_bundles
 
     bundles = average_bundles(choose, args.output, args.base, overwrite=args.overwrite)
-    print(f"mean of {len(bundles)} bundles ({', '.join(path.name for path in bundles)}) -> {args.output}")
+    number = "1 bundle" if len(bundles) == 1 else f"{len(bundles)} bundles"
+    print(f"mean of {number} ({', '.join(path.name for path in bundles)}) -> {args.output}")
     return 0

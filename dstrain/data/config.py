@@ -14,7 +14,8 @@ from dstrain.log import logger
 
 
 class ParallelText(Config):
-    """Two line-parallel files, plain or compressed (gzip, bzip2, xz, zstd). `${NAME}` in a path is read from the environment."""
+    """Two line-parallel files, plain or compressed (gzip, bzip2, xz, zstd). `${NAME}` and `$NAME` in a path are read from the
+    environment, `~` is the home directory."""
 
     kind: Literal["parallel"] = "parallel"
     source: str = Field(description="File of the source side.")

@@ -148,7 +148,7 @@ class TrainEngine:
         total = self._reduce(self._accumulate(batches, selected, self.mesh.replicas.size / denominator))
         loss = total.loss_sum / denominator
         if self._precision != "fp16" and not math.isfinite(loss):
-            raise TrainingError(f"step {self.step + 1}: the loss is {loss}; {_REMEDY}")
+            raise TrainingError(f"the loss is {loss}; {_REMEDY}")
         norm = self._update()
         report = StepReport(
             step=self.step + 1,
@@ -202,16 +202,16 @@ class TrainEngine:
         if self.stage == 0:
             norm = self._grad_norm()
         if self.stage == 0 and not math.isfinite(norm):
-            raise TrainingError(f"step {self.step + 1}: the gradient norm is {norm}; {_REMEDY}")
+            raise TrainingError(f"the gradient norm is {norm}; {_REMEDY}")
         try:
             self._engine.step()
         except Exception as error:
             if "loss scale already at minimum" in str(error):
-                raise TrainingError(f"step {self.step + 1}: the fp16 loss scale has reached its minimum; {_REMEDY}") from error
+                raise TrainingError(f"the fp16 loss scale has reached its minimum; {_REMEDY}") from error
             raise
         if not self._engine.was_step_applied():
             if self._precision != "fp16":
-                raise TrainingError(f"step {self.step + 1}: a gradient is not finite; {_REMEDY}")
+                raise TrainingError(f"a gradient is not finite; {_REMEDY}")
             return math.inf
         return norm if self.stage == 0 else float(self._engine.get_global_grad_norm())
 

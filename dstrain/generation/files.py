@@ -20,7 +20,7 @@ from dstrain.data.sources.text import decode_line
 from dstrain.errors import DataError
 from dstrain.generation.formats import Answer
 from dstrain.log import logger
-from dstrain.storage.atomic import is_stream, sync
+from dstrain.storage.atomic import is_stream, named_if_full, sync
 from dstrain.storage.file_format import HEAD_BYTES, compression_of
 from dstrain.storage.outputs import check_output_file, check_output_path
 
@@ -130,7 +130,7 @@ def open_output(path: str) -> Iterator[TextIO]:
         sys.stdout.flush()
         return
     if is_stream(Path(path)):  # a rename would put a file in the place of a pipe, or of /dev/null
-        with Path(path).open("w", encoding="utf-8", newline="\n") as stream:
+        with named_if_full(Path(path)), Path(path).open("w", encoding="utf-8", newline="\n") as stream:
             yield stream
         return
     partial = partial_path(path)

@@ -33,13 +33,13 @@ def atomic_writer(path: Path) -> Iterator[HashingWriter]:
     A pipe or a device is written as it is. Raises StorageError if the disk is full, or if another process writes the same file.
     """
     if is_stream(path):  # a rename would put a file in the place of a pipe, or of /dev/null
-        with path.open("wb") as stream:
+        with named_if_full(path), path.open("wb") as stream:
             yield HashingWriter(stream)
         return
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        with named_if_full(path), temporary.open("wb") as file:
             yield HashingWriter(file)
             file.flush()
             os.fsync(file.fileno())
@@ -49,6 +49,15 @@ def atomic_writer(path: Path) -> Iterator[HashingWriter]:
         if error.filename != str(temporary) or not path.parent.is_dir():
             raise
         raise StorageError(f"another process has written {path} at the same time; give every process its own work") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def named_if_full(path: Path) -> Iterator[None]:
+    """Raise StorageError that names `path` if the disk is full; the error of the system names no file that is open."""
+    try:
+        yield
     except OSError as error:
         if error.errno in NO_SPACE:
             raise StorageError(
@@ -56,8 +65,6 @@ def atomic_writer(path: Path) -> Iterator[HashingWriter]:
                 "command again to go on"
             ) from error
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def is_stream(path: Path) -> bool:

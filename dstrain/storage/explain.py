@@ -58,9 +58,18 @@ def explain(error: ValidationError, model: type[BaseModel], *, yaml: bool = Fals
 
 def shown(value: object) -> str:
     """A value in a message: as YAML has it, shortened."""
-    words = {None: "null", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
+    text = _as_yaml(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _as_yaml(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_as_yaml, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_as_yaml(item)}' for key, item in value.items())}}}"
+    return repr(value)
 
 
 def yaml_trap(value: object, remedy: str = "put the word in quotes") -> str:
@@ -83,7 +92,7 @@ def _explain_one(detail: Any, model: type[BaseModel], yaml: bool) -> list[str]:
         case "value_error":
             error = detail["ctx"]["error"]
             problems = error.problems if isinstance(error, ConfigErrors) else [str(error)]
-            return [f"{key_path}: {problem}" if key_path else problem for problem in problems]
+            return [_at(at.path, problem) for problem in problems]
         case "extra_forbidden":
             text = f"unknown key; {_key_remedy(at, model)}"
         case "missing":
@@ -102,6 +111,13 @@ def _explain_one(detail: Any, model: type[BaseModel], yaml: bool) -> list[str]:
                 text += f", not {shown(value)}"
             text += _value_remedy(mistake, value, at) if yaml else ""
     return [f"{key_path}: {text}"]
+
+
+def _at(path: Sequence[str], problem: str) -> str:
+    """A problem behind its key, which is written once also if the problem begins with `KEY = VALUE`."""
+    if path and problem.startswith(f"{path[-1]} = "):
+        return ".".join([*path[:-1], problem])
+    return f"{'.'.join(path)}: {problem}" if path else problem
 
 
 def _expectation(detail: Any, yaml: bool) -> str:

@@ -29,6 +29,8 @@ from dstrain.storage.document import DocumentFormat, FileRecord
 from dstrain.storage.lock import LOCK_FILE, locked_output
 
 PARTS_FILE = "parts.json"
+JOB_REMEDY = "remove the directory and run `dstrain {verb}` again, or choose another --output"
+"""For the description of a job that is damaged, so that it is unknown what the directory holds."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ same objects.
 | bundle | names |
 | checkpoint | path, seconds |
 | resume | path, world_size, layout (ranks, DeepSpeed file, precision), layout_before, changes of the recipe |
-| failure | message, epoch, index, examples: position and data set rows of the step that failed |
+| failure | message: what ended training; of a step that failed also epoch, index, examples: its position and data set rows |
 | end | reason, exit_code, elapsed_seconds, best_score, best_step |
 
 `train` and `valid`: loss is in nats, the mean over target tokens or over sentences that the objective minimizes; nll, perplexity
@@ -35,6 +35,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,9 @@ class EventFile:
         self._file.seek(0, os.SEEK_END)
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; a line that the disk did not take has been reported by `append`."""
+        with suppress(OSError):
+            self._file.close()
 
     def _ends_a_line(self, length: int) -> bool:
         return length == 0 or self.path.read_bytes().endswith(b"\n")

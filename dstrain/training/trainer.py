@@ -13,7 +13,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -24,7 +24,7 @@ from dstrain.checkpoint.manager import CheckpointManager
 from dstrain.data.batching.loader import Steps
 from dstrain.data.batching.plan import PlannedStep
 from dstrain.engine.loss_totals import StepReport
-from dstrain.errors import TrainingError
+from dstrain.errors import DstrainError, TrainingError
 from dstrain.log import log_fields, logger
 from dstrain.protocols import Ranks, Resumable
 from dstrain.training.bundles import BundleStore
@@ -104,6 +104,7 @@ class Trainer:
         self.changes = changes
         self._origin = time.monotonic()
         self._saved_step = -1
+        self._reached: int | None = None
         self._last: tuple[PlannedStep, StepReport] | None = None
 
     def run(self) -> int:
@@ -114,8 +115,9 @@ class Trainer:
         with self.signals, self.watchdog:
             try:
                 return self._run()
-            except (OSError, RuntimeError) as error:
+            except (DstrainError, OSError, RuntimeError) as error:
                 reason = explained(error, self.checkpoints.latest)
+                self._emit_failure(reason or error)
                 if reason is None:
                     raise
                 raise reason from error
@@ -150,8 +152,7 @@ class Trainer:
                 raise TrainingError(reason, on_all_ranks=True)
         except TrainingError as error:
             self._emit_window(state)
-            batch_position = {"epoch": planned.epoch, "index": planned.index, "examples": planned.examples.tolist()}
-            self.reporter.emit("failure", state.step, message=str(error), **batch_position)
+            self._emit_failure(error, epoch=planned.epoch, index=planned.index, examples=planned.examples.tolist())
             latest = self.checkpoints.latest
             resume = (
                 f"The last checkpoint is {latest}: start again to resume, and name what you change of the recipe, for example "
@@ -165,6 +166,13 @@ class Trainer:
                 on_all_ranks=error.on_all_ranks,
             ) from error
         return report
+
+    def _emit_failure(self, error: BaseException, **position: Any) -> None:
+        """The event of what ends training, once; a full disk may not even take that. position: of a step that failed."""
+        step, self._reached = self._reached, None
+        if step is not None:
+            with suppress(DstrainError, OSError):
+                self.reporter.emit("failure", step, message=str(error), **position)
 
     def _resume(self) -> TrainingState:
         """The state to go on from; the event file then holds what had happened until then, once."""
@@ -236,6 +244,7 @@ class Trainer:
 
     def _do_pending(self, state: TrainingState) -> tuple[TrainingState, Stop | None]:
         """Do the work due between two steps. Returns the state after it, and why training stops here, if it does."""
+        self._reached = state.step
         state, request = self._agree(state)
         limit = reason_to_stop(self.training, self.validation, state)
         state = self._report(state, last=limit is not None)

@@ -122,6 +122,6 @@ def test_collectives_are_few(tmp_path: Path) -> None:
 def test_a_gradient_that_is_not_finite_on_one_tensor_rank_stops_all(tmp_path: Path) -> None:
     for rank in run_ranks("tensor_faults", 2, tmp_path, tensor=2, stages=["zero0", "zero1", "zero3"]):
         for report in rank:
-            assert ("step 2:" in report["error"] and "not finite" in report["error"]) or "is nan" in report["error"]
+            assert "not finite" in report["error"] or "is nan" in report["error"]
             assert report["step"] == 1
             assert report["unchanged"]

@@ -73,7 +73,7 @@ def lines_of(name: str, *overrides: str) -> list[str]:
         ("data.tokenizer.tags=en", "data.tokenizer.tags: input should be a list, not 'en'; put it in brackets: [en]"),
         (
             "data.train={kind: tsv, path: a}",
-            "data.train: input should be a list, not {'kind': 'tsv', 'path': 'a'}; put sections in brackets",
+            "data.train: input should be a list, not {kind: 'tsv', path: 'a'}; put sections in brackets",
         ),
         ("data.valid=my.en", "data.valid: input should be a list, not 'my.en'; put sections in brackets: [{kind: ..., ...}]"),
         ("data.test={kind: tsv, path: a}", "data.test: 'kind' names no test set; write test: {NAME: [{kind: ...}]}"),
@@ -111,6 +111,8 @@ def lines_of(name: str, *overrides: str) -> list[str]:
         ("description=a #b", "YAML reads a comment from ' #' on; put the value in quotes"),
         ("training.seed.x.y=1", "training.seed is the value 1, which has no keys"),
         ("optimizer.betas.\u00b2=1", "is no item of a list of 2; items count from 0"),
+        ("model.dropout=[null, {a: no}]", "model.dropout: input should be a valid number, not [null, {a: false}]"),
+        ("engine.parallel.sequence=2", "engine.parallel.sequence = 2: sequence parallelism is not available in this version"),
         ("version=null", "version: this dstrain reads recipes of version 1, not null"),
     ],
 )

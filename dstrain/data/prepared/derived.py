@@ -33,7 +33,7 @@ from dstrain.errors import DataError
 from dstrain.storage.atomic import atomic_writer, link_or_copy, write_file
 from dstrain.storage.document import DocumentFormat, FileRecord
 from dstrain.storage.hashing import sha256_of_text
-from dstrain.storage.sharded_job import ShardedJob
+from dstrain.storage.sharded_job import JOB_REMEDY, ShardedJob
 
 ORIGINAL = "original"
 TRAIN = "train"
@@ -69,7 +69,7 @@ def label_shard_file(number: int) -> str:
 
 LABELING = ShardedJob(
     verb="pseudo-label",
-    job=DocumentFormat(LabelJob, "job of `dstrain pseudo-label`", DataError, "choose another --output, or remove the directory"),
+    job=DocumentFormat(LabelJob, "job of `dstrain pseudo-label`", DataError, JOB_REMEDY.format(verb="pseudo-label")),
     sidecar=PairSidecar,
     shard_file=label_shard_file,
     num_shards=lambda job: job.parts,

@@ -25,7 +25,7 @@ from dstrain.data.tokenizers.training import load_configured_tokenizers
 from dstrain.errors import DataError
 from dstrain.storage.document import Count, DocumentFormat
 from dstrain.storage.hashing import sha256_of_json
-from dstrain.storage.sharded_job import foreign_files
+from dstrain.storage.sharded_job import JOB_REMEDY, foreign_files
 
 Scan = Callable[[Path], FileScan]
 
@@ -65,7 +65,7 @@ class Job(Config):
 
 
 JOB = DocumentFormat(
-    Job, "job of `dstrain prepare`", DataError, "choose another --output or remove the directory", version_field="format_version"
+    Job, "job of `dstrain prepare`", DataError, JOB_REMEDY.format(verb="prepare"), version_field="format_version"
 )
 
 

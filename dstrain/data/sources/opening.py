@@ -29,6 +29,38 @@ STANDARD_INPUT = "standard input"
 BUFFER_BYTES = 1 << 16
 
 
+class _Decompressed(io.RawIOBase):
+    """Compressed streams, one after another, and zero bytes behind the last. Python's own readers pass over anything there.
+
+    decompressor: makes one that reads one stream. Raises EOFError if the last is cut short.
+    """
+
+    def __init__(self, raw: BinaryIO, decompressor: Callable[[], Any]) -> None:
+        super().__init__()
+        self._raw = raw
+        self._new = decompressor
+        self._current = decompressor()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            content = b""
+            if self._current.eof:
+                content = self._current.unused_data.lstrip(b"\0")
+                while not content and (more := self._raw.read(BUFFER_BYTES)):
+                    content = more.lstrip(b"\0")
+                if not content:
+                    return 0
+                self._current = self._new()
+            elif self._current.needs_input and not (content := self._raw.read(BUFFER_BYTES)):
+                raise EOFError
+            if result := self._current.decompress(content, len(buffer)):
+                buffer[: len(result)] = result
+                return len(result)
+
+
 def _open_zstd(stream: BinaryIO) -> Any:
     import pyarrow as pa  # a fifth of a second that other files need not cost
 
@@ -37,8 +69,8 @@ def _open_zstd(stream: BinaryIO) -> Any:
 
 DECOMPRESSORS: dict[str, Callable[[Any], Any]] = {
     "gzip": lambda stream: gzip.GzipFile(fileobj=stream),
-    "bzip2": bz2.BZ2File,
-    "xz": lzma.LZMAFile,
+    "bzip2": lambda stream: _Decompressed(stream, bz2.BZ2Decompressor),
+    "xz": lambda stream: _Decompressed(stream, lzma.LZMADecompressor),
     "zstd": _open_zstd,
 }
 SUFFIXES = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}

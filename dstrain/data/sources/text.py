@@ -28,7 +28,7 @@ MAX_BLOCK_BYTES = 1 << 20
 SCAN_BYTES = 1 << 22
 BYTE_ORDER_MARK = "\ufeff"
 CSV_FIELD = re.compile(rb'(?:^|\t)"((?:[^"\t\n]|"")+)"(?=\t|\r?$)', re.MULTILINE)
-VARIABLE = re.compile(r"\$\{(\w+)\}")
+VARIABLE = re.compile(r"\$(?:\{(\w+)\}|([A-Za-z_]\w*))")
 
 
 class FileScan(NamedTuple):
@@ -47,10 +47,13 @@ class TextBlock(NamedTuple):
 
 
 def expand_path(path: str) -> Path:
-    """Replace every `${NAME}` by the environment's value. Raises DataError naming a variable that is not set."""
+    """Replace every `${NAME}` and `$NAME` by the environment's value, and `~` by the home directory.
+
+    Raises DataError naming a variable that is not set.
+    """
 
     def value(match: re.Match[str]) -> str:
-        name = match[1]
+        name = match[1] or match[2]
         if name not in os.environ:
             raise DataError(f"{path}: the environment variable {name} is not set; set it, or write the path out in the recipe")
         return os.environ[name]

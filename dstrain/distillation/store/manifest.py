@@ -21,7 +21,7 @@ from dstrain.errors import DataError
 from dstrain.storage.directory_kind import instead_of
 from dstrain.storage.document import Count, DocumentFormat, FileRecord
 from dstrain.storage.hashing import sha256_of_text
-from dstrain.storage.sharded_job import PARTS_FILE, ShardedJob, Sidecar
+from dstrain.storage.sharded_job import JOB_REMEDY, PARTS_FILE, ShardedJob, Sidecar
 
 STORE_FORMAT_VERSION = 1
 STORE_FILE = "logits.json"
@@ -172,7 +172,7 @@ DUMP = ShardedJob(
         DumpJob,
         "job of `dstrain dump-logits`",
         DataError,
-        "choose another --output, or remove the directory",
+        JOB_REMEDY.format(verb="dump-logits"),
         version_field="format_version",
         version=STORE_FORMAT_VERSION,
     ),

@@ -165,6 +165,10 @@ class TestVerb:
         assert "mean of 2 bundles (step_00000100, step_00000110)" in capsys.readouterr().out
         assert [Path(path).name for path in load_bundle(run / "mean").notes["average_of"]] == ["step_00000100", "step_00000110"]
 
+    def test_one_bundle_is_no_plural(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["average", str(run), "--last", "1", "--output", str(run / "mean")]) == 0
+        assert "mean of 1 bundle (step_00000110)" in capsys.readouterr().out
+
     def test_all_of_a_run_and_named_bundles(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["average", str(run), "--output", str(run / "mean")]) == 0
         assert "mean of 3 bundles" in capsys.readouterr().out
@@ -187,6 +191,7 @@ class TestVerb:
             (["run/bundles/best", "--last", "1"], "--last goes with one run directory"),
             (["run/nothing"], "neither a run (it has no bundles/) nor a bundle"),
             (["run", "run/bundles/best"], "is not a bundle"),
+            (["run/bundles/best", "run/bundles/../bundles/best"], "bundles/best and would count twice; name it once"),
         ],
     )
     def test_mistakes(self, run: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:

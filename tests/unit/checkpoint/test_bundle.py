@@ -4,6 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import re
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -250,3 +251,19 @@ def test_the_fingerprint_is_of_architecture_vocabulary_and_weights(tmp_path: Pat
 def test_a_directory_that_does_not_exist(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="absent is not a bundle"):
         load_bundle(tmp_path / "absent")
+
+
+def test_a_bundle_that_is_replaced_before_its_weights_are_read_is_not_mixed(tmp_path: Path) -> None:
+    """A training reads its base and its teachers tensor by tensor, long after it has compared their checksums."""
+    bundle = tmp_path / "best"
+    save(bundle, small_model(small_config(), seed=1))
+    stored = find_bundle(bundle)
+    name = next(iter(stored.names()))
+    assert torch.equal(stored.read(name), load_file(bundle / "model.safetensors")[name])
+    save(bundle, small_model(small_config(), seed=2))
+    with pytest.raises(BundleError, match=r"best was replaced while it was read, .*; run the same command again"):
+        stored.read(name)
+    assert torch.equal(find_bundle(bundle).read(name), load_file(bundle / "model.safetensors")[name])
+    shutil.rmtree(bundle)
+    with pytest.raises(BundleError, match="best was replaced while it was read"):
+        stored.read(name)

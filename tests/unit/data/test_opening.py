@@ -64,6 +64,14 @@ def test_a_damaged_file_is_never_a_shorter_text(tmp_path: Path, compression: str
         scan_file(path)
 
 
+@pytest.mark.parametrize("compression", COMPRESS)
+def test_what_follows_compressed_text_is_not_passed_over(tmp_path: Path, compression: str) -> None:
+    path, whole = tmp_path / "train.en", COMPRESS[compression](TEXT)
+    path.write_bytes(whole + b"a line that was appended\n")
+    with pytest.raises(DataError, match=rf"train\.en: not a whole {compression} file \(.*\); fetch or compress it again"):
+        scan_file(path)
+
+
 @pytest.mark.parametrize("suffix", ["bz2", "xz", "zst"])
 def test_a_name_that_promises_compression_is_kept_to_it(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"train.{suffix}"

@@ -158,7 +158,12 @@ def test_variables_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DSTRAIN_DATA", "/corpora")
     monkeypatch.delenv("NO_SUCH", raising=False)
     assert expand_path("${DSTRAIN_DATA}/a/${DSTRAIN_DATA}.en") == Path("/corpora/a//corpora.en")
-    assert expand_path("plain $HOME") == Path("plain $HOME")
+    monkeypatch.setenv("HOME", "/home/a")
+    assert expand_path("$HOME/x/$DSTRAIN_DATA.de") == Path("/home/a/x/corpora.de")
+    assert expand_path("~/x") == Path("/home/a/x")
+    assert expand_path("a$1") == Path("a$1")
+    with pytest.raises(DataError, match=r"\$NO_SUCH/x: the environment variable NO_SUCH is not set; set it"):
+        expand_path("$NO_SUCH/x")
     with pytest.raises(DataError, match=r"\$\{NO_SUCH\}/x: the environment variable NO_SUCH is not set; set it"):
         expand_path("${NO_SUCH}/x")
 

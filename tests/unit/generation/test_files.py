@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.errors import DataError
+from dstrain.errors import DataError, StorageError
 from dstrain.generation.files import Chunk, count_lines, read_chunks, translate_file
 from dstrain.generation.formats import Answer
 from dstrain.generation.generator import TextHypothesis
@@ -98,6 +98,11 @@ def test_a_file_that_cannot_be_read_or_written_is_named(source: Path, tmp_path: 
 
 
 @pytest.mark.timeout(30)
+def test_a_full_device_is_named(source: Path) -> None:
+    with pytest.raises(StorageError, match=r"no space left to write /dev/full"):
+        translate_file(shout, str(source), "/dev/full", render)
+
+
 def test_a_pipe_is_written_as_it_is(source: Path, tmp_path: Path) -> None:
     """A rename would put a file in its place, and in that of /dev/null."""
     pipe = tmp_path / "pipe"

@@ -292,7 +292,7 @@ def test_a_loss_that_is_not_finite_ends_training_and_names_its_examples(tmp_path
     setup.engine.loss_of = lambda step, loss: float("nan") if step == 8 else loss
     with pytest.raises(TrainingError, match=r"step 8 failed \(epoch 2, step 0 of it.*the loss is nan.*step_00000005"):
         setup.run()
-    failure = setup.events("failure")[0]
+    (failure,) = setup.events("failure")
     assert (failure["epoch"], failure["index"], failure["examples"]) == (2, 0, [200])
     assert [step for step, _ in setup.losses()] == list(range(1, 8))
 
@@ -383,3 +383,23 @@ def test_a_signal_to_one_rank_stops_all_ranks_after_the_same_step(tmp_path: Path
 
     assert on_ranks(2, run) == [(85, 7), (85, 7)]
     assert json.loads((tmp_path / "checkpoints" / "step_00000007" / "manifest.json").read_text())["world_size"] == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "FILE"), "the disk is full at FILE; the last checkpoint is"),
+        (RuntimeError("Connection closed by peer [10.0.0.1]"), "another rank ended unexpectedly"),
+    ],
+)
+def test_a_full_disk_or_a_lost_rank_is_an_event_too(tmp_path: Path, error: Exception, message: str) -> None:
+    setup = Setup(tmp_path)
+
+    def strike(step: int) -> None:
+        if step == 8:
+            raise error
+
+    setup.engine.before_step = strike
+    with pytest.raises(TrainingError, match=message) as caught:
+        setup.run()
+    assert [(event["step"], event["message"]) for event in setup.events("failure")] == [(7, str(caught.value))]
