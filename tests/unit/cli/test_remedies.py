@@ -102,8 +102,8 @@ CASES = {
         afterwards=("average", "run", "--output", "teacher", "--overwrite"),
     ),
     "a bundle that is read": Case(
-        ("average", "teacher", "teacher", "--output", "teacher", "--overwrite"), "choose another --output",
-        afterwards=("average", "teacher", "teacher", "--output", "new"),
+        ("average", "teacher", "run/bundles/step_00000010", "--output", "teacher", "--overwrite"), "choose another --output",
+        afterwards=("average", "teacher", "run/bundles/step_00000010", "--output", "new"),
     ),
     "texts of a split without any": Case(
         (*VALIDATE, "--split", "train", "--generate"), "leave --generate", afterwards=(*VALIDATE, "--split", "train")
