@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dstrain.ops.teacher_signal import SparseSignal
-from dstrain.ops.vocabulary import VocabularySlice
+from dstrain.ops.vocabulary import Reductions, VocabularySlice
 
 DivergenceKind = Literal["forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_kl"]
 
@@ -51,38 +51,38 @@ def kind_of(divergence: Divergence) -> DivergenceKind:
     return LIMITS.get(divergence, divergence.kind)
 
 
-def value_and_grad(
-    divergence: Divergence, student: Tensor, teacher: Tensor, vocabulary: VocabularySlice
-) -> tuple[Tensor, Tensor]:
-    """student, teacher: log-probabilities (c, V) -> value (c, 1), gradient with respect to the student's logits (c, V)."""
+def value_and_grad(divergence: Divergence, student: Tensor, teacher: Tensor, reductions: Reductions) -> tuple[Tensor, Tensor]:
+    """student, teacher: log-probabilities (c, V) -> value (c, 1), gradient with respect to the student's logits (c, V).
+
+    In one collective, with all that is waiting: both the value and sum p g are sums of terms that need no other sum.
+    """
     kind, mix = kind_of(divergence), divergence.parameter
     if kind == "forward_kl":
         probs = teacher.exp()
-        value = vocabulary.sum((teacher - student).mul_(probs))
-        return value, student.exp().sub_(probs)
+        value = reductions.sum((teacher - student).mul_(probs))
+        return value.result(), student.exp().sub_(probs)
     probs = student.exp()
     if kind == "reverse_kl":
         log_ratio = student - teacher
-        value = vocabulary.sum(log_ratio * probs)
-        return value, log_ratio.sub_(value).mul_(probs)
+        value = reductions.sum(log_ratio * probs)
+        return value.result(), log_ratio.sub_(value.result()).mul_(probs)
     if kind == "total_variation":
         difference = probs - teacher.exp()
-        value = vocabulary.sum(difference.abs()).mul_(0.5)
-        return value, _through_softmax(probs, difference.sign_().mul_(0.5), vocabulary)
+        distance = reductions.sum(difference.abs())
+        sign = difference.sign_()
+        mean = reductions.sum(probs * sign)
+        return distance.result() * 0.5, sign.sub_(mean.result()).mul_(probs).mul_(0.5)
     mixture = student + math.log1p(-mix)
     torch.logaddexp(teacher + math.log(mix), mixture, out=mixture)
-    value = vocabulary.sum((teacher - mixture).mul_(teacher.exp()))
+    value = reductions.sum((teacher - mixture).mul_(teacher.exp()))
     if kind == "skew_kl":
         share = mixture.neg_().add_(student).add_(teacher).exp_().mul_(1 - mix)  # (1 - a) p q / m
-        return value, probs.mul_(vocabulary.sum(share)).sub_(share)
+        shared = reductions.sum(share)
+        return value.result(), probs.mul_(shared.result()).sub_(share)
     log_ratio = mixture.neg_().add_(student)
-    value = mix * value + (1 - mix) * vocabulary.sum(log_ratio * probs)
-    return value, _through_softmax(probs, log_ratio.mul_(1 - mix), vocabulary)
-
-
-def _through_softmax(probs: Tensor, grad: Tensor, vocabulary: VocabularySlice) -> Tensor:
-    """From the gradient with respect to probabilities to that with respect to logits, in place."""
-    return grad.sub_(vocabulary.sum(probs * grad)).mul_(probs)
+    reverse = reductions.sum(log_ratio * probs)
+    grad = log_ratio.sub_(reverse.result()).mul_(probs).mul_(1 - mix)
+    return mix * value.result() + (1 - mix) * reverse.result(), grad
 
 
 def reference_value(divergence: Divergence, student: Tensor, teacher: Tensor) -> Tensor:
@@ -131,8 +131,8 @@ class SparseFit(NamedTuple):
         return self.vocabulary.add_at_(grad, self.ids, kd_weight * self.grads + prob_weight * self.probs)
 
 
-def sparse_fit(divergence: Divergence, logits: Tensor, signal: SparseSignal, vocabulary: VocabularySlice) -> SparseFit:
-    """The divergence over the kept entries and one bucket of all others.
+def sparse_fit(divergence: Divergence, logits: Tensor, signal: SparseSignal, reductions: Reductions) -> SparseFit:
+    """The divergence over the kept entries and one bucket of all others, in one collective with all that is waiting.
 
     logits: (c, V), which become `others`. signal: of c tokens, no id twice in one. Over sampled entries the gradient is right on
     average, while the value exceeds the whole forward_kl by the entropy that the samples lack.
@@ -140,15 +140,16 @@ def sparse_fit(divergence: Divergence, logits: Tensor, signal: SparseSignal, voc
     The gradient of the bucket is shared among its entries by their softmax among themselves: nothing is divided by the bucket's
     p, which is 0 in fp32 if a student is surer than its teacher.
     """
-    kept = vocabulary.gather(logits, signal.ids).masked_fill_(signal.ids < 0, ABSENT)  # (c, k)
-    vocabulary.lower_to_(logits, signal.ids, ABSENT)
-    rest = vocabulary.softmax_(logits).logsumexp  # (c, 1): of the others
-    buckets = torch.cat([kept, rest], 1)  # (c, k + 1), whole on every rank
+    vocabulary = reductions.vocabulary
+    kept = reductions.gather(logits, signal.ids)
+    others = reductions.softmax_(vocabulary.lower_to_(logits, signal.ids, ABSENT))
+    kept_logits = kept.result().masked_fill(signal.ids < 0, ABSENT)  # (c, k)
+    buckets = torch.cat([kept_logits, others.result().logsumexp], 1)  # (c, k + 1), whole on every rank
     lse = buckets.logsumexp(1, keepdim=True)
     buckets -= lse
     masses = torch.cat([signal.probs, signal.tail.unsqueeze(1)], 1).to(logits.dtype)
     teacher = masses.clamp_min_(torch.finfo(logits.dtype).tiny).log_()
-    value, grads = value_and_grad(divergence, buckets, teacher, VocabularySlice.whole(buckets.shape[1]))
+    value, grads = value_and_grad(divergence, buckets, teacher, VocabularySlice.whole(buckets.shape[1]).reductions())
     probs = buckets.exp()
     return SparseFit(value, lse, logits, probs[:, -1:], grads[:, -1:], signal.ids, probs[:, :-1], grads[:, :-1], vocabulary)
 

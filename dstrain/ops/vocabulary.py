@@ -1,24 +1,29 @@
 """Reductions over the vocabulary: of all its entries, or of one slice per rank of a tensor group.
 
-A token loss reduces over the vocabulary only through a `VocabularySlice`, so the same loss works on whole logits and on slices.
-For a whole vocabulary each method is one kernel of torch and nothing communicates. For a slice it is the local reduction and one
-collective of (c, 1) numbers; all ranks of the group then hold the same result and must make the same calls.
+A token loss reduces over the vocabulary only through the `Reductions` of a `VocabularySlice`, so the same loss works on whole
+logits and on slices. Each reduction computes the part of this slice at once and returns a `Pending`; the first result that is
+read sends the parts of all in one all-reduce of a few numbers a token. A loss that asks for all it can before it reads a result
+needs one collective for the normalizers, maxima included, and one for the sums that depend on them. For a whole vocabulary a
+reduction is one kernel of torch, and nothing communicates. All ranks of the group make the same calls and get the same bits.
 
-Shapes: c tokens, V entries of this slice, k ids per token. Token ids are always those of the whole vocabulary. Nothing here is
-recorded by autograd.
+Shapes: c tokens, V entries of this slice, t ranks, k ids per token. Token ids are always those of the whole vocabulary; on their
+way they are floats, exact below 2^24. Nothing here is recorded by autograd.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from dstrain.ops.kernels import ARGMAX
 from dstrain.parallel.group import Group
+
+_T = TypeVar("_T")
 
 
 class Normalizer(NamedTuple):
@@ -38,13 +43,6 @@ class Normalizer(NamedTuple):
     def nll(self, logit: Tensor) -> Tensor:
         """The negative log-probability of an entry with this logit; finite, however unlikely it is. (c, 1) -> (c, 1)"""
         return self.max - logit + self.log_sum
-
-
-class TopK(NamedTuple):
-    """The k highest values of each row, descending, with their token ids. (c, k) each."""
-
-    values: Tensor
-    ids: Tensor
 
 
 @dataclass(frozen=True)
@@ -75,62 +73,14 @@ class VocabularySlice:
         values[..., self.start : self.stop] = own
         return self.add_ranks(values)
 
-    def max(self, values: Tensor) -> Tensor:
-        """(c, V) -> (c, 1)"""
-        highest = values.amax(1, keepdim=True)
-        return highest if self.group is None else self.group.max(highest)
+    def reductions(self) -> Reductions:
+        """New ones, for some tokens."""
+        return Reductions(self)
 
-    def sum(self, values: Tensor) -> Tensor:
-        """(c, V) -> (c, 1)"""
-        return self.add_ranks(values.sum(1, keepdim=True))
-
-    def logsumexp(self, logits: Tensor) -> Tensor:
-        """(c, V) -> (c, 1)"""
-        if self.group is None:
-            return logits.logsumexp(1, keepdim=True)
-        highest = self.max(logits)
-        return self.sum((logits - highest).exp_()).log_().add_(highest)
-
-    def softmax_(self, logits: Tensor) -> Normalizer:
-        """Turn logits into probabilities in place. (c, V)"""
-        if self.group is None:
-            highest = logits.amax(1, keepdim=True)
-            torch.softmax(logits, 1, out=logits)
-            return Normalizer(highest, logits.amax(1, keepdim=True).log_().neg_())  # the highest is never 0: no infinity
-        highest = self.max(logits)
-        total = self.sum(logits.sub_(highest).exp_())
-        logits.div_(total)
-        return Normalizer(highest, total.log_())
-
-    def softmax_with_(self, logits: Tensor, ids: Tensor, partial: Tensor) -> tuple[Normalizer, Tensor, Tensor]:
-        """`softmax_`, the logits of some entries before it, and the sum of the ranks' partial results, in two collectives.
-
-        (c, V), (c, 1), (c, 1) -> the normalizer, (c, 1), (c, 1)
-        """
+    def entries(self, values: Tensor, ids: Tensor) -> Tensor:
+        """The values of some entries, 0 for those that this slice does not hold. (c, V), (c, k) -> (c, k)"""
         local, inside = self._local(ids)
-        at_ids = logits.gather(1, local).masked_fill_(~inside, 0)
-        if self.group is None:
-            return self.softmax_(logits), at_ids, partial
-        highest = self.max(logits)
-        own = logits.sub_(highest).exp_().sum(1, keepdim=True)
-        total, at_ids, summed = torch.split(self.add_ranks(torch.cat([own, at_ids, partial], 1)), 1, dim=1)
-        logits.div_(total)
-        return Normalizer(highest, total.log()), at_ids, summed
-
-    def log_softmax(self, logits: Tensor, *, out: Tensor) -> Tensor:
-        """Write log-probabilities into `out`, which may be the logits; returns the logsumexp. (c, V), (c, V) -> (c, 1)"""
-        if self.group is None:
-            first = logits[:, :1].clone()
-            torch.log_softmax(logits, 1, out=out)
-            return first.sub_(out[:, :1])  # any entry gives it, without another pass over the vocabulary
-        normalizer = self.logsumexp(logits)
-        torch.sub(logits, normalizer, out=out)
-        return normalizer
-
-    def gather(self, values: Tensor, ids: Tensor) -> Tensor:
-        """The values of some entries; 0 for an id outside the vocabulary, such as -1. (c, V), (c, k) -> (c, k)"""
-        local, inside = self._local(ids)
-        return self.add_ranks(values.gather(1, local).masked_fill_(~inside, 0))
+        return values.gather(1, local).masked_fill_(~inside, 0)
 
     def add_at_(self, values: Tensor, ids: Tensor, addend: Tensor | float) -> Tensor:
         """Add to some entries in place, as far as this slice holds them. (c, V), (c, k), (c, k) or a number"""
@@ -142,28 +92,6 @@ class VocabularySlice:
         local, inside = self._local(ids)
         return values.scatter_reduce_(1, local, torch.where(inside, value, math.inf).to(values.dtype), "amin")
 
-    def argmax(self, values: Tensor) -> Tensor:
-        """The token id of the highest value, the first of equal ones. (c, V) -> (c, 1) int64"""
-        local = ARGMAX.choose(values.device, values.dtype)(values)
-        if self.group is None:
-            return local
-        own = values.gather(1, local)
-        highest = self.group.max(own.clone())
-        ids = torch.where(own == highest, local + self.start, self.vocab_size)
-        return self.group.max(ids.neg_()).neg()  # the lowest id
-
-    def top_k(self, values: Tensor, k: int) -> TopK:
-        """The k highest values. (c, V) -> (c, k), k at most `vocab_size`"""
-        if self.group is None:
-            return TopK(*values.topk(k, dim=1))
-        local = values.topk(min(k, values.shape[1]), dim=1)
-        candidates = values.new_full((len(values), self.group.size, k), -math.inf)
-        candidates[:, self.group.rank, : local.values.shape[1]] = local.values
-        ids = local.indices.new_zeros(candidates.shape)
-        ids[:, self.group.rank, : local.indices.shape[1]] = local.indices + self.start
-        best = self.group.max(candidates.flatten(1)).topk(k, dim=1)
-        return TopK(best.values, self.group.all_reduce(ids.flatten(1)).gather(1, best.indices))
-
     def rows(self, weight: Tensor) -> Tensor:
         """The rows of this slice of a whole projection's weight. (vocab_size, E) -> (V, E), a view"""
         return weight[self.start : self.stop]
@@ -172,3 +100,121 @@ class VocabularySlice:
         """Column of each id in this slice, any valid one for ids outside, and whether it is inside."""
         inside = (ids >= self.start) & (ids < self.stop)
         return (ids - self.start).clamp_(0, max(self.stop - self.start - 1, 0)), inside
+
+
+class Pending(Generic[_T]):
+    """What a reduction will give."""
+
+    def __init__(self, reductions: Reductions) -> None:
+        self._reductions = reductions
+        self._result: list[_T] = []
+
+    def set(self, result: _T) -> Pending[_T]:
+        """From now on it is known."""
+        self._result = [result]
+        return self
+
+    def result(self) -> _T:
+        """The same on every rank. Collective if it is the first that is read since it was asked for."""
+        if not self._result:
+            self._reductions.run()
+        return self._result[0]
+
+
+class Reductions:
+    """Reductions over the vocabulary that share collectives; see the head of this file.
+
+    A method that writes into its argument has written what it says only once a result has been read.
+    """
+
+    def __init__(self, vocabulary: VocabularySlice) -> None:
+        self.vocabulary = vocabulary
+        self._waiting: list[tuple[Tensor, Callable[[Tensor], object]]] = []
+
+    def run(self) -> None:
+        """Combine all that is waiting, in one collective."""
+        parts, finishers = zip(*self._waiting, strict=True)
+        self._waiting = []
+        combined = self.vocabulary.add_ranks(torch.cat(parts, 1))
+        for finish, columns in zip(finishers, torch.split(combined, [part.shape[1] for part in parts], dim=1), strict=True):
+            finish(columns)
+
+    def add(self, partial: Tensor) -> Pending[Tensor]:
+        """The sum of the ranks' partial results. (c, k) -> (c, k)"""
+        return self._ask(partial, lambda total: total)
+
+    def sum(self, values: Tensor) -> Pending[Tensor]:
+        """(c, V) -> (c, 1)"""
+        return self.add(values.sum(1, keepdim=True))
+
+    def gather(self, values: Tensor, ids: Tensor) -> Pending[Tensor]:
+        """The values of some entries; 0 for an id outside the vocabulary, such as -1. (c, V), (c, k) -> (c, k)"""
+        return self.add(self.vocabulary.entries(values, ids))
+
+    def argmax(self, values: Tensor) -> Pending[Tensor]:
+        """The token id of the highest value, the first of equal ones. (c, V) -> (c, 1) int64"""
+        local = ARGMAX.choose(values.device, values.dtype)(values)
+        if self.vocabulary.group is None:
+            return self._known(local)
+
+        def first_highest(ranks: Tensor) -> Tensor:
+            highest, ids = ranks.unbind(2)
+            is_highest = highest == highest.amax(1, keepdim=True)
+            return ids.masked_fill(~is_highest, self.vocabulary.vocab_size).amin(1, keepdim=True).long()
+
+        ids = (local + self.vocabulary.start).to(values.dtype)
+        return self._gather_ranks(torch.cat([values.gather(1, local), ids], 1), first_highest)
+
+    def softmax_(self, logits: Tensor) -> Pending[Normalizer]:
+        """Turn logits into probabilities in place. (c, V)"""
+        highest = logits.amax(1, keepdim=True)
+        torch.softmax(logits, 1, out=logits)
+        own = Normalizer(highest, logits.amax(1, keepdim=True).log_().neg_())  # the highest is never 0: no infinity
+        group = self.vocabulary.group
+        if group is None:
+            return self._known(own)
+
+        def scale_by_share(ranks: Tensor) -> Normalizer:
+            tops, log_sums = ranks.unbind(2)
+            highest = tops.amax(1, keepdim=True)
+            sums = (tops - highest).add_(log_sums).exp_()  # (c, t), of each rank's exp(z - highest)
+            total = sums.sum(1, keepdim=True)
+            logits.mul_(sums[:, group.rank, None] / total)
+            return Normalizer(highest, total.log_())
+
+        return self._gather_ranks(torch.cat(own, 1), scale_by_share)
+
+    def log_softmax(self, logits: Tensor, *, out: Tensor) -> Pending[Tensor]:
+        """Write log-probabilities into `out`, which may be the logits; gives the logsumexp. (c, V), (c, V) -> (c, 1)"""
+        first = logits[:, :1].clone()
+        torch.log_softmax(logits, 1, out=out)
+        own = first.sub_(out[:, :1])  # any entry gives it, without another pass over the vocabulary
+        if self.vocabulary.group is None:
+            return self._known(own)
+
+        def shift(ranks: Tensor) -> Tensor:
+            above = (ranks.squeeze(2) - own).logsumexp(1, keepdim=True)  # of all entries, above that of this slice
+            out.sub_(above)
+            return own + above
+
+        return self._gather_ranks(own, shift)
+
+    def _known(self, result: _T) -> Pending[_T]:
+        """Of a whole vocabulary."""
+        return Pending[_T](self).set(result)
+
+    def _ask(self, part: Tensor, finish: Callable[[Tensor], _T]) -> Pending[_T]:
+        """finish: from the sum of the ranks' parts (c, k) to the result."""
+        if self.vocabulary.group is None:
+            return self._known(finish(part))
+        pending = Pending[_T](self)
+        self._waiting.append((part, lambda total: pending.set(finish(total))))
+        return pending
+
+    def _gather_ranks(self, own: Tensor, finish: Callable[[Tensor], _T]) -> Pending[_T]:
+        """finish: from every rank's own numbers (c, t, k) to the result."""
+        group = self.vocabulary.group
+        assert group is not None, "a whole vocabulary has one rank"
+        ranks = own.new_zeros(len(own), group.size, own.shape[1])
+        ranks[:, group.rank] = own
+        return self._ask(ranks.flatten(1), lambda total: finish(total.view(ranks.shape)))

@@ -109,10 +109,10 @@ def test_a_curve_goes_on_with_other_numbers_of_tensor_ranks(results: Results) ->
 
 
 def test_collectives_are_few(tmp_path: Path) -> None:
-    """A sublayer sums once in forward, and once in backward for each map that reads a common input; a chunk of the loss twice."""
+    """A sublayer sums once in forward, and once in backward for each map that reads a common input; a chunk of the loss once."""
     chunks = -(-84 // 16)
     for counts in run_ranks("tensor_collectives", 2, tmp_path, tensor=2):
-        layers, embeddings, loss = 2 * (2 + 3), 2, 2 * chunks + 1
+        layers, embeddings, loss = 2 * (2 + 3), 2, chunks + 1
         assert counts["plain"][0] == layers + embeddings + loss
         assert counts["plain"][1] - counts["plain"][0] == 2 * (2 + 4)
         assert counts["rotary"][0] == 2 * 2 + 1 + loss

@@ -51,8 +51,9 @@ class TokenToy:
     num_metrics = 1
 
     def __call__(self, logits, logit_sums, labels, vocabulary):
-        label_logits = vocabulary.gather(logits, labels)
-        nll = vocabulary.softmax_(logits).nll(label_logits)
+        reductions = vocabulary.reductions()
+        label_logits = reductions.gather(logits, labels)
+        nll = reductions.softmax_(logits).result().nll(label_logits.result())
         return TokenLosses(nll.square() / 2, (nll,), vocabulary.add_at_(logits, labels, -1.0).mul_(nll))
 
 

@@ -28,7 +28,6 @@ from dstrain.batch import sent
 from dstrain.data.prepared.rows import id_dtype
 from dstrain.distillation.store.manifest import DenseMethod, Method, SampleMethod, TopKMethod
 from dstrain.ops.teacher_signal import KeptSignal, LogProbsSignal, SparseSignal
-from dstrain.ops.vocabulary import VocabularySlice
 from dstrain.seeding import derive_seed
 
 Array = npt.NDArray[Any]
@@ -162,7 +161,6 @@ class TopKCodec:
     """ids, log_probs: of the k most probable tokens, best first; tail: mass of the others; span: see the head of this file."""
 
     def __init__(self, method: TopKMethod, vocab_size: int) -> None:
-        self._vocabulary = VocabularySlice.whole(vocab_size)
         self._k = method.k
         self._complete = method.k == vocab_size
         self._coded = method.dtype == "uint8"
@@ -175,8 +173,8 @@ class TopKCodec:
 
     def select(self, logits: Tensor, keys: TokenKeys) -> tuple[Tensor, ...]:
         """ids (n, k) int32, log-probabilities (n, k), tail (n,)."""
-        best, ids = self._vocabulary.top_k(logits, self._k)
-        log_probs = best - self._vocabulary.logsumexp(logits)
+        best, ids = logits.topk(self._k, dim=1)
+        log_probs = best - logits.logsumexp(1, keepdim=True)
         tail = torch.zeros_like(best[:, 0]) if self._complete else (1 - log_probs.exp().sum(1)).clamp_min_(0)
         return ids.to(torch.int32), log_probs, tail
 

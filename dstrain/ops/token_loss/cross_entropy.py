@@ -27,9 +27,11 @@ class TokenCrossEntropy:
     def __call__(self, logits: Tensor, logit_sums: Tensor, labels: Tensor, vocabulary: VocabularySlice) -> TokenLosses:
         """(c, V), (c, 1), (c, 1)"""
         smoothing = LabelSmoothing.of(self.label_smoothing, vocabulary.vocab_size)
-        normalizer, label_logits, logit_sums = vocabulary.softmax_with_(logits, labels, logit_sums)
-        nll = normalizer.nll(label_logits)
-        loss = smoothing.loss(nll, normalizer.logsumexp, logit_sums)
+        reductions = vocabulary.reductions()
+        label_logits, total = reductions.gather(logits, labels), reductions.add(logit_sums)
+        normalizer = reductions.softmax_(logits).result()
+        nll = normalizer.nll(label_logits.result())
+        loss = smoothing.loss(nll, normalizer.logsumexp, total.result())
         logits_grad = vocabulary.add_at_(logits, labels, -smoothing.confidence)
         return TokenLosses(loss, (nll,), logits_grad, smoothing.per_token)
 

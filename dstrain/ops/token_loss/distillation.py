@@ -9,9 +9,13 @@ With student logits z, teacher logits u, temperature T, label y, all sums over t
 T^2 keeps the size of kd's gradient if T changes (Hinton et al. 2015). Several teachers are one whose probabilities at temperature
 T are the mean of theirs.
 
-Memory: some six times chunk_tokens x V in fp32, whatever the number of tokens or teachers, plus the gradients of the student's
-features and weight; twice chunk_tokens x V if the teacher's distribution is sparse. Teachers get no gradient, and nothing of them
-is kept. Their products run in their own dtype, never in autocast's.
+Memory: some six times chunk_tokens x V in fp32, whatever the number of tokens, one more for each teacher after the second, and
+the gradients of the student's features and weight; twice chunk_tokens x V if the teacher's distribution is sparse, three times
+if besides the temperature is not 1. Teachers get no gradient, and nothing of them is kept. Their products run in their own
+dtype, never in autocast's.
+
+Collectives of a vocabulary in slices: two a chunk, the normalizers of student and teachers and then all sums; one if the
+teacher's distribution is sparse.
 """
 
 from __future__ import annotations
@@ -38,7 +42,7 @@ from dstrain.ops.divergence import (
 from dstrain.ops.mixed_precision import accum_dtype, matmul_into, to_autocast_dtype
 from dstrain.ops.teacher_signal import DenseSignal, LogProbsSignal, Signal, SparseSignal
 from dstrain.ops.token_loss.smoothing import LabelSmoothing
-from dstrain.ops.vocabulary import VocabularySlice
+from dstrain.ops.vocabulary import Reductions, VocabularySlice
 
 
 class DistillationTerms(NamedTuple):
@@ -92,13 +96,14 @@ class TokenDistillation:
     ) -> TokenLosses:
         """(c, V), (c, 1), of c tokens"""
         smoothing = LabelSmoothing.of(self.terms.label_smoothing, vocabulary.vocab_size)
-        is_sparse = isinstance(targets.signal, SparseSignal) and self.terms.temperature == 1
-        student_losses = self._sparse if is_sparse else self._dense
-        student = student_losses(logits, targets, vocabulary)
+        reductions = vocabulary.reductions()
+        total = reductions.add(logit_sums)
+        if isinstance(targets.signal, SparseSignal):
+            student = self._sparse(logits, targets, targets.signal, reductions)
+        else:
+            student = self._dense(logits, targets, targets.signal, reductions)
         vocabulary.add_at_(student.logits_grad, targets.labels, -self.terms.hard_weight * smoothing.confidence)
-        if smoothing.per_token:
-            logit_sums = vocabulary.add_ranks(logit_sums)
-        hard = smoothing.loss(student.nll, student.lse, logit_sums)
+        hard = smoothing.loss(student.nll, student.lse, total.result())
         kd = student.value.mul_(self.terms.temperature**2)
         if targets.selected is not None:
             kd.mul_(targets.selected)
@@ -106,42 +111,54 @@ class TokenDistillation:
         metrics = (hard, kd, student.nll, student.agreement.to(kd.dtype))
         return TokenLosses(loss, metrics, student.logits_grad, self.terms.hard_weight * smoothing.per_token)
 
-    def _dense(self, logits: Tensor, targets: DistillationTargets, vocabulary: VocabularySlice) -> _StudentLosses:
+    def _dense(
+        self, logits: Tensor, targets: DistillationTargets, signal: DenseSignal | LogProbsSignal, reductions: Reductions
+    ) -> _StudentLosses:
         """By log-probabilities of all entries, twice if the temperature is not 1."""
         terms = self.terms
         log_probs = tempered_log_probs = logits
         if terms.temperature != 1:
             log_probs = torch.empty_like(logits)
-        lse = vocabulary.log_softmax(logits, out=log_probs)
+        lse = reductions.log_softmax(logits, out=log_probs)
         if terms.temperature != 1:
-            vocabulary.log_softmax(logits.div_(terms.temperature), out=tempered_log_probs)
-        nll = vocabulary.gather(log_probs, targets.labels).neg_()
-        student_best = vocabulary.argmax(log_probs)
-        value, logits_grad, teacher_best = self._divergence(tempered_log_probs, targets.signal, vocabulary)
-        kd_weight = terms.kd_weight * terms.temperature
-        logits_grad.mul_(kd_weight if targets.selected is None else targets.selected * kd_weight)
+            reductions.log_softmax(logits.div_(terms.temperature), out=tempered_log_probs)
+        teacher = _teacher_log_probs(signal, terms.temperature, reductions, like=logits)
+        # All normalizers are known.
+        label_log_probs = reductions.gather(log_probs, targets.labels)
+        student_best, teacher_best = reductions.argmax(log_probs), reductions.argmax(teacher)
+        value, logits_grad = value_and_grad(terms.divergence, tempered_log_probs, teacher, reductions)
+        logits_grad.mul_(self._kd_factor(targets))
         if terms.hard_weight:
             logits_grad.add_(log_probs.exp_(), alpha=terms.hard_weight)
-        return _StudentLosses(nll, lse, value, teacher_best == student_best, logits_grad)
+        agreement = teacher_best.result() == student_best.result()
+        return _StudentLosses(-label_log_probs.result(), lse.result(), value, agreement, logits_grad)
 
-    def _sparse(self, logits: Tensor, targets: DistillationTargets, vocabulary: VocabularySlice) -> _StudentLosses:
-        """By one softmax, of which both gradients are multiples except for few entries: as fast as cross-entropy."""
-        assert isinstance(targets.signal, SparseSignal)
-        agreement = _most_probable(targets.signal) == vocabulary.argmax(logits)
-        label_logits = vocabulary.gather(logits, targets.labels)
-        fit = sparse_fit(self.terms.divergence, logits, targets.signal, vocabulary)
-        kd_weight = self.terms.kd_weight if targets.selected is None else targets.selected * self.terms.kd_weight
-        logits_grad = fit.logits_grad_(kd_weight, self.terms.hard_weight)
-        return _StudentLosses(fit.lse - label_logits, fit.lse, fit.value, agreement, logits_grad)
+    def _sparse(
+        self, logits: Tensor, targets: DistillationTargets, signal: SparseSignal, reductions: Reductions
+    ) -> _StudentLosses:
+        """By one softmax, of which both gradients are multiples except for few entries: as fast as cross-entropy.
 
-    def _divergence(self, student: Tensor, signal: Signal, vocabulary: VocabularySlice) -> tuple[Tensor, Tensor, Tensor]:
-        """Divergence (c, 1), its gradient (c, V), and the teacher's most probable entry (c, 1)."""
-        if isinstance(signal, SparseSignal):
-            fit = sparse_fit(self.terms.divergence, student, signal, vocabulary)
-            return fit.value, fit.logits_grad_(), _most_probable(signal)
-        teacher = _teacher_log_probs(signal, self.terms.temperature, vocabulary, like=student)
-        teacher_best = vocabulary.argmax(teacher)
-        return *value_and_grad(self.terms.divergence, student, teacher, vocabulary), teacher_best
+        By two if the temperature is not 1.
+        """
+        terms = self.terms
+        best, label_logits = reductions.argmax(logits), reductions.gather(logits, targets.labels)
+        if terms.temperature == 1:
+            fit = sparse_fit(terms.divergence, logits, signal, reductions)
+            lse, nll = fit.lse, fit.lse - label_logits.result()
+            logits_grad = fit.logits_grad_(self._kd_factor(targets), terms.hard_weight)
+        else:
+            probs = logits.clone()
+            pending = reductions.softmax_(probs)
+            fit = sparse_fit(terms.divergence, logits.div_(terms.temperature), signal, reductions)
+            normalizer = pending.result()
+            lse, nll = normalizer.logsumexp, normalizer.nll(label_logits.result())
+            logits_grad = fit.logits_grad_(self._kd_factor(targets)).add_(probs, alpha=terms.hard_weight)
+        return _StudentLosses(nll, lse, fit.value, _most_probable(signal) == best.result(), logits_grad)
+
+    def _kd_factor(self, targets: DistillationTargets) -> Tensor | float:
+        """Of the divergence's gradient: T^2 of the loss, and 1 / T of the logits' temperature."""
+        kd_weight = self.terms.kd_weight * self.terms.temperature
+        return kd_weight if targets.selected is None else targets.selected * kd_weight
 
 
 class _StudentLosses(NamedTuple):
@@ -199,22 +216,27 @@ def _most_probable(signal: SparseSignal) -> Tensor:
 
 
 def _teacher_log_probs(
-    signal: DenseSignal | LogProbsSignal, temperature: float, vocabulary: VocabularySlice, *, like: Tensor
+    signal: DenseSignal | LogProbsSignal, temperature: float, reductions: Reductions, *, like: Tensor
 ) -> Tensor:
-    """At that temperature, of the mean of the teachers' probabilities. (c, V), of the dtype and on the device of `like`."""
+    """At that temperature, of the mean of the teachers' probabilities. (c, V), of the dtype and on the device of `like`.
+
+    In one collective, with all that is waiting.
+    """
+    vocabulary = reductions.vocabulary
     if isinstance(signal, LogProbsSignal):
         stored = torch.from_numpy(np.concatenate(signal.log_probs)[:, vocabulary.start : vocabulary.stop])
-        logits = sent(stored, like.device).to(like.dtype).mul_(signal.temperature / temperature)
-        vocabulary.log_softmax(logits, out=logits)
-        return logits
-    mean: Tensor | None = None
-    for features, weight in zip(signal.features, signal.weights, strict=True):
-        logits = torch.empty_like(like)
-        matmul_into(features, vocabulary.rows(weight).t(), out=logits)
-        vocabulary.log_softmax(logits.div_(temperature), out=logits)
-        mean = logits if mean is None else torch.logaddexp(mean, logits, out=mean)
-    assert mean is not None, "a dense signal has at least one teacher"
-    return mean.sub_(math.log(len(signal.features))) if len(signal.features) > 1 else mean
+        teachers = [sent(stored, like.device).to(like.dtype).mul_(signal.temperature / temperature)]
+    else:
+        teachers = [torch.empty_like(like) for _ in signal.features]
+        for features, weight, out in zip(signal.features, signal.weights, teachers, strict=True):
+            matmul_into(features, vocabulary.rows(weight).t(), out=out)
+            out.div_(temperature)
+    for normalizer in [reductions.log_softmax(logits, out=logits) for logits in teachers]:
+        normalizer.result()
+    mean, *others = teachers
+    for log_probs in others:
+        torch.logaddexp(mean, log_probs, out=mean)
+    return mean.sub_(math.log(len(teachers))) if others else mean
 
 
 def reference_linear_distillation(

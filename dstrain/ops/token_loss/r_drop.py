@@ -11,6 +11,7 @@ exactly 0 if both passes have the same bits, and never less.
 
 With s(v) = log p(v) - log q(v), kl's gradient with respect to the logits of p is 1/2 (p - q + p (s - sum_v p(v) s(v))); that of q
 is its mirror image. Memory: some three times chunk_tokens x V in fp32, plus the gradients.
+A vocabulary in slices takes two collectives a chunk.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.nn import functional as F
 from dstrain.ops.chunked_projection import TokenLosses, chunked_loss
 from dstrain.ops.mixed_precision import accum_dtype, to_autocast_dtype
 from dstrain.ops.token_loss.smoothing import LabelSmoothing
-from dstrain.ops.vocabulary import VocabularySlice
+from dstrain.ops.vocabulary import Reductions, VocabularySlice
 
 
 class RDropSums(NamedTuple):
@@ -48,24 +49,29 @@ class TokenRDrop:
     def __call__(self, logits: Tensor, logit_sums: Tensor, labels: Tensor, vocabulary: VocabularySlice) -> TokenLosses:
         """(2, c, V), (2, c, 1), (c, 1)"""
         smoothing = LabelSmoothing.of(self.label_smoothing, vocabulary.vocab_size)
-        lse = torch.stack([vocabulary.log_softmax(own, out=own) for own in logits]).sum(0)
-        nll = torch.stack([vocabulary.gather(own, labels) for own in logits]).sum(0).neg_()
-        kl = self._divergence_(logits, vocabulary)
+        reductions = vocabulary.reductions()
+        total = reductions.add(logit_sums.sum(0))
+        normalizers = [reductions.log_softmax(own, out=own) for own in logits]
+        lse = torch.stack([each.result() for each in normalizers]).sum(0)
+        label_log_probs = [reductions.gather(own, labels) for own in logits]
+        kl = self._divergence_(logits, reductions)
+        nll = torch.stack([each.result() for each in label_log_probs]).sum(0).neg_()
         for own in logits:
             vocabulary.add_at_(own, labels, -smoothing.confidence / 2)
-        loss = (smoothing.loss(nll, lse, vocabulary.add_ranks(logit_sums.sum(0))) + self.alpha * kl) / 2
+        loss = (smoothing.loss(nll, lse, total.result()) + self.alpha * kl) / 2
         return TokenLosses(loss, (nll / 2, kl), logits, smoothing.per_token / 2)
 
-    def _divergence_(self, log_probs: Tensor, vocabulary: VocabularySlice) -> Tensor:
+    def _divergence_(self, log_probs: Tensor, reductions: Reductions) -> Tensor:
         """kl (c, 1). `log_probs` (2, c, V) become half of p + alpha (gradient of kl) of each pass."""
         log_ratio = log_probs[0] - log_probs[1]  # (c, V)
         probs = log_probs.exp_()
         difference = probs[0] - probs[1]
-        kl = vocabulary.sum(difference * log_ratio) / 2
-        for own, sign in zip(probs, (1, -1), strict=True):
-            factor = (log_ratio - vocabulary.sum(own * log_ratio)).mul_(sign * self.alpha / 4).add_(0.5)
+        kl = reductions.sum(difference * log_ratio)
+        means = [reductions.sum(own * log_ratio) for own in probs]
+        for own, mean, sign in zip(probs, means, (1, -1), strict=True):
+            factor = (log_ratio - mean.result()).mul_(sign * self.alpha / 4).add_(0.5)
             own.mul_(factor).add_(difference, alpha=sign * self.alpha / 4)
-        return kl
+        return kl.result() / 2
 
 
 def linear_r_drop(

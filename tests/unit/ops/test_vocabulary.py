@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dstrain.ops.divergence import Divergence
-from dstrain.ops.teacher_signal import Signal
+from dstrain.ops.teacher_signal import Signal, SparseSignal
 from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy
 from dstrain.ops.token_loss.distillation import linear_distillation
 from dstrain.ops.token_loss.r_drop import linear_r_drop
@@ -31,6 +31,7 @@ class Exchange:
     def __init__(self, size: int) -> None:
         self.barrier = threading.Barrier(size, timeout=60)
         self.tensors: list[Tensor] = [torch.empty(0)] * size
+        self.collectives = 0
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,13 @@ class ThreadGroup:
     size: int
     exchange: Exchange
 
-    def _reduce(self, tensor: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         self.exchange.tensors[self.rank] = tensor.detach().clone()
+        self.exchange.collectives += self.rank == 0
         self.exchange.barrier.wait()
-        result = reduce(torch.stack(self.exchange.tensors))
+        result = torch.stack(self.exchange.tensors).sum(0)
         self.exchange.barrier.wait()
         return tensor.copy_(result)
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        return self._reduce(tensor, lambda tensors: tensors.sum(0))
-
-    def max(self, tensor: Tensor) -> Tensor:
-        return self._reduce(tensor, lambda tensors: tensors.amax(0))
 
 
 def on_ranks(size: int, function: Callable[[VocabularySlice], Any]) -> list[Any]:
@@ -77,20 +73,24 @@ def test_reductions_of_slices_are_those_of_the_whole(size: int) -> None:
     ids[:, 4] = -1
     present = ids >= 0
 
-    def reductions(vocabulary: VocabularySlice) -> dict[str, Tensor]:
+    def reduced(vocabulary: VocabularySlice) -> dict[str, Tensor]:
         mine = local(logits, vocabulary)
         probs, log_probs = mine.clone(), mine.clone()
-        normalizer, lse = vocabulary.softmax_(probs), vocabulary.log_softmax(mine, out=log_probs)
+        reductions = vocabulary.reductions()
+        normalizer, lse = reductions.softmax_(probs), reductions.log_softmax(mine, out=log_probs)
+        total, label_logits, at_ids = (
+            reductions.sum(mine),
+            reductions.gather(mine, ids[:, :1]),
+            reductions.gather(mine, ids),
+        )
+        best = reductions.argmax(mine)
         return {
-            "max": vocabulary.max(mine),
-            "sum": vocabulary.sum(mine),
-            "logsumexp": vocabulary.logsumexp(mine),
-            "normalizer": normalizer.logsumexp,
-            "nll": normalizer.nll(vocabulary.gather(mine, ids[:, :1])),
-            "lse": lse,
-            "gather": vocabulary.gather(mine, ids),
-            "argmax": vocabulary.argmax(mine),
-            "top_k": vocabulary.top_k(mine, 40).values,
+            "sum": total.result(),
+            "normalizer": normalizer.result().logsumexp,
+            "nll": normalizer.result().nll(label_logits.result()),
+            "lse": lse.result(),
+            "gather": at_ids.result(),
+            "argmax": best.result(),
             "probs": probs,
             "log_probs": log_probs,
             "add_at": vocabulary.add_at_(mine.clone(), ids, ids.double()),
@@ -104,42 +104,37 @@ def test_reductions_of_slices_are_those_of_the_whole(size: int) -> None:
             lowered[row, token_id] = -1e9
             added[row, token_id] += token_id
     expected = {
-        "max": logits.amax(1, keepdim=True),
         "sum": logits.sum(1, keepdim=True),
-        **dict.fromkeys(("logsumexp", "normalizer", "lse"), lse),
+        **dict.fromkeys(("normalizer", "lse"), lse),
         "nll": lse - logits.gather(1, ids[:, :1]),
         "gather": logits.gather(1, ids.clamp_min(0)) * present,
         "argmax": torch.from_numpy(logits.numpy().argmax(1))[:, None],
-        "top_k": logits.sort(dim=1, descending=True).values[:, :40],
     }
-    of_ranks = on_ranks(size, reductions)
+    of_ranks = on_ranks(size, reduced)
     for found in of_ranks:
         torch.testing.assert_close({name: found[name] for name in expected}, expected, rtol=1e-12, atol=1e-12)
     for name, whole in {"probs": logits.softmax(1), "log_probs": logits - lse, "add_at": added, "lower_to": lowered}.items():
         torch.testing.assert_close(torch.cat([found[name] for found in of_ranks], 1), whole, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("size", CUTS)
-def test_top_k_ids_belong_to_their_values(size: int) -> None:
-    logits = torch.randn(7, VOCAB_SIZE, generator=torch.Generator().manual_seed(1))
-    for best in on_ranks(size, lambda vocabulary: vocabulary.top_k(local(logits, vocabulary), 9)):
-        assert torch.equal(logits.gather(1, best.ids), best.values)
-        assert torch.equal(best.values, logits.topk(9).values)
-
-
 def assert_slices_equal_the_whole(
-    function: Callable[..., Any], features: Tensor, weight: Tensor, *args: Any, **options: Any
+    function: Callable[..., Any], features: Tensor, weight: Tensor, *args: Any, collectives: int, **options: Any
 ) -> None:
-    """Sums and gradients; the gradients of the weight's slices are the rows of the whole one."""
+    """Sums and gradients; the gradients of the weight's slices are the rows of the whole one. collectives: for each chunk."""
+    num_chunks = -(-features.shape[-2] // (10 if features.ndim == 2 else 5))
 
     def outcome(weight: Tensor, vocabulary: VocabularySlice | None) -> list[Tensor]:
         leaves = features.detach().requires_grad_(), weight.detach().requires_grad_()
         sums = function(*leaves, *args, chunk_tokens=10, vocabulary=vocabulary, **options)
         return [*(each.detach() for each in sums), *torch.autograd.grad(sums[0], leaves)]
 
+    def counted(vocabulary: VocabularySlice) -> tuple[list[Tensor], int]:
+        return outcome(vocabulary.rows(weight), vocabulary), vocabulary.group.exchange.collectives  # type: ignore[union-attr]
+
     expected = outcome(weight, None)
     for size in (2, 4):
-        ranks = on_ranks(size, lambda vocabulary: outcome(vocabulary.rows(weight), vocabulary))
+        ranks, counts = zip(*on_ranks(size, counted), strict=True)
+        assert counts[0] == collectives * num_chunks + 1  # the last sums the gradient of the features
         for found in ranks:
             torch.testing.assert_close(found[:-1], expected[:-1], rtol=1e-11, atol=1e-11)
         torch.testing.assert_close(torch.cat([found[-1] for found in ranks]), expected[-1], rtol=1e-11, atol=1e-11)
@@ -150,9 +145,9 @@ def test_cross_entropy_and_r_drop_of_slices(label_smoothing: float) -> None:
     features, weight, labels = student(23, 8, VOCAB_SIZE)
     token_weights = torch.linspace(0.1, 1, 23, dtype=torch.float64)
     options = {"label_smoothing": label_smoothing, "token_weights": token_weights}
-    assert_slices_equal_the_whole(linear_cross_entropy, features, weight, labels, **options)
+    assert_slices_equal_the_whole(linear_cross_entropy, features, weight, labels, collectives=1, **options)
     passes = torch.stack([features, features + 0.3 * features.flip(0)]).detach()
-    assert_slices_equal_the_whole(linear_r_drop, passes, weight, labels, alpha=3.0, **options)
+    assert_slices_equal_the_whole(linear_r_drop, passes, weight, labels, alpha=3.0, collectives=2, **options)
 
 
 @pytest.mark.parametrize(
@@ -174,5 +169,9 @@ def test_distillation_of_slices(divergence: Divergence, temperature: float) -> N
     signals: list[Signal] = [teacher, log_probs(teacher, 2.0), top_k_signal(probs, 12, tail=True), draws(probs, 12)]
     selected = torch.arange(23) % 3 != 0
     for signal in signals:
-        options = {"terms": terms(divergence, temperature=temperature, hard_weight=0.6, kd_weight=0.7), "selected": selected}
+        options: dict[str, Any] = {
+            "terms": terms(divergence, temperature=temperature, hard_weight=0.6, kd_weight=0.7),
+            "selected": selected,
+        }
+        options["collectives"] = 1 if isinstance(signal, SparseSignal) else 2
         assert_slices_equal_the_whole(linear_distillation, features, weight, labels, signal, **options)
