@@ -55,6 +55,8 @@ def load_deepspeed(mesh: Mesh, *, talkative: bool = False) -> ModuleType:
         messages.handlers[:] = logger.handlers
     if mesh.device.type == "cpu":
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # Its launcher sets this too. Without it ZeRO-3 starts the program numactl at every bucket of gradients, to count devices.
+        os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
     deepspeed.utils.groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # an earlier engine's, which this one would take for its own
     deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", verbose=False)
     return deepspeed

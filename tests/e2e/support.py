@@ -1,4 +1,4 @@
-"""Runs the command line as a user does: in processes of its own, with a small recipe and small data."""
+"""Runs the command line in processes of its own, with a small recipe and small data."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from tests.paths import ROOT
 from tests.ports import free_port
+from tests.processes import Fork, run_verb
 
 RECIPE = "translation/quickstart"
 SMALL_DATA = (
@@ -49,13 +51,23 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
 
 
 def dstrain(
-    *arguments: str | Path, stdin: str | None = None, cwd: Path | None = None, timeout: float = 240
+    *arguments: str | Path,
+    stdin: str = "",
+    cwd: Path | None = None,
+    variables: Mapping[str, str] | None = None,
+    timeout: float = 240,
 ) -> subprocess.CompletedProcess[str]:
-    """One verb in one process."""
-    command = [sys.executable, "-m", "dstrain", *map(str, arguments)]
-    return subprocess.run(
-        command, input=stdin, capture_output=True, text=True, env=environment(), cwd=cwd, timeout=timeout, check=False
-    )
+    """One verb in one process. variables: of its environment."""
+    words = [*map(str, arguments)]
+    with tempfile.TemporaryDirectory() as directory:
+        files = {name: Path(directory, name) for name in ("stdin", "stdout", "stderr")}
+        files["stdin"].write_text(stdin)
+        process = Fork(run_verb, words, env=environment(variables), cwd=cwd, **files)
+        try:
+            code = process.wait(timeout)
+        finally:
+            process.kill()
+        return subprocess.CompletedProcess(["dstrain", *words], code, files["stdout"].read_text(), files["stderr"].read_text())
 
 
 def succeeds(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
@@ -83,9 +95,9 @@ class Ranks:
         for rank in range(num_ranks):
             place = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(rank)}
             place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            with (log.parent / f"{log.name}.{rank}").open("w") as out:
-                command = [sys.executable, "-m", "dstrain", *map(str, arguments), *(last if rank == num_ranks - 1 else ())]
-                self.processes.append(subprocess.Popen(command, env=environment(place), stdout=out, stderr=out))
+            out = log.parent / f"{log.name}.{rank}"
+            words = [*map(str, arguments), *(last if rank == num_ranks - 1 else ())]
+            self.processes.append(Fork(run_verb, words, env=environment(place), stdout=out, stderr=out))
 
     def wait(self, timeout: float = 240) -> list[int]:
         """Exit codes of all ranks."""

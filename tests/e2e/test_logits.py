@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.support import RECIPE, SMALL_DATA, SMALL_TRAINING, Ranks, dstrain, environment, events, fails, settings, succeeds
+from tests.processes import Fork, run_verb
 
 WORDS = ("--tokens-per-shard", "60", "--device", "cpu")
 SHORT = ("--beam-size", "5", "--length-penalty", "0")
@@ -49,6 +50,20 @@ def logits(data: Path, teacher: Path, tmp_path_factory: pytest.TempPathFactory) 
     return output
 
 
+def killed_once(words: Sequence[str | Path], condition: Callable[[], bool], log: Path) -> None:
+    """Start a verb and kill it as soon as the condition holds."""
+    process = Fork(run_verb, [*map(str, words)], env=environment(), stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+    finally:
+        process.kill()
+    assert process.wait() == -signal.SIGKILL
+
+
 def tree(directory: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
@@ -56,16 +71,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 def test_three_shares_one_of_them_killed_make_the_same_bytes(data: Path, teacher: Path, logits: Path, tmp_path: Path) -> None:
     output = tmp_path / "logits"
     words = ("dump-logits", "--teacher", teacher, "--data", data, "--output", output, *WORDS)
-    command = [sys.executable, "-m", "dstrain", *map(str, words), "--shard", "1/3"]
-    with (tmp_path / "log").open("w") as log:
-        killed = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
-        deadline = time.monotonic() + 60
-        while not list(output.glob("*.arrow")):
-            assert killed.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        os.kill(killed.pid, signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL
+    killed_once((*words, "--shard", "1/3"), lambda: bool(list(output.glob("*.arrow"))), tmp_path / "log")
     before = len(list(output.glob("*.arrow")))
     succeeds(dstrain(*words, "--shard", "2/3"))
     fails(dstrain("dump-logits", "--merge", output), "is incomplete", "run `dstrain dump-logits` again")
@@ -187,16 +193,7 @@ def test_a_student_trains_on_a_teachers_outputs(data: Path, speaker: Path, tmp_p
     labeled, run = tmp_path / "labeled", tmp_path / "run"
     words = ("pseudo-label", "--teacher", speaker, "--data", data, "--output", labeled, *SHORT, "--device", "cpu")
     options = ("--pairs-per-shard", "50", "--max-repeats", "1000", "--keep-original")
-    command = [sys.executable, "-m", "dstrain", *map(str, words), *options]
-    with (tmp_path / "log").open("w") as log:
-        killed = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
-        deadline = time.monotonic() + 60
-        while not (labeled / "train" / "00001.arrow").is_file():
-            assert killed.poll() is None, (tmp_path / "log").read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.001)
-        os.kill(killed.pid, signal.SIGKILL)
-        assert killed.wait() == -signal.SIGKILL
+    killed_once((*words, *options), (labeled / "train" / "00001.arrow").is_file, tmp_path / "log")
     train = ("train", RECIPE, "--output", run, "--device", "cpu", *settings(*SMALL_DATA, *SMALL_TRAINING))
     fails(dstrain(*train, "--data", labeled), "shards are not done or not merged")
     done = succeeds(dstrain(*words, *options))

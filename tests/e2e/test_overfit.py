@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import sacrebleu
 import yaml
 
 from dstrain.cli.main import main
+from dstrain.parallel.launch_environment import leave
 from dstrain.recipe_file import merge
 from tests.e2e.support import environment
+from tests.processes import Fork
 
 Tree = dict[str, Any]
 CORPUS = {"kind": "grammar", "split": "train", "num_pairs": 64}
@@ -138,20 +138,19 @@ def recipe(model: Tree, corpus: Tree, path: Path) -> Path:
     return path
 
 
-RUN_VERBS = "import json, sys; from dstrain.cli.main import main; sys.exit(max(main(words) for words in json.loads(sys.argv[1])))"
-
-
 def verbs(log: Path, commands: Sequence[Sequence[str | Path]]) -> None:
-    """Run verbs one after the other in one process of their own, whose output goes to `log`.
+    """Run verbs one after the other in one process of their own, whose output goes to `log`."""
+    process = Fork(
+        _run_verbs, [[str(word) for word in command] for command in commands], env=environment(), stdout=log, stderr=log
+    )
+    try:
+        assert process.wait(240) == 0, log.read_text()
+    finally:
+        process.kill()
 
-    A fresh process: a fork of one that has had threads and process groups may hang when it leaves its own.
-    """
-    words = json.dumps([[str(word) for word in command] for command in commands])
-    with log.open("w") as out:
-        ran = subprocess.run(
-            [sys.executable, "-c", RUN_VERBS, words], env=environment(), stdout=out, stderr=out, timeout=240, check=False
-        )
-    assert ran.returncode == 0, log.read_text()
+
+def _run_verbs(commands: Sequence[Sequence[str]]) -> NoReturn:
+    leave(max(main(words) for words in commands))
 
 
 def learn(model: Tree, data: Path, corpus: Tree, directory: Path, *commands: Sequence[str | Path]) -> float:

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-from tests.paths import ROOT
+from tests.parallel.worker import work
 from tests.ports import free_port
+from tests.processes import Fork
 
 
 def run_ranks(scenario: str, world_size: int, directory: Path, *, timeout: float = 240, **arguments: Any) -> list[Any]:
@@ -22,9 +21,8 @@ def run_ranks(scenario: str, world_size: int, directory: Path, *, timeout: float
     for rank, result in enumerate(results):
         result.unlink(missing_ok=True)
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
-        command = [sys.executable, "-m", "tests.parallel.worker", scenario, str(result), json.dumps(arguments)]
-        with result.with_suffix(".log").open("w") as log:
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=shared | place, stdout=log, stderr=subprocess.STDOUT))
+        log = result.with_suffix(".log")
+        processes.append(Fork(work, scenario, result, json.dumps(arguments), env=shared | place, stdout=log, stderr=log))
     try:
         codes = [process.wait(timeout) for process in processes]
     finally:

@@ -35,8 +35,9 @@ def _collectives(group: Group, world_rank: int) -> Report:
 
 
 def meshes(mesh: Mesh, *, shapes: list[list[int]]) -> list[Report]:
-    """A mesh of each (tensor, sequence) on the same ranks."""
-    load_deepspeed(mesh)
+    """A mesh of each (tensor, sequence) on the same ranks; DeepSpeed knows how many they are, and asks no program."""
+    deepspeed = load_deepspeed(mesh)
+    assert deepspeed.accelerator.get_accelerator().device_count() == mesh.world.size
     return [_mesh(build_mesh("cpu", tensor=tensor, sequence=sequence)) for tensor, sequence in shapes]
 
 

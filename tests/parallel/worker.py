@@ -1,7 +1,6 @@
-"""One rank of a scenario: python -m tests.parallel.worker SCENARIO RESULT ARGUMENTS"""
+"""One rank of a scenario."""
 
 import json
-import sys
 from pathlib import Path
 
 from dstrain.parallel.launch_environment import leave
@@ -9,14 +8,10 @@ from dstrain.parallel.mesh import build_mesh, finalize
 from tests.parallel import scenarios
 
 
-def main() -> None:
-    name, result, arguments = sys.argv[1:]
+def work(scenario: str, result: Path, arguments: str) -> None:
+    """Write what the scenario returns to `result`; arguments and result are JSON."""
     mesh = build_mesh("cpu")
-    value = getattr(scenarios, name)(mesh, **json.loads(arguments))
-    Path(result).write_text(json.dumps(value))
+    value = getattr(scenarios, scenario)(mesh, **json.loads(arguments))
+    result.write_text(json.dumps(value))
     finalize()
     leave(0)
-
-
-if __name__ == "__main__":
-    main()
