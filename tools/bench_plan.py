@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dstrain.data.batching.plan import Lengths, StepPlan, micro_batches
+from dstrain.data.batching.plan import StepPlan, micro_batches
 from dstrain.data.config import BatchingConfig
+from dstrain.data.lengths import Lengths, StoredLengths
 from dstrain.data.prepared.dataset import open_dataset
 
 
@@ -31,13 +32,13 @@ def synthetic_lengths(size: int) -> tuple[Lengths, Lengths]:
     return source, target
 
 
-def padding(plan: StepPlan, world_size: int, num_steps: int) -> dict[str, float]:
+def padding(plan: StepPlan, lengths: StoredLengths, world_size: int, num_steps: int) -> dict[str, float]:
     """Padded tokens of both sides over real ones, less one; and the cost of the slowest rank over the mean."""
-    source, target, max_tokens = plan.source_lengths, plan.target_lengths, plan.config.max_tokens
+    source, target, max_tokens = lengths.source, lengths.target, plan.config.max_tokens
     real = padded = groups_made = slowest = mean = 0.0
     steps = list(islice(plan.epoch(1), num_steps))
     for step in steps:
-        groups = micro_batches(step.examples, source, target, max_tokens, world_size)
+        groups = micro_batches(step.examples, *lengths.of(1, step.examples), max_tokens, world_size)
         filled = [group for group in groups if len(group)]
         costs = [len(group) * max(source[group].max(), target[group].max()) for group in filled]
         real += source[step.examples].sum() + step.num_targets
@@ -68,7 +69,8 @@ def main() -> None:
         source, target = dataset.source_lengths, dataset.target_lengths
     config = BatchingConfig(tokens_per_step=args.tokens_per_step, max_tokens=args.max_tokens, shuffle_window=args.window)
     began, cpu_began = time.perf_counter(), time.process_time()
-    plan = StepPlan(source, target, config, seed=1)
+    lengths = StoredLengths(source, target)
+    plan = StepPlan(lengths, config, seed=1)
     steps = targets = 0
     for step in plan.epoch(0):
         steps, targets = steps + 1, targets + step.num_targets
@@ -81,7 +83,7 @@ def main() -> None:
         "lengths_mib": (source.nbytes + target.nbytes) >> 20,
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10,
     }
-    figures |= {f"{world_size}_ranks": padding(plan, world_size, 1000) for world_size in (1, 2, 8)}
+    figures |= {f"{world_size}_ranks": padding(plan, lengths, world_size, 1000) for world_size in (1, 2, 8)}
     if args.json:
         json.dump(figures, sys.stdout)
     else:

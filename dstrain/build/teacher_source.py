@@ -44,5 +44,5 @@ def load_teacher_source(
     computed = usable_precision(precision, chosen)
     bundle.model.to(COMPUTE_DTYPES[computed])
     dataset = open_dataset(data, split)
-    check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
+    check_split(split, dataset.lengths, bundle.model_config)
     return TeacherSource(bundle, bundle.tokenizers, chosen, computed, bundle.fingerprint, manifest, dataset)

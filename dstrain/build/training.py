@@ -95,7 +95,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
 
 def log_plan(plan: TrainingPlan, mesh: Mesh) -> None:
     """Log where and on what a training runs."""
-    targets = int(plan.data.train.target_lengths.sum(dtype="int64"))
+    targets = plan.data.train.lengths.num_targets(1)
     log_fields(
         {
             "device": describe_device(mesh.device),
@@ -206,7 +206,7 @@ class Training:
             ids=SpecialIds.of(data.tokenizers.target),
             max_length=max_sample_length(
                 [model.limits for model in (recipe.model, *self.plan.objective.models)],
-                longest_source=int(data.train.source_lengths.max()),
+                longest_source=data.train.lengths.longest("source").tokens,
                 max_tokens=recipe.batching.max_tokens,
             ),
             collator=self.collator,

@@ -64,14 +64,8 @@ class TrainingData:
     def plan_steps(self, recipe: Recipe) -> StepPlan:
         """The optimizer steps of every epoch. Raises DataError if a split is empty or has examples that the model cannot read."""
         for split, dataset in (("train", self.train), ("valid", self.valid)):
-            check_split(split, dataset.source_lengths, dataset.target_lengths, recipe.model)
-        return StepPlan(
-            self.train.source_lengths,
-            self.train.target_lengths,
-            recipe.batching,
-            recipe.training.seed,
-            kind=recipe.model.kind,
-        )
+            check_split(split, dataset.lengths, recipe.model)
+        return StepPlan(self.train.lengths, recipe.batching, recipe.training.seed, kind=recipe.model.kind)
 
     def collator(self, recipe: Recipe, teachers: Sequence[ModelConfig] = ()) -> Collator:
         """Makes the batches of the recipe's model and of its teachers."""

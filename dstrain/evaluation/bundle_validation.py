@@ -53,7 +53,7 @@ def validate_bundle(
     if generation is not None and (without_source or split == "train"):
         _say_only_losses(split, without_source=without_source, required=required)
         generation = None
-    check_split(split, dataset.source_lengths, dataset.target_lengths, bundle.model_config)
+    check_split(split, dataset.lengths, bundle.model_config)
     translation = build_translation(
         generation, bundle.model_config, dataset, bundle.tokenizers, mesh, tokenize=tokenize, lowercase=lowercase
     )

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol, cast
 
-import numpy as np
 import torch
 from torch import nn
 
 from dstrain.batch import Batch, Size
-from dstrain.data.batching.plan import Lengths
+from dstrain.data.lengths import ExampleLengths, Side
 from dstrain.engine.loss_totals import LossReducer, LossTotals
 from dstrain.errors import DataError
 from dstrain.models.config import ModelConfig
@@ -86,20 +85,20 @@ class WholeModel:
         return nullcontext(self._model)
 
 
-def check_split(name: str, source_lengths: Lengths, target_lengths: Lengths, model: ModelConfig) -> None:
+def check_split(name: str, lengths: ExampleLengths, model: ModelConfig) -> None:
     """Raise DataError, before anything is trained, if a split is empty or a sentence exceeds the model's limits."""
-    if not len(target_lengths):
+    if not len(lengths):
         raise DataError(f"the split {name!r} is empty; give it at least one sentence pair in the recipe's data section")
     limits = model.limits
-    sides: list[tuple[str, Lengths, int]] = [("source", source_lengths, limits.source), ("target", target_lengths, limits.target)]
+    sides: list[tuple[Side, int]] = [("source", limits.source), ("target", limits.target)]
     if limits.joint:
-        sides = [("source and target", source_lengths.astype(np.int64) + target_lengths - 1, limits.target)]
-    for side, lengths, limit in sides:
-        row = int(np.argmax(lengths))
-        if lengths[row] > limit:
+        sides = [("source and target", limits.target)]
+    for side, limit in sides:
+        row, tokens = lengths.longest(side)
+        if tokens > limit:
             key = "source" if side == "source" else "target"
             raise DataError(
-                f"pair {row + 1} of the split {name!r} has {lengths[row]:,} {side} tokens, more than model.max_{key}_length = "
+                f"pair {row + 1} of the split {name!r} has {tokens:,} {side} tokens, more than model.max_{key}_length = "
                 f"{limit}: raise that limit, or leave such pairs out and prepare again (data.filter does it for train)"
             )
 

@@ -10,28 +10,29 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from typing import Protocol
 
+import numpy as np
+
 from dstrain.batch import Batch
 from dstrain.data.batching.collate import Collator, Ids
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.batching.plan import Lengths, PlannedStep, StepPlan, evaluation_batches, micro_batches
+from dstrain.data.batching.plan import PlannedStep, StepPlan, evaluation_batches, micro_batches
 from dstrain.data.batching.prefetch import Prefetcher
+from dstrain.data.lengths import ExampleLengths
+
+EVALUATION_EPOCH = 0
+"""Training counts epochs from 1: what is evaluated is the same whenever it is, noise included."""
 
 
 class Examples(Protocol):
-    """Pairs of (source, target) ids by row, as `Dataset` has them."""
+    """Pairs of (source, target) ids by row: a `Dataset` has them as they are, `TaskExamples` make them."""
 
     @property
-    def source_lengths(self) -> Lengths:
-        """(N,) tokens with EOS."""
+    def lengths(self) -> ExampleLengths:
+        """Of all rows."""
         ...
 
-    @property
-    def target_lengths(self) -> Lengths:
-        """(N,) tokens with EOS."""
-        ...
-
-    def __getitem__(self, index: int) -> tuple[Ids, Ids]:
-        """Source and target ids of one row, each ending in EOS."""
+    def read(self, epoch: int, rows: IntArray) -> Sequence[tuple[Ids, Ids]]:
+        """Source and target ids of some rows as they are in an epoch, each side ending in EOS."""
         ...
 
 
@@ -65,22 +66,18 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
         start: tuple[int, int] = (0, 0),
         prefetch: int = 8,
     ) -> None:
-        def load(group: IntArray) -> Batch:
-            return collator([examples[row] for row in group], group)
-
         def steps() -> Iterator[tuple[PlannedStep, list[Batch]]]:
             first_epoch, first_step = start
             for epoch in count(first_epoch):
                 for step in plan.epoch(epoch, first_step if epoch == first_epoch else 0):
                     groups = micro_batches(
                         step.examples,
-                        plan.source_lengths,
-                        plan.target_lengths,
+                        *plan.lengths.of(epoch, step.examples),
                         plan.config.max_tokens,
                         data_size,
                         kind=plan.kind,
                     )
-                    yield step, [load(group) for group in groups[data_rank::data_size]]
+                    yield step, [collator(examples.read(epoch, group), group) for group in groups[data_rank::data_size]]
 
         super().__init__(steps(), prefetch)
 
@@ -97,7 +94,8 @@ def evaluation_loader(
 
     Every rank gets equally many batches; if they do not go round, the last ones are empty micro-batches.
     """
-    groups = evaluation_batches(examples.source_lengths, examples.target_lengths, max_tokens, kind=collator.kind)
+    lengths = examples.lengths.of(EVALUATION_EPOCH, np.arange(len(examples.lengths)))
+    groups = evaluation_batches(*lengths, max_tokens, kind=collator.kind)
     groups += [groups[0][:0]] * (-len(groups) % data_size) if groups else []
     for group in groups[data_rank::data_size]:
-        yield collator([examples[row] for row in group], group)
+        yield collator(examples.read(EVALUATION_EPOCH, group), group)

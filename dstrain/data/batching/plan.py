@@ -19,19 +19,15 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from dstrain.batch import ModelKind, Size
 from dstrain.data.batching.permutation import IntArray, Permutation
 from dstrain.data.config import BatchingConfig
+from dstrain.data.lengths import ExampleLengths, Lengths, Side
 from dstrain.errors import DataError
 from dstrain.seeding import derive_seed
-
-Lengths = npt.NDArray[np.integer[Any]]
-"""(N,) tokens of each example on one side, the final EOS included; any integer type, mapped from the disk or not."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -57,42 +53,41 @@ class PlannedStep:
 class StepPlan:
     """The steps of every epoch.
 
-    source_lengths, target_lengths: (N,). A window holds at most max(shuffle_window, tokens_per_step) examples, several steps'
+    lengths: of all examples. A window holds at most max(shuffle_window, tokens_per_step) examples, several steps'
     worth even if `shuffle_window` is less than that. kind: of the model, decides what fits into a micro-batch, not the steps.
     Raises `DataError` if there is no example at all, or one that no micro-batch can hold.
     """
 
     def __init__(
         self,
-        source_lengths: Lengths,
-        target_lengths: Lengths,
+        lengths: ExampleLengths,
         config: BatchingConfig,
         seed: int,
         *,
         kind: ModelKind = "encoder_decoder",
     ) -> None:
-        self.source_lengths = source_lengths
-        self.target_lengths = target_lengths
+        self.lengths = lengths
         self.config = config
         self.seed = seed
         self.kind = kind
         self._check()
-        size = len(target_lengths)
+        size = len(lengths)
         num_windows = -(-size // max(config.shuffle_window, config.tokens_per_step))
         self._windows = [(size * i // num_windows, size * (i + 1) // num_windows) for i in range(num_windows)]
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[PlannedStep]:
         """The steps of an epoch from number `start` on; none if it has just so many. Raises `DataError` if it has fewer."""
-        order = Permutation(len(self.target_lengths), derive_seed(self.seed, "order", epoch))
+        order = Permutation(len(self.lengths), derive_seed(self.seed, "order", epoch))
         index = 0
         for first, last in self._windows:
-            steps = self._steps_of_window(order.elements(first, last), derive_seed(self.seed, "buckets", epoch, first))
+            seed = derive_seed(self.seed, "buckets", epoch, first)
+            steps = self._steps_of_window(epoch, order.elements(first, last), seed)
             order_of_steps = Permutation(len(steps), derive_seed(self.seed, "steps", epoch, first))
             final = index + len(steps) - 1 if last == order.size else None
             for number in order_of_steps.elements(0, order_of_steps.size):
                 if index >= start:
                     examples = steps[number]
-                    num_targets = int(self.target_lengths[examples].sum(dtype=np.int64))
+                    num_targets = int(self.lengths.of(epoch, examples)[1].sum(dtype=np.int64))
                     yield PlannedStep(epoch, index, examples, num_targets, last_of_epoch=index == final)
                 index += 1
         if start > index:
@@ -102,17 +97,17 @@ class StepPlan:
 
     def steps_per_epoch(self) -> int:
         """Exact if an epoch is one window; else about 1 % too low: by its first window's share of the target tokens."""
-        order = Permutation(len(self.target_lengths), derive_seed(self.seed, "order", 1))
+        order = Permutation(len(self.lengths), derive_seed(self.seed, "order", 1))
         window = order.elements(*self._windows[0])
-        steps = len(self._steps_of_window(window, seed=0))
+        steps = len(self._steps_of_window(1, window, seed=0))
         if len(self._windows) == 1:
             return steps
-        targets = [int(lengths.sum(dtype=np.int64)) for lengths in (self.target_lengths, self.target_lengths[window])]
-        return max(steps, steps * targets[0] * 99 // (targets[1] * 100))
+        num_targets = int(self.lengths.of(1, window)[1].sum(dtype=np.int64))
+        return max(steps, steps * self.lengths.num_targets(1) * 99 // (num_targets * 100))
 
-    def _steps_of_window(self, examples: IntArray, seed: int) -> list[IntArray]:
+    def _steps_of_window(self, epoch: int, examples: IntArray, seed: int) -> list[IntArray]:
         """The steps that the examples of a window, given in random order, make."""
-        sources, targets = self.source_lengths[examples], self.target_lengths[examples]
+        sources, targets = self.lengths.of(epoch, examples)
         order = _sorted_by(sources.astype(np.int64) - targets, np.maximum(sources, targets))
         examples, targets = examples[order], targets[order]
         totals = np.concatenate(([0], np.cumsum(targets, dtype=np.int64)))
@@ -123,20 +118,16 @@ class StepPlan:
         return buckets if per_step == 1 else [np.concatenate(step) for step in _deal(buckets, per_step, seed)]
 
     def _check(self) -> None:
-        if len(self.source_lengths) != len(self.target_lengths):
-            raise ValueError(f"lengths of {len(self.source_lengths)} sources and {len(self.target_lengths)} targets")
-        if not len(self.target_lengths):
+        if not len(self.lengths):
             raise DataError("the training split holds no example; see the counts of dropped pairs in its manifest")
         limit = self.config.max_tokens
-        read = {"source": self.source_lengths, "target": self.target_lengths}
-        if self.kind == "decoder_only":
-            read = {"source and target": np.add(self.source_lengths, self.target_lengths, dtype=np.int32) - 1}
-        for side, lengths in read.items():
-            row = int(lengths.argmax())
-            if lengths[row] > limit:
+        read: tuple[Side, ...] = ("source and target",) if self.kind == "decoder_only" else ("source", "target")
+        for side in read:
+            row, tokens = self.lengths.longest(side)
+            if tokens > limit:
                 key = "target" if self.kind == "decoder_only" else side
                 raise DataError(
-                    f"training example {row} has {lengths[row]} {side} tokens, over batching.max_tokens {limit}; raise that, "
+                    f"training example {row} has {tokens} {side} tokens, over batching.max_tokens {limit}; raise that, "
                     f"or lower data.filter.max_{key}_length and prepare again"
                 )
 
@@ -152,12 +143,14 @@ def micro_batches(
 ) -> list[IntArray]:
     """Cut one step for `num_ranks` ranks, of which rank r takes `[r::num_ranks]`.
 
+    source_lengths, target_lengths: (n,) of the step's examples.
     Returns a multiple of `num_ranks` groups of similar lengths, as few as `max_tokens` allows, the costliest as cheap as can be:
     the ranks wait for one another. A group costs rows x (its longest source or target), for a decoder-only model rows x (its
     longest source and target concatenated, which share an EOS). Groups are empty only if there are fewer examples than
     groups. Every example must fit into `max_tokens` by itself, which `StepPlan` has checked.
     """
-    examples, widths = _sort_by_width(step_examples, source_lengths, target_lengths, kind)
+    order, widths = _sort_by_width(source_lengths, target_lengths, kind)
+    examples = step_examples[order]
     count = -(-len(_fill(widths, max_tokens)) // num_ranks) * num_ranks
     low, high = max(widths), max_tokens
     while low < high:
@@ -175,7 +168,7 @@ def evaluation_batches(
     source_lengths: Lengths, target_lengths: Lengths, max_tokens: int, *, kind: ModelKind = "encoder_decoder"
 ) -> list[IntArray]:
     """Every example once, in batches of similar lengths that cost at most `max_tokens`; a longer example is its own batch."""
-    examples, widths = _sort_by_width(np.arange(len(target_lengths)), source_lengths, target_lengths, kind)
+    examples, widths = _sort_by_width(source_lengths, target_lengths, kind)
     return [examples[start:end] for start, end in pairwise([0, *_fill(widths, max_tokens)])]
 
 
@@ -228,14 +221,12 @@ def _deal(buckets: list[IntArray], per_step: int, seed: int) -> list[list[IntArr
     return steps
 
 
-def _sort_by_width(
-    examples: IntArray, source_lengths: Lengths, target_lengths: Lengths, kind: ModelKind
-) -> tuple[IntArray, list[int]]:
-    """Examples by ascending width of their row, and these widths."""
-    sources, targets = (lengths[examples].astype(np.int64) for lengths in (source_lengths, target_lengths))
+def _sort_by_width(source_lengths: Lengths, target_lengths: Lengths, kind: ModelKind) -> tuple[IntArray, list[int]]:
+    """The order of examples by ascending width of their row, and these widths."""
+    sources, targets = (lengths.astype(np.int64) for lengths in (source_lengths, target_lengths))
     widths = np.maximum(sources, targets) if kind == "encoder_decoder" else sources + targets - 1
     order = np.lexsort((sources, targets, widths))
-    return examples[order], widths[order].tolist()
+    return order, widths[order].tolist()
 
 
 def _fill(widths: list[int], capacity: int, at_least: int = 0) -> list[int]:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dstrain.data.batching.permutation import IntArray
+from dstrain.data.lengths import StoredLengths
 from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, SplitRecord, data_remedy, load_manifest
 from dstrain.data.prepared.shard import BatchView, read_shard
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
@@ -42,6 +44,7 @@ class Dataset:
         for batch in batches:
             self._starts.append(self._starts[-1] + len(batch.source.offsets) - 1)
         self.source_lengths, self.target_lengths = np.asarray(lengths)
+        self.lengths = StoredLengths(self.source_lengths, self.target_lengths)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -49,6 +52,10 @@ class Dataset:
     def __getitem__(self, index: int) -> Example:
         batch, row = self._locate(index)
         return Example(batch.source.row(row), batch.target.row(row))
+
+    def read(self, epoch: int, rows: IntArray) -> list[Example]:
+        """Some pairs, which are the same in every epoch."""
+        return [self[row] for row in rows]
 
     def source_column(self, position: int) -> Iterator[npt.NDArray[np.int64]]:
         """The id at one position of every source, -1 for a shorter one; (rows,) each, in the order of the rows."""

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from dstrain.batch import Batch
 from dstrain.data.batching.collate import Collator, Ids
 from dstrain.data.batching.loader import TrainLoader, evaluation_loader
+from dstrain.data.batching.permutation import IntArray
 from dstrain.data.batching.plan import StepPlan
 from dstrain.data.config import BatchingConfig
+from dstrain.data.lengths import StoredLengths
 from dstrain.errors import DataError
 from tests.batches import EOS, PAD, labels_of
 from tests.paths import ROOT
@@ -29,6 +31,7 @@ class Corpus:
     def __init__(self, size: int, broken: int | None = None) -> None:
         random = np.random.default_rng(size)
         self.source_lengths, self.target_lengths = random.integers(1, 20, (2, size)).astype(np.int32)
+        self.lengths = StoredLengths(self.source_lengths, self.target_lengths)
         self._broken = broken
 
     def __getitem__(self, index: int) -> tuple[Ids, Ids]:
@@ -39,8 +42,11 @@ class Corpus:
         source[-1] = target[-1] = EOS
         return source, target
 
+    def read(self, epoch: int, rows: IntArray) -> list[tuple[Ids, Ids]]:
+        return [self[row] for row in rows]
+
     def plan(self) -> StepPlan:
-        return StepPlan(self.source_lengths, self.target_lengths, CONFIG, seed=1)
+        return StepPlan(self.lengths, CONFIG, seed=1)
 
 
 def loader(corpus: Corpus, *, rank: int = 0, world_size: int = 1, start: tuple[int, int] = (0, 0)) -> TrainLoader:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from dstrain.data.batching.plan import IntArray, PlannedStep, StepPlan, evaluation_batches, micro_batches
 from dstrain.data.config import BatchingConfig
+from dstrain.data.lengths import StoredLengths
 from dstrain.errors import DataError
 from dstrain.recipe_file import load_recipe
 from tests.paths import DATA, ROOT, needs_data
@@ -39,7 +40,7 @@ def plan_of(
     config = BatchingConfig(
         tokens_per_step=tokens_per_step, max_tokens=max_tokens, bucket_tokens=bucket_tokens, shuffle_window=shuffle_window
     )
-    return StepPlan(*sides(pairs), config, seed)
+    return StepPlan(StoredLengths(*sides(pairs)), config, seed)
 
 
 def listed(steps: Sequence[PlannedStep]) -> list[tuple[int, int, list[int], int, bool]]:
@@ -48,7 +49,7 @@ def listed(steps: Sequence[PlannedStep]) -> list[tuple[int, int, list[int], int,
 
 def cost(group: IntArray, plan: StepPlan) -> int:
     """Padded tokens as `max_tokens` counts them."""
-    return len(group) * int(max(plan.source_lengths[group].max(), plan.target_lengths[group].max())) if len(group) else 0
+    return len(group) * int(max(plan.lengths.source[group].max(), plan.lengths.target[group].max())) if len(group) else 0
 
 
 @st.composite
@@ -79,7 +80,7 @@ def test_every_example_is_in_an_epoch_once(plan: StepPlan, epoch: int) -> None:
     steps = list(plan.epoch(epoch))
     rows = np.concatenate([step.examples for step in steps])
     assert rows.dtype == np.int64
-    assert sorted(rows) == list(range(len(plan.target_lengths)))
+    assert sorted(rows) == list(range(len(plan.lengths.target)))
 
 
 @settings(max_examples=200, deadline=None)
@@ -87,7 +88,7 @@ def test_every_example_is_in_an_epoch_once(plan: StepPlan, epoch: int) -> None:
 def test_a_step_knows_its_targets_and_holds_no_more_than_allowed(plan: StepPlan) -> None:
     steps = list(plan.epoch(0))
     for step in steps:
-        assert step.num_targets == plan.target_lengths[step.examples].sum()
+        assert step.num_targets == plan.lengths.target[step.examples].sum()
         assert step.num_targets <= plan.config.tokens_per_step or len(step.examples) == 1
     assert [step.index for step in steps] == list(range(len(steps)))
     assert [step.last_of_epoch for step in steps] == [False] * (len(steps) - 1) + [True]
@@ -152,7 +153,7 @@ def test_steps_hold_similar_lengths_and_come_in_random_order() -> None:
     plan = plan_of(pairs, tokens_per_step=1000, shuffle_window=5000)
     means = []
     for step in plan.epoch(0):
-        widths = np.maximum(plan.source_lengths[step.examples], plan.target_lengths[step.examples])
+        widths = np.maximum(plan.lengths.source[step.examples], plan.lengths.target[step.examples])
         assert widths.max() - widths.min() <= 4
         means.append(widths.mean())
     place = np.arange(len(means))
@@ -165,17 +166,17 @@ def test_a_step_of_several_buckets_holds_short_and_long_sentences() -> None:
     pairs = [(int(length), int(length)) for length in random.integers(1, 50, 5000)]
     plan = plan_of(pairs, tokens_per_step=3000, bucket_tokens=1000, shuffle_window=5000)
     mixed = list(plan.epoch(0))
-    thirds = np.quantile(np.repeat(plan.target_lengths, plan.target_lengths), [1 / 3, 2 / 3])
+    thirds = np.quantile(np.repeat(plan.lengths.target, plan.lengths.target), [1 / 3, 2 / 3])
     full = [step for step in mixed if step.num_targets > 2500]
     assert len(mixed) - len(full) <= 2  # those that the last buckets do not go round to
     assert min(step.num_targets for step in mixed) > 1800
     for step in full:
-        lengths = plan.target_lengths[step.examples]
+        lengths = plan.lengths.target[step.examples]
         middle = (lengths >= thirds[0] - 1) & (lengths <= thirds[1] + 1)
         assert lengths.min() <= thirds[0] and middle.any() and lengths.max() >= thirds[1]
         assert len(np.unique(lengths)) <= 12
     alone = list(plan_of(pairs, tokens_per_step=3000, shuffle_window=5000).epoch(0))
-    spread = [np.std([plan.target_lengths[step.examples].mean() for step in steps]) for steps in (mixed, alone)]
+    spread = [np.std([plan.lengths.target[step.examples].mean() for step in steps]) for steps in (mixed, alone)]
     assert spread[0] < 0.6 * spread[1]
     assert listed(list(plan.epoch(1))) != listed(mixed)
 
@@ -192,7 +193,7 @@ def test_long_sentences_do_not_wait_for_the_end() -> None:
     pairs = [(10, int(length)) for length in random.geometric(0.1, 20_000).clip(1, 60)]
     plan = plan_of(pairs, tokens_per_step=500, shuffle_window=1000)
     order = np.concatenate([step.examples for epoch in range(5) for step in plan.epoch(epoch)])
-    longest = plan.target_lengths[order] >= 35
+    longest = plan.lengths.target[order] >= 35
     shares = longest.reshape(5, 10, -1).sum(axis=(0, 2))  # (10,)
     assert np.all(np.abs(shares - shares.mean()) < 5 * np.sqrt(shares.mean()))
 
@@ -222,8 +223,8 @@ def test_the_type_of_the_lengths_does_not_matter(dtype: type[np.integer]) -> Non
     random = np.random.default_rng(0)
     source, target = random.integers(1, 100, (2, 500))
     config = BatchingConfig(tokens_per_step=300, max_tokens=100, shuffle_window=100)
-    expected = listed(list(StepPlan(source, target, config, 1).epoch(0)))
-    assert listed(list(StepPlan(source.astype(dtype), target.astype(dtype), config, 1).epoch(0))) == expected
+    expected = listed(list(StepPlan(StoredLengths(source, target), config, 1).epoch(0)))
+    assert listed(list(StepPlan(StoredLengths(source.astype(dtype), target.astype(dtype)), config, 1).epoch(0))) == expected
 
 
 def test_lengths_beyond_16_bits() -> None:
@@ -234,7 +235,7 @@ def test_lengths_beyond_16_bits() -> None:
 
 def test_nothing_to_train_on() -> None:
     with pytest.raises(DataError, match="the training split holds no example"):
-        StepPlan(np.zeros(0, np.int32), np.zeros(0, np.int32), BatchingConfig(tokens_per_step=1, max_tokens=1), 1)
+        StepPlan(StoredLengths(np.zeros(0, np.int32), np.zeros(0, np.int32)), BatchingConfig(tokens_per_step=1, max_tokens=1), 1)
 
 
 @pytest.mark.parametrize(("pair", "side"), [((61, 2), "source"), ((2, 61), "target")])
@@ -252,12 +253,12 @@ def test_a_sentence_that_fits_nowhere_is_named(pair: tuple[int, int], side: str)
 def test_micro_batches_share_a_step_among_ranks(plan: StepPlan, world_size: int) -> None:
     max_tokens = plan.config.max_tokens
     for step in plan.epoch(0):
-        groups = micro_batches(step.examples, plan.source_lengths, plan.target_lengths, max_tokens, world_size)
+        groups = micro_batches(step.examples, *plan.lengths.of(0, step.examples), max_tokens, world_size)
         assert sorted(np.concatenate(groups)) == sorted(step.examples)
         assert len(groups) % world_size == 0
         assert all(cost(group, plan) <= max_tokens for group in groups)
         assert all(len(group) for group in groups) or len(step.examples) < len(groups)
-        few = micro_batches(step.examples, plan.source_lengths, plan.target_lengths, max_tokens, 1)
+        few = micro_batches(step.examples, *plan.lengths.of(0, step.examples), max_tokens, 1)
         assert len(groups) - world_size < len(few) <= len(groups)
 
 
@@ -267,12 +268,12 @@ def test_concatenated_sides_are_counted_together(pairs: Pairs, tokens: int, worl
     """A row of a decoder-only model is as wide as the longest example of the batch, its source and target concatenated."""
     source, target = sides(pairs)
     config = BatchingConfig(tokens_per_step=150, max_tokens=tokens)
-    plan = StepPlan(source, target, config, 1, kind="decoder_only")
-    assert listed(list(plan.epoch(0))) == listed(list(StepPlan(source, target, config, 1).epoch(0))), "the steps are the same"
+    plan = StepPlan(StoredLengths(source, target), config, 1, kind="decoder_only")
+    assert listed(list(plan.epoch(0))) == listed(list(StepPlan(plan.lengths, config, 1).epoch(0))), "the steps are the same"
     groups = [
         group
         for step in plan.epoch(0)
-        for group in micro_batches(step.examples, source, target, tokens, world_size, kind="decoder_only")
+        for group in micro_batches(step.examples, *plan.lengths.of(0, step.examples), tokens, world_size, kind="decoder_only")
         if len(group)
     ]
     assert sorted(np.concatenate(groups)) == list(range(len(pairs)))
@@ -285,9 +286,9 @@ def test_concatenated_sides_are_counted_together(pairs: Pairs, tokens: int, worl
 def test_sides_that_fit_separately_but_not_concatenated_are_named() -> None:
     config = BatchingConfig(tokens_per_step=40, max_tokens=50)
     lengths = np.array([5, 30], np.uint16), np.array([5, 22], np.uint16)
-    StepPlan(*lengths, config, 1)
+    StepPlan(StoredLengths(*lengths), config, 1)
     with pytest.raises(DataError, match=r"training example 1 has 51 source and target tokens, over batching\.max_tokens 50"):
-        StepPlan(*lengths, config, 1, kind="decoder_only")
+        StepPlan(StoredLengths(*lengths), config, 1, kind="decoder_only")
 
 
 def best_worst_cost(widths: Sequence[int], pieces: int) -> int:
@@ -343,8 +344,8 @@ def test_padding_of_real_text(multi30k_lengths: tuple[IntArray, IntArray], world
     source, target = multi30k_lengths
     config = load_recipe("translation/multi30k_tiny").batching
     real = padded = 0
-    for step in StepPlan(source, target, config, seed=1).epoch(0):
-        for group in micro_batches(step.examples, source, target, config.max_tokens, world_size):
+    for step in StepPlan(StoredLengths(source, target), config, seed=1).epoch(0):
+        for group in micro_batches(step.examples, source[step.examples], target[step.examples], config.max_tokens, world_size):
             real += int(source[group].sum() + target[group].sum())
             padded += len(group) * int(source[group].max() + target[group].max())
     assert real == source.sum() + target.sum()
@@ -368,7 +369,7 @@ def peak_of_planning(size: int) -> int:
     lengths = np.random.default_rng(0).integers(1, 60, size).astype(np.int32)
     config = BatchingConfig(tokens_per_step=3465, max_tokens=4096, shuffle_window=50_000)
     tracemalloc.start()
-    assert sum(len(step.examples) for step in StepPlan(lengths, lengths, config, seed=1).epoch(0)) == size
+    assert sum(len(step.examples) for step in StepPlan(StoredLengths(lengths, lengths), config, seed=1).epoch(0)) == size
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return peak

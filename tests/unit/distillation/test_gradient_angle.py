@@ -121,7 +121,7 @@ def briefly_trained(data: Path, steps: int) -> EncoderDecoder:
     config = EncoderDecoderConfig.model_validate(parts)
     model = build_model(config, teacher_for(data).vocabulary, seed=5)
     objective, optimizer = CrossEntropy(CrossEntropyConfig()), torch.optim.Adam(model.parameters(), lr=1e-3)
-    plan = StepPlan(dataset.source_lengths, dataset.target_lengths, BatchingConfig(tokens_per_step=1000, max_tokens=1000), seed=1)
+    plan = StepPlan(dataset.lengths, BatchingConfig(tokens_per_step=1000, max_tokens=1000), seed=1)
     with TrainLoader(dataset, plan, COLLATOR) as loader:
         for step, batches in islice(loader, steps):
             losses = [objective(model, batch).loss_sum for batch in batches]

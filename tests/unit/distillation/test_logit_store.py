@@ -95,7 +95,7 @@ def test_a_tokens_signal_is_independent_of_its_batch(method: Method, data: Path,
     assert store.manifest.job.shards > 3
     dataset = open_dataset(data, "train")
     alone = {row: parts_of(store.signal(batch_of(dataset, [row]))) for row in range(len(dataset))}
-    plan = StepPlan(dataset.source_lengths, dataset.target_lengths, BatchingConfig(tokens_per_step=200, max_tokens=120), seed=1)
+    plan = StepPlan(dataset.lengths, BatchingConfig(tokens_per_step=200, max_tokens=120), seed=1)
     seen = 0
     for rank in range(2):
         with TrainLoader(dataset, plan, COLLATOR, data_rank=rank, data_size=2) as loader:

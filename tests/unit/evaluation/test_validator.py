@@ -16,6 +16,7 @@ from torch import nn
 from dstrain.batch import Batch, Metrics, Size
 from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.loader import evaluation_loader
+from dstrain.data.lengths import StoredLengths
 from dstrain.errors import DataError
 from dstrain.evaluation import validator
 from dstrain.evaluation.validator import Validator, WholeModel, check_split
@@ -31,12 +32,10 @@ class Examples:
     """Rows of several lengths; a row's target ids are its length, so that losses differ between rows."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
-        self.source_lengths = np.array(lengths)
-        self.target_lengths = np.array(lengths)
+        self.lengths = StoredLengths(np.array(lengths), np.array(lengths))
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.full(self.target_lengths[index], self.target_lengths[index])
-        return ids, ids
+    def read(self, epoch: int, rows: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(np.full(length, length),) * 2 for length in self.lengths.target[rows]]
 
 
 class Engine:
@@ -197,17 +196,17 @@ MODEL = EncoderDecoderConfig(
 
 
 def test_a_split_is_checked_before_training() -> None:
-    check_split("valid", np.array([10, 3]), np.array([20, 1]), MODEL)
+    check_split("valid", StoredLengths(np.array([10, 3]), np.array([20, 1])), MODEL)
     with pytest.raises(DataError, match="the split 'valid' is empty; give it at least one sentence pair"):
-        check_split("valid", np.array([]), np.array([]), MODEL)
+        check_split("valid", StoredLengths(np.array([]), np.array([])), MODEL)
     with pytest.raises(
         DataError, match=r"pair 2 of the split 'valid' has 100,000 source tokens, more than model.max_source_length = 10"
     ):
-        check_split("valid", np.array([3, 100_000]), np.array([3, 3]), MODEL)
+        check_split("valid", StoredLengths(np.array([3, 100_000]), np.array([3, 3])), MODEL)
     with pytest.raises(
         DataError, match=r"pair 1 of the split 'train' has 21 target tokens, more than model.max_target_length = 20"
     ):
-        check_split("train", np.array([3, 3]), np.array([21, 3]), MODEL)
+        check_split("train", StoredLengths(np.array([3, 3]), np.array([21, 3])), MODEL)
 
 
 def test_a_whole_model_is_scored_in_evaluation_mode_without_gradients() -> None:

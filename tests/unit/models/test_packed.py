@@ -12,6 +12,7 @@ from torch import Tensor
 from dstrain.batch import Batch
 from dstrain.data.batching.plan import StepPlan, evaluation_batches, micro_batches
 from dstrain.data.config import BatchingConfig
+from dstrain.data.lengths import StoredLengths
 from dstrain.errors import DataError
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import Model
@@ -115,8 +116,8 @@ def test_learned_positions_end_with_the_longest_example_not_with_the_longest_sou
     long_source, long_target = ([*range(4, 10), EOS], [5, EOS]), ([5, EOS], [*range(4, 10), EOS])
     lengths = np.array([[len(source), len(target)] for source, target in (long_source, long_target)]).T
     batching = BatchingConfig(tokens_per_step=16, max_tokens=16)
-    (step,) = islice(StepPlan(*lengths, batching, 1, kind=model.kind).epoch(1), 1)
-    (trained,) = micro_batches(step.examples, *lengths, 16, 1, kind=model.kind)
+    (step,) = islice(StepPlan(StoredLengths(*lengths), batching, 1, kind=model.kind).epoch(1), 1)
+    (trained,) = micro_batches(step.examples, *lengths[:, step.examples], 16, 1, kind=model.kind)
     (evaluated,) = evaluation_batches(*lengths, 16, kind=model.kind)
     for examples in (trained, evaluated):
         batch = collate([(long_source, long_target)[example] for example in examples], kind=model.kind)
