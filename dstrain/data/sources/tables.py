@@ -85,7 +85,8 @@ def load_data_set(source: HuggingFaceDataset) -> Any:
         reason = next(iter(str(error).splitlines()), "")
         raise DataError(
             f"{record_name(source)}: Hugging Face's datasets cannot load it ({type(error).__name__}: {reason}); check dataset "
-            "and config; for a name of the hub also the network, or name a directory"
+            "and config; for a name of the hub also the network (with HF_HUB_OFFLINE=1 its cache is read without), or name a "
+            "directory"
         ) from error
     finally:
         network_log.setLevel(level)

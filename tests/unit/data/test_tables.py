@@ -154,6 +154,21 @@ def test_what_a_data_set_lacks_is_told_with_what_it_has(folder: Path, keys: dict
         pairs_without_lines(HuggingFaceDataset(**keys))
 
 
+def test_a_name_of_the_hub_is_read_from_the_cache_of_an_earlier_download(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.load_dataset(str(folder / "parquet"))  # its cache is that of a download, but for the name
+    (tmp_path / "parquet").rename(tmp_path / "some___parquet")
+    corpus = HuggingFaceDataset(dataset="some/parquet", split="train", **NESTED)
+    assert pairs_without_lines(corpus) == 300
+    assert pairs_from(corpus, 300, 80) == list(zip(SOURCES, TARGETS, strict=True))[80:]
+    with pytest.raises(DataError, match=r"another/set: .*\(ConnectionError: .*\); .* \(with HF_HUB_OFFLINE=1 its cache is read"):
+        pairs_without_lines(HuggingFaceDataset(dataset="another/set", **NESTED))
+
+
 def test_an_absent_network_is_one_message(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     datasets = pytest.importorskip("datasets")
 
@@ -164,7 +179,7 @@ def test_an_absent_network_is_one_message(monkeypatch: pytest.MonkeyPatch, caplo
     monkeypatch.setattr(datasets, "load_dataset", refuse)
     level = logging.getLogger("huggingface_hub").level
     with pytest.raises(
-        DataError, match=r"some/set de-en: .*\(ConnectionError: Couldn't reach the Hub\); .* also the network, or name"
+        DataError, match=r"some/set de-en: .*\(ConnectionError: Couldn't reach the Hub\); .* also the network \(.*, or name"
     ):
         tables.load_data_set(HuggingFaceDataset(dataset="some/set", config="de-en"))
     assert "Retrying" not in caplog.text
