@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, Field
+from pydantic import Field
 from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.checkpoint.adapter_files import BaseReference, StoredAdapter, adapters_of, open_weights, write_adapter
 from dstrain.checkpoint.directories import MODEL, RECIPE, TOKENIZER, WEIGHTS, check_bundle_output, require_bundle
+from dstrain.checkpoint.saved_recipe import read_recipe
 from dstrain.checkpoint.task import BundleTask, task_of
 from dstrain.checkpoint.tensor_file import FileVersion, TensorFile, file_version, save_tensors
 from dstrain.config_base import Config
@@ -59,28 +60,7 @@ class BundleDescription(Config):
     notes: dict[str, Any] = Field(default_factory=dict)
 
 
-class SavedCorpus(BaseModel):
-    """A corpus of recipe.yaml."""
-
-    kind: str
-
-
-class SavedData(BaseModel):
-    """The `data` section of recipe.yaml."""
-
-    train: list[SavedCorpus] = []
-
-
-class SavedRecipe(BaseModel):
-    """recipe.yaml, as far as a bundle's readers depend on it; `build` checks the rest."""
-
-    description: str = ""
-    data: SavedData = SavedData()
-    generation: dict[str, Any] = {}
-
-
 _REMEDY = "restore it from a copy of the bundle"
-SAVED_RECIPE = DocumentFormat(SavedRecipe, "recipe", BundleError, _REMEDY)
 DESCRIPTION = DocumentFormat(
     BundleDescription, "description of a model", BundleError, _REMEDY, version_field="format", version=BUNDLE_VERSION
 )
@@ -116,14 +96,14 @@ def save_bundle(
     recipe: Mapping[str, Any] | None,
     notes: Mapping[str, Any] | None = None,
     task: BundleTask | None = None,
-    overwrite: bool = True,
+    overwrite: bool = False,
 ) -> None:
-    """Write a bundle, or replace one, atomically.
+    """Write a bundle, or replace one with `overwrite`, atomically.
 
     weights: by canonical name. notes: whatever a reader should know, such as step and score; plain YAML values. task: of a bundle
-    that this one is made from; None derives it, see `task_of`. BundleError if the weights do not fit
-    the configuration, the disk is full (a bundle that was there before then stays), or `directory` holds anything but a bundle;
-    StorageError if it holds one and that may not be overwritten.
+    that this one is made from; None derives it, see `task_of`. BundleError if the weights do not fit the configuration, the disk
+    is full (a bundle that was there before then stays), or `directory` holds anything but a bundle; StorageError if it holds one
+    and is not to be overwritten.
     """
     check_canonical(parameter_layouts(build_model(model_config, vocabulary, seed=None)), TensorSource(weights))
     with fresh_directory(directory, overwrite=overwrite) as fresh:
@@ -152,13 +132,14 @@ def save_adapter_bundle(
     weights: Mapping[str, Tensor],
     recipe: Mapping[str, Any] | None,
     notes: Mapping[str, Any],
+    overwrite: bool = False,
 ) -> None:
-    """Write an adapter bundle, or replace a bundle by one, atomically, after it has been read back and compared.
+    """Write an adapter bundle, or replace a bundle by one with `overwrite`, atomically, after it has been read back and compared.
 
     base: of the adapter's training. If its directory was named by a relative path, the reference to it is relative too,
     and both may move together. weights: the trained tensors, by canonical name. BundleError as `save_bundle`.
     """
-    with fresh_directory(directory) as fresh:
+    with fresh_directory(directory, overwrite=overwrite) as fresh:
         task = base.task if recipe is None else task_of(base.description.model, recipe)
         reference = reference_to(base, directory)
         write_adapter(fresh, config=adapter, base=reference, weights=weights, task=task, notes=notes)
@@ -173,7 +154,7 @@ def reference_to(base: StoredBundle, directory: Path) -> BaseReference:
 
 
 @contextmanager
-def fresh_directory(directory: Path, *, overwrite: bool = True) -> Iterator[Path]:
+def fresh_directory(directory: Path, *, overwrite: bool) -> Iterator[Path]:
     """`atomic_directory` for a bundle. BundleError or StorageError if it cannot be written, as `check_bundle_output`."""
     check_bundle_output(directory, {}, overwrite=overwrite)
     directory = directory.resolve()
@@ -249,12 +230,7 @@ class StoredBundle:
 
     def recipe(self) -> dict[str, Any] | None:
         """The recipe that the bundle was trained by, if it has one."""
-        path = self.directory / RECIPE
-        if not path.exists():
-            return None
-        tree = SAVED_RECIPE.read_tree(path)
-        SAVED_RECIPE.validate(tree, path)
-        return tree
+        return read_recipe(self.directory)
 
 
 def find_bundle(directory: Path, base: Path | None = None) -> StoredBundle:

@@ -187,7 +187,7 @@ def test_a_bundle_that_computes_something_else_is_an_error(data: Path, base: Pat
     assert engine.asked == 1
 
     doubled = ADAPTER.model_copy(update={"alpha": 8.0})
-    save_adapter_bundle(bundle, adapter=doubled, base=found, weights=adapter_of(model), recipe=None, notes={})
+    save_adapter_bundle(bundle, adapter=doubled, base=found, weights=adapter_of(model), recipe=None, notes={}, overwrite=True)
     with pytest.raises(TrainingError, match=r"adapted does not compute what was trained: \d+ tokens have a loss of [\d.]+ in tr"):
         check_reloaded(bundle, engine, batch, mesh, averaged=False, tolerance=1e-4)
     (bundle / "adapter/adapter.safetensors").unlink()

@@ -202,7 +202,15 @@ def test_the_fingerprint_is_that_of_the_weights(corpus: Corpus, teacher: Path, t
     assert corpus.plan(teacher)[0].fingerprint == corpus.plan(again)[0].fingerprint
     bundle = load_bundle(teacher)
     weights = {name: weight + 1e-3 for name, weight in to_canonical(bundle.model).items()}
-    save_bundle(again, model_config=MODEL, vocabulary=corpus.sizes, weights=weights, tokenizers=corpus.tokenizers, recipe=None)
+    save_bundle(
+        again,
+        model_config=MODEL,
+        vocabulary=corpus.sizes,
+        weights=weights,
+        tokenizers=corpus.tokenizers,
+        recipe=None,
+        overwrite=True,
+    )
     assert corpus.plan(teacher)[0].fingerprint != corpus.plan(again)[0].fingerprint
 
 

@@ -44,6 +44,7 @@ def make(directory: Path, base: Path, adapter: LoraConfig = ADAPTER, *, seed: in
         weights=adapter_of(model),
         recipe={"version": 1, "description": "adapter"},
         notes={"step": seed},
+        overwrite=True,
     )
     return model
 

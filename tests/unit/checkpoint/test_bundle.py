@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dstrain.checkpoint import bundle as bundle_module
 from dstrain.checkpoint.bundle import find_bundle, load_bundle, save_bundle
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair
-from dstrain.errors import BundleError, DataError
+from dstrain.errors import BundleError, DataError, StorageError
 from dstrain.models.config import PlainEmbedding
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.weights import to_canonical
@@ -31,7 +31,7 @@ def tokenizers() -> TokenizerPair:
     return TokenizerPair(DictionaryTokenizer(content), DictionaryTokenizer(content))
 
 
-def save(directory: Path, model: EncoderDecoder, *, step: int = 1) -> None:
+def save(directory: Path, model: EncoderDecoder, *, step: int = 1, overwrite: bool = True) -> None:
     save_bundle(
         directory,
         model_config=model.config,
@@ -40,6 +40,7 @@ def save(directory: Path, model: EncoderDecoder, *, step: int = 1) -> None:
         tokenizers=tokenizers(),
         recipe={"version": 1, "description": "Prüfung"},
         notes={"step": step},
+        overwrite=overwrite,
     )
 
 
@@ -102,6 +103,15 @@ def test_weights_that_do_not_fit_are_never_written(tmp_path: Path) -> None:
         )
     assert load_bundle(tmp_path / "bundle").notes == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_a_bundle_is_replaced_on_request_only(tmp_path: Path) -> None:
+    save(tmp_path / "bundle", small_model(), step=1, overwrite=False)
+    with pytest.raises(StorageError, match="bundle exists; add --overwrite to replace it, or choose another --output"):
+        save(tmp_path / "bundle", small_model(), step=2, overwrite=False)
+    assert load_bundle(tmp_path / "bundle").notes == {"step": 1}
+    save(tmp_path / "bundle", small_model(), step=2)
+    assert load_bundle(tmp_path / "bundle").notes == {"step": 2}
 
 
 def test_only_bundles_are_replaced(tmp_path: Path) -> None:
