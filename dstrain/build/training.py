@@ -11,6 +11,7 @@ from dstrain import __version__
 from dstrain.arguments import require_type
 from dstrain.build.base import build_on_base, check_reloaded
 from dstrain.build.machine import describe_device, unused_gpus
+from dstrain.build.same_data import moved_text
 from dstrain.build.training_options import TrainOptions
 from dstrain.build.training_plan import TrainingPlan, plan_training
 from dstrain.checkpoint.bundle import StoredBundle
@@ -95,6 +96,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
 
 def log_plan(plan: TrainingPlan, mesh: Mesh) -> None:
     """Log where and on what a training runs."""
+    moved = moved_text(plan.recipe, plan.data.manifest)
     targets = plan.data.train.lengths.num_targets(1)
     log_fields(
         {
@@ -102,6 +104,7 @@ def log_plan(plan: TrainingPlan, mesh: Mesh) -> None:
             "train": f"{len(plan.data.train):,} examples, {targets:,} target tokens",
             "epoch": f"about {plan.horizons.steps_per_epoch:,} steps",
             "valid": f"{len(plan.data.valid):,} examples",
+            "text": moved and f"elsewhere than when it was prepared: {moved}",
         }
     )
 

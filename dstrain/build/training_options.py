@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from dstrain.arguments import CheckedOptions
+from dstrain.build.same_data import require_data_of
 from dstrain.checkpoint.directories import require_bundle
 from dstrain.config_base import DeviceChoice, upgrade_config
 from dstrain.data.prepared.manifest import load_manifest
@@ -64,6 +65,7 @@ def check_training(recipe: Recipe, options: TrainOptions) -> None:
     manifest = load_manifest(options.data)
     for split in ("train", "valid"):
         manifest.require_split(split, options.data)
+    require_data_of(recipe, options.data, manifest)
     for bundle in (*bundles.values(), *(() if options.base is None else (options.base,))):
         require_bundle(bundle)
     if teachers.logits is not None:

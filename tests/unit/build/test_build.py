@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.build.training_data import TrainingData
+from dstrain.build.same_data import require_data_of
 from dstrain.build.training_plan import TrainOptions, plan_training
 from dstrain.config_base import upgrade_config
+from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
 from dstrain.errors import CheckpointError, DataError
 from dstrain.recipe import Recipe
@@ -27,10 +28,10 @@ def test_data_prepared_before_a_key_existed_have_its_default(tmp_path: Path) -> 
     manifest = json.loads(path.read_text())
     del manifest["data"]["tokenizer"]["tags"]
     path.write_text(json.dumps(manifest))
-    assert len(TrainingData(tmp_path / "data", recipe).train) == 60
+    require_data_of(recipe, tmp_path / "data", load_manifest(tmp_path / "data"))
     other = load_recipe("translation/quickstart", (*SMALL, "data.tokenizer.tags=[eng_Latn]"))
     with pytest.raises(DataError, match=r"data\.tokenizer\.tags\[0\]: \(absent\) -> "):
-        TrainingData(tmp_path / "data", other)
+        require_data_of(other, tmp_path / "data", load_manifest(tmp_path / "data"))
 
 
 def test_a_run_started_before_a_key_existed_is_resumed(tmp_path: Path) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dstrain.build.training_data import TrainingData
+from dstrain.build.same_data import moved_text, require_data_of
+from dstrain.data.prepared import comparison
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
 from dstrain.errors import DataError
@@ -33,16 +33,19 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def refusal(given: Recipe) -> str:
     with pytest.raises(DataError, match="data was prepared from another data section than this recipe's") as caught:
-        TrainingData(Path("data"), given)
+        require_data_of(given, Path("data"), load_manifest(Path("data")))
     return str(caught.value)
 
 
 def test_spelling_places_and_test_sets_do_not_count(home: Path) -> None:
-    expected = load_manifest(Path("data")).content
+    manifest = load_manifest(Path("data"))
+    expected = manifest.content
     Path("copy").write_text(LINES)
     news = "data.test={news: [{kind: tsv, path: nowhere.tsv}]}"
     for given in (recipe(str(home / "text")), recipe("copy"), recipe("/not/on/this/machine"), recipe("text", news)):
-        assert TrainingData(Path("data"), given).manifest.content == expected
+        require_data_of(given, Path("data"), manifest)
+    assert moved_text(recipe("text", news), manifest) is None
+    assert (moved_text(recipe("copy"), manifest) or "").startswith('data.train[0].source: "text" -> "copy"; ')
     prepare(recipe("copy", "data.test={more: [{kind: parallel, source: text, target: text}]}").data, Path("again"), workers=1)
     assert load_manifest(Path("again")).content == expected
     assert load_manifest(Path("again")).job != load_manifest(Path("data")).job
@@ -65,6 +68,14 @@ def test_other_text_counts_where_it_can_be_seen(home: Path) -> None:
     Path("longer").write_text(LINES + "one more\n")
     message = refusal(recipe("longer"))
     assert f"data.train.0: longer has {len(LINES) + 9:,} bytes, prepared was text of {len(LINES):,}" in message
+    Path("corrected").write_text(LINES.replace("the cat sees 17", "the cat saw  17"))
+    assert "data.train.0: corrected has another content than text, which was prepared" in refusal(recipe("corrected"))
+
+
+def test_large_text_that_lies_elsewhere_is_known_by_its_size(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("corrected").write_text(LINES.replace("the cat sees 17", "the cat saw  17"))
+    monkeypatch.setattr(comparison, "MAX_READ_BYTES", len(LINES) - 1)
+    require_data_of(recipe("corrected"), Path("data"), load_manifest(Path("data")))
 
 
 def test_another_tokenizer_counts_where_it_can_be_seen(home: Path, tmp_path: Path) -> None:
@@ -73,7 +84,8 @@ def test_another_tokenizer_counts_where_it_can_be_seen(home: Path, tmp_path: Pat
 
     prepare(recipe("text", "data.tokenizer.vocab_size=50").data, Path("small"), workers=1, progress=False)
     prepare(from_directory("data/tokenizer").data, Path("own"), workers=1, progress=False)
-    contents: dict[str, Any] = {name: TrainingData(Path("own"), from_directory(name)) for name in ("own/tokenizer", "/nowhere")}
-    assert len({data.manifest.content for data in contents.values()}) == 1
+    manifest = load_manifest(Path("own"))
+    for name in ("own/tokenizer", "/nowhere"):
+        require_data_of(from_directory(name), Path("own"), manifest)
     with pytest.raises(DataError, match=r"data\.tokenizer: \w{12} in the recipe, \w{12} made the ids"):
-        TrainingData(Path("own"), from_directory("small/tokenizer"))
+        require_data_of(from_directory("small/tokenizer"), Path("own"), manifest)

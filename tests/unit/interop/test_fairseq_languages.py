@@ -14,6 +14,7 @@ import yaml
 from dstrain.api import load
 from dstrain.batch import Sequences
 from dstrain.build.bundle_model import BundleModel
+from dstrain.build.same_data import require_data_of
 from dstrain.build.training_data import TrainingData
 from dstrain.checkpoint.bundle import find_bundle
 from dstrain.data.prepared.prepare import prepare
@@ -136,7 +137,8 @@ def test_training_an_imported_model_further_reads_what_fairseq_read(case: str, t
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     recipe = load_recipe(str(tmp_path / "recipe.yaml"))
     prepare(recipe.data, tmp_path / "data", workers=1)
-    data = TrainingData(tmp_path / "data", recipe)
+    data = TrainingData(tmp_path / "data")
+    require_data_of(recipe, data.directory, data.manifest)
     assert data.vocabulary == find_bundle(tmp_path / "b").description.vocabulary
     batch = data.collator(recipe)([(data.train[0].source, data.train[0].target)], np.array([0]))
     assert batch.reading.tokens.tolist() == [source]
