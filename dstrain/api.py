@@ -10,11 +10,13 @@ Each verb is a function of one options object with the options of the command li
 
 from dstrain.build.bundle_model import BundleModel, load
 from dstrain.build.dumping import DumpOptions, dump_logits
-from dstrain.build.evaluation import ValidateOptions, validate
-from dstrain.build.generation import GenerateOptions, generate_file
+from dstrain.build.evaluation import validate
+from dstrain.build.generation import generate_file
+from dstrain.build.generation_options import GenerateOptions
 from dstrain.build.labeling import LabelOptions, pseudo_label
 from dstrain.build.training import train
 from dstrain.build.training_options import TeacherOptions, TrainOptions
+from dstrain.build.validation_options import ValidateOptions
 from dstrain.data.prepared.prepare import prepare
 from dstrain.recipe_file import load_recipe
 

@@ -6,6 +6,7 @@ The command line reads its own arguments; what it passes on goes through the sam
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping, Set, Sized
 from operator import index
 from pathlib import Path
@@ -34,6 +35,13 @@ class CheckedOptions:
                 path = ".".join(map(str, (f"{type(self).__name__}.{name}", *detail["loc"])))
                 expected = "input should be a path" if detail["type"] == "path_type" else detail["msg"]
                 raise ArgumentError(f"{path}: {expected[:1].lower()}{expected[1:]}, not {_shown(detail['input'])}") from error
+
+
+def check_device_name(name: str) -> str:
+    """The name of a device, which need not be here. ArgumentError for any other text."""
+    if re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is None:
+        raise ArgumentError(f"device {name!r} is unknown; choose cpu, cuda, cuda:N or auto")
+    return name
 
 
 def require_type(name: str, value: object, kind: type, remedy: str = "") -> None:

@@ -149,8 +149,8 @@ class BundleModel:
         )
 
     def generation_config(self, options: Mapping[str, Any]) -> GenerationConfig:
-        """As the function `generation_config`, with this bundle's recipe."""
-        return generation_config(self.bundle.recipe, options)
+        """The `generation` section of the bundle's recipe, overridden as the function `generation_config` does."""
+        return generation_config((self.bundle.recipe or {}).get("generation"), options)
 
     def score(
         self,

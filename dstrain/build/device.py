@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import get_args
 
 import torch
 
+from dstrain.arguments import check_device_name
 from dstrain.config_base import Precision, PrecisionChoice
 from dstrain.errors import ArgumentError
 from dstrain.ops.allocator import keep_freed_memory
@@ -14,15 +14,12 @@ from dstrain.ops.allocator import keep_freed_memory
 
 def usable_device(name: str | torch.device) -> str:
     """The device of that name here; `auto` is a GPU if there is one. Raises ArgumentError if there is no such device."""
-    name = str(name)
+    name = check_device_name(str(name))
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    named = re.fullmatch(r"cpu|cuda(:(\d+))?", name)
-    if named is None:
-        raise ArgumentError(f"device {name!r} is unknown; choose cpu, cuda, cuda:N or auto")
     if name != "cpu" and not torch.cuda.is_available():
         raise ArgumentError(f"device {name}: no GPU is visible here; use cpu or auto")
-    if int(named[2] or 0) >= torch.cuda.device_count() and name != "cpu":
+    if int(name.partition(":")[2] or 0) >= torch.cuda.device_count() and name != "cpu":
         raise ArgumentError(f"device {name}: {torch.cuda.device_count()} GPUs are visible here, numbered from 0; use one of them")
     return name
 

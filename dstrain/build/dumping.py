@@ -30,7 +30,7 @@ class DumpOptions(CheckedOptions):
     base: of a teacher that is an adapter bundle, if it has moved.
     method_options: draws and seed of `sample`; k and dtype of `topk`; temperature of all. max_tokens: padded tokens of a batch.
     tokens_per_shard: None for a 64th of the split. worker: which shards this job writes.
-    overwrite: replace the work of another job at `output`.
+    overwrite: replace the work of another job at `output`. precision: auto = bf16 on a GPU that has it, else fp32.
     """
 
     teacher: Path
@@ -45,7 +45,7 @@ class DumpOptions(CheckedOptions):
     worker: Worker = ALL_WORK
     device: str = "auto"
     overwrite: bool = False
-    precision: PrecisionChoice = "fp32"
+    precision: PrecisionChoice = "auto"
 
 
 def dump_logits(options: DumpOptions, report: Callable[[str], object] = logger.info) -> StoreManifest | None:

@@ -12,47 +12,22 @@ import torch
 from dstrain.arguments import CheckedOptions, require_type
 from dstrain.build.device import usable_precision
 from dstrain.build.teacher_source import TeacherSource, load_teacher_source
+from dstrain.build.validation_options import ValidateOptions, check_validation, checked_recipe, generation_of
 from dstrain.checkpoint.bundle import load_bundle
-from dstrain.config_base import BleuTokenization, DeviceChoice, PrecisionChoice
 from dstrain.data.batching.collate import Collator
 from dstrain.distillation.store.gradient_angle import Angle, gradient_angles, random_batches
 from dstrain.distillation.store.manifest import load_store_manifest
 from dstrain.distillation.store.store import moved, open_store
 from dstrain.engine.construction import COMPUTE_DTYPES
-from dstrain.errors import ArgumentError, BundleError
+from dstrain.errors import BundleError
 from dstrain.evaluation.bundle_validation import validate_bundle
-from dstrain.evaluation.metrics.tokenization import check_tokenization
-from dstrain.generation.config import generation_config
 from dstrain.models.factory import Model, build_model
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.parallel.mesh import Mesh, build_mesh, finalize
-from dstrain.recipe_file import check_recipe
 from dstrain.training.config import ValidationConfig
 
 ANGLE_MAX_TOKENS = 512
-
-
-@dataclass(frozen=True, kw_only=True)
-class ValidateOptions(CheckedOptions):
-    """The options of `dstrain validate`.
-
-    base: of an adapter bundle, if it has moved. generate: translate, too; None = if the split has sources and raw text of its
-    targets. beam_size, tokenize and lowercase of BLEU: None as in the bundle's recipe. max_tokens: padded tokens of a batch.
-    precision: auto = bf16 on a GPU that has it, else fp32.
-    """
-
-    bundle: Path
-    data: Path
-    base: Path | None = None
-    split: str = "valid"
-    generate: bool | None = None
-    beam_size: int | None = None
-    tokenize: BleuTokenization | None = None
-    lowercase: bool | None = None
-    max_tokens: int = 4096
-    device: DeviceChoice = "auto"
-    precision: PrecisionChoice = "auto"
 
 
 def validate(options: ValidateOptions) -> dict[str, Any] | None:
@@ -69,11 +44,7 @@ def validate(options: ValidateOptions) -> dict[str, Any] | None:
     ['bleu', 'chrf', 'loss', 'nll', 'num_targets', 'perplexity', 'precision', 'repetition', 'signatures']
     """
     require_type("options", options, ValidateOptions)
-    unused = [name for name in ("beam_size", "tokenize", "lowercase") if getattr(options, name) is not None]
-    if unused and options.generate is False:
-        raise ArgumentError(f"{unused[0]} is about translations, and generate = False (--no-generate) makes none; leave one out")
-    if options.tokenize is not None:
-        check_tokenization(options.tokenize)
+    check_validation(options)
     mesh = build_mesh(options.device)
     try:
         scores = _validate(options, mesh)
@@ -86,8 +57,7 @@ def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, Any]:
     bundle = load_bundle(options.bundle, device=mesh.device, base=options.base)
     precision = usable_precision(options.precision, mesh.device)
     bundle.model.to(COMPUTE_DTYPES[precision])
-    generation = generation_config(bundle.recipe, {"beam_size": options.beam_size}) if options.generate is not False else None
-    recipe = check_recipe(bundle.recipe, "the bundle's recipe") if bundle.recipe else None
+    recipe = checked_recipe(bundle.recipe)
     plain = CrossEntropyConfig(label_smoothing=0.0)
     scoring = ValidationConfig() if recipe is None else recipe.validation
     scores = validate_bundle(
@@ -96,7 +66,7 @@ def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, Any]:
         options.split,
         mesh,
         objective=CrossEntropy(plain if recipe is None else recipe.objective.validation),
-        generation=generation,
+        generation=generation_of(recipe, options),
         required=bool(options.generate) or options.beam_size is not None,
         tokenize=scoring.tokenize if options.tokenize is None else options.tokenize,
         lowercase=scoring.lowercase if options.lowercase is None else options.lowercase,
@@ -126,7 +96,7 @@ class AngleOptions(CheckedOptions):
 def measure_angles(options: AngleOptions) -> Iterator[Angle]:
     """The angles of a store. DataError if it was not made by this teacher or of this data."""
     job = load_store_manifest(options.store).job
-    source = load_teacher_source(options.teacher, options.data, job.split, options.device, base=options.base)
+    source = load_teacher_source(options.teacher, options.data, job.split, options.device, precision="fp32", base=options.base)
     job.require_teacher(source.fingerprint, options.store, options.teacher)
     store = open_store(options.store, data=options.data, manifest=source.manifest, renormalize=options.renormalize)
     student, device = _student(options.student, source), torch.device(source.device)

@@ -5,52 +5,23 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 
-from dstrain.arguments import CheckedOptions, require_type
+from dstrain.arguments import require_type
 from dstrain.build.bundle_model import BundleModel, load
 from dstrain.build.device import open_device
-from dstrain.config_base import PrecisionChoice
+from dstrain.build.generation_options import GenerateOptions, check_generation
 from dstrain.data.sources.opening import STANDARD
 from dstrain.data.tokenizers.unknown import MANY, UnknownTokens, likely_cause
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.files import Chunk, check_texts, count_lines, translate_file
-from dstrain.generation.formats import Answer, Format, formatter
+from dstrain.generation.formats import Answer, formatter
 from dstrain.generation.generator import TextHypothesis
 from dstrain.log import logger
 from dstrain.progress import Progress
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateOptions(CheckedOptions):
-    """The options of `dstrain generate`.
-
-    base: of an adapter bundle, if it has moved. input, output: files, `-` for standard input and output. reference: human
-    translations to write beside the answers, or with score_only to score instead. prefix: a file with the beginning of each
-    answer. overwrite: replace an output that exists. method: fields of `generation.config`; those left out or None follow the
-    bundle's recipe. precision: auto = bf16 on a GPU that has it, else fp32. threads: None for all cores. truncate: cut lines that
-    are too long.
-    """
-
-    bundle: Path
-    base: Path | None = None
-    input: str = STANDARD
-    output: str = STANDARD
-    reference: str | None = None
-    prefix: str | None = None
-    score_only: bool = False
-    overwrite: bool = False
-    method: Mapping[str, Any] = field(default_factory=dict)
-    format: Format = "text"
-    truncate: bool = False
-    device: str = "auto"
-    precision: PrecisionChoice = "auto"
-    threads: int | None = None
 
 
 class Translator(NamedTuple):
@@ -104,6 +75,7 @@ def generate_file(options: GenerateOptions) -> GenerationReport:
         score_only=options.score_only,
         overwrite=options.overwrite,
     )
+    check_generation(options)
     model, config, render = open_translator(options)
     tokenizer, unknown = model.tokenizer.target if model.continues else model.tokenizer.source, UnknownTokens()
     start = time.monotonic()

@@ -13,9 +13,8 @@ from dstrain.build.shared_work import ALL_WORK, Task, do_work
 from dstrain.build.teacher_source import TeacherSource, load_teacher_source
 from dstrain.config_base import PrecisionChoice
 from dstrain.data.config import DataConfig, FilterConfig
-from dstrain.data.prepared.derived import LABELING, LabelJob, copy_original, merge_labels
+from dstrain.data.prepared.derived import LABELING, LabelJob, check_max_ratio, copy_original, merge_labels
 from dstrain.data.prepared.manifest import DataManifest
-from dstrain.errors import DataError
 from dstrain.generation.config import generation_config
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator
@@ -34,7 +33,7 @@ class LabelOptions(CheckedOptions):
     beam_size, length_penalty, max_tokens: of the search, None as in the teacher's recipe. max_ratio: of the lengths of both
     sides, None as in the data's filter. max_repeats: how often a group of 1 to 4 tokens may follow itself. keep_original: train
     on the original pairs, too. pairs_per_shard: None for a 64th of all. worker: which shards this job writes.
-    overwrite: replace the work of another job at `output`.
+    overwrite: replace the work of another job at `output`. precision: auto = bf16 on a GPU that has it, else fp32.
     """
 
     teacher: Path
@@ -51,7 +50,7 @@ class LabelOptions(CheckedOptions):
     worker: Worker = ALL_WORK
     device: str = "auto"
     overwrite: bool = False
-    precision: PrecisionChoice = "fp32"
+    precision: PrecisionChoice = "auto"
 
 
 def pseudo_label(options: LabelOptions, report: Callable[[str], object] = logger.info) -> DataManifest | None:
@@ -90,7 +89,7 @@ def build_labeler(options: LabelOptions, device: str) -> Labeler:
     source = load_teacher_source(options.teacher, options.data, "train", device, precision=options.precision, base=options.base)
     bundle, pairs = source.bundle, len(source.dataset)
     method = {"beam_size": options.beam_size, "length_penalty": options.length_penalty, "max_tokens": options.max_tokens}
-    search = generation_config(bundle.recipe, {**method, "kind": "beam", "num_best": 1})
+    search = generation_config((bundle.recipe or {}).get("generation"), {**method, "kind": "beam", "num_best": 1})
     limits = _length_limits(options, source)
     pairs_per_part = options.pairs_per_shard or max(min(pairs // 64, 50_000), 1000)
     job = LabelJob(
@@ -122,6 +121,5 @@ def _length_limits(options: LabelOptions, source: TeacherSource) -> FilterConfig
     limits = DataConfig.model_validate(source.manifest.data).filter
     if options.max_ratio is None:
         return limits
-    if options.max_ratio <= 1:
-        raise DataError(f"--max-ratio {options.max_ratio:g} would drop every pair of unequal lengths; choose a number above 1")
+    check_max_ratio(options.max_ratio)
     return limits.model_copy(update={"max_ratio": options.max_ratio})

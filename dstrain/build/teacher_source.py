@@ -30,7 +30,7 @@ class TeacherSource:
 
 
 def load_teacher_source(
-    teacher: Path, data: Path, split: str, device: str, *, precision: PrecisionChoice = "fp32", base: Path | None = None
+    teacher: Path, data: Path, split: str, device: str, *, precision: PrecisionChoice, base: Path | None
 ) -> TeacherSource:
     """Open both; the teacher then computes in `precision`. base: see `load_bundle`.
 

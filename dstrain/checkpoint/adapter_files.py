@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.adapters.lora import merged, unmatched_keys
-from dstrain.checkpoint.directories import ADAPTER, ADAPTER_WEIGHTS, ADAPTER_YAML, is_adapter
+from dstrain.checkpoint.directories import ADAPTER, ADAPTER_WEIGHTS, ADAPTER_YAML, is_adapter, require_adapter
 from dstrain.checkpoint.task import BundleTask
 from dstrain.checkpoint.tensor_file import TensorFile, save_tensors
 from dstrain.config_base import Config
@@ -121,8 +121,8 @@ def adapters_of(directory: Path, base: Path | None = None) -> tuple[Path, tuple[
     Whether it is the right one is told by `StoredAdapter.check_base`.
     BundleError if a base is missing, a file is missing or altered, bases go round in a circle, or `base` has no use.
     """
-    if base is not None and not is_adapter(directory):
-        raise BundleError(f"--base {base}: {directory} is no adapter bundle, so it rests on no other; leave --base out")
+    if base is not None:
+        require_adapter(directory, base)
     adapters: list[StoredAdapter] = []
     while is_adapter(directory):
         if any(directory.samefile(above.directory) for above in adapters):

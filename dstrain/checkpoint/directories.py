@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dstrain.errors import BundleError, CheckpointError
-from dstrain.storage.atomic import previous_version
+from dstrain.storage.atomic import complete_version, previous_version
 from dstrain.storage.directory_kind import directory_kind, instead_of
 from dstrain.storage.outputs import check_output
 
@@ -32,10 +32,19 @@ def _describes_model(directory: Path) -> bool:
     return (directory / MODEL).exists() or is_adapter(directory)
 
 
-def require_bundle(directory: Path) -> None:
-    """BundleError unless `is_bundle`."""
+def require_bundle(directory: Path, base: Path | None = None) -> None:
+    """BundleError unless `is_bundle`. base: one that the bundle rests on, and a bundle too, if it is named."""
     if not is_bundle(directory):
         raise BundleError(f"{directory} is not a bundle: it has no {MODEL}; {instead_of('a bundle', directory)}")
+    if base is not None:
+        require_adapter(directory, base)
+        require_bundle(base)
+
+
+def require_adapter(directory: Path, base: Path) -> None:
+    """BundleError unless a bundle rests on a base, so that `base` may be named."""
+    if not is_adapter(complete_version(directory)):
+        raise BundleError(f"--base {base}: {directory} is no adapter bundle, so it rests on no other; leave --base out")
 
 
 def require_different(directories: Sequence[Path]) -> None:

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import get_args
 
+from dstrain.arguments import check_device_name
 from dstrain.config_base import BleuTokenization, PrecisionChoice
+from dstrain.errors import ArgumentError
 
 
 def add_base_argument(parser: argparse.ArgumentParser) -> None:
@@ -16,13 +18,26 @@ def add_base_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_precision_argument(parser: argparse.ArgumentParser, default: PrecisionChoice = "auto") -> None:
+def add_device_argument(parser: argparse._ActionsContainer) -> None:
+    """--device, of the verbs that compute with a bundle in one process, on any device."""
+    text = "cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)"
+    parser.add_argument("--device", type=_device_name, default="auto", help=text)
+
+
+def _device_name(text: str) -> str:
+    try:
+        return check_device_name(text)
+    except ArgumentError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def add_precision_argument(parser: argparse.ArgumentParser) -> None:
     """--precision, of the verbs that compute with a bundle."""
     parser.add_argument(
         "--precision",
         choices=get_args(PrecisionChoice),
-        default=default,
-        help=f"of the computation; auto = bf16 on a GPU that has it, else fp32 (default: {default})",
+        default="auto",
+        help="of the computation; auto = bf16 on a GPU that has it, else fp32 (default: auto)",
     )
 
 

@@ -26,7 +26,7 @@ from functools import partial
 from dstrain import __version__
 from dstrain.cli.common import add_options, named, positive_float, positive_number, whole_number
 from dstrain.cli.work_arguments import WORK, add_work_arguments, check_work
-from dstrain.distillation.store.manifest import DUMP
+from dstrain.distillation.store.manifest import DUMP, choose_method
 
 METHOD: dict[str, tuple[Callable[[str], object], str]] = {
     "draws": (positive_number, "sample: draws a token (default: 50)"),
@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Dump this share, or merge."""
     check_work(args, DUMP, "LOGITS", args.split)
+    choose_method(args.method, named(args, *METHOD))
     from dstrain.build.dumping import DumpOptions, dump_logits
     from dstrain.distillation.store.manifest import StoreManifest, merge_store
 

@@ -40,14 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Translate chunk by chunk; say at the end how much and how fast."""
-    from dstrain.checkpoint.directories import require_bundle
+    from dstrain.build.generation_options import check_generation
     from dstrain.generation.files import check_texts
 
     check_texts(**named(args, "bundle", *FILES))
-    require_bundle(args.bundle)
+    options = generate_options(args, *FILES)
+    check_generation(options)
     from dstrain.build.generation import generate_file
 
-    lines, tokens, seconds = generate_file(generate_options(args, *FILES))
+    lines, tokens, seconds = generate_file(options)
     logger.info(
         f"{lines:,} lines, {tokens:,} tokens in {seconds:.1f} s: {lines / seconds:,.1f} lines/s, {tokens / seconds:,.0f} tokens/s"
     )

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument
+from dstrain.cli.bundle_arguments import add_base_argument, add_device_argument, add_precision_argument
 from dstrain.cli.common import add_options, named, positive_number
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.formats import FORMATS
 
 if TYPE_CHECKING:
-    from dstrain.build.generation import GenerateOptions
+    from dstrain.build.generation_options import GenerateOptions
 
 GENERATION_OPTIONS: dict[str, tuple[Callable[[str], float], str]] = {
     "beam_size": (positive_number, "hypotheses kept per sentence; 1 is greedy"),
@@ -42,7 +42,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a bundle directory, for example RUN/bundles/best")
     add_base_argument(parser)
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the output (default: text)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
+    add_device_argument(parser)
     add_precision_argument(parser)
     parser.add_argument("--threads", type=positive_number, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--truncate", action="store_true", help="cut lines longer than the model reads instead of refusing them")
@@ -55,7 +55,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def generate_options(args: argparse.Namespace, *files: str) -> GenerateOptions:
     """The options of both verbs. files: further arguments of `generate`."""
-    from dstrain.build.generation import GenerateOptions
+    from dstrain.build.generation_options import GenerateOptions
 
     return GenerateOptions(
         **named(args, "bundle", "base", "format", "truncate", "device", "precision", "threads", *files),

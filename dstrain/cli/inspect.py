@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from dstrain.checkpoint.directories import is_bundle, require_bundle
-from dstrain.cli.bundle_arguments import add_base_argument
+from dstrain.cli.bundle_arguments import add_base_argument, add_device_argument
 from dstrain.cli.common import named, positive_number
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import DataError
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens", metavar="N", type=positive_number, nargs="+", default=[1024, 4096, 16384], help="default: 1024 4096 16384"
     )
     group.add_argument("--renormalize", action="store_true", help="topk: give the tail to the kept tokens (biased)")
-    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
+    add_device_argument(group)
 
 
 def run(args: argparse.Namespace) -> int:

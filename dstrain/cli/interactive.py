@@ -25,16 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, answer, flush, until the input ends."""
-    from dstrain.checkpoint.directories import require_bundle
+    from dstrain.build.generation_options import check_generation
 
-    require_bundle(args.bundle)
+    options = generate_options(args)
+    check_generation(options)
     from dstrain.build.generation import open_translator
     from dstrain.data.sources.opening import STANDARD_INPUT
     from dstrain.data.sources.text import decode_line
     from dstrain.generation.files import standard_output
     from dstrain.generation.formats import Answer
 
-    model, config, render = open_translator(generate_options(args))
+    model, config, render = open_translator(options)
     at_terminal = sys.stdin.isatty()
     out = standard_output()
     number = 0

@@ -26,7 +26,7 @@ from functools import partial
 from dstrain import __version__
 from dstrain.cli.common import named, positive_float, positive_number
 from dstrain.cli.work_arguments import WORK, add_work_arguments, check_work
-from dstrain.data.prepared.derived import LABELING
+from dstrain.data.prepared.derived import LABELING, check_max_ratio
 
 OWN = ("beam_size", "length_penalty", "max_tokens", "max_ratio", "max_repeats", "keep_original", "pairs_per_shard")
 
@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Label this share, or merge."""
     check_work(args, LABELING, "DATA2", "train")
+    check_max_ratio(args.max_ratio)
     from dstrain.build.labeling import LabelOptions, pseudo_label
     from dstrain.data.prepared.derived import merge_labels
     from dstrain.data.prepared.manifest import DataManifest

@@ -1,8 +1,8 @@
 """dstrain validate: loss, perplexity, BLEU and chrF of a bundle on a split of prepared data.
 
 Prints one JSON object, with the signatures of BLEU and chrF. The loss is that of the bundle's recipe, in nats; perplexity never
-includes label smoothing, and is always per target token. Text is generated and scored by the recipe's settings, unless options
-change them.
+includes label smoothing, and is always per target token. Text is generated and scored by the recipe's `validation` section, as
+training does it, unless options change that.
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-from dstrain.checkpoint.directories import require_bundle
+from dstrain.build.validation_options import ValidateOptions, check_validation
 from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument, add_tokenize_argument
 from dstrain.cli.common import named, positive_number
-from dstrain.data.prepared.manifest import load_manifest
 
 FIGURES = ("generate", "beam_size", "tokenize", "lowercase", "max_tokens", "device", "precision")
 
@@ -38,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Score on as many processes as were started; rank 0 prints."""
-    require_bundle(args.bundle)
-    load_manifest(args.data).require_split(args.split, args.data)
-    from dstrain.build.evaluation import ValidateOptions, validate
+    options = ValidateOptions(**named(args, "bundle", "base", "data", "split", *FIGURES))
+    check_validation(options)
+    from dstrain.build.evaluation import validate
 
-    scores = validate(ValidateOptions(**named(args, "bundle", "base", "data", "split", *FIGURES)))
+    scores = validate(options)
     if scores is not None:
         print(json.dumps({"bundle": str(args.bundle), "data": str(args.data), "split": args.split, **scores}, indent=1))
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.checkpoint.directories import require_bundle
-from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument
+from dstrain.cli.bundle_arguments import add_base_argument, add_device_argument, add_precision_argument
 from dstrain.cli.common import add_overwrite_argument
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import DataError
@@ -33,8 +33,8 @@ def add_work_arguments(parser: argparse.ArgumentParser, output: str) -> None:
         default=Worker(0, 1),
         help="do share I (from 0) of N shares of the work (default: 0/1)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto, a GPU if there is one (default: auto)")
-    add_precision_argument(parser, "fp32")  # what is written is kept, and every share of it must be alike
+    add_device_argument(parser)
+    add_precision_argument(parser)
     add_overwrite_argument(parser, f"{output} of another job")
     parser.add_argument("--merge", metavar=output, type=Path, help="check that every shard is there and complete, and finish")
 
@@ -55,7 +55,7 @@ def check_work(args: argparse.Namespace, work: ShardedJob[Any, Any], output: str
     if present not in ([True, True, True, False], [False, False, False, True]):
         raise DataError(f"{work.verb} takes --teacher, --data and --output, or --merge {output} without them")
     if args.merge is None:
-        require_bundle(args.teacher)
+        require_bundle(args.teacher, args.base)
         load_manifest(args.data).require_split(split, args.data)
         check_output_path(args.output, {"--teacher": args.teacher, "--data": args.data})
         work.read(args.output)

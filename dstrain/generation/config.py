@@ -64,13 +64,13 @@ class SamplingConfig(_Limits):
 GenerationConfig = Annotated[BeamSearchConfig | SamplingConfig, Field(discriminator="kind")]
 
 
-def generation_config(recipe: Mapping[str, Any] | None, options: Mapping[str, Any]) -> GenerationConfig:
-    """The `generation` section of a bundle's recipe, overridden by the options that are not None; defaults without a recipe.
+def generation_config(section: Mapping[str, Any] | None, options: Mapping[str, Any]) -> GenerationConfig:
+    """A section of a bundle's recipe, overridden by the options that are not None; defaults if there is none.
 
     A beam size without a kind means beam search. RecipeError explains every mistake.
     """
     chosen = {name: value for name, value in options.items() if value is not None}
-    section = dict((recipe or {}).get("generation", {}))
+    section = dict(section or {})
     kind = chosen.get("kind", "beam" if "beam_size" in chosen else section.get("kind", "beam"))
     method = SamplingConfig if kind == "sampling" else BeamSearchConfig
     if section.get("kind", "beam") != kind:

@@ -60,7 +60,7 @@ def _lock_output(directory: Path, busy: Callable[[str], DstrainError]) -> Output
         directory.mkdir(parents=True, exist_ok=True)
         path = directory.resolve() / LOCK_FILE
         if path in _held:
-            raise busy(f"process {os.getpid()}, this one")
+            raise busy(_own())
         while True:
             file = path.open("a+", encoding="utf-8")
             if not _try_lock(file, path):
@@ -80,6 +80,22 @@ def _lock_output(directory: Path, busy: Callable[[str], DstrainError]) -> Output
     return lock
 
 
+def lock_holder(directory: Path) -> str | None:
+    """A description of the process that holds the lock of a directory, None if none does.
+
+    Asking takes the lock for a moment, shared: those who ask do not disturb one another.
+    """
+    path = directory.resolve() / LOCK_FILE
+    with _GUARD:
+        if path in _held:
+            return _own()
+        try:
+            with path.open(encoding="utf-8") as file:
+                return None if _try_lock(file, path, fcntl.LOCK_SH) else file.read().strip() or "unknown process"
+        except OSError:  # no file to lock, or none that may be read
+            return None
+
+
 @contextmanager
 def locked_output(directory: Path, *, busy: Callable[[str], DstrainError]) -> Iterator[None]:
     """`lock_output` for the length of a block."""
@@ -90,9 +106,13 @@ def locked_output(directory: Path, *, busy: Callable[[str], DstrainError]) -> It
         lock.release()
 
 
-def _try_lock(file: IO[str], path: Path) -> bool:
+def _own() -> str:
+    return f"process {os.getpid()}, this one"
+
+
+def _try_lock(file: IO[str], path: Path, kind: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, kind | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):
             return False

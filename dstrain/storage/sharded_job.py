@@ -104,7 +104,9 @@ class ShardedJob(Generic[J, S]):
         if known != job and known is not None:
             old, new = known.model_dump(mode="json"), job.model_dump(mode="json")
             changes = "; ".join(f"{name}: {_short(old[name])} -> {_short(new[name])}" for name in old if old[name] != new[name])
-            raise DataError(f"{directory} was started with another job ({changes}); choose another --output, or --overwrite")
+            raise DataError(
+                f"{directory} was started with another job ({changes}); give its options, choose another --output, or --overwrite"
+            )
 
     def discard_other(self, directory: Path, job: J) -> None:
         """Remove what another job has left in the directory. Processes of one job may all call it, at any time.

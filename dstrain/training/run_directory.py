@@ -30,7 +30,7 @@ from dstrain.log import logger
 from dstrain.parallel.errors import raise_on_all_ranks
 from dstrain.storage.atomic import write_file
 from dstrain.storage.document import DocumentFormat, read_mapping
-from dstrain.storage.lock import OutputLock, lock_output
+from dstrain.storage.lock import OutputLock, lock_holder, lock_output
 from dstrain.storage.outputs import require_run_as_output
 from dstrain.storage.parsing import dump_yaml
 from dstrain.training.accepted_changes import is_acceptable, is_accepted, option_for, value_at, with_values
@@ -137,8 +137,11 @@ def open_run(
 
 
 def check_run(directory: Path, recipe: Mapping[str, Any], *, upgrade: Upgrade = dict, accept: Sequence[str] = ()) -> None:
-    """Raise the errors of `open_run` that need no data: for another directory than a run, and for another recipe."""
-    if _is_resumed(directory, accept):
+    """Raise the errors of `open_run` that need no data: for a directory that is no run, one in use, and another recipe."""
+    is_resumed = _is_resumed(directory, accept)
+    if holder := lock_holder(directory):
+        raise _busy(directory, holder)
+    if is_resumed:
         _compare_recipe(directory, RUN_FORMAT.read(directory / "run.json"), recipe, upgrade, accept)
 
 

@@ -76,6 +76,12 @@ LABELING = ShardedJob(
 )
 
 
+def check_max_ratio(max_ratio: float | None) -> None:
+    """DataError for a ratio of lengths that no pair keeps but those of equal lengths."""
+    if max_ratio is not None and max_ratio <= 1:
+        raise DataError(f"--max-ratio {max_ratio:g} would drop every pair of unequal lengths; choose a number above 1")
+
+
 def copy_original(data: Path, output: Path, job: LabelJob) -> None:
     """Link or copy the tokenizer, the evaluation splits and, if requested, the original pairs of `data` into `output`."""
     manifest = load_manifest(data)

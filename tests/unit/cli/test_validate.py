@@ -23,18 +23,25 @@ def prepared_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("overrides", "message"),
+    ("chosen", "message"),
     [
-        (["generation.num_best=3"], "generation options: num_best = 3 exceeds beam_size = 2; raise beam_size"),
-        (["generation.beam_size=3", "generation.groups=3"], "generation options: groups = 3 does not divide beam_size = 2"),
-        (["generation={kind: sampling, num_best: 3}"], "generation options: num_best = 3 exceeds beam_size = 2"),
+        ("kind: beam, beam_size: 3, num_best: 3", "generation options: num_best = 3 exceeds beam_size = 2; raise beam_size"),
+        ("kind: beam, beam_size: 3, groups: 3", "generation options: groups = 3 does not divide beam_size = 2"),
+        ("kind: sampling, num_best: 3", "generation options: num_best = 3 exceeds beam_size = 2"),
     ],
 )
-@pytest.mark.parametrize("verb", ["validate", "generate"])
+@pytest.mark.parametrize(("verb", "section"), [("validate", "validation.generation"), ("generate", "generation")])
 def test_a_beam_that_the_recipe_cannot_have_is_explained(
-    tmp_path: Path, *, verb: str, overrides: list[str], message: str, prepared_data: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    *,
+    verb: str,
+    section: str,
+    chosen: str,
+    message: str,
+    prepared_data: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    bundle = make_bundle(tmp_path / "bundle", recipe=recipe(*overrides))
+    bundle = make_bundle(tmp_path / "bundle", recipe=recipe(f"{section}={{{chosen}}}"))
     data = ["--data", str(prepared_data)] if verb == "validate" else []
     assert main([verb, str(bundle), "--device", "cpu", "--beam-size", "2", *data]) == 1
     assert message in capsys.readouterr().err

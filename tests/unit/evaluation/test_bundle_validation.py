@@ -13,15 +13,18 @@ import torch
 from torch.nn import functional as F
 
 from dstrain.batch import Sequences
+from dstrain.build.validation_options import ValidateOptions, generation_of
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
 from dstrain.cli.main import main
 from dstrain.data.config import DataConfig, GrammarText, PlainText, TokenizerDirectory, TrainedSentencePiece
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.prepare import prepare
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
+from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.models.weights import to_canonical
+from dstrain.recipe import Recipe
 from dstrain.recipe_file import load_recipe, recipe_tree
 
 STACK = {"depth": 1, "num_heads": 2, "ffn_dim": 16}
@@ -132,6 +135,20 @@ def test_bleu_is_that_of_the_recipe_unless_options_change_it(
     assert "|case:lc|" in own["signatures"]["chrf"]
     assert "|case:mixed|eff:no|tok:intl|" in changed["signatures"]["bleu"]
     assert "|case:mixed|" in changed["signatures"]["chrf"]
+
+
+def test_text_is_generated_as_in_training_unless_options_change_it() -> None:
+    def chosen(recipe: Recipe | None, **options: Any) -> GenerationConfig | None:
+        return generation_of(recipe, ValidateOptions(bundle=Path("b"), data=Path("d"), **options))
+
+    own = "validation={metric: loss, generation: {kind: beam, beam_size: 2, min_length: 3}}"
+    recipe = load_recipe("translation/quickstart", [own, "generation.beam_size=4"])
+    assert chosen(recipe) == BeamSearchConfig(beam_size=2, min_length=3)
+    assert chosen(recipe, beam_size=7) == BeamSearchConfig(beam_size=7, min_length=3)
+    assert chosen(recipe, generate=False) is None
+    silent = load_recipe("translation/quickstart", ["validation={metric: loss, generation: null}", "generation.beam_size=4"])
+    assert chosen(silent) == BeamSearchConfig(beam_size=4)
+    assert chosen(None) == BeamSearchConfig()
 
 
 def test_another_precision_changes_the_figures_and_is_said(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
