@@ -65,7 +65,6 @@ def test_stable_adamw_equals_a_loop_over_tensors_while_gradients_jump(ranks: lis
 @pytest.mark.parametrize("fault", ["loss", "gradient"])
 def test_a_fault_on_one_rank_stops_all_before_any_update(ranks: list[dict[str, Any]], fault: str) -> None:
     for guard in (rank[fault] for rank in ranks):
-        assert guard["error"].startswith("step 2: ")
         assert ("the loss is nan" if fault == "loss" else "gradient") in guard["error"]
         assert "lower the learning rate" in guard["error"]
         assert guard["step"] == 1
