@@ -10,4 +10,5 @@ for argument in "$@"; do [ "$argument" = -m ] && selection=(); done
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 workers=$(python -c 'import os; print(max(1, min(8, len(os.sched_getaffinity(0)))))')
 say "tests: pytest -n $workers ${selection[*]} $*"
-exec python -m pytest -n "$workers" --dist loadscope "${selection[@]}" "$@"
+# In the order of the directories, which begins with the longest tests.
+exec python -m pytest -n "$workers" --dist loadscope --no-loadscope-reorder "${selection[@]}" "$@"

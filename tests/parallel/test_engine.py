@@ -69,3 +69,13 @@ def test_a_fault_on_one_rank_stops_all_before_any_update(ranks: list[dict[str, A
         assert "lower the learning rate" in guard["error"]
         assert guard["step"] == 1
         assert guard["unchanged"]
+
+
+@pytest.mark.parametrize("scenario", ["resumed", "stable_resumed"])
+def test_resume_is_bit_exact(ranks: list[dict[str, Any]], scenario: str) -> None:
+    """Saved after three steps and continued by another engine: the same reports and the same weights."""
+    for resumed in (rank[scenario] for rank in ranks):
+        assert resumed["found"] == resumed["expected"]
+        assert resumed["found_weights"] == resumed["expected_weights"]
+    weights, average = ranks[0][scenario]["found_weights"]
+    assert weights != average
