@@ -39,7 +39,7 @@ def validate(options: ValidateOptions) -> dict[str, Any] | None:
 
     >>> from pathlib import Path
     >>> from dstrain.api import ValidateOptions, validate
-    >>> scores = validate(ValidateOptions(bundle=Path("run/bundles/best"), data=Path("data"), beam_size=2))
+    >>> scores = validate(ValidateOptions(bundle=Path("run/bundles/best"), data=Path("data"), method={"beam_size": 2}))
     >>> sorted(scores)
     ['bleu', 'chrf', 'loss', 'nll', 'num_targets', 'perplexity', 'precision', 'repetition', 'signatures']
     """
@@ -67,7 +67,7 @@ def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, Any]:
         mesh,
         objective=CrossEntropy(plain if recipe is None else recipe.objective.validation),
         generation=generation_of(recipe, options),
-        required=bool(options.generate) or options.beam_size is not None,
+        required=bool(options.generate) or any(value is not None for value in options.method.values()),
         tokenize=scoring.tokenize if options.tokenize is None else options.tokenize,
         lowercase=scoring.lowercase if options.lowercase is None else options.lowercase,
         max_tokens=options.max_tokens,

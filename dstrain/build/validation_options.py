@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ class ValidateOptions(CheckedOptions):
     """The options of `dstrain validate`.
 
     base: of an adapter bundle, if it has moved. generate: translate, too; None = if the split has sources and raw text of its
-    targets. beam_size, tokenize and lowercase of BLEU: None as in the recipe's `validation`. max_tokens: padded tokens of a
-    batch. precision: auto = bf16 on a GPU that has it, else fp32.
+    targets. method: fields of `generation.config`; those left out or None follow the recipe's `validation`, as do tokenize and
+    lowercase of BLEU. max_tokens: padded tokens of a batch. precision: auto = bf16 on a GPU that has it, else fp32.
     """
 
     bundle: Path
@@ -33,7 +33,7 @@ class ValidateOptions(CheckedOptions):
     base: Path | None = None
     split: str = "valid"
     generate: bool | None = None
-    beam_size: int | None = None
+    method: Mapping[str, Any] = field(default_factory=dict)
     tokenize: BleuTokenization | None = None
     lowercase: bool | None = None
     max_tokens: int = 4096
@@ -43,7 +43,8 @@ class ValidateOptions(CheckedOptions):
 
 def check_validation(options: ValidateOptions) -> None:
     """Raise a DstrainError for every mistake in arguments and paths that shows before anything is loaded."""
-    unused = [name for name in ("beam_size", "tokenize", "lowercase") if getattr(options, name) is not None]
+    requested = {**options.method, "tokenize": options.tokenize, "lowercase": options.lowercase}
+    unused = [name for name, value in requested.items() if value is not None]
     if unused and options.generate is False:
         raise ArgumentError(f"{unused[0]} is about translations, and generate = False (--no-generate) makes none; leave one out")
     if options.tokenize is not None:
@@ -66,4 +67,4 @@ def generation_of(recipe: Recipe | None, options: ValidateOptions) -> Generation
     if options.generate is False:
         return None
     section = None if recipe is None else (recipe.validation.generation or recipe.generation).model_dump()
-    return generation_config(section, {"beam_size": options.beam_size})
+    return generation_config(section, options.method)

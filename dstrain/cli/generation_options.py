@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
@@ -35,6 +35,8 @@ GENERATION_OPTIONS: dict[str, tuple[Callable[[str], float], str]] = {
     "unk_penalty": (float, "subtracted from the log-probability of <unk>"),
     "max_tokens": (positive_number, "size of a batch: hypotheses x (source + prefix) length"),
 }
+METHOD_OPTIONS = ("kind", "score", *GENERATION_OPTIONS)
+"""Names of all options of a method."""
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +48,14 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     add_precision_argument(parser)
     parser.add_argument("--threads", type=positive_number, metavar="N", help="CPU threads (default: all cores)")
     parser.add_argument("--truncate", action="store_true", help="cut lines longer than the model reads instead of refusing them")
+    add_method_arguments(parser)
+
+
+def add_method_arguments(parser: argparse.ArgumentParser, names: Sequence[str] = METHOD_OPTIONS) -> None:
+    """The options of a search or of sampling, or some of them by name."""
     group = parser.add_argument_group("method, by default as in the bundle's recipe")
     group.add_argument("--sampling", dest="kind", action="store_const", const="sampling", help="draw instead of searching")
-    add_options(group, GENERATION_OPTIONS)
+    add_options(group, {name: option for name, option in GENERATION_OPTIONS.items() if name in names})
     scores = get_args(BeamSearchConfig.model_fields["score"].annotation)
     group.add_argument("--score", choices=scores, help="log-probability by length ** length penalty, or the bare sum")
 
@@ -59,5 +66,5 @@ def generate_options(args: argparse.Namespace, *files: str) -> GenerateOptions:
 
     return GenerateOptions(
         **named(args, "bundle", "base", "format", "truncate", "device", "precision", "threads", *files),
-        method=named(args, "kind", "score", *GENERATION_OPTIONS),
+        method=named(args, *METHOD_OPTIONS),
     )

@@ -14,8 +14,11 @@ from pathlib import Path
 from dstrain.build.validation_options import ValidateOptions, check_validation
 from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument, add_tokenize_argument
 from dstrain.cli.common import named, positive_number
+from dstrain.cli.generation_options import METHOD_OPTIONS, add_method_arguments
 
-FIGURES = ("generate", "beam_size", "tokenize", "lowercase", "max_tokens", "device", "precision")
+FIGURES = ("generate", "tokenize", "lowercase", "max_tokens", "device", "precision")
+SCORED_METHOD = tuple(name for name in METHOD_OPTIONS if name not in ("num_best", "max_tokens"))
+"""What decides the best hypothesis."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="DATA", type=Path, required=True, help="directory that `dstrain prepare` wrote")
     parser.add_argument("--split", default="valid", help="default: valid")
     parser.add_argument("--generate", action=argparse.BooleanOptionalAction, help="translate, too (default: if it has sources)")
-    parser.add_argument("--beam-size", metavar="N", type=positive_number, help="default: as in the bundle's recipe")
     add_tokenize_argument(parser, None, "as in the bundle's recipe")
     parser.add_argument("--lowercase", action=argparse.BooleanOptionalAction, help="BLEU and chrF ignore case (as in the recipe)")
     parser.add_argument(
@@ -33,11 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
     add_precision_argument(parser)
+    add_method_arguments(parser, SCORED_METHOD)
 
 
 def run(args: argparse.Namespace) -> int:
     """Score on as many processes as were started; rank 0 prints."""
-    options = ValidateOptions(**named(args, "bundle", "base", "data", "split", *FIGURES))
+    method = named(args, *SCORED_METHOD)
+    options = ValidateOptions(**named(args, "bundle", "base", "data", "split", *FIGURES), method=method)
     check_validation(options)
     from dstrain.build.evaluation import validate
 

@@ -86,5 +86,5 @@ def _say_only_losses(split: str, *, without_source: bool, required: bool) -> Non
     """Log why nothing is translated; DataError if the user asked for it."""
     reason = "is text without a source to translate" if without_source else "keeps no raw text to compare with"
     if required:
-        raise DataError(f"the split {split!r} {reason}, so only losses are scored: leave --generate and --beam-size out")
+        raise DataError(f"the split {split!r} {reason}, so only losses are scored: leave --generate and its options out")
     logger.info("the split %r %s: only losses are scored", split, reason)

@@ -92,8 +92,8 @@ WRONG_CALLS: list[tuple[Callable[[Any], object], str]] = [
         "GenerateOptions.method: input should be a valid dictionary, not 'beam'",
     ),
     (
-        lambda model: ValidateOptions(bundle=HERE, data=HERE, beam_size="five"),
-        "ValidateOptions.beam_size: input should be a valid",
+        lambda model: ValidateOptions(bundle=HERE, data=HERE, max_tokens="five"),
+        "ValidateOptions.max_tokens: input should be a valid",
     ),
     (
         lambda model: validate(ValidateOptions(bundle=HERE, data=HERE, generate=False, tokenize="char")),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sacrebleu
 import torch
 from torch.nn import functional as F
 
@@ -20,7 +21,7 @@ from dstrain.data.config import DataConfig, GrammarText, PlainText, TokenizerDir
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.prepare import prepare
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
-from dstrain.generation.config import BeamSearchConfig, GenerationConfig
+from dstrain.generation.config import BeamSearchConfig, GenerationConfig, SamplingConfig
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.models.weights import to_canonical
@@ -124,6 +125,20 @@ def test_texts_are_scored_by_default(bundle: Path, data: Path, capsys: pytest.Ca
     assert "|case:mixed|eff:no|tok:13a|" in scores["signatures"]["bleu"]
 
 
+def test_validate_takes_the_options_of_a_method(
+    bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The score of what `generate` writes by the same options."""
+    options = ("--beam-size", "3", "--length-penalty", "0.2", "--min-length", "6", "--max-length-offset", "1")
+    source, target, hypotheses = (tmp_path / name for name in ("source.txt", "target.txt", "hypotheses.txt"))
+    assert main(["text", str(data), "--split", "valid", "--output", str(tmp_path)]) == 0
+    assert main(["generate", str(bundle), "--input", str(source), "--output", str(hypotheses), *options]) == 0
+    scores = scores_of(bundle, data, capsys, *options)
+    expected = sacrebleu.corpus_chrf(hypotheses.read_text().splitlines(), [target.read_text().splitlines()])
+    assert scores["chrf"] == pytest.approx(expected.score)
+    assert scores["chrf"] != scores_of(bundle, data, capsys)["chrf"]
+
+
 def test_bleu_is_that_of_the_recipe_unless_options_change_it(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,12 +154,14 @@ def test_bleu_is_that_of_the_recipe_unless_options_change_it(
 
 def test_text_is_generated_as_in_training_unless_options_change_it() -> None:
     def chosen(recipe: Recipe | None, **options: Any) -> GenerationConfig | None:
-        return generation_of(recipe, ValidateOptions(bundle=Path("b"), data=Path("d"), **options))
+        generate = options.pop("generate", None)
+        return generation_of(recipe, ValidateOptions(bundle=Path("b"), data=Path("d"), generate=generate, method=options))
 
     own = "validation={metric: loss, generation: {kind: beam, beam_size: 2, min_length: 3}}"
     recipe = load_recipe("translation/quickstart", [own, "generation.beam_size=4"])
     assert chosen(recipe) == BeamSearchConfig(beam_size=2, min_length=3)
     assert chosen(recipe, beam_size=7) == BeamSearchConfig(beam_size=7, min_length=3)
+    assert chosen(recipe, kind="sampling", top_k=4, min_length=None) == SamplingConfig(top_k=4, min_length=3)
     assert chosen(recipe, generate=False) is None
     silent = load_recipe("translation/quickstart", ["validation={metric: loss, generation: null}", "generation.beam_size=4"])
     assert chosen(silent) == BeamSearchConfig(beam_size=4)
@@ -171,7 +188,7 @@ def test_a_tokenization_that_cannot_be_used_is_said_first(
     [
         (["--split", "test"], "has no split 'test'; it holds train, valid"),
         (["--split", "train", "--generate"], "'train' keeps no raw text to compare with, so only losses are scored: leave --gen"),
-        (["--split", "train", "--beam-size", "2"], "so only losses are scored: leave --generate and --beam-size out"),
+        (["--split", "train", "--beam-size", "2"], "so only losses are scored: leave --generate and its options out"),
     ],
 )
 def test_mistakes(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
