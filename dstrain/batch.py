@@ -1,21 +1,19 @@
 """The data of models, losses and reports: `Sequences`, `Targets`, `Batch`, `Metrics`. A batch is never a dict.
 
-Three words, used so everywhere: a *row* is a row of a tensor, an *example* is one line of the data set, a *segment* is an example
-inside a packed row. A padded row holds one example, a packed row several. The `Collator` makes every batch, on the CPU, with all
-counts: models and objectives never join, shift or recount. Shapes: B rows, S source, T target, b examples, n scored tokens.
+Sequences are padded, one a row, (B, T), or packed, one after another without rows, (N,). Layers compute on the last dimension
+and do not know which; attention does. The `Collator` makes every batch, on the CPU, with all counts: models and objectives never
+join, shift or recount. Shapes: B rows, S source, T target, N packed tokens, b sequences or examples, n scored tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Generic, Literal, NamedTuple, Self, TypeVar
+from functools import cached_property
+from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
-
-NO_SEGMENT = -1
-"""The segment of padding in a packed row."""
 
 ModelKind = Literal["encoder_decoder", "decoder_only"]
 """How a model reads an example: source and target in a stack each, or both as one sequence."""
@@ -40,33 +38,90 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+class RowIndex(NamedTuple):
+    """Where packed tokens stand in padded rows of `width` places each, and the other way round.
+
+    places: (m,) the place of each real token, of b * width. tokens: (b * width,) the token at each place, any one at padding.
+    is_padding: (b * width, 1, 1).
+    """
+
+    places: Tensor
+    tokens: Tensor
+    is_padding: Tensor
+    width: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How N packed tokens are cut into b sequences. After the last sequence there may be padding, which no token sees.
+
+    positions: (N,) int64, 0, 1, 2, ... in each sequence, 0 at padding. segments: (N,) int64, the number of each token's
+    sequence, b at padding. starts: (b + 1,) int32, where each sequence starts, and where the last one ends. longest: tokens of
+    the longest. num_tokens: without padding.
+    """
+
+    positions: Tensor
+    segments: Tensor
+    starts: Tensor
+    longest: int
+    num_tokens: int
+
+    @cached_property
+    def rows(self) -> RowIndex:
+        """The same sequences as padded rows."""
+        real = slice(self.num_tokens)
+        tokens = self.starts[:-1, None].long() + torch.arange(self.longest, device=self.starts.device)  # (b, width)
+        return RowIndex(
+            places=self.segments[real] * self.longest + self.positions[real],
+            tokens=tokens.clamp(max=self.num_tokens - 1).flatten(),
+            is_padding=(tokens >= self.starts[1:, None]).view(-1, 1, 1),
+            width=self.longest,
+        )
+
+    @property
+    def token_lengths(self) -> Tensor:
+        """(N,) tokens of the sequence of each token; of the last one at padding."""
+        return self.starts.diff().long()[self.segments.clamp(max=len(self.starts) - 2)]
+
+
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences, right-padded or packed and then right-padded.
+    """Token sequences, each in a right-padded row, or packed.
 
-    tokens: (B, S) int64, the tokenizer's pad id after `lengths`.
-    lengths: (B,) int64, real tokens of each row; 0 for a row of padding only.
-    positions: (B, S) int64, 0, 1, 2, ... in each segment; None means from the left of the row.
-    segments: (B, S) int64, the number of each token's example in the batch, `NO_SEGMENT` at padding; tokens see one another only
-    within a segment. None means one segment a row.
+    tokens: (B, S) int64, the tokenizer's pad id after `lengths`; packed (N,), with the pad id at the end.
+    lengths: (B,) int64, real tokens of each sequence; 0 for a row of padding only.
+    packing: None for rows.
     """
 
     tokens: Tensor
     lengths: Tensor
-    positions: Tensor | None = None
-    segments: Tensor | None = None
+    packing: Packing | None = None
+
+    @property
+    def positions(self) -> int | Tensor:
+        """Of the tokens: 0 for rows, whose columns count from there; (N,) if packed."""
+        return 0 if self.packing is None else self.packing.positions
+
+    @property
+    def end_position(self) -> int:
+        """All positions are below it."""
+        return self.tokens.shape[1] if self.packing is None else self.packing.longest
 
     def to(self, device: torch.device) -> Sequences:
         """The same sequences on `device`."""
-        moved = {name: sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        packing = None if self.packing is None else replace(self.packing, **_moved(self.packing, device))
+        return replace(self, packing=packing, **_moved(self, device))
+
+
+def _moved(value: Sequences | Packing, device: torch.device) -> dict[str, Any]:
+    return {name: sent(tensor, device) for name, tensor in vars(value).items() if isinstance(tensor, Tensor)}
 
 
 @dataclass(frozen=True)
 class Targets:
     """The scored tokens of a batch: example by example, in the order of their positions.
 
-    index: (n,) int64, the index of its prediction in the flattened (B * T) outputs of the decoder.
+    index: (n,) int64, the index of its prediction in the decoder's outputs, (B * T) flattened or (N).
     labels: (n,) int64, the tokens to predict.
     weight: (n,) float32, 1 / (scored tokens of its example): by it a mean over sentences counts a token.
     example_id: (n,) int64, line of the data set. position: (n,) int64, number in the target from 0. segment: (n,) int64, number
@@ -87,7 +142,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class ExampleSpans:
-    """The b examples of a batch, in the order of its rows; (b,) int64 each, always on the CPU.
+    """The b examples of a batch, in the order of its sequences; (b,) int64 each, always on the CPU.
 
     ids: lines of the data set. source_start: the first source token in the flattened tokens of `Batch.reading`. source_length,
     target_length: tokens, the final EOS included.
@@ -106,7 +161,7 @@ class Batch:
     source: the encoder's input, each source ending in EOS; None for a decoder-only model.
     target: the decoder's input. For an encoder-decoder EOS, then the target without its final EOS; for a decoder-only model
     the source before that, whose EOS is the first input of the target.
-    targets: empty in an empty micro-batch, whose one row holds EOS and adds exactly zero.
+    targets: empty in an empty micro-batch, whose one sequence is a lone EOS and adds exactly zero.
     sampled: whether the targets are samples of the model that is trained, not those of the data; alike in a whole step. One that
     was cut has no EOS at its end.
     other: the same examples as a model of the other kind reads them, for a teacher that is one.

@@ -9,14 +9,14 @@ from torch import Tensor
 
 
 class Memory(NamedTuple):
-    """The source for the decoder. hidden: (B, S, D); lengths: (B,)."""
+    """The source for the decoder. hidden: (B, S, D) or (N, D); lengths: (B,)."""
 
     hidden: Tensor
     lengths: Tensor
 
 
 class ModelOutput(NamedTuple):
-    """hidden: (B, T, D), the projection's input; memory: the encoder's output, None for decoder-only models."""
+    """hidden: (B, T, D) or (N, D), the projection's input; memory: the encoder's output, None for decoder-only models."""
 
     hidden: Tensor
     memory: Memory | None
@@ -38,7 +38,8 @@ class ActivationCapture:
     """The activations of one forward at the requested taps; in training with gradient.
 
     hidden_states: (B, S or T, D). attention: (B, queries, keys) float32, the probabilities before dropout, averaged over the
-    heads. T are the decoder's positions; `Targets.index` says which of them predict a target.
+    heads. Of packed sequences both have N for the first two; keys are then counted in their sequence, up to the longest.
+    `Targets.index` says which of the decoder's positions predict a target.
     """
 
     def __init__(self, requested: Iterable[Tap]) -> None:

@@ -22,17 +22,16 @@ def collate(
     *,
     kind: ModelKind = "encoder_decoder",
     ids: Sequence[int] | None = None,
-    rows: Sequence[int] | None = None,
     **options: Any,
 ) -> Batch:
     """Pairs of source and target, each ending in EOS; none make the empty micro-batch. ids: lines of the data set, 0, 1, ...
 
-    rows: of each pair in a packed batch, None to pad. options: of the `Collator`.
+    options: of the `Collator`.
     """
     collator = Collator(kind, pad_id=PAD, eos_id=EOS, **options)
     examples = [(np.array(source), np.array(target)) for source, target in pairs]
     numbers = np.array(range(len(pairs)) if ids is None else ids, np.int64)
-    return collator(examples, numbers, None if rows is None else np.array(rows))
+    return collator(examples, numbers)
 
 
 def labels_of(batch: Batch) -> Tensor:
@@ -57,15 +56,13 @@ def rows_of(sequences: Sequences) -> Ragged:
     return Ragged.of([row[:length].tolist() for row, length in zip(sequences.tokens, sequences.lengths, strict=True)])
 
 
-def decoder_hidden(
-    model: Any, source: Sequences, target: Sequences, capture: ActivationCapture | None = None, rows: Sequence[int] | None = None
-) -> Tensor:
+def decoder_hidden(model: Any, source: Sequences, target: Sequences, capture: ActivationCapture | None = None) -> Tensor:
     """(B, T, D) after the tokens of padded sequences, 0 after padding, as a model of either kind reads them.
 
-    rows: of each pair, to pack them. A source ends in EOS, whatever its last id is.
+    A source ends in EOS, whatever its last id is.
     """
     collator = Collator(model.kind, pad_id=PAD, eos_id=EOS)
-    reading = collator.read(rows_of(source), rows_of(target), None if rows is None else np.array(rows))
+    reading = collator.read(rows_of(source), rows_of(target))
     hidden = model(reading.source, reading.target, capture).hidden.flatten(0, 1)
     real = torch.arange(target.tokens.shape[1]) < target.lengths[:, None]
     return hidden.new_zeros(*target.tokens.shape, hidden.shape[1]).masked_scatter(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from dstrain.batch import Batch
-from dstrain.data.batching.collate import Collator
+from dstrain.data.batching.collate import Collator, PackedSize
 from dstrain.data.batching.loader import TrainLoader, evaluation_loader
 from dstrain.data.batching.plan import StepPlan
 from dstrain.data.prepared.dataset import Dataset, open_dataset
@@ -17,6 +17,22 @@ from dstrain.log import logger
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.parallel.mesh import Mesh
 from dstrain.recipe import Recipe
+
+PACKED_MULTIPLE = 64
+"""Packed tokens of a rank on a GPU are a multiple of it."""
+
+
+def packed_size(recipe: Recipe, mesh: Mesh) -> PackedSize | None:
+    """How training packs sequences; None if it pads them.
+
+    On a GPU all micro-batches have one shape: kernels are planned and compiled once, and memory does not fragment.
+    """
+    on_gpu = mesh.device.type == "cuda"
+    if recipe.engine.layout == "padded" or (recipe.engine.layout == "auto" and not on_gpu):
+        return None
+    if not on_gpu:
+        return PackedSize()
+    return PackedSize(PACKED_MULTIPLE * mesh.tensor.size, recipe.batching.max_tokens)
 
 
 class TrainingData:
@@ -44,11 +60,17 @@ class TrainingData:
             check_split(split, dataset.lengths, recipe.model)
         return StepPlan(self.train.lengths, recipe.batching, recipe.training.seed, kind=recipe.model.kind)
 
-    def collator(self, recipe: Recipe, teachers: Sequence[ModelConfig] = ()) -> Collator:
+    def collator(self, recipe: Recipe, mesh: Mesh, teachers: Sequence[ModelConfig] = ()) -> Collator:
         """Makes the batches of the recipe's model and of its teachers."""
-        kinds = [teacher.kind for teacher in teachers]
         sizes = self.vocabulary
-        return Collator(recipe.model.kind, pad_id=sizes.pad_id, eos_id=sizes.eos_id, start_id=sizes.start_id, teacher_kinds=kinds)
+        return Collator(
+            recipe.model.kind,
+            pad_id=sizes.pad_id,
+            eos_id=sizes.eos_id,
+            start_id=sizes.start_id,
+            teacher_kinds=[teacher.kind for teacher in teachers],
+            packed=packed_size(recipe, mesh),
+        )
 
     def train_loader(self, plan: StepPlan, collator: Collator, mesh: Mesh, epoch: int, index: int) -> TrainLoader:
         """This rank's micro-batches from step `index` of an epoch on."""
@@ -66,7 +88,7 @@ class TrainingData:
         return evaluation_loader(
             self.valid,
             recipe.batching.max_tokens,
-            self.collator(recipe),
+            self.collator(recipe, mesh),
             data_rank=mesh.data.rank,
             data_size=mesh.data.size,
         )

@@ -57,10 +57,10 @@ class FeatureLoss(nn.Module):
         index, teacher_index = batch.targets.index, batch.for_kind(self.teacher_kind).targets.index
         total = torch.zeros((), device=index.device)
         for tap, teacher_tap in self.taps:
-            values, goals = student.captured[tap].flatten(0, 1), teacher.captured[teacher_tap].flatten(0, 1)
+            values, goals = student.captured[tap].flatten(0, -2), teacher.captured[teacher_tap].flatten(0, -2)
             if weights is None:
                 values, goals = values.index_select(0, index), goals.index_select(0, teacher_index)
-            distances = self.distance(self.projection(values).float(), goals.float())  # (n,) or (B * S,)
+            distances = self.distance(self.projection(values).float(), goals.float())  # (n,) or (B * S or N,)
             total = total + (distances if weights is None else distances * weights).sum()
         return total / len(self.taps)
 
@@ -86,7 +86,7 @@ class FeatureLosses(nn.Module):
 
 
 def source_weights(batch: Batch) -> Tensor:
-    """The weight of each source token, its example's targets / sources; 0 for padding. (B * S,) float32"""
+    """The weight of each source token, its example's targets / sources; 0 for padding. (B * S or N,) float32"""
     tokens, examples = batch.reading.tokens, batch.examples
     length = examples.source_length  # (b,)
     first = length.cumsum(0) - length

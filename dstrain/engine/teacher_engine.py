@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -56,7 +56,7 @@ class TeacherModule(nn.Module):
         if self.vocabulary is not None:
             source = None if source is None else _renamed(source, self.vocabulary.source)
             target = _renamed(target, self.vocabulary.target)
-        return self.model(source, target, capture).hidden.flatten(0, 1).index_select(0, batch.targets.index)
+        return self.model(source, target, capture).hidden.flatten(0, -2).index_select(0, batch.targets.index)
 
 
 class TeacherEngine:
@@ -121,7 +121,7 @@ class TeacherEngine:
 def _renamed(sequences: Sequences, ids: Tensor) -> Sequences:
     """The same sequences in the teacher's vocabulary."""
     tokens = ids.to(sequences.tokens.device)[sequences.tokens]
-    return Sequences(tokens, sequences.lengths, sequences.positions, sequences.segments)
+    return replace(sequences, tokens=tokens)
 
 
 def _zero3(precision: Precision, mesh: Mesh, *, offloaded: bool) -> dict[str, Any]:

@@ -88,10 +88,10 @@ class DecoderOnly(nn.Module):
         return self.config.kind
 
     def forward(self, source: Sequences | None, target: Sequences, capture: ActivationCapture | None = None) -> ModelOutput:
-        """All positions at once, (B, T). source: None, for `target` holds the sources. capture: the activations to store."""
+        """All positions at once. source: None, for `target` holds the sources. capture: the activations to store."""
         if source is not None:
             raise ValueError("a decoder-only model reads source and target as one sequence; let a Collator join them")
-        x = self.target_embedding(target.tokens, 0 if target.positions is None else target.positions)
+        x = self.target_embedding.embed(target)
         return ModelOutput(self._run(x, self.target_attention_bias.for_sequences(target, x), capture=capture), None)
 
     def _run(
@@ -137,7 +137,7 @@ class DecoderOnly(nn.Module):
         )
         if source is not None and lengths is not None and width > 0:
             prompt = Sequences(cache.inputs(source.tokens[:, :width], moved=False), lengths)
-            x = self.target_embedding(prompt.tokens, 0)
+            x = self.target_embedding.embed(prompt)
             self._run(x, self.target_attention_bias.for_sequences(prompt, x), cache)
             cache.advance(width)
         if lengths is not None and lengths.device.type == "cpu" and bool((lengths == width).all()):
@@ -154,7 +154,7 @@ class DecoderOnly(nn.Module):
         inputs = state.cache.inputs(tokens, self.target_attention_bias.invalidates_cache(state.cache.length + tokens.shape[1]))
         past, new = state.cache.length, inputs.shape[1]
         query, keys, unfilled = _decoding_positions(state, new)
-        x = self.target_embedding(inputs, query)
+        x = self.target_embedding(inputs, query, past + new)
         mask = causal_bias(new, past + new, x.dtype, x.device) if new > 1 else None
         if unfilled is not None:
             unfilled_bias = mask_bias(unfilled, x.dtype)[:, None, None, :]  # (N, 1, 1, past + t)

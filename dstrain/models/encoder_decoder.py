@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dstrain.batch import ModelKind, Sequences
 from dstrain.model_output import ActivationCapture, Memory, ModelOutput
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
-from dstrain.nn.attention_bias import AttentionBias, cross_attention_bias
+from dstrain.nn.attention_bias import AttentionBias, AttentionContext, cross_attention
 from dstrain.nn.cache import KeyValueCache, is_identity
 from dstrain.nn.capture import StackCapture
 from dstrain.nn.embedding import InputEmbedding, Projection, logits
@@ -88,20 +88,20 @@ class EncoderDecoder(nn.Module):
         """All target positions at once. capture: the activations to store."""
         source = required(source)
         memory = self.encode(source, capture)
-        memory_bias = cross_attention_bias(source, target, memory.hidden.dtype)
-        x = self.target_embedding(target.tokens, 0 if target.positions is None else target.positions)
+        x = self.target_embedding.embed(target)
+        memory_context = cross_attention(source, target, x)
         context, hooks = self.target_attention_bias.for_sequences(target, x), StackCapture(capture, "decoder")
 
         def run(depth: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             key, value = layer.cross_attention.project_memory(memory.hidden)
-            passed: Tensor = layer(x, key, value, context=context, memory_bias=memory_bias, hooks=hooks.layer(depth))
+            passed: Tensor = layer(x, key, value, context=context, memory_context=memory_context, hooks=hooks.layer(depth))
             return passed
 
         return ModelOutput(self.decoder(x, run, hooks), memory)
 
     def encode(self, source: Sequences, capture: ActivationCapture | None = None) -> Memory:
-        """(B, S) -> the encoder's output, (B, S, D); positions after a row's length hold no meaning."""
-        x = self.source_embedding(source.tokens, 0 if source.positions is None else source.positions)
+        """The encoder's output, (B, S, D) or (N, D); what is at padding has no meaning."""
+        x = self.source_embedding.embed(source)
         context, hooks = self.source_attention_bias.for_sequences(source, x), StackCapture(capture, "encoder")
 
         def run(depth: int, layer: EncoderLayer, x: Tensor) -> Tensor:
@@ -152,14 +152,15 @@ class EncoderDecoder(nn.Module):
         assert isinstance(state, EncoderDecoderState)
         inputs = state.target.inputs(tokens, self.target_attention_bias.invalidates_cache(state.target.length + tokens.shape[1]))
         past, width = state.target.length, inputs.shape[1]
-        x = self.target_embedding(inputs, past)
+        x = self.target_embedding(inputs, past, past + width)
         mask = causal_bias(width, past + width, x.dtype, x.device) if width > 1 else None
         context = self.target_attention_bias.for_decoding(past, 0, past + width, mask, x)
+        memory_context = AttentionContext(bias=state.source_bias)
 
         def run(depth: int, layer: DecoderLayer, x: Tensor) -> Tensor:
             key, value = state.source[depth]
             cache = state.target.at(depth)
-            passed: Tensor = layer(x, key, value, context=context, memory_bias=state.source_bias, cache=cache)
+            passed: Tensor = layer(x, key, value, context=context, memory_context=memory_context, cache=cache)
             return passed
 
         hidden = self.decoder(x, run)

@@ -28,7 +28,7 @@ from dstrain.models.initialize import InitialValues
 from dstrain.models.rotary import build_rotary
 from dstrain.models.weights import canonical_shapes, load_canonical, parameter_layouts
 from dstrain.nn.attention import CrossAttention, SelfAttention
-from dstrain.nn.attention_bias import Alibi, AttentionBias
+from dstrain.nn.attention_bias import AttentionBias
 from dstrain.nn.dropout import Dropout
 from dstrain.nn.embedding import (
     FactorizedTokenEmbedding,
@@ -44,7 +44,7 @@ from dstrain.nn.linear import BlockLinear, FusedLinear, Linear, SeparateLinear
 from dstrain.nn.position import LearnedPositions, NoPositions, PositionPart, SinusoidalPositions
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.activation import ACTIVATIONS
-from dstrain.ops.bias import alibi_slopes
+from dstrain.ops.bias import Alibi, alibi_slopes
 from dstrain.parallel.group import Group
 from dstrain.parallel.tensor import even_shard
 

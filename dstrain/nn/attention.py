@@ -12,23 +12,22 @@ from torch import Tensor, nn
 from dstrain.nn.attention_bias import AttentionContext
 from dstrain.nn.cache import LayerCache
 from dstrain.nn.linear import BlockLinear
-from dstrain.ops.attention import attention, mean_probabilities
 from dstrain.parallel.collectives import reduce_from
 from dstrain.parallel.group import Group
 from dstrain.parallel.randomness import shard_randomness
 
 AttentionHook = Callable[[Tensor], None]
-"""Takes the attention probabilities averaged over the heads, (B, T, S); they are computed only for it."""
+"""Takes the attention probabilities averaged over the heads, (B, T, S) or (T, S); they are computed only for it."""
 
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
-    """(B, T, H * K) -> (B, H, T, K), a view."""
-    return x.view(*x.shape[:2], -1, head_dim).transpose(1, 2)
+    """(B, T, H * K) -> (B, H, T, K), a view; packed sequences have no B."""
+    return x.unflatten(-1, (-1, head_dim)).transpose(-3, -2)
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """(B, H, T, K) -> (B, T, H * K)"""
-    return x.transpose(1, 2).flatten(2)
+    return x.transpose(-3, -2).flatten(-2)
 
 
 class SelfAttention(nn.Module):
@@ -52,17 +51,17 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None, hooks: AttentionHook | None = None
     ) -> Tensor:
-        """(B, T, D) -> (B, T, D). With a cache, keys and values of earlier positions take part."""
+        """(B, T, D) -> (B, T, D), (N, D) -> (N, D). With a cache, keys and values of earlier positions take part."""
         query, key, value = (split_heads(part, self.head_dim) for part in self.qkv(x))
         if context.rotation is not None:
             query, key = context.rotation(query), context.rotation(key)
         if cache is not None:
             key, value = cache.append(key, value)
         if hooks is not None:
-            hooks(_over_ranks(mean_probabilities(query, key, bias=context.bias, causal=context.causal), self.heads))
+            hooks(_over_ranks(context.mean_probabilities(query, key), self.heads))
         dropout = self.dropout if self.training else 0.0
         with shard_randomness(self.heads, active=dropout > 0):
-            mixed = attention(query, key, value, bias=context.bias, causal=context.causal, dropout=dropout)
+            mixed = context.attend(query, key, value, dropout)
         result: Tensor = self.out_proj(merge_heads(mixed))
         return result
 
@@ -89,24 +88,24 @@ class CrossAttention(nn.Module):
         self.heads = heads
 
     def project_memory(self, memory: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the source. (B, S, D) -> twice (B, H or fewer, S, K)"""
+        """Keys and values of the source. (B, S, D) -> twice (B, H or fewer, S, K); packed sequences have no B."""
         key, value = (split_heads(part, self.head_dim) for part in self.kv(memory))
         return key, value
 
     def forward(
-        self, x: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None, hooks: AttentionHook | None = None
+        self, x: Tensor, key: Tensor, value: Tensor, *, context: AttentionContext, hooks: AttentionHook | None = None
     ) -> Tensor:
-        """x: (N, T, D); key, value: (B, H or fewer, S, K); bias: broadcasts to (B, H, *, S) -> (N, T, D).
+        """x: (M, T, D) or (N, D); key, value: (B, H or fewer, S, K), packed without B -> as x.
 
-        N is a multiple of B: all rows of a source (beams) are adjacent as queries, the source is never copied.
+        M is a multiple of B: all rows of a source (beams) are adjacent as queries, the source is never copied.
         """
         query = self.q_proj(x)
-        query = split_heads(query.reshape(key.shape[0], -1, query.shape[-1]), self.head_dim)  # (B, H, N / B * T, K)
+        query = split_heads(query.reshape(*key.shape[:-3], -1, query.shape[-1]), self.head_dim)  # (B, H, M / B * T, K)
         if hooks is not None:
-            hooks(_over_ranks(mean_probabilities(query, key, bias=bias), self.heads))
+            hooks(_over_ranks(context.mean_probabilities(query, key), self.heads))
         dropout = self.dropout if self.training else 0.0
         with shard_randomness(self.heads, active=dropout > 0):
-            mixed = attention(query, key, value, bias=bias, dropout=dropout)
+            mixed = context.attend(query, key, value, dropout)
         result: Tensor = self.out_proj(merge_heads(mixed)).view_as(x)
         return result
 

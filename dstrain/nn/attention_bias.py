@@ -1,16 +1,15 @@
 """Which keys a query sees in a forward pass, and how positions act on queries, keys and scores.
 
 A stack's `AttentionBias` is made by the factory (causal or bidirectional, rotary positions, ALiBi, or neither) and builds one
-`AttentionContext` per forward, for all layers. Padding, causality and segments are additive biases that compose by their minimum.
-In a packed row attention stays within a segment; in a padded row a causal stack needs no padding bias, for padding comes after
-all real tokens.
+`AttentionContext` per forward, for all layers. Padding and causality of rows are additive biases that compose by their minimum; a
+causal stack needs no padding bias, for padding comes after all real tokens. Packed sequences need neither: see
+`ops/packed_attention.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,40 +17,35 @@ from torch import Tensor
 from dstrain.batch import Sequences
 from dstrain.nn.position import Positions, numbered
 from dstrain.nn.rotary import LengthRotary, RotaryPart, Rotation
-from dstrain.ops.bias import alibi_bias, causal_bias, padding_bias, segment_bias, segment_lengths
+from dstrain.ops.attention import attention, mean_probabilities, packed_attention, packed_mean_probabilities
+from dstrain.ops.bias import Alibi, padding_bias, row_bias
+from dstrain.ops.packed_attention import PackedPair
 
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """causal: query t sees keys 0..t, of whole sequences without a bias. bias: added to the scores, broadcasts to (B, H, T, S).
+    """How the layers of a stack attend in one forward.
 
-    rotation: of queries and keys; None for none.
+    causal: query t sees keys 0..t, of whole sequences without a bias. bias: added to the scores, broadcasts to (B, H, T, S).
+    packed: instead of both, if the sequences are packed. rotation: of queries and keys; None for none.
     """
 
     causal: bool = False
     bias: Tensor | None = None
+    packed: PackedPair | None = None
     rotation: Rotation | None = None
 
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+        """(B, H, T, K), twice (B, H or fewer, S, K) -> (B, H, T, K); without B if packed."""
+        if self.packed is not None:
+            return packed_attention(query, key, value, self.packed, dropout=dropout)
+        return attention(query, key, value, bias=self.bias, causal=self.causal, dropout=dropout)
 
-@dataclass(frozen=True)
-class Alibi:
-    """head_slopes: of each head. lead: by how much a later key counts as nearer."""
-
-    head_slopes: tuple[float, ...]
-    lead: float = 0.0
-
-    def bias(self, query: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
-        """(T,), (S,) -> (H, T, S) or (B, T), (B, S) -> (B, H, T, S)"""
-        head_slopes = torch.tensor(self.head_slopes, device=query.device)
-        return alibi_bias(head_slopes, query, keys, lead=self.lead).to(dtype)
-
-
-class _Span(NamedTuple):
-    """Positions of queries and keys; an offset goes up to `end_position`."""
-
-    query: Positions
-    keys: Positions
-    end_position: int
+    def mean_probabilities(self, query: Tensor, key: Tensor) -> Tensor:
+        """(B, T, S) float32, (T, S) if packed: what `attend` mixes by, averaged over the heads."""
+        if self.packed is not None:
+            return packed_mean_probabilities(query, key, self.packed)
+        return mean_probabilities(query, key, bias=self.bias, causal=self.causal)
 
 
 class AttentionBias:
@@ -63,20 +57,15 @@ class AttentionBias:
         self.alibi = alibi
 
     def for_sequences(self, sequences: Sequences, like: Tensor) -> AttentionContext:
-        """Of whole sequences, padded or packed; on the device and in the dtype of `like`."""
-        width, segments = sequences.tokens.shape[1], sequences.segments
-        positions = 0 if sequences.positions is None else sequences.positions
-        mask, lengths = None, lambda: sequences.lengths[:, None]
-        if segments is not None:
-            mask, lengths = segment_bias(segments, segments, like.dtype), lambda: segment_lengths(segments)
-        elif not self.causal:
-            mask = padding_bias(sequences.lengths, width, like.dtype)
-        plain = self.causal and mask is None and self.alibi is None
-        if self.causal and not plain:
-            before = causal_bias(width, width, like.dtype, like.device)
-            mask = before if mask is None else torch.minimum(mask, before)
-        context = self._context(_Span(positions, positions, width), mask, lengths, like)
-        return replace(context, causal=plain)
+        """Of whole sequences to themselves; on the device and in the dtype of `like`."""
+        packing, lengths = sequences.packing, sequences.lengths
+        if packing is None:
+            rotation = self._rotation(0, sequences.end_position, lambda: lengths[:, None], like)
+            bias = row_bias(lengths, sequences.end_position, like, causal=self.causal, alibi=self.alibi)
+            return AttentionContext(bias.causal, bias.bias, rotation=rotation)
+        pair = PackedPair(packing, packing, lengths, like, causal=self.causal, alibi=self.alibi)
+        rotation = self._rotation(packing.positions, packing.longest, lambda: packing.token_lengths, like)
+        return AttentionContext(packed=pair, rotation=rotation)
 
     def for_decoding(
         self, query: Positions, keys: Positions, end_position: int, mask: Tensor | None, like: Tensor
@@ -89,7 +78,11 @@ class AttentionBias:
         def lengths() -> Tensor:
             return torch.tensor([[end_position]], device=like.device) if isinstance(query, int) else query[:, -1:] + 1
 
-        return self._context(_Span(query, keys, end_position), mask, lengths, like)
+        rotation = self._rotation(query, end_position, lengths, like)
+        if self.alibi is None:
+            return AttentionContext(bias=mask, rotation=rotation)
+        bias = self.alibi.bias(*(numbered(each, end_position, like.device) for each in (query, keys)), like.dtype)
+        return AttentionContext(bias=bias if mask is None else bias + mask, rotation=rotation)
 
     def invalidates_cache(self, length: int) -> bool:
         """Whether a sequence of `length` tokens changes the results of its earlier tokens."""
@@ -100,22 +93,17 @@ class AttentionBias:
         """Whether there are such lengths."""
         return isinstance(self.rotary, LengthRotary)
 
-    def _context(self, span: _Span, mask: Tensor | None, lengths: Callable[[], Tensor], like: Tensor) -> AttentionContext:
-        rotation = None if self.rotary is None else self.rotary.rotation(span.query, span.end_position, lengths, like)
-        if self.alibi is None:
-            return AttentionContext(bias=mask, rotation=rotation)
-        query, keys = (numbered(positions, span.end_position, like.device) for positions in (span.query, span.keys))
-        bias = self.alibi.bias(query, keys, like.dtype)
-        return AttentionContext(bias=bias if mask is None else bias + mask, rotation=rotation)
+    def _rotation(self, positions: Positions, end_position: int, lengths: Callable[[], Tensor], like: Tensor) -> Rotation | None:
+        return None if self.rotary is None else self.rotary.rotation(positions, end_position, lengths, like)
 
 
-def cross_attention_bias(source: Sequences, target: Sequences, dtype: torch.dtype) -> Tensor | None:
-    """Hide from each decoder position the padding of its row, in packed rows all other segments. -> (B, 1, 1 or T, S)
+def cross_attention(source: Sequences, target: Sequences, like: Tensor) -> AttentionContext:
+    """Of the decoder to the encoder's output: each token sees the source of its sequence.
 
-    None if nothing needs hiding. ValueError if only one side is packed.
+    like: gives device and dtype. ValueError if only one side is packed.
     """
-    if source.segments is None and target.segments is None:
-        return padding_bias(source.lengths, source.tokens.shape[1], dtype)
-    if source.segments is None or target.segments is None:
+    if source.packing is None and target.packing is None:
+        return AttentionContext(bias=padding_bias(source.lengths, source.end_position, like.dtype))
+    if source.packing is None or target.packing is None:
         raise ValueError("source and target must both be packed, or neither")
-    return segment_bias(target.segments, source.segments, dtype)
+    return AttentionContext(packed=PackedPair(target.packing, source.packing, source.lengths, like))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dstrain.batch import Sequences
 from dstrain.nn.dropout import Dropout
 from dstrain.nn.linear import Linear
 from dstrain.nn.position import PositionPart, Positions
@@ -105,11 +106,16 @@ class InputEmbedding(nn.Module):
         self.dropout = dropout
         self.scale = math.sqrt(model_dim) if scaled else 1.0
 
-    def forward(self, tokens: Tensor, positions: Positions) -> Tensor:
-        """(B, T) -> (B, T, D)"""
+    def forward(self, tokens: Tensor, positions: Positions, end_position: int) -> Tensor:
+        """(...) -> (..., D). positions: all below `end_position`, up to which an offset goes."""
         x = self.tokens(tokens)
-        x = torch.add(self.positions(positions, tokens.shape[1], x), x, alpha=self.scale)
+        x = torch.add(self.positions(positions, end_position, x), x, alpha=self.scale)
         result: Tensor = self.dropout(self.norm(x))
+        return result
+
+    def embed(self, sequences: Sequences) -> Tensor:
+        """Of whole sequences: (B, T) -> (B, T, D), (N,) -> (N, D)"""
+        result: Tensor = self(sequences.tokens, sequences.positions, sequences.end_position)
         return result
 
 

@@ -54,7 +54,7 @@ class EncoderLayer(ResidualLayer):
     def forward(
         self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None, hooks: LayerHooks = NO_HOOKS
     ) -> Tensor:
-        """(B, S, D) -> (B, S, D)"""
+        """(B, S, D) -> (B, S, D), (N, D) -> (N, D)"""
 
         def attend(x: Tensor) -> Tensor:
             attended: Tensor = self.self_attention(x, context=context, cache=cache, hooks=hooks.own)
@@ -94,18 +94,18 @@ class DecoderLayer(ResidualLayer):
         value: Tensor,
         *,
         context: AttentionContext,
-        memory_bias: Tensor | None,
+        memory_context: AttentionContext,
         cache: LayerCache | None = None,
         hooks: LayerHooks = NO_HOOKS,
     ) -> Tensor:
-        """(N, T, D) -> (N, T, D). key, value: what `cross_attention.project_memory` made; memory_bias: hides padding there."""
+        """(..., D) -> (..., D). key, value: what `cross_attention.project_memory` made, seen as `memory_context` says."""
 
         def attend(x: Tensor) -> Tensor:
             attended: Tensor = self.self_attention(x, context=context, cache=cache, hooks=hooks.own)
             return attended
 
         def attend_to_source(x: Tensor) -> Tensor:
-            attended: Tensor = self.cross_attention(x, key, value, bias=memory_bias, hooks=hooks.cross)
+            attended: Tensor = self.cross_attention(x, key, value, context=memory_context, hooks=hooks.cross)
             return attended
 
         x = self.residual(x, self.self_attention_norm, attend)

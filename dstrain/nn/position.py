@@ -1,6 +1,6 @@
-"""Positions added to the embedding. A position is an offset (row i of the batch's columns is offset + i) or (B, T) numbers.
+"""Positions added to the embedding: an offset (column i of the rows is offset + i) or a number for each token, (B, T) or (N,).
 
-Positions count 0, 1, 2, ... from the first token of a sequence or segment, so they never reach the width of the batch.
+Positions count 0, 1, 2, ... from the first token of a sequence. All are below `end_position`, up to which an offset goes.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from dstrain.errors import DataError
 Positions = int | Tensor
 
 
-def numbered(positions: Positions, stop: int, device: torch.device) -> Tensor:
-    """The numbers of an offset, (T,) up to `stop`; numbers as they are, (B, T)."""
-    return torch.arange(positions, stop, device=device) if isinstance(positions, int) else positions
+def numbered(positions: Positions, end_position: int, device: torch.device) -> Tensor:
+    """The numbers of an offset, (T,); numbers as they are."""
+    return torch.arange(positions, end_position, device=device) if isinstance(positions, int) else positions
 
 
 def sinusoids(num_rows: int, dim: int) -> Tensor:
@@ -45,12 +45,11 @@ class SinusoidalPositions(nn.Module):
         self.model_dim = model_dim
         self._tables: dict[torch.device, Tensor] = {}
 
-    def forward(self, positions: Positions, width: int, like: Tensor) -> Tensor:
-        """-> (T, D) for an offset, (B, T, D) for numbers; on the device and in the dtype of `like`."""
-        offset = positions if isinstance(positions, int) else 0
-        table = self._rows(self.FIRST_ROW + offset + width, like.device)
+    def forward(self, positions: Positions, end_position: int, like: Tensor) -> Tensor:
+        """-> (T, D) for an offset, (..., D) for numbers; on the device and in the dtype of `like`."""
+        table = self._rows(self.FIRST_ROW + end_position, like.device)
         if isinstance(positions, int):
-            return table[self.FIRST_ROW + offset : self.FIRST_ROW + offset + width].to(like.dtype)
+            return table[self.FIRST_ROW + positions : self.FIRST_ROW + end_position].to(like.dtype)
         return F.embedding(positions + self.FIRST_ROW, table).to(like.dtype)
 
     def _rows(self, needed: int, device: torch.device) -> Tensor:
@@ -70,22 +69,20 @@ class LearnedPositions(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(max_length, model_dim))
 
-    def forward(self, positions: Positions, width: int, like: Tensor) -> Tensor:
-        """-> (T, D) for an offset, (B, T, D) for numbers. DataError beyond the last trained position."""
-        if not isinstance(positions, int):
-            return F.embedding(positions, self.weight)
-        if positions + width > self.weight.shape[0]:
+    def forward(self, positions: Positions, end_position: int, like: Tensor) -> Tensor:
+        """-> (T, D) for an offset, (..., D) for numbers. DataError beyond the last trained position."""
+        if end_position > self.weight.shape[0]:
             raise DataError(
-                f"a sequence of {positions + width} tokens is longer than the {self.weight.shape[0]} learned positions of the "
+                f"a sequence of {end_position} tokens is longer than the {self.weight.shape[0]} learned positions of the "
                 "model; shorten the text, or train with a larger max_source_length / max_target_length"
             )
-        return self.weight[positions : positions + width]
+        return self.weight[positions:end_position] if isinstance(positions, int) else F.embedding(positions, self.weight)
 
 
 class NoPositions(nn.Module):
     """Nothing is added: a zero that broadcasts."""
 
-    def forward(self, positions: Positions, width: int, like: Tensor) -> Tensor:
+    def forward(self, positions: Positions, end_position: int, like: Tensor) -> Tensor:
         """-> ()"""
         return like.new_zeros(())
 

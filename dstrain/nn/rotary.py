@@ -28,12 +28,12 @@ class Rotation:
     layout: RotaryLayout
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B, H, T, K) -> (B, H, T, K)"""
+        """(..., H, T, K) -> (..., H, T, K)"""
         return apply_rotary(x, self.cos_sin, self.layout)
 
 
 class RotaryFrequencies(NamedTuple):
-    """inv_freq: (P,) of each pair, or (B or 1, T or 1, P) by length; attention_scaling: broadcasts to it."""
+    """inv_freq: (P,) of each pair, or (B or 1, T or 1, P), packed (N, P), by length; attention_scaling: broadcasts to it."""
 
     inv_freq: Tensor
     attention_scaling: Tensor | float
@@ -52,7 +52,7 @@ class Rotary:
         table = self._rows(end_position, like)
         if isinstance(positions, int):
             return Rotation(CosSin(*(part[positions:end_position] for part in table)), self.layout)
-        return Rotation(CosSin(*(part[positions].unsqueeze(1) for part in table)), self.layout)  # (B, 1, T, P)
+        return Rotation(CosSin(*(part[positions].unsqueeze(-3) for part in table)), self.layout)  # (B or none, 1, T, P)
 
     def invalidates_cache(self, length: int) -> bool:
         """Never."""
@@ -73,8 +73,8 @@ class Rotary:
 class LengthRotary:
     """Frequencies that follow the length of each sequence.
 
-    rotary_frequencies: lengths (B or 1, T or 1) of the sequence of each token -> `RotaryFrequencies`. max_static_length: the
-    longest sequence up to which they do not change.
+    rotary_frequencies: lengths (B or 1, T or 1), packed (N,), of the sequence of each token -> `RotaryFrequencies`.
+    max_static_length: the longest sequence up to which they do not change.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class LayerStack(nn.Module, Generic[_L]):
         self.final_norm = final_norm
 
     def forward(self, x: Tensor, run: Callable[[int, _L, Tensor], Tensor], hooks: StackCapture | None = None) -> Tensor:
-        """Pass x through `run(depth, layer, x)` at each depth. (B, T, D) -> (B, T, D). watch: sees x between the passes."""
+        """Pass x through `run(depth, layer, x)` at each depth. (..., D) -> (..., D). hooks: see x between the passes."""
         for depth, index in enumerate(self.schedule):
             if hooks is not None:
                 hooks.hidden_states(depth, x)

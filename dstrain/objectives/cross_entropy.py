@@ -51,7 +51,7 @@ class CrossEntropy:
 
 def target_hidden(model: TeacherForced, batch: Batch, capture: ActivationCapture | None = None) -> Tensor:
     """Features of the batch's targets for the projection, (n, D). capture: the activations to store."""
-    hidden = model(batch.source, batch.target, capture).hidden.flatten(0, 1)  # (B * T, D)
+    hidden = model(batch.source, batch.target, capture).hidden.flatten(0, -2)  # (B * T or N, D)
     return hidden.index_select(0, batch.targets.index)
 
 

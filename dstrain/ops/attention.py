@@ -7,13 +7,15 @@ fast with one head for four, 1,024 keys). torch's kernel for CPUs needs a bias w
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.ops.bias import causal_bias
-from dstrain.ops.kernels import TRAINING_ATTENTION
+from dstrain.ops.kernels import PACKED_ALIBI_ATTENTION, PACKED_ATTENTION, TRAINING_ATTENTION
+from dstrain.ops.packed_attention import PackedPair, from_rows, padded_rows, to_rows
 
 
 def attention(
@@ -45,6 +47,13 @@ def attention(
     return mixed.flatten(1, 2).unsqueeze(2) if folded else mixed
 
 
+def packed_attention(query: Tensor, key: Tensor, value: Tensor, pair: PackedPair, *, dropout: float = 0.0) -> Tensor:
+    """The same of packed sequences. query: (H, N, K); key, value: (H or fewer, M, K) -> (H, N, K), any values at padding."""
+    op = PACKED_ATTENTION if pair.alibi is None else PACKED_ALIBI_ATTENTION
+    kernel = op.choose(query.device, query.dtype) if dropout == 0 else padded_rows
+    return kernel(query, key, value, pair, partial(attention, dropout=dropout))
+
+
 def attention_reference(
     query: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None = None, causal: bool = False, dropout: float = 0.0
 ) -> Tensor:
@@ -74,6 +83,13 @@ def mean_probabilities(query: Tensor, key: Tensor, *, bias: Tensor | None = None
     if bias is not None:
         scores = scores + bias
     return scores.softmax(-1).mean(1)
+
+
+def packed_mean_probabilities(query: Tensor, key: Tensor, pair: PackedPair) -> Tensor:
+    """The same of packed sequences: (H, N, K), (H or fewer, M, K) -> (N, S), by the keys' positions, S those of the longest."""
+    queries, keys = pair.queries.rows, pair.keys.rows
+    mean = mean_probabilities(to_rows(query, queries), to_rows(key, keys), **pair.row_bias._asdict())  # (b, T, S)
+    return from_rows(mean.unsqueeze(1), queries, query.shape[1])[0]
 
 
 def _four_dimensions(bias: Tensor | None) -> Tensor | None:

@@ -5,6 +5,11 @@ keys (a row that is all padding) gets an average of its keys instead of NaN; and
 probability of exactly zero.
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -32,16 +37,6 @@ def causal_bias(num_queries: int, num_keys: int, dtype: torch.dtype, device: tor
     return mask_bias(visible.logical_not_(), dtype)
 
 
-def segment_bias(query_segments: Tensor, key_segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mask keys of other segments (packing). (B, T), (B, S) -> (B, 1, T, S)"""
-    return mask_bias(query_segments[:, :, None] != key_segments[:, None, :], dtype)[:, None]
-
-
-def segment_lengths(segments: Tensor) -> Tensor:
-    """The number of tokens in each token's segment. (B, T) -> (B, T)"""
-    return (segments[:, :, None] == segments[:, None, :]).sum(-1)
-
-
 def alibi_slopes(num_heads: int) -> list[float]:
     """The slope of each head (Press et al. 2022): 2**(-8 h / n), h = 1 .. n, if n = num_heads is a power of two.
 
@@ -60,3 +55,38 @@ def alibi_bias(head_slopes: Tensor, query_positions: Tensor, key_positions: Tens
     distance = key_positions[..., None, :] - query_positions[..., :, None]  # (..., T, S), above zero for later keys
     steps = distance.abs() - lead * (distance > 0) if lead else distance.abs()
     return steps.unsqueeze(-3) * -head_slopes[:, None, None]
+
+
+@dataclass(frozen=True)
+class Alibi:
+    """head_slopes: of each head. lead: by how much a later key counts as nearer."""
+
+    head_slopes: tuple[float, ...]
+    lead: float = 0.0
+
+    def bias(self, query: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+        """(T,), (S,) -> (H, T, S) or (B, T), (B, S) -> (B, H, T, S)"""
+        head_slopes = torch.tensor(self.head_slopes, device=query.device)
+        return alibi_bias(head_slopes, query, keys, lead=self.lead).to(dtype)
+
+
+class RowBias(NamedTuple):
+    """bias: added to the scores, broadcasts to (B, H, T, S), None for none. causal: query t sees keys 0..t, without a bias."""
+
+    bias: Tensor | None
+    causal: bool = False
+
+
+def row_bias(lengths: Tensor, width: int, like: Tensor, *, causal: bool, alibi: Alibi | None) -> RowBias:
+    """Of whole sequences in padded rows to themselves. lengths: (B,); like: gives device and dtype.
+
+    Causal rows need no mask of padding, for it comes after all real tokens.
+    """
+    if causal and alibi is None:
+        return RowBias(None, causal=True)
+    mask = causal_bias(width, width, like.dtype, like.device) if causal else padding_bias(lengths, width, like.dtype)
+    if alibi is None:
+        return RowBias(mask)
+    positions = torch.arange(width, device=like.device)
+    distances = alibi.bias(positions, positions, like.dtype)
+    return RowBias(distances if mask is None else distances + mask)

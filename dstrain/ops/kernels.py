@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from dstrain.ops.cpu.argmax import numpy_argmax
 from dstrain.ops.cpu.attention import batched_attention
 from dstrain.ops.cpu.dropout import sixteen_bit_dropout
+from dstrain.ops.packed_attention import PackedPair, RowAttention, flex, padded_rows, varlen
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
 
@@ -118,6 +119,19 @@ TRAINING_ATTENTION: Op[Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], T
 )
 """Attention with gradient, with as many key as query heads and no dropout. Size: T x S."""
 
+PackedAttention = Callable[[Tensor, Tensor, Tensor, PackedPair, RowAttention], Tensor]
+
+PACKED_ATTENTION: Op[PackedAttention] = Op(
+    "packed_attention",
+    [Kernel("varlen", varlen, "cuda", (torch.bfloat16, torch.float16)), Kernel("padded_rows", padded_rows)],
+)
+"""Attention of packed sequences, without ALiBi and dropout."""
+
+PACKED_ALIBI_ATTENTION: Op[PackedAttention] = Op(
+    "packed_alibi_attention", [Kernel("flex", flex, "cuda"), Kernel("padded_rows", padded_rows)]
+)
+"""Attention of packed sequences with ALiBi, without dropout."""
+
 DROPOUT: Op[Callable[[Tensor | None, Tensor, float], Tensor]] = Op(
     "dropout", [Kernel("sixteen_bit_dropout", sixteen_bit_dropout, "cpu"), Kernel("torch", torch_dropout)]
 )
@@ -128,7 +142,7 @@ ARGMAX: Op[Callable[[Tensor], Tensor]] = Op(
 )
 """The index of the maximum of each row, the first of equal ones."""
 
-OPS = (TRAINING_ATTENTION, DROPOUT, ARGMAX)
+OPS = (TRAINING_ATTENTION, PACKED_ATTENTION, PACKED_ALIBI_ATTENTION, DROPOUT, ARGMAX)
 
 
 def describe_kernels() -> str:

@@ -17,7 +17,7 @@ RotaryLayout = Literal["half_split", "interleaved"]
 
 
 class CosSin(NamedTuple):
-    """cos, sin: (T, P) or (B, 1, T, P) for the P rotated pairs of a head; in the dtype of queries and keys."""
+    """cos, sin: (T, P) or (B or none, 1, T, P) for the P rotated pairs of a head; in the dtype of queries and keys."""
 
     cos: Tensor
     sin: Tensor
@@ -77,7 +77,7 @@ def yarn_attention_scaling(factor: Tensor, yarn: Yarn) -> Tensor:
 
 
 def compute_cos_sin(positions: Tensor, inv_freq: Tensor, attention_scaling: Tensor | float, dtype: torch.dtype) -> CosSin:
-    """Cosines and sines. positions: (T,) or (B, T); inv_freq: (P,) or (B or 1, T or 1, P); attention_scaling broadcasts to it."""
+    """Cosines and sines. positions: (T,) or (B, T); inv_freq: (P,), (T, P) or (B or 1, T or 1, P); the scaling broadcasts."""
     angles = positions[..., None].float() * inv_freq
     cos, sin = angles.cos() * attention_scaling, angles.sin() * attention_scaling
     if angles.ndim == 3:
@@ -86,7 +86,7 @@ def compute_cos_sin(positions: Tensor, inv_freq: Tensor, attention_scaling: Tens
 
 
 def apply_rotary(x: Tensor, cos_sin: CosSin, layout: RotaryLayout) -> Tensor:
-    """Rotate the first 2 P features of each head, leave the rest. x: (B, H, T, K) -> (B, H, T, K)"""
+    """Rotate the first 2 P features of each head, leave the rest. x: (..., H, T, K) -> (..., H, T, K)"""
     cos, sin = cos_sin
     dim = 2 * cos.shape[-1]
     pairs = x[..., :dim]

@@ -76,7 +76,7 @@ def test_hidden_states_and_gradients(norm_order: Literal["pre", "post"], activat
     hidden = ours(Sequences(source, lengths), Sequences(target, torch.full((BATCH,), TARGET))).hidden
 
     x, y = (
-        embedding(tokens, 0).detach()
+        embedding(tokens, 0, tokens.shape[1]).detach()
         for embedding, tokens in zip((ours.source_embedding, ours.target_embedding), (source, target), strict=True)
     )
     padding = torch.arange(SOURCE) >= lengths[:, None]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Metrics, sent
+from dstrain.data.batching.collate import PackedSize
 from tests.batches import collate
 
 ELSEWHERE = torch.device("meta")
@@ -16,12 +17,13 @@ ELSEWHERE = torch.device("meta")
 
 
 def test_a_batch_goes_to_a_device_but_for_what_is_looked_up_on_the_cpu() -> None:
-    batch = collate([([5, 2], [6, 7, 2])], ids=[41], rows=[0], teacher_kinds=["decoder_only"])
+    batch = collate([([5, 2], [6, 7, 2])], ids=[41], packed=PackedSize(4), teacher_kinds=["decoder_only"])
     moved = batch.to(ELSEWHERE)
     for part in (moved, moved.for_kind("decoder_only")):
-        sequences = [part.reading, part.target, part.targets]
-        for name in ("tokens", "lengths", "positions", "segments"):
-            assert all(getattr(each, name).device == ELSEWHERE for each in sequences[:2])
+        for sequences in (part.reading, part.target):
+            assert sequences.packing is not None
+            tensors = [sequences.tokens, sequences.lengths, *vars(sequences.packing).values()]
+            assert {value.device for value in tensors if isinstance(value, Tensor)} == {ELSEWHERE}
         assert all(value.device == ELSEWHERE for value in (part.targets.index, part.targets.labels, part.targets.weight))
         assert part.targets.example_id.tolist() == [41] * 3
         assert part.examples.ids.tolist() == [41]

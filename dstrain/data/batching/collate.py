@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from dstrain.batch import NO_SEGMENT, Batch, ExampleSpans, ModelKind, Sequences, Targets
+from dstrain.batch import Batch, ExampleSpans, ModelKind, Packing, Sequences, Targets
 from dstrain.data.batching.permutation import IntArray
 
 Ids = npt.NDArray[np.integer[Any]]
@@ -39,6 +39,17 @@ class Ragged(NamedTuple):
         return cls(tokens, lengths)
 
 
+class PackedSize(NamedTuple):
+    """How many tokens packed sequences are padded to. multiple: of this number. at_least: this many."""
+
+    multiple: int = 1
+    at_least: int = 0
+
+    def of(self, num_tokens: int) -> int:
+        """For so many real tokens."""
+        return -(-max(num_tokens, self.at_least) // self.multiple) * self.multiple
+
+
 class ModelInputs(NamedTuple):
     """The inputs of a model. source: None for a decoder-only model.
 
@@ -56,7 +67,7 @@ class Collator:
     """Makes the batches of one model.
 
     kind: how the model reads an example. start_id: in front of every target, None = eos_id. teacher_kinds: of the teachers that
-    read the same batches; if one is not `kind`, a batch has it as `other`.
+    read the same batches; if one is not `kind`, a batch has it as `other`. packed: None for padded rows.
     """
 
     def __init__(
@@ -67,19 +78,18 @@ class Collator:
         eos_id: int,
         start_id: int | None = None,
         teacher_kinds: Collection[ModelKind] = (),
+        packed: PackedSize | None = None,
     ) -> None:
         self.kind = kind
+        self.packed = packed
         self.pad_id = pad_id
         self.start_id = eos_id if start_id is None else start_id
         self.kinds = dict.fromkeys((kind, *teacher_kinds))
 
-    def __call__(
-        self, examples: Sequence[tuple[Ids, Ids]], example_ids: IntArray, rows: IntArray | None = None, *, sampled: bool = False
-    ) -> Batch:
+    def __call__(self, examples: Sequence[tuple[Ids, Ids]], example_ids: IntArray, *, sampled: bool = False) -> Batch:
         """A batch of (source, target) pairs. example_ids: (b,) lines of the data set.
 
-        rows: (b,) the row of each example in a packed batch, 0, 0, 1, ..., from 0 and ascending; None pads, one example a row.
-        No examples make the empty micro-batch: one row that holds EOS on both sides and of which nothing is scored.
+        No examples make the empty micro-batch: one sequence, a lone EOS on both sides, of which nothing is scored.
         """
         sources, labels = (Ragged.of([pair[side] for pair in examples]) for side in (0, 1))
         shifted = np.roll(labels.tokens, 1)
@@ -90,8 +100,8 @@ class Collator:
         lengths = torch.from_numpy(labels.lengths)
 
         def batch(kind: ModelKind) -> Batch:
-            reading = _read(kind, *((sources, inputs) if examples else (one_token, one_token)), rows=rows, pad_id=self.pad_id)
-            # an empty micro-batch has a row, but neither an example nor a target
+            reading = self._read(kind, *((sources, inputs) if examples else (one_token, one_token)))
+            # an empty micro-batch has a sequence, but neither an example nor a target
             start, index = reading.source_start[: len(ids)], reading.target_index[: len(labels.tokens)]
             targets = Targets(
                 index=torch.from_numpy(index),
@@ -107,49 +117,53 @@ class Collator:
         first, *others = map(batch, self.kinds)
         return replace(first, other=others[0]) if others else first
 
-    def read(self, sources: Ragged, inputs: Ragged, rows: IntArray | None = None) -> ModelInputs:
+    def read(self, sources: Ragged, inputs: Ragged) -> ModelInputs:
         """Sources, each ending in EOS, and the decoder's inputs, each beginning with it, as the model reads them."""
-        return _read(self.kind, sources, inputs, rows=rows, pad_id=self.pad_id)
+        return self._read(self.kind, sources, inputs)
+
+    def _read(self, kind: ModelKind, sources: Ragged, inputs: Ragged) -> ModelInputs:
+        if kind == "encoder_decoder":
+            source, source_index = self._lay_out(sources)
+            target, index = self._lay_out(inputs)
+            return ModelInputs(source, target, source_index[_starts(sources.lengths)], index)
+        before = sources.lengths - 1  # without the EOS, which the inputs begin with
+        sequence = np.empty(before.sum() + len(inputs.tokens), np.int64)
+        start = _starts(before + inputs.lengths)  # of each example in `sequence`
+        of_inputs = np.repeat(start + before, inputs.lengths) + _positions(inputs.lengths)
+        is_source = np.ones(len(sequence), np.bool_)
+        is_source[of_inputs] = False
+        sequence[of_inputs] = inputs.tokens
+        sequence[is_source] = np.delete(sources.tokens, np.cumsum(sources.lengths) - 1)
+        target, index = self._lay_out(Ragged(sequence, before + inputs.lengths))
+        return ModelInputs(None, target, index[start], index[of_inputs])
+
+    def _lay_out(self, ragged: Ragged) -> tuple[Sequences, IntArray]:
+        """The sequences as the model reads them, and the index of each token among their flattened tokens."""
+        lengths, positions = ragged.lengths, _positions(ragged.lengths)
+        if self.packed is not None:
+            return _pack(ragged, positions, self.packed.of(len(positions)), self.pad_id), np.arange(len(positions))
+        shape = len(lengths), int(lengths.max())
+        index = np.repeat(np.arange(len(lengths)) * shape[1], lengths) + positions
+        tokens = np.full(shape[0] * shape[1], self.pad_id, np.int64)
+        tokens[index] = ragged.tokens
+        return Sequences(torch.from_numpy(tokens.reshape(shape)), torch.from_numpy(lengths)), index
 
 
-def _read(kind: ModelKind, sources: Ragged, inputs: Ragged, *, rows: IntArray | None, pad_id: int) -> ModelInputs:
-    if kind == "encoder_decoder":
-        source, source_index = _lay_out(sources, rows, pad_id)
-        target, index = _lay_out(inputs, rows, pad_id)
-        return ModelInputs(source, target, source_index[_starts(sources.lengths)], index)
-    before = sources.lengths - 1  # without the EOS, which the inputs begin with
-    sequence = np.empty(before.sum() + len(inputs.tokens), np.int64)
-    start = _starts(before + inputs.lengths)  # of each example in `sequence`
-    of_inputs = np.repeat(start + before, inputs.lengths) + _positions(inputs.lengths)
-    is_source = np.ones(len(sequence), np.bool_)
-    is_source[of_inputs] = False
-    sequence[of_inputs] = inputs.tokens
-    sequence[is_source] = np.delete(sources.tokens, np.cumsum(sources.lengths) - 1)
-    target, index = _lay_out(Ragged(sequence, before + inputs.lengths), rows, pad_id)
-    return ModelInputs(None, target, index[start], index[of_inputs])
+def _pack(ragged: Ragged, positions: IntArray, size: int, pad_id: int) -> Sequences:
+    """The sequences one after another, padded to `size` tokens."""
+    count, number, lengths = len(positions), len(ragged.lengths), ragged.lengths
 
+    def padded(values: IntArray, fill: int) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate([values, np.full(size - count, fill, np.int64)]))
 
-def _lay_out(ragged: Ragged, rows: IntArray | None, pad_id: int) -> tuple[Sequences, IntArray]:
-    """The sequences in rows as wide as the longest, and the index of each token in the flattened (B * width)."""
-    lengths, positions = ragged.lengths, _positions(ragged.lengths)
-    row, column = np.arange(len(lengths)), np.zeros(len(lengths), np.int64)
-    filled = lengths  # (B,) tokens of each row
-    if rows is not None:
-        row, filled = rows, np.bincount(rows, weights=lengths).astype(np.int64)
-        column = _starts(lengths) - _starts(filled)[row]
-    shape = len(filled), int(filled.max())
-    index = np.repeat(row * shape[1] + column, lengths) + positions
-
-    def written(values: IntArray, fill: int) -> torch.Tensor:
-        flat = np.full(shape[0] * shape[1], fill, np.int64)
-        flat[index] = values
-        return torch.from_numpy(flat.reshape(shape))
-
-    tokens = written(ragged.tokens, pad_id)
-    if rows is None:
-        return Sequences(tokens, torch.from_numpy(filled)), index
-    segments = np.repeat(np.arange(len(lengths)), lengths)
-    return Sequences(tokens, torch.from_numpy(filled), written(positions, 0), written(segments, NO_SEGMENT)), index
+    packing = Packing(
+        positions=padded(positions, 0),
+        segments=padded(np.repeat(np.arange(number), lengths), number),
+        starts=torch.from_numpy(np.concatenate(([0], lengths)).cumsum(dtype=np.int32)),
+        longest=int(lengths.max()),
+        num_tokens=count,
+    )
+    return Sequences(padded(ragged.tokens, pad_id), torch.from_numpy(lengths), packing)
 
 
 def _starts(lengths: IntArray) -> IntArray:

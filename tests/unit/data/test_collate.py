@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.batch import NO_SEGMENT, Batch, ModelKind, Sequences
-from dstrain.data.batching.collate import Collator
+from dstrain.batch import Batch, ModelKind, Sequences
+from dstrain.data.batching.collate import Collator, PackedSize
 from tests.batches import EOS, PAD, collate
 
 SENTENCE = st.lists(st.integers(4, 60_000), max_size=12).map(lambda ids: [*ids, EOS])
@@ -24,7 +24,7 @@ def test_padded_pairs_written_out() -> None:
     assert batch.source.lengths.tolist() == [3, 2, 1]
     assert batch.target.tokens.tolist() == [[EOS, 7, PAD, PAD], [EOS, 7, 8, 9], [EOS, PAD, PAD, PAD]]
     assert batch.target.lengths.tolist() == [2, 4, 1]
-    assert batch.source.positions is batch.source.segments is batch.target.positions is batch.target.segments is None
+    assert batch.source.packing is batch.target.packing is None
     targets = batch.targets
     assert targets.index.tolist() == [0, 1, 4, 5, 6, 7, 8]
     assert targets.labels.tolist() == [7, EOS, 7, 8, 9, EOS, EOS]
@@ -57,39 +57,58 @@ def test_another_start_token_stands_before_targets_only() -> None:
 
 
 def test_packed_pairs_written_out() -> None:
-    batch = collate(PAIRS, rows=[0, 0, 1])
-    assert batch.source is not None
-    assert batch.source.positions is not None and batch.source.segments is not None
-    assert batch.source.tokens.tolist() == [[5, 6, EOS, 5, EOS], [EOS, PAD, PAD, PAD, PAD]]
-    assert batch.source.positions.tolist() == [[0, 1, 2, 0, 1], [0] * 5]
-    assert batch.source.segments.tolist() == [[0, 0, 0, 1, 1], [2, *[NO_SEGMENT] * 4]]
-    assert batch.source.lengths.tolist() == [5, 1]
-    assert batch.target.tokens.tolist() == [[EOS, 7, EOS, 7, 8, 9], [EOS, PAD, PAD, PAD, PAD, PAD]]
+    batch = collate(PAIRS, packed=PackedSize(multiple=4))
+    assert batch.source is not None and batch.source.packing is not None and batch.target.packing is not None
+    assert batch.source.tokens.tolist() == [5, 6, EOS, 5, EOS, EOS, PAD, PAD]
+    assert batch.source.lengths.tolist() == [3, 2, 1]
+    packing = batch.source.packing
+    assert packing.positions.tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
+    assert packing.segments.tolist() == [0, 0, 0, 1, 1, 2, 3, 3]
+    assert packing.starts.tolist() == [0, 3, 5, 6]
+    assert packing.token_lengths.tolist() == [3, 3, 3, 2, 2, 1, 1, 1]
+    assert (packing.longest, packing.num_tokens) == (3, 6)
+    assert batch.target.tokens.tolist() == [EOS, 7, EOS, 7, 8, 9, EOS, PAD]
     assert batch.targets.index.tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert batch.examples.source_start.tolist() == [0, 3, 5]
-    joined = collate(PAIRS, rows=[0, 0, 1], kind="decoder_only")
-    assert joined.target.tokens.tolist() == [[5, 6, EOS, 7, 5, EOS, 7, 8, 9], [EOS, *[PAD] * 8]]
+    joined = collate(PAIRS, packed=PackedSize(), kind="decoder_only")
+    assert joined.target.tokens.tolist() == [5, 6, EOS, 7, 5, EOS, 7, 8, 9, EOS]
     assert joined.targets.index.tolist() == [2, 3, 5, 6, 7, 8, 9]
 
 
+def test_the_rows_of_packed_sequences_are_the_padded_ones() -> None:
+    packed, padded = collate(PAIRS, packed=PackedSize(multiple=8)), collate(PAIRS)
+    for sequences, rows in ((packed.reading, padded.reading), (packed.target, padded.target)):
+        assert sequences.packing is not None
+        index = sequences.packing.rows
+        tokens = sequences.tokens[index.tokens].masked_fill(index.is_padding.flatten(), PAD)
+        assert tokens.view(-1, index.width).tolist() == rows.tokens.tolist()
+        assert rows.tokens.flatten()[index.places].tolist() == sequences.tokens[: sequences.packing.num_tokens].tolist()
+
+
+@pytest.mark.parametrize(("size", "expected"), [((1, 0), 7), ((4, 0), 8), ((4, 30), 32), ((1, 30), 30), ((64, 0), 64)])
+def test_packed_tokens_are_padded_to_a_size(size: tuple[int, int], expected: int) -> None:
+    assert collate(PAIRS, packed=PackedSize(*size)).target.tokens.shape == (expected,)
+
+
+@pytest.mark.parametrize("packed", [None, PackedSize(), PackedSize(4)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_empty_micro_batch_scores_nothing(kind: ModelKind) -> None:
-    batch = collate([], kind=kind)
-    assert batch.target.tokens.tolist() == batch.reading.tokens.tolist() == [[EOS]]
+def test_the_empty_micro_batch_scores_nothing(kind: ModelKind, packed: PackedSize | None) -> None:
+    batch = collate([], kind=kind, packed=packed)
+    assert batch.target.tokens.flatten().tolist() == batch.reading.tokens.flatten().tolist()
+    assert batch.target.tokens.flatten().tolist() == [EOS] + ([] if packed is None else [PAD] * (packed.multiple - 1))
     assert batch.target.lengths.tolist() == [1]
     assert (batch.num_targets, batch.size) == (0, (0, 0))
     assert all(len(values) == 0 for part in (batch.targets, batch.examples) for values in vars(part).values())
 
 
-def real_tokens(sequences: Sequences, number: int, rows: list[int] | None) -> list[int]:
+def real_tokens(sequences: Sequences, number: int) -> list[int]:
     """Those of one example."""
-    if sequences.segments is not None:
-        return sequences.tokens[sequences.segments == number].tolist()
-    assert rows is None
+    if sequences.packing is not None:
+        return sequences.tokens[sequences.packing.segments == number].tolist()
     return sequences.tokens[number, : sequences.lengths[number]].tolist()
 
 
-def check(batch: Batch, pairs: list[tuple[list[int], list[int]]], rows: list[int] | None) -> None:
+def check(batch: Batch, pairs: list[tuple[list[int], list[int]]]) -> None:
     flat = batch.target.tokens.flatten()
     for number, (source, target) in enumerate(pairs):
         chosen = batch.targets.segment == number
@@ -98,9 +117,12 @@ def check(batch: Batch, pairs: list[tuple[list[int], list[int]]], rows: list[int
         start, length = int(batch.examples.source_start[number]), int(batch.examples.source_length[number])
         assert batch.reading.tokens.flatten()[start : start + length].tolist() == source
         joined = [EOS, *target[:-1]] if batch.source is not None else [*source, *target[:-1]]
-        assert real_tokens(batch.target, number, rows) == joined
+        assert real_tokens(batch.target, number) == joined
     for sequences in (batch.reading, batch.target):
-        real = torch.arange(sequences.tokens.shape[1]) < sequences.lengths[:, None]
+        if sequences.packing is None:
+            real = torch.arange(sequences.tokens.shape[1]) < sequences.lengths[:, None]
+        else:
+            real = torch.arange(len(sequences.tokens)) < sequences.lengths.sum()
         assert sequences.tokens[~real].eq(PAD).all()
         assert sequences.tokens.dtype == sequences.lengths.dtype == torch.int64
         assert sequences.tokens.is_contiguous()
@@ -111,14 +133,12 @@ def check(batch: Batch, pairs: list[tuple[list[int], list[int]]], rows: list[int
 @given(
     pairs=st.lists(st.tuples(SENTENCE, SENTENCE), min_size=1, max_size=20),
     kind=st.sampled_from(KINDS),
-    starts=st.none() | st.lists(st.booleans(), min_size=20, max_size=20),
+    packed=st.none() | st.builds(PackedSize, st.integers(1, 70), st.integers(0, 300)),
 )
 def test_every_example_is_where_the_batch_says(
-    pairs: list[tuple[list[int], list[int]]], kind: ModelKind, starts: list[bool] | None
+    pairs: list[tuple[list[int], list[int]]], kind: ModelKind, packed: PackedSize | None
 ) -> None:
-    """starts: whether an example begins a row of a packed batch; None pads."""
-    rows = None if starts is None else [sum(starts[1 : number + 1]) for number in range(len(pairs))]
-    check(collate(pairs, kind=kind, rows=rows), pairs, rows)
+    check(collate(pairs, kind=kind, packed=packed), pairs)
 
 
 def test_a_teacher_of_the_other_kind_has_a_batch_of_its_own() -> None:
@@ -126,7 +146,7 @@ def test_a_teacher_of_the_other_kind_has_a_batch_of_its_own() -> None:
     other = batch.for_kind("decoder_only")
     assert batch.for_kind("encoder_decoder") is batch
     assert other.kind == "decoder_only"
-    check(other, PAIRS, None)
+    check(other, PAIRS)
     assert torch.equal(other.targets.labels, batch.targets.labels)
     with pytest.raises(ValueError, match="made for encoder_decoder models only; name the kind decoder_only to its Collator"):
         collate(PAIRS).for_kind("decoder_only")

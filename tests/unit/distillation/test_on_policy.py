@@ -62,10 +62,10 @@ def own_samples(
     )
 
 
-def batch_of(indices: Sequence[int], kind: ModelKind = "encoder_decoder", rows: Sequence[int] | None = None) -> Batch:
+def batch_of(indices: Sequence[int], kind: ModelKind = "encoder_decoder", **options: Any) -> Batch:
     """Some of the sources with targets of no meaning; none makes the empty micro-batch."""
     pairs = [(SOURCES[index], [4, IDS.eos]) for index in indices]
-    return collate(pairs, kind=kind, ids=[NUMBERS[index] for index in indices], rows=rows)
+    return collate(pairs, kind=kind, ids=[NUMBERS[index] for index in indices], **options)
 
 
 def written(batches: Sequence[Batch]) -> dict[int, list[int]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Batch, ModelKind
+from dstrain.data.batching.collate import Collator, PackedSize
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.distillation.build import build_distillation
 from dstrain.distillation.feature_plan import plan_features
@@ -23,21 +24,22 @@ from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.teacher_signal import SparseSignal
-from tests.batches import collate
+from tests.batches import EOS, PAD, collate
 from tests.unit.distillation.test_distillation import PlainTeacher, step
 from tests.unit.distillation.test_features import ALL, DECODER_ONLY, STUDENT, TEACHER, config_of, model_of, objective_of
 from tests.unit.distillation.test_on_policy import STEP, TYPES, ToyModel, batch_of, own_samples, written
-from tests.unit.distillation.toy_store import COLLATOR, prepared, stored, teacher_for
+from tests.unit.distillation.toy_store import prepared, stored, teacher_for
 from tests.unit.objectives.test_cross_entropy import gradients, pairs
 
-ROWS = [0, 0, 1, 1]
+PACKED = PackedSize(multiple=16)
+"""So there is padding after the last sequence."""
 KINDS: list[ModelKind] = ["encoder_decoder", "decoder_only"]
 
 
 def both(kind: ModelKind, **options: Any) -> tuple[Batch, Batch]:
     """The same examples packed and padded."""
     examples = list(zip(*pairs(5, 1, 9, 3), strict=True))
-    packed, padded = (collate(examples, kind=kind, rows=rows, **options) for rows in (ROWS, None))
+    packed, padded = (collate(examples, kind=kind, packed=packed, **options) for packed in (PACKED, None))
     return packed, padded
 
 
@@ -88,7 +90,7 @@ def test_losses_features_and_selection_equal_the_padded_ones(kind: ModelKind, se
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(STUDENT, DECODER_ONLY), (DECODER_ONLY, STUDENT)])
-def test_a_teacher_of_the_other_kind_reads_packed_rows(student: dict[str, Any], teacher: dict[str, Any]) -> None:
+def test_a_teacher_of_the_other_kind_reads_packed_sequences(student: dict[str, Any], teacher: dict[str, Any]) -> None:
     features = [{"kind": "hidden_states", "side": "decoder", "layers": {2: 2}}]
     batches = both(student["kind"], teacher_kinds=[teacher["kind"]])
     assert_equal_steps(module_of(student, teacher, features), *batches)
@@ -109,7 +111,9 @@ def test_a_store_is_read_and_written_by_example_and_position(method: Method, tmp
     store = stored(data, tmp_path / "logits", method, teacher=teacher)
     ids = np.array([59, 3, 17, 0])
     examples = [dataset[row] for row in ids]
-    packed, padded = (COLLATOR(examples, ids, rows) for rows in (np.array(ROWS), None))
+    packed, padded = (
+        Collator("encoder_decoder", pad_id=PAD, eos_id=EOS, packed=packed)(examples, ids) for packed in (PACKED, None)
+    )
     found, expected = store.signal(packed), store.signal(padded)
     assert isinstance(found, SparseSignal) and isinstance(expected, SparseSignal)
     assert all(torch.equal(getattr(found, name), getattr(expected, name)) for name in ("ids", "probs", "tail"))
@@ -122,8 +126,8 @@ def test_a_store_is_read_and_written_by_example_and_position(method: Method, tmp
             assert np.array_equal(one.values, other.values) and np.array_equal(one.lengths, other.lengths)
 
 
-def test_own_samples_are_of_the_examples_whatever_the_rows() -> None:
+def test_own_samples_are_of_the_examples_whatever_the_layout() -> None:
     work = own_samples(ToyModel(TYPES, seed=3))
-    packed, padded = (work(STEP, [batch_of(range(9), rows=rows)]) for rows in ([0, 0, 0, 1, 1, 1, 2, 2, 3], None))
+    packed, padded = (work(STEP, [batch_of(range(9), packed=packed)]) for packed in (PACKED, None))
     assert packed[0].num_targets == padded[0].num_targets
     assert written(packed[1]) == written(padded[1])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Batch, ModelKind
+from dstrain.data.batching.collate import PackedSize
 from dstrain.distillation.config import BatchSelection, GlobalByLanguageSelection, GlobalSelection
 from dstrain.distillation.selection import Selection, threshold
 from tests.batches import EOS, collate
@@ -98,7 +99,7 @@ def test_statistics_name_example_position_and_language(kind: ModelKind) -> None:
     assert found[:, 2].tolist() == [11] * 7 + [10] * 7
     again = selection.statistics(batch([8], kind=kind), torch.arange(7.0, 14.0))
     assert torch.equal(again, found[7:]), "the order is that of example and position, not of the batch"
-    packed = selection.statistics(batch([5, 8], kind=kind, rows=[0, 0]), torch.arange(14.0))
+    packed = selection.statistics(batch([5, 8], kind=kind, packed=PackedSize(16)), torch.arange(14.0))
     assert torch.equal(packed, found)
     assert len(set(found[:, 0].tolist())) == 14
 

@@ -26,6 +26,7 @@ from dstrain.interop.fairseq.importing import FairseqImport, import_checkpoint
 from dstrain.interop.fairseq.languages import language_tokens
 from dstrain.recipe_file import load_recipe
 from tests.unit.interop.fairseq_checkpoints import AbsentModules, dictionaries, small_weights
+from tests.unit.training.fakes import ONE_RANK
 
 BOS, PAD, EOS = 0, 1, 2
 WORDS = [4, 6, 5]
@@ -140,7 +141,7 @@ def test_training_an_imported_model_further_reads_what_fairseq_read(case: str, t
     data = TrainingData(tmp_path / "data")
     require_data_of(recipe, data.directory, data.manifest)
     assert data.vocabulary == find_bundle(tmp_path / "b").description.vocabulary
-    batch = data.collator(recipe)([(data.train[0].source, data.train[0].target)], np.array([0]))
+    batch = data.collator(recipe, ONE_RANK)([(data.train[0].source, data.train[0].target)], np.array([0]))
     assert batch.reading.tokens.tolist() == [source]
     after = [EOS] if case.startswith("mbart") else []
     assert batch.targets.labels.tolist() == [*forced, *WORDS, *after, end]

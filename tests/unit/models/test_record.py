@@ -11,7 +11,7 @@ from torch import Tensor
 from dstrain.batch import Sequences
 from dstrain.model_output import ActivationCapture, Tap
 from dstrain.models.config import DecoderStackConfig, StackConfig
-from dstrain.nn import attention as attention_part
+from dstrain.nn import attention_bias
 from dstrain.ops.attention import attention
 from tests.batches import EOS, collate, decoder_hidden
 from tests.unit.models.build import random_config, sequences, small_config, small_model
@@ -35,7 +35,7 @@ def heard(model: Any, source: Any, target: Any, monkeypatch: pytest.MonkeyPatch)
         return attention(query, key, value, **how)
 
     with monkeypatch.context() as patch, torch.no_grad():
-        patch.setattr(attention_part, "attention", listening)
+        patch.setattr(attention_bias, "attention", listening)
         decoder_hidden(model, source, target)
     return calls
 
@@ -114,8 +114,8 @@ def test_a_skipped_pass_shows_its_input() -> None:
 
 def test_only_the_requested_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = small_model(), []
-    real = attention_part.mean_probabilities
-    monkeypatch.setattr(attention_part, "mean_probabilities", lambda *args, **how: calls.append(1) or real(*args, **how))
+    real = attention_bias.mean_probabilities
+    monkeypatch.setattr(attention_bias, "mean_probabilities", lambda *args, **how: calls.append(1) or real(*args, **how))
     source, target = sequences(9, 1, 5), sequences(7, 3, 1)
     model(source, target)
     model(source, target, ActivationCapture([Tap("hidden_states", "encoder", 1)]))

@@ -72,9 +72,9 @@ def test_beams_attend_as_queries_of_one_source(key_heads: int) -> None:
     bias = padding_bias(torch.tensor([7, 3]), 7, torch.float32)
     x = torch.randn(2 * 5, 3, DIM)  # five beams a sentence, three positions each
     key, value = part.project_memory(memory)
-    mixed = part(x, key, value, bias=bias)
+    mixed = part(x, key, value, context=AttentionContext(bias=bias))
     copied_key, copied_value = part.project_memory(memory.repeat_interleave(5, dim=0))
-    copied = part(x, copied_key, copied_value, bias=bias.repeat_interleave(5, dim=0))
+    copied = part(x, copied_key, copied_value, context=AttentionContext(bias=bias.repeat_interleave(5, dim=0)))
     torch.testing.assert_close(mixed, copied, rtol=1e-5, atol=1e-5)
 
 

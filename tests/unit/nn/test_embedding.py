@@ -19,8 +19,8 @@ def test_scale_position_norm_in_this_order(scaled: bool, norm: nn.Module) -> Non
     nn.init.normal_(tokens.weight)
     part = InputEmbedding(tokens=tokens, positions=positions, norm=norm, dropout=Dropout(0.0), model_dim=9, scaled=scaled)
     ids = torch.randint(0, 20, (3, 5))
-    expected = norm(tokens.weight[ids] * (math.sqrt(9) if scaled else 1) + positions(2, 5, tokens.weight))
-    torch.testing.assert_close(part(ids, 2), expected, rtol=1e-5, atol=1e-6)
+    expected = norm(tokens.weight[ids] * (math.sqrt(9) if scaled else 1) + positions(2, 7, tokens.weight))
+    torch.testing.assert_close(part(ids, 2, 7), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_comes_last_and_in_training_only() -> None:
@@ -30,8 +30,8 @@ def test_dropout_comes_last_and_in_training_only() -> None:
         tokens=tokens, positions=SinusoidalPositions(8), norm=nn.LayerNorm(8), dropout=Dropout(0.5), model_dim=8, scaled=True
     )
     ids = torch.zeros(4, 6, dtype=torch.int64)
-    assert (part(ids, 0) == 0).any()
-    assert not (part.eval()(ids, 0) == 0).any()
+    assert (part(ids, 0, 6) == 0).any()
+    assert not (part.eval()(ids, 0, 6) == 0).any()
 
 
 def test_the_output_projection_comes_before_the_activation_and_the_matrix() -> None:

@@ -30,9 +30,9 @@ def test_offsets_and_numbers_agree(part: SinusoidalPositions | LearnedPositions)
     for parameter in part.parameters():
         torch.nn.init.normal_(parameter)
     whole = part(0, 30, LIKE)
-    torch.testing.assert_close(part(7, 5, LIKE), whole[7:12])
-    numbers = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]])
-    torch.testing.assert_close(part(numbers, 5, LIKE), whole[numbers])
+    torch.testing.assert_close(part(7, 12, LIKE), whole[7:12])
+    for numbers in (torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]), torch.tensor([0, 1, 2, 3, 4, 0, 1])):
+        torch.testing.assert_close(part(numbers, 5, LIKE), whole[numbers])
 
 
 def test_the_table_grows_on_demand_and_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,9 +40,9 @@ def test_the_table_grows_on_demand_and_is_made_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(position, "sinusoids", lambda rows, dim, make=position.sinusoids: made.append(rows) or make(rows, dim))
     part = SinusoidalPositions(4)
     for offset in range(300):
-        part(offset, 1, LIKE)
+        part(offset, offset + 1, LIKE)
     assert made == [256, 512]
-    assert part(5000, 3, LIKE).shape == (3, 4)
+    assert part(torch.tensor([[5002]]), 5003, LIKE).shape == (1, 1, 4)
     assert made[2:] == [8192]
 
 
@@ -58,9 +58,11 @@ def test_the_table_is_no_state_and_outlives_inference_mode() -> None:
 
 def test_learned_positions_end() -> None:
     part = LearnedPositions(8, 4)
-    assert part(3, 5, LIKE).shape == (5, 4)
+    assert part(3, 8, LIKE).shape == (5, 4)
     with pytest.raises(DataError, match=r"a sequence of 9 tokens is longer than the 8 learned positions.*max_source_length"):
-        part(4, 5, LIKE)
+        part(4, 9, LIKE)
+    with pytest.raises(DataError, match="a sequence of 9 tokens is longer than the 8 learned positions"):
+        part(torch.tensor([0, 8]), 9, LIKE)
 
 
 def test_none_adds_nothing() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dstrain.ops.bias import alibi_bias, alibi_slopes, causal_bias, padding_bias, segment_bias, segment_lengths
+from dstrain.ops.bias import alibi_bias, alibi_slopes, causal_bias, padding_bias
 
 CPU = torch.device("cpu")
 
@@ -28,12 +28,6 @@ def test_no_padding_needs_no_bias() -> None:
 def test_causal_levels_the_last_query_with_the_last_key() -> None:
     assert seen(causal_bias(3, 3, torch.float32, CPU)) == [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     assert seen(causal_bias(2, 4, torch.float32, CPU)) == [[1, 1, 1, 0], [1, 1, 1, 1]]
-
-
-def test_segments() -> None:
-    bias = segment_bias(torch.tensor([[1, 2, 0]]), torch.tensor([[1, 1, 2, 0]]), torch.float32)
-    assert bias.shape == (1, 1, 3, 4)
-    assert seen(bias[0, 0]) == [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]
 
 
 def test_hidden_keys_get_exactly_no_weight_in_every_precision() -> None:
@@ -68,7 +62,3 @@ def test_scores_fall_with_distance(lead: float) -> None:
     rows = alibi_bias(slopes, query[None].expand(3, -1), keys[None].expand(3, -1), lead=lead)
     assert rows.shape == (3, 2, 2, 4)
     assert torch.equal(rows[1], bias)
-
-
-def test_segment_lengths() -> None:
-    assert segment_lengths(torch.tensor([[1, 1, 2, 2, 2, 0]])).tolist() == [[2, 2, 3, 3, 3, 1]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dstrain.ops.kernels import ARGMAX, DROPOUT, TRAINING_ATTENTION, Kernel, Op, describe_kernels
+from dstrain.ops.kernels import ARGMAX, DROPOUT, OPS, TRAINING_ATTENTION, Kernel, Op, describe_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -57,6 +57,6 @@ def test_every_argmax_takes_the_first_of_equal_values() -> None:
 
 def test_the_table_in_words() -> None:
     lines = describe_kernels().splitlines()
-    assert len(lines) == sum(len(op.kernels) for op in (TRAINING_ATTENTION, DROPOUT, ARGMAX))
+    assert len(lines) == sum(len(op.kernels) for op in OPS)
     assert lines[0].split(maxsplit=2) == ["training_attention", "batched_products", "cpu, float32, up to 400 scores per head"]
     assert lines[-1].split(maxsplit=2) == ["argmax", "torch", "any device"]
