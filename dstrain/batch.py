@@ -39,13 +39,13 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class RowIndex(NamedTuple):
-    """Where packed tokens stand in padded rows of `width` places each, and the other way round.
+    """Where packed tokens stand in padded rows of `width` cells each, and the other way round.
 
-    places: (m,) the place of each real token, of b * width. tokens: (b * width,) the token at each place, any one at padding.
+    cells: (m,) the cell of each real token, of b * width. tokens: (b * width,) the token at each cell, any one at padding.
     is_padding: (b * width, 1, 1).
     """
 
-    places: Tensor
+    cells: Tensor
     tokens: Tensor
     is_padding: Tensor
     width: int
@@ -72,7 +72,7 @@ class Packing:
         real = slice(self.num_tokens)
         tokens = self.starts[:-1, None].long() + torch.arange(self.longest, device=self.starts.device)  # (b, width)
         return RowIndex(
-            places=self.segments[real] * self.longest + self.positions[real],
+            cells=self.segments[real] * self.longest + self.positions[real],
             tokens=tokens.clamp(max=self.num_tokens - 1).flatten(),
             is_padding=(tokens >= self.starts[1:, None]).view(-1, 1, 1),
             width=self.longest,

@@ -20,7 +20,7 @@ from pydantic import (
 from dstrain.config_base import Checkpointing, Config, Precision
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
-Layout = Literal["auto", "packed", "padded"]
+SequenceLayout = Literal["auto", "packed", "padded"]
 """Of the sequences of a batch in training."""
 Placement = Literal["replicated", "sharded", "offloaded"]
 """Of a teacher's parameters: whole on every rank, shared out over the ranks, or shared out in CPU memory."""
@@ -144,7 +144,7 @@ class EngineConfig(Config):
         description="What layers compute again in the backward pass: none; selective = all but products and attention; "
         "full = all; offload = all, from inputs that wait in CPU memory.",
     )
-    layout: Layout = Field(
+    layout: SequenceLayout = Field(
         default="auto",
         description="Sequences of a batch in training: packed, one after another; padded, one a row; auto = packed on a GPU.",
     )

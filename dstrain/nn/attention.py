@@ -22,7 +22,7 @@ AttentionHook = Callable[[Tensor], None]
 
 def split_heads(x: Tensor, head_dim: int) -> Tensor:
     """(B, T, H * K) -> (B, H, T, K), a view; packed sequences have no B."""
-    return x.unflatten(-1, (-1, head_dim)).transpose(-3, -2)
+    return x.view(*x.shape[:-1], -1, head_dim).transpose(-3, -2)
 
 
 def merge_heads(x: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ class AttentionBias:
         rotation = self._rotation(query, end_position, lengths, like)
         if self.alibi is None:
             return AttentionContext(bias=mask, rotation=rotation)
-        bias = self.alibi.bias(*(numbered(each, end_position, like.device) for each in (query, keys)), like.dtype)
+        query, keys = (numbered(each, end_position, like.device) for each in (query, keys))
+        bias = self.alibi.bias(query, keys, like.dtype)
         return AttentionContext(bias=bias if mask is None else bias + mask, rotation=rotation)
 
     def invalidates_cache(self, length: int) -> bool:

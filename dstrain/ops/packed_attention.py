@@ -73,13 +73,18 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, pair: PackedPair, attend: 
     """The same, for a pair without ALiBi."""
     from torch.nn.attention.varlen import varlen_attn  # a second of imports
 
-    starts, longest = zip(*(_with_padding(side) for side in (pair.queries, pair.keys)), strict=True)
+    (query_starts, longest_query), (key_starts, longest_key) = map(_with_padding, (pair.queries, pair.keys))
+    query, key, value = (heads.transpose(0, 1) for heads in (query, key, value))  # (N, H, K)
     mixed = varlen_attn(
-        *(heads.transpose(0, 1) for heads in (query, key, value)),  # (N, H, K)
-        *starts,
-        *longest,
+        query,
+        key,
+        value,
+        query_starts,
+        key_starts,
+        longest_query,
+        longest_key,
         window_size=(-1, 0) if pair.causal else (-1, -1),
-        enable_gqa=len(key) != len(query),
+        enable_gqa=key.shape[1] != query.shape[1],
     )
     assert isinstance(mixed, Tensor)
     return mixed.transpose(0, 1)
@@ -97,7 +102,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, pair: PackedPair, attend: Ro
         distance = positions[key] - positions[query]
         return score - head_slopes[head] * (distance.abs() - lead * (distance > 0))
 
-    compute = _compiled(flex_attention) if query.is_cuda else flex_attention  # not compiled it holds all scores
+    compute: Any = _compiled(flex_attention) if query.is_cuda else flex_attention  # not compiled it holds all scores
     batch = (heads.unsqueeze(0) for heads in (query, key, value))
     mixed: Tensor = compute(*batch, add_alibi, pair.block_mask, enable_gqa=len(key) != len(query))
     return mixed.squeeze(0)
@@ -137,25 +142,25 @@ class _ToRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _gather(grad.flatten(0, 1), ctx.rows.places, ctx.num_tokens), None
+        return _gather(grad.flatten(0, 1), ctx.rows.cells, ctx.num_tokens), None
 
 
 class _FromRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, places: Tensor, rows: RowIndex, num_tokens: int) -> Tensor:
+    def forward(ctx: Any, cells: Tensor, rows: RowIndex, num_tokens: int) -> Tensor:
         ctx.rows = rows
-        return _gather(places.flatten(0, 1), rows.places, num_tokens)
+        return _gather(cells.flatten(0, 1), rows.cells, num_tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        of_places = grad.index_select(0, ctx.rows.tokens).masked_fill_(ctx.rows.is_padding, 0)
-        return of_places.view(-1, ctx.rows.width, *grad.shape[1:]), None, None
+        of_cells = grad.index_select(0, ctx.rows.tokens).masked_fill_(ctx.rows.is_padding, 0)
+        return of_cells.view(-1, ctx.rows.width, *grad.shape[1:]), None, None
 
 
-def _gather(places: Tensor, index: Tensor, num_tokens: int) -> Tensor:
+def _gather(cells: Tensor, index: Tensor, num_tokens: int) -> Tensor:
     """Those of the real tokens, then zeros. (b * L, H, K), (m,) -> (N, H, K)"""
-    gathered = places.new_empty(num_tokens, *places.shape[1:])
-    torch.index_select(places, 0, index, out=gathered[: len(index)])
+    gathered = cells.new_empty(num_tokens, *cells.shape[1:])
+    torch.index_select(cells, 0, index, out=gathered[: len(index)])
     gathered[len(index) :].zero_()
     return gathered

@@ -82,7 +82,7 @@ def test_the_rows_of_packed_sequences_are_the_padded_ones() -> None:
         index = sequences.packing.rows
         tokens = sequences.tokens[index.tokens].masked_fill(index.is_padding.flatten(), PAD)
         assert tokens.view(-1, index.width).tolist() == rows.tokens.tolist()
-        assert rows.tokens.flatten()[index.places].tolist() == sequences.tokens[: sequences.packing.num_tokens].tolist()
+        assert rows.tokens.flatten()[index.cells].tolist() == sequences.tokens[: sequences.packing.num_tokens].tolist()
 
 
 @pytest.mark.parametrize(("size", "expected"), [((1, 0), 7), ((4, 0), 8), ((4, 30), 32), ((1, 30), 30), ((64, 0), 64)])
