@@ -66,7 +66,7 @@ MODELS: dict[str, Report] = {
 LORA: Report = {"rank": 3, "alpha": 6, "targets": ["*"]}
 
 
-def _curve(*, steps: int = 4, parts: int = 4, **options: Any) -> Report:
+def _curve(*, steps: int = 3, parts: int = 4, **options: Any) -> Report:
     engine = _engine(**options)
     reports = [asdict(engine.train_step(*_share(engine, step, parts))) for step in range(steps)]
     report = {"reports": reports, "queues": queues(engine), "validated": _validated(engine), **_outputs(engine)}

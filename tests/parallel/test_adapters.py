@@ -8,7 +8,7 @@ import pytest
 from tests.parallel.launch import run_ranks
 
 MODELS = [{"factorized": False}, {"factorized": True, "dora": True, "bias": "lora_only"}]
-STEPS = 6
+STEPS = 4
 Runs = list[dict[str, Any]]
 
 

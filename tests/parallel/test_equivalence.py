@@ -8,7 +8,7 @@ import pytest
 from tests.parallel.launch import means, run_ranks
 
 STAGES = ["zero0", "zero1", "zero2", "zero3"]
-STEPS = 20
+STEPS = 12
 ONE_RANK = [{"deepspeed": name, "parts": 4, "steps": STEPS} for name in STAGES]
 
 

@@ -53,7 +53,7 @@ def test_two_nodes_train_as_two_processes_do(cluster: Cluster, data: Path, local
 def test_a_requeued_job_continues_the_same_curve(cluster: Cluster, data: Path, local: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submit(cluster, data, run)
-    wait_for(lambda: len(events(run, "train")) >= 5, 120, f"five steps in {run}")
+    wait_for(lambda: len(events(run, "train")) >= 5, 240, f"five steps in {run}")
     cluster.run("scancel", "--batch", "--signal=USR1", str(job))
     end = cluster.wait(job, 180)
     assert (end["JobState"], end["Restarts"]) == ("COMPLETED", "1"), output(run)
