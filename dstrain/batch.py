@@ -91,11 +91,13 @@ class Sequences:
     tokens: (B, S) int64, the tokenizer's pad id after `lengths`; packed (N,), with the pad id at the end.
     lengths: (B,) int64, real tokens of each sequence; 0 for a row of padding only.
     packing: None for rows.
+    keys: of the tokens' shape, int64, a number for each token of the data set, by which dropout is counted; None for none.
     """
 
     tokens: Tensor
     lengths: Tensor
     packing: Packing | None = None
+    keys: Tensor | None = None
 
     @property
     def positions(self) -> int | Tensor:

@@ -41,12 +41,13 @@ from dstrain.errors import CheckpointError, TrainingError
 from dstrain.fragment import DimensionSlice, Fragment, StoredState
 from dstrain.models.weights import Layouts, ParameterLayout, TensorSlice, parameter_layouts
 from dstrain.nn.checkpointing import checkpoint_layers
+from dstrain.nn.dropout import seed_masks
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.allocator import balance_freed_memory, keep_freed_memory, return_freed_memory
 from dstrain.parallel.mesh import Mesh
-from dstrain.parallel.randomness import seed_ranks
 from dstrain.protocols import Generative, WeightSource
+from dstrain.seeding import seed_everything
 from dstrain.storage.document import Count, DocumentFormat
 
 
@@ -323,8 +324,9 @@ class TrainEngine:
         self._masters.sync_to_model()
 
     def _seed_dropout(self) -> None:
-        """Masks of this step. Tensor ranks hold the same examples: they draw alike for what they have in common."""
-        seed_ranks(self._seed, "dropout", self.step, self.mesh.replicas.rank, tensor=self.mesh.tensor)
+        """Masks of this step, on all ranks; torch's generator is for what has no counted masks, by rank."""
+        seed_masks(self._seed, self.step)
+        seed_everything(self._seed, "dropout", self.step, self.mesh.replicas.rank)
 
     def _grad_norm(self) -> float:
         """Of unpartitioned gradients, each counted once however many tensor ranks have it."""

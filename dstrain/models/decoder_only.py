@@ -19,6 +19,7 @@ from dstrain.models.config import DecoderOnlyConfig, VocabularySizes
 from dstrain.nn.attention_bias import AttentionBias, AttentionContext
 from dstrain.nn.cache import KeyValueCache, is_identity
 from dstrain.nn.capture import StackCapture
+from dstrain.nn.dropout import NO_MASKS, MaskKeys
 from dstrain.nn.embedding import InputEmbedding, Projection, logits
 from dstrain.nn.layers import EncoderLayer
 from dstrain.nn.position import Positions
@@ -91,11 +92,18 @@ class DecoderOnly(nn.Module):
         """All positions at once. source: None, for `target` holds the sources. capture: the activations to store."""
         if source is not None:
             raise ValueError("a decoder-only model reads source and target as one sequence; let a Collator join them")
-        x = self.target_embedding.embed(target)
-        return ModelOutput(self._run(x, self.target_attention_bias.for_sequences(target, x), capture=capture), None)
+        masks = MaskKeys.of(target.keys)
+        x = self.target_embedding.embed(target, masks)
+        context = self.target_attention_bias.for_sequences(target, x)
+        return ModelOutput(self._run(x, context, capture=capture, masks=masks), None)
 
     def _run(
-        self, x: Tensor, context: AttentionContext, cache: KeyValueCache | None = None, capture: ActivationCapture | None = None
+        self,
+        x: Tensor,
+        context: AttentionContext,
+        cache: KeyValueCache | None = None,
+        capture: ActivationCapture | None = None,
+        masks: MaskKeys = NO_MASKS,
     ) -> Tensor:
         hooks = StackCapture(capture, "decoder")
 
@@ -104,7 +112,7 @@ class DecoderOnly(nn.Module):
             passed: Tensor = layer(x, context=context, cache=kept, hooks=hooks.layer(depth))
             return passed
 
-        hidden: Tensor = self.decoder(x, run, hooks)
+        hidden: Tensor = self.decoder(x, run, hooks, masks)
         return hidden
 
     def project(self, hidden: Tensor) -> Tensor:

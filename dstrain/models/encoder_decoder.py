@@ -17,6 +17,7 @@ from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.nn.attention_bias import AttentionBias, AttentionContext, cross_attention
 from dstrain.nn.cache import KeyValueCache, is_identity
 from dstrain.nn.capture import StackCapture
+from dstrain.nn.dropout import MEMORY_SITE, MaskKeys
 from dstrain.nn.embedding import InputEmbedding, Projection, logits
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
@@ -88,27 +89,30 @@ class EncoderDecoder(nn.Module):
         """All target positions at once. capture: the activations to store."""
         source = required(source)
         memory = self.encode(source, capture)
-        x = self.target_embedding.embed(target)
+        masks, memory_masks = MaskKeys.of(target.keys), MaskKeys.of(source.keys)
+        x = self.target_embedding.embed(target, masks)
         memory_context = cross_attention(source, target, x)
         context, hooks = self.target_attention_bias.for_sequences(target, x), StackCapture(capture, "decoder")
 
         def run(depth: int, layer: DecoderLayer, x: Tensor) -> Tensor:
-            key, value = layer.cross_attention.project_memory(memory.hidden)
+            with memory_masks.at(MEMORY_SITE + depth):
+                key, value = layer.cross_attention.project_memory(memory.hidden)
             passed: Tensor = layer(x, key, value, context=context, memory_context=memory_context, hooks=hooks.layer(depth))
             return passed
 
-        return ModelOutput(self.decoder(x, run, hooks), memory)
+        return ModelOutput(self.decoder(x, run, hooks, masks), memory)
 
     def encode(self, source: Sequences, capture: ActivationCapture | None = None) -> Memory:
         """The encoder's output, (B, S, D) or (N, D); what is at padding has no meaning."""
-        x = self.source_embedding.embed(source)
+        masks = MaskKeys.of(source.keys)
+        x = self.source_embedding.embed(source, masks)
         context, hooks = self.source_attention_bias.for_sequences(source, x), StackCapture(capture, "encoder")
 
         def run(depth: int, layer: EncoderLayer, x: Tensor) -> Tensor:
             passed: Tensor = layer(x, context=context, hooks=hooks.layer(depth))
             return passed
 
-        return Memory(self.encoder(x, run, hooks), source.lengths)
+        return Memory(self.encoder(x, run, hooks, masks), source.lengths)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Logits. (..., D) -> (..., V)"""

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from dstrain.nn.attention_bias import AttentionContext
 from dstrain.nn.cache import LayerCache
+from dstrain.nn.dropout import attention_dropout
 from dstrain.nn.linear import BlockLinear
 from dstrain.parallel.collectives import reduce_from
 from dstrain.parallel.group import Group
-from dstrain.parallel.randomness import shard_randomness
 
 AttentionHook = Callable[[Tensor], None]
 """Takes the attention probabilities averaged over the heads, (B, T, S) or (T, S); they are computed only for it."""
@@ -59,9 +59,8 @@ class SelfAttention(nn.Module):
             key, value = cache.append(key, value)
         if hooks is not None:
             hooks(_over_ranks(context.mean_probabilities(query, key), self.heads))
-        dropout = self.dropout if self.training else 0.0
-        with shard_randomness(self.heads, active=dropout > 0):
-            mixed = context.attend(query, key, value, dropout)
+        dropout = attention_dropout(self.dropout if self.training else 0.0, query.shape[-3], self.heads)
+        mixed = context.attend(query, key, value, dropout)
         result: Tensor = self.out_proj(merge_heads(mixed))
         return result
 
@@ -103,9 +102,8 @@ class CrossAttention(nn.Module):
         query = split_heads(query.reshape(*key.shape[:-3], -1, query.shape[-1]), self.head_dim)  # (B, H, M / B * T, K)
         if hooks is not None:
             hooks(_over_ranks(context.mean_probabilities(query, key), self.heads))
-        dropout = self.dropout if self.training else 0.0
-        with shard_randomness(self.heads, active=dropout > 0):
-            mixed = context.attend(query, key, value, dropout)
+        dropout = attention_dropout(self.dropout if self.training else 0.0, query.shape[-3], self.heads)
+        mixed = context.attend(query, key, value, dropout)
         result: Tensor = self.out_proj(merge_heads(mixed)).view_as(x)
         return result
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Sequences
+from dstrain.nn.dropout import AttentionDropout
 from dstrain.nn.position import Positions, numbered
 from dstrain.nn.rotary import LengthRotary, RotaryPart, Rotation
 from dstrain.ops.attention import attention, mean_probabilities, packed_attention, packed_mean_probabilities
@@ -35,11 +36,11 @@ class AttentionContext:
     packed: PackedPair | None = None
     rotation: Rotation | None = None
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, dropout: AttentionDropout) -> Tensor:
         """(B, H, T, K), twice (B, H or fewer, S, K) -> (B, H, T, K); without B if packed."""
         if self.packed is not None:
-            return packed_attention(query, key, value, self.packed, dropout=dropout)
-        return attention(query, key, value, bias=self.bias, causal=self.causal, dropout=dropout)
+            return packed_attention(query, key, value, self.packed, dropout=dropout.p, mask_keys=dropout.mask_keys)
+        return attention(query, key, value, bias=self.bias, causal=self.causal, dropout=dropout.p, mask_keys=dropout.mask_keys)
 
     def mean_probabilities(self, query: Tensor, key: Tensor) -> Tensor:
         """(B, T, S) float32, (T, S) if packed: what `attend` mixes by, averaged over the heads."""

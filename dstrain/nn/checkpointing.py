@@ -8,18 +8,17 @@ cheap operations between them again (norms, activations, dropout, residuals).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from dstrain.config_base import Checkpointing
 from dstrain.nn.stack import LayerStack
-from dstrain.parallel.randomness import saved_stream
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 
@@ -43,23 +42,14 @@ def checkpoint_layers(model: nn.Module, mode: Checkpointing) -> None:
 def _checkpointed(run: Callable[[Tensor], Tensor], x: Tensor, *, mode: Checkpointing) -> Tensor:
     kept_on_cpu = torch.autograd.graph.save_on_cpu(pin_memory=x.is_cuda) if mode == "offload" else nullcontext()
     with kept_on_cpu:
-        result: Tensor = checkpoint(run, x, use_reentrant=False, context_fn=partial(_contexts, mode == "selective"))
+        contexts = _selective_contexts if mode == "selective" else noop_context_fn
+        result: Tensor = checkpoint(run, x, use_reentrant=False, context_fn=contexts)
     return result
 
 
-def _contexts(selective: bool) -> Contexts:
-    """Those of the first and of the second computation. torch puts its own generator back, but not the stream of shards."""
-    restored = saved_stream()
-    if not selective:
-        return nullcontext(), restored
-    first, again = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
-    return first, _both(restored, again)
-
-
-@contextmanager
-def _both(outer: AbstractContextManager[None], inner: AbstractContextManager[Any]) -> Iterator[None]:
-    with outer, inner:
-        yield
+def _selective_contexts() -> Contexts:
+    """Those of the first and of the second computation."""
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def _policy(context: Any, operation: Any, *args: Any, **options: Any) -> CheckpointPolicy:

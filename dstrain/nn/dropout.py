@@ -1,10 +1,125 @@
-"""Dropout as a part of a layer: active in training only."""
+"""Dropout as a part of a layer: active in training only. Its masks are counted, not drawn.
 
+A mask is a hash of (seed, step, pass, site in the model, example, position, feature), see `ops/random_bits.py`. So the loss
+curve with dropout is the same for any number of ranks, micro-batches, tensor or sequence ranks, and what is computed again in the
+backward pass has the same masks. `seed_masks` tells the step, `mask_pass` the pass, `Sequences.keys` example and position,
+`MaskKeys.at` the site. If one is missing (a model used by hand, the attention of a GPU) torch's generator draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from dstrain.ops.dropout import dropout, dropout_add
+from dstrain.ops.random_bits import derived_keys, random_bits
 from dstrain.parallel.group import Group
-from dstrain.parallel.randomness import shard_randomness
+from dstrain.seeding import derive_seed
+
+EMBEDDING_SITE = -1
+MEMORY_SITE = 1 << 20
+"""Sites of a model beside its depths, 0, 1, ...: its embedding, and from there the depths that project the source."""
+
+
+class _Now:
+    """Where the process is. step_seed: None before the first `seed_masks`. masks: None outside of `MaskKeys.at`."""
+
+    step_seed: ClassVar[int | None] = None
+    number: ClassVar[int] = 0
+    masks: ClassVar[_Masks | None] = None
+
+
+def seed_masks(seed: int, step: int) -> None:
+    """The masks of a step, the same on every rank. From here on until the next call."""
+    _Now.step_seed = derive_seed(seed, "dropout", step)
+
+
+@contextmanager
+def mask_pass(number: int) -> Iterator[None]:
+    """Other masks inside: of a further pass of the same examples in the same step, from 1."""
+    before, _Now.number = _Now.number, number
+    try:
+        yield
+    finally:
+        _Now.number = before
+
+
+class _Masks:
+    """The masks of one site, one after another: they are asked for in the same order each time."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+        self.count = 0
+
+    def next(self) -> Tensor:
+        """Keys of the next mask, in the shape of the tokens."""
+        self.count += 1
+        return derived_keys(self.keys, self.count)
+
+
+@dataclass(frozen=True)
+class MaskKeys:
+    """What the tokens of a stack's input draw by. keys: of the tokens in this step and pass. seed: of the pass.
+
+    Both None if torch's generator draws.
+    """
+
+    keys: Tensor | None = None
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, keys: Tensor | None) -> MaskKeys:
+        """In the present step and pass. keys: of the tokens, see `batch.Sequences`."""
+        if keys is None or _Now.step_seed is None:
+            return cls()
+        seed = derive_seed(_Now.step_seed, "pass", _Now.number)
+        return cls(derived_keys(keys, seed), seed)
+
+    @contextmanager
+    def at(self, site: int) -> Iterator[None]:
+        """Dropout inside is that of these tokens at this site of the model."""
+        before = _Now.masks
+        _Now.masks = None if self.keys is None else _Masks(derived_keys(self.keys, site))
+        try:
+            yield
+        finally:
+            _Now.masks = before
+
+    def uniform(self, site: int, device: torch.device) -> Tensor:
+        """One number in [0, 1) for all tokens, ()."""
+        if self.seed is None:
+            return torch.rand((), device=device)
+        return torch.full((), derive_seed(self.seed, "layer", site) / 2**63, device=device)
+
+
+NO_MASKS = MaskKeys()
+
+
+def mask_keys() -> Tensor | None:
+    """Keys of the next mask at this site, in the shape of the tokens; None outside of `MaskKeys.at`."""
+    return None if _Now.masks is None else _Now.masks.next()
+
+
+class AttentionDropout(NamedTuple):
+    """Of the probabilities of an attention. mask_keys: (B, H, T) or (H, N), of each query; None if torch's generator draws."""
+
+    p: float = 0.0
+    mask_keys: Tensor | None = None
+
+
+def attention_dropout(p: float, num_heads: int, heads: Group | None) -> AttentionDropout:
+    """num_heads: of queries on this rank. heads: the tensor group that shares the heads."""
+    keys = mask_keys() if p > 0 else None
+    if keys is None:
+        return AttentionDropout(p)
+    first = 0 if heads is None else heads.rank * num_heads
+    numbers = torch.arange(first, first + num_heads, device=keys.device).unsqueeze(-1)  # (H, 1)
+    return AttentionDropout(p, derived_keys(keys.unsqueeze(-2), numbers))
 
 
 class Dropout(nn.Module):
@@ -17,14 +132,23 @@ class Dropout(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(...) -> (...)"""
-        if not self.training:
-            return x
-        with shard_randomness(self.features, active=self.p > 0):
-            return dropout(x, self.p)
+        return dropout(x, self.p, self._bits(x)) if self._is_active else x
 
     def add(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + forward(x)"""
-        return dropout_add(residual, x, self.p if self.training else 0.0)
+        return dropout_add(residual, x, self.p, self._bits(x)) if self._is_active else residual + x
+
+    @property
+    def _is_active(self) -> bool:
+        return self.training and self.p > 0
+
+    def _bits(self, x: Tensor) -> Tensor | None:
+        """Of x, (tokens, features), of which this rank may have a part."""
+        keys = mask_keys()
+        if keys is None:
+            return None
+        start = 0 if self.features is None else self.features.rank * x.shape[-1]
+        return random_bits(keys, start, start + x.shape[-1])
 
     def extra_repr(self) -> str:
         """The probability."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dstrain.batch import Sequences
-from dstrain.nn.dropout import Dropout
+from dstrain.nn.dropout import EMBEDDING_SITE, NO_MASKS, Dropout, MaskKeys
 from dstrain.nn.linear import Linear
 from dstrain.nn.position import PositionPart, Positions
 from dstrain.ops.activation import identity
@@ -113,9 +113,10 @@ class InputEmbedding(nn.Module):
         result: Tensor = self.dropout(self.norm(x))
         return result
 
-    def embed(self, sequences: Sequences) -> Tensor:
-        """Of whole sequences: (B, T) -> (B, T, D), (N,) -> (N, D)"""
-        result: Tensor = self(sequences.tokens, sequences.positions, sequences.end_position)
+    def embed(self, sequences: Sequences, masks: MaskKeys = NO_MASKS) -> Tensor:
+        """Of whole sequences: (B, T) -> (B, T, D), (N,) -> (N, D). masks: what the tokens draw dropout by."""
+        with masks.at(EMBEDDING_SITE):
+            result: Tensor = self(sequences.tokens, sequences.positions, sequences.end_position)
         return result
 
 

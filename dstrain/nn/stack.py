@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.nn.capture import StackCapture
+from dstrain.nn.dropout import NO_MASKS, MaskKeys
 
 _L = TypeVar("_L", bound=nn.Module)
 _T = TypeVar("_T")
@@ -31,21 +32,35 @@ class LayerStack(nn.Module, Generic[_L]):
         self.layer_drop = layer_drop
         self.final_norm = final_norm
 
-    def forward(self, x: Tensor, run: Callable[[int, _L, Tensor], Tensor], hooks: StackCapture | None = None) -> Tensor:
-        """Pass x through `run(depth, layer, x)` at each depth. (..., D) -> (..., D). hooks: see x between the passes."""
+    def forward(
+        self,
+        x: Tensor,
+        run: Callable[[int, _L, Tensor], Tensor],
+        hooks: StackCapture | None = None,
+        masks: MaskKeys = NO_MASKS,
+    ) -> Tensor:
+        """Pass x through `run(depth, layer, x)` at each depth. (..., D) -> (..., D).
+
+        hooks: see x between the passes. masks: what the tokens draw dropout by.
+        """
         for depth, index in enumerate(self.schedule):
             if hooks is not None:
                 hooks.hidden_states(depth, x)
-            layer_pass = partial(run, depth, cast("_L", self.layers[index]))
+            layer_pass = partial(self._pass, run, depth, index, masks)
             passed = layer_pass(x) if self.checkpoint is None or not torch.is_grad_enabled() else self.checkpoint(layer_pass, x)
             if self.training and self.layer_drop > 0:
-                dropped = torch.rand((), device=x.device) < self.layer_drop
+                dropped = masks.uniform(depth, x.device) < self.layer_drop
                 passed = torch.where(dropped, x, passed)
             x = passed
         result: Tensor = self.final_norm(x)
         if hooks is not None:
             hooks.hidden_states(len(self.schedule), result)
         return result
+
+    def _pass(self, run: Callable[[int, _L, Tensor], Tensor], depth: int, index: int, masks: MaskKeys, x: Tensor) -> Tensor:
+        """One pass, again with the same masks if it is computed again."""
+        with masks.at(depth):
+            return run(depth, cast("_L", self.layers[index]), x)
 
     def passes(self, make: Callable[[_L], _T]) -> list[_T]:
         """What `make` gives for the layer at each depth, made once a layer."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Batch, Metrics, Size
+from dstrain.nn.dropout import mask_pass
 from dstrain.objectives.config import CrossEntropyConfig, RDropConfig
 from dstrain.objectives.cross_entropy import CrossEntropy, loss_weight, target_hidden
 from dstrain.objectives.objective import LossOutput
@@ -36,7 +37,9 @@ class RDrop:
         """In training the loss of two passes; metrics: `nll`, the mean of both, and `kl`. In evaluation plain cross-entropy."""
         if not model.training:
             return self._single(model, batch)
-        passes = [target_hidden(model, batch) for _ in range(2)]
+        passes = [target_hidden(model, batch)]
+        with mask_pass(1):
+            passes.append(target_hidden(model, batch))
         reduce = partial(
             linear_r_drop,
             labels=batch.targets.labels,

@@ -14,17 +14,28 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.ops.bias import causal_bias
-from dstrain.ops.kernels import PACKED_ALIBI_ATTENTION, PACKED_ATTENTION, TRAINING_ATTENTION
+from dstrain.ops.kernels import DROPOUT_ATTENTION, PACKED_ALIBI_ATTENTION, PACKED_ATTENTION, TRAINING_ATTENTION
 from dstrain.ops.packed_attention import PackedPair, from_rows, padded_rows, to_rows
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
+    mask_keys: Tensor | None = None,
 ) -> Tensor:
     """query: (B, H, T, K); key, value: (B, H or fewer, S, K); bias: broadcasts to (B, H, T, S) -> (B, H, T, K).
 
-    causal: query t sees keys 0..t; not together with `bias`. A bias that requires a gradient gets it.
+    causal: query t sees keys 0..t; not together with `bias`. A bias that requires a gradient gets it. mask_keys: (B, H, T), by
+    which the dropout of the probabilities is counted (`random_bits.py`); None, and on a GPU, torch's generator draws.
     """
+    if dropout > 0 and mask_keys is not None:
+        kernel = DROPOUT_ATTENTION.choose(query.device, query.dtype)
+        return kernel(query, key, value, bias=_four_dimensions(bias), causal=causal, dropout=dropout, mask_keys=mask_keys)
     grouped = key.shape[1] != query.shape[1]
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (query, key, value, bias))
     if needs_grad and not grouped and dropout == 0:
@@ -47,11 +58,17 @@ def attention(
     return mixed.flatten(1, 2).unsqueeze(2) if folded else mixed
 
 
-def packed_attention(query: Tensor, key: Tensor, value: Tensor, pair: PackedPair, *, dropout: float = 0.0) -> Tensor:
-    """The same of packed sequences. query: (H, N, K); key, value: (H or fewer, M, K) -> (H, N, K), any values at padding."""
+def packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, pair: PackedPair, *, dropout: float = 0.0, mask_keys: Tensor | None = None
+) -> Tensor:
+    """The same of packed sequences. query: (H, N, K); key, value: (H or fewer, M, K) -> (H, N, K), any values at padding.
+
+    mask_keys: (H, N).
+    """
     op = PACKED_ATTENTION if pair.alibi is None else PACKED_ALIBI_ATTENTION
     kernel = op.choose(query.device, query.dtype) if dropout == 0 else padded_rows
-    return kernel(query, key, value, pair, partial(attention, dropout=dropout))
+    by_rows = None if mask_keys is None else to_rows(mask_keys.unsqueeze(-1), pair.queries.rows).squeeze(-1)  # (b, H, L)
+    return kernel(query, key, value, pair, partial(attention, dropout=dropout, mask_keys=by_rows))
 
 
 def attention_reference(

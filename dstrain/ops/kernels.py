@@ -19,8 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.ops.cpu.argmax import numpy_argmax
-from dstrain.ops.cpu.attention import batched_attention
-from dstrain.ops.cpu.dropout import sixteen_bit_dropout
+from dstrain.ops.cpu.attention import batched_attention, counted_dropout_attention
 from dstrain.ops.packed_attention import PackedPair, RowAttention, flex, padded_rows, varlen
 
 Function = TypeVar("Function", bound=Callable[..., Tensor])
@@ -98,9 +97,14 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | No
     return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, is_causal=causal)
 
 
-def torch_dropout(residual: Tensor | None, x: Tensor, p: float) -> Tensor:
-    """One Bernoulli number per element; fused on a GPU."""
-    return F.dropout(x, p) if residual is None else residual + F.dropout(x, p)
+def fused_dropout_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, bias: Tensor | None, causal: bool, dropout: float, mask_keys: Tensor
+) -> Tensor:
+    """torch's own, whose generator draws."""
+    grouped = len(key[0]) != len(query[0])
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
+    )
 
 
 def torch_argmax(scores: Tensor) -> Tensor:
@@ -119,6 +123,15 @@ TRAINING_ATTENTION: Op[Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], T
 )
 """Attention with gradient, with as many key as query heads and no dropout. Size: T x S."""
 
+DROPOUT_ATTENTION: Op[Callable[..., Tensor]] = Op(
+    "dropout_attention",
+    [
+        Kernel("counted_masks", counted_dropout_attention, "cpu"),
+        Kernel("scaled_dot_product_attention", fused_dropout_attention),
+    ],
+)
+"""Attention with dropout of its probabilities. The kernels of a GPU draw from torch's generator, each rank other masks."""
+
 PackedAttention = Callable[[Tensor, Tensor, Tensor, PackedPair, RowAttention], Tensor]
 
 PACKED_ATTENTION: Op[PackedAttention] = Op(
@@ -132,17 +145,12 @@ PACKED_ALIBI_ATTENTION: Op[PackedAttention] = Op(
 )
 """Attention of packed sequences with ALiBi, without dropout."""
 
-DROPOUT: Op[Callable[[Tensor | None, Tensor, float], Tensor]] = Op(
-    "dropout", [Kernel("sixteen_bit_dropout", sixteen_bit_dropout, "cpu"), Kernel("torch", torch_dropout)]
-)
-"""Dropout, added to a residual if there is one."""
-
 ARGMAX: Op[Callable[[Tensor], Tensor]] = Op(
     "argmax", [Kernel("numpy", numpy_argmax, "cpu", (torch.float32, torch.float64)), Kernel("torch", torch_argmax)]
 )
 """The index of the maximum of each row, the first of equal ones."""
 
-OPS = (TRAINING_ATTENTION, PACKED_ATTENTION, PACKED_ALIBI_ATTENTION, DROPOUT, ARGMAX)
+OPS = (TRAINING_ATTENTION, DROPOUT_ATTENTION, PACKED_ATTENTION, PACKED_ALIBI_ATTENTION, ARGMAX)
 
 
 def describe_kernels() -> str:

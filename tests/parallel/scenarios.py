@@ -50,7 +50,7 @@ def curves(mesh: Mesh, *, runs: list[dict[str, Any]]) -> list[list[Report]]:
 
 def curve(mesh: Mesh, *, steps: int, parts: int, **options: Any) -> list[Report]:
     """The reports of one run from the first step on. options: those of `build_engine`; dropout, objective (a dict)."""
-    engine = build_engine(mesh, build_module(options.pop("dropout", 0.0), **options.pop("objective", {})), **options)
+    engine = build_engine(mesh, build_module(options.pop("dropout", 0.1), **options.pop("objective", {})), **options)
     reports = [asdict(engine.train_step(*share(step, mesh, parts))) for step in range(steps)]
     engine.close()
     return reports

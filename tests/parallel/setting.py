@@ -33,7 +33,7 @@ SENTENCES = 12
 TIED = PlainEmbedding(tie="all")
 
 
-def build_module(dropout: float = 0.0, embedding: EmbeddingConfig = TIED, **objective: Any) -> TrainModule:
+def build_module(dropout: float = 0.1, embedding: EmbeddingConfig = TIED, **objective: Any) -> TrainModule:
     """The same weights on every call. objective: what differs from plain cross-entropy."""
     stack: dict[str, Any] = {"depth": 1, "num_heads": 2, "ffn_dim": 48}
     config = EncoderDecoderConfig(
@@ -111,5 +111,5 @@ def size_of(batches: Sequence[Batch]) -> Size:
 def share(step: int, mesh: Mesh, parts: int, kind: ModelKind = "encoder_decoder") -> tuple[list[Batch], Size]:
     """This rank's micro-batches where the step's sentences are cut into `parts` in all, and the step's size."""
     pairs = sentences(step)
-    cut = [pairs[index::parts] for index in range(parts)]
-    return [collate(part, kind=kind) for part in cut[mesh.data.rank :: mesh.data.size]], Size(num_targets(pairs), len(pairs))
+    cut = [collate(pairs[index::parts], kind=kind, ids=range(len(pairs))[index::parts]) for index in range(parts)]
+    return cut[mesh.data.rank :: mesh.data.size], Size(num_targets(pairs), len(pairs))

@@ -80,7 +80,7 @@ def _share(engine: TrainEngine, step: int, parts: int) -> Any:
         return share(step, engine.mesh, parts)
     pairs, (_, size) = sentences(step), share(step, engine.mesh, parts)
     numbers = list(range(parts))[engine.mesh.data.rank :: engine.mesh.data.size]
-    return [collate(pairs[part::parts], kind=kind) for part in numbers], size
+    return [collate(pairs[part::parts], kind=kind, ids=range(len(pairs))[part::parts]) for part in numbers], size
 
 
 def _validated(engine: TrainEngine) -> float:

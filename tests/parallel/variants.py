@@ -13,8 +13,8 @@ from tests.unit.models.build import random_config
 
 
 def variant(seed: int) -> EncoderDecoderConfig | DecoderOnlyConfig:
-    """Without dropout, whose masks differ between ranks."""
-    return random_config(seed).model_copy(update={"dropout": 0.0})
+    """With dropout, whose masks are the same on any ranks."""
+    return random_config(seed).model_copy(update={"dropout": 0.1, "attention_dropout": 0.1, "activation_dropout": 0.1})
 
 
 def variant_curves(mesh: Mesh, *, seeds: list[int], stages: list[str], steps: int) -> dict[str, list[list[list[float]]]]:

@@ -160,8 +160,8 @@ def toy_argmax(scores):
 ''',
     "dstrain/ops/kernels.py": (
         (
-            "from dstrain.ops.cpu.dropout import",
-            "from dstrain.ops.cpu.toy import toy_argmax\nfrom dstrain.ops.cpu.dropout import",
+            "from dstrain.ops.cpu.attention import",
+            "from dstrain.ops.cpu.toy import toy_argmax\nfrom dstrain.ops.cpu.attention import",
         ),
         ('"argmax", [Kernel(', '"argmax", [Kernel("toy", toy_argmax, "cpu", package="no_such_package"), Kernel('),
     ),

@@ -39,6 +39,10 @@ class Ragged(NamedTuple):
         return cls(tokens, lengths)
 
 
+_KEY_BITS = 22
+"""Of a token's key for side and position: longer sequences repeat keys of the next example, which does no harm."""
+
+
 class PackedSize(NamedTuple):
     """How many tokens packed sequences are padded to. multiple: of this number. at_least: this many."""
 
@@ -100,7 +104,7 @@ class Collator:
         lengths = torch.from_numpy(labels.lengths)
 
         def batch(kind: ModelKind) -> Batch:
-            reading = self._read(kind, *((sources, inputs) if examples else (one_token, one_token)))
+            reading = self._read(kind, *((sources, inputs) if examples else (one_token, one_token)), ids)
             # an empty micro-batch has a sequence, but neither an example nor a target
             start, index = reading.source_start[: len(ids)], reading.target_index[: len(labels.tokens)]
             targets = Targets(
@@ -119,12 +123,12 @@ class Collator:
 
     def read(self, sources: Ragged, inputs: Ragged) -> ModelInputs:
         """Sources, each ending in EOS, and the decoder's inputs, each beginning with it, as the model reads them."""
-        return self._read(self.kind, sources, inputs)
+        return self._read(self.kind, sources, inputs, np.arange(len(sources.lengths)))
 
-    def _read(self, kind: ModelKind, sources: Ragged, inputs: Ragged) -> ModelInputs:
+    def _read(self, kind: ModelKind, sources: Ragged, inputs: Ragged, ids: IntArray) -> ModelInputs:
         if kind == "encoder_decoder":
-            source, source_index = self._lay_out(sources)
-            target, index = self._lay_out(inputs)
+            source, source_index = self._lay_out(sources, ids, side=0)
+            target, index = self._lay_out(inputs, ids, side=1)
             return ModelInputs(source, target, source_index[_starts(sources.lengths)], index)
         before = sources.lengths - 1  # without the EOS, which the inputs begin with
         sequence = np.empty(before.sum() + len(inputs.tokens), np.int64)
@@ -134,22 +138,33 @@ class Collator:
         is_source[of_inputs] = False
         sequence[of_inputs] = inputs.tokens
         sequence[is_source] = np.delete(sources.tokens, np.cumsum(sources.lengths) - 1)
-        target, index = self._lay_out(Ragged(sequence, before + inputs.lengths))
+        target, index = self._lay_out(Ragged(sequence, before + inputs.lengths), ids, side=1)
         return ModelInputs(None, target, index[start], index[of_inputs])
 
-    def _lay_out(self, ragged: Ragged) -> tuple[Sequences, IntArray]:
+    def _lay_out(self, ragged: Ragged, ids: IntArray, *, side: int) -> tuple[Sequences, IntArray]:
         """The sequences as the model reads them, and the index of each token among their flattened tokens."""
         lengths, positions = ragged.lengths, _positions(ragged.lengths)
+        keys = _keys(ids, lengths, positions, side)
         if self.packed is not None:
-            return _pack(ragged, positions, self.packed.of(len(positions)), self.pad_id), np.arange(len(positions))
+            return _pack(ragged, positions, keys, self.packed.of(len(positions)), self.pad_id), np.arange(len(positions))
         shape = len(lengths), int(lengths.max())
         index = np.repeat(np.arange(len(lengths)) * shape[1], lengths) + positions
-        tokens = np.full(shape[0] * shape[1], self.pad_id, np.int64)
-        tokens[index] = ragged.tokens
-        return Sequences(torch.from_numpy(tokens.reshape(shape)), torch.from_numpy(lengths)), index
+
+        def written(values: IntArray, fill: int) -> torch.Tensor:
+            flat = np.full(shape[0] * shape[1], fill, np.int64)
+            flat[index] = values
+            return torch.from_numpy(flat.reshape(shape))
+
+        return Sequences(written(ragged.tokens, self.pad_id), torch.from_numpy(lengths), keys=written(keys, 0)), index
 
 
-def _pack(ragged: Ragged, positions: IntArray, size: int, pad_id: int) -> Sequences:
+def _keys(ids: IntArray, lengths: IntArray, positions: IntArray, side: int) -> IntArray:
+    """A number for each token of the data set: of its example, its place there, and its side. An empty batch has no examples."""
+    examples = np.repeat(ids, lengths) if len(ids) else np.zeros(len(positions), np.int64)
+    return (examples << _KEY_BITS) + (positions << 1) + side
+
+
+def _pack(ragged: Ragged, positions: IntArray, keys: IntArray, size: int, pad_id: int) -> Sequences:
     """The sequences one after another, padded to `size` tokens."""
     count, number, lengths = len(positions), len(ragged.lengths), ragged.lengths
 
@@ -163,7 +178,7 @@ def _pack(ragged: Ragged, positions: IntArray, size: int, pad_id: int) -> Sequen
         longest=int(lengths.max()),
         num_tokens=count,
     )
-    return Sequences(padded(ragged.tokens, pad_id), torch.from_numpy(lengths), packing)
+    return Sequences(padded(ragged.tokens, pad_id), torch.from_numpy(lengths), packing, padded(keys, 0))
 
 
 def _starts(lengths: IntArray) -> IntArray:

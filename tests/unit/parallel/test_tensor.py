@@ -1,4 +1,4 @@
-"""Slices of parameters, and random numbers of replicated and cut tensors, in one process."""
+"""Slices of parameters, in one process."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, Plai
 from dstrain.models.factory import build_model, initial_values
 from dstrain.models.weights import canonical_shapes, load_canonical, parameter_layouts
 from dstrain.parallel.group import Group
-from dstrain.parallel.randomness import seed_ranks, shard_randomness
 from dstrain.parallel.tensor import vocabulary_shard
 
 CPU = torch.device("cpu")
@@ -55,25 +54,3 @@ def test_the_ranks_hold_each_value_of_the_whole_model(projections: str) -> None:
     assert all(counts[name] == values.read(name).numel() for name in cut)
     whole_names = {name for name in counts if "norm" in name or name.endswith(("out_proj.bias", "down_proj.bias"))}
     assert counts.keys() - cut == whole_names
-
-
-def test_ranks_draw_alike_for_what_they_have_in_common_only() -> None:
-    def draws(rank: int) -> tuple[list[float], list[float], list[float]]:
-        group = rank_of(rank, 2)
-        seed_ranks(5, "dropout", 3, 0, tensor=group)
-        first = torch.rand(4).tolist()
-        with shard_randomness(group, active=True):
-            cut = torch.rand(4).tolist()
-        return first, cut, torch.rand(4).tolist()
-
-    (first, cut, second), (other_first, other_cut, other_second) = draws(0), draws(1)
-    assert (first, second) == (other_first, other_second)
-    assert cut != other_cut
-    assert (first, cut, second) == draws(0)
-
-
-def test_without_tensor_ranks_the_generator_is_that_of_the_seed() -> None:
-    seed_ranks(5, "dropout", 3, 0, tensor=Group.single(CPU))
-    own = torch.rand(4)
-    seed_ranks(5, "dropout", 3, 0, tensor=rank_of(1, 2))
-    assert torch.equal(own, torch.rand(4))
