@@ -144,7 +144,7 @@ class ShardedJob(Generic[J, S]):
 
         Raises DataError that lists the shards that are missing or damaged, or if the directory is not one of this verb.
         """
-        job = self.read(directory) if directory.is_dir() else None
+        job = self.read(directory) if (directory / PARTS_FILE).exists() else None
         if job is None:
             raise DataError(f"{directory} was not written by `dstrain {self.verb}` (it has no {PARTS_FILE}); name its --output")
         total = self.num_shards(job)

@@ -141,6 +141,9 @@ def test_a_failed_save_leaves_the_old_bundle_and_no_rest(tmp_path: Path, monkeyp
         save(tmp_path / "bundle", model, step=2)
     assert load_bundle(tmp_path / "bundle").notes == {"step": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+    monkeypatch.undo()
+    save(tmp_path / "bundle", model, step=2)
+    assert load_bundle(tmp_path / "bundle").notes == {"step": 2}
 
 
 def test_a_kill_between_the_renames_leaves_a_readable_bundle(tmp_path: Path) -> None:

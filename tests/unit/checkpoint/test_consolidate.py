@@ -128,6 +128,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     output = tmp_path / "bundle"
     with pytest.raises(CheckpointError, match=r"holds no moving average: its run has no training.ema; choose --weights trained$"):
         consolidate(checkpoint, output, weights="averaged")
+    assert consolidate(checkpoint, tmp_path / "trained", weights="trained") == "trained"
     with pytest.raises(CheckpointError, match=r"c is no checkpoint: did you mean .*/c/step_00000007\?"):
         consolidate(checkpoint.parent, output)
     (tmp_path / "text").mkdir()

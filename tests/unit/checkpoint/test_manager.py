@@ -196,6 +196,9 @@ def test_checkpoints_of_which_none_is_usable_are_an_error_and_nothing_is_loaded(
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is usable .* restore one .* or choose another --output"):
         manager_of(three, keep=3).load_latest(engine)
     assert engine.loads == 0
+    flip(three / "step_00000030" / "template" / "common.txt")
+    assert load(three) == (30, "weights of 30")
+    assert manager_of(three / "elsewhere", keep=3).load_latest(engine) is None
 
 
 def test_a_pointer_without_checkpoints_is_an_error(three: Path) -> None:
@@ -244,6 +247,9 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(three: Path) -> None:
         f"{three}/step_00000040 was written by run other, but this is run run: move it out of the folder, or choose the "
         "--output of its run"
     )
+    assert manager_of(three, keep=9, run_id="other").load_latest(Shards()) is not None
+    (three / "step_00000040").rename(three.parent / "of_another_run")
+    assert load(three) == (30, "weights of 30")
 
 
 def rewrite(path: Path, change: dict[str, Any]) -> None:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
-from dstrain.cli.main import main
-from tests.unit.cli.verbs import Verbs, bundle_for
-from tests.unit.data.test_prepare_verb import recipe
+from tests.unit.cli.remedy_messages import pattern
+from tests.unit.cli.remedy_workspace import DUMP, LABEL, PREPARE, WORK
+from tests.unit.cli.verbs import Verbs
 
 Command = Sequence[str]
-PREPARE = ("prepare", "recipe.yaml", "--output", "data", "--workers", "1")
-WORK = ("--teacher", "teacher", "--data", "data", "--device", "cpu", "--max-tokens", "400")
-LABEL = ("pseudo-label", *WORK, "--output", "labeled", "--max-repeats", "1000", "--beam-size", "1")
-DUMP = ("dump-logits", *WORK, "--output", "logits")
+NEW_LABEL = ("pseudo-label", *WORK, "--output", "new", "--beam-size", "1")
+NEW_DATA = ("prepare", "recipe.yaml", "--output", "new", "--workers", "1")
 GENERATE = ("generate", "teacher", "--input", "text", "--device", "cpu", "--beam-size", "2")
 AVERAGE = ("average", "run", "--output", "mean")
 VALIDATE = ("validate", "teacher", "--data", "data", "--device", "cpu")
@@ -38,15 +36,27 @@ def write(path: str, text: str) -> Callable[[], None]:
     return lambda: (Path(path).write_text(text), None)[1]
 
 
+def replaced(path: str, old: str, new: str) -> Callable[[], object]:
+    return lambda: Path(path).write_text(Path(path).read_text().replace(old, new, 1))
+
+
+def bare() -> None:
+    tree = yaml.safe_load(Path("recipe.yaml").read_text())
+    del tree["model"]
+    Path("bare.yaml").write_text(yaml.safe_dump(tree))
+
+
 @dataclass(frozen=True)
 class Case:
-    """words fail with `message` after `damage`; the commands of the remedy succeed, and then `afterwards`."""
+    """words fail with `message` after `damage`; after `mend`, the commands of the remedy succeed, and then `afterwards`."""
 
     words: Command
     message: str
     remedy: tuple[Command, ...] = NO_REMEDY
     afterwards: Command = ()
-    damage: Callable[[], None] = lambda: None
+    damage: Callable[[], object] = lambda: None
+    mend: Callable[[], object] = lambda: None
+    code: int = 1
 
 
 CASES = {
@@ -63,94 +73,378 @@ CASES = {
         ("inspect", "data"), "prepare the data again", (PREPARE,), ("inspect", "data"), write("data/manifest.json", "{")
     ),
     "an altered tokenizer": Case(
-        ("inspect", "data"), "restore", (PREPARE,), ("inspect", "data"), flip("data/tokenizer/tokenizer.yaml")
+        ("inspect", "data"),
+        "save the tokenizer again, or restore it from a copy",
+        (PREPARE,),
+        ("inspect", "data"),
+        flip("data/tokenizer/tokenizer.yaml"),
     ),
     "an altered label shard": Case(
-        ("inspect", "labeled"), "run `dstrain pseudo-label` again", (LABEL,), ("inspect", "labeled"),
+        ("inspect", "labeled"),
+        "run `dstrain pseudo-label` again as before, which writes what is damaged",
+        (LABEL,),
+        ("inspect", "labeled"),
         flip("labeled/train/00000.arrow"),
     ),
     "an altered copy beside labels": Case(
-        ("inspect", "labeled"), "run `dstrain pseudo-label` again", (LABEL,), ("inspect", "labeled"),
+        ("inspect", "labeled"),
+        "run `dstrain pseudo-label` again as before, which writes what is damaged",
+        (LABEL,),
+        ("inspect", "labeled"),
         flip("labeled/valid/00000.arrow"),
     ),
     "an altered store": Case(
-        ("inspect", "logits"), "dump this shard again with the same command", (DUMP,), ("inspect", "logits"),
+        ("inspect", "logits"),
+        "dump this shard again with the same command",
+        (DUMP,),
+        ("inspect", "logits"),
         flip("logits/00000.arrow"),
     ),
     "a broken manifest of a store": Case(
-        ("inspect", "logits"), "run `dstrain dump-logits --merge` again", (("dump-logits", "--merge", "logits"),),
-        ("inspect", "logits"), write("logits/logits.json", "{"),
+        ("inspect", "logits"),
+        "run `dstrain {} --merge` again",
+        (("dump-logits", "--merge", "logits"),),
+        ("inspect", "logits"),
+        write("logits/logits.json", "{"),
     ),
     "data of another recipe": Case(
-        (*PREPARE, "--set", "data.filter.max_ratio=9"), "or --overwrite",
+        (*PREPARE, "--set", "data.filter.max_ratio=9"),
+        "belongs to another preparation ({}); choose another --output, or --overwrite",
         afterwards=(*PREPARE, "--set", "data.filter.max_ratio=9", "--overwrite"),
     ),
     "a text that exists": Case(
         (*GENERATE, "--output", "other"), "add --overwrite", afterwards=(*GENERATE, "--output", "other", "--overwrite")
     ),
     "the text that is read": Case(
-        (*GENERATE, "--output", "text", "--overwrite"), "choose another --output", afterwards=(*GENERATE, "--output", "new")
+        (*GENERATE, "--output", "text", "--overwrite"),
+        "is the same as {}, which would be lost; choose another --output",
+        afterwards=(*GENERATE, "--output", "new"),
+    ),
+    "logits of another version": Case(
+        ("inspect", "logits"),
+        "this dstrain reads {}; dump the logits again",
+        (DUMP,),
+        ("inspect", "logits"),
+        replaced("logits/logits.json", '"format_version": 1', '"format_version": 9'),
+    ),
+    "logits whose shards do not follow": Case(
+        ("inspect", "logits"),
+        "begins at row {}, not {}; dump the logits again",
+        (DUMP,),
+        ("inspect", "logits"),
+        replaced("logits/logits.json", '"first_row": 0', '"first_row": 1'),
+    ),
+    "logits of fewer tokens": Case(
+        ("inspect", "logits"),
+        "the job has {}, {} and {}; dump the logits again",
+        (DUMP,),
+        ("inspect", "logits"),
+        replaced("logits/logits.json", '"rows": 60,', '"rows": 61,'),
     ),
     "several answers in plain text": Case(
         (*GENERATE, "--num-best", "2"), "choose --format jsonl", afterwards=(*GENERATE, "--num-best", "2", "--format", "jsonl")
     ),
-    "more bundles than there are": Case(
-        (*AVERAGE, "--last", "9"), "lower --last to 2", afterwards=(*AVERAGE, "--last", "2")
-    ),
+    "more bundles than there are": Case((*AVERAGE, "--last", "9"), "lower --last to {}", afterwards=(*AVERAGE, "--last", "2")),
     "a bundle that exists": Case(
-        ("average", "run", "--output", "teacher"), "add --overwrite",
+        ("average", "run", "--output", "teacher"),
+        "add --overwrite",
         afterwards=("average", "run", "--output", "teacher", "--overwrite"),
     ),
     "a bundle that is read": Case(
-        ("average", "teacher", "run/bundles/step_00000010", "--output", "teacher", "--overwrite"), "choose another --output",
+        ("average", "teacher", "run/bundles/step_00000010", "--output", "teacher", "--overwrite"),
+        "is the same as {}, which would be lost; choose another --output",
         afterwards=("average", "teacher", "run/bundles/step_00000010", "--output", "new"),
     ),
     "texts of a split without any": Case(
         (*VALIDATE, "--split", "train", "--generate"), "leave --generate", afterwards=(*VALIDATE, "--split", "train")
     ),
     "texts that exist": Case(
-        ("text", "data", "--split", "valid", "--output", "."), "add --overwrite",
-        afterwards=("text", "data", "--split", "valid", "--output", ".", "--overwrite"), damage=write("source.txt", "precious"),
+        ("text", "data", "--split", "valid", "--output", "."),
+        "add --overwrite",
+        afterwards=("text", "data", "--split", "valid", "--output", ".", "--overwrite"),
+        damage=write("source.txt", "precious"),
     ),
     "labels where data are": Case(
-        ("pseudo-label", *WORK, "--output", "data"), "choose another --output",
+        ("pseudo-label", *WORK, "--output", "run"),
+        "did not make ({}); choose another --output",
         afterwards=("pseudo-label", *WORK, "--output", "new", "--max-repeats", "1000", "--beam-size", "1"),
     ),
     "logits of another job": Case(
-        (*DUMP, "--draws", "7"), "or --overwrite", afterwards=(*DUMP, "--draws", "7", "--overwrite")
+        (*DUMP, "--draws", "7"),
+        "was started with another job ({}); choose another --output, or --overwrite",
+        afterwards=(*DUMP, "--draws", "7", "--overwrite"),
     ),
     "labels of another job": Case(
-        (*LABEL, "--keep-original"), "or --overwrite", afterwards=(*LABEL, "--keep-original", "--overwrite")
+        (*LABEL, "--keep-original"),
+        "was started with another job ({}); choose another --output, or --overwrite",
+        afterwards=(*LABEL, "--keep-original", "--overwrite"),
     ),
     "more entries than the vocabulary has": Case(
-        ("dump-logits", *WORK, "--output", "new", "--method", "topk"), "lower --k",
+        ("dump-logits", *WORK, "--output", "new", "--method", "topk"),
+        "lower --k",
         afterwards=("dump-logits", *WORK, "--output", "new", "--method", "topk", "--k", "8"),
     ),
+    "logits of another teacher": Case(
+        ("inspect", "logits", "--against-teacher", "run/bundles/step_00000010", "--data", "data"),
+        "dump them again with this teacher, or name the one that made them",
+        (
+            (*DUMP[:1], "--teacher", "run/bundles/step_00000010", *DUMP[3:], "--overwrite"),
+            ("inspect", "logits", "--against-teacher", "run/bundles/step_00000010", "--data", "data"),
+            (*DUMP, "--overwrite"),
+        ),
+        ("inspect", "logits", "--against-teacher", "teacher", "--data", "data"),
+    ),
+    "an output that cannot be written": Case(
+        (*GENERATE, "--output", "/proc/new"),
+        "cannot write {}: {}; free some space or choose another --output",
+        afterwards=(*GENERATE, "--output", "new"),
+    ),
     "a report that exists": Case(
-        ("report", "run", "--output", "."), "add --overwrite", afterwards=("report", "run", "--output", ".", "--overwrite"),
+        ("report", "run", "--output", "."),
+        "add --overwrite",
+        afterwards=("report", "run", "--output", ".", "--overwrite"),
         damage=write("report.html", "precious"),
     ),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("workspace")
-    recipe(root, 60)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        assert main(list(PREPARE)) == 0
-        data = Path("data")
-        bundle_for(data, Path("teacher"), seed=3, eos_scale=4.0)
-        for seed in (10, 20):
-            bundle_for(data, Path(f"run/bundles/step_{seed:08d}"), seed=seed)
-        assert main(list(LABEL)) == 0
-        assert main(list(DUMP)) == 0
-        for name in ("text", "other"):
-            Path(name).write_text("a b\n")
-        events = [{"kind": "valid", "step": step, "loss": 1.0, "epoch": 1, "seconds": 1.0, "time": 0.0} for step in (1, 2)]
-        Path("run/events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
-    return root
+    "a damaged job of a preparation": Case(
+        PREPARE,
+        "remove the directory and run `dstrain {verb}` again",
+        (PREPARE,),
+        ("inspect", "data"),
+        write("data/job.json", "{"),
+        lambda: shutil.rmtree("data"),
+    ),
+    "a damaged job of labels": Case(
+        ("pseudo-label", "--merge", "labeled"),
+        "remove the directory and run `dstrain {verb}` again, or choose another",
+        (LABEL,),
+        ("inspect", "labeled"),
+        write("labeled/parts.json", "[]"),
+        lambda: shutil.rmtree("labeled"),
+    ),
+    "a damaged job of logits": Case(
+        DUMP,
+        "remove the directory and run `dstrain {verb}` again, or choose another",
+        (DUMP,),
+        ("inspect", "logits"),
+        write("logits/parts.json", "{"),
+        lambda: shutil.rmtree("logits"),
+    ),
+    "labels without their copies": Case(
+        ("pseudo-label", "--merge", "labeled"),
+        "worker 0 did not finish; run `dstrain {} --shard 0/N` again",
+        ((*LABEL, "--shard", "0/1"),),
+        ("pseudo-label", "--merge", "labeled"),
+        lambda: Path("labeled/original/manifest.json").unlink(),
+    ),
+    "labels with an altered copy": Case(
+        ("pseudo-label", "--merge", "labeled"),
+        "run `dstrain {} --shard 0/N` again",
+        ((*LABEL, "--shard", "0/1"),),
+        ("pseudo-label", "--merge", "labeled"),
+        flip("labeled/valid/00000.arrow"),
+    ),
+    "labels that are not merged": Case(
+        ("inspect", "labeled"),
+        "run `dstrain pseudo-label` again, then with --merge",
+        (("pseudo-label", "--merge", "labeled"),),
+        ("inspect", "labeled"),
+        lambda: Path("labeled/manifest.json").unlink(),
+    ),
+    "labels that are all dropped": Case(
+        (*NEW_LABEL, "--max-ratio", "1.01", "--max-repeats", "1"),
+        "relax --max-ratio and --max-repeats, or train it longer",
+        ((*NEW_LABEL, "--max-repeats", "1000", "--overwrite"),),
+        ("inspect", "new"),
+    ),
+    "a ratio that drops all": Case(
+        (*LABEL, "--max-ratio", "0.9"),
+        "choose a number above 1",
+        afterwards=(*NEW_LABEL, "--max-repeats", "1000", "--max-ratio", "9"),
+    ),
+    "shards that are missing": Case(
+        ("dump-logits", "--merge", "logits"),
+        "run `dstrain {}` again, with the same --shard if it was interrupted",
+        (DUMP,),
+        ("dump-logits", "--merge", "logits"),
+        lambda: Path("logits/00000.arrow").unlink(),
+    ),
+    "logits that are not merged": Case(
+        ("inspect", "logits"),
+        "run it again, then `dstrain {} --merge {}`",
+        (DUMP, ("dump-logits", "--merge", "logits")),
+        ("inspect", "logits"),
+        lambda: Path("logits/logits.json").unlink(),
+    ),
+    "a merge of something else": Case(
+        ("dump-logits", "--merge", "data"), "name its --output", afterwards=("dump-logits", "--merge", "logits")
+    ),
+    "a merge with options of the work": Case(
+        ("dump-logits", "--merge", "logits", "--overwrite"),
+        "leave --base and --overwrite out",
+        afterwards=("dump-logits", "--merge", "logits"),
+    ),
+    "an option of another method": Case(
+        ("dump-logits", *WORK, "--output", "new", "--k", "8"),
+        "leave it out, or choose another method",
+        (("dump-logits", *WORK, "--output", "new"),),
+        ("dump-logits", *WORK, "--output", "other_new", "--k", "8", "--method", "topk"),
+    ),
+    "a preparation that was not finished": Case(
+        ("inspect", "data"),
+        "run the same `dstrain prepare` again to go on",
+        (PREPARE,),
+        ("inspect", "data"),
+        lambda: Path("data/manifest.json").unlink(),
+    ),
+    "data that were never prepared": Case(
+        ("validate", "teacher", "--data", "nowhere", "--device", "cpu"),
+        "`dstrain prepare RECIPE --output DATA` makes it",
+        (("prepare", "recipe.yaml", "--output", "nowhere", "--workers", "1"),),
+        ("inspect", "nowhere"),
+    ),
+    "a preparation where something else is": Case(
+        ("prepare", "recipe.yaml", "--output", "run"),
+        "did not make; choose another --output",
+        afterwards=("prepare", "recipe.yaml", "--output", "new", "--workers", "1"),
+    ),
+    "a filter that drops all": Case(
+        ("prepare", "recipe.yaml", "--output", "new", "--workers", "1", "--set", "data.filter.max_source_length=1"),
+        "relax data.filter and run again with --overwrite",
+        afterwards=("prepare", "recipe.yaml", "--output", "new", "--overwrite"),
+    ),
+    "a tag that the tokenizer changes": Case(
+        (*NEW_DATA, "--set", "data.tokenizer.tags=[ﬁ]"),
+        "choose another tag",
+        afterwards=(*NEW_DATA, "--set", "data.tokenizer.tags=[xx]"),
+    ),
+    "a symbol that is a special": Case(
+        (*NEW_DATA, "--set", "data.tokenizer.user_symbols=[<pad>]"),
+        "choose another symbol",
+        afterwards=(*NEW_DATA, "--set", "data.tokenizer.user_symbols=[<x>]"),
+    ),
+    "fewer entries than characters": Case(
+        (*NEW_DATA, "--set", "data.tokenizer.vocab_size=9"),
+        "set it to more, or lower data.tokenizer.character_coverage",
+        afterwards=(*NEW_DATA, "--set", "data.tokenizer.vocab_size=50"),
+    ),
+    "text without a word": Case(
+        (*NEW_DATA, "--set", "data.train=[{kind: parallel, source: blank, target: blank}]"),
+        "check data.train",
+        afterwards=NEW_DATA,
+        damage=write("blank", "\n" * 60),
+    ),
+    "texts where none are made": Case(
+        (*VALIDATE, "--no-generate", "--beam-size", "2"), "leave one out", (VALIDATE,), (*VALIDATE, "--beam-size", "2")
+    ),
+    "the newest of bundles": Case(
+        ("average", "teacher", "run/bundles/step_00000010", "--last", "1", "--output", "mean"),
+        "not with bundles: leave it out",
+        afterwards=("average", "teacher", "run/bundles/step_00000010", "--output", "mean"),
+    ),
+    "a bundle in place of a text": Case(
+        ("average", "teacher", "--output", "text"),
+        "it is not replaced; choose another --output",
+        afterwards=("average", "teacher", "--output", "new"),
+    ),
+    "an output that holds an input": Case(
+        ("dump-logits", *WORK, "--output", "."),
+        "holds {} ({}), which would be lost; choose another --output",
+        afterwards=("dump-logits", *WORK, "--output", "new"),
+    ),
+    "an output that is a directory": Case(
+        (*GENERATE, "--output", "run"), "is a directory; name a file, such as {}", afterwards=(*GENERATE, "--output", "run/NAME")
+    ),
+    "an output that is part of an input": Case(
+        (*GENERATE, "--output", "teacher/model.yaml", "--overwrite"),
+        "is part of {} ({}), which would be lost; choose another --output",
+        afterwards=(*GENERATE, "--output", "new"),
+    ),
+    "an output below a file": Case(
+        (*GENERATE, "--output", "text/new"),
+        "is a file, not a directory; choose another --output",
+        afterwards=(*GENERATE, "--output", "new"),
+    ),
+    "an output that leads to itself": Case(
+        (*GENERATE, "--output", "loop"),
+        "is a link that leads back to itself; choose another --output",
+        afterwards=(*GENERATE, "--output", "new"),
+        damage=lambda: Path("loop").symlink_to("loop"),
+    ),
+    "a base of data": Case(
+        ("inspect", "data", "--base", "teacher"),
+        "is for an adapter bundle, which {} is not; leave it out",
+        afterwards=("inspect", "data"),
+    ),
+    "a base of a bundle without one": Case(
+        (*GENERATE, "--base", "teacher"), "so it rests on no other; leave --base out", afterwards=GENERATE
+    ),
+    "a base of a recipe with a model": Case(
+        ("show", "recipe.yaml", "--base", "teacher"),
+        "the recipe has a model of its own; leave --base out",
+        afterwards=("show", "recipe.yaml"),
+    ),
+    "a recipe and its explanation": Case(
+        ("show", "recipe.yaml", "--explain"),
+        "leave RECIPE, --set and --base out, or --explain",
+        (("show", "recipe.yaml"),),
+        ("show", "--explain"),
+    ),
+    "nothing to show": Case(
+        ("show",),
+        "name one, or --explain [KEY] for the keys of all recipes",
+        (("show", "recipe.yaml"),),
+        ("show", "--explain", "model"),
+    ),
+    "a recipe that takes its model from a base": Case(
+        ("show", "recipe.yaml", "--set", "model={from_base: true}"),
+        "add --base BUNDLE",
+        (("show", "recipe.yaml", "--set", "model={from_base: true}", "--base", "teacher"),),
+        ("show", "recipe.yaml"),
+    ),
+    "a base that is not trusted": Case(
+        ("show", "recipe.yaml", "--set", "model={from_base: 3}"),
+        "input should be true, not {}; or leave it out",
+        (("show", "recipe.yaml", "--set", "model={from_base: true}", "--base", "teacher"),),
+        ("show", "recipe.yaml"),
+    ),
+    "a recipe without a model": Case(
+        ("show", "bare.yaml"),
+        "model: missing; give it a value",
+        (("show", "bare.yaml", "--set", "model={preset: tiny}"),),
+        ("show", "bare.yaml", "--base", "teacher"),
+        bare,
+    ),
+    "a key as an option": Case(
+        ("show", "recipe.yaml", "--max-steps", "3"),
+        "is a key of the recipe; use --set {}={}",
+        afterwards=("show", "recipe.yaml", "--set", "training.max_steps=3"),
+        code=2,
+    ),
+    "diversity in one group": Case(
+        (*GENERATE, "--diversity", "0.5"),
+        "give groups (--groups) too, or leave it out",
+        (GENERATE,),
+        (*GENERATE, "--diversity", "0.5", "--groups", "2"),
+    ),
+    "an option of sampling": Case(
+        (*GENERATE[:-2], "--top-k", "3"),
+        "choose kind: sampling (--sampling)",
+        afterwards=(*GENERATE[:-2], "--top-k", "3", "--sampling"),
+    ),
+    "an option of the beam": Case(
+        (*GENERATE[:-2], "--sampling", "--groups", "2"),
+        "choose kind: beam (by --beam-size, without --sampling)",
+        afterwards=(*GENERATE, "--groups", "2", "--diversity", "0.5"),
+    ),
+    "nothing to score": Case(
+        (*GENERATE[:-2], "--score-only"),
+        "add --reference FILE",
+        afterwards=(*GENERATE[:-2], "--score-only", "--reference", "text"),
+    ),
+    "no run to report": Case(
+        ("report", "data"), "give the directory that `dstrain train --output` wrote", afterwards=("report", "run")
+    ),
+}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -161,7 +455,8 @@ def test_a_remedy_can_be_followed(
     monkeypatch.chdir(shutil.copytree(workspace, tmp_path / "copy"))
     case.damage()
     before = Path("text").read_text()
-    assert case.message in verbs.fail(*case.words)
+    assert pattern(case.message).search(verbs.fail(*case.words, code=case.code))
+    case.mend()
     for command in case.remedy:
         verbs.succeed(*command)
     verbs.succeed(*case.afterwards)

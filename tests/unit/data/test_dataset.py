@@ -235,3 +235,4 @@ def test_a_column_beyond_its_offsets_is_refused() -> None:
     lengths = [np.array([2**30, 2**30 - 1], np.int32), np.array([1], np.int64)]
     with pytest.raises(DataError, match=r"3 rows have 2,147,483,648 items, .* at most 2,147,483,647: make smaller shards"):
         list_array([np.zeros(0, np.uint16)], lengths)
+    assert len(list_array([np.zeros(3, np.uint16)], [np.array([2, 1])])) == 2

@@ -54,6 +54,22 @@ def test_inspect_shows_the_share_and_the_cause(tmp_path: Path, pieces: Path, cap
     assert "the dictionary holds SentencePiece pieces, but text is split at spaces alone: name the SentencePiece model" in printed
 
 
+def test_the_sentencepiece_model_that_the_warning_asks_for_ends_it(
+    tmp_path: Path, pieces: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizers(pieces).source
+    prepare_words(tmp_path, tokenizer.tokens(range(4, tokenizer.vocab_size)))
+    (model,) = pieces.glob("*.model")
+    corpus = ParallelText(source=str(tmp_path / "text"), target=str(tmp_path / "text"))
+    named = FairseqDictionaries(source=str(tmp_path / "dict.txt"), source_model=str(model))
+    config = DataConfig(train=(corpus,), valid=(corpus,), tokenizer=named)
+    prepare(config, tmp_path / "again", workers=1, progress=False)
+    assert main(["inspect", str(tmp_path / "data")]) == 0
+    assert "name the SentencePiece model (data.tokenizer.source_model and target_model" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "again")]) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 def test_a_share_of_two_percent_is_shown_without_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = prepare_words(tmp_path, ["known"], ["known " * 49 + "other"])
     assert main(["inspect", str(data)]) == 0

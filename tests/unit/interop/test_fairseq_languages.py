@@ -188,6 +188,7 @@ def test_a_bilingual_model_has_its_own_direction(tmp_path: Path, modules: Absent
     assert read_fairseq_checkpoint(path, "en-de").task["target_lang"] == "de"
     with pytest.raises(ImportFormatError, match=r"--pair de-en: .* task translation has one direction, en-de; leave it out"):
         read_fairseq_checkpoint(path, "de-en")
+    assert read_fairseq_checkpoint(path).task["target_lang"] == "de"
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,9 @@ def test_an_output_lies_where_it_can_be_written(text: Path, tmp_path: Path, monk
     for output in (text, tmp_path / "new" / "b", tmp_path):
         with pytest.raises(StorageError, match=f"{tmp_path} cannot be written; choose another --output"):
             check_output_path(output, {})
+    with monkeypatch.context() as other:
+        other.setattr(os, "access", lambda path, mode: path == tmp_path)
+        check_output_path(tmp_path / "new" / "b", {})
 
 
 def test_what_exists_is_replaced_on_request_only(text: Path, tmp_path: Path) -> None:

@@ -1,0 +1,196 @@
+"""No message names a remedy that no test follows: the texts of the package, beside the tables and tests that follow them."""
+
+from __future__ import annotations
+
+import ast
+
+import pytest
+
+from tests.paths import ROOT
+from tests.unit.cli import test_remedies, test_remedies_of_calls, test_remedies_of_recipes
+from tests.unit.cli.remedy_messages import remedies
+
+TABLES = {
+    *(case.message for case in test_remedies.CASES.values()),
+    *(case.message for case in test_remedies_of_calls.CASES.values()),
+    *(case.message for case in test_remedies_of_recipes.RECIPES),
+    *test_remedies_of_recipes.JSON,
+    *test_remedies_of_recipes.SINGLE,
+}
+ELSEWHERE = {
+    "choose a teacher trained with the data's tokenizer, or say by --vocabulary-map FILE which id is which": (
+        "unit/build/test_teachers.py::test_a_permuted_or_larger_vocabulary_teaches_the_same"
+    ),
+    "put the base bundle there, write its new path into base.path, or name it with --base BUNDLE": (
+        "unit/cli/test_moved_base.py::test_a_verb_is_told_where_the_base_is"
+    ),
+    "the adapter was trained on another base; let base.path or --base name that one": (
+        "unit/cli/test_moved_base.py::test_a_verb_is_told_where_the_base_is"
+    ),
+    "free some space, then run the same command again": (
+        "unit/checkpoint/test_bundle.py::test_a_failed_save_leaves_the_old_bundle_and_no_rest"
+    ),
+    "was replaced while it was read, perhaps by a training; run the same command again": (
+        "unit/checkpoint/test_bundle.py::test_a_bundle_that_is_replaced_before_its_weights_are_read_is_not_mixed"
+    ),
+    "its run has no training.ema; choose --weights trained": "unit/checkpoint/test_consolidate.py::test_mistakes_are_named",
+    "which describes the model; name a checkpoint of `dstrain train`": (
+        "e2e/test_elastic.py::test_a_run_continues_on_other_ranks_and_its_checkpoint_becomes_the_same_bundle"
+    ),
+    "make a bundle of it: dstrain consolidate {} --output BUNDLE": (
+        "e2e/test_elastic.py::test_a_run_continues_on_other_ranks_and_its_checkpoint_becomes_the_same_bundle"
+    ),
+    "free space or repair the disk, then start again to resume": (
+        "unit/training/test_trainer.py::test_a_full_disk_while_a_bundle_is_written_is_explained"
+    ),
+    "the disk is full{}; {}; free some space, then start again to resume": (
+        "unit/training/test_trainer.py::test_a_full_disk_while_a_bundle_is_written_is_explained"
+    ),
+    "cannot write {}: {}; free some space, then start again to resume": (
+        "unit/training/test_trainer.py::test_a_full_disk_while_a_bundle_is_written_is_explained"
+    ),
+    "restore one from a copy, or choose another --output to train from the beginning": (
+        "unit/checkpoint/test_manager.py::test_checkpoints_of_which_none_is_usable_are_an_error_and_nothing_is_loaded"
+    ),
+    "move it out of the folder, or choose the --output of its run": (
+        "unit/checkpoint/test_manager.py::test_a_checkpoint_of_another_run_is_refused_by_name"
+    ),
+    "resume with the version that wrote it, or start a new run from its last bundle (--base RUN/bundles/last)": (
+        "e2e/test_adapters.py::test_fine_tuning_without_an_adapter_starts_from_the_base_too"
+    ),
+    "resume with the version that wrote it, or start again from a bundle": (
+        "e2e/test_adapters.py::test_fine_tuning_without_an_adapter_starts_from_the_base_too"
+    ),
+    "finished files are kept: run the same command again to go on, with fewer --workers": (
+        "unit/data/test_prepare_verb.py::test_a_killed_worker_is_reported_and_nothing_finished_is_lost"
+    ),
+    "finished files are kept: free some space and run the same command again to go on": (
+        "unit/data/test_prepare_verb.py::test_no_space_for_a_file_is_one_message"
+    ),
+    "finished shards stay in %s: run the same command again to go on": (
+        "unit/data/test_prepare_verb.py::test_ctrl_c_keeps_finished_shards_and_says_how_to_go_on"
+    ),
+    "another process is preparing {} ({}); wait for it or choose another --output": (
+        "unit/data/test_prepare.py::test_two_at_once_are_refused"
+    ),
+    "make smaller shards (--tokens-per-shard, --pairs-per-shard)": (
+        "unit/data/test_dataset.py::test_a_column_beyond_its_offsets_is_refused"
+    ),
+    "{} cannot be written; choose another --output, or change the permissions": (
+        "unit/storage/test_outputs.py::test_an_output_lies_where_it_can_be_written"
+    ),
+    "if your text begins with them, name them with --language-tags": (
+        "e2e/test_language_tags.py::test_tags_are_single_first_tokens_from_text_to_translation"
+    ),
+    "(data.tokenizer.source_model and target_model; in import fairseq --sentencepiece)": (
+        "unit/data/test_unknown.py::test_the_sentencepiece_model_that_the_warning_asks_for_ends_it"
+    ),
+    "the checkpoint holds a model for each of {}; choose one with --pair {}": (
+        "unit/interop/test_fairseq_languages.py::test_a_model_for_each_pair"
+    ),
+    "the checkpoint holds models for {}; choose one of these": (
+        "unit/interop/test_fairseq_languages.py::test_a_model_for_each_pair"
+    ),
+    "is not SOURCE-TARGET; give two languages, such as --pair de-en": (
+        "unit/interop/test_fairseq_languages.py::test_a_direction_is_chosen_by_pair"
+    ),
+    "has many directions ({}), and a bundle has one; choose with --pair {}": (
+        "unit/interop/test_fairseq_languages.py::test_a_direction_is_chosen_by_pair"
+    ),
+    "choose two of them with --pair": "unit/interop/test_fairseq_languages.py::test_a_direction_is_chosen_by_pair",
+    "has one direction, {}; leave it out": "unit/interop/test_fairseq_languages.py::test_a_bilingual_model_has_its_own_direction",
+    "set model.position.scaling.beta_slow by hand if the model was trained later": (
+        "unit/interop/test_fairseq_reader.py::test_yarn_without_beta_slow_has_the_default_of_its_time"
+    ),
+    "dstrain train {}/recipe.yaml --data DATA --base {} --output RUN": (
+        "e2e/test_fairseq.py::test_an_imported_model_trains_on_by_its_own_recipe"
+    ),
+    "Prepare the data with `dstrain prepare`, then `dstrain train`.": (
+        "e2e/test_fairseq.py::test_a_command_line_becomes_a_recipe_that_trains"
+    ),
+    "what is finished stays: run the same command again to go on": (
+        "e2e/test_logits.py::test_ranks_share_the_labeling_and_go_on_after_a_kill"
+    ),
+    "another rank ended unexpectedly (its own message, if any, says why); {}; start again to resume": (
+        "e2e/test_resume.py::test_killed_and_resumed_equals_uninterrupted"
+    ),
+    "It ends now; start again to resume": "e2e/test_resume.py::test_killed_and_resumed_equals_uninterrupted",
+    "wait for it or stop it, or choose another --output": (
+        "unit/training/test_run_directory.py::test_two_trainings_never_share_a_run"
+    ),
+    "restore them, or choose another --output to train from the beginning": (
+        "unit/training/test_run_directory.py::test_a_run_that_lost_its_checkpoints_is_not_restarted_silently"
+    ),
+    "name the --data it was started on, or choose another --output": (
+        "unit/training/test_run_directory.py::test_other_data_are_refused"
+    ),
+    "name the first one, in the same order, or choose another --output": (
+        "unit/training/test_run_directory.py::test_another_teacher_is_refused"
+    ),
+    "There is no checkpoint yet: start again from the beginning, with any recipe": (
+        "unit/training/test_run_directory.py::test_a_run_killed_before_its_first_checkpoint_begins_again"
+    ),
+    "report offline by WANDB_MODE=offline or reporting.wandb.mode: offline": (
+        "unit/training/test_trackers.py::test_wandb_offline_by_the_environment_works_without_an_account"
+    ),
+    "the loss is {}; lower optimizer.learning_rate or set engine.clip_norm": (
+        "e2e/test_journey.py::test_a_change_that_is_accepted_acts_from_the_resume_on_and_is_in_the_events"
+    ),
+    "lower the learning rate, warm up longer, or set engine.clip_norm": (
+        "e2e/test_journey.py::test_a_change_that_is_accepted_acts_from_the_resume_on_and_is_in_the_events"
+    ),
+    "with --set optimizer.learning_rate=X --accept-changes optimizer.learning_rate": (
+        "e2e/test_journey.py::test_a_change_that_is_accepted_acts_from_the_resume_on_and_is_in_the_events"
+    ),
+    "lower optimizer.learning_rate, set engine.clip_norm, or use engine.precision: bf16": (
+        "e2e/test_journey.py::test_a_change_that_is_accepted_acts_from_the_resume_on_and_is_in_the_events"
+    ),
+}
+"""Part of a message -> the test that follows its remedy with more than a call: ranks, training, damage, foreign checkpoints."""
+NOT_HERE = {
+    "every rank needs its own; use --device cuda": "needs several GPUs",
+    "choose a divisor of the ranks of a node": "needs several nodes",
+    "its output says why: stop the others and start again": "is for the operator of the ranks",
+    "save model.module.state_dict() as `model`": "is done where the checkpoint was made",
+    "give it at least one sentence pair and prepare the data again": "prepared data always hold a target token",
+}
+"""Part of a message -> why its remedy cannot be followed in a test."""
+NO_REMEDY = {
+    "--set": "the name of an option",
+    "job of `dstrain prepare`": "the name of a document",
+    "job of `dstrain dump-logits`": "the name of a document",
+    "data.train.{} is text without a source (kind: {})": "the first half of a message; its remedy is that of the objective",
+    "until 2024-06 this name gave no positions at all without --rope-args; dstrain rotates": "a comment in a recipe",
+    "this name gave no positions at all without --alibi-args; dstrain applies ALiBi": "a comment in a recipe",
+}
+"""What looks like one."""
+
+
+def covered(part: str, texts: dict[str, str]) -> list[str]:
+    """The texts that a part belongs to: the equal one, else all that hold it."""
+    return [part] if part in texts else [text for text in texts if part in text]
+
+
+@pytest.fixture(scope="module")
+def texts() -> dict[str, str]:
+    return remedies()
+
+
+def test_every_remedy_is_followed(texts: dict[str, str]) -> None:
+    parts = {*TABLES, *ELSEWHERE, *NOT_HERE, *NO_REMEDY}
+    followed = {text for part in parts for text in covered(part, texts)}
+    assert not [f"{place}: {text}" for text, place in texts.items() if text not in followed]
+
+
+def test_a_part_tells_one_message_from_all_others(texts: dict[str, str]) -> None:
+    """So that a test of one remedy is not taken for that of another with the same end."""
+    found = {part: len(covered(part, texts)) for part in {*TABLES, *ELSEWHERE, *NOT_HERE, *NO_REMEDY}}
+    assert not {part: number for part, number in found.items() if number > 1}
+    assert not [part for part in {*ELSEWHERE, *NOT_HERE, *NO_REMEDY} if found[part] != 1]
+
+
+def test_the_tests_elsewhere_are_there() -> None:
+    for place in set(ELSEWHERE.values()):
+        file, _, name = place.partition("::")
+        tree = ast.parse((ROOT / "tests" / file).read_text())
+        assert any(isinstance(node, ast.FunctionDef) and node.name == name for node in ast.walk(tree)), place
