@@ -171,12 +171,12 @@ CASES = {
     ),
     "logits of another job": Case(
         (*DUMP, "--draws", "7"),
-        "was started with another job ({}); choose another --output, or --overwrite",
+        "was started with another job ({}); give its options, choose another --output, or --overwrite",
         afterwards=(*DUMP, "--draws", "7", "--overwrite"),
     ),
     "labels of another job": Case(
         (*LABEL, "--keep-original"),
-        "was started with another job ({}); choose another --output, or --overwrite",
+        "was started with another job ({}); give its options, choose another --output, or --overwrite",
         afterwards=(*LABEL, "--keep-original", "--overwrite"),
     ),
     "more entries than the vocabulary has": Case(

@@ -35,6 +35,8 @@ from dstrain.data.sources.records import RecordReader
 from dstrain.data.sources.tables import load_data_set
 from dstrain.data.sources.text import BlockReader, read_lines
 from dstrain.data.tags import locate_tags
+from dstrain.data.tasks.build import build_task
+from dstrain.data.tasks.config import SpanCorruption
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, load_tokenizers
 from dstrain.distillation.config import DistillationConfig
 from dstrain.distillation.feature_plan import plan_features
@@ -56,6 +58,7 @@ from tests.unit.cli.remedy_messages import pattern
 from tests.unit.cli.remedy_workspace import PREPARE
 from tests.unit.data.corpus import data_config
 from tests.unit.data.fairseq_files import write_dictionary, write_mmap, write_pairs
+from tests.unit.data.task_texts import dictionary
 from tests.unit.distillation.test_features import DECODER_ONLY, STUDENT, TEACHER, config_of, feature, objective_of
 from tests.unit.distillation.toy_store import MODEL
 from tests.unit.interop.test_convert import KD
@@ -350,6 +353,13 @@ def loud() -> None:
     )  # fmt: skip
 
 
+def spans(sentinels: int, length: int, mean: float = 3) -> Call:
+    """The longest text of span corruption by a dictionary of so many sentinels."""
+    tokenizer = dictionary(["a", "<mask>", *(f"<{number}>" for number in range(sentinels))])
+    config = SpanCorruption(sentinels="<{}>", mean_span_length=mean)
+    return lambda: build_task(config, tokenizer, "data.train.0.task").longest(length)
+
+
 CASES = {
     "an adapter of no bias": case("trains nothing: the model has no such bias; set none", no_bias("all"), no_bias("none")),
     "dropout of tables": case(
@@ -453,6 +463,13 @@ CASES = {
     ),
     "a text that became shorter": case(
         "has become shorter since preparation began (read with {}); run again with --overwrite", read_beyond, prepared_again
+    ),
+    "more spans than sentinels": case(
+        "name them up to {} in data.tokenizer.user_symbols, raise mean_span_length, or lower data.filter.max_target_length, and",
+        spans(2, 100),
+        spans(5, 100),
+        spans(2, 100, mean=9),
+        spans(2, 40),
     ),
     "a tag that is no symbol": case(
         "name it in data.tokenizer.user_symbols and prepare again, or correct objective.selection.tags",
