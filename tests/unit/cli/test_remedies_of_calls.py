@@ -21,12 +21,12 @@ from dstrain.adapters.freeze import freeze
 from dstrain.adapters.lora import inject
 from dstrain.build.base import find_base
 from dstrain.build.teachers import open_logits, plan_teachers, read_vocabulary_map
-from dstrain.build.training_data import TrainingData
 from dstrain.build.training_options import TeacherOptions, TrainOptions, check_training
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
 from dstrain.cli.main import main
 from dstrain.data.batching.plan import StepPlan
 from dstrain.data.config import BatchingConfig, HuggingFaceDataset
+from dstrain.data.lengths import StoredLengths
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
@@ -89,7 +89,7 @@ def recipe(*overrides: str) -> Recipe:
     return load_recipe("recipe.yaml", overrides)
 
 
-def checked(*overrides: str, output: str = "new", accept: tuple[str, ...] = (), **options: Any) -> Call:
+def checked(*overrides: str, data: str = "data", output: str = "new", accept: tuple[str, ...] = (), **options: Any) -> Call:
     """The checks of `dstrain train` on the workspace's data. options: those of teachers, and base."""
     base = options.pop("base", None)
 
@@ -97,7 +97,7 @@ def checked(*overrides: str, output: str = "new", accept: tuple[str, ...] = (), 
         teachers = TeacherOptions(**options)
         check_training(
             recipe(*overrides),
-            TrainOptions(data=Path("data"), output=Path(output), base=base, teachers=teachers, accept_changes=accept),
+            TrainOptions(data=Path(data), output=Path(output), base=base, teachers=teachers, accept_changes=accept),
         )
 
     return check
@@ -150,7 +150,7 @@ def features(keys: dict[str, Any], student: dict[str, Any], *teachers: dict[str,
 def plan_with(max_tokens: int, longest: int) -> Call:
     lengths = np.array([longest, 3], np.int32)
     config = BatchingConfig(tokens_per_step=100, max_tokens=max_tokens)
-    return lambda: next(StepPlan(lengths, lengths, config, seed=1).epoch(1))
+    return lambda: next(StepPlan(StoredLengths(lengths, lengths), config, seed=1).epoch(1))
 
 
 def dump_of(method: Any, size: int, tokens_per_shard: int | None = None) -> Call:
@@ -163,7 +163,7 @@ def dump_of(method: Any, size: int, tokens_per_shard: int | None = None) -> Call
 
 def split_of(longest: int, limit: int) -> Call:
     lengths = np.array([longest], np.int32)
-    return lambda: check_split("valid", lengths, lengths, MODEL.model_copy(update={"max_source_length": limit}))
+    return lambda: check_split("valid", StoredLengths(lengths, lengths), MODEL.model_copy(update={"max_source_length": limit}))
 
 
 def command(words: str, base: str = FAIRSEQ) -> Call:
@@ -449,9 +449,9 @@ CASES = {
     ),
     "data of another recipe": case(
         "undo these changes, or prepare the data again into another directory",
-        lambda: TrainingData(Path("data"), recipe("data.filter.max_ratio=8")),
-        lambda: TrainingData(Path("data"), recipe()),
-        lambda: (named("data.filter.max_ratio=8")(), TrainingData(Path("named"), recipe("data.filter.max_ratio=8"))),
+        checked("data.filter.max_ratio=8"),
+        checked(),
+        then(named("data.filter.max_ratio=8"), checked("data.filter.max_ratio=8", data="named")),
     ),
     "a shard that is none": case(
         "cannot be read as a shard ({}); prepare the data again",
@@ -470,6 +470,11 @@ CASES = {
         spans(5, 100),
         spans(2, 100, mean=9),
         spans(2, 40),
+    ),
+    "a task without its symbol": case(
+        "name it in data.tokenizer.user_symbols (for a dictionary, append the line '{} 0' to its file) and prepare again",
+        spans(0, 9),
+        spans(1, 9),
     ),
     "a tag that is no symbol": case(
         "name it in data.tokenizer.user_symbols and prepare again, or correct objective.selection.tags",

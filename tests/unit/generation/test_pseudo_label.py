@@ -231,9 +231,7 @@ def test_what_is_unfinished_or_belongs_to_another_job_is_refused(data: Path, tmp
         load_manifest(tmp_path / "labeled")
     with pytest.raises(DataError, match=r"was started with another job \(teacher: tttttttttttt -> uuuuuuuuuuuu\)"):
         label(data, tmp_path / "labeled", Worker(0, 2), teacher="u" * 64)
-    with pytest.raises(
-        DataError, match=r"was started with another job \(max_repeats: 3 -> 2\); give its options, choose another --output"
-    ):
+    with pytest.raises(DataError, match=r"was started with another job \(max_repeats: 3 -> 2\); give its options, choose"):
         label(data, tmp_path / "labeled", Worker(0, 2), max_repeats=2)
     with pytest.raises(DataError, match="did not make"):
         label(data, data, Worker(0, 1))
