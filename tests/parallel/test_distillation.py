@@ -202,7 +202,8 @@ def test_a_rank_holds_three_quarters_of_a_whole_teacher_at_most(tmp_path: Path, 
         monkeypatch.setenv(f"MALLOC_{name}", value)
     size = {"dim": 1024, "depth": 6}
     whole, shared = (
-        run_ranks("resident", 2, tmp_path / placement, placement=placement, **size) for placement in ("replicated", "sharded")
+        run_ranks("resident", 2, tmp_path / placement, forked=False, placement=placement, **size)
+        for placement in ("replicated", "sharded")
     )
     for one, other in zip(whole, shared, strict=True):
         assert other["with"] <= 0.75 * one["with"]

@@ -1,6 +1,7 @@
 """One rank of a scenario."""
 
 import json
+import sys
 from pathlib import Path
 
 from dstrain.parallel.launch_environment import leave
@@ -8,10 +9,14 @@ from dstrain.parallel.mesh import build_mesh, finalize
 from tests.parallel import scenarios
 
 
-def work(scenario: str, result: Path, arguments: str) -> None:
+def work(scenario: str, result: str, arguments: str) -> None:
     """Write what the scenario returns to `result`; arguments and result are JSON."""
     mesh = build_mesh("cpu")
     value = getattr(scenarios, scenario)(mesh, **json.loads(arguments))
-    result.write_text(json.dumps(value))
+    Path(result).write_text(json.dumps(value))
     finalize()
     leave(0)
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:])
