@@ -33,7 +33,7 @@ SENTENCES = 12
 TIED = PlainEmbedding(tie="all")
 
 
-def build_module(dropout: float = 0.1, embedding: EmbeddingConfig = TIED, **objective: Any) -> TrainModule:
+def build_module(dropout: float = 0.0, embedding: EmbeddingConfig = TIED, **objective: Any) -> TrainModule:
     """The same weights on every call. objective: what differs from plain cross-entropy."""
     stack: dict[str, Any] = {"depth": 1, "num_heads": 2, "ffn_dim": 48}
     config = EncoderDecoderConfig(
