@@ -10,6 +10,7 @@ Each verb is a function of one options object with the options of the command li
 
 from dstrain.build.bundle_model import BundleModel, load
 from dstrain.build.dumping import DumpOptions, dump_logits
+from dstrain.build.estimate import EstimateOptions, estimate
 from dstrain.build.evaluation import validate
 from dstrain.build.generation import generate_file
 from dstrain.build.generation_options import GenerateOptions
@@ -23,12 +24,14 @@ from dstrain.recipe_file import load_recipe
 __all__ = [
     "BundleModel",
     "DumpOptions",
+    "EstimateOptions",
     "GenerateOptions",
     "LabelOptions",
     "TeacherOptions",
     "TrainOptions",
     "ValidateOptions",
     "dump_logits",
+    "estimate",
     "generate_file",
     "load",
     "load_recipe",

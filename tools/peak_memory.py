@@ -3,13 +3,15 @@
     python tools/peak_memory.py [--deepspeed zero3] [--precision fp32] [--layers 8] [--model-dim 512] [--vocabulary 8000]
 
 Starts two ranks on this machine, builds a model of 63 million parameters under the engine, as `dstrain train` does, and takes one
-step of 32 tokens. Prints one JSON line per rank, in bytes:
+step of 32 tokens, or of --rows sentences of --length tokens on each rank. Prints one JSON line per rank, in bytes:
 
 - `built`, `peak`: highest resident memory until the engine is built, and until the first step has ended, above what the process
   holds after its imports, joining the group and one step of a toy model (libraries are loaded on first use);
 - `share`: parameters in the precision of computing, gradients in that of adding up (fp32, or fp16), and 12 bytes of optimizer
   state (fp32 weight and two moments), divided by the ranks; `largest`: the largest tensor, in fp32;
-- `later`: the highest after `--further-steps`. From the first step on malloc keeps freed memory, for speed (`ops/allocator.py`).
+- `later`: the highest after `--further-steps`. From the first step on malloc keeps freed memory, for speed (`ops/allocator.py`),
+  unless `--return-freed` lets it go;
+- `estimated`: what `dstrain estimate` counts for the rank.
 
 Linux only.
 """
@@ -41,9 +43,14 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
 
     from dstrain.batch import Size
     from dstrain.data.batching.collate import Collator
+    from dstrain.engine import training_engine
     from dstrain.engine.config import AdamConfig, ConstantSchedule, EngineConfig
     from dstrain.engine.launch import load_deepspeed
     from dstrain.engine.training_engine import TrainEngine
+    from dstrain.estimate.parameters import ParameterSizes
+    from dstrain.estimate.planner import estimate_layout
+    from dstrain.estimate.report import memory_parts
+    from dstrain.estimate.workload import ParallelLayout, Sharding, Workload
     from dstrain.models.config import (
         DecoderStackConfig,
         EncoderDecoderConfig,
@@ -56,6 +63,7 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
     from dstrain.objectives.config import CrossEntropyConfig
     from dstrain.objectives.cross_entropy import CrossEntropy
     from dstrain.objectives.train_module import TrainModule
+    from dstrain.ops.allocator import return_freed_memory
     from dstrain.parallel.mesh import build_mesh
 
     mesh = build_mesh("cpu")
@@ -79,25 +87,41 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
     )
     vocabulary = VocabularySizes(source=args.vocabulary, target=args.vocabulary)
     model = build_model(config, vocabulary, seed=None)
-    sizes = [parameter.numel() for parameter in model.parameters()]
+    sizes, counted = [parameter.numel() for parameter in model.parameters()], ParameterSizes.of(model)
+    settings = EngineConfig(deepspeed=args.deepspeed, precision=args.precision, activation_checkpointing=args.checkpointing)
+    if args.return_freed:
+        training_engine.keep_freed_memory = return_freed_memory  # type: ignore[attr-defined]
     engine = TrainEngine(
         TrainModule(model, CrossEntropy(CrossEntropyConfig())),
         optimizer=AdamConfig(learning_rate=1e-3),
         schedule=ConstantSchedule(),
-        engine=EngineConfig(deepspeed=args.deepspeed, precision=args.precision),
+        engine=settings,
         ema=None,
         seed=1,
         mesh=mesh,
         weights=initial_values(model, vocabulary, 1),
     )
     built = resident("VmHWM") - before
-    ids = np.arange(16).reshape(2, 8) + 4
-    batch = Collator("encoder_decoder", pad_id=1, eos_id=2)([(row, row) for row in ids], np.arange(2))
-    size = Size(16 * WORLD_SIZE, 2 * WORLD_SIZE)
+    ids = np.arange(args.rows * args.length).reshape(args.rows, args.length) % (args.vocabulary - 4) + 4
+    batch = Collator("encoder_decoder", pad_id=1, eos_id=2)([(row, row) for row in ids], np.arange(args.rows))
+    size = Size(args.rows * args.length * WORLD_SIZE, args.rows * WORLD_SIZE)
     report = engine.train_step([batch], size)
     peak = resident("VmHWM") - before
     for _ in range(args.further_steps):
         engine.train_step([batch], size)
+    workload = Workload(
+        model=config,
+        vocabulary=vocabulary,
+        precision=args.precision,
+        loss="cross_entropy",
+        chunk_tokens=CrossEntropyConfig().chunk_tokens,
+        tokens_per_step=size.num_targets,
+        source_length=args.length,
+        target_length=args.length,
+    )
+    sharding = Sharding.of(settings, replicas=WORLD_SIZE, size=counted.model_size)
+    layout = ParallelLayout(WORLD_SIZE, 1, 1, args.rows * args.length, args.checkpointing, sharding, "cpu")
+    memory = estimate_layout(workload, layout, parameters=counted).memory
     computing, gradient = {"fp32": (4, 4), "bf16": (2, 4), "fp16": (2, 2)}[args.precision]
     return {
         "parameters": sum(sizes),
@@ -107,6 +131,7 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
         "share": (computing + gradient + 12) * sum(sizes) // WORLD_SIZE,
         "largest": 4 * max(sizes),
         "loss": report.loss,
+        "estimated": {name: round(value) for name, value in {**memory_parts(memory), "total": memory.total}.items()},
     }
 
 
@@ -118,6 +143,10 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="of the encoder and of the decoder")
     parser.add_argument("--model-dim", type=int, default=512)
     parser.add_argument("--vocabulary", type=int, default=8000)
+    parser.add_argument("--rows", type=int, default=2, help="sentences of a micro-batch, one a step and rank")
+    parser.add_argument("--length", type=int, default=8, help="tokens of a sentence, on each side")
+    parser.add_argument("--checkpointing", default="none", choices=("none", "selective", "full"))
+    parser.add_argument("--return-freed", action="store_true", help="let malloc return freed memory, in later steps too")
     parser.add_argument("--further-steps", type=int, default=0, help="after the first one")
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)  # not from the environment: the caller may be a rank itself
     args = parser.parse_args()

@@ -10,6 +10,7 @@ from functools import partial
 from dstrain import __version__
 from dstrain.arguments import require_type
 from dstrain.build.base import build_on_base, check_reloaded
+from dstrain.build.estimate import log_memory
 from dstrain.build.machine import describe_device, unused_gpus
 from dstrain.build.same_data import moved_text
 from dstrain.build.training_options import TrainOptions
@@ -69,6 +70,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     require_agreement(mesh.world, plan.decisive(options))
     if mesh.world.rank == 0:
         log_plan(plan, mesh)
+        log_memory(plan, options.teachers, mesh)
         for warning in filter(None, [*plan.horizons.warnings(), unused_gpus(mesh.device, options.device)]):
             logger.warning("%s", warning)
     run = open_run(

@@ -17,6 +17,7 @@ from dstrain.parallel.launch_environment import rank_for_messages
 
 VERBS = {
     "show": "check a recipe and print it resolved",
+    "estimate": "say what memory, traffic and time a training will need, and recommend a layout",
     "prepare": "turn text into a tokenizer and Arrow shards",
     "train": "train, or resume training, into a run directory",
     "generate": "translate a file with a bundle",
@@ -47,9 +48,8 @@ on several GPUs or nodes the same recipe runs under a launcher:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code: 0 done, 1 a mistake that the message explains, 2 usage, 130 interrupted."""
     words = [word for word in (sys.argv[1:] if arguments is None else arguments) if not re.match(r"--local[-_]rank=", word)]
-    chosen = next((word for word in words if not word.startswith("-")), None)
     try:
-        args = build_parser([chosen] if chosen else []).parse_args(words)
+        args = build_parser([word for word in words if not word.startswith("-")][:1]).parse_args(words)
     except KeyboardInterrupt:  # imports take a moment
         logger.error("interrupted")
         return 130

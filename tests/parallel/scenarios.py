@@ -33,6 +33,7 @@ from tests.parallel.adapting import adapted_curves, adapted_resume, other_base  
 from tests.parallel.agreement import disagreements  # noqa: F401
 from tests.parallel.distilling import distilled, placements, resident, resumed_student  # noqa: F401
 from tests.parallel.elastic import legs  # noqa: F401
+from tests.parallel.estimating import holdings  # noqa: F401
 from tests.parallel.meshes import collectives, meshes  # noqa: F401
 from tests.parallel.on_policy import on_policy  # noqa: F401
 from tests.parallel.setting import EOS, build_engine, build_module, load, num_targets, padded, save, sentences, share

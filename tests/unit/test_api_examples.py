@@ -10,7 +10,7 @@ from dstrain.recipe_file import dump_recipe, load_recipe
 from dstrain.training.curves import summary
 from dstrain.training.events import read_events
 
-VERBS = ("prepare", "train", "dump_logits", "pseudo_label", "validate", "generate_file")
+VERBS = ("prepare", "estimate", "train", "dump_logits", "pseudo_label", "validate", "generate_file")
 TINY = (
     "data.train.0.num_pairs=60",
     "data.valid.0.num_pairs=5",

@@ -1,0 +1,96 @@
+"""Floating point operations of the matrix products of a micro-batch: two for each multiply-add, attention over all T x S scores.
+
+Norms, activations and softmax count nothing, as in torch's FlopCounterMode. A backward pass makes two products for each one of
+forward, one if the weight is frozen; the loss makes all its products in forward. A causal kernel computes half of the scores or
+more, depending on its blocks: attention is an upper bound there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dstrain.estimate.loss import has_output_map, projection_dim
+from dstrain.estimate.workload import MicroBatch, ParallelLayout, Workload
+from dstrain.models.config import DecoderStackConfig, ModelConfig, StackConfig
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Of one micro-batch, of all ranks that share it. layers, attention: of forward, without attention's scores and of them.
+
+    again: forward passes of layers that checkpointing repeats. outside: embeddings' and output maps, forward and backward.
+    loss: products with the vocabulary matrix. teachers: forward, and their share of the loss.
+    """
+
+    layers: float
+    attention: float
+    again: float
+    outside: float
+    loss: float
+    teachers: float
+    trains_weights: bool = True
+
+    @property
+    def model(self) -> float:
+        """Without what checkpointing repeats and without teachers: what is compared with a device's peak."""
+        backward = 2 if self.trains_weights else 1
+        return (1 + backward) * self.layers + 3 * self.attention + self.outside + self.loss
+
+    @property
+    def total(self) -> float:
+        """All that is computed."""
+        return self.model + self.again + self.teachers
+
+
+def flops(workload: Workload, layout: ParallelLayout) -> Flops:
+    """Of one micro-batch."""
+    batch, model, trains = MicroBatch.of(workload, layout), workload.model, workload.adapter is None
+    layers, attention = _stack_flops(model, batch)
+    scored, backward = batch.scored(workload), 3 if trains else 2
+    projection = 2 * scored * workload.vocabulary.target * projection_dim(model)
+    teachers = 0.0
+    for teacher in workload.teachers:
+        teachers += sum(_stack_flops(teacher.model, batch)) + _outside(teacher.model, batch, scored)
+        teachers += 2 * scored * teacher.vocabulary.target * projection_dim(teacher.model)
+    passes = workload.passes
+    return Flops(
+        layers=passes * layers,
+        attention=passes * attention,
+        again=passes * (layers + attention) if layout.checkpointing in ("full", "offload") else 0.0,
+        outside=passes * backward * _outside(model, batch, scored),
+        loss=passes * backward * projection,
+        teachers=teachers,
+        trains_weights=trains,
+    )
+
+
+def _stack_flops(model: ModelConfig, batch: MicroBatch) -> tuple[float, float]:
+    """Forward passes of all layers: linear maps, and products of attention."""
+    decoder = _layers(model.model_dim, model.decoder, batch.rows, batch.target, batch.source)
+    if model.kind == "decoder_only":
+        return decoder
+    encoder = _layers(model.model_dim, model.encoder, batch.rows, batch.source, 0)
+    return encoder[0] + decoder[0], encoder[1] + decoder[1]
+
+
+def _layers(dim: int, stack: StackConfig, rows: float, length: int, source: int) -> tuple[float, float]:
+    tokens, share = rows * length, (stack.num_kv_heads or stack.num_heads) / stack.num_heads
+    matrices = 3 if stack.feed_forward == "gated" else 2
+    linear = 2 * tokens * dim * ((2 + 2 * share) * dim + matrices * stack.ffn_dim)
+    attention = 4 * tokens * length * dim
+    if isinstance(stack, DecoderStackConfig):
+        cross = (stack.num_cross_kv_heads or stack.num_heads) / stack.num_heads
+        linear += 2 * dim * dim * (2 * tokens + 2 * cross * rows * source)
+        attention += 4 * tokens * source * dim
+    return stack.depth * linear, stack.depth * attention
+
+
+def _outside(model: ModelConfig, batch: MicroBatch, scored: float) -> float:
+    """Forward passes of the maps of factorized embeddings and of output widths."""
+    embedding, dim, total = model.embedding, model.model_dim, 0.0
+    if embedding.kind == "factorized":
+        sides = {"source": batch.source_tokens, "target": batch.target_tokens}
+        total += sum(2 * tokens * embedding.dim * dim for side, tokens in sides.items() if embedding.sides in ("both", side))
+    if has_output_map(model):
+        total += 2 * scored * dim * projection_dim(model)
+    return total

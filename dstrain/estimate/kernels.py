@@ -1,0 +1,54 @@
+"""What the kernels of a device keep for the backward pass, as far as devices differ.
+
+A CPU's dropout keeps factors in the dtype of the activations, a GPU's one byte an element. torch's RMSNorm is one kernel on a GPU
+and a composition on a CPU, which keeps two float32 tensors. Attention of short sentences on a CPU keeps probabilities, and so
+does torch's with dropout there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from dstrain.config_base import Precision
+from dstrain.engine.construction import COMPUTE_DTYPES
+from dstrain.estimate.workload import ELEMENT_BYTES, DeviceKind
+from dstrain.ops.cpu.attention import batched_attention
+from dstrain.ops.kernels import TRAINING_ATTENTION
+
+AttentionKernel = Literal["fused", "batched_products", "composite"]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Of a device, computing in a precision."""
+
+    device: DeviceKind
+    precision: Precision
+
+    @property
+    def mask_bytes(self) -> int:
+        """Of an element of a dropout mask."""
+        return 1 if self.device == "cuda" else ELEMENT_BYTES[self.precision]
+
+    @property
+    def statistic_bytes(self) -> int:
+        """Of a row's mean, or of its deviation, in a layer norm."""
+        return 4 if self.device == "cuda" else ELEMENT_BYTES[self.precision]
+
+    @property
+    def has_fused_rms_norm(self) -> bool:
+        """Whether it keeps the input and one number a row only."""
+        return self.device == "cuda"
+
+    def attention(self, *, queries: int, keys: int, grouped: bool, dropout: float) -> AttentionKernel:
+        """The kernel that training chooses. queries, keys: lengths of the sequences."""
+        if self.device == "cpu" and dropout > 0:
+            return "composite"
+        if grouped or dropout > 0:
+            return "fused"
+        device, dtype = torch.device(self.device), COMPUTE_DTYPES[self.precision]
+        chosen = TRAINING_ATTENTION.choose(device, dtype, size=queries * keys)
+        return "batched_products" if chosen is batched_attention else "fused"
