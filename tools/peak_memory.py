@@ -120,7 +120,7 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
         target_length=args.length,
     )
     sharding = Sharding.of(settings, replicas=WORLD_SIZE, size=counted.model_size)
-    layout = ParallelLayout(WORLD_SIZE, 1, 1, args.rows * args.length, args.checkpointing, sharding, "cpu")
+    layout = ParallelLayout(WORLD_SIZE, 1, 1, args.rows * args.length, args.checkpointing, sharding, "cpu", packed=False)
     memory = estimate_layout(workload, layout, parameters=counted).memory
     computing, gradient = {"fp32": (4, 4), "bf16": (2, 4), "fp16": (2, 2)}[args.precision]
     return {

@@ -43,7 +43,8 @@ class Activations:
 
 @dataclass(frozen=True)
 class _Stack:
-    """One stack under one layout. length: of its sequences; source: of those that cross-attention reads, 0 without. Results are
+    """One stack under one layout. length, tokens: of its sequences; source, source_tokens: of those that cross-attention reads, 0
+    without. Results are
     bytes of all rows, before a sequence group shares the tokens."""
 
     parts: EncoderDecoderConfig | DecoderOnlyConfig
@@ -55,13 +56,12 @@ class _Stack:
     rows: float
     length: int
     source: int
+    tokens: float
+    source_tokens: float
     rotary: bool
     alibi: bool
     checkpointed: bool
-
-    @property
-    def tokens(self) -> float:
-        return self.rows * self.length
+    packed: bool
 
     @property
     def width(self) -> float:
@@ -89,8 +89,10 @@ class _Stack:
         heads, dim, e = self.stack.num_heads / self.tensor, self.parts.model_dim / self.tensor, self.element
         probabilities = self.tokens * keys * heads
         kernel = self.kernel(kv_heads, keys)
-        # the output of rotated heads, and what an exchange of heads returns, are copied where heads are merged
-        copies = 2 if self.sequence > 1 or (rotated and kernel == "fused") else 1
+        # the output of rotated heads or of padded rows, and what an exchange of heads returns, are copied where heads are merged
+        in_rows = self.packed and self.kernels.device == "cpu"  # packed sequences become padded rows for a CPU's kernels
+        copies = 2 if self.sequence > 1 or (kernel == "fused" and (in_rows or (rotated and not self.packed))) else 1
+        rotated = 0.0 if in_rows else rotated
         output = self.tokens * dim * e * copies
         match kernel:
             case "fused":
@@ -117,7 +119,7 @@ class _Stack:
 
     def cross_attention(self, stack: DecoderStackConfig) -> float:
         kv_heads = stack.num_cross_kv_heads or stack.num_heads
-        source = self.rows * self.source * self.parts.model_dim * self.element / self.tensor
+        source = self.source_tokens * self.parts.model_dim * self.element / self.tensor
         projected = self.width / self.tensor + 2 * source * kv_heads / stack.num_heads
         return self.attention(kv_heads=kv_heads, keys=self.source, projected=projected, rotated=0.0)
 
@@ -152,7 +154,7 @@ class _Stack:
         total += self._attention_results(stack.num_kv_heads, self.length)
         if isinstance(stack, DecoderStackConfig):
             cross = (stack.num_cross_kv_heads or stack.num_heads) / stack.num_heads
-            source = self.rows * self.source * self.parts.model_dim * self.element
+            source = self.source_tokens * self.parts.model_dim * self.element
             total += (self.width + 2 * cross * source) / self.tensor + sums * self.width
             total += self._attention_results(stack.num_cross_kv_heads, self.source)
         return total
@@ -176,6 +178,8 @@ class _Stack:
         """What is added to attention scores, if a kernel or a layer's second pass needs it; and the tables of rotation."""
         kernel = self.kernel(self.stack.num_kv_heads or self.stack.num_heads, self.length)
         if kernel == "batched_products" and not self.checkpointed:
+            return self.rotary_tables()
+        if self.packed and self.kernels.device == "cuda":
             return self.rotary_tables()
         if self.alibi:
             rows = self.rows if padded and not causal else 1
@@ -232,27 +236,33 @@ def activations(workload: Workload, layout: ParallelLayout, *, padded: bool = Tr
 def _stacks(workload: Workload, layout: ParallelLayout, batch: MicroBatch) -> list[_Stack]:
     model, kernels = workload.model, Kernels(layout.device, workload.precision)
 
-    def stack(config: StackConfig, length: int, source: int, alibi: bool) -> _Stack:
+    def stack(config: StackConfig, length: int, tokens: float, alibi: bool, *, reads: bool = False) -> _Stack:
         return _Stack(
-            model,
-            config,
-            kernels,
-            layout.tensor,
-            layout.sequence,
-            workload.element_bytes,
-            batch.rows,
-            length,
-            source,
-            model.position.kind == "rotary",
-            alibi,
-            layout.checkpointing != "none",
+            parts=model,
+            stack=config,
+            kernels=kernels,
+            tensor=layout.tensor,
+            sequence=layout.sequence,
+            element=workload.element_bytes,
+            rows=batch.rows,
+            length=length,
+            source=batch.source if reads else 0,
+            tokens=tokens,
+            source_tokens=batch.source_tokens if reads else 0.0,
+            rotary=model.position.kind == "rotary",
+            alibi=alibi,
+            checkpointed=layout.checkpointing != "none",
+            packed=layout.packed,
         )
 
     alibi = model.position.kind == "alibi"
     if model.kind == "decoder_only":
-        return [stack(model.decoder, batch.target, 0, alibi)]
+        return [stack(model.decoder, batch.target, batch.target_tokens, alibi)]
     in_encoder = model.position.kind == "alibi" and model.position.encoder != "none"
-    return [stack(model.encoder, batch.source, 0, in_encoder), stack(model.decoder, batch.target, batch.source, alibi)]
+    return [
+        stack(model.encoder, batch.source, batch.source_tokens, in_encoder),
+        stack(model.decoder, batch.target, batch.target_tokens, alibi, reads=True),
+    ]
 
 
 def _outside(workload: Workload, batch: MicroBatch, stacks: list[_Stack], *, padded: bool) -> float:

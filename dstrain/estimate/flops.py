@@ -66,22 +66,22 @@ def flops(workload: Workload, layout: ParallelLayout) -> Flops:
 
 def _stack_flops(model: ModelConfig, batch: MicroBatch) -> tuple[float, float]:
     """Forward passes of all layers: linear maps, and products of attention."""
-    decoder = _layers(model.model_dim, model.decoder, batch.rows, batch.target, batch.source)
+    decoder = _layers(model.model_dim, model.decoder, batch, batch.target_tokens, batch.target)
     if model.kind == "decoder_only":
         return decoder
-    encoder = _layers(model.model_dim, model.encoder, batch.rows, batch.source, 0)
+    encoder = _layers(model.model_dim, model.encoder, batch, batch.source_tokens, batch.source)
     return encoder[0] + decoder[0], encoder[1] + decoder[1]
 
 
-def _layers(dim: int, stack: StackConfig, rows: float, length: int, source: int) -> tuple[float, float]:
-    tokens, share = rows * length, (stack.num_kv_heads or stack.num_heads) / stack.num_heads
+def _layers(dim: int, stack: StackConfig, batch: MicroBatch, tokens: float, length: int) -> tuple[float, float]:
+    share = (stack.num_kv_heads or stack.num_heads) / stack.num_heads
     matrices = 3 if stack.feed_forward == "gated" else 2
     linear = 2 * tokens * dim * ((2 + 2 * share) * dim + matrices * stack.ffn_dim)
-    attention = 4 * tokens * length * dim
+    attention = 4 * batch.rows * length**2 * dim
     if isinstance(stack, DecoderStackConfig):
         cross = (stack.num_cross_kv_heads or stack.num_heads) / stack.num_heads
-        linear += 2 * dim * dim * (2 * tokens + 2 * cross * rows * source)
-        attention += 4 * tokens * source * dim
+        linear += 2 * dim * dim * (2 * tokens + 2 * cross * batch.source_tokens)
+        attention += 4 * batch.rows * length * batch.source * dim
     return stack.depth * linear, stack.depth * attention
 
 

@@ -1,8 +1,7 @@
 """What the kernels of a device keep for the backward pass, as far as devices differ.
 
-A CPU's dropout keeps factors in the dtype of the activations, a GPU's one byte an element. torch's RMSNorm is one kernel on a GPU
-and a composition on a CPU, which keeps two float32 tensors. Attention of short sentences on a CPU keeps probabilities, and so
-does torch's with dropout there.
+torch's RMSNorm is one kernel on a GPU and a composition on a CPU, which keeps two float32 tensors. Attention of short sentences
+on a CPU keeps probabilities, and so does attention with dropout there.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ class Kernels:
 
     @property
     def mask_bytes(self) -> int:
-        """Of an element of a dropout mask."""
-        return 1 if self.device == "cuda" else ELEMENT_BYTES[self.precision]
+        """Of an element of a dropout mask: the factor that an element is multiplied by."""
+        return ELEMENT_BYTES[self.precision]
 
     @property
     def statistic_bytes(self) -> int:

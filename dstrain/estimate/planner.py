@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from dstrain.config_base import Checkpointing
@@ -146,7 +146,8 @@ def candidates(workload: Workload, engine: EngineConfig, cluster: Cluster, files
                 sharding = Sharding.of(engine.model_copy(update={"deepspeed": name}), replicas=replicas, size=size)
                 for checkpointing in _MODES:
                     for max_tokens in _batch_sizes(workload, replicas // sequence):
-                        yield ParallelLayout(cluster.ranks, tensor, sequence, max_tokens, checkpointing, sharding)
+                        layout = ParallelLayout(cluster.ranks, tensor, sequence, max_tokens, checkpointing, sharding)
+                        yield replace(layout, packed=engine.layout != "padded")
 
 
 def _sequences(workload: Workload, cluster: Cluster, tensor: int) -> Iterator[int]:

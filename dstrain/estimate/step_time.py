@@ -77,7 +77,7 @@ def _moved(workload: Workload, layout: ParallelLayout) -> float:
     entries = workload.vocabulary.target / layout.tensor
     chunks = math.ceil(scored / workload.chunk_tokens)
     weight = entries * projection_dim(workload.model)
-    models = 1 + (2 * len(workload.teachers) if workload.teachers else 0)
+    models = 1 + 2 * len(workload.teachers)  # a teacher's logits, and the divergence from them
     loss = LOGIT_BYTES * scored * entries * models + chunks * weight * (8 + 4 * workload.element_bytes)
     return PASSES * again * activations(workload, plain).kept + loss
 

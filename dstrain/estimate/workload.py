@@ -149,8 +149,11 @@ def _offloads(section: Mapping[str, object] | None) -> bool:
 
 @dataclass(frozen=True)
 class ParallelLayout:
-    """How a workload is spread out. device: of the ranks. max_tokens: padded tokens of a micro-batch, which the ranks of a
-    sequence group share."""
+    """How a workload is spread out.
+
+    max_tokens: padded tokens of a micro-batch, which the ranks of a sequence group share. device: of the ranks. packed: whether
+    sequences stand one after another, not one a row.
+    """
 
     ranks: int
     tensor: int
@@ -159,6 +162,7 @@ class ParallelLayout:
     checkpointing: Checkpointing
     sharding: Sharding
     device: DeviceKind = "cuda"
+    packed: bool = True
 
     @property
     def replicas(self) -> int:
@@ -173,30 +177,27 @@ class ParallelLayout:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """rows of source and target tokens, on a rank before a sequence group shares them. source: 0 for a decoder-only model."""
+    """rows of source and target tokens each, on a rank before a sequence group shares them; source: 0 for a decoder-only model.
+
+    source_tokens, target_tokens: of all rows, padding included; packed sequences on a GPU always are `max_tokens`.
+    """
 
     rows: float
     source: int
     target: int
-
-    @property
-    def source_tokens(self) -> float:
-        """Padding included."""
-        return self.rows * self.source
-
-    @property
-    def target_tokens(self) -> float:
-        """Padding included."""
-        return self.rows * self.target
+    source_tokens: float
+    target_tokens: float
 
     @classmethod
     def of(cls, workload: Workload, layout: ParallelLayout) -> MicroBatch:
         """The largest of a step: `max_tokens` of usual sentences, fewer if a step has no more for each data rank."""
         rows = layout.max_tokens / workload.row_length
         rows = max(1.0, min(rows, workload.tokens_per_step / layout.data / workload.target_length))
-        if workload.model.kind == "decoder_only":
-            return cls(rows, 0, workload.row_length)
-        return cls(rows, workload.source_length, workload.target_length)
+        joint = workload.model.kind == "decoder_only"
+        source, target = (0, workload.row_length) if joint else (workload.source_length, workload.target_length)
+        if layout.packed and layout.device == "cuda":
+            return cls(rows, source, target, 0 if joint else layout.max_tokens, layout.max_tokens)
+        return cls(rows, source, target, rows * source, rows * target)
 
     def scored(self, workload: Workload) -> float:
         """Target tokens that the loss counts."""

@@ -88,7 +88,7 @@ def _case(
         decay_groups=True,
     )
     sharding = Sharding.of(settings, replicas=mesh.replicas.size, size=sizes.model_size)
-    layout = ParallelLayout(mesh.world.size, tensor, 1, ROWS * length, checkpointing, sharding, "cpu")
+    layout = ParallelLayout(mesh.world.size, tensor, 1, ROWS * length, checkpointing, sharding, "cpu", packed=False)
     held = states(workload, layout, sizes)
     estimated = {name: getattr(held, name) for name in ("parameters", "gradients", "optimizer", "ema")}
     for transfer in traffic(workload, layout, sizes):

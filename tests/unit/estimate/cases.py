@@ -12,11 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from dstrain.batch import Batch
+from dstrain.data.batching.collate import PackedSize
 from dstrain.engine.construction import COMPUTE_DTYPES
 from dstrain.estimate.workload import ParallelLayout, Sharding, Workload
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
 from dstrain.nn.checkpointing import checkpoint_layers
+from dstrain.nn.dropout import seed_masks
 from dstrain.nn.position import SinusoidalPositions
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
@@ -101,18 +103,21 @@ class LiveStorages(TorchDispatchMode):
 class Case:
     """A model in training mode with a batch of equal sentences, and the workload and the layout that describe them."""
 
-    def __init__(self, name: str, precision: Any, *, rows: int, source: int, target: int, checkpointing: Any = "none") -> None:
+    def __init__(
+        self, name: str, precision: Any, *, rows: int, source: int, target: int, checkpointing: Any = "none", packed: bool = False
+    ) -> None:
         config: Any = TypeAdapter(ModelConfig).validate_python(MODELS[name])
         source = source if config.kind == "encoder_decoder" else 1
         self.model: Model = build_model(config, VOCABULARY, seed=1).train().to(COMPUTE_DTYPES[precision])
         checkpoint_layers(self.model, checkpointing)
         pair = ([7] * (source - 1) + [EOS], [8] * (target - 1) + [EOS])
-        self.batch: Batch = collate([pair] * rows, kind=config.kind)
+        self.batch: Batch = collate([pair] * rows, kind=config.kind, packed=PackedSize() if packed else None)
         self.objective = CrossEntropy(CrossEntropyConfig(chunk_tokens=CHUNK))
         self.workload = Workload(config, VOCABULARY, precision, "cross_entropy", CHUNK, 10**9, source, target)
-        self.layout = ParallelLayout(1, 1, 1, rows * self.workload.row_length, checkpointing, NO_SHARDING, "cpu")
+        self.layout = ParallelLayout(1, 1, 1, rows * self.workload.row_length, checkpointing, NO_SHARDING, "cpu", packed)
 
     def loss(self) -> Tensor:
+        seed_masks(1, 0)
         return self.objective(self.model, self.batch).loss_sum
 
     @property
