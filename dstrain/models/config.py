@@ -362,7 +362,7 @@ ModelConfig = Annotated[EncoderDecoderConfig | DecoderOnlyConfig, Field(discrimi
 
 
 def tensor_problems(config: EncoderDecoderConfig | DecoderOnlyConfig, tensor: int) -> Iterator[str]:
-    """Why `tensor` ranks cannot share the model, in words; nothing if they can. A vocabulary may be of any size."""
+    """Why `tensor` ranks cannot share the model, in words; nothing if they can. Vocabularies may be uneven."""
     stacks: dict[str, StackConfig] = {"decoder": config.decoder}
     if config.kind == "encoder_decoder":
         stacks["encoder"] = config.encoder

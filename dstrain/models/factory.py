@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Literal, TypeVar, assert_never
 
 import torch
@@ -46,7 +46,7 @@ from dstrain.nn.stack import LayerStack
 from dstrain.ops.activation import ACTIVATIONS
 from dstrain.ops.bias import Alibi, alibi_slopes
 from dstrain.parallel.group import Group
-from dstrain.parallel.tensor import even_shard
+from dstrain.parallel.tensor import even_shard, vocabulary_shard
 
 Projections = Literal["fused", "separate"]
 Model = EncoderDecoder | DecoderOnly
@@ -68,9 +68,11 @@ def build_model(
     decides the initial weights, whatever the projections; with None all parameters stay on the meta device, without memory, for
     `load_canonical` or an engine to fill from a `WeightSource`. tensor: the ranks that share one copy of the parameters, of which
     this one gets its part; `tensor_problems` says which sizes are possible. RecipeError if the vocabularies do not suit the
-    model.
+    model or the ranks.
     """
     group = tensor if tensor is not None and tensor.size > 1 else None
+    if group is not None:
+        _require_entries(vocabulary, group)
     with torch.device("meta"):
         if config.kind == "encoder_decoder":
             model: Model = _EncoderDecoderFactory(config, vocabulary, projections, group).model()
@@ -79,6 +81,17 @@ def build_model(
     if seed is not None:
         load_canonical(model, initial_values(model, vocabulary, seed))
     return model
+
+
+def _require_entries(vocabulary: VocabularySizes, tensor: Group) -> None:
+    """Raises RecipeError if a rank would have no entry of a vocabulary."""
+    for side, size in (("source", vocabulary.source), ("target", vocabulary.target)):
+        last = vocabulary_shard(size, replace(tensor, rank=tensor.size - 1))
+        if last.start == last.stop:
+            raise RecipeError(
+                f"engine.parallel.tensor = {tensor.size} leaves a rank without entries of the {side} vocabulary of {size}; "
+                "lower it: a vocabulary may be uneven, but each rank takes equally many entries until none are left"
+            )
 
 
 def initial_values(model: nn.Module, vocabulary: VocabularySizes, seed: int) -> InitialValues:

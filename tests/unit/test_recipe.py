@@ -66,9 +66,16 @@ def test_heads_must_divide_the_width() -> None:
 
 
 def test_tensor_ranks_must_divide_heads_and_features() -> None:
-    sizes = ("decoder.num_heads=6", "decoder.num_cross_kv_heads=3", "encoder.ffn_dim=130", "model_dim=96")
+    sizes = (
+        "decoder.num_heads=6",
+        "decoder.num_cross_kv_heads=3",
+        "encoder.ffn_dim=130",
+        "encoder.num_kv_heads=2",
+        "model_dim=96",
+    )
     message = errors_of("engine.parallel.tensor=4", *(f"model.{size}" for size in sizes))
-    for key, value in {"decoder.num_heads": 6, "decoder.num_cross_kv_heads": 3, "encoder.ffn_dim": 130}.items():
+    refused = {"decoder.num_heads": 6, "decoder.num_cross_kv_heads": 3, "encoder.ffn_dim": 130, "encoder.num_kv_heads": 2}
+    for key, value in refused.items():
         assert f"engine.parallel.tensor = 4 does not divide model.{key} = {value}" in message
 
 

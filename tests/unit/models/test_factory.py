@@ -1,6 +1,7 @@
 """Configurations become the parts they name; initial weights follow their table."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, Plai
 from dstrain.models.factory import build_model
 from dstrain.models.presets import PRESETS
 from dstrain.models.weights import to_canonical
+from dstrain.parallel.group import Group
 from tests.unit.models.build import VOCABULARY, name_of, sequences, small_config, small_model, variants
 
 PARAMETERS = {"iwslt": 31_641_600, "base": 44_236_800, "big": 176_553_984, "it2": 831_410_176, "it2_dist": 132_485_120}
@@ -42,6 +44,15 @@ def test_one_matrix_needs_one_vocabulary() -> None:
     config = small_config(embedding=PlainEmbedding(tie="all"))
     with pytest.raises(RecipeError, match=r"model\.embedding\.tie = all.*40 and 41 entries.*sharing: joint.*tie: decoder"):
         build_model(config, VocabularySizes(source=40, target=41), seed=1)
+
+
+@pytest.mark.parametrize(("target", "ranks", "fits"), [(41, 4, True), (5, 4, False), (9, 4, False), (7, 4, True), (3, 4, False)])
+def test_a_vocabulary_may_be_uneven_but_every_rank_has_entries(target: int, ranks: int, fits: bool) -> None:
+    config = small_config(encoder=StackConfig(depth=1, num_heads=4, ffn_dim=40), embedding=PlainEmbedding(tie="none"))
+    tensor = Group(1, ranks, None, torch.device("cpu"))
+    message = rf"tensor = {ranks} leaves a rank without entries of the target vocabulary of {target}; lower it"
+    with nullcontext() if fits else pytest.raises(RecipeError, match=message):
+        build_model(config, VocabularySizes(source=41, target=target), seed=None, tensor=tensor)
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])

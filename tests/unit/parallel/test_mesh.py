@@ -7,6 +7,7 @@ import torch
 
 from dstrain.engine.config import EngineConfig
 from dstrain.errors import TrainingError
+from dstrain.log import logger
 from dstrain.parallel.collectives import copy_to, reduce_from
 from dstrain.parallel.group import Group
 from dstrain.parallel.mesh import Mesh, build_mesh, group_ranks
@@ -57,6 +58,33 @@ def test_the_mpu_has_tensor_ranks_as_model_parallel_and_replicas_as_data_paralle
 def test_sizes_that_do_not_divide_the_ranks() -> None:
     with pytest.raises(TrainingError, match="tensor = 2 times sequence = 3 does not divide the number of ranks, 1; start"):
         build_mesh("cpu", tensor=2, sequence=3)
+
+
+@pytest.mark.parametrize(("ranks_of_a_node", "tensor", "warns"), [(4, 3, True), (2, 4, True), (4, 2, False), (6, 3, False)])
+def test_tensor_groups_over_nodes_are_warned_about(
+    ranks_of_a_node: int, tensor: int, warns: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first of 12 ranks, as a launcher starts it; it gets no further than to the others' address, which is missing."""
+    launched = {"RANK": "0", "WORLD_SIZE": "12", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": str(ranks_of_a_node)}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(logger, "propagate", True)
+    with pytest.raises(TrainingError, match="MASTER_ADDR is not set"):
+        build_mesh("cpu", tensor=tensor)
+    message = f"engine.parallel.tensor = {tensor}: groups of as many ranks reach over nodes of {ranks_of_a_node}, and every layer"
+    assert (message in caplog.text) == warns
+    assert ("choose a divisor of the ranks of a node" in caplog.text) == warns
+
+
+def test_tensor_ranks_must_divide_the_ranks_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "3", "WORLD_SIZE": "6", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "6"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        TrainingError, match="tensor = 4 times sequence = 1 does not divide the number of ranks, 6; start another"
+    ):
+        build_mesh("cpu", tensor=4)
 
 
 def test_one_rank_never_communicates(monkeypatch: pytest.MonkeyPatch) -> None:
