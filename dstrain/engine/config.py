@@ -122,7 +122,11 @@ ScheduleConfig = Annotated[
 class ParallelConfig(Config):
     """Model parallelism."""
 
-    tensor: PositiveInt = Field(default=1, description="Ranks that share one copy of the parameters; all on one node.")
+    tensor: PositiveInt = Field(
+        default=1,
+        description="Ranks that share one copy of the parameters, all on one node; divides heads and features, but not "
+        "necessarily the vocabulary.",
+    )
     sequence: PositiveInt = Field(default=1, description="Ranks that share the positions of a batch.")
 
     @field_validator("sequence")
@@ -147,6 +151,11 @@ class EngineConfig(Config):
     layout: SequenceLayout = Field(
         default="auto",
         description="Sequences of a batch in training: packed, one after another; padded, one a row; auto = packed on a GPU.",
+    )
+    feed_forward_tiles: PositiveInt = Field(
+        default=1,
+        description="Parts of the tokens that a feed-forward network sees one after another, to save memory with long sequences; "
+        "it runs again in the backward pass; 1 = all at once.",
     )
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="How many ranks share one model, or one batch.")
 

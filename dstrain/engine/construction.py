@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.config_base import Precision
+from dstrain.engine.ds_config import ModelSize
 from dstrain.models.weights import check_canonical, materialize_parameter, parameter_layouts
 from dstrain.parallel.mesh import ModelParallelUnit
 from dstrain.protocols import WeightSource
@@ -46,6 +47,12 @@ class ParameterValues:
         if self._source is None:
             raise ValueError("a parameter is on the meta device, but there is no WeightSource to read it from")
         return self._layouts[parameter].read(self._source, device=device, dtype=dtype)
+
+
+def size_of(module: nn.Module) -> ModelSize:
+    """Numbers of its parameters, before they are partitioned."""
+    layers = [sum(parameter.numel() for parameter in layer.parameters(recurse=False)) for layer in module.modules()]
+    return ModelSize(sum(parameter.numel() for parameter in module.parameters()), max(layers))
 
 
 def fill(module: nn.Module, values: ParameterValues, *, device: torch.device, dtype: torch.dtype) -> None:

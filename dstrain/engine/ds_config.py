@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
+from dstrain.config_base import Precision
 from dstrain.engine.config import EngineConfig
-from dstrain.engine.ds_schema import BELONGS_ELSEWHERE, DeepSpeedFile, ZeroSection
+from dstrain.engine.ds_schema import BELONGS_ELSEWHERE, DeepSpeedFile, OffloadSection, ZeroSection
 from dstrain.errors import RecipeError, nearest
 from dstrain.storage.explain import EXPECTED, shown
 from dstrain.storage.parsing import read_tree
@@ -72,6 +73,21 @@ def resolve_ds_config(engine: EngineConfig, *, replicas: int, size: ModelSize) -
         "timers": {"throughput": {"enabled": False}},
     }
     return resolved
+
+
+def resolve_reader_config(precision: Precision, *, ranks: int, size: ModelSize, offload: OffloadSection | None) -> dict[str, Any]:
+    """The same for a model that is partitioned over `ranks` and only read, such as a teacher: ZeRO-3 without an optimizer."""
+    zero = ZeroSection(stage=3, stage3_param_persistence_threshold=10_000, stage3_max_reuse_distance=0, offload_param=offload)
+    section = zero.model_dump(mode="json", exclude_unset=True, exclude_none=True) | _limits(zero, size)
+    return {
+        "train_batch_size": ranks,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "zero_optimization": {**section, "memory_efficient_linear": False},
+        "timers": {"throughput": {"enabled": False}},
+    }
 
 
 def _gradient_types(file: DeepSpeedFile, engine: EngineConfig, replicas: int) -> dict[str, Any]:

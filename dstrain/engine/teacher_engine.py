@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from dstrain.batch import Batch, Sequences
 from dstrain.config_base import Precision
 from dstrain.engine.config import Placement
-from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, partition
+from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, partition, size_of
+from dstrain.engine.ds_config import resolve_reader_config
+from dstrain.engine.ds_schema import OffloadSection
 from dstrain.engine.launch import load_deepspeed, require_precision
 from dstrain.model_output import ActivationCapture
 from dstrain.parallel.mesh import Mesh
@@ -89,7 +91,9 @@ class TeacherEngine:
             return
         deepspeed = load_deepspeed(mesh)
         require_precision(deepspeed, precision, mesh)
-        config = _zero3(precision, mesh, offloaded=placement == "offloaded")
+        offload = OffloadSection(device="cpu", pin_memory=mesh.device.type == "cuda") if placement == "offloaded" else None
+        # All ranks share one copy, tensor ranks of the student too: a teacher has no tensor slices.
+        config = resolve_reader_config(precision, ranks=mesh.world.size, size=size_of(module), offload=offload)
         partition(deepspeed, module, values, config, mpu=None, device=mesh.device, dtype=dtype)
         self._engine = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
         self._engine.eval()
@@ -122,26 +126,3 @@ def _renamed(sequences: Sequences, ids: Tensor) -> Sequences:
     """The same sequences in the teacher's vocabulary."""
     tokens = ids.to(sequences.tokens.device)[sequences.tokens]
     return replace(sequences, tokens=tokens)
-
-
-def _zero3(precision: Precision, mesh: Mesh, *, offloaded: bool) -> dict[str, Any]:
-    """DeepSpeed's configuration of a model that is only read."""
-    zero: dict[str, Any] = {
-        "stage": 3,
-        "stage3_param_persistence_threshold": 10_000,
-        "stage3_prefetch_bucket_size": 5_000_000,
-        "stage3_max_live_parameters": 50_000_000,
-        "stage3_max_reuse_distance": 0,
-        "memory_efficient_linear": False,
-    }
-    if offloaded:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": mesh.device.type == "cuda"}
-    return {
-        "train_batch_size": mesh.world.size,  # a teacher has no tensor slices: all ranks share one copy
-        "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": 1,
-        "bf16": {"enabled": precision == "bf16"},
-        "fp16": {"enabled": precision == "fp16"},
-        "zero_optimization": zero,
-        "timers": {"throughput": {"enabled": False}},
-    }

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from dstrain.batch import Batch, Size
 from dstrain.engine.config import EmaConfig, EngineConfig, OptimizerConfig, ScheduleConfig
-from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, partition
-from dstrain.engine.ds_config import ModelSize, resolve_ds_config
+from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, partition, size_of
+from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.ema import MovingAverage
 from dstrain.engine.launch import load_deepspeed, partitioning_optimizer, require_precision
 from dstrain.engine.loss_totals import LossReducer, LossTotals, StepReport
@@ -40,7 +40,7 @@ from dstrain.engine.stable_adamw import StableAdamW
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.fragment import DimensionSlice, Fragment, StoredState
 from dstrain.models.weights import Layouts, ParameterLayout, TensorSlice, parameter_layouts
-from dstrain.nn.checkpointing import checkpoint_layers
+from dstrain.nn.checkpointing import checkpoint_layers, tile_feed_forward
 from dstrain.nn.dropout import seed_masks
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
@@ -88,7 +88,7 @@ class TrainEngine:
         weights: WeightSource | None = None,
         base: str | None = None,
     ) -> None:
-        config = resolve_ds_config(engine, replicas=mesh.replicas.size, size=_size(module))
+        config = resolve_ds_config(engine, replicas=mesh.replicas.size, size=size_of(module))
         return_freed_memory()  # until the first step has made the last tensors that stay, the optimizer's moments
         self._first_step = True
         self.mesh = mesh
@@ -104,6 +104,7 @@ class TrainEngine:
         self._blocks = _checkpoint_blocks(module, self._layouts)
         self._shape = empty_copy(self._model) if self.stage == 3 else None
         checkpoint_layers(self._model, engine.activation_checkpointing)
+        tile_feed_forward(self._model, engine.feed_forward_tiles)
         self._comms_logger: bool = config.get("comms_logger", {}).get("enabled", False)
         self._deepspeed = load_deepspeed(mesh, talkative=_profiles(config))
         require_precision(self._deepspeed, engine.precision, mesh)
@@ -379,11 +380,6 @@ def _checkpoint_blocks(module: TrainModule, layouts: Layouts) -> dict[nn.Paramet
             for part in layout.slices
         ]
     return blocks
-
-
-def _size(module: nn.Module) -> ModelSize:
-    layers = [sum(parameter.numel() for parameter in layer.parameters(recurse=False)) for layer in module.modules()]
-    return ModelSize(sum(parameter.numel() for parameter in module.parameters()), max(layers))
 
 
 def _profiles(config: dict[str, Any]) -> bool:

@@ -8,9 +8,10 @@ backward pass has the same masks. `seed_masks` tells the step, `mask_pass` the p
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -52,9 +53,9 @@ def mask_pass(number: int) -> Iterator[None]:
 class _Masks:
     """The masks of one site, one after another: they are asked for in the same order each time."""
 
-    def __init__(self, keys: Tensor) -> None:
+    def __init__(self, keys: Tensor, count: int = 0) -> None:
         self.keys = keys
-        self.count = 0
+        self.count = count
 
     def next(self) -> Tensor:
         """Keys of the next mask, in the shape of the tokens."""
@@ -103,6 +104,23 @@ NO_MASKS = MaskKeys()
 def mask_keys() -> Tensor | None:
     """Keys of the next mask at this site, in the shape of the tokens; None outside of `MaskKeys.at`."""
     return None if _Now.masks is None else _Now.masks.next()
+
+
+def runs_on_parts(run: Callable[[Tensor], Tensor], parts: int) -> list[Callable[[Tensor], Tensor]]:
+    """`run` for each of so many parts of the tokens, (n, D), with the masks that these tokens have in a run on all of them."""
+    masks = _Now.masks
+    if masks is None:
+        return [run] * parts
+    first = masks.count
+
+    def run_on_part(x: Tensor, *, keys: Tensor) -> Tensor:
+        before, _Now.masks = _Now.masks, _Masks(keys, first)
+        try:
+            return run(x)
+        finally:
+            masks.count, _Now.masks = _Now.masks.count, before
+
+    return [partial(run_on_part, keys=keys) for keys in masks.keys.flatten().tensor_split(parts)]
 
 
 class AttentionDropout(NamedTuple):

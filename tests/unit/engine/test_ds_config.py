@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from dstrain.engine.config import EngineConfig
-from dstrain.engine.ds_config import DIRECTORIES, ModelSize, read_ds_config, resolve_ds_config
+from dstrain.engine.ds_config import DIRECTORIES, ModelSize, read_ds_config, resolve_ds_config, resolve_reader_config
+from dstrain.engine.ds_schema import OffloadSection
 from dstrain.errors import RecipeError
 from tests.paths import ROOT
 
@@ -115,6 +116,20 @@ def test_a_file_may_choose_other_types_of_gradients(tmp_path: Path) -> None:
     resolved = resolve(tmp_path, content, precision="bf16")
     assert (resolved["data_types"], resolved["communication_data_type"]) == ({"grad_accum_dtype": "bf16"}, "bf16")
     assert resolve(tmp_path, {**ZERO1, "communication_data_type": "bf16"}, precision="bf16")["communication_data_type"] == "bf16"
+
+
+def test_the_limits_of_a_teacher_follow_its_size_as_those_of_a_student_do(tmp_path: Path) -> None:
+    size = ModelSize(160_000_000, 4_000_000)
+    student = resolve(tmp_path, {"zero_optimization": {"stage": 3}}, size=size)["zero_optimization"]
+    for offload in (None, OffloadSection(device="cpu", pin_memory=False)):
+        teacher = resolve_reader_config("bf16", ranks=3, size=size, offload=offload)
+        zero = teacher["zero_optimization"]
+        assert (teacher["train_batch_size"], teacher["bf16"], teacher["fp16"]) == (3, {"enabled": True}, {"enabled": False})
+        assert zero["stage3_max_live_parameters"] == student["stage3_max_live_parameters"] == 20_000_000
+        assert zero["stage3_prefetch_bucket_size"] == student["stage3_prefetch_bucket_size"] == 10_000_000
+        assert zero["stage3_max_reuse_distance"] == 0
+        assert zero.get("offload_param") == (None if offload is None else {"device": "cpu", "pin_memory": False})
+        assert auto_values(teacher) == []
 
 
 @pytest.mark.parametrize("content", [{"stage": 3}, {"stage": 3, "sub_group_size": "auto", "stage3_max_live_parameters": "auto"}])

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
-from dstrain.nn.checkpointing import checkpoint_layers
+from dstrain.nn.checkpointing import checkpoint_layers, tile_feed_forward
 from dstrain.nn.dropout import seed_masks
 from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
@@ -27,10 +28,11 @@ CONFIGS: list[EncoderDecoderConfig | DecoderOnlyConfig] = [
 ]
 
 
-def step(config: EncoderDecoderConfig | DecoderOnlyConfig, mode: Any) -> tuple[float, list[Tensor], int]:
+def step(config: EncoderDecoderConfig | DecoderOnlyConfig, mode: Any, *, tiles: int = 1) -> tuple[float, list[Tensor], int]:
     """The loss, all gradients, and the bytes that autograd keeps between the passes."""
     model = small_model(config).train()
     checkpoint_layers(model, mode)
+    tile_feed_forward(model, tiles)
     storages: dict[int, int] = {}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
@@ -80,3 +82,54 @@ def test_without_gradient_nothing_is_checkpointed() -> None:
         expected = model(source.source, source.target).hidden
         checkpoint_layers(model, "full")
         assert torch.equal(model(source.source, source.target).hidden, expected)
+
+
+GATED = CONFIGS[2].model_copy(update={"activation_dropout": 0.3})
+
+
+@pytest.mark.parametrize("config", [CONFIGS[0], GATED], ids=["plain", "gated"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full", "offload"])
+def test_tiles_of_feed_forward_networks_move_nothing(config: EncoderDecoderConfig | DecoderOnlyConfig, mode: str) -> None:
+    """Masks of dropout included, in 5 tiles and in 200, of which some are empty."""
+    loss, gradients, kept = step(config, "none")
+    for tiles in (5, 200):
+        own_loss, own_gradients, own_kept = step(config, mode, tiles=tiles)
+        assert own_loss == pytest.approx(loss, rel=1e-6)
+        for own, other in zip(own_gradients, gradients, strict=True):
+            torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
+        assert own_kept < kept
+
+
+class LargestStorages(TorchDispatchMode):
+    """The largest storages that operations make."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, Tensor):
+                self.numbers.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result
+
+
+@pytest.mark.parametrize(("kind", "width"), [("plain", 1), ("gated", 2)])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_wide_activations_exist_for_one_tile_only(kind: str, width: int, mode: Any) -> None:
+    """In both passes of 8 features, so narrow that wide activations are the largest that there is; counted numbers."""
+    decoder = {"depth": 2, "num_heads": 2, "ffn_dim": 256, "feed_forward": kind}
+    config = DecoderOnlyConfig.model_validate({"kind": "decoder_only", "model_dim": 8, "decoder": decoder, "dropout": 0.0})
+    largest = {}
+    for tiles in (1, 8):
+        model = small_model(config).train()
+        checkpoint_layers(model, mode)
+        tile_feed_forward(model, tiles)
+        batch = collate([([5, 2], [*range(4, 34), 2])] * 4, kind="decoder_only")
+        with LargestStorages() as storages:
+            model(batch.source, batch.target).hidden.sum().backward()
+        largest[tiles] = max(storages.numbers)
+    tokens = batch.target.tokens.numel()
+    assert tokens == 128
+    assert largest == {1: tokens * 256 * width, 8: tokens // 8 * 256 * width}
