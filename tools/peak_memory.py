@@ -51,14 +51,7 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
     from dstrain.estimate.planner import estimate_layout
     from dstrain.estimate.report import memory_parts
     from dstrain.estimate.workload import ParallelLayout, Sharding, Workload
-    from dstrain.models.config import (
-        DecoderStackConfig,
-        EncoderDecoderConfig,
-        PlainEmbedding,
-        RotaryPosition,
-        StackConfig,
-        VocabularySizes,
-    )
+    from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig, VocabularySizes
     from dstrain.models.factory import build_model, initial_values
     from dstrain.objectives.config import CrossEntropyConfig
     from dstrain.objectives.cross_entropy import CrossEntropy
@@ -83,7 +76,7 @@ def rank(args: argparse.Namespace) -> dict[str, Any]:
         decoder=DecoderStackConfig(**stack),
         norm_order="pre",
         embedding=PlainEmbedding(tie="all"),
-        position=RotaryPosition(),
+        position={"kind": "rotary"},
     )
     vocabulary = VocabularySizes(source=args.vocabulary, target=args.vocabulary)
     model = build_model(config, vocabulary, seed=None)

@@ -23,7 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the script."""
-    from dstrain.cli.main import VERBS, build_parser
+    from dstrain.cli.main import build_parser
+    from dstrain.cli.verbs import VERBS
     from dstrain.extras import import_extra
     from dstrain.recipe_file import recipe_names
 

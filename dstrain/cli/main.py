@@ -12,29 +12,10 @@ from collections.abc import Collection, Sequence
 from dstrain import __version__
 from dstrain.cli.guard import guarded
 from dstrain.cli.parser import Parser, help_of
+from dstrain.cli.verbs import VERBS
 from dstrain.log import logger, setup_logging
 from dstrain.parallel.launch_environment import rank_for_messages
 
-VERBS = {
-    "show": "check a recipe and print it resolved",
-    "estimate": "say what memory, traffic and time a training will need, and recommend a layout",
-    "prepare": "turn text into a tokenizer and Arrow shards",
-    "train": "train, or resume training, into a run directory",
-    "generate": "translate a file with a bundle",
-    "interactive": "translate line by line from a terminal or a pipe",
-    "evaluate": "score hypotheses: BLEU, chrF, TER with sacreBLEU signatures",
-    "validate": "loss, perplexity and BLEU of a bundle on prepared data",
-    "text": "write the raw text of an evaluation split",
-    "consolidate": "make a bundle from a training checkpoint",
-    "average": "average bundles into one",
-    "merge": "merge an adapter bundle into its base, as a plain bundle",
-    "report": "draw the curves of a run as PNG and HTML",
-    "import": "bring what fairseq made: checkpoints, binarized data, command lines",
-    "completion": "print the script that completes verbs, options and recipes in your shell",
-    "inspect": "describe a data directory, a bundle or dumped logits, and check that they are complete",
-    "pseudo-label": "let a teacher translate the training sources: data for a student",
-    "dump-logits": "write a teacher's distribution of every token to disk, to distill from later",
-}
 EPILOG = """a first run:
   dstrain prepare translation/quickstart --output data/quickstart
   dstrain train translation/quickstart --data data/quickstart --output runs/quickstart

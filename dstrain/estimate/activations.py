@@ -17,7 +17,8 @@ from typing import Literal
 from dstrain.estimate.kernels import AttentionKernel, Kernels
 from dstrain.estimate.loss import has_output_map
 from dstrain.estimate.workload import MicroBatch, ParallelLayout, Workload
-from dstrain.models.config import DecoderOnlyConfig, DecoderStackConfig, EncoderDecoderConfig, RotaryPosition, StackConfig
+from dstrain.models.config import DecoderOnlyConfig, DecoderStackConfig, EncoderDecoderConfig, StackConfig
+from dstrain.models.position_config import RotaryPosition
 
 _KEEP_RESULT = {"relu", "tanh"}
 """Activations whose gradient needs the result, which the next operation keeps anyway; the others keep their input."""

@@ -12,19 +12,17 @@ from torch import nn
 from dstrain.errors import RecipeError
 from dstrain.models.config import (
     Activation,
-    AlibiPosition,
-    DecoderOnlyAlibiPosition,
     DecoderOnlyConfig,
     DecoderStackConfig,
     EncoderDecoderConfig,
     ModelConfig,
-    RotaryPosition,
     StackConfig,
     VocabularySizes,
 )
 from dstrain.models.decoder_only import DecoderOnly
 from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.initialize import InitialValues
+from dstrain.models.position_config import AlibiPosition, DecoderOnlyAlibiPosition, RotaryPosition
 from dstrain.models.rotary import build_rotary
 from dstrain.models.weights import canonical_shapes, load_canonical, parameter_layouts
 from dstrain.nn.attention import CrossAttention, SelfAttention

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from dstrain.models.config import (
-    AlibiPosition,
-    DecoderStackConfig,
-    EncoderDecoderConfig,
-    PlainEmbedding,
-    RotaryPosition,
-    StackConfig,
-)
+from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig
+from dstrain.models.position_config import AlibiPosition, RotaryPosition
 
 
 def _shape(depth: int, model_dim: int, ffn_dim: int, num_heads: int) -> EncoderDecoderConfig:

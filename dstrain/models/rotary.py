@@ -11,16 +11,17 @@ from typing import assert_never
 import torch
 from torch import Tensor
 
-from dstrain.models.config import (
+from dstrain.models.position_config import (
     DynamicNtkScaling,
     DynamicYarnScaling,
     LinearScaling,
     NoScaling,
+    NtkScaling,
     RotaryPosition,
     YarnScaling,
 )
 from dstrain.nn.rotary import LengthRotary, Rotary, RotaryFrequencies, RotaryPart
-from dstrain.ops.rotary import Yarn, inverse_frequencies, ntk_theta, yarn_attention_scaling, yarn_inv_freq
+from dstrain.ops.rotary import Yarn, inverse_frequencies, ntk_theta, stretched_theta, yarn_attention_scaling, yarn_inv_freq
 
 
 def build_rotary(config: RotaryPosition, head_dim: int) -> RotaryPart:
@@ -31,6 +32,8 @@ def build_rotary(config: RotaryPosition, head_dim: int) -> RotaryPart:
             return Rotary(lambda: RotaryFrequencies(inverse_frequencies(dim, theta), 1.0), layout)
         case LinearScaling(factor=factor):
             return Rotary(lambda: RotaryFrequencies(inverse_frequencies(dim, theta) / factor, 1.0), layout)
+        case NtkScaling(factor=factor):
+            return Rotary(lambda: RotaryFrequencies(inverse_frequencies(dim, stretched_theta(theta, dim, factor)), 1.0), layout)
         case DynamicNtkScaling() as ntk:
 
             def by_base(lengths: Tensor) -> RotaryFrequencies:

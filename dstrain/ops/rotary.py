@@ -8,11 +8,12 @@ own by its length. Cosines and sines include the attention scaling of queries an
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+_N = TypeVar("_N", float, Tensor)
 RotaryLayout = Literal["half_split", "interleaved"]
 
 
@@ -41,14 +42,22 @@ def inverse_frequencies(dim: int, theta: float | Tensor) -> Tensor:
     return 1.0 / theta**exponents
 
 
+def stretched_theta(theta: float, dim: int, stretch: _N) -> _N:
+    """The base under which the slowest pair of `dim` features turns `stretch` times slower, and the fastest as before.
+
+    theta * stretch**(dim / (dim - 2)). With a single pair (dim = 2) nothing depends on the base.
+    """
+    exponent: float = dim / max(dim - 2, 1)
+    scale: _N = stretch**exponent
+    return theta * scale
+
+
 def ntk_theta(theta: float, dim: int, factor: float, original_length: int, lengths: Tensor) -> Tensor:
     """The base of each length L under dynamic NTK scaling, of the shape of `lengths`.
 
-    theta * (factor L / M - (factor - 1))**(dim / (dim - 2)) for L above M = original_length, else theta. With a single pair
-    (dim = 2) nothing depends on the base.
+    `stretched_theta` by factor L / M - (factor - 1) for L above M = original_length, else theta.
     """
-    stretch = factor * lengths.clamp_min(original_length).float() / original_length - (factor - 1)
-    return theta * stretch ** (dim / max(dim - 2, 1))
+    return stretched_theta(theta, dim, factor * lengths.clamp_min(original_length).float() / original_length - (factor - 1))
 
 
 def yarn_inv_freq(dim: int, theta: float, factor: Tensor, yarn: Yarn) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
-from dstrain.models.config import RotaryPosition
+from dstrain.models.position_config import RotaryPosition
 from dstrain.models.rotary import build_rotary
 
 transformers = pytest.importorskip("transformers")

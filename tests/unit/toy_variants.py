@@ -149,7 +149,7 @@ def run(args):
     print(f"the word is {args.word}")
     return 0
 ''',
-    "dstrain/cli/main.py": (("VERBS = {\n", 'VERBS = {\n    "toy": "say a word",\n'),),
+    "dstrain/cli/verbs.py": (("VERBS = {\n", 'VERBS = {\n    "toy": "say a word",\n'),),
 }
 
 KERNEL: dict[str, Edit] = {

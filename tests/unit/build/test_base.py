@@ -22,8 +22,9 @@ from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import BundleError, DataError, TrainingError
 from dstrain.evaluation.validator import WholeModel
-from dstrain.models.config import EncoderDecoderConfig, LearnedPosition
+from dstrain.models.config import EncoderDecoderConfig
 from dstrain.models.factory import build_model
+from dstrain.models.position_config import LearnedPosition
 from dstrain.models.weights import load_canonical, to_canonical
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy

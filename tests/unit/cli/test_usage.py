@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from dstrain.cli.main import VERBS, build_parser, main
+from dstrain.cli.main import build_parser, main
+from dstrain.cli.verbs import VERBS
 from tests.paths import ROOT
 
 TRAIN = ("train", "translation/quickstart", "--data", "d", "--output", "o")

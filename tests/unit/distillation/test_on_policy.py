@@ -16,15 +16,9 @@ from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.plan import PlannedStep
 from dstrain.distillation.config import OnPolicyConfig
 from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples, max_sample_length
-from dstrain.models.config import (
-    DecoderOnlyConfig,
-    DecoderOnlyStackConfig,
-    LearnedPosition,
-    LengthLimits,
-    PlainEmbedding,
-    VocabularySizes,
-)
+from dstrain.models.config import DecoderOnlyConfig, DecoderOnlyStackConfig, LengthLimits, PlainEmbedding, VocabularySizes
 from dstrain.models.factory import build_model
+from dstrain.models.position_config import LearnedPosition
 from dstrain.protocols import Generative, Ranks
 from dstrain.seeding import derive_seed
 from tests.batches import collate

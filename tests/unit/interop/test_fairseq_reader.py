@@ -22,15 +22,8 @@ from dstrain.interop.fairseq.checkpoint import (
 )
 from dstrain.interop.fairseq.command_line.flags import WITHOUT
 from dstrain.interop.fairseq.lora import convert_adapted
-from dstrain.models.config import (
-    DecoderStackConfig,
-    EncoderDecoderConfig,
-    NoPosition,
-    PlainEmbedding,
-    RotaryPosition,
-    StackConfig,
-    YarnScaling,
-)
+from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, PlainEmbedding, StackConfig
+from dstrain.models.position_config import NoPosition, RotaryPosition, YarnScaling
 from tests.paths import GOLDEN, needs_golden
 from tests.unit.interop.fairseq_checkpoints import NORMS, SMALL, dictionaries, small_weights
 

@@ -12,16 +12,13 @@ from dstrain.models.config import (
     DecoderOnlyConfig,
     DecoderStackConfig,
     EncoderDecoderConfig,
-    LearnedPosition,
     ModelConfig,
-    NoPosition,
     PlainEmbedding,
-    PositionConfig,
-    SinusoidalPosition,
     StackConfig,
     VocabularySizes,
 )
 from dstrain.models.factory import Model, Projections, build_model
+from dstrain.models.position_config import LearnedPosition, NoPosition, PositionConfig, SinusoidalPosition
 
 VOCABULARY = VocabularySizes(source=41, target=41)
 POSITIONS: list[PositionConfig] = [SinusoidalPosition(), LearnedPosition(), NoPosition()]

@@ -8,8 +8,10 @@ from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
 from dstrain.models import config as configurations
-from dstrain.models.config import DecoderOnlyConfig, DynamicYarnScaling, EncoderDecoderConfig, ModelConfig
+from dstrain.models import position_config
+from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig, ModelConfig
 from dstrain.models.factory import build_model
+from dstrain.models.position_config import DynamicYarnScaling
 from dstrain.models.weights import to_canonical
 from tests.batches import decoder_hidden
 from tests.unit.models.build import VOCABULARY, sequences
@@ -82,6 +84,8 @@ COMMON: list[tuple[Tree, Tree]] = [
         {"position": {"kind": "rotary", "scaling": {"kind": "linear", "factor": 2.0}}},
         {"position": {"scaling": {"factor": 3.0}}},
     ),
+    ({"position": {"kind": "rotary"}}, {"position": {"scaling": {"kind": "ntk", "factor": 2.0}}}),
+    ({"position": {"kind": "rotary", "scaling": {"kind": "ntk", "factor": 2.0}}}, {"position": {"scaling": {"factor": 3.0}}}),
     ({"position": {"kind": "rotary"}}, {"position": {"scaling": {"kind": "dynamic_ntk", "original_length": 3}}}),
     *[
         (
@@ -188,9 +192,15 @@ def test_every_field_was_changed() -> None:
     for base, first, second in CASES:
         start = changed(base, first)
         seen |= differences(read(base), read(start)) | differences(read(start), read(changed(start, second)))
-    classes = [kind for kind in vars(configurations).values() if isinstance(kind, type) and issubclass(kind, BaseModel)]
-    parts = [kind for kind in classes if kind.__module__ == configurations.__name__ and not kind.__subclasses__()]
-    parts += [configurations.StackConfig, configurations.YarnScaling]
+    modules = (configurations, position_config)
+    classes = [
+        kind
+        for module in modules
+        for kind in vars(module).values()
+        if isinstance(kind, type) and issubclass(kind, BaseModel) and kind.__module__ == module.__name__
+    ]
+    parts = [kind for kind in classes if not kind.__subclasses__()]
+    parts += [configurations.StackConfig, position_config.YarnScaling]
     wanted = {(kind.__name__, field) for kind in parts for field in kind.model_fields if field != "kind"}
     kinds = {(kind.__name__, "kind") for kind in parts if "kind" in kind.model_fields}
     bases = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dstrain.batch import Sequences
-from dstrain.models.config import RotaryPosition
+from dstrain.models.position_config import RotaryPosition
 from dstrain.models.rotary import build_rotary
 from dstrain.nn.attention import CrossAttention, SelfAttention
 from dstrain.nn.attention_bias import AttentionBias, AttentionContext

@@ -12,6 +12,7 @@ from dstrain.ops.rotary import (
     compute_cos_sin,
     inverse_frequencies,
     ntk_theta,
+    stretched_theta,
     yarn_attention_scaling,
     yarn_inv_freq,
 )
@@ -52,6 +53,12 @@ def test_ntk_changes_nothing_up_to_the_original_length() -> None:
     expected = [10000 * (2 * length / 16 - 1) ** (8 / 6) for length in (17, 64)]
     assert bases[2:].tolist() == pytest.approx(expected, rel=1e-6)
     assert ntk_theta(10000.0, 2, 1.0, 4, torch.tensor([9])).isfinite().all()
+
+
+def test_a_stretched_base_slows_the_slowest_pair_by_the_factor_and_keeps_the_fastest() -> None:
+    plain, stretched = (inverse_frequencies(8, theta) for theta in (10000.0, stretched_theta(10000.0, 8, 4.0)))
+    assert (plain / stretched)[[0, -1]].tolist() == pytest.approx([1.0, 4.0])
+    assert stretched_theta(10000.0, 2, 4.0) > 1
 
 
 def test_yarn_pair_by_pair() -> None:
