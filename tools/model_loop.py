@@ -8,6 +8,7 @@ engine, no data, no logging. Prints one line of JSON like `bare_loop.py`; `--pro
 
 import argparse
 import json
+from itertools import count
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from dstrain.batch import Batch
 from dstrain.data.batching.collate import Collator
 from dstrain.models.config import VocabularySizes
 from dstrain.models.factory import build_model
+from dstrain.nn.dropout import seed_masks
 from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.train_module import TrainModule
 from dstrain.recipe_file import load_recipe
@@ -46,7 +48,10 @@ def main() -> None:
     module = TrainModule(model, build_cross_entropy(recipe.objective)).train()
     optimizer = torch.optim.Adam(module.parameters(), 5e-4, betas=(0.9, 0.98), fused=True)
 
+    numbers = count()
+
     def step() -> None:
+        seed_masks(1, next(numbers))
         batch = random_batch()
         (module(batch).loss_sum / batch.num_targets).backward()
         optimizer.step()

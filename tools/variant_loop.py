@@ -23,6 +23,7 @@ from torch import nn
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.nn.attention import CrossAttention, SelfAttention
+from dstrain.nn.dropout import seed_masks
 from dstrain.nn.embedding import Projection
 from dstrain.nn.linear import FusedLinear, Linear
 from dstrain.objectives.build import build_cross_entropy
@@ -132,6 +133,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    seed_masks(1, 0)
     keep_freed_memory()
     recipe = load_recipe(args.recipe)
     loops = {name: Loop(recipe, VARIANTS[name], args.length) for name in dict.fromkeys(["baseline", *args.only])}
