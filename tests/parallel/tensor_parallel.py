@@ -31,8 +31,10 @@ from dstrain.parallel import group as group_module
 from dstrain.parallel.mesh import Mesh, build_mesh
 from dstrain.recipe import ObjectiveConfig
 from tests.batches import collate
-from tests.parallel.distilling import TEACHER, queues, share, teacher
+from tests.parallel import on_policy
+from tests.parallel.distilling import TEACHER, held, queues, share, teacher
 from tests.parallel.setting import VOCABULARY, load, padded, save, sentences
+from tests.parallel.stored_signals import StoredSignals
 
 Report = dict[str, Any]
 STACK: Report = {"depth": 2, "num_heads": 4, "ffn_dim": 48}
@@ -66,10 +68,15 @@ MODELS: dict[str, Report] = {
 LORA: Report = {"rank": 3, "alpha": 6, "targets": ["*"]}
 
 
-def _curve(*, steps: int = 3, parts: int = 4, **options: Any) -> Report:
+def _curve(*, steps: int = 20, parts: int = 2, **options: Any) -> Report:
     engine = _engine(**options)
-    reports = [asdict(engine.train_step(*_share(engine, step, parts))) for step in range(steps)]
+    if options.get("objective", {}).get("on_policy"):
+        reports = on_policy.train(engine.mesh, engine, 0, steps)
+    else:
+        reports = [asdict(engine.train_step(*_share(engine, step, parts))) for step in range(steps)]
     report = {"reports": reports, "queues": queues(engine), "validated": _validated(engine), **_outputs(engine)}
+    signals = getattr(engine.module.objective, "signals", None)
+    report["held"] = [held(one) for one in signals.teachers] if isinstance(signals, TeacherSignals) else []
     engine.close()
     return report
 
@@ -118,10 +125,13 @@ def _engine(
     adapter: Report | None = None,
     objective: Report | None = None,
     teachers: Sequence[str] = (),
+    store: Report | None = None,
     dropout: float = 0.0,
     checkpointing: Any = "none",
+    tiles: int = 1,
 ) -> TrainEngine:
-    """teachers: placement of each. objective: its section. dropout: of what the ranks of a group have in common."""
+    """teachers: placement of each. store: the method by which the teacher's signal is kept. objective: its section. dropout: of
+    what the ranks of a group have in common."""
     mesh = _mesh(tensor)
     config: Any = TypeAdapter(ModelConfig).validate_python({**MODELS[model], "dropout": dropout})
     engines = [teacher(mesh, seed=3 + number, placement=placement) for number, placement in enumerate(teachers)]
@@ -134,11 +144,15 @@ def _engine(
         weights = _Trained(inject(built, settings, TensorSource(base), seed=5))
         freeze(built, settings)
     return TrainEngine(
-        TrainModule(built, *_objective(objective or {}, config, engines)),
+        TrainModule(built, *_objective(objective or {}, config, engines, store)),
         optimizer=AdamConfig(learning_rate=0.005, kind=kind, weight_decay=0.1),
         schedule=ConstantSchedule(warmup_steps=2),
         engine=EngineConfig(
-            deepspeed=deepspeed, precision=precision, clip_norm=clip_norm, activation_checkpointing=checkpointing
+            deepspeed=deepspeed,
+            precision=precision,
+            clip_norm=clip_norm,
+            activation_checkpointing=checkpointing,
+            feed_forward_tiles=tiles,
         ),
         ema=EmaConfig(decay=0.7) if ema else None,
         seed=7,
@@ -164,12 +178,13 @@ class _Trained:
         return tensor + 0.02 * torch.arange(tensor.numel()).sin().view_as(tensor) if name.endswith("lora_b") else tensor
 
 
-def _objective(section: Report, config: Any, engines: list[Any]) -> tuple[Any, ...]:
+def _objective(section: Report, config: Any, engines: list[Any], store: Report | None) -> tuple[Any, ...]:
     parsed: Any = TypeAdapter(ObjectiveConfig).validate_python({"kind": "cross_entropy", "chunk_tokens": 16, **section})
     if parsed.kind == "cross_entropy":
         return (build_cross_entropy(parsed),)
     plans = plan_features(parsed, config, [TEACHER] * len(engines))
-    return build_distillation(parsed, TeacherSignals(engines), features=plans, seed=5), CrossEntropy(CrossEntropyConfig())
+    signals = TeacherSignals(engines) if store is None else StoredSignals(*engines, store, VOCABULARY.target)
+    return build_distillation(parsed, signals, features=plans, seed=5), CrossEntropy(CrossEntropyConfig())
 
 
 def tensor_runs(mesh: Mesh, *, cases: list[Report], leg: Report, shards: str) -> Report:

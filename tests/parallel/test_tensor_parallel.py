@@ -1,12 +1,13 @@
-"""Tensor parallelism changes nothing: losses, norms, weights and generation of one process, for every variant and objective."""
+"""Tensor parallelism changes nothing: 20 losses and norms, weights and generation of one process, by variant and objective."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.parallel.launch import run_ranks
+from tests.parallel.on_policy import OBJECTIVE as ON_POLICY
 
+pytestmark = pytest.mark.timeout(900)
 STAGES = ("zero1", "zero3", "zero0", "zero2")
 SELECTIVE = {"kind": "global", "rate": 0.5, "queue_size": 150}
 FEATURES = [
@@ -16,12 +17,14 @@ FEATURES = [
 ]
 
 
-def distillation(divergence: str, **section: Any) -> dict[str, Any]:
-    return {"objective": {"kind": "distillation", "divergence": {"kind": divergence}, **section}, "teachers": ["replicated"]}
+def distillation(divergence: str, *, store: dict[str, Any] | None = None, **section: Any) -> dict[str, Any]:
+    objective = {"kind": "distillation", "divergence": {"kind": divergence}, **section}
+    return {"objective": objective, "teachers": ["replicated"], "store": store}
 
 
+PLAIN: dict[str, Any] = {"clip_norm": 0.5, "ema": True, "objective": {"label_smoothing": 0.1}}
 CASES: dict[str, dict[str, Any]] = {
-    "plain": {"clip_norm": 0.5, "ema": True, "objective": {"label_smoothing": 0.1}},
+    "plain": {**PLAIN, "parts": 4},
     "rotary": {"model": "rotary", "clip_norm": 0.5},
     "alibi": {"model": "alibi", "clip_norm": 0.5},
     "untied": {"model": "untied", "kind": "stable_adamw", "clip_norm": 0.5},
@@ -33,6 +36,11 @@ CASES: dict[str, dict[str, Any]] = {
     "jensen_shannon": {**distillation("jensen_shannon"), "teachers": ["replicated", "replicated"]},
     "total_variation": distillation("total_variation"),
     "skew_kl": {**distillation("skew_kl"), "model": "alibi"},
+    "log_probs": distillation("jensen_shannon", temperature=2.0, store={"kind": "dense"}),
+    "top_k": distillation("reverse_kl", temperature=2.0, store={"kind": "topk", "k": 6, "temperature": 2.0}, selection=SELECTIVE),
+    "samples": distillation("forward_kl", label_smoothing=0.1, store={"kind": "sample", "draws": 12}),
+    "on_policy": distillation("reverse_kl", **ON_POLICY),
+    "bf16": {**PLAIN, "precision": "bf16"},
 }
 LEGS: list[dict[str, Any]] = [
     {"tensor": 2, "deepspeed": "zero1"},
@@ -41,8 +49,16 @@ LEGS: list[dict[str, Any]] = [
 ]
 """On 2, 1 and 4 ranks, two steps each."""
 ALL_LEGS = {"model": "untied", "clip_norm": 0.5, "ema": True}
-FOUR = {"untied": 2, "alibi": 4, "forward_kl": 2, "lora": 4}
-"""Tensor ranks of the cases on four ranks."""
+FOUR = {
+    "rotary": (2, "zero3"),
+    "untied": (2, "zero1"),
+    "forward_kl": (2, "zero3"),
+    "alibi": (4, "zero3"),
+    "lora": (4, "zero1"),
+}
+"""Tensor ranks and ZeRO stage of the cases on four ranks."""
+BF16_ROUNDING = 2.0**-8
+"""Half the distance of two neighbors, relative."""
 
 Results = dict[str, Any]
 
@@ -53,23 +69,35 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     directory = tmp_path_factory.mktemp("tensor")
     model = {**ALL_LEGS, "model": "plain"}
 
-    def run(world_size: int, number: int, cases: dict[str, dict[str, Any]]) -> Results:
+    def run(world_size: int, number: int, cases: dict[str, dict[str, Any]], **others: list[Any]) -> Results:
         leg = {**model, **LEGS[number], "first": 2 * number, "last": 2 * number + 2}
-        reports = run_ranks(
-            "tensor_runs", world_size, directory, cases=list(cases.values()), leg=leg, shards=f"{directory}/shards"
-        )
-        return {"cases": [dict(zip(cases, report["cases"], strict=True)) for report in reports], "leg": reports[0]["leg"]}
+        runs = ["tensor_runs", {"cases": list(cases.values()), "leg": leg, "shards": f"{directory}/shards"}]
+        reports = run_ranks("several", world_size, directory, scenarios={"runs": runs, **others}, timeout=600)
+        return {
+            "cases": [dict(zip(cases, report["runs"]["cases"], strict=True)) for report in reports],
+            "leg": reports[0]["runs"]["leg"],
+            **{name: [report[name] for report in reports] for name in others},
+        }
 
     two = {name: {**case, "tensor": 2, "deepspeed": STAGES[number % 4]} for number, (name, case) in enumerate(CASES.items())}
     two["reverse_kl"]["teachers"] = ["sharded"]
     two["rotary"]["checkpointing"], two["r_drop"]["checkpointing"] = "full", "selective"
-    four = {name: {**CASES[name], "tensor": tensor, "deepspeed": "zero3"} for name, tensor in FOUR.items()}
-    straight = {"straight": {**model, "steps": 6}}
-    return {"two": run(2, 0, two), "one": run(1, 1, {**CASES, **straight}), "four": run(4, 2, four)}
+    two["alibi"]["tiles"] = 3
+    two |= {f"data {stage}": {**CASES["rotary"], "deepspeed": stage} for stage in STAGES}
+    two["data zero3"]["tiles"] = 3
+    four = {name: {**CASES[name], "tensor": tensor, "deepspeed": stage} for name, (tensor, stage) in FOUR.items()}
+    four["forward_kl"]["teachers"] = ["sharded"]
+    straight = {"straight": {**model, "steps": 6, "parts": 4}}
+    others = {
+        "collectives": ["tensor_collectives", {"tensor": 2}],
+        "faults": ["tensor_faults", {"tensor": 2, "stages": ["zero0", "zero1", "zero3"]}],
+    }
+    return {"two": run(2, 0, two, **others), "one": run(1, 1, {**CASES, **straight}), "four": run(4, 2, four)}
 
 
 def assert_same(result: Results, expected: Results) -> None:
     for report, single in zip(result["reports"], expected["reports"], strict=True):
+        assert report.get("samples") == single.get("samples")
         assert report["loss"] == pytest.approx(single["loss"], rel=1e-6)
         assert report["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-5)
     assert result["validated"] == pytest.approx(expected["validated"], rel=1e-6)
@@ -84,10 +112,41 @@ def assert_same(result: Results, expected: Results) -> None:
         assert norm == pytest.approx(expected["weights"][name][1], rel=1e-4, abs=1e-5), name
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name != "bf16"])
 def test_two_tensor_ranks_equal_one_process(results: Results, name: str) -> None:
     for rank in results["two"]["cases"]:
         assert_same(rank[name], results["one"]["cases"][0][name])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_data_ranks_of_a_decoder_equal_one_process(results: Results, stage: str) -> None:
+    for rank in results["two"]["cases"]:
+        assert_same(rank[f"data {stage}"], results["one"]["cases"][0]["rotary"])
+
+
+@pytest.mark.parametrize(("ranks", "name"), [("two", "reverse_kl"), ("four", "forward_kl")])
+def test_a_teacher_beside_tensor_ranks_is_sharded_over_all_ranks(results: Results, ranks: str, name: str) -> None:
+    whole = results["one"]["cases"][0][name]["held"][0]
+    held = [rank[name]["held"][0] for rank in results[ranks]["cases"]]
+    assert whole <= sum(held) < 1.3 * whole, "small tensors, such as norms, are whole on every rank"
+    assert max(held) < {"two": 0.65, "four": 0.33}[ranks] * whole
+
+
+def test_bf16_moves_by_its_rounding(results: Results) -> None:
+    """A sum over ranks rounds each part: once more for every logit, and so at most once for their mean; norms four times."""
+    (single,) = results["one"]["cases"]
+    for rank in results["two"]["cases"]:
+        for found, expected, full in zip(
+            *(case["reports"] for case in (rank["bf16"], single["bf16"], single["plain"])), strict=True
+        ):
+            assert found["loss"] == pytest.approx(expected["loss"], rel=BF16_ROUNDING)
+            assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=4 * BF16_ROUNDING)
+            assert found["loss"] != full["loss"]
+
+
+def test_clipping_by_the_norm_of_all_ranks_is_active(results: Results) -> None:
+    for name in ("plain", "rotary", "alibi", "untied"):
+        assert results["one"]["cases"][0][name]["reports"][0]["grad_norm"] > 2 * CASES[name]["clip_norm"]
 
 
 @pytest.mark.parametrize("name", FOUR)
@@ -108,10 +167,10 @@ def test_a_curve_goes_on_with_other_numbers_of_tensor_ranks(results: Results) ->
     ]
 
 
-def test_collectives_are_few(tmp_path: Path) -> None:
+def test_collectives_are_few(results: Results) -> None:
     """A sublayer sums once in forward, and once in backward for each map that reads a common input; a chunk of the loss once."""
     chunks = -(-84 // 16)
-    for counts in run_ranks("tensor_collectives", 2, tmp_path, tensor=2):
+    for counts in results["two"]["collectives"]:
         layers, embeddings, loss = 2 * (2 + 3), 2, chunks + 1
         assert counts["plain"][0] == layers + embeddings + loss
         assert counts["plain"][1] - counts["plain"][0] == 2 * (2 + 4)
@@ -119,9 +178,9 @@ def test_collectives_are_few(tmp_path: Path) -> None:
         assert counts["rotary"][1] - counts["rotary"][0] == 2 * 2
 
 
-def test_a_gradient_that_is_not_finite_on_one_tensor_rank_stops_all(tmp_path: Path) -> None:
-    for rank in run_ranks("tensor_faults", 2, tmp_path, tensor=2, stages=["zero0", "zero1", "zero3"]):
+def test_a_gradient_that_is_not_finite_on_one_tensor_rank_stops_all(results: Results) -> None:
+    for rank in results["two"]["faults"]:
         for report in rank:
-            assert "not finite" in report["error"] or "is nan" in report["error"]
+            assert ("step 2:" in report["error"] and "not finite" in report["error"]) or "is nan" in report["error"]
             assert report["step"] == 1
             assert report["unchanged"]
