@@ -8,6 +8,8 @@ cli     `dstrain train translation/multi30k_tiny` on the real corpus with data p
 
 One thread each, fp32. The loops take turns in processes of their own; ratios are taken within a round, and the median counts.
 
+`--stages zero0 zero1 ...` repeats `cli` under these files of ds_configs/.
+
 `--variants` compares variants of the architecture instead: see tools/variant_loop.py.
 
     DSTRAIN_DATA=... python tools/bench_train.py [--rounds 5] [--loops bare model cli] [--data DATA] [--set a.b=c ...]
@@ -81,9 +83,10 @@ def prepared(directory: Path) -> Path:
 
 
 def measure(loop: str, steps: int, data: Path, overrides: list[str]) -> float:
-    """Target tokens per CPU-second of one loop."""
-    if loop == "cli":
-        return train_verb(max(steps, 10) // 10 * 10, data, overrides)
+    """Target tokens per CPU-second of one loop; `cli zero3` is `cli` under that file."""
+    if loop.startswith("cli"):
+        stage = [f"engine.deepspeed={name}" for name in loop.split()[1:]]
+        return train_verb(max(steps, 10) // 10 * 10, data, [*overrides, *stage])
     return random_loop(f"{loop}_loop.py", steps)
 
 
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=20, help="measured steps of a loop in a round")
     parser.add_argument("--loops", nargs="+", choices=LOOPS, default=list(LOOPS))
+    parser.add_argument("--stages", nargs="+", default=[], metavar="NAME", help="files of ds_configs/ for `cli`, each in turn")
     parser.add_argument("--data", type=Path, help="an already prepared DATA directory; default: prepare one from $DSTRAIN_DATA")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", dest="overrides", help="for `dstrain train`")
     parser.add_argument("--variants", nargs="+", type=int, metavar="LENGTH", help="variant_loop.py at these lengths instead")
@@ -103,17 +107,21 @@ def main() -> None:
             subprocess.run(command, env=ENVIRONMENT, check=True)
         return
 
+    stages = [f"cli {name}" for name in args.stages]
+    loops = [loop for loop in args.loops if loop != "cli" or not stages] + stages
     with tempfile.TemporaryDirectory() as directory:
-        data = args.data or (prepared(Path(directory) / "data") if "cli" in args.loops else Path(directory))
+        needs_data = any(loop.startswith("cli") for loop in loops)
+        data = args.data or (prepared(Path(directory) / "data") if needs_data else Path(directory))
         rounds = []
         for number in range(1, args.rounds + 1):
-            rounds.append({loop: measure(loop, args.steps, data, args.overrides) for loop in args.loops})
+            rounds.append({loop: measure(loop, args.steps, data, args.overrides) for loop in loops})
             print(f"round {number}: " + ", ".join(f"{loop} {speed:,.0f}" for loop, speed in rounds[-1].items()), flush=True)
-    for loop in args.loops:
-        line = f"{loop:6s}{statistics.median(speeds[loop] for speeds in rounds):7,.0f} target tokens per CPU-second"
-        if "bare" in args.loops and loop != "bare":
-            ratios = [speeds[loop] / speeds["bare"] for speeds in rounds]
-            line += f", {statistics.median(ratios):.2f} x bare (from {min(ratios):.2f} to {max(ratios):.2f})"
+    for loop in loops:
+        line = f"{loop:10s}{statistics.median(speeds[loop] for speeds in rounds):7,.0f} target tokens per CPU-second"
+        for base in ("bare", "model", *stages[:1]):
+            if base in loops and loop != base:
+                ratios = [speeds[loop] / speeds[base] for speeds in rounds]
+                line += f", {statistics.median(ratios):.2f} x {base} (from {min(ratios):.2f} to {max(ratios):.2f})"
         print(line)
 
 
