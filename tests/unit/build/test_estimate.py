@@ -66,28 +66,42 @@ def test_what_fits_nowhere_is_shown_and_ends_with_1(capsys: pytest.CaptureFixtur
     assert out.splitlines()[-1].startswith("recommended: none; no layout on 8 GPUs fits: the smallest needs ")
 
 
+FILES = ["--set", "data.tokenizer={kind: sentencepiece_files, source_model: no.model}"]
+SLICED = ["--gpus-per-node", "3", "--set", "engine.parallel.tensor=2"]
+
+
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "message", "mended"),
     [
         (
-            [TINY, "--gpus-per-node", "3", "--set", "engine.parallel.tensor=2"],
+            SLICED,
             "tensor = 2 times sequence = 1 does not divide the 3 GPUs of --nodes 1 --gpus-per-node 3; choose other numbers",
+            [*SLICED, "--nodes", "2"],
         ),
         (
-            [TINY, "--set", "data.tokenizer={kind: sentencepiece_files, source_model: no.model}"],
-            "data.tokenizer.kind = sentencepiece_files does not say how many entries the vocabulary has; give --data DATA",
+            FILES,
+            "data.tokenizer.kind = sentencepiece_files does not say how many entries the vocabulary has; give --data DATA, which "
+            "`dstrain prepare` wrote, or --vocab-size N",
+            [*FILES, "--vocab-size", "900"],
         ),
-        ([TINY, "--data", "nowhere"], "nowhere/manifest.json is missing"),
-        ([TINY, "--data", "nowhere", "--vocab-size", "9"], "--vocab-size says what --data knows: leave one of them out"),
-        ([TINY, "--teacher", "nowhere"], "objective.kind = cross_entropy has no use for a teacher: leave --teacher out"),
-        ([TINY, "--set", "engine.deepspeed=zero9"], "engine.deepspeed: no DeepSpeed configuration 'zero9'"),
-        ([TINY, "--set", "model.model_dim=7"], "num_heads"),
+        (
+            ["--data", "no", "--vocab-size", "9"],
+            "--vocab-size says what --data knows: leave one of them out",
+            ["--vocab-size", "9"],
+        ),
+        (["--teacher", "no"], "objective.kind = cross_entropy has no use for a teacher: leave --teacher out", []),
+        (["--set", "engine.deepspeed=zero9"], "engine.deepspeed: no DeepSpeed configuration 'zero9'", []),
+        (["--set", "model.model_dim=7"], "num_heads", []),
+        (["--data", "nowhere"], "nowhere/manifest.json is missing", []),
     ],
 )
-def test_mistakes_are_said(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
-    code, _, err = run(capsys, *words)
+def test_mistakes_are_said_and_mended(
+    capsys: pytest.CaptureFixture[str], words: list[str], message: str, mended: list[str]
+) -> None:
+    code, _, err = run(capsys, TINY, *words)
     assert code == 1
     assert message in err
+    assert run(capsys, TINY, *mended)[0] == 0
 
 
 def test_no_gpus_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -122,22 +136,34 @@ def test_an_adapter_trains_little_and_a_file_of_ones_own_is_read(tmp_path: Path)
     assert adapted.memory.states.optimizer < 0.1 * plain.memory.states.optimizer
 
 
-@pytest.mark.parametrize(("capacity", "warned"), [(64 * 2**30, False), (2**20, True)])
-def test_a_training_says_its_memory_and_warns(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, capacity: int, warned: bool
-) -> None:
-    monkeypatch.setattr(module, "device_memory", lambda device: capacity)
-    setup_logging()
+def said(capsys: pytest.CaptureFixture[str], *changes: str) -> str:
+    """By a training on this process."""
     lengths = np.array([12, 14])
     train = SimpleNamespace(source_lengths=lengths, target_lengths=lengths + 1)
     data = SimpleNamespace(train=train, vocabulary=VocabularySizes(source=8000, target=8000))
-    plan: Any = SimpleNamespace(recipe=load_recipe(TINY), data=data, objective=SimpleNamespace(models=()))
+    plan: Any = SimpleNamespace(recipe=load_recipe(TINY, changes), data=data, objective=SimpleNamespace(models=()))
     mesh, start = build_mesh("cpu"), time.process_time()
     log_memory(plan, TeacherOptions(), mesh)
     assert time.process_time() - start < 0.3
-    err = capsys.readouterr().err
-    assert "  memory    about 0." in err
-    assert ("lower batching.max_tokens = 4096, set engine.activation_checkpointing: full" in err) == warned
+    return capsys.readouterr().err
+
+
+def test_a_training_says_its_memory_and_warns_unless_a_remedy_is_followed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup_logging()
+    plain = said(capsys)
+    assert "  memory    about 0." in plain
+    assert "WARNING" not in plain
+    gib = float(plain.partition("about ")[2].split()[0])
+    monkeypatch.setattr(module, "device_memory", lambda device: int(gib * 2**30))
+    warned = said(capsys)
+    assert (
+        f"a rank needs about {gib:.3f} GiB, and its share of the machine has {gib:.3f}: lower batching.max_tokens = 4096"
+        in warned
+    )
+    for remedy in ("batching.max_tokens=1024", "engine.activation_checkpointing=full"):
+        assert "WARNING" not in said(capsys, remedy)
 
 
 def test_the_memory_of_a_machine_is_shared_by_its_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

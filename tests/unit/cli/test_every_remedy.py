@@ -145,6 +145,21 @@ ELSEWHERE = {
     "lower optimizer.learning_rate, set engine.clip_norm, or use engine.precision: bf16": (
         "e2e/test_journey.py::test_a_change_that_is_accepted_acts_from_the_resume_on_and_is_in_the_events"
     ),
+    "does not divide the {} GPUs of --nodes {} --gpus-per-node {}; choose other numbers": (
+        "unit/build/test_estimate.py::test_mistakes_are_said_and_mended"
+    ),
+    "--vocab-size says what --data knows: leave one of them out": (
+        "unit/build/test_estimate.py::test_mistakes_are_said_and_mended"
+    ),
+    "does not say how many entries the vocabulary has; give --data DATA": (
+        "unit/build/test_estimate.py::test_mistakes_are_said_and_mended"
+    ),
+    "objective.kind = {} has no use for a teacher: leave --teacher out": (
+        "unit/build/test_estimate.py::test_mistakes_are_said_and_mended"
+    ),
+    "or start more ranks; `dstrain estimate` recommends a layout": (
+        "unit/build/test_estimate.py::test_a_training_says_its_memory_and_warns_unless_a_remedy_is_followed"
+    ),
 }
 """Part of a message -> the test that follows its remedy with more than a call: ranks, training, damage, foreign checkpoints."""
 NOT_HERE = {
@@ -157,6 +172,7 @@ NOT_HERE = {
 """Part of a message -> why its remedy cannot be followed in a test."""
 NO_REMEDY = {
     "--set": "the name of an option",
+    "--set {}={}": "a part of the layout that `dstrain estimate` recommends",
     "job of `dstrain prepare`": "the name of a document",
     "job of `dstrain dump-logits`": "the name of a document",
     "data.train.{} is text without a source (kind: {})": "the first half of a message; its remedy is that of the objective",
