@@ -202,6 +202,7 @@ def layout_of(recipe: Recipe, size: ModelSize, *, ranks: int, device: DeviceKind
         sharding=Sharding.of(engine, replicas=ranks // engine.parallel.tensor, size=size),
         device=device,
         packed=engine.layout == "packed" or (engine.layout == "auto" and device == "cuda"),
+        tiles=engine.feed_forward_tiles,
     )
 
 

@@ -63,6 +63,7 @@ class _Stack:
     alibi: bool
     checkpointed: bool
     packed: bool
+    tiles: int
 
     @property
     def width(self) -> float:
@@ -140,11 +141,15 @@ class _Stack:
         return inner * (1 if keeps_result and not dropout else 2) + mask
 
     def layer(self) -> float:
-        """All that a layer pass keeps without checkpointing."""
-        total = 2 * self.sublayer() + self.self_attention() + self.feed_forward()
+        """All that a layer pass keeps without checkpointing; a network that runs on parts keeps its input only."""
+        total = 2 * self.sublayer() + self.self_attention() + (self.feed_forward() if self.tiles == 1 else 0.0)
         if isinstance(self.stack, DecoderStackConfig):
             total += self.sublayer() + self.cross_attention(self.stack)
         return total
+
+    def tile(self) -> float:
+        """Of a part of the tokens, whose feed-forward network runs again in the backward pass."""
+        return self.feed_forward() / self.tiles if self.tiles > 1 else 0.0
 
     def products(self) -> float:
         """What `selective` keeps of a layer pass: its input, and results of matrix products, attention and collectives."""
@@ -169,11 +174,11 @@ class _Stack:
         """Gradients beside what a layer keeps: of the feed-forward network, its output, input and inner features; or later of
         attention, if its kernel writes scores."""
         heads, dim = self.stack.num_heads / self.tensor, self.parts.model_dim / self.tensor
-        gradients = 2 * self.width + 2 * self.inner
+        gradients = 2 * self.width + 2 * self.inner / self.tiles
         if self.kernel(self.stack.num_kv_heads or self.stack.num_heads, self.length) == "fused":
             return gradients
         scores = 4 * self.tokens * (heads * max(self.length, self.source) + 4 * dim)
-        return max(gradients, scores - self.feed_forward())
+        return max(gradients, scores - (self.feed_forward() if self.tiles == 1 else 0.0))
 
     def bias(self, *, causal: bool, padded: bool) -> float:
         """What is added to attention scores, if a kernel or a layer's second pass needs it; and the tables of rotation."""
@@ -228,7 +233,7 @@ def activations(workload: Workload, layout: ParallelLayout, *, padded: bool = Tr
     share = workload.passes / layout.sequence
     return Activations(
         kept=share * (outside + sum(kept for kept, _, _ in pairs)),
-        recomputed=max(again for _, again, _ in pairs) / layout.sequence,
+        recomputed=max(again + stack.tile() for (_, again, _), stack in zip(pairs, stacks, strict=True)) / layout.sequence,
         backward=max(stack.backward() for stack in stacks) / layout.sequence,
         host=share * sum(host for _, _, host in pairs),
     )
@@ -254,6 +259,7 @@ def _stacks(workload: Workload, layout: ParallelLayout, batch: MicroBatch) -> li
             alibi=alibi,
             checkpointed=layout.checkpointing != "none",
             packed=layout.packed,
+            tiles=layout.tiles,
         )
 
     alibi = model.position.kind == "alibi"

@@ -8,6 +8,7 @@ more, depending on its blocks: attention is an upper bound there.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from dstrain.estimate.loss import has_output_map, projection_dim
 from dstrain.estimate.workload import MicroBatch, ParallelLayout, Workload
@@ -45,18 +46,22 @@ class Flops:
 def flops(workload: Workload, layout: ParallelLayout) -> Flops:
     """Of one micro-batch."""
     batch, model, trains = MicroBatch.of(workload, layout), workload.model, workload.adapter is None
-    layers, attention = _stack_flops(model, batch)
+    own = _stacks_flops(model, batch)
     scored, backward = batch.scored(workload), 3 if trains else 2
     projection = 2 * scored * workload.vocabulary.target * projection_dim(model)
     teachers = 0.0
     for teacher in workload.teachers:
-        teachers += sum(_stack_flops(teacher.model, batch)) + _outside(teacher.model, batch, scored)
+        other = _stacks_flops(teacher.model, batch)
+        teachers += other.linear + other.attention + _outside(teacher.model, batch, scored)
         teachers += 2 * scored * teacher.vocabulary.target * projection_dim(teacher.model)
+    again = own.linear + own.attention if layout.checkpointing in ("full", "offload") else 0.0
+    if layout.tiles > 1:
+        again += own.feed_forward
     passes = workload.passes
     return Flops(
-        layers=passes * layers,
-        attention=passes * attention,
-        again=passes * (layers + attention) if layout.checkpointing in ("full", "offload") else 0.0,
+        layers=passes * own.linear,
+        attention=passes * own.attention,
+        again=passes * again,
         outside=passes * backward * _outside(model, batch, scored),
         loss=passes * backward * projection,
         teachers=teachers,
@@ -64,25 +69,32 @@ def flops(workload: Workload, layout: ParallelLayout) -> Flops:
     )
 
 
-def _stack_flops(model: ModelConfig, batch: MicroBatch) -> tuple[float, float]:
-    """Forward passes of all layers: linear maps, and products of attention."""
+class _StackFlops(NamedTuple):
+    """Of a forward pass of all layers. feed_forward: a part of `linear`."""
+
+    linear: float
+    attention: float
+    feed_forward: float
+
+
+def _stacks_flops(model: ModelConfig, batch: MicroBatch) -> _StackFlops:
     decoder = _layers(model.model_dim, model.decoder, batch, batch.target_tokens, batch.target)
     if model.kind == "decoder_only":
         return decoder
     encoder = _layers(model.model_dim, model.encoder, batch, batch.source_tokens, batch.source)
-    return encoder[0] + decoder[0], encoder[1] + decoder[1]
+    return _StackFlops(*map(sum, zip(encoder, decoder, strict=True)))
 
 
-def _layers(dim: int, stack: StackConfig, batch: MicroBatch, tokens: float, length: int) -> tuple[float, float]:
+def _layers(dim: int, stack: StackConfig, batch: MicroBatch, tokens: float, length: int) -> _StackFlops:
     share = (stack.num_kv_heads or stack.num_heads) / stack.num_heads
-    matrices = 3 if stack.feed_forward == "gated" else 2
-    linear = 2 * tokens * dim * ((2 + 2 * share) * dim + matrices * stack.ffn_dim)
+    feed_forward = 2 * tokens * dim * stack.ffn_dim * (3 if stack.feed_forward == "gated" else 2)
+    linear = 2 * tokens * dim * (2 + 2 * share) * dim + feed_forward
     attention = 4 * batch.rows * length**2 * dim
     if isinstance(stack, DecoderStackConfig):
         cross = (stack.num_cross_kv_heads or stack.num_heads) / stack.num_heads
         linear += 2 * dim * dim * (2 * tokens + 2 * cross * batch.source_tokens)
         attention += 4 * batch.rows * length * batch.source * dim
-    return stack.depth * linear, stack.depth * attention
+    return _StackFlops(stack.depth * linear, stack.depth * attention, stack.depth * feed_forward)
 
 
 def _outside(model: ModelConfig, batch: MicroBatch, scored: float) -> float:

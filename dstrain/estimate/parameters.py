@@ -13,6 +13,7 @@ from torch import nn
 from dstrain.adapters.config import AdapterConfig
 from dstrain.adapters.freeze import freeze
 from dstrain.adapters.lora import inject
+from dstrain.engine.construction import size_of
 from dstrain.engine.ds_config import ModelSize
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import build_model
@@ -54,8 +55,7 @@ class ParameterSizes:
             ParameterSize(each.numel(), each.ndim > 1, each.requires_grad, uses[each], each in in_layers)
             for each in model.parameters()
         ]
-        layers = [sum(each.numel() for each in layer.parameters(recurse=False)) for layer in model.modules()]
-        return cls(tuple(each), max(layers))
+        return cls(tuple(each), size_of(model).largest_layer)
 
     @property
     def total(self) -> int:

@@ -139,7 +139,12 @@ def candidates(workload: Workload, engine: EngineConfig, cluster: Cluster, files
     for tensor in divisors(cluster.gpus_per_node):
         if any(tensor_problems(workload.model, tensor)):
             continue
-        size = _sizes(workload, tensor).model_size
+        try:
+            size = _sizes(workload, tensor).model_size
+        except RecipeError:  # a vocabulary leaves a rank without entries
+            if tensor == 1:
+                raise
+            continue
         for sequence in _sequences(workload, cluster, tensor):
             replicas = cluster.ranks // tensor
             for name in files:
@@ -147,7 +152,7 @@ def candidates(workload: Workload, engine: EngineConfig, cluster: Cluster, files
                 for checkpointing in _MODES:
                     for max_tokens in _batch_sizes(workload, replicas // sequence):
                         layout = ParallelLayout(cluster.ranks, tensor, sequence, max_tokens, checkpointing, sharding)
-                        yield replace(layout, packed=engine.layout != "padded")
+                        yield replace(layout, packed=engine.layout != "padded", tiles=engine.feed_forward_tiles)
 
 
 def _sequences(workload: Workload, cluster: Cluster, tensor: int) -> Iterator[int]:

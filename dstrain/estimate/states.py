@@ -18,11 +18,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from dstrain.engine.ds_config import resolve_reader_config
 from dstrain.estimate.parameters import ParameterSizes, count_parameters
 from dstrain.estimate.workload import ELEMENT_BYTES, ParallelLayout, TeacherModel, Workload
-
-_TEACHER_LIVE, _TEACHER_PREFETCH = 50_000_000, 5_000_000
-"""Elements of a sharded teacher's parameters that are gathered (engine/teacher_engine.py)."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +102,7 @@ def teacher_bytes(teacher: TeacherModel, ranks: int) -> int:
     sizes, element = count_parameters(teacher.model, teacher.vocabulary), ELEMENT_BYTES[teacher.precision]
     if teacher.placement == "replicated":
         return element * sizes.total
-    live = min(sizes.total, max(_TEACHER_LIVE + _TEACHER_PREFETCH, 2 * sizes.largest_layer))
+    zero = resolve_reader_config(teacher.precision, ranks=ranks, size=sizes.model_size, offload=None)["zero_optimization"]
+    live = min(sizes.total, int(zero["stage3_max_live_parameters"] + zero["stage3_prefetch_bucket_size"]))
     own = 0 if teacher.placement == "offloaded" else sum(math.ceil(each.elements / ranks) for each in sizes.each)
     return element * (own + live)

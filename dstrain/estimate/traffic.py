@@ -97,15 +97,16 @@ def _tensor_parallel(workload: Workload, layout: ParallelLayout) -> Iterator[Tra
         return
     model, batch = workload.model, MicroBatch.of(workload, layout)
     count, passes = count_micro_batches(workload, layout), workload.passes
-    forward_again = 2 if layout.checkpointing in ("full", "offload") else 1
+    forward = 2 if layout.checkpointing in ("full", "offload") else 1
+    feed_forward = forward + (layout.tiles > 1)  # parts of the tokens run again in the backward pass
     maps = 1 if workload.adapter is None else 3  # separate projections sum their input's gradient each
     hidden = workload.element_bytes * model.model_dim / layout.sequence
     target, source = batch.target_tokens * hidden, batch.source_tokens * hidden
-    layers = model.decoder.depth * target * (2 * forward_again + maps + _up_maps(model.decoder, maps))
+    layers = model.decoder.depth * target * (forward + feed_forward + maps + _up_maps(model.decoder, maps))
     if isinstance(model.decoder, DecoderStackConfig):
-        layers += model.decoder.depth * (target * (forward_again + 1) + source * (1 if maps == 1 else 2))
+        layers += model.decoder.depth * (target * (forward + 1) + source * (1 if maps == 1 else 2))
     if model.kind == "encoder_decoder":
-        layers += model.encoder.depth * source * (2 * forward_again + maps + _up_maps(model.encoder, maps))
+        layers += model.encoder.depth * source * (forward + feed_forward + maps + _up_maps(model.encoder, maps))
     yield Transfer("layers", "tensor", "all_reduce", count * passes * layers)
     embedding = model.embedding
     widths = {

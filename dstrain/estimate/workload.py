@@ -152,7 +152,7 @@ class ParallelLayout:
     """How a workload is spread out.
 
     max_tokens: padded tokens of a micro-batch, which the ranks of a sequence group share. device: of the ranks. packed: whether
-    sequences stand one after another, not one a row.
+    sequences stand one after another, not one a row. tiles: parts of the tokens that a feed-forward network sees in turn.
     """
 
     ranks: int
@@ -163,6 +163,7 @@ class ParallelLayout:
     sharding: Sharding
     device: DeviceKind = "cuda"
     packed: bool = True
+    tiles: int = 1
 
     @property
     def replicas(self) -> int:

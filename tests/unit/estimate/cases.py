@@ -17,7 +17,7 @@ from dstrain.engine.construction import COMPUTE_DTYPES
 from dstrain.estimate.workload import ParallelLayout, Sharding, Workload
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.models.factory import Model, build_model
-from dstrain.nn.checkpointing import checkpoint_layers
+from dstrain.nn.checkpointing import checkpoint_layers, tile_feed_forward
 from dstrain.nn.dropout import seed_masks
 from dstrain.nn.position import SinusoidalPositions
 from dstrain.objectives.config import CrossEntropyConfig
@@ -104,7 +104,16 @@ class Case:
     """A model in training mode with a batch of equal sentences, and the workload and the layout that describe them."""
 
     def __init__(
-        self, name: str, precision: Any, *, rows: int, source: int, target: int, checkpointing: Any = "none", packed: bool = False
+        self,
+        name: str,
+        precision: Any,
+        *,
+        rows: int,
+        source: int,
+        target: int,
+        checkpointing: Any = "none",
+        packed: bool = False,
+        tiles: int = 1,
     ) -> None:
         config: Any = TypeAdapter(ModelConfig).validate_python(MODELS[name])
         source = source if config.kind == "encoder_decoder" else 1
@@ -114,7 +123,8 @@ class Case:
         self.batch: Batch = collate([pair] * rows, kind=config.kind, packed=PackedSize() if packed else None)
         self.objective = CrossEntropy(CrossEntropyConfig(chunk_tokens=CHUNK))
         self.workload = Workload(config, VOCABULARY, precision, "cross_entropy", CHUNK, 10**9, source, target)
-        self.layout = ParallelLayout(1, 1, 1, rows * self.workload.row_length, checkpointing, NO_SHARDING, "cpu", packed)
+        tile_feed_forward(self.model, tiles)
+        self.layout = ParallelLayout(1, 1, 1, rows * self.workload.row_length, checkpointing, NO_SHARDING, "cpu", packed, tiles)
 
     def loss(self) -> Tensor:
         seed_masks(1, 0)

@@ -58,6 +58,23 @@ def test_peak_and_rest_of_a_micro_batch(name: str, precision: str, checkpointing
     assert memory.total == pytest.approx(live.peak, rel=0.15)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_networks_on_parts_of_the_tokens_keep_their_input(checkpointing: str) -> None:
+    case, whole = (
+        Case("gelu, all dropouts", "fp32", rows=4, source=50, target=44, checkpointing=checkpointing, tiles=tiles)
+        for tiles in (4, 1)
+    )
+    case.loss()
+    with LiveStorages(case.own) as live:
+        loss = case.loss()
+        kept = live.bytes
+        loss.backward()
+    memory = estimated(case)
+    assert memory.activations.kept + memory.loss.kept == pytest.approx(kept, rel=0.02)
+    assert memory.activations.kept <= estimated(whole).activations.kept
+    assert memory.activations.peak < estimated(whole).activations.peak
+
+
 @pytest.mark.parametrize("tensor", [1, 4])
 def test_a_layer_on_a_gpu_keeps_what_the_literature_counts(tensor: int) -> None:
     """Korthikanti et al. 2022, "Reducing activation recomputation in large transformer models": D (10 + 24 / t) bytes a token.

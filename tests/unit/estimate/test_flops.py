@@ -12,14 +12,18 @@ from tests.unit.estimate.cases import MODELS, Case
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_products_are_counted_exactly(name: str, checkpointing: str) -> None:
+@pytest.mark.parametrize(("checkpointing", "tiles"), [("none", 1), ("full", 1), ("none", 3), ("full", 3)])
+def test_products_are_counted_exactly(name: str, checkpointing: str, tiles: int) -> None:
     """In bf16, because the counter knows no products that add to a tensor; of attention it counts those of its formula."""
-    case = Case(name, "bf16", rows=3, source=40, target=44, checkpointing=checkpointing)
+    case = Case(name, "bf16", rows=3, source=40, target=44, checkpointing=checkpointing, tiles=tiles)
     kernels = TRAINING_ATTENTION.forced("scaled_dot_product_attention")
     with FlopCounterMode(display=False) as counter, kernels, sdpa_kernel(SDPBackend.MATH):
         case.loss().backward()
-    assert flops(case.workload, case.layout).total == counter.get_total_flops()
+    expected = flops(case.workload, case.layout).total
+    if checkpointing == "full" and tiles > 1:  # what is computed a third time stops where nothing more is needed
+        assert 0.95 * expected < counter.get_total_flops() <= expected
+    else:
+        assert counter.get_total_flops() == expected
 
 
 def test_two_passes_and_repetitions() -> None:
