@@ -160,6 +160,9 @@ ELSEWHERE = {
     "or start more ranks; `dstrain estimate` recommends a layout": (
         "unit/build/test_estimate.py::test_a_training_says_its_memory_and_warns_unless_a_remedy_is_followed"
     ),
+    "leaves a rank without entries of the {} vocabulary of {}; lower it": (
+        "unit/models/test_factory.py::test_a_vocabulary_may_be_uneven_but_every_rank_has_entries"
+    ),
 }
 """Part of a message -> the test that follows its remedy with more than a call: ranks, training, damage, foreign checkpoints."""
 NOT_HERE = {
