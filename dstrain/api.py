@@ -12,6 +12,7 @@ from dstrain.build.bundle_model import BundleModel, load
 from dstrain.build.dumping import DumpOptions, dump_logits
 from dstrain.build.estimate import EstimateOptions, estimate
 from dstrain.build.evaluation import validate
+from dstrain.build.extension import ExtendOptions, extend
 from dstrain.build.generation import generate_file
 from dstrain.build.generation_options import GenerateOptions
 from dstrain.build.labeling import LabelOptions, pseudo_label
@@ -25,6 +26,7 @@ __all__ = [
     "BundleModel",
     "DumpOptions",
     "EstimateOptions",
+    "ExtendOptions",
     "GenerateOptions",
     "LabelOptions",
     "TeacherOptions",
@@ -32,6 +34,7 @@ __all__ = [
     "ValidateOptions",
     "dump_logits",
     "estimate",
+    "extend",
     "generate_file",
     "load",
     "load_recipe",

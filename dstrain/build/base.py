@@ -1,7 +1,7 @@
 """Training that starts from a bundle: its weights, and an adapter over them if the recipe has one.
 
-Between the base's architecture and the recipe's may differ what acts in training alone (dropout, dropped layers), and the longest
-sequences if positions have no weights.
+Between the base's architecture and the recipe's may differ what acts in training alone (dropout, dropped layers), the longest
+sequences if positions have no weights, and the scaling of rotary positions if the base has none: context extension.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dstrain.errors import BundleError, TrainingError
 from dstrain.evaluation.validator import Evaluates, WholeModel
 from dstrain.models.config import ModelConfig
 from dstrain.models.factory import Model, Projections, build_model
+from dstrain.models.position_config import RotaryPosition
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
@@ -40,7 +41,7 @@ TRAINING_ALONE = {"dropout", "attention_dropout", "activation_dropout", "layer_d
 def find_base(directory: Path, model: ModelConfig, manifest: DataManifest, *, adapted: bool = False) -> StoredBundle:
     """The bundle that training starts from, whose weights are not read yet. manifest: of the data.
 
-    adapted: an adapter is trained over it; then the lengths stay, too, as an adapter bundle has those of its base.
+    adapted: an adapter is trained over it; then lengths and scaling stay, too, as an adapter bundle has those of its base.
 
     BundleError if it is another model than the recipe's or has no tokenizer, DataError if the data has another one.
     """
@@ -48,7 +49,8 @@ def find_base(directory: Path, model: ModelConfig, manifest: DataManifest, *, ad
     if bundle.description.tokenizer is None:
         raise BundleError(f"--base {directory} has no tokenizer, so it is unknown whether the ids of the data are its own")
     manifest.require_tokenizer(bundle.description.tokenizer, f"--base {directory}")
-    sides = [{"model": config.model_dump(mode="json")} for config in (bundle.description.model, model)]
+    own = bundle.description.model if adapted else _scaled_as(model, bundle.description.model)
+    sides = [{"model": config.model_dump(mode="json")} for config in (own, model)]
     free = TRAINING_ALONE if adapted or model.position.kind == "learned" else TRAINING_ALONE | LENGTHS
     if differences := recipe_differences(*(_without(free, side) for side in sides)):
         raise BundleError(
@@ -57,6 +59,16 @@ def find_base(directory: Path, model: ModelConfig, manifest: DataManifest, *, ad
             + "\ngive the recipe the base's values (--set KEY=VALUE), or name another base"
         )
     return bundle
+
+
+def _scaled_as(model: ModelConfig, base: ModelConfig) -> ModelConfig:
+    """The base's architecture with the scaling of `model`, if both have rotary positions and the base's are not scaled yet."""
+    if not (isinstance(model.position, RotaryPosition) and isinstance(base.position, RotaryPosition)):
+        return base
+    if base.position.scaling.kind != "none":
+        return base
+    position = base.position.model_copy(update={"scaling": model.position.scaling})
+    return base.model_copy(update={"position": position})
 
 
 def build_on_base(

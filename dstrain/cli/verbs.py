@@ -12,6 +12,7 @@ VERBS = {
     "text": "write the raw text of an evaluation split",
     "consolidate": "make a bundle from a training checkpoint",
     "average": "average bundles into one",
+    "extend": "give a bundle with rotary positions a longer context",
     "merge": "merge an adapter bundle into its base, as a plain bundle",
     "report": "draw the curves of a run as PNG and HTML",
     "import": "bring what fairseq made: checkpoints, binarized data, command lines",

@@ -17,6 +17,7 @@ THETA = 1000.0
 CASES: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"kind": "none"}, {"rope_type": "default"}),
     ({"kind": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+    ({"kind": "ntk", "factor": 4.0}, {"rope_type": "default", "rope_theta": THETA * 4 ** (HEAD_DIM / (HEAD_DIM - 2))}),
     ({"kind": "dynamic_ntk", "factor": 2.0, "original_length": ORIGINAL}, {"rope_type": "dynamic", "factor": 2.0}),
     (
         {"kind": "yarn", "factor": 4.0, "original_length": ORIGINAL},
@@ -42,7 +43,7 @@ def test_turned_queries_and_keys(ours: dict[str, Any], theirs: dict[str, Any], l
         hidden_size=4 * HEAD_DIM,
         num_attention_heads=4,
         max_position_embeddings=ORIGINAL,
-        rope_parameters={**theirs, "rope_theta": THETA},
+        rope_parameters={"rope_theta": THETA, **theirs},
     )
     query, key = torch.randn(2, 4, length, HEAD_DIM), torch.randn(2, 2, length, HEAD_DIM)
     cos, sin = LlamaRotaryEmbedding(config)(query, torch.arange(length)[None])

@@ -10,7 +10,7 @@ from dstrain.recipe_file import dump_recipe, load_recipe
 from dstrain.training.curves import summary
 from dstrain.training.events import read_events
 
-VERBS = ("prepare", "estimate", "train", "dump_logits", "pseudo_label", "validate", "generate_file")
+VERBS = ("prepare", "estimate", "train", "dump_logits", "pseudo_label", "validate", "generate_file", "extend")
 TINY = (
     "data.train.0.num_pairs=60",
     "data.valid.0.num_pairs=5",
@@ -19,6 +19,7 @@ TINY = (
     "batching.tokens_per_step=256",
     "batching.max_tokens=256",
     "model.model_dim=16",
+    "model.position={kind: rotary}",
     "model.encoder={depth: 1, num_heads: 2, ffn_dim: 32}",
     "model.decoder={depth: 1, num_heads: 2, ffn_dim: 32}",
     "schedule.warmup_steps=10",

@@ -33,6 +33,9 @@ ELSEWHERE = {
     "was replaced while it was read, perhaps by a training; run the same command again": (
         "unit/checkpoint/test_bundle.py::test_a_bundle_that_is_replaced_before_its_weights_are_read_is_not_mixed"
     ),
+    "train on with longer text: `dstrain train RECIPE --base BUNDLE` with larger lengths in RECIPE's model": (
+        "unit/build/test_base.py::test_the_longest_sequences_may_differ_where_no_weight_depends_on_them"
+    ),
     "its run has no training.ema; choose --weights trained": "unit/checkpoint/test_consolidate.py::test_mistakes_are_named",
     "which describes the model; name a checkpoint of `dstrain train`": (
         "e2e/test_elastic.py::test_a_run_continues_on_other_ranks_and_its_checkpoint_becomes_the_same_bundle"
