@@ -37,6 +37,12 @@ def recipe_names() -> list[str]:
     return sorted(str(path.relative_to(SHIPPED).with_suffix("")) for path in SHIPPED.glob("*/*.yaml"))
 
 
+def recipe_summaries() -> dict[str, str]:
+    """The shipped recipes by name, each with the first sentence of its description."""
+    descriptions = {name: " ".join(_read(SHIPPED / f"{name}.yaml")["description"].split()) for name in recipe_names()}
+    return {name: re.split(r"(?<=\.) (?=[A-Z])", text)[0] for name, text in descriptions.items()}
+
+
 def load_recipe(
     name_or_path: str | Path, overrides: Sequence[str] = (), *, base_model: Callable[[], ModelConfig] | None = None
 ) -> Recipe:

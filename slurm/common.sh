@@ -46,6 +46,14 @@ enter_environment() {
   export OMP_NUM_THREADS
 }
 
+# train_on_all_nodes RECIPE DATA RUN WORD...   trains, or resumes training, with `dstrain train`; the output lies beside RUN.
+train_on_all_nodes() {
+  local recipe=$1 data=$2 run=$3
+  shift 3
+  enter_environment
+  deepspeed_on_all_nodes "${run%/}.slurm" --module dstrain train "$recipe" --data "$data" --output "$run" "$@"
+}
+
 # deepspeed_on_all_nodes LOGS WORD...   runs `deepspeed ... WORD...` on every node of the job, with the output in LOGS, then
 # ends the job: done, failed (the last lines are shown), or stopped by USR1 (the job goes back into the queue).
 deepspeed_on_all_nodes() {

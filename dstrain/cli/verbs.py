@@ -1,6 +1,7 @@
 """The verbs, each with its line in `dstrain --help`, in the order of use. The module of a verb has its name."""
 
 VERBS = {
+    "recipes": "list the shipped recipes",
     "show": "check a recipe and print it resolved",
     "estimate": "say what memory, traffic and time a training will need, and recommend a layout",
     "prepare": "turn text into a tokenizer and Arrow shards",

@@ -12,7 +12,7 @@ from dstrain import __version__
 from tests.paths import ROOT
 from tests.test_architecture import FILES, LAYERS, package_of
 
-FOLDERS = ("", "dstrain", "dstrain/interop/fairseq", "tests", "tools", "slurm", "ds_configs")
+FOLDERS = ("", "dstrain", "dstrain/interop/fairseq", "dstrain/recipes", "tests", "tools", "slurm", "ds_configs")
 PAGES = [
     *(ROOT / folder / "README.md" for folder in FOLDERS),
     ROOT / ".github" / "CONTRIBUTING.md",
