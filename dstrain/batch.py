@@ -57,7 +57,7 @@ class Packing:
 
     positions: (N,) int64, 0, 1, 2, ... in each sequence, 0 at padding. segments: (N,) int64, the number of each token's
     sequence, b at padding. starts: (b + 1,) int32, where each sequence starts, and where the last one ends. longest: tokens of
-    the longest. num_tokens: without padding.
+    the longest. num_tokens: without padding. first: the token that `Sequences.tokens` begin with, if they are a share.
     """
 
     positions: Tensor
@@ -65,6 +65,7 @@ class Packing:
     starts: Tensor
     longest: int
     num_tokens: int
+    first: int = 0
 
     @cached_property
     def rows(self) -> RowIndex:
@@ -88,10 +89,10 @@ class Packing:
 class Sequences:
     """Token sequences, each in a right-padded row, or packed.
 
-    tokens: (B, S) int64, the tokenizer's pad id after `lengths`; packed (N,), with the pad id at the end.
+    tokens: (B, S) int64, the tokenizer's pad id after `lengths`; packed (N,), with the pad id at the end, or a share of them.
     lengths: (B,) int64, real tokens of each sequence; 0 for a row of padding only.
     packing: None for rows.
-    keys: of the tokens' shape, int64, a number for each token of the data set, by which dropout is counted; None for none.
+    keys: of the shape of all tokens, int64, a number for each token of the data set, by which dropout is counted; None for none.
     """
 
     tokens: Tensor
@@ -102,7 +103,17 @@ class Sequences:
     @property
     def positions(self) -> int | Tensor:
         """Of the tokens: 0 for rows, whose columns count from there; (N,) if packed."""
-        return 0 if self.packing is None else self.packing.positions
+        return 0 if self.packing is None else self.packing.positions[self.own]
+
+    @property
+    def own(self) -> slice:
+        """Which of all tokens these are."""
+        return slice(None) if self.packing is None else slice(self.packing.first, self.packing.first + len(self.tokens))
+
+    @property
+    def is_share(self) -> bool:
+        """Whether other ranks have the other tokens."""
+        return self.packing is not None and len(self.tokens) < len(self.packing.positions)
 
     @property
     def end_position(self) -> int:
@@ -113,6 +124,14 @@ class Sequences:
         """The same sequences on `device`."""
         packing = None if self.packing is None else replace(self.packing, **_moved(self.packing, device))
         return replace(self, packing=packing, **_moved(self, device))
+
+    def share(self, rank: int, size: int) -> Sequences:
+        """The tokens of one of `size` ranks, as many for each; lengths, packing and keys stay those of all."""
+        if self.packing is None or len(self.tokens) % size:
+            raise ValueError(f"{tuple(self.tokens.shape)} tokens cannot be shared by {size} ranks; pack them in a multiple of it")
+        count = len(self.tokens) // size
+        packing = replace(self.packing, first=rank * count)
+        return replace(self, tokens=self.tokens[rank * count :][:count], packing=packing)
 
 
 def _moved(value: Sequences | Packing, device: torch.device) -> dict[str, Any]:
@@ -136,6 +155,10 @@ class Targets:
     example_id: Tensor
     position: Tensor
     segment: Tensor
+
+    def __getitem__(self, targets: slice) -> Targets:
+        """Some of them."""
+        return Targets(**{name: value[targets] for name, value in vars(self).items()})
 
     def to(self, device: torch.device) -> Targets:
         """The same targets, with `index`, `labels` and `weight` on `device`."""
@@ -166,7 +189,9 @@ class Batch:
     targets: empty in an empty micro-batch, whose one sequence is a lone EOS and adds exactly zero.
     sampled: whether the targets are samples of the model that is trained, not those of the data; alike in a whole step. One that
     was cut has no EOS at its end.
-    other: the same examples as a model of the other kind reads them, for a teacher that is one.
+    other: the same examples as a model of the other kind reads them, for a teacher that is one; never shared.
+    whole: the batch of all sequence ranks, if this is the share of one; on the CPU. A share has all `examples`, whose tokens are
+    counted in the whole batch. first_target: the number of its first target there.
     """
 
     source: Sequences | None
@@ -175,6 +200,8 @@ class Batch:
     examples: ExampleSpans
     sampled: bool = False
     other: Batch | None = None
+    whole: Batch | None = None
+    first_target: int = 0
 
     @property
     def kind(self) -> ModelKind:
@@ -193,8 +220,8 @@ class Batch:
 
     @property
     def size(self) -> Size:
-        """Its scored tokens and its examples, each of which is a sentence."""
-        return Size(self.num_targets, len(self.examples.ids))
+        """Its scored tokens, and the sentences of whose targets it has the first."""
+        return Size(self.num_targets, int((self.targets.position == 0).sum()))
 
     def for_kind(self, kind: ModelKind) -> Batch:
         """As a model of `kind` reads it. ValueError if the collator has no such model."""
@@ -203,6 +230,25 @@ class Batch:
         if self.other is None:
             raise ValueError(f"this batch was made for {self.kind} models only; name the kind {kind} to its Collator")
         return self.other
+
+    def share(self, rank: int, size: int) -> Batch:
+        """What one of `size` sequence ranks computes: its part of the packed tokens, and the targets that they predict."""
+        if size == 1:
+            return self
+        target, other = self.target.share(rank, size), self.other
+        count = len(target.tokens)
+        bounds = torch.tensor([rank, rank + 1]) * count
+        start, stop = torch.searchsorted(self.targets.index, bounds).tolist()
+        targets = self.targets[start:stop]
+        return replace(
+            self,
+            source=None if self.source is None else self.source.share(rank, size),
+            target=target,
+            targets=replace(targets, index=targets.index - rank * count),
+            other=None if other is None else replace(other, targets=other.targets[start:stop]),
+            whole=self,
+            first_target=start,
+        )
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, except for tensors that are read on the CPU."""

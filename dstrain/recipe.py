@@ -17,7 +17,7 @@ from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece
 from dstrain.distillation.config import DistillationConfig
 from dstrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
-from dstrain.models.config import ModelConfig, tensor_problems
+from dstrain.models.config import ModelConfig, sequence_problems, tensor_problems
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.training.config import CheckpointConfig, ReportingConfig, TrainingConfig, ValidationConfig
 
@@ -54,6 +54,7 @@ class Recipe(Config):
             *self._dropout_problems(),
             *self._rate_problems(),
             *tensor_problems(self.model, self.engine.parallel.tensor),
+            *sequence_problems(self.model, **self.engine.parallel.model_dump()),
         ]
         if problems:
             raise ConfigErrors(problems)

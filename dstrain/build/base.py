@@ -72,14 +72,21 @@ def _scaled_as(model: ModelConfig, base: ModelConfig) -> ModelConfig:
 
 
 def build_on_base(
-    base: StoredBundle, config: ModelConfig, adapter: AdapterConfig | None, seed: int, tensor: Group | None = None
+    base: StoredBundle,
+    config: ModelConfig,
+    adapter: AdapterConfig | None,
+    *,
+    seed: int,
+    tensor: Group | None = None,
+    sequence: Group | None = None,
 ) -> tuple[Model, WeightSource]:
     """The recipe's model on the meta device, and its weights: the base's; with an adapter, all else is frozen.
 
-    tensor: the ranks that share one copy of the parameters.
+    tensor: the ranks that share one copy of the parameters; sequence: those that share the tokens of a batch.
     """
     projections: Projections = "fused" if adapter is None else "separate"
-    model = build_model(config, base.description.vocabulary, projections=projections, seed=None, tensor=tensor)
+    vocabulary = base.description.vocabulary
+    model = build_model(config, vocabulary, projections=projections, seed=None, tensor=tensor, sequence=sequence)
     if adapter is None:
         return model, base
     weights = inject(model, adapter, base, seed=seed)
@@ -95,6 +102,7 @@ def check_reloaded(directory: Path, engine: Evaluates, batch: Batch, mesh: Mesh,
     """
     with engine.averaged_weights() if averaged else nullcontext():
         trained = float(engine.evaluate(batch).metrics.sums["nll"])
+        (trained,) = mesh.sequence.all_reduce_sums([trained])
 
     def compare() -> None:
         model = load_bundle(directory, device=mesh.device).model

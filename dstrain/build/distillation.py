@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dstrain.build.objective_plan import ObjectivePlan
-from dstrain.build.teachers import open_logits, plan_teachers, start_teachers
+from dstrain.build.teachers import PlannedTeacher, open_logits, plan_teachers, start_teachers
 from dstrain.build.training_data import TrainingData
 from dstrain.build.training_options import TeacherOptions
 from dstrain.data.tags import locate_tags
@@ -12,6 +14,8 @@ from dstrain.distillation.config import DistillationConfig, GlobalByLanguageSele
 from dstrain.distillation.feature_plan import plan_features
 from dstrain.distillation.objective import Distillation
 from dstrain.distillation.signals import TeacherSignals
+from dstrain.errors import RecipeError
+from dstrain.models.config import sequence_problems
 from dstrain.parallel.mesh import Mesh
 from dstrain.recipe import Recipe
 
@@ -20,6 +24,7 @@ def plan_distillation(config: DistillationConfig, recipe: Recipe, options: Teach
     """Look at teachers, stored logits, tags and features without loading them. Raises a DstrainError if one does not fit."""
     store = None if options.logits is None else open_logits(options.logits, data.directory, data.manifest, config)
     planned = plan_teachers(options, data.tokenizers, data.vocabulary, data.train)
+    _require_shared_heads(planned, recipe)
     features = plan_features(config, recipe.model, [teacher.model for teacher in planned])
     tag_position = 0
     if isinstance(config.selection, GlobalByLanguageSelection):
@@ -36,3 +41,12 @@ def plan_distillation(config: DistillationConfig, recipe: Recipe, options: Teach
         teachers=tuple(teacher.fingerprint for teacher in planned) if store is None else (store.manifest.fingerprint,),
         models=tuple(teacher.model for teacher in planned),
     )
+
+
+def _require_shared_heads(teachers: Sequence[PlannedTeacher], recipe: Recipe) -> None:
+    """RecipeError for a teacher whose heads sequence ranks cannot share. One of the other kind reads whole batches on each."""
+    for teacher in teachers:
+        if teacher.model.kind == recipe.model.kind:
+            owner, sequence = f"{teacher.bundle.directory}: ", recipe.engine.parallel.sequence
+            for problem in sequence_problems(teacher.model, tensor=1, sequence=sequence, owner=owner):
+                raise RecipeError(problem)

@@ -113,7 +113,9 @@ def start_teachers(
         placement = "replicated"
     return [
         TeacherEngine(
-            build_model(teacher.bundle.description.model, teacher.bundle.description.vocabulary, seed=None),
+            build_model(
+                teacher.bundle.description.model, teacher.bundle.description.vocabulary, seed=None, sequence=mesh.sequence
+            ),
             placement=placement,
             precision=precision,
             mesh=mesh,

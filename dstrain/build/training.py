@@ -128,11 +128,11 @@ def build_engine(
 
     Raises RecipeError for an adapter that does not suit the model.
     """
-    seed = recipe.training.seed
+    seed, tensor, sequence = recipe.training.seed, mesh.tensor, mesh.sequence
     if base is not None:
-        model, weights = build_on_base(base, recipe.model, recipe.adapter, seed, mesh.tensor)
+        model, weights = build_on_base(base, recipe.model, recipe.adapter, seed=seed, tensor=tensor, sequence=sequence)
     else:
-        model = build_model(recipe.model, vocabulary, seed=None, tensor=mesh.tensor)
+        model = build_model(recipe.model, vocabulary, seed=None, tensor=tensor, sequence=sequence)
         weights = initial_values(model, vocabulary, seed)
     if mesh.world.rank == 0:
         log_model(model, recipe.model)

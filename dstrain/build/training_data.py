@@ -27,12 +27,12 @@ def packed_size(recipe: Recipe, mesh: Mesh) -> PackedSize | None:
 
     On a GPU all micro-batches have one shape: kernels are planned and compiled once, and memory does not fragment.
     """
-    on_gpu = mesh.device.type == "cuda"
-    if recipe.engine.layout == "padded" or (recipe.engine.layout == "auto" and not on_gpu):
+    on_gpu, shared = mesh.device.type == "cuda", mesh.sequence.size > 1
+    if recipe.engine.layout == "padded" or (recipe.engine.layout == "auto" and not on_gpu and not shared):
         return None
     if not on_gpu:
-        return PackedSize()
-    return PackedSize(PACKED_MULTIPLE * mesh.tensor.size, recipe.batching.max_tokens)
+        return PackedSize(mesh.sequence.size)
+    return PackedSize(PACKED_MULTIPLE * mesh.tensor.size * mesh.sequence.size, recipe.batching.max_tokens)
 
 
 class TrainingData:

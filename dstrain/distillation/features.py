@@ -87,13 +87,13 @@ class FeatureLosses(nn.Module):
 
 def source_weights(batch: Batch) -> Tensor:
     """The weight of each source token, its example's targets / sources; 0 for padding. (B * S or N,) float32"""
-    tokens, examples = batch.reading.tokens, batch.examples
+    tokens, examples = (batch.whole or batch).reading.tokens, batch.examples
     length = examples.source_length  # (b,)
     first = length.cumsum(0) - length
     index = torch.arange(int(length.sum())) + (examples.source_start - first).repeat_interleave(length)
     weights = torch.zeros(tokens.numel())
     weights[index] = (examples.target_length / length).repeat_interleave(length)
-    return sent(weights, tokens.device)
+    return sent(weights[batch.reading.own], batch.reading.tokens.device)
 
 
 def _projection(plan: PlannedFeature, seed: int) -> Linear:

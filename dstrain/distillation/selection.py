@@ -81,8 +81,9 @@ class Selection:
         tag = torch.full_like(order, ONE_QUEUE)
         if self.by_language:
             position = torch.minimum(torch.tensor(self.tag_position), examples.source_length - 1)
-            index = sent((examples.source_start + position)[targets.segment], nll.device)
-            tag = batch.reading.tokens.flatten().index_select(0, index)
+            tokens = (batch.whole or batch).reading.tokens.flatten()  # a share may lack the tag
+            index = sent((examples.source_start + position)[targets.segment], tokens.device)
+            tag = tokens.index_select(0, index).to(nll.device)
         return torch.stack([order.double(), nll.double(), tag.double()], dim=1)
 
     def _thresholds(self, step: TokenStatistics) -> dict[float, float]:

@@ -13,7 +13,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    field_validator,
     model_validator,
 )
 
@@ -127,14 +126,7 @@ class ParallelConfig(Config):
         description="Ranks that share one copy of the parameters, all on one node; divides heads and features, but not "
         "necessarily the vocabulary.",
     )
-    sequence: PositiveInt = Field(default=1, description="Ranks that share the positions of a batch.")
-
-    @field_validator("sequence")
-    @classmethod
-    def _not_available_yet(cls, size: int) -> int:
-        if size != 1:
-            raise ValueError(f"sequence = {size}: sequence parallelism is not available in this version yet; leave it at 1")
-        return size
+    sequence: PositiveInt = Field(default=1, description="Ranks that share the tokens of a batch, and in attention the heads.")
 
 
 class EngineConfig(Config):
@@ -150,7 +142,8 @@ class EngineConfig(Config):
     )
     layout: SequenceLayout = Field(
         default="auto",
-        description="Sequences of a batch in training: packed, one after another; padded, one a row; auto = packed on a GPU.",
+        description="Sequences of a batch in training: packed, one after another; padded, one a row; auto = packed on a GPU and "
+        "with parallel.sequence.",
     )
     feed_forward_tiles: PositiveInt = Field(
         default=1,
@@ -158,6 +151,14 @@ class EngineConfig(Config):
         "it runs again in the backward pass; 1 = all at once.",
     )
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="How many ranks share one model, or one batch.")
+
+    @model_validator(mode="after")
+    def _shares_packed_tokens(self) -> EngineConfig:
+        if self.layout == "padded" and self.parallel.sequence > 1:
+            raise ValueError(
+                f"parallel.sequence = {self.parallel.sequence} shares packed tokens, but layout = padded; choose layout: auto"
+            )
+        return self
 
 
 class EmaConfig(Config):

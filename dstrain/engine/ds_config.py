@@ -93,12 +93,15 @@ def resolve_reader_config(precision: Precision, *, ranks: int, size: ModelSize, 
 def _gradient_types(file: DeepSpeedFile, engine: EngineConfig, replicas: int) -> dict[str, Any]:
     """In which types gradients add up: in bf16 training fp32 over micro-batches, and over ranks where rounding would tell.
 
-    Stage 1 reduces the sum of a whole step, which is in fp32 already; stages 2 and 3 reduce every micro-batch.
+    Stage 1 reduces the sum of a whole step, which is in fp32 already; stages 2 and 3 reduce every micro-batch. A
+    sequence rank has the gradients of a part of each sentence.
     """
     if engine.precision != "bf16":
         return {}
     accumulation = "fp32" if file.data_types is None else file.data_types.grad_accum_dtype
-    exact = replicas > LARGE_GROUP or (file.zero_optimization.stage == 1 and accumulation == "fp32")
+    exact = (
+        replicas > LARGE_GROUP or engine.parallel.sequence > 1 or (file.zero_optimization.stage == 1 and accumulation == "fp32")
+    )
     communication = file.communication_data_type or ("fp32" if exact else "bf16")
     return {"data_types": {"grad_accum_dtype": accumulation}, "communication_data_type": communication}
 

@@ -137,7 +137,8 @@ class TrainEngine:
     def train_step(self, batches: Sequence[Batch], size: Size) -> StepReport:
         """One optimizer step. Collective.
 
-        batches: this rank's micro-batches, the same number on every rank. size: of all batches of all ranks together.
+        batches: this rank's micro-batches, the same number on every rank, the same ones in a sequence group. size: of all batches
+        of all data ranks together.
         Raises TrainingError, on every rank, if the loss or a gradient is not finite.
         """
         rate = learning_rate(self._schedule, self._peak, self.step)
@@ -183,9 +184,13 @@ class TrainEngine:
         selection = self.module.objective.selection
         if selection is None or any(batch.sampled for batch in batches):
             return [None] * len(batches)
-        own: list[Tensor] = [self._engine(batch.to(self.device), selection.scan) for batch in batches]
+        own: list[Tensor] = [self._engine(self._own(batch), selection.scan) for batch in batches]
         self._seed_dropout()
         return list(selection.select(own, self.mesh.replicas.gather_rows(torch.cat(own))))
+
+    def _own(self, batch: Batch) -> Batch:
+        """This rank's share, on its device."""
+        return batch.share(self.mesh.sequence.rank, self.mesh.sequence.size).to(self.device)
 
     def _accumulate(self, batches: Sequence[Batch], selected: Sequence[Tensor | None], scale: float) -> LossTotals:
         """Gradients of all micro-batches, `scale` times; loss and metrics of this rank."""
@@ -193,7 +198,7 @@ class TrainEngine:
         for index, (batch, chosen) in enumerate(zip(batches, selected, strict=True)):
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             loss = partial(self.module.objective, selected=chosen)
-            output: LossOutput = self._engine(batch.to(self.device), loss)
+            output: LossOutput = self._engine(self._own(batch), loss)
             self._engine.backward(output.loss_sum * scale, scale_wrt_gas=False)
             totals.add(output)
         return totals
@@ -219,9 +224,9 @@ class TrainEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossOutput:
-        """The loss of one batch in evaluation mode. Collective under ZeRO-3: every rank calls it equally often."""
+        """The loss of one batch in evaluation mode, of this rank's share. Collective if ranks share a model or a batch."""
         self.module.eval()
-        output: LossOutput = self._engine(batch.to(self.device))
+        output: LossOutput = self._engine(self._own(batch))
         self.module.train()
         return output
 
@@ -282,7 +287,8 @@ class TrainEngine:
     def layout(self) -> str:
         """How this run is laid out, for people: `2 ranks zero1 fp32`."""
         ranks = "1 rank" if self.mesh.world.size == 1 else f"{self.mesh.world.size} ranks"
-        shape = f" tensor {self.mesh.tensor.size}" if self.mesh.tensor.size > 1 else ""
+        groups = {"tensor": self.mesh.tensor, "sequence": self.mesh.sequence}
+        shape = "".join(f" {name} {group.size}" for name, group in groups.items() if group.size > 1)
         return f"{ranks}{shape} {self._deepspeed_name} {self._precision}"
 
     def fragments(self) -> list[Fragment]:

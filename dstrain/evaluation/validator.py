@@ -106,7 +106,7 @@ def check_split(name: str, lengths: ExampleLengths, model: ModelConfig) -> None:
 class Validator:
     """Scores one split; every rank calls it with the same weights.
 
-    replicas: the ranks over which losses are summed. data: those that share out the sentences to translate.
+    replicas: the ranks over which losses are summed and sentences to translate are shared out. data: those of the batches.
     batches: this rank's share of the split, equally many on every rank, new ones at each call. denominator: the objective's.
     averaged: score the moving average. num_examples: of the split; without it the progress has no end. beat: called with a phase
     before anything long.
@@ -127,12 +127,12 @@ class Validator:
     ) -> None:
         self.engine = engine
         self.replicas = replicas
-        self.data = data
         self.averaged = averaged
         self.translation = translation
         self._batches = batches
         self._denominator = denominator
-        self._share = None if num_examples is None else math.ceil(num_examples / data.size)
+        self._num_examples = num_examples
+        self._data = data
         self._beat = beat
         self._reduce = LossReducer(replicas)
 
@@ -151,7 +151,7 @@ class Validator:
 
     def _losses(self, interrupted: Callable[[], bool]) -> dict[str, float] | None:
         totals = LossTotals()
-        with self._progress("scoring") as progress:
+        with self._progress("scoring", self._data) as progress:
             for number, batch in enumerate(self._batches()):
                 if number % BATCHES_PER_CHECK == 0 and interrupted():
                     return None
@@ -164,24 +164,25 @@ class Validator:
         loss, means = loss_sum / self._denominator(size), metrics.means()
         return {"loss": loss, **means, "perplexity": math.exp(min(means["nll"], 700.0)), "num_targets": size.num_targets}
 
-    def _progress(self, doing: str) -> Progress:
-        return Progress(doing, self._share, "examples", shown=self.replicas.rank == 0)
+    def _progress(self, doing: str, ranks: Ranks) -> Progress:
+        share = None if self._num_examples is None else math.ceil(self._num_examples / ranks.size)
+        return Progress(doing, share, "examples", shown=self.replicas.rank == 0)
 
     def _translate(self, task: Translates, interrupted: Callable[[], bool]) -> Mapping[str, Any] | None:
         texts: list[tuple[int, list[str]]] = []
-        chunk = min(TRANSLATION_CHUNK, math.ceil(len(task) / self.data.size))
-        with self.engine.generation_model(averaged=False) as model, self._progress("translating") as progress:
-            for start in range(0, len(task), chunk * self.data.size):
+        chunk = min(TRANSLATION_CHUNK, math.ceil(len(task) / self.replicas.size))
+        with self.engine.generation_model(averaged=False) as model, self._progress("translating", self.replicas) as progress:
+            for start in range(0, len(task), chunk * self.replicas.size):
                 if interrupted():
                     return None
                 self._beat(f"translating the valid split from sentence {start}")
-                first = start + chunk * self.data.rank
+                first = start + chunk * self.replicas.rank
                 rows = range(first, min(first + chunk, len(task)))
                 if rows:
                     texts.append((first, task.translate(model, rows, progress.advance)))
-        gathered = self.data.gather_objects(texts)
+        gathered = self.replicas.gather_objects(texts)
         scores: Mapping[str, Any] = {}
-        if self.data.rank == 0:
+        if self.replicas.rank == 0:
             ordered = sorted(piece for share in gathered for piece in share)
             scores = task.score([text for _, piece in ordered for text in piece])
-        return self.data.broadcast_object(scores)
+        return self.replicas.broadcast_object(scores)

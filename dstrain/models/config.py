@@ -249,6 +249,25 @@ def tensor_problems(config: EncoderDecoderConfig | DecoderOnlyConfig, tensor: in
                 )
 
 
+def sequence_problems(
+    config: EncoderDecoderConfig | DecoderOnlyConfig, *, tensor: int, sequence: int, owner: str = "model."
+) -> Iterator[str]:
+    """Why `sequence` ranks cannot share the heads that each of `tensor` ranks has, in words. owner: in front of the keys."""
+    stacks: dict[str, StackConfig] = {"decoder": config.decoder}
+    if config.kind == "encoder_decoder":
+        stacks["encoder"] = config.encoder
+    for side, stack in stacks.items():
+        for name, size in {"num_heads": stack.num_heads, **stack.kv_heads()}.items():
+            heads, may_repeat = size // tensor, name != "num_heads"
+            if size % tensor or heads % sequence == 0 or (may_repeat and sequence % heads == 0):
+                continue
+            yield (
+                f"engine.parallel.sequence = {sequence} does not suit {owner}{side}.{name} = {size}"
+                + (f" over {tensor} tensor ranks" if tensor > 1 else "")
+                + f": the ranks share heads; choose {'a divisor or a multiple' if may_repeat else 'a divisor'} of the heads"
+            )
+
+
 class VocabularySizes(Config):
     """Rows of the embedding matrices and the ids that the model must know, taken from the tokenizers."""
 

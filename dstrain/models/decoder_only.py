@@ -92,7 +92,7 @@ class DecoderOnly(nn.Module):
         """All positions at once. source: None, for `target` holds the sources. capture: the activations to store."""
         if source is not None:
             raise ValueError("a decoder-only model reads source and target as one sequence; let a Collator join them")
-        masks = MaskKeys.of(target.keys)
+        masks = MaskKeys.of(target)
         x = self.target_embedding.embed(target, masks)
         context = self.target_attention_bias.for_sequences(target, x)
         return ModelOutput(self._run(x, context, capture=capture, masks=masks), None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dstrain.batch import ModelKind, Sequences
 from dstrain.model_output import ActivationCapture, Memory, ModelOutput
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
-from dstrain.nn.attention_bias import AttentionBias, AttentionContext, cross_attention
+from dstrain.nn.attention_bias import AttentionBias, AttentionContext
 from dstrain.nn.cache import KeyValueCache, is_identity
 from dstrain.nn.capture import StackCapture
 from dstrain.nn.dropout import MEMORY_SITE, MaskKeys
@@ -89,9 +89,9 @@ class EncoderDecoder(nn.Module):
         """All target positions at once. capture: the activations to store."""
         source = required(source)
         memory = self.encode(source, capture)
-        masks, memory_masks = MaskKeys.of(target.keys), MaskKeys.of(source.keys)
+        masks, memory_masks = MaskKeys.of(target), MaskKeys.of(source)
         x = self.target_embedding.embed(target, masks)
-        memory_context = cross_attention(source, target, x)
+        memory_context = self.target_attention_bias.for_memory(source, target, x)
         context, hooks = self.target_attention_bias.for_sequences(target, x), StackCapture(capture, "decoder")
 
         def run(depth: int, layer: DecoderLayer, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class EncoderDecoder(nn.Module):
 
     def encode(self, source: Sequences, capture: ActivationCapture | None = None) -> Memory:
         """The encoder's output, (B, S, D) or (N, D); what is at padding has no meaning."""
-        masks = MaskKeys.of(source.keys)
+        masks = MaskKeys.of(source)
         x = self.source_embedding.embed(source, masks)
         context, hooks = self.source_attention_bias.for_sequences(source, x), StackCapture(capture, "encoder")
 

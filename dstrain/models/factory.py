@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Generic, Literal, TypeVar, assert_never
 
 import torch
@@ -58,6 +59,7 @@ def build_model(
     projections: Projections = "fused",
     seed: int | None,
     tensor: Group | None = None,
+    sequence: Group | None = None,
 ) -> Model:
     """The model of `config`, in float32 whatever torch's default dtype and device are.
 
@@ -65,17 +67,17 @@ def build_model(
     matrix product, `separate` keeps one module each, which adapters can address; same results, same weights on disk. seed:
     decides the initial weights, whatever the projections; with None all parameters stay on the meta device, without memory, for
     `load_canonical` or an engine to fill from a `WeightSource`. tensor: the ranks that share one copy of the parameters, of which
-    this one gets its part; `tensor_problems` says which sizes are possible. RecipeError if the vocabularies do not suit the
-    model or the ranks.
+    this one gets its part; sequence: those that share the tokens of a batch. `tensor_problems` and `sequence_problems` say which
+    sizes are possible. RecipeError if the vocabularies do not suit the model or the ranks.
     """
-    group = tensor if tensor is not None and tensor.size > 1 else None
-    if group is not None:
-        _require_entries(vocabulary, group)
+    groups = [group if group is not None and group.size > 1 else None for group in (tensor, sequence)]
+    if groups[0] is not None:
+        _require_entries(vocabulary, groups[0])
     with torch.device("meta"):
         if config.kind == "encoder_decoder":
-            model: Model = _EncoderDecoderFactory(config, vocabulary, projections, group).model()
+            model: Model = _EncoderDecoderFactory(config, vocabulary, projections, *groups).model()
         else:
-            model = _DecoderOnlyFactory(config, vocabulary, projections, group).model()
+            model = _DecoderOnlyFactory(config, vocabulary, projections, *groups).model()
     if seed is not None:
         load_canonical(model, initial_values(model, vocabulary, seed))
     return model
@@ -108,6 +110,7 @@ class _Factory(Generic[C]):
     vocabulary: VocabularySizes
     projections: Projections
     tensor: Group | None
+    sequence: Group | None
 
     def input_embedding(self, tokens: TokenPart, max_length: int) -> InputEmbedding:
         return InputEmbedding(
@@ -157,17 +160,18 @@ class _Factory(Generic[C]):
 
     def view(self, stack: StackConfig, *, causal: bool) -> AttentionBias:
         """The position encoding inside the self-attention of a stack."""
+        build = partial(AttentionBias, causal=causal, sequence=self.sequence)
         match self.config.position:
             case RotaryPosition() as position:
-                return AttentionBias(causal=causal, rotary=build_rotary(position, self.head_dim(stack)))
+                return build(rotary=build_rotary(position, self.head_dim(stack)))
             case AlibiPosition(encoder="none") if not causal:
-                return AttentionBias(causal=causal)
+                return build()
             case AlibiPosition(encoder="asymmetric") if not causal:
-                return AttentionBias(causal=causal, alibi=Alibi(self.head_slopes(stack), lead=0.5))
+                return build(alibi=Alibi(self.head_slopes(stack), lead=0.5))
             case AlibiPosition() | DecoderOnlyAlibiPosition():
-                return AttentionBias(causal=causal, alibi=Alibi(self.head_slopes(stack)))
+                return build(alibi=Alibi(self.head_slopes(stack)))
             case _:
-                return AttentionBias(causal=causal)
+                return build()
 
     def head_slopes(self, stack: StackConfig) -> tuple[float, ...]:
         """ALiBi's, of this rank's heads."""

@@ -15,6 +15,7 @@ from dstrain.nn.dropout import attention_dropout
 from dstrain.nn.linear import BlockLinear
 from dstrain.parallel.collectives import reduce_from
 from dstrain.parallel.group import Group
+from dstrain.parallel.sequence import heads_to_tokens, tokens_to_heads
 
 AttentionHook = Callable[[Tensor], None]
 """Takes the attention probabilities averaged over the heads, (B, T, S) or (T, S); they are computed only for it."""
@@ -53,14 +54,12 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """(B, T, D) -> (B, T, D), (N, D) -> (N, D). With a cache, keys and values of earlier positions take part."""
         query, key, value = (split_heads(part, self.head_dim) for part in self.qkv(x))
+        query, key, value = tokens_to_heads((query, key, value), context.sequence)
         if context.rotation is not None:
             query, key = context.rotation(query), context.rotation(key)
         if cache is not None:
             key, value = cache.append(key, value)
-        if hooks is not None:
-            hooks(_over_ranks(context.mean_probabilities(query, key), self.heads))
-        dropout = attention_dropout(self.dropout if self.training else 0.0, query.shape[-3], self.heads)
-        mixed = context.attend(query, key, value, dropout)
+        mixed = _attend(self, context, (query, key, value), hooks)
         result: Tensor = self.out_proj(merge_heads(mixed))
         return result
 
@@ -100,14 +99,29 @@ class CrossAttention(nn.Module):
         """
         query = self.q_proj(x)
         query = split_heads(query.reshape(*key.shape[:-3], -1, query.shape[-1]), self.head_dim)  # (B, H, M / B * T, K)
-        if hooks is not None:
-            hooks(_over_ranks(context.mean_probabilities(query, key), self.heads))
-        dropout = attention_dropout(self.dropout if self.training else 0.0, query.shape[-3], self.heads)
-        mixed = context.attend(query, key, value, dropout)
+        query, key, value = tokens_to_heads((query, key, value), context.sequence)
+        mixed = _attend(self, context, (query, key, value), hooks)
         result: Tensor = self.out_proj(merge_heads(mixed)).view_as(x)
         return result
 
 
-def _over_ranks(mean: Tensor, heads: Group | None) -> Tensor:
-    """The mean over the heads of all ranks from that over this rank's."""
+def _attend(
+    module: SelfAttention | CrossAttention,
+    context: AttentionContext,
+    parts: tuple[Tensor, Tensor, Tensor],
+    hooks: AttentionHook | None,
+) -> Tensor:
+    """Queries, keys and values of this rank's heads -> what its tokens get, of all heads but those of other tensor ranks."""
+    query, key, value = parts
+    if hooks is not None:
+        hooks(_over_ranks(context.mean_probabilities(query, key), module.heads, context.sequence))
+    p, num_heads = module.dropout if module.training else 0.0, query.shape[-3]
+    dropout = attention_dropout(p, num_heads, heads=module.heads, sequence=context.sequence)
+    return heads_to_tokens(context.attend(query, key, value, dropout), context.sequence)
+
+
+def _over_ranks(mean: Tensor, heads: Group | None, sequence: Group | None) -> Tensor:
+    """The mean over the heads of all ranks from that over this rank's: of this rank's tokens."""
+    if sequence is not None:
+        mean = heads_to_tokens(mean.unsqueeze(0), sequence).mean(0)
     return mean if heads is None else reduce_from(mean / heads.size, heads)

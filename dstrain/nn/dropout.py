@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from dstrain.batch import Sequences
 from dstrain.ops.dropout import dropout, dropout_add
 from dstrain.ops.random_bits import derived_keys, random_bits
 from dstrain.parallel.group import Group
@@ -51,14 +52,18 @@ def mask_pass(number: int) -> Iterator[None]:
 
 
 class _Masks:
-    """The masks of one site, one after another: they are asked for in the same order each time."""
+    """The masks of one site, one after another: they are asked for in the same order each time.
 
-    def __init__(self, keys: Tensor, count: int = 0) -> None:
+    keys: of all tokens. own: those of them that this rank computes.
+    """
+
+    def __init__(self, keys: Tensor, own: slice, count: int = 0) -> None:
         self.keys = keys
+        self.own = own
         self.count = count
 
     def next(self) -> Tensor:
-        """Keys of the next mask, in the shape of the tokens."""
+        """Keys of the next mask, of all tokens."""
         self.count += 1
         return derived_keys(self.keys, self.count)
 
@@ -67,25 +72,26 @@ class _Masks:
 class MaskKeys:
     """What the tokens of a stack's input draw by. keys: of the tokens in this step and pass. seed: of the pass.
 
-    Both None if torch's generator draws.
+    Both None if torch's generator draws. own: the tokens that this rank computes, if other sequence ranks have the others.
     """
 
     keys: Tensor | None = None
     seed: int | None = None
+    own: slice = field(default_factory=lambda: slice(None))
 
     @classmethod
-    def of(cls, keys: Tensor | None) -> MaskKeys:
-        """In the present step and pass. keys: of the tokens, see `batch.Sequences`."""
-        if keys is None or _Now.step_seed is None:
+    def of(cls, sequences: Sequences) -> MaskKeys:
+        """In the present step and pass."""
+        if sequences.keys is None or _Now.step_seed is None:
             return cls()
         seed = derive_seed(_Now.step_seed, "pass", _Now.number)
-        return cls(derived_keys(keys, seed), seed)
+        return cls(derived_keys(sequences.keys, seed), seed, sequences.own)
 
     @contextmanager
     def at(self, site: int) -> Iterator[None]:
         """Dropout inside is that of these tokens at this site of the model."""
         before = _Now.masks
-        _Now.masks = None if self.keys is None else _Masks(derived_keys(self.keys, site))
+        _Now.masks = None if self.keys is None else _Masks(derived_keys(self.keys, site), self.own)
         try:
             yield
         finally:
@@ -103,7 +109,7 @@ NO_MASKS = MaskKeys()
 
 def mask_keys() -> Tensor | None:
     """Keys of the next mask at this site, in the shape of the tokens; None outside of `MaskKeys.at`."""
-    return None if _Now.masks is None else _Now.masks.next()
+    return None if _Now.masks is None else _Now.masks.next()[_Now.masks.own]
 
 
 def runs_on_parts(run: Callable[[Tensor], Tensor], parts: int) -> list[Callable[[Tensor], Tensor]]:
@@ -114,13 +120,13 @@ def runs_on_parts(run: Callable[[Tensor], Tensor], parts: int) -> list[Callable[
     first = masks.count
 
     def run_on_part(x: Tensor, *, keys: Tensor) -> Tensor:
-        before, _Now.masks = _Now.masks, _Masks(keys, first)
+        before, _Now.masks = _Now.masks, _Masks(keys, slice(None), first)
         try:
             return run(x)
         finally:
             masks.count, _Now.masks = _Now.masks.count, before
 
-    return [partial(run_on_part, keys=keys) for keys in masks.keys.flatten().tensor_split(parts)]
+    return [partial(run_on_part, keys=keys) for keys in masks.keys[masks.own].flatten().tensor_split(parts)]
 
 
 class AttentionDropout(NamedTuple):
@@ -130,12 +136,15 @@ class AttentionDropout(NamedTuple):
     mask_keys: Tensor | None = None
 
 
-def attention_dropout(p: float, num_heads: int, heads: Group | None) -> AttentionDropout:
-    """num_heads: of queries on this rank. heads: the tensor group that shares the heads."""
-    keys = mask_keys() if p > 0 else None
-    if keys is None:
+def attention_dropout(p: float, num_heads: int, *, heads: Group | None, sequence: Group | None = None) -> AttentionDropout:
+    """Of all tokens. num_heads: of queries on this rank. heads: the tensor group that shares the heads; sequence: the ranks that
+    share those of each of its ranks.
+    """
+    if p == 0 or _Now.masks is None:
         return AttentionDropout(p)
-    first = 0 if heads is None else heads.rank * num_heads
+    keys = _Now.masks.next()
+    part = 0 if heads is None else heads.rank
+    first = (part if sequence is None else part * sequence.size + sequence.rank) * num_heads
     numbers = torch.arange(first, first + num_heads, device=keys.device).unsqueeze(-1)  # (H, 1)
     return AttentionDropout(p, derived_keys(keys.unsqueeze(-2), numbers))
 

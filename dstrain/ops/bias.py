@@ -7,7 +7,7 @@ probability of exactly zero.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,11 @@ class Alibi:
 
     head_slopes: tuple[float, ...]
     lead: float = 0.0
+
+    def of_heads(self, part: int, parts: int) -> Alibi:
+        """Of one of so many equal parts of the heads."""
+        count = len(self.head_slopes) // parts
+        return replace(self, head_slopes=self.head_slopes[part * count :][:count])
 
     def bias(self, query: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
         """(T,), (S,) -> (H, T, S) or (B, T), (B, S) -> (B, H, T, S)"""

@@ -32,6 +32,11 @@ def copy_to(tensor: Tensor, group: Group) -> Tensor:
     return tensor if group.size == 1 else _identity(tensor, _name(group))
 
 
+def all_to_all(parts: Tensor, group: Group) -> Tensor:
+    """Part r goes to rank r, as does its gradient on the way back. (size, ...) -> (size, ...), in the order of ranks"""
+    return parts if group.size == 1 else _all_to_all(parts, _name(group))
+
+
 def _name(group: Group) -> str:
     assert group.process_group is not None, "a group of several ranks has a process group"
     name: str = group.process_group.group_name
@@ -42,6 +47,11 @@ def _name(group: Group) -> str:
 @torch.library.custom_op("dstrain::all_reduce", mutates_args=())
 def _all_reduce(tensor: Tensor, group: str) -> Tensor:
     return _GROUPS[group].all_reduce(tensor.clone(memory_format=torch.contiguous_format))
+
+
+@torch.library.custom_op("dstrain::all_to_all", mutates_args=())
+def _all_to_all(parts: Tensor, group: str) -> Tensor:
+    return _GROUPS[group].all_to_all(parts)
 
 
 @torch.library.custom_op("dstrain::identity", mutates_args=())
@@ -65,6 +75,14 @@ def _backward_of_identity(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]
     return _all_reduce(grad, ctx.group), None  # type: ignore[attr-defined]
 
 
-for _op, _backward in ((_all_reduce, _backward_of_all_reduce), (_identity, _backward_of_identity)):
+def _backward_of_all_to_all(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+    return _all_to_all(grad, ctx.group), None  # type: ignore[attr-defined]
+
+
+for _op, _backward in (
+    (_all_reduce, _backward_of_all_reduce),
+    (_identity, _backward_of_identity),
+    (_all_to_all, _backward_of_all_to_all),
+):
     _op.register_fake(_fake)
     _op.register_autograd(_backward, setup_context=_remember_group)

@@ -60,6 +60,14 @@ class Group:
         wait: Callable[[], object] = work.wait
         return wait
 
+    def all_to_all(self, parts: Tensor) -> Tensor:
+        """Part r goes to rank r; the parts that come from all ranks, in their order. (size, ...) -> (size, ...)"""
+        if self.size == 1:
+            return parts
+        received = torch.empty_like(parts, memory_format=torch.contiguous_format)
+        dist.all_to_all_single(received, parts.contiguous(), group=self.process_group)
+        return received
+
     def max(self, tensor: Tensor) -> Tensor:
         """The elementwise maximum over the ranks, in place, without waiting for a GPU."""
         if self.size > 1:

@@ -35,6 +35,7 @@ from dstrain.models.factory import Model, build_model, initial_values
 from dstrain.models.weights import TensorSource, to_canonical
 from dstrain.objectives.cross_entropy import CrossEntropy, target_hidden
 from dstrain.objectives.train_module import TrainModule
+from dstrain.parallel.group import Group
 from dstrain.parallel.mesh import Mesh
 from dstrain.recipe import ObjectiveConfig
 from tests.batches import collate
@@ -43,9 +44,9 @@ from tests.parallel.setting import TIED, VOCABULARY, build_engine, build_module,
 Report = dict[str, Any]
 
 
-def teacher_model(config: EncoderDecoderConfig, *, seed: int = 3) -> Model:
+def teacher_model(config: EncoderDecoderConfig, *, seed: int = 3, sequence: Group | None = None) -> Model:
     """Of another width and depth than the student; some of its matrices exceed ZeRO-3's threshold for sharing out."""
-    model = build_model(config, VOCABULARY, seed=seed)
+    model = build_model(config, VOCABULARY, seed=seed, sequence=sequence)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0)
@@ -56,7 +57,7 @@ def teacher(
     mesh: Mesh, *, seed: int = 3, placement: str = "replicated", precision: str = "fp32", factorized: bool = False
 ) -> TeacherEngine:
     """Such an online teacher."""
-    model = teacher_model(FACTORIZED_TEACHER if factorized else TEACHER, seed=seed)
+    model = teacher_model(FACTORIZED_TEACHER if factorized else TEACHER, seed=seed, sequence=mesh.sequence)
     return TeacherEngine(model, placement=placement, precision=precision, mesh=mesh)
 
 
@@ -199,12 +200,13 @@ def _distilled(mesh: Mesh, *, steps: int, parts: int, **options: Any) -> Report:
     return found
 
 
-def share(step: int, mesh: Mesh, parts: int) -> tuple[list[Batch], Size]:
-    """This rank's micro-batches, with the number of each sentence in the data set."""
+def share(step: int, mesh: Mesh, parts: int, **options: Any) -> tuple[list[Batch], Size]:
+    """This rank's micro-batches, with the number of each sentence in the data set. options: of `collate`."""
     pairs = sentences(step)
     numbers = list(range(parts))[mesh.data.rank :: mesh.data.size]
     ids = range(100 * step, 100 * step + len(pairs))
-    return [collate(pairs[part::parts], ids=ids[part::parts]) for part in numbers], Size(num_targets(pairs), len(pairs))
+    batches = [collate(pairs[part::parts], ids=ids[part::parts], **options) for part in numbers]
+    return batches, Size(num_targets(pairs), len(pairs))
 
 
 def held_weights(mesh: Mesh, engine: TrainEngine) -> Report:

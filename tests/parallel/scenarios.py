@@ -37,7 +37,7 @@ from tests.parallel.estimating import holdings  # noqa: F401
 from tests.parallel.meshes import collectives, meshes  # noqa: F401
 from tests.parallel.on_policy import on_policy  # noqa: F401
 from tests.parallel.setting import EOS, build_engine, build_module, load, num_targets, padded, save, sentences, share
-from tests.parallel.tensor_parallel import tensor_collectives, tensor_faults, tensor_runs  # noqa: F401
+from tests.parallel.tensor_parallel import sequence_collectives, tensor_collectives, tensor_faults, tensor_runs  # noqa: F401
 from tests.parallel.trace import repeat
 from tests.parallel.variants import variant_curves  # noqa: F401
 

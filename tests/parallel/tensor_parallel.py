@@ -1,8 +1,8 @@
-"""Training over tensor groups: models of every variant and every objective, on meshes of several shapes in one process group."""
+"""Training over tensor and sequence groups: every variant and objective, on meshes of several shapes in one process group."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from dstrain.adapters.config import LoraConfig
 from dstrain.adapters.freeze import freeze
 from dstrain.adapters.lora import inject
+from dstrain.data.batching.collate import PackedSize
 from dstrain.distillation.build import build_distillation
 from dstrain.distillation.feature_plan import plan_features
 from dstrain.distillation.signals import TeacherSignals
@@ -65,6 +66,7 @@ MODELS: dict[str, Report] = {
         "embedding": {"kind": "plain", "tie": "none", "output_dim": 16},
     },
 }
+DROPOUTS = ("dropout", "attention_dropout", "activation_dropout")
 LORA: Report = {"rank": 3, "alpha": 6, "targets": ["*"]}
 
 
@@ -82,16 +84,19 @@ def _curve(*, steps: int = 20, parts: int = 2, **options: Any) -> Report:
 
 
 def _share(engine: TrainEngine, step: int, parts: int) -> Any:
-    kind = engine.module.model.kind
-    if kind == "encoder_decoder":
-        return share(step, engine.mesh, parts)
-    pairs, (_, size) = sentences(step), share(step, engine.mesh, parts)
-    numbers = list(range(parts))[engine.mesh.data.rank :: engine.mesh.data.size]
-    return [collate(pairs[part::parts], kind=kind, ids=range(len(pairs))[part::parts]) for part in numbers], size
+    return share(step, engine.mesh, parts, kind=engine.module.model.kind, packed=_packed(engine.mesh))
 
 
-def _validated(engine: TrainEngine) -> float:
-    return float(engine.evaluate(collate(sentences(99), kind=engine.module.model.kind)).loss_sum)
+def _packed(mesh: Mesh) -> PackedSize | None:
+    """Padding on some ranks only, and none where no rank needs packed sequences."""
+    return None if mesh.sequence.size == 1 else PackedSize(multiple=8 * mesh.sequence.size)
+
+
+def _validated(engine: TrainEngine) -> list[float]:
+    """Loss, targets and sentences."""
+    batch = collate(sentences(99), kind=engine.module.model.kind, packed=_packed(engine.mesh))
+    output = engine.evaluate(batch)
+    return engine.mesh.sequence.all_reduce_sums([float(output.loss_sum), *output.size])
 
 
 def _outputs(engine: TrainEngine) -> Report:
@@ -109,13 +114,14 @@ def _outputs(engine: TrainEngine) -> Report:
 
 
 @cache
-def _mesh(tensor: int) -> Mesh:
-    return build_mesh("cpu", tensor=tensor)
+def _mesh(tensor: int, sequence: int) -> Mesh:
+    return build_mesh("cpu", tensor=tensor, sequence=sequence)
 
 
 def _engine(
     *,
     tensor: int = 1,
+    sequence: int = 1,
     model: str = "plain",
     deepspeed: str = "zero1",
     precision: str = "fp32",
@@ -130,13 +136,13 @@ def _engine(
     checkpointing: Any = "none",
     tiles: int = 1,
 ) -> TrainEngine:
-    """teachers: placement of each. store: the method by which the teacher's signal is kept. objective: its section. dropout: of
-    what the ranks of a group have in common."""
-    mesh = _mesh(tensor)
-    config: Any = TypeAdapter(ModelConfig).validate_python({**MODELS[model], "dropout": dropout})
+    """teachers: placement of each. store: the method by which the teacher's signal is kept. objective: its section. dropout:
+    everywhere."""
+    mesh = _mesh(tensor, sequence)
+    config: Any = TypeAdapter(ModelConfig).validate_python({**MODELS[model], **dict.fromkeys(DROPOUTS, dropout)})
     engines = [teacher(mesh, seed=3 + number, placement=placement) for number, placement in enumerate(teachers)]
     projections = "fused" if adapter is None else "separate"
-    built = build_model(config, VOCABULARY, projections=projections, seed=None, tensor=mesh.tensor)
+    built = build_model(config, VOCABULARY, projections=projections, seed=None, tensor=mesh.tensor, sequence=mesh.sequence)
     weights: Any = initial_values(build_model(config, VOCABULARY, seed=None), VOCABULARY, 1)
     if adapter is not None:
         settings = LoraConfig(**{**LORA, **adapter})
@@ -211,23 +217,33 @@ def tensor_collectives(mesh: Mesh, *, tensor: int) -> dict[str, list[int]]:
     return {model: [*_collectives(model, tensor)] for model in ("plain", "rotary")}
 
 
-def _collectives(model: str, tensor: int) -> Iterator[int]:
-    module = _engine(model=model, tensor=tensor, deepspeed="zero0").module
-    batch = collate(sentences(0), kind=module.model.kind)
-    calls, all_reduce = [0], group_module.dist.all_reduce
+def sequence_collectives(mesh: Mesh, *, sequence: int) -> dict[str, list[int]]:
+    """All-to-alls of forward and backward of one micro-batch by model; there must be no other collective."""
+    load_deepspeed(mesh)
+    return {model: [*_collectives(model, sequence=sequence)] for model in ("plain", "rotary")}
 
-    def counted(*arguments: Any, **options: Any) -> Any:
+
+def _collectives(model: str, tensor: int = 1, sequence: int = 1) -> Iterator[int]:
+    engine = _engine(model=model, tensor=tensor, sequence=sequence, deepspeed="zero0")
+    module, group = engine.module, engine.mesh.sequence
+    batch = collate(sentences(0), kind=module.model.kind, packed=_packed(engine.mesh)).share(group.rank, group.size)
+    calls, names = [0], ("all_reduce", "all_to_all_single")
+    before = {name: getattr(group_module.dist, name) for name in names}
+
+    def counted(function: Any, *arguments: Any, **options: Any) -> Any:
         calls[0] += 1
-        return all_reduce(*arguments, **options)
+        return function(*arguments, **options)
 
-    group_module.dist.all_reduce = counted
+    for name in names:
+        setattr(group_module.dist, name, partial(counted, before[name]))
     try:
         loss = module.train().objective(module.model, batch).loss_sum
         yield calls[0]
         loss.backward()
         yield calls[0]
     finally:
-        group_module.dist.all_reduce = all_reduce
+        for name in names:
+            setattr(group_module.dist, name, before[name])
 
 
 def tensor_faults(mesh: Mesh, *, tensor: int, stages: list[str]) -> list[Report]:

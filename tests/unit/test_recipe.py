@@ -79,6 +79,26 @@ def test_tensor_ranks_must_divide_heads_and_features() -> None:
         assert f"engine.parallel.tensor = 4 does not divide model.{key} = {value}" in message
 
 
+def test_sequence_ranks_must_share_heads_and_packed_tokens() -> None:
+    sizes = (
+        "decoder.num_heads=6",
+        "decoder.num_kv_heads=3",
+        "decoder.num_cross_kv_heads=2",
+        "encoder.num_heads=4",
+        "model_dim=96",
+    )
+    message = errors_of("engine.parallel.sequence=4", *(f"model.{size}" for size in sizes))
+    for key, value, remedy in (("num_heads", 6, "a divisor of the heads"), ("num_kv_heads", 3, "a divisor or a multiple")):
+        assert f"engine.parallel.sequence = 4 does not suit model.decoder.{key} = {value}: the ranks share heads" in message
+        assert f"choose {remedy}" in message
+    assert "num_cross_kv_heads" not in message, "four ranks can read two heads of keys"
+    assert "encoder" not in message
+    message = errors_of("engine.parallel={tensor: 2, sequence: 4}")
+    assert "sequence = 4 does not suit model.encoder.num_heads = 4 over 2 tensor ranks" in message
+    message = errors_of("engine.parallel.sequence=2", "engine.layout=padded")
+    assert "parallel.sequence = 2 shares packed tokens, but layout = padded; choose layout: auto" in message
+
+
 def test_training_may_not_outlast_its_schedule() -> None:
     assert "goes beyond schedule.total_steps = 5" in errors_of("schedule={kind: linear, total_steps: 5}")
 

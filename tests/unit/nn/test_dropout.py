@@ -64,12 +64,11 @@ def test_batching_order_padding_and_packing_move_no_mask(config: EncoderDecoderC
 
 
 def test_depths_places_and_passes_have_masks_of_their_own() -> None:
-    keys = collate(PAIRS).target.keys
-    assert keys is not None
+    sequences = collate(PAIRS).target
     seed_masks(1, 0)
-    x, part, masks = torch.ones(*keys.shape, 64), Dropout(0.5), MaskKeys.of(keys)
+    x, part, masks = torch.ones(*sequences.tokens.shape, 64), Dropout(0.5), MaskKeys.of(sequences)
     with mask_pass(1):
-        second = MaskKeys.of(keys)
+        second = MaskKeys.of(sequences)
     drawn = []
     for site in (masks.at(0), masks.at(1), second.at(0), masks.at(0)):
         with site:
@@ -82,17 +81,33 @@ def test_depths_places_and_passes_have_masks_of_their_own() -> None:
 
 
 def test_a_rank_draws_for_its_features_and_heads_what_one_process_draws() -> None:
-    keys = collate(PAIRS).target.keys
+    sequences = collate(PAIRS).target
     seed_masks(1, 0)
-    x = torch.ones(*keys.shape, 30)
-    with MaskKeys.of(keys).at(0):
+    x = torch.ones(*sequences.tokens.shape, 30)
+    with MaskKeys.of(sequences).at(0):
         whole = Dropout(0.5)(x)
-        heads = attention_dropout(0.5, 6, None).mask_keys
+        heads = attention_dropout(0.5, 6, heads=None).mask_keys
     for rank in range(3):
         group = Group(rank, 3, None, torch.device("cpu"))
-        with MaskKeys.of(keys).at(0):
+        with MaskKeys.of(sequences).at(0):
             assert torch.equal(Dropout(0.5, features=group)(x[..., :10]), whole[..., 10 * rank : 10 * rank + 10])
-            assert torch.equal(attention_dropout(0.5, 2, group).mask_keys, heads[:, 2 * rank : 2 * rank + 2])
+            assert torch.equal(attention_dropout(0.5, 2, heads=group).mask_keys, heads[:, 2 * rank : 2 * rank + 2])
+
+
+def test_a_sequence_rank_draws_for_its_tokens_and_in_attention_for_all_tokens_of_its_heads() -> None:
+    sequences = collate(PAIRS, packed=PackedSize(multiple=8)).target
+    seed_masks(1, 0)
+    count = len(sequences.tokens) // 2
+    with MaskKeys.of(sequences).at(0):
+        whole = Dropout(0.5)(torch.ones(2 * count, 30))
+        heads = attention_dropout(0.5, 8, heads=None).mask_keys
+    for tensor_rank, rank in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        tensor, sequence = (Group(number, 2, None, torch.device("cpu")) for number in (tensor_rank, rank))
+        with MaskKeys.of(sequences.share(rank, 2)).at(0):
+            assert torch.equal(Dropout(0.5)(torch.ones(count, 30)), whole[rank * count : (rank + 1) * count])
+            first = 4 * tensor_rank + 2 * rank
+            own = attention_dropout(0.5, 2, heads=tensor, sequence=sequence).mask_keys
+            assert torch.equal(own, heads[first : first + 2])
 
 
 def test_padding_and_empty_micro_batches_have_keys_too() -> None:

@@ -5,10 +5,9 @@ import itertools
 import pytest
 import torch
 
-from dstrain.engine.config import EngineConfig
 from dstrain.errors import TrainingError
 from dstrain.log import logger
-from dstrain.parallel.collectives import copy_to, reduce_from
+from dstrain.parallel.collectives import all_to_all, copy_to, reduce_from
 from dstrain.parallel.group import Group
 from dstrain.parallel.mesh import Mesh, build_mesh, group_ranks
 
@@ -91,19 +90,20 @@ def test_one_rank_never_communicates(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object, **options: object) -> None:
         raise AssertionError("a group of one rank communicates")
 
-    for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast_object_list", "monitored_barrier"):
+    for name in (
+        "all_reduce",
+        "all_gather",
+        "all_gather_object",
+        "all_to_all_single",
+        "broadcast_object_list",
+        "monitored_barrier",
+    ):
         monkeypatch.setattr(torch.distributed, name, refuse)
     group, rows, value = Group.single(CPU), torch.arange(6.0).view(3, 2), {"a": 1}
-    assert group.all_reduce(rows) is group.max(rows) is group.gather_rows(rows) is rows
-    assert copy_to(rows, group) is reduce_from(rows, group) is rows
+    assert group.all_reduce(rows) is group.max(rows) is group.gather_rows(rows) is group.all_to_all(rows) is rows
+    assert copy_to(rows, group) is reduce_from(rows, group) is all_to_all(rows, group) is rows
     assert group.all_reduce_sums([1, 2.5]) == [1.0, 2.5]
     assert (group.all_true(True), group.all_true(False)) == (True, False)
     assert group.broadcast_object(value) is group.gather_objects(value)[0] is value
     group.barrier()
     group.wait_for_work()
-
-
-def test_sequence_parallelism_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="sequence = 2: sequence parallelism is not available in this version yet"):
-        EngineConfig.model_validate({"parallel": {"sequence": 2}})
-    assert EngineConfig.model_validate({"parallel": {"sequence": 1}}) == EngineConfig()
