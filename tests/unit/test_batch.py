@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dstrain.batch import Metrics, sent
+from dstrain.batch import Metrics, ModelKind, sent
 from dstrain.data.batching.collate import PackedSize
 from tests.batches import collate
 
@@ -28,6 +28,37 @@ def test_a_batch_goes_to_a_device_but_for_what_is_looked_up_on_the_cpu() -> None
         assert part.targets.example_id.tolist() == [41] * 3
         assert part.examples.ids.tolist() == [41]
         assert part.size == batch.size
+
+
+PAIRS = [([5, 6, 2], [7, 2]), ([5, 2], [7, 8, 9, 2]), ([2], [2])]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+def test_shares_are_together_the_whole_batch(kind: ModelKind, size: int) -> None:
+    other: ModelKind = "decoder_only" if kind == "encoder_decoder" else "encoder_decoder"
+    whole = collate(PAIRS, kind=kind, packed=PackedSize(4), teacher_kinds=[other])
+    shares = [whole.share(rank, size) for rank in range(size)]
+    for sides in zip(*((share.reading, share.target) for share in shares), strict=True):
+        expected = whole.reading if sides[0] is shares[0].reading else whole.target
+        assert torch.equal(torch.cat([side.tokens for side in sides]), expected.tokens)
+        assert torch.equal(torch.cat([torch.as_tensor(side.positions) for side in sides]), torch.as_tensor(expected.positions))
+        assert all(side.is_share == (size > 1) for side in sides)
+    for name, values in vars(whole.targets).items():
+        if name != "index":
+            assert torch.equal(torch.cat([getattr(share.targets, name) for share in shares]), values)
+    inputs = torch.cat([share.target.tokens[share.targets.index] for share in shares])
+    assert torch.equal(inputs, whole.target.tokens[whole.targets.index])
+    assert tuple(map(sum, zip(*(share.size for share in shares), strict=True))) == whole.size == (7, 3)
+    for share in shares:
+        assert torch.equal(share.for_kind(other).targets.labels, share.targets.labels)
+        assert torch.equal(share.for_kind(other).target.tokens, whole.for_kind(other).target.tokens), "the teacher reads it whole"
+
+
+def test_only_packed_tokens_of_a_multiple_of_the_ranks_are_shared() -> None:
+    for packed in (None, PackedSize()):
+        with pytest.raises(ValueError, match=r"tokens cannot be shared by 2 ranks; pack them in a multiple of it"):
+            collate(PAIRS[:2], packed=packed).share(0, 2)
 
 
 def test_metrics_are_added_by_name() -> None:

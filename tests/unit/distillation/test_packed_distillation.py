@@ -15,15 +15,18 @@ from dstrain.batch import Batch, ModelKind
 from dstrain.data.batching.collate import Collator, PackedSize
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.distillation.build import build_distillation
+from dstrain.distillation.config import GlobalByLanguageSelection
 from dstrain.distillation.feature_plan import plan_features
+from dstrain.distillation.features import source_weights
+from dstrain.distillation.selection import Selection
 from dstrain.distillation.signals import TeacherSignals
 from dstrain.distillation.store.dump import ShardDraft, token_keys
-from dstrain.distillation.store.manifest import Method, SampleMethod, TopKMethod
+from dstrain.distillation.store.manifest import DenseMethod, Method, SampleMethod, TopKMethod
 from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
-from dstrain.ops.teacher_signal import SparseSignal
+from dstrain.ops.teacher_signal import KeptSignal, SparseSignal
 from tests.batches import EOS, PAD, collate
 from tests.unit.distillation.test_distillation import PlainTeacher, step
 from tests.unit.distillation.test_features import ALL, DECODER_ONLY, STUDENT, TEACHER, config_of, model_of, objective_of
@@ -124,6 +127,33 @@ def test_a_store_is_read_and_written_by_example_and_position(method: Method, tmp
     for name, pieces in drafts[1]._pieces.items():
         for one, other in zip(drafts[0]._pieces[name], pieces, strict=True):
             assert np.array_equal(one.values, other.values) and np.array_equal(one.lengths, other.lengths)
+
+
+def _rows(signal: KeptSignal) -> np.ndarray[Any, Any]:
+    """All that it has of each token."""
+    if isinstance(signal, SparseSignal):
+        return torch.cat([signal.ids, signal.probs, signal.tail[:, None]], 1).numpy()
+    return np.concatenate(signal.log_probs)
+
+
+def test_a_share_of_a_batch_has_its_part_of_signals_statistics_and_weights(tmp_path: Path) -> None:
+    data = prepared(tmp_path / "data")
+    dataset, teacher = open_dataset(data, "train"), teacher_for(data)
+    ids = np.array([59, 3, 17, 0])
+    whole = Collator("encoder_decoder", pad_id=PAD, eos_id=EOS, packed=PACKED)([dataset[row] for row in ids], ids)
+    shares = [whole.share(rank, 4) for rank in range(4)]
+    assert all(share.num_targets < whole.num_targets for share in shares)
+    for method in (SampleMethod(), DenseMethod()):
+        store = stored(data, tmp_path / method.kind, method, teacher=teacher)
+        found, expected = [store.signal(share) for share in shares], store.signal(whole)
+        parts = [_rows(signal) for signal in (*found, expected)]
+        assert np.array_equal(np.concatenate(parts[:-1]), parts[-1])
+    selection = Selection(GlobalByLanguageSelection(tags=["a"]))
+    nll = torch.arange(float(whole.num_targets))
+    counts = [share.num_targets for share in shares]
+    statistics = [selection.statistics(*own) for own in zip(shares, nll.split(counts), strict=True)]
+    assert torch.equal(torch.cat(statistics), selection.statistics(whole, nll))
+    assert torch.equal(torch.cat([source_weights(share) for share in shares]), source_weights(whole))
 
 
 def test_own_samples_are_of_the_examples_whatever_the_layout() -> None:

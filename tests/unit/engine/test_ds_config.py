@@ -111,6 +111,12 @@ def test_bf16_gradients_add_up_in_fp32(stage: int, replicas: int, precision: str
     assert (resolved.get("data_types", {}).get("grad_accum_dtype"), resolved.get("communication_data_type")) == types
 
 
+def test_sequence_ranks_add_up_gradients_in_fp32(tmp_path: Path) -> None:
+    content = {"zero_optimization": {"stage": 2}}
+    resolved = resolve(tmp_path, content, replicas=2, precision="bf16", parallel={"sequence": 2})
+    assert resolved["communication_data_type"] == "fp32"
+
+
 def test_a_file_may_choose_other_types_of_gradients(tmp_path: Path) -> None:
     content = {**ZERO1, "data_types": {"grad_accum_dtype": "bf16"}}
     resolved = resolve(tmp_path, content, precision="bf16")
