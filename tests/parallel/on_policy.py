@@ -17,7 +17,7 @@ from dstrain.generation.constraints import SpecialIds
 from dstrain.parallel.mesh import Mesh
 from tests.batches import EOS, PAD, collate
 from tests.parallel.distilling import queues, student
-from tests.parallel.setting import load, num_targets, save, sentences
+from tests.parallel.setting import load, num_targets, packed_on, save, sentences
 
 Report = dict[str, Any]
 KEYS: dict[str, Any] = {"fraction": 0.5, "max_length_ratio": 1.0, "max_length_offset": 6}
@@ -36,7 +36,7 @@ class Steps:
             rows = list(range(len(pairs)))
             held = [[rows[0:6], rows[6:]]] if self.mesh.data.size == 1 else [[rows[0:6], rows[6:-1]], [rows[-1:], []]]
             batches = [
-                collate([pairs[row] for row in part], ids=[row + 100 * step for row in part])
+                collate([pairs[row] for row in part], ids=[row + 100 * step for row in part], packed=packed_on(self.mesh))
                 for part in held[self.mesh.data.rank]
             ]
             yield PlannedStep(1, step, np.arange(len(pairs)), num_targets(pairs), last_of_epoch=False), batches
@@ -53,7 +53,7 @@ def train(mesh: Mesh, engine: TrainEngine, first: int, last: int) -> list[Report
         ranks=mesh.data,
         ids=SpecialIds(pad=PAD, eos=EOS, unk=3),
         max_length=30,
-        collator=Collator("encoder_decoder", pad_id=PAD, eos_id=EOS),
+        collator=Collator("encoder_decoder", pad_id=PAD, eos_id=EOS, packed=packed_on(mesh)),
         max_tokens=40,
         seed=11,
         device=mesh.device,

@@ -8,6 +8,7 @@ import torch
 
 from dstrain.batch import Batch, ModelKind, Sequences, Size
 from dstrain.checkpoint.manager import CheckpointManager
+from dstrain.data.batching.collate import PackedSize
 from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
 from dstrain.engine.training_engine import TrainEngine
 from dstrain.models.config import (
@@ -96,6 +97,11 @@ def padded(rows: Sequence[list[int]], value: int) -> Sequences:
     for index, row in enumerate(rows):
         tokens[index, : len(row)] = torch.tensor(row)
     return Sequences(tokens, lengths)
+
+
+def packed_on(mesh: Mesh) -> PackedSize | None:
+    """For the batches of a mesh: with padding that only the last sequence ranks have; None for padded ones."""
+    return None if mesh.sequence.size == 1 else PackedSize(multiple=8 * mesh.sequence.size)
 
 
 def num_targets(pairs: Sequence[tuple[list[int], list[int]]]) -> int:

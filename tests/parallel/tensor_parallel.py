@@ -13,7 +13,6 @@ from torch import Tensor
 from dstrain.adapters.config import LoraConfig
 from dstrain.adapters.freeze import freeze
 from dstrain.adapters.lora import inject
-from dstrain.data.batching.collate import PackedSize
 from dstrain.distillation.build import build_distillation
 from dstrain.distillation.feature_plan import plan_features
 from dstrain.distillation.signals import TeacherSignals
@@ -34,7 +33,7 @@ from dstrain.recipe import ObjectiveConfig
 from tests.batches import collate
 from tests.parallel import on_policy
 from tests.parallel.distilling import TEACHER, held, queues, share, teacher
-from tests.parallel.setting import VOCABULARY, load, padded, save, sentences
+from tests.parallel.setting import VOCABULARY, load, packed_on, padded, save, sentences
 from tests.parallel.stored_signals import StoredSignals
 
 Report = dict[str, Any]
@@ -84,17 +83,12 @@ def _curve(*, steps: int = 20, parts: int = 2, **options: Any) -> Report:
 
 
 def _share(engine: TrainEngine, step: int, parts: int) -> Any:
-    return share(step, engine.mesh, parts, kind=engine.module.model.kind, packed=_packed(engine.mesh))
-
-
-def _packed(mesh: Mesh) -> PackedSize | None:
-    """Padding on some ranks only, and none where no rank needs packed sequences."""
-    return None if mesh.sequence.size == 1 else PackedSize(multiple=8 * mesh.sequence.size)
+    return share(step, engine.mesh, parts, kind=engine.module.model.kind, packed=packed_on(engine.mesh))
 
 
 def _validated(engine: TrainEngine) -> list[float]:
     """Loss, targets and sentences."""
-    batch = collate(sentences(99), kind=engine.module.model.kind, packed=_packed(engine.mesh))
+    batch = collate(sentences(99), kind=engine.module.model.kind, packed=packed_on(engine.mesh))
     output = engine.evaluate(batch)
     return engine.mesh.sequence.all_reduce_sums([float(output.loss_sum), *output.size])
 
@@ -226,7 +220,7 @@ def sequence_collectives(mesh: Mesh, *, sequence: int) -> dict[str, list[int]]:
 def _collectives(model: str, tensor: int = 1, sequence: int = 1) -> Iterator[int]:
     engine = _engine(model=model, tensor=tensor, sequence=sequence, deepspeed="zero0")
     module, group = engine.module, engine.mesh.sequence
-    batch = collate(sentences(0), kind=module.model.kind, packed=_packed(engine.mesh)).share(group.rank, group.size)
+    batch = collate(sentences(0), kind=module.model.kind, packed=packed_on(engine.mesh)).share(group.rank, group.size)
     calls, names = [0], ("all_reduce", "all_to_all_single")
     before = {name: getattr(group_module.dist, name) for name in names}
 

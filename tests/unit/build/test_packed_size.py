@@ -7,8 +7,7 @@ import torch
 
 from dstrain.build.training_data import packed_size
 from dstrain.data.batching.collate import PackedSize
-from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, StackConfig
-from dstrain.models.parallel_sizes import teacher_problems
+from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig, StackConfig, sequence_problems
 from dstrain.parallel.group import Group
 from dstrain.parallel.mesh import Mesh
 from dstrain.recipe_file import load_recipe
@@ -44,8 +43,8 @@ def test_the_heads_of_a_teacher_must_suit_the_sequence_ranks() -> None:
     config = EncoderDecoderConfig(
         model_dim=24, encoder=StackConfig(**stack), decoder=DecoderStackConfig(**{**stack, "num_heads": 4})
     )
-    assert list(teacher_problems(config, 2, "teacher: ")) == []
-    (first, second) = teacher_problems(config, 4, "teacher: ")
+    assert list(sequence_problems(config, tensor=1, sequence=2, owner="teacher: ")) == []
+    (first, second) = sequence_problems(config, tensor=1, sequence=4, owner="teacher: ")
     assert first == (
         "engine.parallel.sequence = 4 does not suit teacher: encoder.num_heads = 6: the ranks share heads; choose a divisor of "
         "the heads"
