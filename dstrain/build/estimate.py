@@ -244,9 +244,9 @@ def _teachers(options: TeacherOptions, recipe: Recipe) -> list[TeacherModel]:
 
 
 def log_memory(plan: TrainingPlan, teachers: TeacherOptions, mesh: Mesh) -> None:
-    """Say how much memory a rank of a training will take, and warn if its device has less.
+    """Say on rank 0 how much memory a rank of a training will take, and warn if its device has less.
 
-    Teachers count with the student's vocabulary.
+    Teachers count with the student's vocabulary. Every rank calls it: a recipe that no model can be built from is an error on all.
     """
     recipe, train, vocabulary = plan.recipe, plan.data.train, plan.data.vocabulary
     lengths = [max(1, round(float(each.mean()))) for each in (train.source_lengths, train.target_lengths)]
@@ -258,6 +258,8 @@ def log_memory(plan: TrainingPlan, teachers: TeacherOptions, mesh: Mesh) -> None
     sizes = count_parameters(recipe.model, vocabulary, tensor=mesh.tensor.size, adapter=recipe.adapter)
     layout = layout_of(recipe, sizes.model_size, ranks=mesh.world.size, device=device)
     memory = estimate_layout(workload, layout, parameters=sizes).memory
+    if mesh.world.rank > 0:
+        return
     log_fields({"memory": memory_line(memory)})
     needed, capacity = memory.total + (memory.host if device == "cpu" else 0), device_memory(mesh.device)
     if needed > USABLE * capacity:

@@ -70,7 +70,8 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     require_agreement(mesh.world, plan.decisive(options))
     if mesh.world.rank == 0:
         log_plan(plan, mesh)
-        log_memory(plan, options.teachers, mesh)
+    log_memory(plan, options.teachers, mesh)
+    if mesh.world.rank == 0:
         for warning in filter(None, [*plan.horizons.warnings(), unused_gpus(mesh.device, options.device)]):
             logger.warning("%s", warning)
     run = open_run(

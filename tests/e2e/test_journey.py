@@ -65,6 +65,7 @@ def test_the_same_recipe_gives_the_same_curve_under_torchrun_and_in_one_process(
         [*launcher, *map(str, words)], env=environment(), capture_output=True, text=True, timeout=280, check=False
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stderr.count("  memory    about ") == 1  # of two ranks one says it
     assert curve(other) == curve(run)
 
 
