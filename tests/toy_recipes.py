@@ -20,7 +20,10 @@ from tests.e2e.support import dstrain, succeeds
 STEPS = 20
 NUM_PAIRS = {"train": 120, "valid": 8, "test": 8}
 
-STARTS_FROM = {"translation/multi30k_tiny_lora": "translation/multi30k_tiny"}
+STARTS_FROM = {
+    "language_modeling/wikitext_extend": "language_modeling/wikitext_tiny",
+    "translation/multi30k_tiny_lora": "translation/multi30k_tiny",
+}
 """A recipe that needs --base -> the recipe whose bundle it is."""
 LEARNS_FROM = {"translation/multi30k_tiny_kd": "translation/multi30k_base"}
 """A recipe that needs --teacher -> the recipe whose bundle it is."""

@@ -33,7 +33,7 @@ JOBS = [
     Job("finetune", "translation/multi30k_tiny", takes_a_bundle=True),
     Job("finetune_lora", "translation/multi30k_tiny_lora", takes_a_bundle=True),
     Job("distill", "translation/multi30k_tiny_kd", takes_a_bundle=True),
-    Job("extend_context", "translation/multi30k_tiny", takes_a_bundle=True),
+    Job("extend_context", "language_modeling/wikitext_extend", takes_a_bundle=True),
 ]
 
 
