@@ -48,6 +48,10 @@ class ImportFormatError(DstrainError):
     """A foreign checkpoint or data file cannot be read safely."""
 
 
+class ExportError(DstrainError):
+    """A bundle cannot be written in a foreign format."""
+
+
 class TrainingError(DstrainError):
     """Training had to stop: a non-finite step, a lost rank, a full disk."""
 

@@ -15,6 +15,7 @@ VERBS = {
     "average": "average bundles into one",
     "extend": "give a bundle with rotary positions a longer context",
     "merge": "merge an adapter bundle into its base, as a plain bundle",
+    "export": "write a bundle in the format of another program",
     "report": "draw the curves of a run as PNG and HTML",
     "import": "bring what fairseq made: checkpoints, binarized data, command lines",
     "completion": "print the script that completes verbs, options and recipes in your shell",

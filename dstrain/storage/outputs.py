@@ -44,6 +44,13 @@ def check_output(output: Path, inputs: Mapping[str, Path | None], *, overwrite: 
         raise StorageError(f"{output} exists; add --overwrite to replace it, or choose another --output")
 
 
+def check_output_of_kind(output: Path, inputs: Mapping[str, Path | None], *, marker: str, kind: str, overwrite: bool) -> None:
+    """`check_output` for a directory that replaces only its own kind, known by the file `marker`. kind: in words."""
+    if output.is_file() or (output.is_dir() and any(output.iterdir()) and not (output / marker).exists()):
+        raise StorageError(f"{output} exists and is not {kind}, so it is not replaced; choose another --output")
+    check_output(output, inputs, overwrite=overwrite)
+
+
 def check_output_path(output: Path, inputs: Mapping[str, Path | None]) -> None:
     """The first half of `check_output`, for an output that is continued where it exists."""
     if output.exists() and not (output.is_file() or output.is_dir()):

@@ -85,6 +85,8 @@ def test_the_toys_work(tmp_path: Path) -> None:
     assert found["difference"] < 1e-12
     without, with_option = (yaml.safe_load(recipe)["model"]["embedding"] for recipe in found["imported"])
     assert with_option == {**without, "norm": True}
+    assert found["exported"] == "run/bundles/last is a toy in exported\n"
+    assert "encoder.layers.0.self_attention_norm.weight" in (tmp_path / "exported" / "toy.txt").read_text(encoding="utf-8")
     assert [event["step"] for event in found["steps"]] == [1, 2]
     for event in found["steps"]:  # the loss of the toy objective, not that of cross-entropy
         assert event["loss"] > 1.5 * event["nll"]

@@ -174,6 +174,30 @@ FAIRSEQ_OPTION: dict[str, Edit] = {
     ),
 }
 
+EXPORT: dict[str, Edit] = {
+    "dstrain/interop/toy.py": """
+from dstrain.checkpoint.bundle import find_bundle
+
+
+def export_toy(bundle, output):
+    output.mkdir()
+    (output / "toy.txt").write_text("\\n".join(sorted(find_bundle(bundle).names())))
+    return [f"{bundle} is a toy in {output}"]
+""",
+    "dstrain/cli/export.py": (
+        (
+            "EXPORT_FORMATS = {",
+            """def _toy(args):
+    from dstrain.interop.toy import export_toy
+
+    return export_toy(args.bundle, args.output)
+
+
+EXPORT_FORMATS = {"toy": ExportFormat("a toy", "toy.txt", _toy), """,
+        ),
+    ),
+}
+
 TOYS = {
     "A model variant, such as a norm": NORM,
     "An activation": ACTIVATION,
@@ -182,6 +206,7 @@ TOYS = {
     "A verb": VERB,
     "A kernel": KERNEL,
     "An option of fairseq": FAIRSEQ_OPTION,
+    "A format of export": EXPORT,
 }
 """By the headings of dstrain/README.md."""
 
@@ -249,6 +274,7 @@ found["imported"] = [recipe_from_command(command + words) for words in ("", " --
 verb("prepare", "toy.yaml", "--output", "data", "--workers", "1")
 verb("train", "toy.yaml", "--data", "data", "--output", "run")
 verb("validate", "run/bundles/last", "--data", "data")
+found["exported"] = verb("export", "run/bundles/last", "--format", "toy", "--output", "exported")
 with open("run/events.jsonl") as events:
     found["steps"] = [event for event in map(json.loads, events) if event["kind"] == "train"]
 with open("found.json", "w") as file:

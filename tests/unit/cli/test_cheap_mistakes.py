@@ -76,6 +76,12 @@ MISTAKES = {
     "bundles that are none": (["average", BUNDLE, "none", "--output", "b"], "none is not a bundle"),
     "nothing to merge": (["merge", "none", "--output", "b"], "none is not a bundle"),
     "a plain bundle to merge": (["merge", BUNDLE, "--output", "b"], "is a plain bundle already"),
+    "nothing to export": (["export", "none", "--format", "ctranslate2", "--output", "b"], "none is not a bundle"),
+    "an export over a text": (
+        ["export", BUNDLE, "--format", "ctranslate2", "--output", "text", "--overwrite"],
+        "text exists and is not a CTranslate2 model",
+    ),
+    "a format of no program": (["export", BUNDLE, "--format", "onnx", "--output", "b"], "'onnx' is unknown; "),
     "no checkpoint": (["consolidate", "none", "--output", "b"], "none is no checkpoint"),
     "nothing to inspect": (["inspect", "none"], "none is no prepared data"),
     "no teacher": (["dump-logits", "--teacher", "none", "--data", "none", "--output", "l"], "none is not a bundle"),

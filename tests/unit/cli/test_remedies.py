@@ -19,6 +19,7 @@ NEW_LABEL = ("pseudo-label", *WORK, "--output", "new", "--beam-size", "1")
 NEW_DATA = ("prepare", "recipe.yaml", "--output", "new", "--workers", "1")
 GENERATE = ("generate", "teacher", "--input", "text", "--device", "cpu", "--beam-size", "2")
 AVERAGE = ("average", "run", "--output", "mean")
+EXPORT = ("export", "teacher", "--format", "ctranslate2", "--output")
 VALIDATE = ("validate", "teacher", "--data", "data", "--device", "cpu")
 NO_REMEDY: tuple[Command, ...] = ()
 
@@ -111,6 +112,11 @@ CASES = {
         (*PREPARE, "--set", "data.filter.max_ratio=9"),
         "belongs to another preparation ({}); choose another --output, or --overwrite",
         afterwards=(*PREPARE, "--set", "data.filter.max_ratio=9", "--overwrite"),
+    ),
+    "an export over another directory": Case(
+        (*EXPORT, "data", "--overwrite"),
+        "exists and is not {}, so it is not replaced; choose another --output",
+        afterwards=(*EXPORT, "new"),
     ),
     "a text that exists": Case(
         (*GENERATE, "--output", "other"), "add --overwrite", afterwards=(*GENERATE, "--output", "other", "--overwrite")
@@ -343,7 +349,7 @@ CASES = {
     ),
     "a bundle in place of a text": Case(
         ("average", "teacher", "--output", "text"),
-        "it is not replaced; choose another --output",
+        "is not a bundle, so it is not replaced; choose another --output",
         afterwards=("average", "teacher", "--output", "new"),
     ),
     "an output that holds an input": Case(

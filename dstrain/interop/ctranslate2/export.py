@@ -1,0 +1,54 @@
+"""A bundle as a model of CTranslate2: a directory that its Translator or Generator loads.
+
+DIR/model.bin, config.json, *vocabulary.json   written by CTranslate2's own classes
+DIR/tokenizer/                                 as in the bundle
+"""
+
+from __future__ import annotations
+
+from dstrain.checkpoint.bundle import StoredBundle, find_bundle
+from dstrain.data.tokenizers.tokenizer import TokenizerPair, save_tokenizers
+from dstrain.errors import ExportError
+from dstrain.extras import import_extra
+from dstrain.interop.ctranslate2.limits import changes, unsupported
+from dstrain.interop.ctranslate2.model import SpecBuilder
+from dstrain.interop.ctranslate2.options import MODEL_FILE, CTranslate2Export
+from dstrain.interop.ctranslate2.vocabulary import register_vocabularies, usage
+from dstrain.storage.atomic import atomic_directory, named_if_full
+from dstrain.storage.outputs import check_output_of_kind
+
+
+def export_ctranslate2(options: CTranslate2Export) -> list[str]:
+    """Write the model, its adapters merged; returns lines on what was written and how it is read.
+
+    ExtraError: CTranslate2 is not installed. ExportError: the model has parts that it lacks, or no tokenizer. BundleError as
+    `find_bundle`. StorageError as `check_output_of_kind`.
+    """
+    specs = import_extra("ctranslate2.specs", extra="ctranslate2", purpose="export to CTranslate2")
+    stored = find_bundle(options.bundle, options.base)
+    inputs = stored.sources
+    check_output_of_kind(options.output, inputs, marker=MODEL_FILE, kind="a CTranslate2 model", overwrite=options.overwrite)
+    config, tokenizers = stored.description.model, _tokenizers(stored)
+    if problems := list(unsupported(config)):
+        raise ExportError(f"CTranslate2 cannot represent {'; '.join(problems)}; {stored.directory} runs by `dstrain generate`")
+    spec = SpecBuilder(specs, config, stored).build()
+    register_vocabularies(spec, tokenizers)
+    spec.validate()
+    spec.optimize(quantization=options.quantization)
+    with named_if_full(options.output), atomic_directory(options.output.resolve()) as fresh:
+        spec.save(str(fresh))
+        save_tokenizers(tokenizers, fresh / "tokenizer")
+    adapters = [f"adapters: {len(stored.adapters)}, merged"] if stored.adapters else []
+    return [
+        f"{options.bundle} -> {options.output}: {spec.name}, {options.quantization or 'float32'}",
+        *adapters,
+        *changes(config),
+        *usage(tokenizers, config.kind, stored.task),
+    ]
+
+
+def _tokenizers(stored: StoredBundle) -> TokenizerPair:
+    tokenizers = stored.tokenizers()
+    if tokenizers is None:
+        raise ExportError(f"{stored.directory} has no tokenizer, and CTranslate2 knows entries by name; import it with one")
+    return tokenizers
