@@ -116,10 +116,10 @@ def main() -> None:
         for number in range(1, args.rounds + 1):
             rounds.append({loop: measure(loop, args.steps, data, args.overrides) for loop in loops})
             print(f"round {number}: " + ", ".join(f"{loop} {speed:,.0f}" for loop, speed in rounds[-1].items()), flush=True)
-    for loop in loops:
+    for number, loop in enumerate(loops):
         line = f"{loop:10s}{statistics.median(speeds[loop] for speeds in rounds):7,.0f} target tokens per CPU-second"
         for base in ("bare", "model", *stages[:1]):
-            if base in loops and loop != base:
+            if base in loops[:number]:
                 ratios = [speeds[loop] / speeds[base] for speeds in rounds]
                 line += f", {statistics.median(ratios):.2f} x {base} (from {min(ratios):.2f} to {max(ratios):.2f})"
         print(line)
