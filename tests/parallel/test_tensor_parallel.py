@@ -100,6 +100,9 @@ def assert_same(result: Results, expected: Results) -> None:
         assert report.get("samples") == single.get("samples")
         assert report["loss"] == pytest.approx(single["loss"], rel=1e-6)
         assert report["grad_norm"] == pytest.approx(single["grad_norm"], rel=1e-5)
+        assert report["num_targets"] == single["num_targets"]
+        assert report["metrics"]["counts"] == single["metrics"]["counts"], "ranks of a tensor group count a token once"
+        assert report["metrics"]["sums"] == pytest.approx(single["metrics"]["sums"], rel=1e-5)
     assert result["validated"] == pytest.approx(expected["validated"], rel=1e-6)
     assert result["shapes"] == expected["shapes"]
     assert result["logits"] == pytest.approx(expected["logits"], rel=1e-4, abs=1e-5)
