@@ -20,17 +20,21 @@ SELECTIVE: Report = {
 
 
 def engine_of(mesh: Mesh, kind: str, **options: Any) -> TrainEngine:
-    """One of the kinds of training whose state differs; without dropout."""
+    """One of the kinds of training whose state differs; with dropout, whose masks depend on no layout."""
     match kind:
         case "averaged":
             decayed = {"kind": "adamw", "weight_decay": 0.1}
-            return build_engine(mesh, build_module(), ema={"decay": 0.7}, clip_norm=1.0, optimizer=decayed, **options)
+            return build_engine(mesh, build_module(dropout=0.1), ema={"decay": 0.7}, clip_norm=1.0, optimizer=decayed, **options)
         case "stable_adamw":
-            return build_engine(mesh, build_module(), optimizer={"kind": "stable_adamw", "weight_decay": 0.1}, **options)
+            return build_engine(
+                mesh, build_module(dropout=0.1), optimizer={"kind": "stable_adamw", "weight_decay": 0.1}, **options
+            )
         case "adapted":
-            return adapting_engine(mesh, adapted_module(factorized=False, dora=True, bias="all"), ema=True, **options)
+            return adapting_engine(
+                mesh, adapted_module(factorized=False, dropout=0.1, dora=True, bias="all"), ema=True, **options
+            )
         case "selective":
-            return student(mesh, objective=SELECTIVE, **options)
+            return student(mesh, objective=SELECTIVE, dropout=0.1, **options)
     raise ValueError(kind)
 
 
