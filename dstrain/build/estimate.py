@@ -246,7 +246,7 @@ def _teachers(options: TeacherOptions, recipe: Recipe) -> list[TeacherModel]:
 def log_memory(plan: TrainingPlan, teachers: TeacherOptions, mesh: Mesh) -> None:
     """Say on rank 0 how much memory a rank of a training will take, and warn if its device has less.
 
-    Teachers count with the student's vocabulary. Every rank calls it: a recipe that no model can be built from is an error on all.
+    Teachers count with the student's vocabulary. Every rank calls it: a recipe that makes no model is an error on all.
     """
     recipe, train, vocabulary = plan.recipe, plan.data.train, plan.data.vocabulary
     lengths = [max(1, round(float(each.mean()))) for each in (train.source_lengths, train.target_lengths)]

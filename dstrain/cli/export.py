@@ -3,7 +3,8 @@
     dstrain export BUNDLE --format ctranslate2 --output DIR --quantization int8
 
 ctranslate2: a directory for CTranslate2's Translator (encoder-decoder) or Generator (decoder-only), with the bundle's tokenizer.
-What the format cannot represent is refused; what is written otherwise is printed. An adapter bundle is merged first.
+An adapter bundle is merged first. What the format cannot represent is refused, what is written otherwise is printed. At the end
+CTranslate2 scores random tokens: without quantization as the bundle does, or nothing is written; else the difference is printed.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from dstrain.checkpoint.bundle import StoredBundle, find_bundle
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, save_tokenizers
 from dstrain.errors import ExportError
 from dstrain.extras import import_extra
+from dstrain.interop.ctranslate2.check import largest_difference
 from dstrain.interop.ctranslate2.limits import changes, unsupported
 from dstrain.interop.ctranslate2.model import SpecBuilder
 from dstrain.interop.ctranslate2.options import MODEL_FILE, CTranslate2Export
@@ -17,32 +18,42 @@ from dstrain.interop.ctranslate2.vocabulary import register_vocabularies, usage
 from dstrain.storage.atomic import atomic_directory, named_if_full
 from dstrain.storage.outputs import check_output_of_kind
 
+LARGEST_DIFFERENCE = 1e-2
+"""In nats: far above rounding in float32, and far below what a layer that is computed otherwise makes."""
+
 
 def export_ctranslate2(options: CTranslate2Export) -> list[str]:
-    """Write the model, its adapters merged; returns lines on what was written and how it is read.
+    """Write the model, its adapters merged, and check it; returns lines on what was written and how it is read.
 
-    ExtraError: CTranslate2 is not installed. ExportError: the model has parts that it lacks, or no tokenizer. BundleError as
-    `find_bundle`. StorageError as `check_output_of_kind`.
+    ExtraError: CTranslate2 is not installed. ExportError: the model has parts that it lacks, or no tokenizer, or scores otherwise
+    there. BundleError as `find_bundle`. StorageError as `check_output_of_kind`.
     """
-    specs = import_extra("ctranslate2.specs", extra="ctranslate2", purpose="export to CTranslate2")
+    ctranslate2 = import_extra("ctranslate2", extra="ctranslate2", purpose="export to CTranslate2")
     stored = find_bundle(options.bundle, options.base)
     inputs = stored.sources
     check_output_of_kind(options.output, inputs, marker=MODEL_FILE, kind="a CTranslate2 model", overwrite=options.overwrite)
     config, tokenizers = stored.description.model, _tokenizers(stored)
     if problems := list(unsupported(config)):
         raise ExportError(f"CTranslate2 cannot represent {'; '.join(problems)}; {stored.directory} runs by `dstrain generate`")
-    spec = SpecBuilder(specs, config, stored).build()
+    spec = SpecBuilder(ctranslate2.specs, config, stored).build()
     register_vocabularies(spec, tokenizers)
     spec.validate()
     spec.optimize(quantization=options.quantization)
     with named_if_full(options.output), atomic_directory(options.output.resolve()) as fresh:
         spec.save(str(fresh))
         save_tokenizers(tokenizers, fresh / "tokenizer")
+        difference = largest_difference(ctranslate2, fresh, stored, tokenizers)
+        if options.quantization in (None, "float32") and not difference < LARGEST_DIFFERENCE:
+            raise ExportError(
+                f"CTranslate2 {ctranslate2.__version__} scores random tokens of {stored.directory} otherwise, by up to "
+                f"{difference:.2g} nats, so nothing is written; tell the authors of dstrain"
+            )
     adapters = [f"adapters: {len(stored.adapters)}, merged"] if stored.adapters else []
     return [
         f"{options.bundle} -> {options.output}: {spec.name}, {options.quantization or 'float32'}",
         *adapters,
         *changes(config),
+        f"checked: log-probabilities of random tokens differ by {difference:.1g} nats at most",
         *usage(tokenizers, config.kind, stored.task),
     ]
 

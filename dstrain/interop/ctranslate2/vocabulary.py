@@ -47,10 +47,10 @@ def register_vocabularies(spec: Any, tokenizers: TokenizerPair) -> None:
     spec.register_target_vocabulary(names)
     config.bos_token = name_of(target, target.bos_id)
     config.decoder_start_token = name_of(target, target.start_id)
-    config.add_source_bos, config.add_source_eos = False, _same_end(tokenizers)
+    config.add_source_bos, config.add_source_eos = False, same_end(tokenizers)
 
 
-def _same_end(tokenizers: TokenizerPair) -> bool:
+def same_end(tokenizers: TokenizerPair) -> bool:
     """Whether texts of both sides have one end, for CTranslate2 knows one."""
     source, target = tokenizers.source, tokenizers.target
     return name_of(source, source.eos_id) == name_of(target, target.eos_id)
@@ -64,11 +64,11 @@ def usage(tokenizers: TokenizerPair, kind: str, task: BundleTask) -> Iterator[st
         prompt = ["TOKENS", start] if task == "translation" else [start, "TOKENS"]
         yield f"ctranslate2.Generator: the prompt is {' '.join(prompt)}; include_prompt_in_result=False returns what follows it"
     else:
-        yield "ctranslate2.Translator: the source is TOKENS" + ("" if _same_end(tokenizers) else " with its end")
+        yield "ctranslate2.Translator: the source is TOKENS" + ("" if same_end(tokenizers) else " with its end")
     for side, tokenizer in (("source", source), ("target", target)):
         if isinstance(tokenizer, DictionaryTokenizer):
             before, after = tokenizer.markers.before, tokenizer.markers.after
-            end = (tokenizer.markers.end,) if side == "source" and not _same_end(tokenizers) else ()
+            end = (tokenizer.markers.end,) if side == "source" and not same_end(tokenizers) else ()
             if before or after or end:
                 where = "TOKENS" if side == "source" else "TOKENS (give the first ones as target_prefix)"
                 yield f"{side}: {' '.join([*before, where, *after, *end])}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from dstrain.api import load
 from dstrain.checkpoint.bundle import save_bundle
@@ -22,7 +24,9 @@ from dstrain.models.factory import build_model
 from dstrain.models.weights import to_canonical
 from tests.equivalence.test_ctranslate2 import config_of
 from tests.paths import ROOT
-from tests.unit.cli.verbs import Verbs
+from tests.unit.cli.test_moved_base import adapt
+from tests.unit.cli.verbs import Verbs, bundle_for
+from tests.unit.distillation.toy_store import prepared
 from tests.unit.generation.small_bundle import NAMES, WORDS, dictionary, make_bundle
 
 ctranslate2 = pytest.importorskip("ctranslate2")
@@ -73,10 +77,11 @@ def save(directory: Path, pair: TokenizerPair, settings: dict[str, Any]) -> Path
 
 def test_it_has_the_tokenizer_and_translates_after_quantization(tmp_path: Path, verbs: Verbs) -> None:
     output = tmp_path / "exported"
-    assert verbs.succeed(*EXPORT, output, "--quantization", "int8").splitlines() == [
-        f"{BUNDLE} -> {output}: TransformerSpec, int8",
-        "ctranslate2.Translator: the source is TOKENS",
-    ]
+    written, checked, usage = verbs.succeed(*EXPORT, output, "--quantization", "int8").splitlines()
+    assert written == f"{BUNDLE} -> {output}: TransformerSpec, int8"
+    assert usage == "ctranslate2.Translator: the source is TOKENS"
+    difference = re.fullmatch(r"checked: log-probabilities of random tokens differ by (\S+) nats at most", checked)
+    assert difference and 1e-4 < float(difference[1]) < 1
     pair = load_tokenizers(output / "tokenizer")
     assert pair.fingerprint == load_tokenizers(BUNDLE / "tokenizer").fingerprint
     expected = json.loads((ROOT / "tests/golden/tiny_bundle.json").read_text())
@@ -84,6 +89,26 @@ def test_it_has_the_tokenizer_and_translates_after_quantization(tmp_path: Path, 
     sources = [pair.source.tokens(row) for row in pair.source.encode(expected["source"])]
     found = [" ".join(result.hypotheses[0]) for result in model.translate_batch(sources, beam_size=4)]
     assert found == expected["translations"]
+
+
+def test_a_model_that_scores_otherwise_there_is_not_written(
+    tmp_path: Path, verbs: Verbs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dstrain.interop.ctranslate2.model.sinusoids", torch.zeros)
+    assert re.search(r"tiny_bundle otherwise, by up to \S+ nats, so nothing is written", verbs.fail(*EXPORT, tmp_path / "out"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_is_merged_first(tmp_path: Path, verbs: Verbs) -> None:
+    base = bundle_for(prepared(tmp_path / "data"), tmp_path / "base", seed=3)
+    adapted = adapt(tmp_path / "adapted", base, seed=1)
+    words = ("--format", "ctranslate2", "--output")
+    assert "adapters: 1, merged" in verbs.succeed("export", adapted, *words, tmp_path / "one").splitlines()
+    verbs.succeed("merge", adapted, "--output", tmp_path / "merged")
+    verbs.succeed("export", tmp_path / "merged", *words, tmp_path / "two")
+    verbs.succeed("export", base, *words, tmp_path / "three")
+    one, two, three = ((tmp_path / name / "model.bin").read_bytes() for name in ("one", "two", "three"))
+    assert one == two != three
 
 
 def test_the_types_are_those_of_ctranslate2() -> None:
@@ -103,7 +128,7 @@ def test_it_replaces_its_own_kind_on_request_only(tmp_path: Path, verbs: Verbs) 
 
 
 def test_without_its_package_there_is_one_message(tmp_path: Path, verbs: Verbs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ctranslate2.specs", None)
+    monkeypatch.setitem(sys.modules, "ctranslate2", None)
     message = verbs.fail(*EXPORT, tmp_path / "exported")
     assert "export to CTranslate2 needs a package that cannot be imported" in message
     assert 'pip install "dstrain[ctranslate2]"' in message
@@ -132,7 +157,7 @@ def test_language_markers_are_told(tmp_path: Path) -> None:
     )
     output = tmp_path / "exported"
     lines = export_ctranslate2(CTranslate2Export(bundle=save(tmp_path / "b", pair, {}), output=output))
-    assert lines[1:] == [
+    assert lines[2:] == [
         "ctranslate2.Translator: the source is TOKENS with its end",
         "source: TOKENS </s> [en]",
         "target: [de] TOKENS (give the first ones as target_prefix)",
