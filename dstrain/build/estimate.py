@@ -201,7 +201,7 @@ def layout_of(recipe: Recipe, size: ModelSize, *, ranks: int, device: DeviceKind
         checkpointing=engine.activation_checkpointing,
         sharding=Sharding.of(engine, replicas=ranks // engine.parallel.tensor, size=size),
         device=device,
-        packed=engine.layout == "packed" or (engine.layout == "auto" and device == "cuda"),
+        packed=engine.layout == "packed" or (engine.layout == "auto" and (device == "cuda" or engine.parallel.sequence > 1)),
         tiles=engine.feed_forward_tiles,
     )
 

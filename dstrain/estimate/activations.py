@@ -94,7 +94,7 @@ class _Stack:
         # the output of rotated heads or of padded rows, and what an exchange of heads returns, are copied where heads are merged
         in_rows = self.packed and self.kernels.device == "cpu"  # packed sequences become padded rows for a CPU's kernels
         copies = 2 if self.sequence > 1 or (kernel == "fused" and (in_rows or (rotated and not self.packed))) else 1
-        rotated = 0.0 if in_rows else rotated
+        rotated = 0.0 if in_rows or self.sequence > 1 else rotated  # copies take the place of what is projected
         output = self.tokens * dim * e * copies
         match kernel:
             case "fused":

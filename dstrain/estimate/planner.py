@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from dstrain.config_base import Checkpointing
-from dstrain.engine.config import EngineConfig
+from dstrain.engine.config import EngineConfig, ParallelConfig
 from dstrain.errors import RecipeError
 from dstrain.estimate.activations import Activations, activations
 from dstrain.estimate.flops import Flops, flops
@@ -17,7 +17,7 @@ from dstrain.estimate.states import States, states
 from dstrain.estimate.step_time import StepTime, step_time
 from dstrain.estimate.traffic import Transfer, traffic
 from dstrain.estimate.workload import Cluster, ParallelLayout, Sharding, Workload, count_micro_batches
-from dstrain.models.config import tensor_problems
+from dstrain.models.config import sequence_problems, tensor_problems
 
 USABLE = 0.9
 """Share of a device's memory that an estimate may take: libraries, their workspaces and gaps between tensors need the rest."""
@@ -135,7 +135,7 @@ def _complexity(estimate: Estimate) -> tuple[float, ...]:
 
 
 def candidates(workload: Workload, engine: EngineConfig, cluster: Cluster, files: Sequence[str]) -> Iterator[ParallelLayout]:
-    """Tensor groups within a node that divide the model; sequence groups if one row is longer than the smallest micro-batch."""
+    """Tensor groups within a node that divide the model; sequence groups if rows are long."""
     for tensor in divisors(cluster.gpus_per_node):
         if any(tensor_problems(workload.model, tensor)):
             continue
@@ -145,23 +145,22 @@ def candidates(workload: Workload, engine: EngineConfig, cluster: Cluster, files
             if tensor == 1:
                 raise
             continue
-        for sequence in _sequences(workload, cluster, tensor):
-            replicas = cluster.ranks // tensor
+        replicas = cluster.ranks // tensor
+        for sequence in _sequences(workload, engine, replicas, tensor):
+            parallel = ParallelConfig(tensor=tensor, sequence=sequence)
             for name in files:
-                sharding = Sharding.of(engine.model_copy(update={"deepspeed": name}), replicas=replicas, size=size)
+                changed = engine.model_copy(update={"deepspeed": name, "parallel": parallel})
+                sharding = Sharding.of(changed, replicas=replicas, size=size)
                 for checkpointing in _MODES:
                     for max_tokens in _batch_sizes(workload, replicas // sequence):
                         layout = ParallelLayout(cluster.ranks, tensor, sequence, max_tokens, checkpointing, sharding)
                         yield replace(layout, packed=engine.layout != "padded", tiles=engine.feed_forward_tiles)
 
 
-def _sequences(workload: Workload, cluster: Cluster, tensor: int) -> Iterator[int]:
-    heads = [workload.model.decoder.num_heads // tensor]
-    if workload.model.kind == "encoder_decoder":
-        heads.append(workload.model.encoder.num_heads // tensor)
-    for sequence in divisors(cluster.ranks // tensor):
-        is_useful = sequence == 1 or workload.row_length >= 1024 * sequence
-        if is_useful and all(count % sequence == 0 for count in heads):
+def _sequences(workload: Workload, engine: EngineConfig, replicas: int, tensor: int) -> Iterator[int]:
+    for sequence in divisors(replicas):
+        is_useful = sequence == 1 or (engine.layout != "padded" and workload.row_length >= 1024 * sequence)
+        if is_useful and not any(sequence_problems(workload.model, tensor=tensor, sequence=sequence)):
             yield sequence
 
 

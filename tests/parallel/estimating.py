@@ -9,7 +9,8 @@ import deepspeed
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig
+from dstrain.data.batching.collate import PackedSize
+from dstrain.engine.config import AdamConfig, ConstantSchedule, EmaConfig, EngineConfig, ParallelConfig
 from dstrain.engine.ds_config import find_ds_config
 from dstrain.engine.launch import load_deepspeed
 from dstrain.engine.training_engine import TrainEngine
@@ -45,6 +46,7 @@ def _case(
     precision: Any,
     tensor: int,
     model: str,
+    sequence: int = 1,
     checkpointing: Any = "none",
     ema: bool = False,
     zero: Any = None,
@@ -58,10 +60,11 @@ def _case(
         content["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     content["zero_optimization"] |= zero or {}
     file.write_text(json.dumps({**content, "comms_logger": {"enabled": True}}))
-    settings = EngineConfig(deepspeed=str(file), precision=precision, activation_checkpointing=checkpointing)
-    mesh = build_mesh("cpu", tensor=tensor)
+    parallel = ParallelConfig(tensor=tensor, sequence=sequence)
+    settings = EngineConfig(deepspeed=str(file), precision=precision, activation_checkpointing=checkpointing, parallel=parallel)
+    mesh = build_mesh("cpu", tensor=tensor, sequence=sequence)
     config: Any = TypeAdapter(ModelConfig).validate_python({**MODELS[model], "dropout": 0.1})
-    built = build_model(config, VOCABULARY, seed=None, tensor=mesh.tensor)
+    built = build_model(config, VOCABULARY, seed=None, tensor=mesh.tensor, sequence=mesh.sequence)
     sizes = ParameterSizes.of(built)
     engine = TrainEngine(
         TrainModule(built, CrossEntropy(CrossEntropyConfig(chunk_tokens=CHUNK))),
@@ -88,11 +91,11 @@ def _case(
         decay_groups=True,
     )
     sharding = Sharding.of(settings, replicas=mesh.replicas.size, size=sizes.model_size)
-    layout = ParallelLayout(mesh.world.size, tensor, 1, ROWS * length, checkpointing, sharding, "cpu", packed=False)
+    layout = ParallelLayout(mesh.world.size, tensor, sequence, ROWS * length, checkpointing, sharding, "cpu", packed=sequence > 1)
     held = states(workload, layout, sizes)
     estimated = {name: getattr(held, name) for name in ("parameters", "gradients", "optimizer", "ema")}
     for transfer in traffic(workload, layout, sizes):
-        key = "tensor" if transfer.group == "tensor" else transfer.operation
+        key = transfer.group if transfer.group in ("tensor", "sequence") else transfer.operation
         estimated[key] = estimated.get(key, 0) + transfer.bytes
     return {"measured": measured, "estimated": estimated}
 
@@ -100,14 +103,16 @@ def _case(
 def _measured(engine: TrainEngine) -> Report:
     """Bytes held after the first micro-batch of the second step, and bytes of the step's collectives by operation."""
     sentence = [*range(4, 3 + LENGTH), EOS]
-    batch = collate([(sentence, sentence)] * ROWS, kind=engine.module.model.kind)
+    shared = engine.mesh.sequence.size
+    packed = PackedSize(shared) if shared > 1 else None
+    batch = collate([(sentence, sentence)] * ROWS, kind=engine.module.model.kind, packed=packed)
     batches = [batch] * MICRO_BATCHES
     size = size_of(batches * engine.mesh.data.size)
     engine.train_step(batches, size)
     logged = deepspeed.comm.comm.comms_logger.comms_dict
     logged.clear()
     report: Report = {}
-    backward, all_reduce = engine._engine.backward, group_module.dist.all_reduce
+    backward, all_reduce, all_to_all = engine._engine.backward, group_module.dist.all_reduce, group_module.dist.all_to_all_single
 
     def observed_backward(*arguments: Any, **options: Any) -> None:
         backward(*arguments, **options)
@@ -119,11 +124,16 @@ def _measured(engine: TrainEngine) -> Report:
             report["tensor"] = report.get("tensor", 0) + tensor.nbytes
         return all_reduce(tensor, *arguments, **options)
 
+    def counted_all_to_all(received: Tensor, tensor: Tensor, **options: Any) -> Any:
+        report["sequence"] = report.get("sequence", 0) + tensor.nbytes
+        return all_to_all(received, tensor, **options)
+
     engine._engine.backward, group_module.dist.all_reduce = observed_backward, counted_all_reduce
+    group_module.dist.all_to_all_single = counted_all_to_all
     try:
         engine.train_step(batches, size)
     finally:
-        group_module.dist.all_reduce = all_reduce
+        group_module.dist.all_reduce, group_module.dist.all_to_all_single = all_reduce, all_to_all
     for operation, entries in logged.items():
         # the log has what a rank gives: of a gathered tensor its own part
         ranks = engine.mesh.replicas.size if operation.startswith("all_gather") else 1

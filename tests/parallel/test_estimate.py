@@ -22,8 +22,11 @@ CASES: dict[str, dict[str, Any]] = {
     "zero3, kept": {"deepspeed": "zero3", "precision": "fp32", "tensor": 1, "model": "alibi", "checkpointing": "full"},
     "tensor": {"deepspeed": "zero1", "precision": "fp32", "tensor": 2, "model": "plain"},
     "tensor, repeated": {"deepspeed": "zero3", "precision": "bf16", "tensor": 2, "model": "rotary", "checkpointing": "full"},
+    "sequence": {"deepspeed": "zero1", "precision": "bf16", "tensor": 1, "sequence": 2, "model": "plain"},
+    "sequence, repeated": {"deepspeed": "zero1", "precision": "fp32", "tensor": 1, "sequence": 2, "model": "rotary"},
 }
 CASES["zero3"]["zero"] = GATHERS_ALL
+CASES["sequence, repeated"]["checkpointing"] = "full"
 STATES = {"parameters", "gradients", "optimizer", "ema"}
 SMALL = 200
 """Bytes of norms, counts and flags, which no estimate has."""
@@ -48,11 +51,11 @@ def test_collectives_carry_what_is_estimated(results: dict[str, list[dict[str, A
     for rank in results[name]:
         measured, estimated = rank["measured"], rank["estimated"]
         assert estimated.keys() - STATES, "something is sent in every case"
-        for operation in ("all_reduce", "all_gather", "reduce_scatter", "tensor"):
+        for operation in ("all_reduce", "all_gather", "reduce_scatter", "tensor", "sequence"):
             found, expected = measured.get(operation, 0), estimated.get(operation, 0)
             if name == "zero3, kept" and operation == "all_gather":  # an upper bound: parts stay at the turn to backward
                 assert 0.7 * expected < found < expected
-            elif operation == "tensor" or replicas > 1:  # DeepSpeed logs collectives of a group of one rank as well
+            elif operation in ("tensor", "sequence") or replicas > 1:  # DeepSpeed logs collectives of a group of one rank as well
                 assert found == pytest.approx(expected, rel=0.02, abs=SMALL), operation
 
 
