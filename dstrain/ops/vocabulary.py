@@ -193,9 +193,9 @@ class Reductions:
             return self._known(own)
 
         def shift(ranks: Tensor) -> Tensor:
-            above = (ranks.squeeze(2) - own).logsumexp(1, keepdim=True)  # of all entries, above that of this slice
-            out.sub_(above)
-            return own + above
+            ranks = ranks.squeeze(2)  # (c, t)
+            out.sub_((ranks - own).logsumexp(1, keepdim=True))  # of all entries, above that of this slice: keeps its digits
+            return ranks.logsumexp(1, keepdim=True)
 
         return self._gather_ranks(own, shift)
 

@@ -113,6 +113,7 @@ def test_reductions_of_slices_are_those_of_the_whole(size: int) -> None:
     of_ranks = on_ranks(size, reduced)
     for found in of_ranks:
         torch.testing.assert_close({name: found[name] for name in expected}, expected, rtol=1e-12, atol=1e-12)
+        assert all(torch.equal(found[name], of_ranks[0][name]) for name in expected), "the same bits on every rank"
     for name, whole in {"probs": logits.softmax(1), "log_probs": logits - lse, "add_at": added, "lower_to": lowered}.items():
         torch.testing.assert_close(torch.cat([found[name] for found in of_ranks], 1), whole, rtol=1e-12, atol=1e-12)
 
@@ -137,6 +138,7 @@ def assert_slices_equal_the_whole(
         assert counts[0] == collectives * num_chunks + 1  # the last sums the gradient of the features
         for found in ranks:
             torch.testing.assert_close(found[:-1], expected[:-1], rtol=1e-11, atol=1e-11)
+            assert all(map(torch.equal, found[:-1], ranks[0][:-1])), "the same bits on every rank"
         torch.testing.assert_close(torch.cat([found[-1] for found in ranks]), expected[-1], rtol=1e-11, atol=1e-11)
 
 
