@@ -17,7 +17,7 @@ from typing import NamedTuple
 from dstrain.checkpoint.directories import require_bundle
 from dstrain.cli.bundle_arguments import add_base_argument
 from dstrain.cli.common import add_overwrite_argument, named
-from dstrain.interop.ctranslate2.options import MODEL_FILE, QUANTIZATIONS, CTranslate2Export
+from dstrain.interop.ctranslate2.options import MODEL_FILE, MODEL_KIND, QUANTIZATIONS, CTranslate2Export
 from dstrain.storage.outputs import check_output_of_kind
 
 
@@ -35,7 +35,7 @@ def _ctranslate2(args: argparse.Namespace) -> list[str]:
     return export_ctranslate2(CTranslate2Export(**named(args, "bundle", "output", "base", "quantization", "overwrite")))
 
 
-EXPORT_FORMATS = {"ctranslate2": ExportFormat("a CTranslate2 model", MODEL_FILE, _ctranslate2)}
+EXPORT_FORMATS = {"ctranslate2": ExportFormat(MODEL_KIND, MODEL_FILE, _ctranslate2)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,6 +6,9 @@ DIR/tokenizer/                                 as in the bundle
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from dstrain.checkpoint.bundle import StoredBundle, find_bundle
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, save_tokenizers
 from dstrain.errors import ExportError
@@ -13,7 +16,7 @@ from dstrain.extras import import_extra
 from dstrain.interop.ctranslate2.check import largest_difference
 from dstrain.interop.ctranslate2.limits import changes, unsupported
 from dstrain.interop.ctranslate2.model import SpecBuilder
-from dstrain.interop.ctranslate2.options import MODEL_FILE, CTranslate2Export
+from dstrain.interop.ctranslate2.options import MODEL_FILE, MODEL_KIND, CTranslate2Export
 from dstrain.interop.ctranslate2.vocabulary import register_vocabularies, usage
 from dstrain.storage.atomic import atomic_directory, named_if_full
 from dstrain.storage.outputs import check_output_of_kind
@@ -30,18 +33,12 @@ def export_ctranslate2(options: CTranslate2Export) -> list[str]:
     """
     ctranslate2 = import_extra("ctranslate2", extra="ctranslate2", purpose="export to CTranslate2")
     stored = find_bundle(options.bundle, options.base)
-    inputs = stored.sources
-    check_output_of_kind(options.output, inputs, marker=MODEL_FILE, kind="a CTranslate2 model", overwrite=options.overwrite)
+    check_output_of_kind(options.output, stored.sources, marker=MODEL_FILE, kind=MODEL_KIND, overwrite=options.overwrite)
     config, tokenizers = stored.description.model, _tokenizers(stored)
     if problems := list(unsupported(config)):
         raise ExportError(f"CTranslate2 cannot represent {'; '.join(problems)}; {stored.directory} runs by `dstrain generate`")
-    spec = SpecBuilder(ctranslate2.specs, config, stored).build()
-    register_vocabularies(spec, tokenizers)
-    spec.validate()
-    spec.optimize(quantization=options.quantization)
     with named_if_full(options.output), atomic_directory(options.output.resolve()) as fresh:
-        spec.save(str(fresh))
-        save_tokenizers(tokenizers, fresh / "tokenizer")
+        name = _write(ctranslate2.specs, stored, tokenizers, fresh, options.quantization)
         difference = largest_difference(ctranslate2, fresh, stored, tokenizers)
         if options.quantization in (None, "float32") and not difference < LARGEST_DIFFERENCE:
             raise ExportError(
@@ -50,12 +47,23 @@ def export_ctranslate2(options: CTranslate2Export) -> list[str]:
             )
     adapters = [f"adapters: {len(stored.adapters)}, merged"] if stored.adapters else []
     return [
-        f"{options.bundle} -> {options.output}: {spec.name}, {options.quantization or 'float32'}",
+        f"{options.bundle} -> {options.output}: {name}, {options.quantization or 'float32'}",
         *adapters,
         *changes(config),
-        f"checked: log-probabilities of random tokens differ by {difference:.1g} nats at most",
-        *usage(tokenizers, config.kind, stored.task),
+        f"checked: log-probabilities of random tokens differ by up to {difference:.2g} nats",
+        *usage(tokenizers, config, stored.task),
     ]
+
+
+def _write(specs: Any, stored: StoredBundle, tokenizers: TokenizerPair, directory: Path, quantization: str | None) -> str:
+    """Returns the name of the specification, which has all weights in memory and ends here."""
+    spec = SpecBuilder(specs, stored.description.model, stored).build()
+    register_vocabularies(spec, tokenizers)
+    spec.validate()
+    spec.optimize(quantization=quantization)
+    spec.save(str(directory))
+    save_tokenizers(tokenizers, directory / "tokenizer")
+    return str(spec.name)
 
 
 def _tokenizers(stored: StoredBundle) -> TokenizerPair:

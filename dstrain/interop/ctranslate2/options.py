@@ -7,8 +7,8 @@ from pathlib import Path
 
 QUANTIZATIONS = ("int8", "int8_float32", "int8_float16", "int8_bfloat16", "int16", "float16", "bfloat16", "float32")
 """Types of weights that CTranslate2 stores."""
-MODEL_FILE = "model.bin"
-"""Which every model of CTranslate2 has."""
+MODEL_KIND, MODEL_FILE = "a CTranslate2 model", "model.bin"
+"""What is written, in words, and a file that it always has."""
 
 
 @dataclass(frozen=True, kw_only=True)

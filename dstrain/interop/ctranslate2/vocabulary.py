@@ -9,6 +9,7 @@ from typing import Any
 from dstrain.checkpoint.task import BundleTask
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair
 from dstrain.errors import ExportError
+from dstrain.models.config import ModelConfig
 from dstrain.protocols import TextTokenizer
 
 UNKNOWN = "<unk>"
@@ -56,15 +57,20 @@ def same_end(tokenizers: TokenizerPair) -> bool:
     return name_of(source, source.eos_id) == name_of(target, target.eos_id)
 
 
-def usage(tokenizers: TokenizerPair, kind: str, task: BundleTask) -> Iterator[str]:
-    """Lines on how a text becomes input. kind: of the model."""
-    source, target = tokenizers.source, tokenizers.target
-    if kind == "decoder_only":
+def usage(tokenizers: TokenizerPair, model: ModelConfig, task: BundleTask) -> Iterator[str]:
+    """Lines on how a text becomes input."""
+    source, target, limits = tokenizers.source, tokenizers.target, model.limits
+    if model.kind == "decoder_only":
         start = name_of(target, target.start_id)
         prompt = ["TOKENS", start] if task == "translation" else [start, "TOKENS"]
         yield f"ctranslate2.Generator: the prompt is {' '.join(prompt)}; include_prompt_in_result=False returns what follows it"
+        yield f"the model reads {limits.target} tokens; max_length of a call is 512 unless it says otherwise"
     else:
         yield "ctranslate2.Translator: the source is TOKENS" + ("" if same_end(tokenizers) else " with its end")
+        yield (
+            f"the model reads {limits.source} source and {limits.target} target tokens; a call cuts them at "
+            "max_input_length = 1024 and max_decoding_length = 256 unless it says otherwise"
+        )
     for side, tokenizer in (("source", source), ("target", target)):
         if isinstance(tokenizer, DictionaryTokenizer):
             before, after = tokenizer.markers.before, tokenizer.markers.after

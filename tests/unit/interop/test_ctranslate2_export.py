@@ -77,10 +77,11 @@ def save(directory: Path, pair: TokenizerPair, settings: dict[str, Any]) -> Path
 
 def test_it_has_the_tokenizer_and_translates_after_quantization(tmp_path: Path, verbs: Verbs) -> None:
     output = tmp_path / "exported"
-    written, checked, usage = verbs.succeed(*EXPORT, output, "--quantization", "int8").splitlines()
+    written, checked, usage, limits = verbs.succeed(*EXPORT, output, "--quantization", "int8").splitlines()
     assert written == f"{BUNDLE} -> {output}: TransformerSpec, int8"
     assert usage == "ctranslate2.Translator: the source is TOKENS"
-    difference = re.fullmatch(r"checked: log-probabilities of random tokens differ by (\S+) nats at most", checked)
+    assert limits.startswith("the model reads 64 source and 64 target tokens; a call cuts them at max_input_length = 1024 and")
+    difference = re.fullmatch(r"checked: log-probabilities of random tokens differ by up to (\S+) nats", checked)
     assert difference and 1e-4 < float(difference[1]) < 1
     pair = load_tokenizers(output / "tokenizer")
     assert pair.fingerprint == load_tokenizers(BUNDLE / "tokenizer").fingerprint
@@ -109,6 +110,13 @@ def test_an_adapter_is_merged_first(tmp_path: Path, verbs: Verbs) -> None:
     verbs.succeed("export", base, *words, tmp_path / "three")
     one, two, three = ((tmp_path / name / "model.bin").read_bytes() for name in ("one", "two", "three"))
     assert one == two != three
+
+
+def test_the_limits_are_those_of_ctranslate2() -> None:
+    calls = {"translate_batch": ("max_input_length: int = 1024", "max_decoding_length: int = 256")}
+    for name, limits in calls.items():
+        assert all(limit in getattr(ctranslate2.Translator, name).__doc__ for limit in limits)
+    assert "max_length: int = 512" in ctranslate2.Generator.generate_batch.__doc__
 
 
 def test_the_types_are_those_of_ctranslate2() -> None:
@@ -157,8 +165,8 @@ def test_language_markers_are_told(tmp_path: Path) -> None:
     )
     output = tmp_path / "exported"
     lines = export_ctranslate2(CTranslate2Export(bundle=save(tmp_path / "b", pair, {}), output=output))
-    assert lines[2:] == [
-        "ctranslate2.Translator: the source is TOKENS with its end",
+    assert lines[2] == "ctranslate2.Translator: the source is TOKENS with its end"
+    assert lines[4:] == [
         "source: TOKENS </s> [en]",
         "target: [de] TOKENS (give the first ones as target_prefix)",
     ]
