@@ -50,9 +50,10 @@ class ParameterValues:
 
 
 def size_of(module: nn.Module) -> ModelSize:
-    """Numbers of its parameters, before they are partitioned."""
+    """Numbers of its parameters, before they are partitioned. A module without gradients has no use for limits of them."""
     layers = [sum(parameter.numel() for parameter in layer.parameters(recurse=False)) for layer in module.modules()]
-    return ModelSize(sum(parameter.numel() for parameter in module.parameters()), max(layers))
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return ModelSize(sum(parameter.numel() for parameter in module.parameters()), max(layers), trained or None)
 
 
 def fill(module: nn.Module, values: ParameterValues, *, device: torch.device, dtype: torch.dtype) -> None:

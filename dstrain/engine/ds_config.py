@@ -31,13 +31,18 @@ _DEFAULT_LIMITS = {
     "stage3_max_live_parameters": 1_000_000_000,
     "stage3_max_reuse_distance": 1_000_000_000,
 }
+_LIMITS_OF_GRADIENTS = ("reduce_bucket_size", "sub_group_size")
 
 
 class ModelSize(NamedTuple):
-    """Numbers of a model, and of the module that holds most of them itself: what ZeRO-3 gathers at once."""
+    """Numbers of a model, of the module that holds most of them itself, which ZeRO-3 gathers at once, and of what is trained.
+
+    trained: less than `parameters` beside frozen ones, such as those under an adapter; None for all.
+    """
 
     parameters: int
     largest_layer: int
+    trained: int | None = None
 
 
 def read_ds_config(engine: EngineConfig, *, replicas: int | None = None) -> DeepSpeedFile:
@@ -113,6 +118,8 @@ def _limits(zero: ZeroSection, size: ModelSize) -> dict[str, int]:
         if getattr(zero, name) == "auto":
             layers = 2 if name == "stage3_max_live_parameters" else 1  # the one at work and those that are gathered ahead
             limits[name] = max(layers * size.largest_layer, min(most, layers * size.parameters // MODEL_PARTS))
+            if size.trained is not None and name in _LIMITS_OF_GRADIENTS:
+                limits[name] = min(limits[name], size.trained)
     return limits
 
 

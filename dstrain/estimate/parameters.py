@@ -70,7 +70,7 @@ class ParameterSizes:
     @property
     def model_size(self) -> ModelSize:
         """What the limits of a DeepSpeed file follow."""
-        return ModelSize(self.total, self.largest_layer)
+        return ModelSize(self.total, self.largest_layer, self.trained)
 
 
 @cache

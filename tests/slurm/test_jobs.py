@@ -19,17 +19,18 @@ STEPS = 3
 
 
 class Job(NamedTuple):
-    """A template, the recipe it is tried with, its nodes, and whether its fourth word is a bundle."""
+    """A template, the recipe and the DeepSpeed file it is tried with, its nodes, and whether its fourth word is a bundle."""
 
     template: str
     recipe: str
+    file: str = "zero1"
     nodes: int = 1
     takes_a_bundle: bool = False
 
 
 JOBS = [
-    Job("pretrain", "language_modeling/wikitext_tiny", nodes=2),
-    Job("multilingual", "translation/quickstart", nodes=2),
+    Job("pretrain", "language_modeling/wikitext_tiny", "zero1_cluster", nodes=2),
+    Job("multilingual", "translation/quickstart", "zero1_cluster", nodes=2),
     Job("finetune", "translation/multi30k_tiny", takes_a_bundle=True),
     Job("finetune_lora", "translation/multi30k_tiny_lora", takes_a_bundle=True),
     Job("distill", "translation/multi30k_tiny_kd", takes_a_bundle=True),
@@ -45,19 +46,23 @@ def test_there_is_a_job_for_every_template() -> None:
 
 def test_every_job_trains_its_recipe(cluster: Cluster, tmp_path: Path) -> None:
     """All at once, with nodes shared: a template asks for whole ones."""
-    toys, submitted = Toys(tmp_path, STEPS), {}
+    toys, submitted = Toys(tmp_path, STEPS), []
     for job in JOBS:
         other = STARTS_FROM.get(job.recipe) or LEARNS_FROM.get(job.recipe) or "translation/multi30k_tiny"
         bundle = [toys.bundle(other)] if job.takes_a_bundle else []
         template = ROOT / "slurm" / f"{job.template}.sbatch"
-        words = [template, toys.file(job.recipe), toys.data(job.recipe), tmp_path / job.template, *bundle, "--device", "cpu"]
+        words = [template, toys.file(job.recipe), toys.data(job.recipe), tmp_path / job.template, *bundle]
+        words += ["--device", "cpu", "--set", f"engine.deepspeed={job.file}"]
         shared = ("--oversubscribe", "--mem=100", f"--output={tmp_path}/{job.template}.log")
         variables = {"DSTRAIN_VENV": sys.prefix, "OMP_NUM_THREADS": "1", **toys.variables}
-        submitted[job] = cluster.submit(*shared, *words, **variables)
-    for job, number in submitted.items():
+        submitted.append((job, bundle, cluster.submit(*shared, *words, **variables)))
+    for job, bundle, number in submitted:
         end = cluster.wait(number, 240)
-        printed = "".join(path.read_text() for path in tmp_path.glob(f"{job.template}*/*.log"))
+        printed = (tmp_path / f"{job.template}.log").read_text()
+        printed += "".join(path.read_text() for path in (tmp_path / f"{job.template}.slurm").glob("*.log"))
         assert (end["JobState"], end["NumNodes"]) == ("COMPLETED", str(job.nodes)), (job, printed)
+        if job.recipe not in LEARNS_FROM:  # which is refused without its teacher
+            assert all(str(path) in printed for path in bundle), (job, printed)
         (start,) = events(tmp_path / job.template, "start")
-        assert start["world_size"] == job.nodes
+        assert (start["world_size"], start["recipe"]["engine"]["deepspeed"]) == (job.nodes, job.file)
         assert len(events(tmp_path / job.template, "train")) == STEPS

@@ -140,8 +140,8 @@ def test_the_limits_of_a_teacher_follow_its_size_as_those_of_a_student_do(tmp_pa
 
 @pytest.mark.parametrize("content", [{"stage": 3}, {"stage": 3, "sub_group_size": "auto", "stage3_max_live_parameters": "auto"}])
 def test_limits_follow_the_model(content: Any, tmp_path: Path) -> None:
-    def limits(parameters: int, largest_layer: int) -> list[int]:
-        zero = resolve(tmp_path, {"zero_optimization": content}, size=ModelSize(parameters, largest_layer))["zero_optimization"]
+    def limits(*size: int) -> list[int]:
+        zero = resolve(tmp_path, {"zero_optimization": content}, size=ModelSize(*size))["zero_optimization"]
         keys = ("reduce_bucket_size", "sub_group_size", "stage3_prefetch_bucket_size", "stage3_max_live_parameters")
         return [zero[key] for key in (*keys, "stage3_max_reuse_distance")]
 
@@ -149,6 +149,8 @@ def test_limits_follow_the_model(content: Any, tmp_path: Path) -> None:
     assert limits(160 * million, 4 * million) == [size * million for size in (10, 10, 10, 20, 10)], "a sixteenth"
     assert limits(160 * million, 64 * million) == [size * million for size in (64, 64, 64, 128, 64)], "the largest layer"
     assert limits(32_000 * million, million) == [size * million for size in (500, 1000, 50, 1000, 1000)], "DeepSpeed's defaults"
+    adapted = limits(160 * million, 4 * million, 2 * million)
+    assert adapted == [size * million for size in (2, 2, 10, 20, 10)], "gradients and optimizer state are those of adapters"
 
 
 def test_ranks_that_are_not_known_yet_are_not_checked(tmp_path: Path) -> None:
