@@ -97,6 +97,21 @@ def select(targets: Sequence[AdapterTarget], patterns: Sequence[str]) -> list[Ad
     return [target for target in targets if any(_matches(pattern, target.path) for pattern in patterns)]
 
 
+def target_names(adapted: Collection[str], weights: Iterable[str]) -> list[str]:
+    """Targets of an adapter of these modules, given by path: last names if they name no other module, else whole paths.
+
+    weights: names of all tensors of the base.
+    """
+    names = {path.rpartition(".")[2] for path in adapted}
+    paths = {name.removesuffix(".weight") for name in weights if name.endswith(".weight")}
+    return sorted(names if {path for path in paths if path.rpartition(".")[2] in names} == set(adapted) else adapted)
+
+
+def is_token_table(path: str) -> bool:
+    """Whether the module of that path looks tokens up."""
+    return path.endswith((".tokens", ".table"))
+
+
 def _matches(pattern: str, path: str) -> bool:
     return pattern in (path, path.rpartition(".")[2]) or fnmatchcase(path, pattern)
 
@@ -147,7 +162,7 @@ class FreshAdapter:
             return row_lengths(self.base.read(f"{path}.weight"))
         tensor = torch.zeros(self.shapes[name], dtype=torch.float32, device="cpu")
         generator = torch.Generator("cpu").manual_seed(derive_seed(self.seed, f"adapter {path}"))
-        if f".{kind}" == A and path.endswith((".tokens", ".table")):
+        if f".{kind}" == A and is_token_table(path):
             tensor.normal_(generator=generator)
         elif f".{kind}" == A:
             nn.init.kaiming_uniform_(tensor, a=math.sqrt(5), generator=generator)

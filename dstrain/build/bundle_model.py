@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from dstrain.arguments import require_ids, require_path, require_same_number, require_texts
+from dstrain.build.adapted_model import adapted_bundle
 from dstrain.build.device import usable_device, usable_precision
 from dstrain.checkpoint.bundle import Bundle, load_bundle
 from dstrain.config_base import Precision, PrecisionChoice
@@ -29,11 +30,17 @@ MAX_TOKENS = 8192
 
 
 def load(
-    bundle: str | Path, device: str | torch.device = "cpu", *, base: str | Path | None = None, precision: PrecisionChoice = "auto"
+    bundle: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    base: str | Path | None = None,
+    adapter: str | Path | None = None,
+    precision: PrecisionChoice = "auto",
 ) -> BundleModel:
     """Read a bundle directory. device: cpu, cuda, cuda:1, a `torch.device`, or auto for a GPU if there is one.
 
-    base: of an adapter bundle, if it has moved. precision: of the computation, auto = bf16 on a GPU that has it, else fp32.
+    base: of an adapter bundle, if it has moved. adapter: over the bundle, see `BundleModel.adapted`. precision: of the
+    computation, auto = bf16 on a GPU that has it, else fp32.
 
     BundleError: the bundle is missing, incomplete or altered. ArgumentError: no such device or precision.
     """
@@ -41,7 +48,8 @@ def load(
     opened = load_bundle(directory, device=chosen, base=None if base is None else require_path("base", base))
     computed = usable_precision(precision, chosen)
     opened.model.to(COMPUTE_DTYPES[computed])
-    return BundleModel(opened, chosen, computed)
+    model = BundleModel(opened, chosen, computed)
+    return model if adapter is None else model.adapted(adapter)
 
 
 class BundleModel:
@@ -51,6 +59,14 @@ class BundleModel:
         self.bundle = bundle
         self.device = device
         self.precision = precision
+
+    def adapted(self, adapter: str | Path) -> BundleModel:
+        """This model with an adapter, which shares its tensors; this one stays as it is, so several may be used in turns.
+
+        adapter: an adapter bundle that was trained on this one, or a LoRA adapter of PEFT over its modules' names. Errors as
+        `adapted_bundle`.
+        """
+        return BundleModel(adapted_bundle(self.bundle, require_path("adapter", adapter)), self.device, self.precision)
 
     @property
     def continues(self) -> bool:

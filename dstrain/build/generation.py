@@ -44,7 +44,8 @@ def open_translator(options: GenerateOptions) -> Translator:
     """Load the bundle. RecipeError for an option that the method does not have."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    model = load(options.bundle, open_device(options.device), base=options.base, precision=options.precision)
+    device = open_device(options.device)
+    model = load(options.bundle, device, base=options.base, adapter=options.adapter, precision=options.precision)
     if model.precision != "fp32":
         logger.info("%s computes in %s on %s", options.bundle, model.precision, model.device)
     config = model.generation_config(options.method)

@@ -1,10 +1,13 @@
 """dstrain export: a bundle in the format of another program.
 
     dstrain export BUNDLE --format ctranslate2 --output DIR --quantization int8
+    dstrain export ADAPTED --format peft --output DIR
 
 ctranslate2: a directory for CTranslate2's Translator (encoder-decoder) or Generator (decoder-only), with the bundle's tokenizer.
 An adapter bundle is merged first. What the format cannot represent is refused, what is written otherwise is printed. At the end
 CTranslate2 scores random tokens: without quantization as the bundle does, or nothing is written; else the difference is printed.
+
+peft: the adapter of an adapter bundle as PEFT saves one, under the bundle's module names. The way back is `dstrain import peft`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from typing import NamedTuple
 from dstrain.checkpoint.directories import require_bundle
 from dstrain.cli.bundle_arguments import add_base_argument
 from dstrain.cli.common import add_overwrite_argument, named
+from dstrain.errors import ExportError
 from dstrain.interop.ctranslate2.options import MODEL_FILE, MODEL_KIND, QUANTIZATIONS, CTranslate2Export
+from dstrain.interop.peft.options import CONFIG_FILE, PEFT_KIND, PeftExport
 from dstrain.storage.outputs import check_output_of_kind
 
 
@@ -35,7 +40,18 @@ def _ctranslate2(args: argparse.Namespace) -> list[str]:
     return export_ctranslate2(CTranslate2Export(**named(args, "bundle", "output", "base", "quantization", "overwrite")))
 
 
-EXPORT_FORMATS = {"ctranslate2": ExportFormat(MODEL_KIND, MODEL_FILE, _ctranslate2)}
+def _peft(args: argparse.Namespace) -> list[str]:
+    if args.quantization is not None:
+        raise ExportError(f"--quantization {args.quantization} is for CTranslate2; leave it out beside --format peft")
+    from dstrain.interop.peft.adapter import export_peft
+
+    return export_peft(PeftExport(**named(args, "bundle", "output", "base", "overwrite")))
+
+
+EXPORT_FORMATS = {
+    "ctranslate2": ExportFormat(MODEL_KIND, MODEL_FILE, _ctranslate2),
+    "peft": ExportFormat(PEFT_KIND, CONFIG_FILE, _peft),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_base_argument(parser)
     parser.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="of the output")
     parser.add_argument("--output", metavar="DIR", type=Path, required=True, help="directory to write")
-    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the weights (default: float32)")
+    parser.add_argument("--quantization", choices=QUANTIZATIONS, help="of the weights of ctranslate2 (default: float32)")
     add_overwrite_argument(parser, "DIR")
 
 

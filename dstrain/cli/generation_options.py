@@ -43,6 +43,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     """BUNDLE and all options; those not given follow the recipe in the bundle."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="a bundle directory, for example RUN/bundles/best")
     add_base_argument(parser)
+    parser.add_argument(
+        "--adapter", metavar="DIR", type=Path, help="over BUNDLE: an adapter bundle trained on it, or a LoRA adapter of PEFT"
+    )
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the output (default: text)")
     add_device_argument(parser)
     add_precision_argument(parser)
@@ -65,6 +68,6 @@ def generate_options(args: argparse.Namespace, *files: str) -> GenerateOptions:
     from dstrain.build.generation_options import GenerateOptions
 
     return GenerateOptions(
-        **named(args, "bundle", "base", "format", "truncate", "device", "precision", "threads", *files),
+        **named(args, "bundle", "base", "adapter", "format", "truncate", "device", "precision", "threads", *files),
         method=named(args, *METHOD_OPTIONS),
     )

@@ -1,8 +1,9 @@
-"""Import from fairseq: a checkpoint, binarized data, or a training command.
+"""Import from fairseq (a checkpoint, binarized data, a training command) or PEFT (an adapter).
 
 dstrain import fairseq checkpoint_best.pt --dictionary data-bin --output BUNDLE
 dstrain import fairseq-data data-bin --output DATA
 dstrain import fairseq-args 'fairseq-train data-bin --arch transformer ...' --output recipe.yaml
+dstrain import peft DIR --base BUNDLE --output ADAPTED
 `dstrain import FORMAT --help` explains a format.
 """
 
@@ -22,6 +23,7 @@ IMPORT_FORMATS = {
     "fairseq": "convert a checkpoint of an encoder-decoder transformer into a bundle",
     "fairseq-data": "convert binarized data (.bin, .idx, dict.*.txt) into prepared data",
     "fairseq-args": "convert a fairseq-train command line into a recipe",
+    "peft": "convert a LoRA adapter of PEFT into an adapter bundle",
 }
 
 

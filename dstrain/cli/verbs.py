@@ -17,7 +17,7 @@ VERBS = {
     "merge": "merge an adapter bundle into its base, as a plain bundle",
     "export": "write a bundle in the format of another program",
     "report": "draw the curves of a run as PNG and HTML",
-    "import": "bring what fairseq made: checkpoints, binarized data, command lines",
+    "import": "bring what fairseq or PEFT made: checkpoints, binarized data, command lines, adapters",
     "completion": "print the script that completes verbs, options and recipes in your shell",
     "inspect": "describe a data directory, a bundle or dumped logits, and check that they are complete",
     "pseudo-label": "let a teacher translate the training sources: data for a student",

@@ -184,6 +184,19 @@ def load_canonical(model: nn.Module, source: WeightSource, *, device: torch.devi
             parameter.copy_(layouts[name].read(source, device=parameter.device, dtype=parameter.dtype))
 
 
+@torch.no_grad()
+def share_canonical(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Let the parameters of `model`, which is on the meta device and of separate projections, be these tensors, without a copy.
+
+    BundleError as `check_canonical`.
+    """
+    layouts = parameter_layouts(model)
+    check_canonical(layouts, TensorSource(tensors))
+    for name, parameter in model.named_parameters():
+        (part,) = layouts[name].slices
+        materialize_parameter(parameter, tensors[part.name])
+
+
 def materialize_parameter(parameter: nn.Parameter, value: Tensor) -> None:
     """Give a meta parameter its memory. The Parameter stays the same object, so ties and references to it hold."""
     filled = nn.Parameter(value, requires_grad=parameter.requires_grad)

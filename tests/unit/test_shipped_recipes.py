@@ -76,4 +76,5 @@ def test_the_commands_of_the_page_of_jobs_are_understood(command: str) -> None:
         rest = [*option[0].split()[:1], *rest] if option else rest
         words = ["train", recipe, "--data", data, "--output", run, *rest]
     args = build_parser([words[0]]).parse_args(words)
-    assert load_recipe(args.recipe, args.overrides)
+    if "recipe" in args:
+        assert load_recipe(args.recipe, args.overrides)

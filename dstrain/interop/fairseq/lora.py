@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dstrain.adapters.lora import target_names
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.errors import ImportFormatError
 from dstrain.interop.fairseq.checkpoint import FairseqCheckpoint, convert, split_fused, unstack
@@ -65,7 +66,7 @@ def convert_adapted(
             weights[f"{name}.weight"] = torch.addmm(weights[f"{name}.weight"].float(), b, a, alpha=-scale)
     config, vocabulary, base = convert(plain, tokenizers)
     adapter = _canonical(pairs, config, base)
-    targets = _targets({name.rpartition(".")[0] for name in adapter}, base)
+    targets = target_names({name.rpartition(".")[0] for name in adapter}, base)
     return config, vocabulary, base, ForeignAdapter({**lora_settings(lora), "targets": targets}, adapter)
 
 
@@ -143,10 +144,3 @@ def _base_path(name: str, rows: Mapping[str, int]) -> str:
     """A token table that is projected to the model's width has a longer name here."""
     table = f"{name.removesuffix('.weight')}.table.weight"
     return table if table in rows else name
-
-
-def _targets(adapted: set[str], weights: Mapping[str, Tensor]) -> list[str]:
-    """Last names if they name exactly the adapted modules, else whole paths."""
-    names = {path.rpartition(".")[2] for path in adapted}
-    named = {name.removesuffix(".weight") for name in weights if name.split(".")[-1] == "weight" and name.split(".")[-2] in names}
-    return sorted(names if named == adapted else adapted)

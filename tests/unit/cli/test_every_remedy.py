@@ -33,6 +33,12 @@ ELSEWHERE = {
     "was replaced while it was read, perhaps by a training; run the same command again": (
         "unit/checkpoint/test_bundle.py::test_a_bundle_that_is_replaced_before_its_weights_are_read_is_not_mixed"
     ),
+    "PEFT cannot represent the adapter of {}; merge it into a plain bundle (`dstrain merge`), or train it again without": (
+        "unit/interop/test_peft_format.py::test_what_peft_cannot_represent"
+    ),
+    "is for CTranslate2; leave it out beside --format peft": (
+        "unit/interop/test_peft_format.py::test_only_an_adapter_is_exported_and_only_its_own_kind_replaced"
+    ),
     "train on with longer text: `dstrain train RECIPE --base BUNDLE` with larger lengths in RECIPE's model": (
         "unit/build/test_base.py::test_the_longest_sequences_may_differ_where_no_weight_depends_on_them"
     ),

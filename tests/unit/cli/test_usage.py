@@ -89,7 +89,7 @@ def test_completion_knows_verbs_options_and_recipes(capsys: pytest.CaptureFixtur
     for cut, expected in (
         ("dstrain trai", "train"),
         ("dstrain generate b --beam-s", "--beam-size"),
-        ("dstrain train language_modeling/", "language_modeling/wikitext_tiny"),
+        ("dstrain train language_modeling/wikitext_t", "language_modeling/wikitext_tiny"),
         ("dstrain import fairseq-d", "fairseq-data"),
     ):
         *before, word = cut.split()
