@@ -158,18 +158,18 @@ def workload_of(
     recipe: Recipe, vocabulary: VocabularySizes, lengths: SentenceLengths, teachers: Sequence[TeacherModel]
 ) -> Workload:
     """What the recipe trains. A distillation without teachers reads a sparse store."""
-    objective, optimizer = recipe.objective, recipe.optimizer
+    needs, optimizer = recipe.objective.needs, recipe.optimizer
     loss: LossKind = "cross_entropy"
-    if objective.kind == "distillation":
+    if needs.teacher is not None:
         loss = "dense_distillation" if teachers else "sparse_distillation"
-    elif objective.r_drop is not None:
+    elif needs.passes == 2:
         loss = "r_drop"
     return Workload(
         model=recipe.model,
         vocabulary=vocabulary,
         precision=recipe.engine.precision,
         loss=loss,
-        chunk_tokens=objective.chunk_tokens,
+        chunk_tokens=needs.chunk_tokens,
         tokens_per_step=recipe.batching.tokens_per_step,
         source_length=lengths.source,
         target_length=lengths.target,

@@ -219,7 +219,12 @@ class DistillationConfig(Config):
         if self.selection.kind == "global_by_language":
             use = "objective.selection.kind = global_by_language reads the language from the source"
             source.append(Requirement(use, "choose selection: {kind: global}"))
-        return Needs(TeacherNeeds(self.teacher_precision, self.renormalize), samples=self.on_policy, source=tuple(source))
+        return Needs(
+            TeacherNeeds(self.teacher_precision, self.renormalize),
+            samples=self.on_policy,
+            source=tuple(source),
+            chunk_tokens=self.chunk_tokens,
+        )
 
     @property
     def validation(self) -> CrossEntropyConfig:

@@ -46,13 +46,16 @@ class TeacherNeeds(NamedTuple):
 class Needs:
     """The needs of an objective besides a model and labels; recipe and build provide it, or refuse the recipe.
 
-    samples: steps whose targets the student samples. source, dropout: keys that have no effect without them.
+    samples: steps whose targets the student samples. source, dropout: keys that have no effect without them. passes: of the model
+    over a micro-batch in training. chunk_tokens: positions whose logits exist at one time.
     """
 
     teacher: TeacherNeeds | None = None
     samples: OnPolicyConfig | None = None
     source: tuple[Requirement, ...] = ()
     dropout: tuple[Requirement, ...] = ()
+    passes: int = 1
+    chunk_tokens: int = 1024
 
 
 class RDropConfig(Config):
@@ -84,8 +87,9 @@ class CrossEntropyConfig(Config):
     def needs(self) -> Needs:
         """Dropout, if there is R-Drop."""
         if self.r_drop is None:
-            return Needs()
-        return Needs(dropout=(Requirement(f"objective.r_drop.alpha = {self.r_drop.alpha}", "remove objective.r_drop"),))
+            return Needs(chunk_tokens=self.chunk_tokens)
+        dropout = Requirement(f"objective.r_drop.alpha = {self.r_drop.alpha}", "remove objective.r_drop")
+        return Needs(dropout=(dropout,), passes=2, chunk_tokens=self.chunk_tokens)
 
     @property
     def validation(self) -> CrossEntropyConfig:

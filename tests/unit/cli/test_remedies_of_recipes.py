@@ -43,6 +43,11 @@ def wrong(message: str, overrides: Overrides | str, *remedies: Overrides | str) 
 
 RECIPES = [
     wrong(
+        "shares packed tokens, but layout = padded; choose layout: auto",
+        ("engine.parallel.sequence=2", "engine.layout=padded"),
+        ("engine.parallel.sequence=2", "engine.layout=auto"),
+    ),
+    wrong(
         "leave hard_weight out, or choose selection: {kind: word_and_sequence}",
         distillation("hard_weight: 0.5, selection: {kind: word}"),
         distillation("selection: {kind: word}"),
