@@ -18,7 +18,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from dstrain.data.batching.permutation import IntArray
 from dstrain.data.config import FilterConfig
+from dstrain.data.prepared.corpora import CorpusRun, merged_runs
 from dstrain.data.prepared.dataset import Dataset
 from dstrain.data.prepared.derived import LABELING, LabelJob, label_shard_file
 from dstrain.data.prepared.encode import drop_reasons
@@ -95,12 +97,16 @@ class Labeler:
             writer = ShardWriter(sink, shard_schema(dtypes[0], dtypes[1], with_text=False), unk_ids=self.unk_ids)
             kept = list(compress(sources, keep)), list(compress(targets, keep))
             if kept[0]:
-                writer.add(Rows(*_flat(kept[0], dtypes[0]), *_flat(kept[1], dtypes[1])))
+                writer.add(Rows(*_flat(kept[0], dtypes[0]), *_flat(kept[1], dtypes[1])), self._runs(np.array(rows)[keep]))
             record = writer.finish(label_shard_file(number))
             write_sidecar(self.output, PairSidecar(record=record, pairs_read=len(rows), dropped=dropped))
         report.shards += 1
         report.pairs += len(rows)
         report.dropped.update(dropped)
+
+    def _runs(self, rows: IntArray) -> list[CorpusRun]:
+        """The corpora of these rows of the original."""
+        return merged_runs((int(corpus), 1) for corpus in self.dataset.corpus_of(rows))
 
     def _reasons(self, sources: Sequence[Sequence[int]], targets: Sequence[Sequence[int]]) -> dict[str, npt.NDArray[np.bool_]]:
         """Which outputs to drop, by reason; none has two. (N,) each"""

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from dstrain.data.batching.permutation import IntArray
 from dstrain.data.lengths import StoredLengths
+from dstrain.data.prepared.corpora import CorpusRanges, CorpusRun
 from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, SplitRecord, data_remedy, load_manifest
 from dstrain.data.prepared.shard import BatchView, read_shard
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
@@ -36,15 +37,22 @@ class Example(NamedTuple):
 
 
 class Dataset:
-    """Pairs in the order of the corpus. source_lengths, target_lengths: (rows,) int32 with EOS, mapped from the disk."""
+    """Pairs in the order of the corpora. source_lengths, target_lengths: (rows,) int32 with EOS, mapped from the disk.
 
-    def __init__(self, batches: Sequence[BatchView], lengths: npt.NDArray[np.int32]) -> None:
+    runs: the corpora that the rows come from; None if the data does not say, so that all seem to be of the first.
+    """
+
+    def __init__(
+        self, batches: Sequence[BatchView], lengths: npt.NDArray[np.int32], runs: Sequence[CorpusRun] | None = None
+    ) -> None:
         self._batches = batches
+        self.knows_corpora = runs is not None
         self._starts = [0]
         for batch in batches:
             self._starts.append(self._starts[-1] + len(batch.source.offsets) - 1)
         self.source_lengths, self.target_lengths = np.asarray(lengths)
         self.lengths = StoredLengths(self.source_lengths, self.target_lengths)
+        self.corpora = CorpusRanges([(0, len(self))] if runs is None else runs)
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -56,6 +64,10 @@ class Dataset:
     def read(self, epoch: int, rows: IntArray) -> list[Example]:
         """Some pairs, which are the same in every epoch."""
         return [self[row] for row in rows]
+
+    def corpus_of(self, rows: IntArray) -> IntArray:
+        """The corpus of each row, by its number in the split's list of the recipe. (n,) -> (n,)"""
+        return self.corpora.of(rows)
 
     def source_column(self, position: int) -> Iterator[npt.NDArray[np.int64]]:
         """The id at one position of every source, -1 for a shorter one; (rows,) each, in the order of the rows."""
@@ -120,4 +132,4 @@ def _assemble(directory: Path, record: SplitRecord, batches: Sequence[BatchView]
             f"{path} describes {lengths.shape[-1]} pairs, the shards hold {rows}, the manifest says {record.rows}; "
             f"{data_remedy(directory)}"
         )
-    return Dataset(batches, lengths)
+    return Dataset(batches, lengths, record.runs())

@@ -32,8 +32,9 @@ LengthColumn = npt.NDArray[np.int32]
 
 
 class EncodedBlock(NamedTuple):
-    """The pairs of a block that are kept, and how many were dropped by reason."""
+    """The pairs of a block that are kept, and how many were dropped by reason. corpus: which of the split's they belong to."""
 
+    corpus: int
     pairs_read: int
     dropped: dict[str, int]
     rows: Rows
@@ -69,7 +70,7 @@ class Encoder:
         dropped = {reason: int(mask.sum()) for reason, mask in reasons.items()}
         if any(dropped.values()):
             rows = _kept(rows, ~np.logical_or.reduce(list(reasons.values())))
-        return EncodedBlock(block.text.num_lines, dropped, rows)
+        return EncodedBlock(block.corpus, block.text.num_lines, dropped, rows)
 
     def _encode_text(self, source_text: list[str], target_text: list[str]) -> Rows:
         source, target = self._tokenizers.source.encode(source_text), self._tokenizers.target.encode(target_text)

@@ -10,9 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import FailFast
+from pydantic import FailFast, model_validator
 
 from dstrain.config_base import Config
+from dstrain.data.prepared.corpora import CorpusRun, merged_runs
 from dstrain.errors import DataError
 from dstrain.storage.directory_kind import directory_kind, instead_of
 from dstrain.storage.document import Count, DocumentFormat, FileRecord
@@ -27,7 +28,8 @@ TOKENIZER_DIRECTORY = "tokenizer"
 class ShardRecord(FileRecord):
     """One Arrow file; tokens count the final EOS of every sentence.
 
-    source_unknown, target_unknown: how many of them are <unk>; None if it was written before these were counted.
+    source_unknown, target_unknown: how many of them are <unk>; None if it was written before these were counted. runs: the
+    corpora that its rows come from, see `corpora.py`; None if it was written before these were noted.
     """
 
     rows: Count
@@ -35,6 +37,13 @@ class ShardRecord(FileRecord):
     target_tokens: Count
     source_unknown: Count | None = None
     target_unknown: Count | None = None
+    runs: tuple[CorpusRun, ...] | None = None
+
+    @model_validator(mode="after")
+    def _runs_are_its_rows(self) -> ShardRecord:
+        if self.runs is not None and sum(rows for _, rows in self.runs) != self.rows:
+            raise ValueError(f"the runs of corpora do not add up to its {self.rows} rows")
+        return self
 
 
 class SplitRecord(Config):
@@ -71,6 +80,11 @@ class SplitRecord(Config):
             for side, (tokens, counts) in sides.items()
             if tokens > self.rows and None not in counts
         }
+
+    def runs(self) -> list[CorpusRun] | None:
+        """The corpora that the rows come from; None if a shard does not say."""
+        runs = [shard.runs for shard in self.shards]
+        return None if None in runs else merged_runs(run for shard in runs for run in shard or ())
 
     @property
     def fingerprint(self) -> str:

@@ -216,7 +216,7 @@ class _Preparation:
             writer = make_writer(sink)
             while pairs_read < pairs:
                 block = next(blocks)
-                writer.add(block.rows)
+                writer.add(block.rows, [(block.corpus, len(block.rows.source_lengths))])
                 pairs_read += block.pairs_read
                 dropped.update(block.dropped)
                 bar.advance(block.pairs_read)

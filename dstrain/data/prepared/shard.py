@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from dstrain.data.prepared.corpora import CorpusRun, merged_runs
 from dstrain.data.prepared.manifest import ShardRecord
 from dstrain.data.prepared.rows import Rows
 from dstrain.errors import DataError
@@ -64,9 +65,11 @@ class ShardWriter:
         self._pending: list[Rows] = []
         self._pending_rows = self._pending_tokens = 0
         self.rows = self.source_tokens = self.target_tokens = 0
+        self._runs: list[CorpusRun] = []
 
-    def add(self, rows: Rows) -> None:
-        """Append pairs."""
+    def add(self, rows: Rows, runs: Sequence[CorpusRun]) -> None:
+        """Append pairs. runs: the corpora that they come from."""
+        self._runs += runs
         count, tokens = len(rows.source_lengths), len(rows.source) + len(rows.target)
         if self._pending_rows + count > MAX_BATCH_ROWS or self._pending_tokens + tokens > MAX_BATCH_TOKENS:
             self._flush()
@@ -92,6 +95,7 @@ class ShardWriter:
             target_tokens=self.target_tokens,
             source_unknown=self._unknown[0],
             target_unknown=self._unknown[1],
+            runs=tuple(merged_runs(self._runs)),
         )
 
     def _flush(self) -> None:

@@ -54,7 +54,7 @@ def test_rows_come_back_across_record_batches(tmp_path: Path, vocab_size: int, d
     with atomic_writer(path) as sink:
         writer = ShardWriter(sink, shard_schema(kind, kind, with_text=True), unk_ids=(3, 3))
         for rows, _ in parts:
-            writer.add(rows)
+            writer.add(rows, [(0, len(rows.source_lengths))])
         record = writer.finish("shard.arrow")
     batches = read_shard(path)
     assert [len(batch.source.offsets) - 1 for batch in batches] == [10_001, 7_005]

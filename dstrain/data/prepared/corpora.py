@@ -1,0 +1,43 @@
+"""Which corpus each row of a split comes from: runs of neighboring rows, as the manifest has them.
+
+A corpus is known by its number in the split's list of the recipe. It is one run of rows in plain data, and may be several in data
+that was made from other data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+
+import numpy as np
+
+from dstrain.data.batching.permutation import IntArray
+from dstrain.storage.document import Count
+
+CorpusRun = tuple[Count, Count]
+"""The number of a corpus, and how many rows of it follow."""
+
+
+def merged_runs(runs: Iterable[CorpusRun]) -> list[CorpusRun]:
+    """The same rows in the fewest runs; none is empty."""
+    filled = (run for run in runs if run[1])
+    return [(corpus, sum(rows for _, rows in group)) for corpus, group in groupby(filled, key=lambda run: run[0])]
+
+
+class CorpusRanges:
+    """Looks up corpora by row, and rows by corpus."""
+
+    def __init__(self, runs: Iterable[CorpusRun]) -> None:
+        merged = merged_runs(runs)
+        self._corpora = np.array([corpus for corpus, _ in merged], np.int64)
+        self._ends = np.cumsum([rows for _, rows in merged], dtype=np.int64)
+
+    def of(self, rows: IntArray) -> IntArray:
+        """The corpus of each row. (n,) -> (n,)"""
+        return self._corpora[self._ends.searchsorted(rows, "right")]
+
+    def rows(self, corpora: Iterable[int]) -> list[range]:
+        """The rows of these corpora together, ascending."""
+        starts = [0, *self._ends[:-1].tolist()]
+        matches = np.isin(self._corpora, list(corpora)).tolist()
+        return [range(start, end) for start, end, here in zip(starts, self._ends.tolist(), matches, strict=True) if here]
