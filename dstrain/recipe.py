@@ -13,7 +13,14 @@ from pydantic import Field, model_validator
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.config_base import Config, ConfigErrors
-from dstrain.data.config import BatchingConfig, DataConfig, TrainedSentencePiece, has_no_source, is_text_only
+from dstrain.data.config import (
+    BatchingConfig,
+    DataConfig,
+    TrainedSentencePiece,
+    gives_sources,
+    has_no_source,
+    is_text_only,
+)
 from dstrain.distillation.config import DistillationConfig
 from dstrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
@@ -62,11 +69,11 @@ class Recipe(Config):
 
     def _text_problems(self) -> Iterator[str]:
         plain = {key: corpus.kind for key, corpus in self.data.corpora() if is_text_only(corpus)}
-        first = next(iter(plain), "")
-        if plain and self.model.kind == "encoder_decoder":
+        unread = [key for key, corpus in self.data.corpora() if not gives_sources(corpus)]
+        if unread and self.model.kind == "encoder_decoder":
             yield (
-                f"data.{first} is text without a source (kind: {plain[first]}), so an encoder has nothing to read; choose "
-                "model.kind: decoder_only, or a corpus of pairs"
+                f"data.{unread[0]} is text without a source (kind: {plain[unread[0]]}), so an encoder has nothing to read; "
+                "choose a task that makes one (task: {kind: denoising}), model.kind: decoder_only, or a corpus of pairs"
             )
         untranslatable = [key for key in plain if key.startswith("valid.") or has_no_source(self.data.train)]
         if untranslatable and self.validation.generation is not None:
@@ -79,7 +86,7 @@ class Recipe(Config):
 
     def _source_problems(self) -> Iterator[str]:
         """Keys of the objective that read a source, if training data has none."""
-        plain = next(((number, corpus.kind) for number, corpus in enumerate(self.data.train) if is_text_only(corpus)), None)
+        plain = next(((number, corpus.kind) for number, corpus in enumerate(self.data.train) if not gives_sources(corpus)), None)
         if plain is None:
             return
         without = f"data.train.{plain[0]} is text without a source (kind: {plain[1]})"
@@ -89,11 +96,15 @@ class Recipe(Config):
     def _length_problems(self) -> Iterator[str]:
         kept, limits = self.data.filter, self.model.limits
         if has_no_source(self.data.train):
-            if kept.max_target_length > limits.target:
-                yield (
-                    f"data.filter.max_target_length = {kept.max_target_length} keeps text that the model does not read "
-                    f"(model.max_target_length = {limits.target})"
-                )
+            read = {"target": limits.target}
+            if any(map(gives_sources, self.data.train)) and not limits.joint:
+                read["source"] = limits.source
+            for side, limit in read.items():
+                if kept.max_target_length > limit:
+                    yield (
+                        f"data.filter.max_target_length = {kept.max_target_length} keeps text that the model does not read "
+                        f"(model.max_{side}_length = {limit})"
+                    )
             return
         if limits.joint and kept.max_source_length + kept.max_target_length - 1 > limits.target:
             yield (

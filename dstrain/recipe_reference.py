@@ -117,7 +117,7 @@ def _section(config: type[BaseModel], keys: dict[str, set[type[BaseModel]]], kin
     lines = [f"## {first or 'The whole recipe'}{_kind(config)}", "", *textwrap.wrap(_purpose(config), PAGE_WIDTH)]
     siblings = next((kinds for kinds in kinds_at.values() if keys[first] and keys[first] < kinds), None)
     if siblings is not None:
-        lines.append(f"Only in{' or'.join(_kind(owner).removeprefix(',') for owner in keys[first])}.")
+        lines.append(f"Only in{' or'.join(sorted(_kind(owner).removeprefix(',') for owner in keys[first]))}.")
     if others:
         lines.append(f"Also: {', '.join(others)}.")
     rows = [

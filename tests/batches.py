@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Batch, ModelKind, Sequences
-from dstrain.data.batching.collate import Collator, Ragged
+from dstrain.data.batching.collate import Collator
+from dstrain.data.ragged import Ragged
 from dstrain.model_output import ActivationCapture
 
 PAD, EOS = 1, 2

@@ -23,7 +23,7 @@ from dstrain.recipe import Recipe
 def plan_distillation(config: DistillationConfig, recipe: Recipe, options: TeacherOptions, data: TrainingData) -> ObjectivePlan:
     """Look at teachers, stored logits, tags and features without loading them. Raises a DstrainError if one does not fit."""
     store = None if options.logits is None else open_logits(options.logits, data.directory, data.manifest, config)
-    planned = plan_teachers(options, data.tokenizers, data.vocabulary, data.train)
+    planned = plan_teachers(options, data.tokenizers, data.vocabulary, data.train_examples.lengths)
     _require_shared_heads(planned, recipe)
     features = plan_features(config, recipe.model, [teacher.model for teacher in planned])
     tag_position = 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -16,7 +17,7 @@ from dstrain.build.training_options import TeacherOptions
 from dstrain.build.training_plan import TrainingPlan
 from dstrain.checkpoint.bundle import find_bundle
 from dstrain.config_base import Precision
-from dstrain.data.config import TrainedSentencePiece, has_no_source
+from dstrain.data.config import TrainedSentencePiece, gives_sources, has_no_source
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.engine.ds_config import ModelSize
@@ -42,6 +43,8 @@ from dstrain.recipe import Recipe
 
 GEMM_TFLOPS = {"fp32": 50.0, "bf16": 600.0, "fp16": 600.0}
 """What large products of an H100 reach, in 10^12 operations a second, by precision."""
+SAMPLED_ROWS = 100_000
+"""Of the training data, whose lengths stand for all."""
 SENTENCE = 32
 """Tokens of a sentence if no data says how many."""
 Positive = Annotated[float, Field(gt=0)]
@@ -225,13 +228,14 @@ def _vocabulary(recipe: Recipe, options: EstimateOptions) -> VocabularySizes:
 
 
 def _lengths(recipe: Recipe, options: EstimateOptions) -> SentenceLengths:
-    text_only = has_no_source(recipe.data.train)
+    text_only, noised = has_no_source(recipe.data.train), any(map(gives_sources, recipe.data.train))
     if options.data is not None and options.length is None:
         split = load_manifest(options.data).require_split("train", options.data)
         rows = max(split.rows, 1)
-        return SentenceLengths(1 if text_only else max(1, split.source_tokens // rows), max(1, split.target_tokens // rows))
+        source, target = (max(1, tokens // rows) for tokens in (split.source_tokens, split.target_tokens))
+        return SentenceLengths(target if text_only and noised else source, target)
     length = options.length or (recipe.data.filter.max_target_length if text_only else SENTENCE)
-    return SentenceLengths(1 if text_only else length, length)
+    return SentenceLengths(length if noised else 1, length)
 
 
 def _teachers(options: TeacherOptions, recipe: Recipe) -> list[TeacherModel]:
@@ -248,8 +252,9 @@ def log_memory(plan: TrainingPlan, teachers: TeacherOptions, mesh: Mesh) -> None
 
     Teachers count with the student's vocabulary. Every rank calls it: a recipe that makes no model is an error on all.
     """
-    recipe, train, vocabulary = plan.recipe, plan.data.train, plan.data.vocabulary
-    lengths = [max(1, round(float(each.mean()))) for each in (train.source_lengths, train.target_lengths)]
+    recipe, train, vocabulary = plan.recipe, plan.data.train_examples.lengths, plan.data.vocabulary
+    rows = np.arange(0, len(train), -(-len(train) // SAMPLED_ROWS))
+    lengths = [max(1, round(float(each.mean()))) for each in train.of(1, rows)]
     needs, placement = recipe.objective.needs.teacher, teachers.placement or "sharded"
     precision = (needs and needs.precision) or recipe.engine.precision
     online = [TeacherModel(model, vocabulary, precision, placement) for model in plan.objective.models]

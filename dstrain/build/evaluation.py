@@ -65,6 +65,7 @@ def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, Any]:
         options.data,
         options.split,
         mesh,
+        trained_on=None if recipe is None else recipe.data,
         objective=CrossEntropy(plain if recipe is None else recipe.objective.validation),
         generation=generation_of(recipe, options),
         required=bool(options.generate) or any(value is not None for value in options.method.values()),

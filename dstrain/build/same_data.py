@@ -9,6 +9,7 @@ from typing import Any
 from dstrain.config_base import upgrade_config
 from dstrain.data.config import DataConfig
 from dstrain.data.prepared.comparison import other_content, settings_of
+from dstrain.data.prepared.job import without_tasks
 from dstrain.data.prepared.manifest import DataManifest
 from dstrain.errors import DataError
 from dstrain.recipe import Recipe
@@ -37,5 +38,5 @@ def moved_text(recipe: Recipe, manifest: DataManifest) -> str | None:
 
 
 def _sections(recipe: Recipe, manifest: DataManifest) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """The data section that was prepared, and that of the recipe."""
-    return upgrade_config(DataConfig, manifest.data), recipe_tree(recipe)["data"]
+    """The data section that was prepared, and that of the recipe, as preparation reads both."""
+    return without_tasks(upgrade_config(DataConfig, manifest.data)), without_tasks(recipe_tree(recipe)["data"])

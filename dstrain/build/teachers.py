@@ -24,7 +24,7 @@ import torch
 from dstrain.build.training_options import TeacherOptions
 from dstrain.checkpoint.bundle import BundleDescription, StoredBundle, find_bundle
 from dstrain.config_base import Precision
-from dstrain.data.prepared.dataset import Dataset
+from dstrain.data.lengths import ExampleLengths, Side
 from dstrain.data.prepared.manifest import DataManifest
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.distillation.config import DistillationConfig
@@ -58,9 +58,9 @@ class PlannedTeacher:
 
 
 def plan_teachers(
-    options: TeacherOptions, tokenizers: TokenizerPair, sizes: VocabularySizes, dataset: Dataset
+    options: TeacherOptions, tokenizers: TokenizerPair, sizes: VocabularySizes, lengths: ExampleLengths
 ) -> list[PlannedTeacher]:
-    """Look at every teacher, adapter bundles among them, without building it.
+    """Look at every teacher, adapter bundles among them, without building it. lengths: of the training examples.
 
     Raises BundleError if one is no bundle, has another vocabulary or reads shorter sentences than the data has; DataError for
     a vocabulary map that is not one or not needed.
@@ -69,7 +69,7 @@ def plan_teachers(
     for directory in options.bundles:
         stored = find_bundle(directory)
         description = stored.description
-        _require_lengths(directory, description, dataset)
+        _require_lengths(directory, description, lengths)
         same = description.tokenizer == tokenizers.fingerprint
         if not same and options.vocabulary_map is None:
             raise BundleError(
@@ -162,17 +162,15 @@ def _problem(ids: Any, student_size: int, teacher_size: int) -> str | None:
     return None
 
 
-def _require_lengths(directory: Path, description: BundleDescription, dataset: Dataset) -> None:
+def _require_lengths(directory: Path, description: BundleDescription, lengths: ExampleLengths) -> None:
     """BundleError if the data has sentences that the teacher cannot read."""
     limits = description.model.limits
-    longest = {"source": int(dataset.source_lengths.max()), "target": int(dataset.target_lengths.max())}
-    readable = {"source": limits.source, "target": limits.target}
+    readable: dict[Side, int] = {"source": limits.source, "target": limits.target}
     if limits.joint:
-        longest = {"source and target": int((dataset.source_lengths.astype("int64") + dataset.target_lengths - 1).max())}
         readable = {"source and target": limits.target}
-    for side, length in longest.items():
-        if length > readable[side]:
+    for side, limit in readable.items():
+        if (length := lengths.longest(side).tokens) > limit:
             raise BundleError(
-                f"the teacher {directory} reads {readable[side]} {side} tokens at most, but the training data has a pair of "
+                f"the teacher {directory} reads {limit} {side} tokens at most, but the training data has a pair of "
                 f"{length}; leave such pairs out and prepare again (data.filter), or choose another teacher"
             )

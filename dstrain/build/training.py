@@ -100,7 +100,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
 def log_plan(plan: TrainingPlan, mesh: Mesh) -> None:
     """Log where and on what a training runs."""
     moved = moved_text(plan.recipe, plan.data.manifest)
-    targets = plan.data.train.lengths.num_targets(1)
+    targets = plan.data.train_examples.lengths.num_targets(1)
     log_fields(
         {
             "device": describe_device(mesh.device),
@@ -212,7 +212,7 @@ class Training:
             ids=SpecialIds.of(data.tokenizers.target),
             max_length=max_sample_length(
                 [model.limits for model in (recipe.model, *self.plan.objective.models)],
-                longest_source=data.train.lengths.longest("source").tokens,
+                longest_source=data.train_examples.lengths.longest("source").tokens,
                 max_tokens=recipe.batching.max_tokens,
             ),
             collator=self.collator,

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from dstrain.batch import Batch
 from dstrain.data.batching.collate import Collator, PackedSize
 from dstrain.data.batching.loader import TrainLoader, evaluation_loader
 from dstrain.data.batching.plan import StepPlan
+from dstrain.data.config import task_of_text
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
+from dstrain.data.sources.corpora import splits_of
+from dstrain.data.tasks.build import build_examples
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.evaluation.validator import check_split
 from dstrain.log import logger
@@ -36,9 +40,12 @@ def packed_size(recipe: Recipe, mesh: Mesh) -> PackedSize | None:
 
 
 class TrainingData:
-    """What training reads of a DATA directory."""
+    """What training reads of a DATA directory.
 
-    def __init__(self, directory: Path) -> None:
+    train, valid: as they are stored. train_examples, valid_examples: as the recipe's tasks make them.
+    """
+
+    def __init__(self, directory: Path, recipe: Recipe) -> None:
         self.directory = directory
         self.manifest = load_manifest(directory)
         if self.manifest.pseudo_labels is not None:
@@ -48,6 +55,10 @@ class TrainingData:
         self.train: Dataset = open_dataset(directory, "train")
         self.valid: Dataset = open_dataset(directory, "valid")
         self.tokenizers: TokenizerPair = load_tokenizers(directory / "tokenizer")
+        tasks = {split: list(map(task_of_text, sources)) for split, sources in splits_of(recipe.data).items()}
+        build = partial(build_examples, tokenizer=self.tokenizers.target)
+        self.train_examples = build(self.train, tasks["train"], split="train", seed=recipe.training.seed)
+        self.valid_examples = build(self.valid, tasks["valid"], split="valid")
 
     @property
     def vocabulary(self) -> VocabularySizes:
@@ -56,9 +67,9 @@ class TrainingData:
 
     def plan_steps(self, recipe: Recipe) -> StepPlan:
         """The optimizer steps of every epoch. Raises DataError if a split is empty or has examples that the model cannot read."""
-        for split, dataset in (("train", self.train), ("valid", self.valid)):
-            check_split(split, dataset.lengths, recipe.model)
-        return StepPlan(self.train.lengths, recipe.batching, recipe.training.seed, kind=recipe.model.kind)
+        for split, examples in (("train", self.train_examples), ("valid", self.valid_examples)):
+            check_split(split, examples.lengths, recipe.model)
+        return StepPlan(self.train_examples.lengths, recipe.batching, recipe.training.seed, kind=recipe.model.kind)
 
     def collator(self, recipe: Recipe, mesh: Mesh, teachers: Sequence[ModelConfig] = ()) -> Collator:
         """Makes the batches of the recipe's model and of its teachers."""
@@ -75,7 +86,7 @@ class TrainingData:
     def train_loader(self, plan: StepPlan, collator: Collator, mesh: Mesh, epoch: int, index: int) -> TrainLoader:
         """This rank's micro-batches from step `index` of an epoch on."""
         return TrainLoader(
-            self.train,
+            self.train_examples,
             plan,
             collator,
             data_rank=mesh.data.rank,
@@ -86,7 +97,7 @@ class TrainingData:
     def valid_batches(self, recipe: Recipe, mesh: Mesh) -> Iterator[Batch]:
         """This rank's share of the valid split."""
         return evaluation_loader(
-            self.valid,
+            self.valid_examples,
             recipe.batching.max_tokens,
             self.collator(recipe, mesh),
             data_rank=mesh.data.rank,

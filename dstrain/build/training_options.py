@@ -11,6 +11,7 @@ from dstrain.arguments import CheckedOptions
 from dstrain.build.same_data import require_data_of
 from dstrain.checkpoint.directories import require_bundle
 from dstrain.config_base import DeviceChoice, upgrade_config
+from dstrain.data.config import gives_sources, is_text_only
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.distillation.store.manifest import load_store_manifest
 from dstrain.engine.config import Placement
@@ -55,6 +56,12 @@ def check_training(recipe: Recipe, options: TrainOptions) -> None:
     """Raise a DstrainError for every mistake in arguments and paths that shows before anything is loaded."""
     teachers = options.teachers
     check_teacher_options(recipe.objective, teachers)
+    noised = [number for number, corpus in enumerate(recipe.data.train) if is_text_only(corpus) and gives_sources(corpus)]
+    if noised and teachers.logits is not None:
+        raise RecipeError(
+            f"data.train.{noised[0]}.task makes another example of a text in every epoch, and --logits are of what is stored: "
+            "distil with --teacher BUNDLE"
+        )
     check_accepted(options.accept_changes, recipe_tree(recipe))
     if recipe.adapter is not None and options.base is None:
         raise RecipeError("the recipe has an adapter section, which adapts a trained model; name its bundle with --base BUNDLE")

@@ -59,7 +59,7 @@ def plan_training(recipe: Recipe, options: TrainOptions, *, replicas: int | None
     if recipe.validation.generation is not None:
         check_tokenization(recipe.validation.tokenize)
     check_training(recipe, options)
-    data = TrainingData(options.data)
+    data = TrainingData(options.data, recipe)
     base = (
         None if options.base is None else find_base(options.base, recipe.model, data.manifest, adapted=recipe.adapter is not None)
     )

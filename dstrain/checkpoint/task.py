@@ -15,9 +15,14 @@ BundleTask = Literal["translation", "continuation"]
 def task_of(model: ModelConfig, recipe: Mapping[str, Any] | None) -> BundleTask:
     """The task of a model that was trained by `recipe`; an imported one has none.
 
-    A decoder-only model continues unless a corpus of its training has sources. Bundles that were written before they stated their
-    task are read by this rule, too.
+    A decoder-only model continues unless a corpus of its training has sources, of its own or made by a task. Bundles that were
+    written before they stated their task are read by this rule, too.
     """
     corpora = (recipe or {}).get("data", {}).get("train", ())
-    text_only = all(corpus["kind"] in KINDS_WITHOUT_SOURCE for corpus in corpora)
-    return "continuation" if model.kind == "decoder_only" and text_only else "translation"
+    return "continuation" if model.kind == "decoder_only" and all(map(_is_continued, corpora)) else "translation"
+
+
+def _is_continued(corpus: Mapping[str, Any]) -> bool:
+    """Whether the examples of a corpus have no source; recipes from before there were tasks name none."""
+    kind = corpus.get("task", {}).get("kind", "language_modeling")
+    return corpus["kind"] in KINDS_WITHOUT_SOURCE and kind == "language_modeling"

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from dstrain.config_base import Config
+from dstrain.data.tasks.config import LanguageModeling, TextTask
 from dstrain.log import logger
 
 
@@ -114,10 +115,11 @@ class FairseqIds(Config):
 
 
 class PlainText(Config):
-    """Text without a source, for language models: an example per line, plain or compressed; no split keeps blank lines."""
+    """Text without a source: an example per line, plain or compressed; no split keeps blank lines."""
 
     kind: Literal["text"] = "text"
     path: str = Field(description="The file.")
+    task: TextTask = Field(default_factory=LanguageModeling, description="What a model learns from it.")
 
 
 class FairseqText(Config):
@@ -125,6 +127,7 @@ class FairseqText(Config):
 
     kind: Literal["fairseq_text"] = "fairseq_text"
     path: str = Field(description="PREFIX.")
+    task: TextTask = Field(default_factory=LanguageModeling, description="What a model learns from it.")
 
 
 TextSource = Annotated[
@@ -139,6 +142,16 @@ KINDS_WITHOUT_SOURCE = frozenset({"text", "fairseq_text"})
 def is_text_only(source: TextSource) -> bool:
     """Whether a corpus is text without a source."""
     return source.kind in KINDS_WITHOUT_SOURCE
+
+
+def task_of_text(source: TextSource) -> TextTask | None:
+    """The task of a corpus of text without a source; None for pairs, which are translated."""
+    return source.task if isinstance(source, PlainText | FairseqText) else None
+
+
+def gives_sources(source: TextSource) -> bool:
+    """Whether its examples have a source: of their own, or one that its task makes of the text."""
+    return not isinstance(task_of_text(source), LanguageModeling)
 
 
 def has_no_source(sources: Iterable[TextSource]) -> bool:
@@ -247,6 +260,18 @@ class DataConfig(Config):
             raise ValueError(
                 f"tokenizer.kind = {self.tokenizer.kind} does not know the ids of a fairseq corpus; choose fairseq_dictionaries"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_have_symbols(self) -> DataConfig:
+        if not isinstance(self.tokenizer, TrainedSentencePiece):
+            return self
+        for key, source in self.corpora():
+            if (task := task_of_text(source)) is None:
+                continue
+            for symbol in task.symbols():
+                if symbol not in self.tokenizer.user_symbols:
+                    raise ValueError(f"{key}.task = {task.kind} needs the symbol {symbol!r}; add it to tokenizer.user_symbols")
         return self
 
     @field_validator("test", mode="before")

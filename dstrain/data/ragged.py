@@ -13,14 +13,14 @@ from dstrain.data.batching.permutation import IntArray
 BoolArray = npt.NDArray[np.bool_]
 
 
-class RaggedTokens(NamedTuple):
+class Ragged(NamedTuple):
     """Sequences of unequal lengths one after another. tokens: (sum of lengths,); lengths: (b,)."""
 
     tokens: IntArray
     lengths: IntArray
 
     @classmethod
-    def of(cls, rows: Sequence[Sequence[int] | npt.NDArray[np.integer[Any]]]) -> RaggedTokens:
+    def of(cls, rows: Sequence[Sequence[int] | npt.NDArray[np.integer[Any]]]) -> Ragged:
         """Of lists or arrays of ids."""
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         tokens = np.concatenate(rows).astype(np.int64) if len(rows) else np.empty(0, np.int64)
@@ -31,24 +31,24 @@ class RaggedTokens(NamedTuple):
         ends = np.cumsum(self.lengths).tolist()
         return [self.tokens[start:end] for start, end in zip([0, *ends], ends, strict=False)]
 
-    def select(self, mask: BoolArray) -> RaggedTokens:
+    def select(self, mask: BoolArray) -> Ragged:
         """The tokens that `mask` (sum of lengths,) chooses."""
-        return RaggedTokens(self.tokens[mask], sums(mask, self.lengths))
+        return Ragged(self.tokens[mask], sums(mask, self.lengths))
 
-    def with_end(self, token: int) -> RaggedTokens:
+    def with_end(self, token: int) -> Ragged:
         """Every sequence with `token` behind it."""
         ends = np.cumsum(self.lengths)
-        return RaggedTokens(np.insert(self.tokens, ends, token), self.lengths + 1)
+        return Ragged(np.insert(self.tokens, ends, token), self.lengths + 1)
 
 
-def starts(lengths: IntArray) -> IntArray:
+def starts_of(lengths: IntArray) -> IntArray:
     """The start of each of a series of adjacent sequences."""
     return np.cumsum(lengths) - lengths
 
 
-def positions(lengths: IntArray) -> IntArray:
+def positions_of(lengths: IntArray) -> IntArray:
     """0, 1, 2, ... for each of the lengths in turn."""
-    return np.arange(lengths.sum()) - np.repeat(starts(lengths), lengths)
+    return np.arange(lengths.sum()) - np.repeat(starts_of(lengths), lengths)
 
 
 def segments(lengths: IntArray) -> IntArray:
@@ -67,7 +67,7 @@ def sums(values: npt.NDArray[Any], lengths: IntArray) -> IntArray:
 def smallest(keys: npt.NDArray[np.float64], lengths: IntArray, counts: IntArray) -> BoolArray:
     """Marks the `counts` (b,) smallest keys of each sequence: a random choice without repetition, if the keys are random."""
     marks = np.empty(len(keys), np.bool_)
-    marks[np.lexsort((keys, segments(lengths)))] = positions(lengths) < np.repeat(counts, lengths)
+    marks[np.lexsort((keys, segments(lengths)))] = positions_of(lengths) < np.repeat(counts, lengths)
     return marks
 
 

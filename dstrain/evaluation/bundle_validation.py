@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dstrain.checkpoint.bundle import Bundle
 from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.loader import evaluation_loader
-from dstrain.data.config import DataConfig, is_text_only
+from dstrain.data.config import DataConfig, TextSource, is_text_only, task_of_text
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.sources.corpora import splits_of
+from dstrain.data.tasks.build import build_examples
+from dstrain.data.tasks.config import LanguageModeling, TextTask
 from dstrain.errors import BundleError, DataError
 from dstrain.evaluation.translation import build_translation
 from dstrain.evaluation.validator import Validator, WholeModel, check_split
@@ -28,6 +31,7 @@ def validate_bundle(
     split: str,
     mesh: Mesh,
     *,
+    trained_on: DataConfig | None,
     objective: Objective,
     generation: GenerationConfig | None,
     required: bool,
@@ -38,7 +42,8 @@ def validate_bundle(
     """The scores of `Validator` for a bundle whose model is on `mesh.device`; every rank scores its share.
 
     generation: how to translate; None = only losses, as always for a split that has nothing to translate or to compare with.
-    tokenize, lowercase: of BLEU, see `build_translation`.
+    tokenize, lowercase: of BLEU, see `build_translation`. trained_on: the data section of the bundle's recipe, see
+    `tasks_of_split`; None for a bundle without a recipe.
     Raises DataError if the data was prepared with another tokenizer or if translations are `required` of such a split,
     BundleError if the bundle has no tokenizer to compare.
     """
@@ -47,32 +52,27 @@ def validate_bundle(
     manifest = load_manifest(data)
     manifest.require_tokenizer(bundle.tokenizers.fingerprint, str(bundle.directory))
     dataset = open_dataset(data, split)
-    without_source = any(is_text_only(corpus) for corpus in splits_of(DataConfig.model_validate(manifest.data))[split])
-    if without_source and bundle.model_config.kind == "encoder_decoder":
-        raise DataError(f"the split {split!r} is text without a source: the encoder of {bundle.directory} has nothing to read")
+    corpora = splits_of(DataConfig.model_validate(manifest.data))[split]
+    without_source = any(map(is_text_only, corpora))
+    examples = build_examples(dataset, _tasks(bundle, corpora, split, trained_on), bundle.tokenizers.target, split=split)
     if generation is not None and (without_source or split == "train"):
         _say_only_losses(split, without_source=without_source, required=required)
         generation = None
-    check_split(split, dataset.lengths, bundle.model_config)
+    check_split(split, examples.lengths, bundle.model_config)
     translation = build_translation(
         generation, bundle.model_config, dataset, bundle.tokenizers, mesh, tokenize=tokenize, lowercase=lowercase
+    )
+    collator = Collator(
+        bundle.model_config.kind,
+        pad_id=bundle.vocabulary.pad_id,
+        eos_id=bundle.vocabulary.eos_id,
+        start_id=bundle.vocabulary.start_id,
     )
     validator = Validator(
         WholeModel(TrainModule(bundle.model, objective), bundle.model, mesh.device),
         replicas=mesh.replicas,
         data=mesh.data,
-        batches=lambda: evaluation_loader(
-            dataset,
-            max_tokens,
-            Collator(
-                bundle.model_config.kind,
-                pad_id=bundle.vocabulary.pad_id,
-                eos_id=bundle.vocabulary.eos_id,
-                start_id=bundle.vocabulary.start_id,
-            ),
-            data_rank=mesh.data.rank,
-            data_size=mesh.data.size,
-        ),
+        batches=lambda: evaluation_loader(examples, max_tokens, collator, data_rank=mesh.data.rank, data_size=mesh.data.size),
         denominator=objective.denominator,
         translation=translation,
         num_examples=len(dataset),
@@ -80,6 +80,33 @@ def validate_bundle(
     scores = validator()
     assert scores is not None, "nothing interrupts this validation"
     return scores
+
+
+def _tasks(bundle: Bundle, corpora: Sequence[TextSource], split: str, trained_on: DataConfig | None) -> list[TextTask | None]:
+    """`tasks_of_split`, of which each must give an encoder something to read. Raises DataError if one does not."""
+    tasks = tasks_of_split(corpora, split, trained_on)
+    if bundle.model_config.kind == "encoder_decoder" and any(isinstance(task, LanguageModeling) for task in tasks):
+        raise DataError(f"the split {split!r} is text without a source: the encoder of {bundle.directory} has nothing to read")
+    return tasks
+
+
+def tasks_of_split(corpora: Sequence[TextSource], split: str, trained_on: DataConfig | None) -> list[TextTask | None]:
+    """What is asked of each corpus; None of pairs, which are translated.
+
+    Data does not say what text is for. It is read as the recipe of the bundle reads the same split, or all its training text.
+    Raises DataError if the recipe has other corpora for this split, and several tasks.
+    """
+    own = () if trained_on is None else splits_of(trained_on).get(split, ())
+    if [corpus.kind for corpus in own] == [corpus.kind for corpus in corpora]:
+        return [task_of_text(corpus) for corpus in own]
+    trained = () if trained_on is None else trained_on.train
+    known = list(dict.fromkeys(task for corpus in trained if (task := task_of_text(corpus)) is not None)) or [LanguageModeling()]
+    if len(known) > 1 and any(map(is_text_only, corpora)):
+        raise DataError(
+            f"the split {split!r} is text, and the bundle was trained by several tasks on text: "
+            f"{', '.join(task.kind for task in known)}; prepare data with the corpora of data.{split} of its recipe"
+        )
+    return [known[0] if is_text_only(corpus) else None for corpus in corpora]
 
 
 def _say_only_losses(split: str, *, without_source: bool, required: bool) -> None:

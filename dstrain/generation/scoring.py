@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Sequences
-from dstrain.data.batching.collate import Collator, Ragged
+from dstrain.data.batching.collate import Collator
+from dstrain.data.ragged import Ragged
 from dstrain.generation.candidates import to_log_probs
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.constraints import SpecialIds

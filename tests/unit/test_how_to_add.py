@@ -83,6 +83,7 @@ def test_the_toys_work(tmp_path: Path) -> None:
     assert "no_such_package (not installed)" in found["kernels"]
     assert found["forced"] == ["toy_argmax", [[1]]]
     assert found["difference"] < 1e-12
+    assert found["task"] == [[5, 6], [4, 5]]
     without, with_option = (yaml.safe_load(recipe)["model"]["embedding"] for recipe in found["imported"])
     assert with_option == {**without, "norm": True}
     assert found["exported"] == "run/bundles/last is a toy in exported\n"

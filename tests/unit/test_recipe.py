@@ -382,3 +382,35 @@ def test_show_prints_yaml_and_a_mistake_ends_with_one_message() -> None:
     assert bad.returncode == 1
     assert "did you mean seed?" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+DENOISING = "pretraining/wikitext_denoising_tiny"
+
+
+def test_text_with_a_task_that_makes_a_source_is_for_any_model() -> None:
+    tasks = ("denoising, mask: 0.1", "prefix_lm", "mass")
+    for task in tasks:
+        load_recipe(DENOISING, [f"data.train.0.task={{kind: {task}}}"])
+        load_recipe(LANGUAGE_MODEL, [f"data.train.0.task={{kind: {task}}}", "data.tokenizer.user_symbols=['<mask>']"])
+    with pytest.raises(RecipeError, match=r"data\.valid\.0 is text without a source \(kind: text\), so an encoder has nothing"):
+        load_recipe(DENOISING, ["data.valid.0.task={kind: language_modeling}"])
+    with pytest.raises(RecipeError, match=r"there is nothing to translate; set validation\.generation: null"):
+        load_recipe(DENOISING, ["validation.generation={kind: beam}"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["data.tokenizer.user_symbols=[]"],
+            r"denoising needs the symbol '<mask>'; add it to tokenizer\.user_symbols",
+        ),
+        (["data.train.0.task={kind: span_corruption}"], r"train\.0\.task = span_corruption needs the symbol '<extra_id_0>'"),
+        (["data.train.0.task.mask=1.5"], r"data\.train\.0\.task\.mask: input should be less than 1, not 1\.5"),
+        (["data.train.0.task={kind: denoise}"], r"data\.train\.0\.task\.kind: 'denoise' is unknown; choose one of"),
+        (["model.max_source_length=500"], r"keeps text that the model does not read \(model\.max_source_length = 500\)"),
+    ],
+)
+def test_mistakes_in_tasks(overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(DENOISING, overrides)

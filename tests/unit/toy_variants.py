@@ -198,11 +198,45 @@ EXPORT_FORMATS = {"toy": ExportFormat("a toy", "toy.txt", _toy), """,
     ),
 }
 
+TASK: dict[str, Edit] = {
+    "dstrain/data/tasks/toy.py": """
+from dstrain.data.tasks.task import MostTokens
+
+
+class ToyTask:
+    def __call__(self, texts, draws):
+        return texts._replace(tokens=texts.tokens + 1), texts
+
+    def lengths(self, lengths, draws):
+        return lengths, lengths
+
+    def longest(self, length):
+        return MostTokens(length, length, 2 * length)
+""",
+    "dstrain/data/tasks/config.py": (
+        (
+            "TextTask = Annotated[",
+            'class Toy(Config):\n    kind: Literal["toy"] = "toy"\n\n    def symbols(self):\n        return ()\n\n\n'
+            "TextTask = Annotated[",
+        ),
+        ("SpanCorruption | Mass,", "SpanCorruption | Mass | Toy,"),
+    ),
+    "dstrain/data/tasks/build.py": (
+        ("    SpanCorruption,\n    TextTask,\n", "    SpanCorruption,\n    TextTask,\n    Toy,\n"),
+        (
+            "from dstrain.errors import DataError\n",
+            "from dstrain.data.tasks.toy import ToyTask\nfrom dstrain.errors import DataError\n",
+        ),
+        ("        case Mass():\n", "        case Toy():\n            return ToyTask()\n        case Mass():\n"),
+    ),
+}
+
 TOYS = {
     "A model variant, such as a norm": NORM,
     "An activation": ACTIVATION,
     "An objective with a token loss of its own": OBJECTIVE,
     "A data source": SOURCE,
+    "A task of text": TASK,
     "A verb": VERB,
     "A kernel": KERNEL,
     "An option of fairseq": FAIRSEQ_OPTION,
@@ -266,6 +300,12 @@ ours = torch.autograd.grad(linear_toy(features, weight, labels, None)[0], (featu
 plain = F.cross_entropy(features @ weight.T, labels, reduction="none").square().sum() / 2
 reference = torch.autograd.grad(plain, (features, weight))
 found["difference"] = max((a - b).abs().max().item() for a, b in zip(ours, reference))
+
+from dstrain.data.config import PlainText
+from dstrain.data.ragged import Ragged
+from dstrain.data.tasks.build import build_task
+task = build_task(PlainText(path="text", task={"kind": "toy"}).task, None, "data.train.0.task")
+found["task"] = [side.tokens.tolist() for side in task(Ragged.of([[4, 5]]), None)]
 
 command = "fairseq-train data-bin --source-lang en --target-lang de --arch transformer --optimizer adam --lr 0.001"
 command += " --max-tokens 4096 --max-update 10"

@@ -20,23 +20,10 @@ import torch
 
 from dstrain.batch import Batch, ExampleSpans, ModelKind, Packing, Sequences, Targets
 from dstrain.data.batching.permutation import IntArray
+from dstrain.data.ragged import Ragged, positions_of, starts_of
 
 Ids = npt.NDArray[np.integer[Any]]
 """(length,) token ids of one side of an example, ending in EOS."""
-
-
-class Ragged(NamedTuple):
-    """Sequences of unequal lengths one after another. tokens: (sum of lengths,); lengths: (b,)."""
-
-    tokens: IntArray
-    lengths: IntArray
-
-    @classmethod
-    def of(cls, rows: Sequence[Sequence[int] | Ids]) -> Ragged:
-        """Of lists or arrays of ids."""
-        lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        tokens = np.concatenate(rows).astype(np.int64) if len(rows) else np.empty(0, np.int64)
-        return cls(tokens, lengths)
 
 
 _KEY_BITS = 22
@@ -97,7 +84,7 @@ class Collator:
         """
         sources, labels = (Ragged.of([pair[side] for pair in examples]) for side in (0, 1))
         shifted = np.roll(labels.tokens, 1)
-        shifted[_starts(labels.lengths)] = self.start_id
+        shifted[starts_of(labels.lengths)] = self.start_id
         inputs = Ragged(shifted, labels.lengths)
         one_token = Ragged.of([[self.start_id]])
         ids = np.array(example_ids, np.int64)  # a copy: the plan hands out views of its window
@@ -112,7 +99,7 @@ class Collator:
                 labels=torch.from_numpy(labels.tokens),
                 weight=lengths.reciprocal().repeat_interleave(lengths),
                 example_id=torch.from_numpy(np.repeat(ids, labels.lengths)),
-                position=torch.from_numpy(_positions(labels.lengths)),
+                position=torch.from_numpy(positions_of(labels.lengths)),
                 segment=torch.from_numpy(np.repeat(np.arange(len(ids)), labels.lengths)),
             )
             spans = ExampleSpans(torch.from_numpy(ids), torch.from_numpy(start), torch.from_numpy(sources.lengths), lengths)
@@ -129,11 +116,11 @@ class Collator:
         if kind == "encoder_decoder":
             source, source_index = self._lay_out(sources, ids, side=0)
             target, index = self._lay_out(inputs, ids, side=1)
-            return ModelInputs(source, target, source_index[_starts(sources.lengths)], index)
+            return ModelInputs(source, target, source_index[starts_of(sources.lengths)], index)
         before = sources.lengths - 1  # without the EOS, which the inputs begin with
         sequence = np.empty(before.sum() + len(inputs.tokens), np.int64)
-        start = _starts(before + inputs.lengths)  # of each example in `sequence`
-        of_inputs = np.repeat(start + before, inputs.lengths) + _positions(inputs.lengths)
+        start = starts_of(before + inputs.lengths)  # of each example in `sequence`
+        of_inputs = np.repeat(start + before, inputs.lengths) + positions_of(inputs.lengths)
         is_source = np.ones(len(sequence), np.bool_)
         is_source[of_inputs] = False
         sequence[of_inputs] = inputs.tokens
@@ -143,7 +130,7 @@ class Collator:
 
     def _lay_out(self, ragged: Ragged, ids: IntArray, *, side: int) -> tuple[Sequences, IntArray]:
         """The sequences as the model reads them, and the index of each token among their flattened tokens."""
-        lengths, positions = ragged.lengths, _positions(ragged.lengths)
+        lengths, positions = ragged.lengths, positions_of(ragged.lengths)
         keys = _keys(ids, lengths, positions, side)
         if self.packed is not None:
             return _pack(ragged, positions, keys, self.packed.of(len(positions)), self.pad_id), np.arange(len(positions))
@@ -179,13 +166,3 @@ def _pack(ragged: Ragged, positions: IntArray, keys: IntArray, size: int, pad_id
         num_tokens=count,
     )
     return Sequences(padded(ragged.tokens, pad_id), torch.from_numpy(lengths), packing, padded(keys, 0))
-
-
-def _starts(lengths: IntArray) -> IntArray:
-    """The start of each of a series of adjacent sequences."""
-    return np.cumsum(lengths) - lengths
-
-
-def _positions(lengths: IntArray) -> IntArray:
-    """0, 1, 2, ... for each of the lengths in turn."""
-    return np.arange(lengths.sum()) - np.repeat(_starts(lengths), lengths)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dstrain.config_base import Config, upgrade_config
+from dstrain.config_base import Config, Tree, upgrade_config
 from dstrain.data.config import DataConfig, FairseqIds, TextSource, TrainedSentencePiece
 from dstrain.data.prepared.manifest import DATA_FORMAT_VERSION, MANIFEST_FILE, TOKENIZER_DIRECTORY
 from dstrain.data.prepared.pool import WorkerPool
@@ -99,12 +99,23 @@ def plan_job(config: DataConfig, known: Job | None, workers: int) -> Job:
         None if isinstance(config.tokenizer, TrainedSentencePiece) else load_configured_tokenizers(config.tokenizer).fingerprint
     )
     inputs = _inspect(scans, known, workers)
-    data = config.model_dump(mode="json")
-    if known is not None and upgrade_config(DataConfig, known.data) == data:
+    data = without_tasks(config.model_dump(mode="json"))
+    if known is not None and without_tasks(upgrade_config(DataConfig, known.data)) == data:
         data = known.data  # as an older version spelled it: the same job
     hashes = {file.path: file.sha256 for file in inputs}
     content = [DATA_FORMAT_VERSION, data, list(hashes.values()), tokenizer]
     return Job(format_version=DATA_FORMAT_VERSION, fingerprint=sha256_of_json(content), data=data, inputs=inputs)
+
+
+def without_tasks(data: Mapping[str, Any]) -> Tree:
+    """A data section as preparation reads it: the task of a corpus acts later, so the same data serve any."""
+    return {key: _without_task(value) for key, value in data.items()}
+
+
+def _without_task(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_task(inner) for key, inner in value.items() if key != "task"}
+    return [_without_task(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _inspect(scans: Mapping[Input, Scan], known: Job | None, workers: int) -> tuple[InputFile, ...]:
@@ -201,7 +212,7 @@ def _remove(output: Path, job: Job) -> None:
 
 def _difference(old: Job, new: Job) -> str:
     """What changed, by name: fields of the data section, else files whose content is another."""
-    before = upgrade_config(DataConfig, old.data)
+    before = without_tasks(upgrade_config(DataConfig, old.data))
     fields = [name for name in sorted({**before, **new.data}) if before.get(name) != new.data.get(name)]
     if fields:
         return "its recipe differs in " + ", ".join(f"data.{name}" for name in fields)

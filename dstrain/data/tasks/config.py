@@ -66,9 +66,7 @@ class Denoising(Config):
     rotate: float = Field(
         default=0.0, ge=0, le=1, description="Share of the texts that begin at a random token, the rest at the end."
     )
-    sentence_ends: tuple[str, ...] = Field(
-        default=(".", "!", "?"), min_length=1, description="A token that ends in one of these ends a sentence."
-    )
+    sentence_ends: tuple[str, ...] = Field(default=(".", "!", "?"), min_length=1, description="The tokens that end a sentence.")
     mask_token: MaskToken = "<mask>"
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.ragged import BoolArray, RaggedTokens, positions, replace_runs, segments, smallest, starts, sums
+from dstrain.data.ragged import BoolArray, Ragged, positions_of, replace_runs, segments, smallest, starts_of, sums
 from dstrain.data.tasks.config import Denoising
 from dstrain.data.tasks.draws import Draws, choice
 from dstrain.data.tasks.symbols import Symbols
@@ -50,7 +50,7 @@ class DenoisingTask:
         self._ends = symbols.sentence_ends(config.sentence_ends) if config.permute_sentences else None
         self._length_cdf = None if config.poisson_lambda is None else poisson_cdf(config.poisson_lambda)
 
-    def __call__(self, texts: RaggedTokens, draws: Draws) -> tuple[RaggedTokens, RaggedTokens]:
+    def __call__(self, texts: Ragged, draws: Draws) -> tuple[Ragged, Ragged]:
         """Noised texts, and the texts."""
         config, source = self.config, texts
         if self._ends is not None:
@@ -72,7 +72,7 @@ class DenoisingTask:
         source = length + math.ceil(self.config.insert * length)
         return MostTokens(source, length, source + length)
 
-    def _mask_spans(self, texts: RaggedTokens, draws: Draws) -> RaggedTokens:
+    def _mask_spans(self, texts: Ragged, draws: Draws) -> Ragged:
         is_start = self._symbols.word_starts(texts) if self.config.unit == "word" else np.ones(len(texts.tokens), np.bool_)
         words = sums(is_start, texts.lengths)
         word_lengths = np.diff(np.append(np.flatnonzero(is_start), len(is_start)))
@@ -93,15 +93,15 @@ class DenoisingTask:
             return texts._replace(tokens=np.where(is_masked, self._masks(texts.lengths, draws), texts.tokens))
         masks = self._masks(spans.lengths, draws)
         tokens, lengths = replace_runs(texts.tokens, tokens_of_run, is_span, masks)
-        return RaggedTokens(tokens, sums(lengths, runs))
+        return Ragged(tokens, sums(lengths, runs))
 
-    def _insert_masks(self, texts: RaggedTokens, draws: Draws) -> RaggedTokens:
+    def _insert_masks(self, texts: Ragged, draws: Draws) -> Ragged:
         counts = np.floor(self.config.insert * texts.lengths + draws.one(NoiseDraw.INSERTED)).astype(np.int64)
         lengths = texts.lengths + counts
         is_mask = smallest(draws.uniform(NoiseDraw.INSERTIONS, lengths), lengths, counts)
         tokens = np.empty(len(is_mask), np.int64)
         tokens[~is_mask], tokens[is_mask] = texts.tokens, self._masks(counts, draws, inserted=True)
-        return RaggedTokens(tokens, lengths)
+        return Ragged(tokens, lengths)
 
     def _masks(self, counts: IntArray, draws: Draws, *, inserted: bool = False) -> IntArray:
         """`counts` (b,) masks for each text, some of them random tokens."""
@@ -114,7 +114,7 @@ class DenoisingTask:
         return np.where(is_random < self.config.random, choice(self._ordinary, token), self._mask_id)
 
 
-def permute_sentences(texts: RaggedTokens, ends: BoolArray, share: float, draws: Draws) -> RaggedTokens:
+def permute_sentences(texts: Ragged, ends: BoolArray, share: float, draws: Draws) -> Ragged:
     """The share of the sentences of each text, rounded up, in a random order in their places. ends: (V,), of sentences."""
     is_end = ends[texts.tokens]
     is_end[:-1] &= ~is_end[1:]  # the last of several marks ends the sentence
@@ -126,16 +126,16 @@ def permute_sentences(texts: RaggedTokens, ends: BoolArray, share: float, draws:
     order = np.arange(len(moves))
     order[chosen] = chosen[np.lexsort((keys[chosen], segments(sentences)[chosen]))]
     lengths = np.diff(bounds)[order]
-    return texts._replace(tokens=texts.tokens[np.repeat(bounds[order], lengths) + positions(lengths)])
+    return texts._replace(tokens=texts.tokens[np.repeat(bounds[order], lengths) + positions_of(lengths)])
 
 
-def rotate(texts: RaggedTokens, share: float, draws: Draws) -> RaggedTokens:
+def rotate(texts: Ragged, share: float, draws: Draws) -> Ragged:
     """That share of the texts begins at a random token but the first; what was before it follows at the end."""
     offsets = 1 + (draws.one(NoiseDraw.OFFSET) * (texts.lengths - 1)).astype(np.int64)
     offsets = np.where(draws.one(NoiseDraw.ROTATED) < share, offsets, 0)
     lengths = np.repeat(texts.lengths, texts.lengths)
-    index = (positions(texts.lengths) + np.repeat(offsets, texts.lengths)) % np.maximum(lengths, 1)
-    return texts._replace(tokens=texts.tokens[np.repeat(starts(texts.lengths), texts.lengths) + index])
+    index = (positions_of(texts.lengths) + np.repeat(offsets, texts.lengths)) % np.maximum(lengths, 1)
+    return texts._replace(tokens=texts.tokens[np.repeat(starts_of(texts.lengths), texts.lengths) + index])
 
 
 def poisson_cdf(mean: float) -> npt.NDArray[np.float64]:
@@ -148,12 +148,12 @@ def poisson_cdf(mean: float) -> npt.NDArray[np.float64]:
     return np.cumsum(terms)[:-1]
 
 
-def single_spans(masked: IntArray) -> RaggedTokens:
+def single_spans(masked: IntArray) -> Ragged:
     """`masked` (b,) spans of one word for each text."""
-    return RaggedTokens(np.ones(masked.sum(), np.int64), masked)
+    return Ragged(np.ones(masked.sum(), np.int64), masked)
 
 
-def poisson_spans(masked: IntArray, cdf: npt.NDArray[np.float64], draws: Draws) -> RaggedTokens:
+def poisson_spans(masked: IntArray, cdf: npt.NDArray[np.float64], draws: Draws) -> Ragged:
     """Lengths of spans that sum to `masked` (b,) for each text, at most so many of them; the last one is cut to fit.
 
     If so many do not reach the sum, spans of length 0 become words.
@@ -161,9 +161,9 @@ def poisson_spans(masked: IntArray, cdf: npt.NDArray[np.float64], draws: Draws) 
     lengths = np.searchsorted(cdf, draws.uniform(NoiseDraw.SPANS, masked), side="right").astype(np.int64)
     lacking = np.maximum(masked - sums(lengths, masked), 0)
     is_empty = lengths == 0
-    empty = RaggedTokens(np.flatnonzero(is_empty), sums(is_empty, masked))
-    lengths[empty.tokens[positions(empty.lengths) < np.repeat(lacking, empty.lengths)]] = 1
+    empty = Ragged(np.flatnonzero(is_empty), sums(is_empty, masked))
+    lengths[empty.tokens[positions_of(empty.lengths) < np.repeat(lacking, empty.lengths)]] = 1
     before = np.cumsum(lengths) - lengths
-    before -= np.repeat(np.append(before, 0)[starts(masked)], masked)
+    before -= np.repeat(np.append(before, 0)[starts_of(masked)], masked)
     rest = np.repeat(masked, masked) - before
-    return RaggedTokens(np.minimum(lengths, rest), masked).select(rest > 0)
+    return Ragged(np.minimum(lengths, rest), masked).select(rest > 0)

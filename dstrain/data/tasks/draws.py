@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.ragged import positions
+from dstrain.data.ragged import positions_of
 from dstrain.seeding import derive_seed
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -30,7 +30,7 @@ class Draws:
     def uniform(self, purpose: int, counts: IntArray) -> npt.NDArray[np.float64]:
         """`counts` (b,) numbers for each example, (sum of counts,) in [0, 1). purpose: a number for each use, from 0."""
         states = np.repeat(self._states(purpose), counts)
-        return _fractions(states + _GAMMA * (positions(counts).astype(np.uint64) + np.uint64(1)))
+        return _fractions(states + _GAMMA * (positions_of(counts).astype(np.uint64) + np.uint64(1)))
 
     def one(self, purpose: int) -> npt.NDArray[np.float64]:
         """One number for each example, (b,) in [0, 1): the first of `uniform`."""

@@ -7,7 +7,7 @@ from enum import IntEnum, auto
 import numpy as np
 
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.ragged import RaggedTokens, positions
+from dstrain.data.ragged import Ragged, positions_of
 from dstrain.data.tasks.config import Mass
 from dstrain.data.tasks.draws import Draws, choice
 from dstrain.data.tasks.symbols import Symbols
@@ -30,16 +30,16 @@ class MassTask:
         self._mask_id = symbols.id_of(config.mask_token)
         self._ordinary = symbols.ordinary([self._mask_id])
 
-    def __call__(self, texts: RaggedTokens, draws: Draws) -> tuple[RaggedTokens, RaggedTokens]:
+    def __call__(self, texts: Ragged, draws: Draws) -> tuple[Ragged, Ragged]:
         """Texts with the fragment masked, and the fragments."""
         counts = self._fragment(texts.lengths)
         first = (draws.one(MassDraw.START) * (texts.lengths - counts + 1)).astype(np.int64)
-        offset = positions(texts.lengths) - np.repeat(first, texts.lengths)
+        offset = positions_of(texts.lengths) - np.repeat(first, texts.lengths)
         inside = (offset >= 0) & (offset < np.repeat(counts, texts.lengths))
         fragments = texts.select(inside)
         tokens = texts.tokens.copy()
         tokens[inside] = self._masked(fragments, draws)
-        return RaggedTokens(tokens, texts.lengths), fragments
+        return Ragged(tokens, texts.lengths), fragments
 
     def lengths(self, lengths: IntArray, draws: Draws) -> tuple[IntArray, IntArray]:
         """Both are exact, and depend on nothing else."""
@@ -54,7 +54,7 @@ class MassTask:
         counts = np.maximum(np.round(self.config.share * lengths).astype(np.int64), 1)
         return np.minimum(counts, np.maximum(lengths - 1, 0))
 
-    def _masked(self, fragments: RaggedTokens, draws: Draws) -> IntArray:
+    def _masked(self, fragments: Ragged, draws: Draws) -> IntArray:
         """Masks for the tokens of the fragments, but for the random and the unchanged ones."""
         change = draws.uniform(MassDraw.CHANGE, fragments.lengths)
         tokens = choice(self._ordinary, draws.uniform(MassDraw.TOKEN, fragments.lengths))

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.ragged import RaggedTokens, positions, replace_runs, smallest, starts
+from dstrain.data.ragged import Ragged, positions_of, replace_runs, smallest, starts_of
 from dstrain.data.tasks.config import SpanCorruption
 from dstrain.data.tasks.draws import Draws
 from dstrain.data.tasks.symbols import Symbols
@@ -32,23 +32,24 @@ class SpanCorruptionTask:
 
     def __init__(self, config: SpanCorruption, symbols: Symbols) -> None:
         self.config = config
+        self._key = symbols.key
         self._sentinels = symbols.numbered(config.sentinels)
 
-    def __call__(self, texts: RaggedTokens, draws: Draws) -> tuple[RaggedTokens, RaggedTokens]:
+    def __call__(self, texts: Ragged, draws: Draws) -> tuple[Ragged, Ragged]:
         """Texts without their spans, and the spans."""
         noise, spans = self._counts(texts.lengths)
         span_lengths = random_parts(noise, spans, draws.uniform(SpanDraw.SPANS, noise))
         stays = texts.lengths - noise + 2  # what stays before the first span and after the last one may be empty
         stay_lengths = random_parts(stays, spans + 1, draws.uniform(SpanDraw.STAYS, stays))
-        stay_lengths[starts(spans + 1)] -= 1
+        stay_lengths[starts_of(spans + 1)] -= 1
         stay_lengths[np.cumsum(spans + 1) - 1] -= 1
-        is_span = positions(2 * spans + 1) % 2 == 1  # of the runs of a text
+        is_span = positions_of(2 * spans + 1) % 2 == 1  # of the runs of a text
         runs = np.empty(len(is_span), np.int64)
         runs[is_span], runs[~is_span] = span_lengths, stay_lengths
-        sentinels = self._sentinels[positions(spans)]
+        sentinels = self._sentinels[positions_of(spans)]
         source, _ = replace_runs(texts.tokens, runs, is_span, sentinels)
-        target = np.insert(texts.tokens[np.repeat(is_span, runs)], starts(span_lengths), sentinels)
-        return RaggedTokens(source, texts.lengths - noise + spans), RaggedTokens(target, noise + spans)
+        target = np.insert(texts.tokens[np.repeat(is_span, runs)], starts_of(span_lengths), sentinels)
+        return Ragged(source, texts.lengths - noise + spans), Ragged(target, noise + spans)
 
     def lengths(self, lengths: IntArray, draws: Draws) -> tuple[IntArray, IntArray]:
         """Both are exact, and depend on nothing else."""
@@ -59,9 +60,10 @@ class SpanCorruptionTask:
         """As `lengths`. Raises DataError if such a text has more spans than the tokenizer has sentinels."""
         noise, spans = (int(counts[0]) for counts in self._counts(np.array([length])))
         if spans > len(self._sentinels):
+            own = len(self._sentinels)
             raise DataError(
-                f"a text of {length:,} tokens has {spans} spans, but the tokenizer only {len(self._sentinels)} sentinels: name "
-                f"them up to {self.config.sentinel(spans - 1)} in data.tokenizer.user_symbols, raise mean_span_length, or lower "
+                f"{self._key}: a text of {length:,} tokens has {spans} spans, but the tokenizer only {own} sentinels: name them "
+                f"up to {self.config.sentinel(spans - 1)} in data.tokenizer.user_symbols, raise mean_span_length, or lower "
                 "data.filter.max_target_length, and prepare again"
             )
         return MostTokens(length - noise + spans, noise + spans, length + 2 * spans)
@@ -79,6 +81,6 @@ def random_parts(totals: IntArray, counts: IntArray, keys: npt.NDArray[np.float6
 
     keys: random, one for each unit of a total. A total is 0 only if its count is.
     """
-    keys[starts(totals)[totals > 0]] = -1.0  # the first unit always begins a part
+    keys[starts_of(totals)[totals > 0]] = -1.0  # the first unit always begins a part
     begins = np.flatnonzero(smallest(keys, totals, counts))
     return np.diff(np.append(begins, len(keys)))

@@ -9,7 +9,7 @@ from itertools import count, takewhile
 import numpy as np
 
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.ragged import BoolArray, RaggedTokens, starts
+from dstrain.data.ragged import BoolArray, Ragged, starts_of
 from dstrain.data.tokenizers.tokenizer import WORD_START
 from dstrain.errors import DataError
 from dstrain.protocols import TextTokenizer
@@ -23,7 +23,7 @@ class Symbols:
 
     def __init__(self, tokenizer: TextTokenizer, key: str) -> None:
         self._tokenizer = tokenizer
-        self._key = key
+        self.key = key
         self._pieces = tokenizer.tokens(range(tokenizer.vocab_size))
         self._ids = {piece: number for number, piece in enumerate(self._pieces)}
 
@@ -31,7 +31,7 @@ class Symbols:
         """Raises DataError if the tokenizer has no such symbol."""
         if symbol not in self._ids:
             raise DataError(
-                f"{self._key} needs the symbol {symbol!r}, which the tokenizer lacks: name it in data.tokenizer.user_symbols "
+                f"{self.key} needs the symbol {symbol!r}, which the tokenizer lacks: name it in data.tokenizer.user_symbols "
                 f"(for a dictionary, append the line '{symbol} 0' to its file) and prepare again"
             )
         return self._ids[symbol]
@@ -48,21 +48,21 @@ class Symbols:
         return np.setdiff1d(np.arange(len(self._pieces)), [own.bos_id, own.pad_id, own.eos_id, own.unk_id, *but])
 
     def sentence_ends(self, marks: Sequence[str]) -> BoolArray:
-        """(V,) whether a token ends in one of the marks. DataError if none does."""
-        table = np.array([piece.endswith(tuple(marks)) for piece in self._pieces])
+        """(V,) whether a token is one of the marks, also at the beginning of a word. DataError if none is."""
+        table = np.isin([piece.removeprefix(WORD_START) for piece in self._pieces], marks)
         if not table.any():
             raise DataError(
-                f"{self._key}.permute_sentences: no token of the tokenizer ends in any of {', '.join(marks)}, so no sentence "
-                "has an end; correct sentence_ends, or set permute_sentences: 0"
+                f"{self.key}.permute_sentences: the tokenizer has none of the tokens {', '.join(marks)}, so no sentence has an "
+                "end; correct sentence_ends, or set permute_sentences: 0"
             )
         return table
 
-    def word_starts(self, texts: RaggedTokens) -> BoolArray:
+    def word_starts(self, texts: Ragged) -> BoolArray:
         """Whether each token starts a word; the first of a text does. If the tokenizer does not split words, every token does."""
         begins, continues = self._words
         marks = begins[texts.tokens]
         marks[1:] &= ~continues[texts.tokens[:-1]]
-        marks[starts(texts.lengths)[texts.lengths > 0]] = True
+        marks[starts_of(texts.lengths)[texts.lengths > 0]] = True
         return marks
 
     @cached_property

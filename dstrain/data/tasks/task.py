@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.ragged import RaggedTokens
+from dstrain.data.ragged import Ragged
 from dstrain.data.tasks.draws import Draws
 
 
@@ -22,7 +22,7 @@ class MostTokens(NamedTuple):
 class ExampleTask(Protocol):
     """Pure functions of texts and `Draws`. No text and no length here counts the final EOS."""
 
-    def __call__(self, texts: RaggedTokens, draws: Draws) -> tuple[RaggedTokens, RaggedTokens]:
+    def __call__(self, texts: Ragged, draws: Draws) -> tuple[Ragged, Ragged]:
         """Sources and targets of b texts."""
         ...
 
@@ -35,26 +35,10 @@ class ExampleTask(Protocol):
         ...
 
 
-class LanguageModelingTask:
-    """No source: the text is the target."""
-
-    def __call__(self, texts: RaggedTokens, draws: Draws) -> tuple[RaggedTokens, RaggedTokens]:
-        """Empty sources, and the texts."""
-        return RaggedTokens(texts.tokens[:0], np.zeros_like(texts.lengths)), texts
-
-    def lengths(self, lengths: IntArray, draws: Draws) -> tuple[IntArray, IntArray]:
-        """0, and the text's."""
-        return np.zeros_like(lengths), lengths
-
-    def longest(self, length: int) -> MostTokens:
-        """The text's."""
-        return MostTokens(0, length, length)
-
-
 class PrefixTask:
     """1 to n - 1 tokens of a text of n are the source, all equally likely, the rest is the target; a lone token has no source."""
 
-    def __call__(self, texts: RaggedTokens, draws: Draws) -> tuple[RaggedTokens, RaggedTokens]:
+    def __call__(self, texts: Ragged, draws: Draws) -> tuple[Ragged, Ragged]:
         """Beginnings and rests."""
         sources, targets = self.lengths(texts.lengths, draws)
         is_source = np.repeat(np.tile([True, False], len(sources)), np.column_stack((sources, targets)).ravel())

@@ -32,17 +32,17 @@ _NAMES: Mapping[Kind, str] = {
         total_num_update lr_period_updates force_anneal warmup_steps=0 hold_steps=0 decay_steps=0 fp16_scale_window max_update=0
         max_epoch=0 seed=1 ema_start_update=0 validate_interval=1 validate_interval_updates=0 save_interval=1
         save_interval_updates=0 keep_interval_updates=-1 keep_last_epochs=-1 keep_best_checkpoints=-1 patience=-1
-        log_interval=100""",
+        log_interval=100 replace_length=-1""",
     float: """
         encoder_layerdrop=0 decoder_layerdrop=0 dropout=0.1 attention_dropout=0 activation_dropout relu_dropout=0
         label_smoothing=0 rdrop_alpha=0 adam_eps=1e-8 weight_decay=0 warmup_init_lr=-1 end_learning_rate=0 power=1 min_lr=0 t_mult
         lr_shrink init_lr_scale=0.01 final_lr_scale=0.01 clip_norm=0 fp16_init_scale fp16_scale_tolerance min_loss_scale
-        stop_time_hours=0 ema_decay=0.9999""",
+        stop_time_hours=0 ema_decay=0.9999 mask=0 mask_random=0 insert=0 rotate=0.5 poisson_lambda=3 permute_sentences=-1""",
     str: """
         arch source_lang target_lang task bpe sentencepiece_model activation_fn=relu factorized_embed_activation_fn=linear
         decoder_output_activation_fn attn_implementation criterion=cross_entropy teacher_checkpoint_path language_tags
         optimizer=adam lr_scheduler=fixed ddp_backend zero_sharding best_checkpoint_metric=loss valid_subset=valid eval_bleu_detok
-        eval_bleu_remove_bpe tensorboard_logdir wandb_project wandb_run_name""",
+        eval_bleu_remove_bpe tensorboard_logdir wandb_project wandb_run_name mask_length=subword""",
     list: "lr=0.25 adam_betas=0.9,0.999 update_freq=1 phase_ratio",
     dict: "rope_args yarn_args alibi_args lora_args kd_args eval_bleu_args",
     bool: """

@@ -45,7 +45,7 @@ class Corpus:
 
     def plan(self, *bundles: Path, vocabulary_map: Path | None = None) -> list[Any]:
         options = TeacherOptions(bundles, vocabulary_map=vocabulary_map)
-        return plan_teachers(options, self.tokenizers, self.sizes, self.train)
+        return plan_teachers(options, self.tokenizers, self.sizes, self.train.lengths)
 
     def signal(
         self,

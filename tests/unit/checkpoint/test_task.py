@@ -30,6 +30,9 @@ def test_the_rule() -> None:
     assert task_of(LANGUAGE_MODEL, None) == "continuation"
     assert task_of(LANGUAGE_MODEL, recipe("text", "fairseq_text")) == "continuation"
     assert task_of(LANGUAGE_MODEL, recipe("text", "tsv")) == "translation"
+    for kind, task in (("language_modeling", "continuation"), ("prefix_lm", "translation"), ("denoising", "translation")):
+        corpus = {"kind": "text", "task": {"kind": kind}}
+        assert task_of(LANGUAGE_MODEL, {"data": {"train": [corpus]}}) == task
 
 
 def test_the_kinds_without_a_source_are_those_of_the_recipe() -> None:
@@ -43,7 +46,7 @@ def test_the_kinds_without_a_source_are_those_of_the_recipe() -> None:
         corpus = {"kind": kind, **{key: paths[key] for key in keys}}
         dictionaries = {"kind": "fairseq_dictionaries", "source": "d"}
         parsed = DataConfig.model_validate({"train": [corpus], "valid": [corpus], "tokenizer": dictionaries})
-        assert is_text_only(parsed.train[0]) == (kind in KINDS_WITHOUT_SOURCE) == (len(type(parsed.train[0]).model_fields) == 2)
+        assert is_text_only(parsed.train[0]) == (kind in KINDS_WITHOUT_SOURCE) == ("task" in type(parsed.train[0]).model_fields)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,26 @@ def test_mismatches_are_refused(data: Path, teacher: Path, logits: Path, tmp_pat
     assert not (tmp_path / "new").exists()
 
 
+def test_text_that_a_task_makes_examples_of_is_refused(data: Path, teacher: Path, tmp_path: Path, verbs: Verbs) -> None:
+    from dstrain.build.training_options import TeacherOptions, TrainOptions, check_training
+    from dstrain.data.config import DataConfig, PlainText, TokenizerDirectory
+    from dstrain.data.prepared.prepare import prepare
+    from dstrain.errors import RecipeError
+    from dstrain.recipe_file import load_recipe
+
+    (tmp_path / "text.txt").write_text("The girl sleeps.\n")
+    text = (PlainText(path=str(tmp_path / "text.txt")),)
+    config = DataConfig(train=text, valid=text, tokenizer=TokenizerDirectory(path=str(data / "tokenizer")))
+    prepare(config, tmp_path / "text", workers=1, progress=False)
+    message = verbs.fail(*words(teacher, tmp_path / "text", tmp_path / "logits"))
+    assert "is text without a source: the encoder of" in message
+    assert "in every epoch, for which only `train --teacher` has a signal" in message
+    recipe = load_recipe("pretraining/wikitext_denoising_tiny", ["objective={kind: distillation}"])
+    options = TrainOptions(data=data, output=tmp_path / "run", teachers=TeacherOptions(logits=tmp_path / "logits"))
+    with pytest.raises(RecipeError, match=r"data\.train\.0\.task makes another example of a text in every epoch, and --logits"):
+        check_training(recipe, options)
+
+
 def test_other_sentences_are_refused(data: Path, teacher: Path, logits: Path, tmp_path: Path, verbs: Verbs) -> None:
     """The same tokenizer, other rows."""
     from dstrain.data.config import DataConfig, GrammarText, TokenizerDirectory

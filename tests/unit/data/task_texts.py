@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.ragged import RaggedTokens
+from dstrain.data.ragged import Ragged
 from dstrain.data.tasks.build import build_task
 from dstrain.data.tasks.config import TextTask
 from dstrain.data.tasks.draws import Draws
@@ -37,20 +37,20 @@ def make(config: TextTask) -> ExampleTask:
     return build_task(config, TOKENIZER, KEY)
 
 
-def read(*texts: str) -> RaggedTokens:
+def read(*texts: str) -> Ragged:
     """Texts of pieces between blanks; `_` stands for the beginning of a word."""
-    return RaggedTokens.of(TOKENIZER.encode([text.replace("_", "▁") for text in texts]))
+    return Ragged.of(TOKENIZER.encode([text.replace("_", "▁") for text in texts]))
 
 
-def spelled(ragged: RaggedTokens) -> list[str]:
+def spelled(ragged: Ragged) -> list[str]:
     return [" ".join(TOKENIZER.tokens(row.tolist())).replace("▁", "_") for row in ragged.rows()]
 
 
-def random_texts(number: int, longest: int, seed: int = 1) -> RaggedTokens:
+def random_texts(number: int, longest: int, seed: int = 1) -> Ragged:
     """Of 1 to `longest` pieces, none of which is a mask or a sentinel."""
     random = np.random.default_rng(seed)
     lengths = random.integers(1, longest + 1, number)
-    return RaggedTokens(random.integers(4, 4 + 54, lengths.sum()), lengths)
+    return Ragged(random.integers(4, 4 + 54, lengths.sum()), lengths)
 
 
 def draws(number: int, *, seed: int = 1, epoch: int = 1) -> Draws:
@@ -72,7 +72,7 @@ class Written:
         return np.array(self._numbers[purpose])
 
 
-def apply(config: TextTask, texts: RaggedTokens, numbers: Mapping[int, Sequence[float]]) -> tuple[list[str], list[str]]:
+def apply(config: TextTask, texts: Ragged, numbers: Mapping[int, Sequence[float]]) -> tuple[list[str], list[str]]:
     """Sources and targets, spelled, with written draws."""
     source, target = make(config)(texts, cast("Draws", Written(numbers)))
     return spelled(source), spelled(target)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from dstrain.data.ragged import RaggedTokens, sums
+from dstrain.data.ragged import Ragged, sums
 from dstrain.data.tasks.build import build_task
 from dstrain.data.tasks.config import Denoising
 from dstrain.data.tasks.denoising import NoiseDraw, poisson_cdf, poisson_spans
@@ -20,7 +20,7 @@ QUIET = {"permute_sentences": 0.0, "mask": 0.0}
 TEXTS = read("_a b _c _d e f _g", "_h _i j")
 
 
-def noised(texts: RaggedTokens, seed: int = 1, **options: object) -> RaggedTokens:
+def noised(texts: Ragged, seed: int = 1, **options: object) -> Ragged:
     task = make(Denoising.model_validate({**QUIET, **options}))
     return task(texts, draws(len(texts.lengths), seed=seed))[0]
 
@@ -123,7 +123,7 @@ def test_spans_always_sum_to_the_masked_words(mean: float) -> None:
 
 def test_every_order_of_sentences_is_equally_likely() -> None:
     number = 6000
-    texts = RaggedTokens.of([read("_a . _b . _c .").tokens] * number)
+    texts = Ragged.of([read("_a . _b . _c .").tokens] * number)
     orders = np.unique(noised(texts, permute_sentences=1.0).tokens.reshape(number, 6), axis=0, return_counts=True)[1]
     assert len(orders) == 6
     assert np.abs(orders - number / 6).max() < 4 * math.sqrt(number * 5 / 36)
@@ -131,7 +131,7 @@ def test_every_order_of_sentences_is_equally_likely() -> None:
 
 def test_rotations_are_uniform() -> None:
     number = 7000
-    texts = RaggedTokens.of([read("_a _b _c _d _e _f _g _h").tokens] * number)
+    texts = Ragged.of([read("_a _b _c _d _e _f _g _h").tokens] * number)
     first = noised(texts, rotate=1.0).tokens.reshape(number, 8)[:, 0]
     counts = np.bincount(first - first.min(), minlength=7)
     assert len(counts) == 7  # never the first token
@@ -156,7 +156,7 @@ def test_the_same_noise_alone_and_in_any_batch() -> None:
     together = spelled(noised(texts, **config))
     task = make(Denoising.model_validate(config))
     for number, row in enumerate(texts.rows()):
-        alone = task(RaggedTokens.of([row]), Draws(1, 1, np.array([number])))[0]
+        alone = task(Ragged.of([row]), Draws(1, 1, np.array([number])))[0]
         assert spelled(alone) == [together[number]]
 
 
@@ -169,7 +169,7 @@ def test_words_of_any_tokenizer() -> None:
     for pieces, text, expected in starts:
         tokenizer = dictionary(pieces)
         symbols = Symbols(tokenizer, KEY)
-        assert symbols.word_starts(RaggedTokens.of(tokenizer.encode([text]))).tolist() == expected
+        assert symbols.word_starts(Ragged.of(tokenizer.encode([text]))).tolist() == expected
 
 
 def test_what_the_tokenizer_lacks() -> None:
@@ -178,7 +178,7 @@ def test_what_the_tokenizer_lacks() -> None:
         DataError, match=r"data.train.0.task needs the symbol '<mask>', .* data.tokenizer.user_symbols .* '<mask> 0'"
     ):
         build_task(Denoising(permute_sentences=0), without, KEY)
-    with pytest.raises(DataError, match=r"no token of the tokenizer ends in any of \., !, \?.* or set permute_sentences: 0"):
+    with pytest.raises(DataError, match=r"the tokenizer has none of the tokens \., !, \?, .* or set permute_sentences: 0"):
         build_task(Denoising(mask=0), without, KEY)
     build_task(Denoising(permute_sentences=0, replace="nothing"), without, KEY)  # deletion needs no mask
 

@@ -20,7 +20,10 @@ from dstrain.cli.main import main
 from dstrain.data.config import DataConfig, GrammarText, PlainText, TokenizerDirectory, TrainedSentencePiece
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.prepare import prepare
+from dstrain.data.tasks.config import Denoising, LanguageModeling, Mass, TextTask
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
+from dstrain.errors import DataError
+from dstrain.evaluation.bundle_validation import tasks_of_split
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig, SamplingConfig
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.models.factory import build_model
@@ -225,3 +228,19 @@ def test_an_encoder_decoder_bundle_has_nothing_to_read_in_text_without_a_source(
     prepare(config, tmp_path / "data", workers=1, progress=False)
     assert main(["validate", str(bundle), "--data", str(tmp_path / "data"), "--device", "cpu", "--no-generate"]) == 1
     assert "the split 'valid' is text without a source: the encoder of" in capsys.readouterr().err
+
+
+def test_text_is_read_as_the_recipe_of_the_bundle_reads_it() -> None:
+    def text(task: TextTask) -> PlainText:
+        return PlainText(path="text", task=task)
+
+    pair, plain, other = GrammarText(split="train", num_pairs=1), text(LanguageModeling()), text(Denoising(mask=0.5))
+    tokenizer = TrainedSentencePiece(user_symbols=("<mask>",))
+    one = DataConfig(train=(pair, other), valid=(other,), tokenizer=tokenizer)
+    several = DataConfig(train=(text(Mass()), other), valid=(other,), tokenizer=tokenizer)
+    assert tasks_of_split([plain], "valid", None) == [LanguageModeling()]
+    assert tasks_of_split([pair], "valid", several) == [None]
+    assert tasks_of_split([plain], "valid", several) == [Denoising(mask=0.5)]
+    assert tasks_of_split([plain, plain, pair], "valid", one) == [Denoising(mask=0.5), Denoising(mask=0.5), None]
+    with pytest.raises(DataError, match="the bundle was trained by several tasks on text: mass, denoising; prepare data with"):
+        tasks_of_split([plain, plain], "valid", several)

@@ -112,6 +112,8 @@ VALUES = {
     "rope-args": """'{"type": "vanilla"}'""",
     "sentencepiece-model": "spm.model",
     "task": "denoising",
+    "mask-length": "word",
+    "replace-length": "1",
     "teacher-checkpoint-path": "teacher.pt",
     "update-freq": "4,8",
     "valid-subset": "valid,valid1",
@@ -124,6 +126,7 @@ VALUES = {
     **dict.fromkeys(("max-source-positions", "max-target-positions", "max-tokens"), "512"),
     **dict.fromkeys(("keep-best-checkpoints", "patience", "seed", "max-epoch", "tokens-per-sample", "batch-size"), "16"),
     **dict.fromkeys(("source-lang", "target-lang"), "fr"),
+    **dict.fromkeys(("mask", "mask-random", "insert", "rotate", "permute-sentences"), "0.25"),
     "min-lr": "1e-6",
     "warmup-init-lr": "1e-6",
 }
@@ -149,6 +152,11 @@ CONTEXTS = {
     "wandb-run-name": "--wandb-project p",
     "keep-interval-updates": "--save-interval-updates 100",
     "tokens-per-sample": "--task language_modeling --arch transformer_lm",
+    **dict.fromkeys(("insert", "rotate", "permute-sentences"), "--task denoising"),
+    "mask": "--task denoising --mask-length span-poisson",
+    "mask-length": "--task denoising --mask 0.3 --replace-length 0",
+    "poisson-lambda": "--task denoising --mask 0.3 --mask-length span-poisson",
+    **dict.fromkeys(("replace-length", "mask-random"), "--task denoising --mask 0.3 --mask-length word"),
     "decoder-normalize-before": "--encoder-normalize-before",
     "decoder-learned-pos": "--encoder-learned-pos",
     "decoder-use-rmsnorm": "--encoder-use-rmsnorm",
@@ -573,6 +581,54 @@ def test_text_at_hand_is_looked_at(tmp_path: Path) -> None:
     assert list(recipe.data.test) == ["test"]
 
 
+DENOISING = (
+    "--task denoising --mask 0.3 --mask-random 0.1 --mask-length span-poisson --poisson-lambda 3.5 --replace-length 1 "
+    "--permute-sentences 1 --rotate 0 --permute 0.5"
+)
+
+
+def test_denoising_is_a_task_of_text(tmp_path: Path) -> None:
+    base = BASE.replace("--arch transformer", "--arch bart_base").replace(" -s en -t de", "")
+    data = tree_of(DENOISING, base)["data"]
+    task = {
+        "kind": "denoising",
+        "permute_sentences": 1.0,
+        "mask": 0.3,
+        "unit": "word",
+        "poisson_lambda": 3.5,
+        "replace": "span",
+        "insert": 0.0,
+        "rotate": 0.0,
+        "random": 0.1,
+    }
+    assert data["train"] == [{"kind": "fairseq_text", "path": "data-bin/train", "task": task}]
+    assert data["valid"] == [{"kind": "fairseq_text", "path": "data-bin/valid", "task": task}]
+    assert data["tokenizer"] == {"kind": "fairseq_dictionaries", "source": "data-bin/dict.txt"}
+    assert recipe_of(DENOISING, tmp_path, base).model.kind == "encoder_decoder"
+    notes = notes_of(DENOISING, base)
+    assert "--permute-sentences 1: permuted nothing without --bpe gpt2, for no sentence had an end" in notes
+    assert "--mask 0.3: rounded the number of masked words up, and spans overlapped, so that fewer were masked" in notes
+    assert "--task denoising: the task appended <mask> to the dictionary; append the line `<mask> 0` to dict.txt" in notes
+    assert "--permute 0.5: fairseq never read it" in notes
+    assert "no --rotate: fairseq rotated half of the texts" in notes_of("--task denoising", base)
+    assert tree_of("--task denoising", base)["data"]["train"][0]["task"]["rotate"] == 0.5
+    of_gpt2 = tree_of(f"{DENOISING} --bpe gpt2", base)["data"]["train"][0]["task"]
+    assert of_gpt2 == {**task, "sentence_ends": ["13"]}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--mask-length span", "--mask-length span: it is none of subword, word, span-poisson; fix the command line"),
+        ("--replace-length 2", "--replace-length 2: fairseq takes 0 or 1, and -1 unless --mask-length is subword"),
+        ("--mask 0.3", "--replace-length -1: fairseq takes 0 or 1, and -1 unless --mask-length is subword"),
+    ],
+)
+def test_denoising_options_that_fairseq_refuses(words: str, message: str) -> None:
+    with pytest.raises(ImportFormatError, match=message):
+        text_of(f"--task denoising {words}")
+
+
 def test_other_tasks_ask_for_pairs(tmp_path: Path) -> None:
-    assert "--task denoising: dstrain's data are pairs, or text for a language model" in notes_of("--task denoising")
-    recipe_of("--task denoising --arch bart_base", tmp_path)
+    assert "--task masked_lm: dstrain's data are pairs, or text" in notes_of("--task masked_lm")
+    recipe_of("--task masked_lm --arch bart_base", tmp_path)

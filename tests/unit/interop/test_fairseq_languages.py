@@ -138,7 +138,7 @@ def test_training_an_imported_model_further_reads_what_fairseq_read(case: str, t
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     recipe = load_recipe(str(tmp_path / "recipe.yaml"))
     prepare(recipe.data, tmp_path / "data", workers=1)
-    data = TrainingData(tmp_path / "data")
+    data = TrainingData(tmp_path / "data", recipe)
     require_data_of(recipe, data.directory, data.manifest)
     assert data.vocabulary == find_bundle(tmp_path / "b").description.vocabulary
     batch = data.collator(recipe, ONE_RANK)([(data.train[0].source, data.train[0].target)], np.array([0]))

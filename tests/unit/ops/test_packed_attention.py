@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.attention import varlen as torch_varlen
 
 from dstrain.batch import Packing, Sequences
-from dstrain.data.batching.collate import Collator, PackedSize, Ragged
+from dstrain.data.batching.collate import Collator, PackedSize
+from dstrain.data.ragged import Ragged
 from dstrain.ops.attention import attention, attention_reference, mean_probabilities, packed_attention, packed_mean_probabilities
 from dstrain.ops.bias import Alibi
 from dstrain.ops.packed_attention import PackedPair, flex, padded_rows, varlen

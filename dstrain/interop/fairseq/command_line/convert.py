@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Mapping
+from copy import deepcopy
 from pathlib import Path, PurePath
 
 import yaml
@@ -14,6 +15,7 @@ from dstrain.data.config import DataConfig
 from dstrain.data.sources.fairseq_directory import fairseq_data, fairseq_data_by_name, fairseq_text_by_name
 from dstrain.errors import ImportFormatError
 from dstrain.interop.fairseq.command_line.command import Command, parse_command
+from dstrain.interop.fairseq.command_line.denoising import denoising_task
 from dstrain.interop.fairseq.command_line.flags import WITHOUT
 from dstrain.interop.fairseq.command_line.notes import Notes
 from dstrain.interop.fairseq.command_line.objective import objective_section
@@ -103,9 +105,11 @@ def _data(command: Command, settings: Settings, model: Tree, notes: Notes) -> Tr
     task = settings["task"] or ("language_modeling" if settings.decoder_only else "translation")
     if settings["valid_subset"] != "valid":
         notes.lack(settings.shown("valid_subset"), "valid-subset")
-    if settings.decoder_only:
+    if settings.decoder_only or task == "denoising":
         notes.lack(f"--task {task}", "lines")
         data = _text(command, settings, notes)
+        if task == "denoising":
+            return data_tree(data, length_limits(model, settings, notes), denoising_task(settings, notes))
     elif task not in PAIR_TASKS:
         notes.lack(f"--task {task}", "task")
         return {"train": [PLACEHOLDER], "valid": [dict(PLACEHOLDER)], "filter": length_limits(model, settings, notes)}
@@ -114,12 +118,19 @@ def _data(command: Command, settings: Settings, model: Tree, notes: Notes) -> Tr
     return data_tree(data, length_limits(model, settings, notes))
 
 
-def data_tree(data: DataConfig, limits: Mapping[str, int]) -> Tree:
-    """A data section as plain values, what is not set left out. limits: its filter."""
+def data_tree(data: DataConfig, limits: Mapping[str, int], task: Tree | None = None) -> Tree:
+    """A data section as plain values, what is not set left out. limits: its filter. task: of all its text; None for the usual."""
     tree = data.model_dump(mode="json")
+    for corpora in (tree["train"], tree["valid"], *tree["test"].values()):
+        corpora[:] = [_corpus_tree(corpus, task) for corpus in corpora]
     tree["tokenizer"] = {name: value for name, value in tree["tokenizer"].items() if value}
     tree["filter"] = dict(limits)
     return {name: tree[name] for name in ("train", "valid", "test", "tokenizer", "filter") if tree[name]}
+
+
+def _corpus_tree(corpus: Tree, task: Tree | None) -> Tree:
+    named = {key: value for key, value in corpus.items() if value is not None and key != "task"}
+    return named if task is None else {**named, "task": deepcopy(task)}  # a value twice would be an anchor in YAML
 
 
 def length_limits(model: Tree, settings: Settings, notes: Notes) -> dict[str, int]:

@@ -89,8 +89,11 @@ _REASONS = {
     "a recipe names no languages: tags in front of the text do (data.tokenizer.tags), or an imported tokenizer": """
         langs lang-pairs lang-dict lang-tok-style encoder-langtok decoder-langtok! lang-tok-replacing-bos-eos! langtoks
         langtoks-specs""",
+    "fairseq never read it": "permute",
+    "the order of an epoch is always random": "shuffle-instance!",
+    "an example is a line of the text": "sample-break-mode",
     "the target is the next token": """
-        sample-break-mode self-target! future-target! past-target! add-bos-token! output-dictionary-size""",
+        self-target! future-target! past-target! add-bos-token! output-dictionary-size""",
 }
 _MARKED = {name.replace("-", "_"): reason for reason, names in _REASONS.items() for name in names.split()}
 WITHOUT = {name.rstrip("!"): reason for name, reason in _MARKED.items()}

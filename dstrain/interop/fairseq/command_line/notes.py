@@ -52,6 +52,13 @@ DIFFERS = {
     "bf16": "meant a TPU until 2025; dstrain keeps fp32 master weights",
     "max-update": "beyond the schedule's {total} steps the rate stayed at its end; the recipe ends there",
     "best-checkpoint-metric": "kept the worst, {how} --maximize-best-checkpoint-metric; dstrain knows which direction is better",
+    "mask": (
+        "rounded the number of masked words up, and spans overlapped, so that fewer were masked; dstrain masks exactly this "
+        "share in the mean; random tokens could be special ones, in dstrain they never are"
+    ),
+    "permute-sentences": (
+        "permuted nothing without --bpe gpt2, for no sentence had an end; dstrain's sentences end in a token of sentence_ends"
+    ),
     "eval-bleu": ("scored pieces by default, and lengths depended on a batch's padding; dstrain scores text with sacreBLEU 13a"),
 }
 LACKING = {
@@ -98,6 +105,8 @@ READ = {
     "tensorboard-logdir": "the files are written into RUN",
     "teacher-checkpoint-path": "the teacher is a bundle that `dstrain import fairseq` makes; `dstrain train --teacher` takes it",
     "rdrop-alpha": "alpha as in the paper: half of (both cross-entropies + alpha times their symmetric divergence)",
+    "mask-token": "the task appended <mask> to the dictionary; append the line `<mask> 0` to dict.txt before `dstrain prepare`",
+    "rotate": "fairseq rotated half of the texts if it was not given, and so does the recipe; set rotate: 0 against that",
     "sentencepiece": "text is joined if data.tokenizer.source_model and target_model name the models",
     "elsewhere": "not on this machine: the usual names, one piece a split",
     "placeholder": "replace {path} in data by yours, then `dstrain prepare`",
