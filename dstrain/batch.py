@@ -42,12 +42,12 @@ class RowIndex(NamedTuple):
     """Where packed tokens stand in padded rows of `width` cells each, and the other way round.
 
     cells: (m,) the cell of each real token, of b * width. tokens: (b * width,) the token at each cell, any one at padding.
-    is_padding: (b * width, 1, 1).
+    padding: the cells without a token.
     """
 
     cells: Tensor
     tokens: Tensor
-    is_padding: Tensor
+    padding: Tensor
     width: int
 
 
@@ -72,10 +72,11 @@ class Packing:
         """The same sequences as padded rows."""
         real = slice(self.num_tokens)
         tokens = self.starts[:-1, None].long() + torch.arange(self.longest, device=self.starts.device)  # (b, width)
+        is_padding, count = tokens >= self.starts[1:, None], tokens.numel() - self.num_tokens
         return RowIndex(
             cells=self.segments[real] * self.longest + self.positions[real],
             tokens=tokens.clamp(max=self.num_tokens - 1).flatten(),
-            is_padding=(tokens >= self.starts[1:, None]).view(-1, 1, 1),
+            padding=torch.nonzero_static(is_padding.flatten(), size=count)[:, 0],  # without waiting for a GPU
             width=self.longest,
         )
 

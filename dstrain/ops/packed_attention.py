@@ -154,7 +154,7 @@ class _FromRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        of_cells = grad.index_select(0, ctx.rows.tokens).masked_fill_(ctx.rows.is_padding, 0)
+        of_cells = grad.index_select(0, ctx.rows.tokens).index_fill_(0, ctx.rows.padding, 0)
         return of_cells.view(-1, ctx.rows.width, *grad.shape[1:]), None, None
 
 

@@ -80,7 +80,7 @@ def test_the_rows_of_packed_sequences_are_the_padded_ones() -> None:
     for sequences, rows in ((packed.reading, padded.reading), (packed.target, padded.target)):
         assert sequences.packing is not None
         index = sequences.packing.rows
-        tokens = sequences.tokens[index.tokens].masked_fill(index.is_padding.flatten(), PAD)
+        tokens = sequences.tokens[index.tokens].index_fill(0, index.padding, PAD)
         assert tokens.view(-1, index.width).tolist() == rows.tokens.tolist()
         assert rows.tokens.flatten()[index.cells].tolist() == sequences.tokens[: sequences.packing.num_tokens].tolist()
 
