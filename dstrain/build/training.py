@@ -209,6 +209,7 @@ class Training:
             config=samples,
             student=lambda: self.engine.generation_model(averaged=False),
             ranks=self.mesh.data,
+            sequence=self.mesh.sequence,
             ids=SpecialIds.of(data.tokenizers.target),
             max_length=max_sample_length(
                 [model.limits for model in (recipe.model, *self.plan.objective.models)],

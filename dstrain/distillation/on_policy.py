@@ -57,12 +57,14 @@ class OwnSamples:
     """Samples the targets of on-policy steps.
 
     max_length: tokens of a sample with its EOS, as `max_sample_length` computes it. collator: of the planned batches. max_tokens:
-    padded tokens of a micro-batch. seed: of the run. beat: called before each decoding pass.
+    padded tokens of a micro-batch. seed: of the run. beat: called before each decoding pass. ranks: those with other examples.
+    sequence: those with the same ones, which share out the decoding.
     """
 
     config: OnPolicyConfig
     student: GenerationModel
     ranks: Ranks
+    sequence: Ranks
     ids: SpecialIds
     max_length: int
     collator: Collator
@@ -107,6 +109,12 @@ class OwnSamples:
 
     def _write(self, planned: PlannedStep, sources: Sequence[Source]) -> list[list[int]]:
         """A sample for each source, with its EOS if it has ended. Collective."""
+        group = self.sequence
+        shares = group.gather_objects(self._sample(planned, sources[group.rank :: group.size]))
+        return [shares[row % group.size][row // group.size] for row in range(len(sources))]
+
+    def _sample(self, planned: PlannedStep, sources: Sequence[Source]) -> list[list[int]]:
+        """Samples of some sources; collective, as the student may be."""
         config = SamplingConfig(
             temperature=self.config.temperature,
             top_k=self.config.top_k,

@@ -6,6 +6,9 @@ import pytest
 import torch
 
 from dstrain.batch import Sequences
+from dstrain.data.batching.collate import PackedSize
+from dstrain.objectives.cross_entropy import target_hidden
+from tests.batches import EOS, collate
 from tests.unit.models.build import sequences, small_config, small_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
@@ -37,6 +40,21 @@ def test_a_training_forward_never_waits(dtype: torch.dtype) -> None:
     model(source, target)
     torch.cuda.set_sync_debug_mode("error")
     model.project(model(source, target).hidden).float().logsumexp(-1).sum().backward()
+
+
+@pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_packed_sequences_are_the_padded_ones(position: str, dtype: torch.dtype, tolerance: float) -> None:
+    """In bfloat16 by flash attention for packed sequences, with ALiBi by FlexAttention."""
+    stack = {"depth": 2, "num_heads": 2, "ffn_dim": 64}
+    config = small_config(model_dim=64, encoder=stack, decoder=stack, position={"kind": position}, dropout=0.0)
+    model = small_model(config).train().to(GPU, dtype)
+    pairs = [([5, 6, 7, EOS], [8, EOS]), ([EOS], [9, 5, 6, EOS])]
+    padded, packed = (collate(pairs, packed=size).to(GPU) for size in (None, PackedSize(multiple=64)))
+    found, expected = target_hidden(model, packed), target_hidden(model, padded)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+    found.float().square().sum().backward()
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
 def test_incremental_decoding_with_beams() -> None:

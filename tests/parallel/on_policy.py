@@ -51,6 +51,7 @@ def train(mesh: Mesh, engine: TrainEngine, first: int, last: int) -> list[Report
         config=OnPolicyConfig(**KEYS),
         student=lambda: engine.generation_model(averaged=False),
         ranks=mesh.data,
+        sequence=mesh.sequence,
         ids=SpecialIds(pad=PAD, eos=EOS, unk=3),
         max_length=30,
         collator=Collator("encoder_decoder", pad_id=PAD, eos_id=EOS, packed=packed_on(mesh)),

@@ -46,6 +46,7 @@ def own_samples(
         config=OnPolicyConfig(**{"max_length_ratio": 1.0, "max_length_offset": 3, **keys}),
         student=lambda: nullcontext(cast("Generative", model)),
         ranks=cast("Ranks", ranks),
+        sequence=cast("Ranks", ONE_PROCESS),
         ids=IDS,
         max_length=max_length,
         collator=Collator(kind, pad_id=IDS.pad, eos_id=IDS.eos),
