@@ -19,6 +19,8 @@ from dstrain.data.tasks.config import Denoising, LanguageModeling, PrefixLanguag
 from dstrain.data.tasks.examples import TaskExamples
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.errors import DataError
+from dstrain.evaluation.validator import check_split
+from dstrain.models.config import EncoderDecoderConfig
 from tests.unit.data.corpus import parallel, sentences, write_lines
 
 TASKS: list[TextTask] = [Denoising(insert=0.2), SpanCorruption(sentinels="<{}>"), PrefixLanguageModeling(), LanguageModeling()]
@@ -142,6 +144,27 @@ def test_what_is_evaluated_is_always_the_same(prepared: tuple[DataConfig, Path])
         )
     assert found[0] == found[1]
     assert sum(source != target for source, target in found[0].values()) > 30
+
+
+def test_a_text_that_becomes_longer_than_the_model_reads_is_named(prepared: tuple[DataConfig, Path]) -> None:
+    examples, dataset, _ = opened(prepared)
+    row, tokens = examples.lengths.longest("source")
+    stack = {"depth": 1, "num_heads": 1, "ffn_dim": 8}
+    limits = {"max_source_length": tokens - 1, "max_target_length": int(dataset.target_lengths.max())}
+    model = EncoderDecoderConfig(model_dim=8, encoder=stack, decoder=stack, **limits)
+    message = f"pair {row + 1} of the split 'train' has {tokens} source tokens, more than model.max_source_length = {tokens - 1}"
+    with pytest.raises(DataError, match=message):
+        check_split("train", examples.lengths, model)
+    with pytest.raises(DataError, match=f"has {tokens} source tokens, over batching.max_tokens {tokens - 1}"):
+        StepPlan(examples.lengths, BatchingConfig(tokens_per_step=100, max_tokens=tokens - 1), 1)
+
+
+def test_a_mask_may_be_typed(prepared: tuple[DataConfig, Path]) -> None:
+    """So a bundle that learned to restore text is asked by a line with masks in it."""
+    _, _, tokenizers = opened(prepared)
+    (mask,) = (number for number in range(tokenizers.source.vocab_size) if tokenizers.source.tokens([number]) == ["<mask>"])
+    (typed,) = tokenizers.source.encode(["the <mask> dog"])
+    assert typed.count(mask) == 1
 
 
 def test_text_for_language_models_and_pairs_are_read_as_they_are_stored(prepared: tuple[DataConfig, Path]) -> None:
