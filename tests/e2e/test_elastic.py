@@ -1,4 +1,4 @@
-"""A run goes on with other ranks, another ZeRO stage and other reports; its checkpoints become bundles without it."""
+"""A run goes on with sequence ranks, another ZeRO stage and other reports; its checkpoints become bundles without it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,19 @@ def train(run: Path, data: Path, num_ranks: int, *overrides: str) -> str:
     return ranks.output()
 
 
-def test_a_run_continues_on_other_ranks_and_its_checkpoint_becomes_the_same_bundle(data: Path, tmp_path: Path) -> None:
+def test_a_run_continues_on_sequence_ranks_and_its_checkpoint_becomes_the_same_bundle(data: Path, tmp_path: Path) -> None:
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(whole, data, 1)
     train(broken, data, 1, "training.max_steps=7")
-    moved = train(broken, data, 2, "engine.deepspeed=zero3", "checkpoint.keep_bundles=2")
+    moved = train(broken, data, 2, "engine={deepspeed: zero3, parallel: {sequence: 2}}", "checkpoint.keep_bundles=2")
     line = next(line for line in moved.splitlines() if "resuming" in line)
     assert "resuming at step 7 from " in line
     assert line.endswith(
-        ": 1 rank zero1 fp32 -> 2 ranks zero3 fp32; checkpoint.keep_bundles: 3 -> 2; training.max_steps: 7 -> 14"
+        ": 1 rank zero1 fp32 -> 2 ranks sequence 2 zero3 fp32; checkpoint.keep_bundles: 3 -> 2; "
+        "engine.parallel.sequence: 1 -> 2; training.max_steps: 7 -> 14"
     )
     (resume,) = events(broken, "resume")
-    assert (resume["layout_before"], resume["layout"]) == ("1 rank zero1 fp32", "2 ranks zero3 fp32")
+    assert (resume["layout_before"], resume["layout"]) == ("1 rank zero1 fp32", "2 ranks sequence 2 zero3 fp32")
     found, expected = (events(run, "train") for run in (broken, whole))
     assert [(event["step"], event["num_targets"]) for event in found] == [(e["step"], e["num_targets"]) for e in expected]
     assert [event["loss"] for event in found[:7]] == [event["loss"] for event in expected[:7]]
