@@ -29,7 +29,7 @@ class Job(NamedTuple):
 
 
 JOBS = [
-    Job("pretrain", "language_modeling/wikitext_tiny", "zero1_cluster", nodes=2),
+    Job("pretrain", "pretraining/wikitext_denoising_tiny", "zero1_cluster", nodes=2),
     Job("multilingual", "translation/quickstart", "zero1_cluster", nodes=2),
     Job("finetune", "translation/multi30k_tiny", takes_a_bundle=True),
     Job("finetune_lora", "translation/multi30k_tiny_lora", takes_a_bundle=True),
