@@ -181,6 +181,29 @@ class ExampleSpans:
 
 
 @dataclass(frozen=True)
+class CorpusTargets:
+    """From which corpus the n scored tokens of a batch come.
+
+    names: of all corpora of the split. index: (n,) int64, into `names`. counts: tokens of each name.
+    """
+
+    names: tuple[str, ...]
+    index: Tensor
+    counts: tuple[int, ...]
+
+    def part(self, start: int, stop: int) -> CorpusTargets:
+        """Of some neighboring tokens; on the CPU."""
+        index = self.index[start:stop]
+        return CorpusTargets(self.names, index, tuple(torch.bincount(index, minlength=len(self.names)).tolist()))
+
+    def metrics(self, name: str, values: Tensor) -> Metrics[Tensor]:
+        """`name/CORPUS`: the sum of values (n,) over the tokens of each corpus."""
+        sums = values.new_zeros(len(self.names)).index_add(0, self.index, values)
+        keys = [f"{name}/{corpus}" for corpus in self.names]
+        return Metrics(dict(zip(keys, sums.unbind(), strict=True)), dict(zip(keys, self.counts, strict=True)))
+
+
+@dataclass(frozen=True)
 class Batch:
     """One micro-batch of one rank.
 
@@ -193,6 +216,7 @@ class Batch:
     other: the same examples as a model of the other kind reads them, for a teacher that is one; never shared.
     whole: the batch of all sequence ranks, if this is the share of one; on the CPU. A share has all `examples`, whose tokens are
     counted in the whole batch. first_target: the number of its first target there.
+    corpora: of the targets, if the split has several; None if there is nothing to tell apart.
     """
 
     source: Sequences | None
@@ -203,6 +227,7 @@ class Batch:
     other: Batch | None = None
     whole: Batch | None = None
     first_target: int = 0
+    corpora: CorpusTargets | None = None
 
     @property
     def kind(self) -> ModelKind:
@@ -249,7 +274,16 @@ class Batch:
             other=None if other is None else replace(other, targets=other.targets[start:stop]),
             whole=self,
             first_target=start,
+            corpora=None if self.corpora is None else self.corpora.part(start, stop),
         )
+
+    def nll_metrics(self, nll: Tensor) -> Metrics[Tensor]:
+        """`nll`, the sum of negative log-likelihoods (n,) of the targets, and `nll/CORPUS` if there are several corpora."""
+        metrics = Metrics.over(self.num_targets, {"nll": nll.sum()})
+        if self.corpora is None:
+            return metrics
+        by_corpus = self.corpora.metrics("nll", nll)
+        return Metrics({**metrics.sums, **by_corpus.sums}, {**metrics.counts, **by_corpus.counts})
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, except for tensors that are read on the CPU."""
@@ -259,6 +293,7 @@ class Batch:
             target=self.target.to(device),
             targets=self.targets.to(device),
             other=None if self.other is None else self.other.to(device),
+            corpora=None if self.corpora is None else replace(self.corpora, index=sent(self.corpora.index, device)),
         )
 
 
@@ -276,6 +311,10 @@ class Metrics(Generic[Number]):
     def over(cls, count: int, sums: Mapping[str, Number]) -> Self:
         """Sums over the same items."""
         return cls(sums, dict.fromkeys(sums, count))
+
+    def also(self, count: int, sums: Mapping[str, Number]) -> Metrics[Number]:
+        """With sums of other names, over the same items."""
+        return Metrics({**self.sums, **sums}, {**self.counts, **dict.fromkeys(sums, count)})
 
     def __add__(self: Metrics[float], other: Metrics[float]) -> Metrics[float]:
         """Joined by name: what only one of both has stays as it is."""

@@ -17,6 +17,7 @@ from dstrain.data.config import (
     BatchingConfig,
     DataConfig,
     TrainedSentencePiece,
+    corpus_names,
     gives_sources,
     has_no_source,
     is_text_only,
@@ -56,6 +57,8 @@ class Recipe(Config):
         problems = [
             *self._text_problems(),
             *self._source_problems(),
+            *self._sampling_problems(),
+            *self._validation_problems(),
             *self._length_problems(),
             *self._vocabulary_problems(),
             *self._dropout_problems(),
@@ -92,6 +95,27 @@ class Recipe(Config):
         without = f"data.train.{plain[0]} is text without a source (kind: {plain[1]})"
         for use, remedy in self.objective.needs.source:
             yield f"{use}, but {without}; {remedy}, or choose corpora of pairs"
+
+    def _sampling_problems(self) -> Iterator[str]:
+        sampling, names = self.batching.sampling, dict.fromkeys(corpus_names(self.data.train))
+        if sampling is None:
+            return
+        if not names:
+            yield (
+                "batching.sampling draws from the corpora of data.train by name, and they have fewer than two names; give each "
+                "corpus a `name`, or leave sampling out"
+            )
+        for key, weights in sampling.tables() if names else ():
+            for name in weights.keys() - names.keys():
+                yield f"batching.sampling.{key}: {name} is no corpus of data.train ({', '.join(names)}); correct the name"
+            for name in names.keys() - weights.keys():
+                yield f"batching.sampling.{key} lacks the corpus {name} of data.train; give it a weight, 0 to leave it out"
+
+    def _validation_problems(self) -> Iterator[str]:
+        corpus, names = self.validation.corpus, dict.fromkeys(corpus_names(self.data.valid))
+        if corpus is not None and corpus not in names:
+            known = ", ".join(names) or "its corpora have fewer than two names"
+            yield f"validation.corpus: {corpus} is no corpus of data.valid ({known}); correct the name, or leave it out"
 
     def _length_problems(self) -> Iterator[str]:
         kept, limits = self.data.filter, self.model.limits

@@ -17,12 +17,14 @@ from dstrain.checkpoint.bundle import Bundle, load_bundle
 from dstrain.config_base import Precision, PrecisionChoice
 from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.plan import batches_by_length
+from dstrain.data.config import Direction
+from dstrain.data.directions import source_tag_ids
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.engine.construction import COMPUTE_DTYPES
 from dstrain.errors import ArgumentError, BundleError, DataError
 from dstrain.generation.config import GenerationConfig, generation_config
 from dstrain.generation.constraints import SpecialIds
-from dstrain.generation.generator import Generator, TextHypothesis, fitting, ignore_progress
+from dstrain.generation.generator import Generator, TextHypothesis, fitting, ignore_progress, source_ids
 from dstrain.generation.scoring import score_targets, teacher_forced_logits
 
 MAX_TOKENS = 8192
@@ -84,6 +86,7 @@ class BundleModel:
         self,
         sentences: Sequence[str],
         *,
+        direction: str | None = None,
         prefixes: Sequence[str] | None = None,
         kind: Literal["beam", "sampling"] | None = None,
         beam_size: int | None = None,
@@ -107,7 +110,8 @@ class BundleModel:
         """For each sentence its `num_best` hypotheses, best first; an empty sentence without prefix has an empty one.
 
         A language model continues the sentence, which its hypotheses repeat; other models translate it (see `continues`).
-        prefixes: for each sentence the text that its hypotheses begin with; free where empty. The other options are those of
+        direction: names the tags of a multilingual model, such as en-de. prefixes: for each sentence the text that its hypotheses
+        begin with; free where empty. The other options are those of
         `generation.config`; the others follow the bundle's recipe. RecipeError: an option that this method does not have,
         or of no valid value. ArgumentError: no list of texts. DataError: a sentence longer than the model reads, without
         truncate_source.
@@ -132,13 +136,14 @@ class BundleModel:
             "max_tokens": max_tokens,
         }
         config = self.generation_config(options)
-        return self.translate(sentences, config, prefixes=prefixes, truncate_source=truncate_source)
+        return self.translate(sentences, config, direction=direction, prefixes=prefixes, truncate_source=truncate_source)
 
     def translate(
         self,
         sentences: Sequence[str],
         config: GenerationConfig,
         *,
+        direction: str | None = None,
         prefixes: Sequence[str] | None = None,
         truncate_source: bool = False,
         first_line: int = 1,
@@ -161,8 +166,31 @@ class BundleModel:
             truncate_source=truncate_source,
         )
         return generator.translate(
-            sentences, tokenizer.source, tokenizer.target, prefixes=prefixes, first_line=first_line, progress=progress
+            sentences,
+            tokenizer.source,
+            tokenizer.target,
+            tags=self.source_tags(direction),
+            prefixes=prefixes,
+            first_line=first_line,
+            progress=progress,
         )
+
+    def source_tags(self, direction: str | None) -> list[int]:
+        """The ids that the recipe puts in front of every source of a direction.
+
+        ArgumentError: a direction that the bundle's recipe does not know, or none if it tells several apart.
+        """
+        data = (self.bundle.recipe or {}).get("data", {})
+        tagged: Mapping[str, Any] = data.get("directions", {})
+        names = dict.fromkeys([*tagged, *(corpus["name"] for corpus in data.get("train", ()) if corpus.get("name"))])
+        if direction is None and not tagged:
+            return []
+        if direction is None or direction not in names:
+            known = f"choose one of {', '.join(names)}" if names else "the bundle's recipe names none: leave it out"
+            raise ArgumentError(f"direction = {direction} (--direction) names no direction of {self.bundle.directory}; {known}")
+        if direction not in tagged:
+            return []
+        return source_tag_ids(direction, Direction.model_validate(tagged[direction]), self.tokenizer.source)
 
     def generation_config(self, options: Mapping[str, Any]) -> GenerationConfig:
         """The `generation` section of the bundle's recipe, overridden as the function `generation_config` does."""
@@ -173,6 +201,7 @@ class BundleModel:
         sources: Sequence[str],
         targets: Sequence[str],
         *,
+        direction: str | None = None,
         score: Literal["normalized", "sum"] | None = None,
         length_penalty: float | None = None,
         truncate: bool = False,
@@ -182,7 +211,7 @@ class BundleModel:
         ArgumentError: unequal numbers of texts. DataError: one longer than the model reads, without truncate.
         """
         config = self.generation_config({"score": score, "length_penalty": length_penalty})
-        return self.score_texts(sources, targets, config, truncate=truncate)
+        return self.score_texts(sources, targets, config, direction=direction, truncate=truncate)
 
     def score_texts(
         self,
@@ -190,6 +219,7 @@ class BundleModel:
         targets: Sequence[str],
         config: GenerationConfig,
         *,
+        direction: str | None = None,
         truncate: bool = False,
         first_line: int = 1,
         progress: Callable[[int], object] = ignore_progress,
@@ -200,15 +230,15 @@ class BundleModel:
         if self.continues:
             _refuse_sources(sources, first_line)
         tokenizer, limits = self.tokenizer, self.bundle.model_config.limits
-        encoded = [[*row, tokenizer.source.eos_id] for row in tokenizer.source.encode(sources)]
+        encoded = source_ids(sources, tokenizer.source, self.source_tags(direction))
         encoded_targets = [[*row, tokenizer.target.eos_id] for row in tokenizer.target.encode(targets)]
-        source_ids = fitting(encoded, [limits.source] * len(encoded), truncate=truncate, first_line=first_line)
-        after = [limits.target_after(len(source)) for source in source_ids]
+        fitting_sources = fitting(encoded, [limits.source] * len(encoded), truncate=truncate, first_line=first_line)
+        after = [limits.target_after(len(source)) for source in fitting_sources]
         target_ids = fitting(encoded_targets, after, truncate=truncate, first_line=first_line, what="target")
         ids = SpecialIds.of(tokenizer.target)
         scored: dict[int, TextHypothesis] = {}
-        for rows in batches_by_length(longer_of(source_ids, target_ids), range(len(targets)), config.max_tokens):
-            batch = [[side[row] for row in rows] for side in (source_ids, target_ids)]
+        for rows in batches_by_length(longer_of(fitting_sources, target_ids), range(len(targets)), config.max_tokens):
+            batch = [[side[row] for row in rows] for side in (fitting_sources, target_ids)]
             results = score_targets(self.bundle.model, *batch, config=config, ids=ids, device=self.device)
             for row, hypothesis in zip(rows, results, strict=True):
                 scored[row] = TextHypothesis(hypothesis.tokens, hypothesis.score, hypothesis.token_scores, targets[row])

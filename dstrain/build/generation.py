@@ -85,19 +85,7 @@ def generate_file(options: GenerateOptions) -> GenerationReport:
 
         def answer(chunk: Chunk) -> list[list[TextHypothesis]]:
             unknown.add(tokenizer.encode(chunk.lines), tokenizer.unk_id)
-            if chunk.references is not None and options.score_only:
-                scored = model.score_texts(
-                    chunk.lines, chunk.references, config, truncate=options.truncate, first_line=chunk.first, progress=bar.advance
-                )
-                return [[hypothesis] for hypothesis in scored]
-            return model.translate(
-                chunk.lines,
-                config,
-                prefixes=chunk.prefixes,
-                truncate_source=options.truncate,
-                first_line=chunk.first,
-                progress=bar.advance,
-            )
+            return _answer(model, config, options, chunk, bar.advance)
 
         lines, tokens = translate_file(
             answer, options.input, options.output, render, reference=options.reference, prefix=options.prefix
@@ -108,3 +96,33 @@ def generate_file(options: GenerateOptions) -> GenerationReport:
         counts = (unknown.unknown, unknown.tokens, 100 * unknown.share)
         logger.log(level, "%d of %d tokens of the input (%.2f %%) are <unk>%s", *counts, cause)
     return GenerationReport(lines, tokens, max(time.monotonic() - start, 1e-9))
+
+
+def _answer(
+    model: BundleModel,
+    config: BeamSearchConfig | SamplingConfig,
+    options: GenerateOptions,
+    chunk: Chunk,
+    progress: Callable[[int], object],
+) -> list[list[TextHypothesis]]:
+    """The hypotheses of each line of a chunk: the model's, or with score_only the references."""
+    if chunk.references is not None and options.score_only:
+        scored = model.score_texts(
+            chunk.lines,
+            chunk.references,
+            config,
+            direction=options.direction,
+            truncate=options.truncate,
+            first_line=chunk.first,
+            progress=progress,
+        )
+        return [[hypothesis] for hypothesis in scored]
+    return model.translate(
+        chunk.lines,
+        config,
+        direction=options.direction,
+        prefixes=chunk.prefixes,
+        truncate_source=options.truncate,
+        first_line=chunk.first,
+        progress=progress,
+    )

@@ -27,7 +27,7 @@ def announce_training(recipe: Recipe, name: str, *, data: Path, output: Path, ba
             "engine": f"{ranks} rank{'s' * (ranks > 1)}, {engine.precision}, ZeRO stage {stage} ({engine.deepspeed})",
             "step": f"{recipe.batching.tokens_per_step:,} target tokens",
             "until": ", ".join(f"{key} = {limit:,}" for key, limit in limits.items() if limit is not None),
-            "validate": f"every {validation.every:,} {validation.unit}, by {validation.metric}",
+            "validate": f"every {validation.every:,} {validation.unit}, by {validation.score_name}",
             "weights": None if training.ema is None else "moving average (EMA), in validations and bundles",
         }
     )

@@ -161,7 +161,7 @@ class Training:
         self.run = run
         self.engine = engine
         self.mesh = engine.mesh
-        self.collator = plan.data.collator(recipe, self.mesh, plan.objective.models)
+        self.collator = plan.data.collator("train", recipe, self.mesh, plan.objective.models)
         self.averaged = recipe.training.ema is not None
         adapter = None if recipe.adapter is None or plan.base is None else (recipe.adapter, plan.base)
         self.template = BundleTemplate(recipe.model, plan.data.vocabulary, plan.data.tokenizers, recipe_tree(recipe), adapter)
@@ -232,6 +232,7 @@ class Training:
             data.valid,
             data.tokenizers,
             mesh,
+            corpora=data.corpora("valid"),
             tokenize=chosen.tokenize,
             lowercase=chosen.lowercase,
         )

@@ -9,9 +9,11 @@ from pathlib import Path
 from dstrain.batch import Batch
 from dstrain.data.batching.collate import Collator, PackedSize
 from dstrain.data.batching.loader import TrainLoader, evaluation_loader
-from dstrain.data.batching.plan import StepPlan
-from dstrain.data.config import task_of_text
-from dstrain.data.prepared.dataset import Dataset, open_dataset
+from dstrain.data.batching.order import MixedOrder, Order
+from dstrain.data.batching.plan import StepPlan, window_capacity
+from dstrain.data.config import BatchingConfig, task_of_text
+from dstrain.data.prepared.corpora import NamedCorpora
+from dstrain.data.prepared.dataset import Dataset, named_corpora, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tasks.build import build_examples
@@ -71,10 +73,34 @@ class TrainingData:
         """The optimizer steps of every epoch. Raises DataError if a split is empty or has examples that the model cannot read."""
         for split, examples in (("train", self.train_examples), ("valid", self.valid_examples)):
             check_split(split, examples.lengths, recipe.model)
-        return StepPlan(self.train_examples.lengths, recipe.batching, recipe.training.seed, kind=recipe.model.kind)
+        return StepPlan(
+            self.train_examples.lengths,
+            recipe.batching,
+            recipe.training.seed,
+            kind=recipe.model.kind,
+            order=self._mixture(recipe.batching, recipe.training.seed),
+        )
 
-    def collator(self, recipe: Recipe, mesh: Mesh, teachers: Sequence[ModelConfig] = ()) -> Collator:
-        """Makes the batches of the recipe's model and of its teachers."""
+    def corpora(self, split: str) -> NamedCorpora | None:
+        """The corpora of a split, if it has several names. DataError if the data does not say whose a row is."""
+        return named_corpora(self.manifest, split, self.train if split == "train" else self.valid)
+
+    def _mixture(self, batching: BatchingConfig, seed: int) -> Order | None:
+        """The order of the training examples if their corpora are sampled."""
+        corpora = self.corpora("train")
+        if batching.sampling is None or corpora is None:
+            return None
+        rows = {name: corpora.rows(name) for name in corpora.names}
+        return MixedOrder(
+            rows,
+            batching.sampling.phases({name: sum(map(len, ranges)) for name, ranges in rows.items()}),
+            num_examples=batching.sampling.examples_per_epoch or len(self.train),
+            capacity=window_capacity(batching),
+            seed=seed,
+        )
+
+    def collator(self, split: str, recipe: Recipe, mesh: Mesh, teachers: Sequence[ModelConfig] = ()) -> Collator:
+        """Makes the batches of a split for the recipe's model and its teachers."""
         sizes = self.vocabulary
         return Collator(
             recipe.model.kind,
@@ -83,6 +109,7 @@ class TrainingData:
             start_id=sizes.start_id,
             teacher_kinds=[teacher.kind for teacher in teachers],
             packed=packed_size(recipe, mesh),
+            corpora=self.corpora(split),
         )
 
     def train_loader(self, plan: StepPlan, collator: Collator, mesh: Mesh, epoch: int, index: int) -> TrainLoader:
@@ -101,7 +128,7 @@ class TrainingData:
         return evaluation_loader(
             self.valid_examples,
             recipe.batching.max_tokens,
-            self.collator(recipe, mesh),
+            self.collator("valid", recipe, mesh),
             data_rank=mesh.data.rank,
             data_size=mesh.data.size,
         )

@@ -46,6 +46,9 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter", metavar="DIR", type=Path, help="over BUNDLE: an adapter bundle trained on it, or a LoRA adapter of PEFT"
     )
+    parser.add_argument(
+        "--direction", metavar="NAME", help="of a multilingual model: whose tags stand before each line, such as en-de"
+    )
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the output (default: text)")
     add_device_argument(parser)
     add_precision_argument(parser)
@@ -68,6 +71,6 @@ def generate_options(args: argparse.Namespace, *files: str) -> GenerateOptions:
     from dstrain.build.generation_options import GenerateOptions
 
     return GenerateOptions(
-        **named(args, "bundle", "base", "adapter", "format", "truncate", "device", "precision", "threads", *files),
+        **named(args, "bundle", "base", "adapter", "direction", "format", "truncate", "device", "precision", "threads", *files),
         method=named(args, *METHOD_OPTIONS),
     )

@@ -44,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
             number += 1
             try:
                 line = decode_line(raw, STANDARD_INPUT, number)
-                (hypotheses,) = model.translate([line], config, truncate_source=args.truncate, first_line=number)
+                (hypotheses,) = model.translate(
+                    [line], config, direction=args.direction, truncate_source=args.truncate, first_line=number
+                )
             except DataError as error:
                 if not at_terminal:
                     raise

@@ -10,11 +10,20 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from dstrain.config_base import Config
+from dstrain.data.sampling import CorpusName, MixtureConfig
 from dstrain.data.tasks.config import LanguageModeling, TextTask
 from dstrain.log import logger
 
 
-class ParallelText(Config):
+class Corpus(Config):
+    """What every corpus has. Corpora of one name are one corpus to sampling, losses, scores and tags."""
+
+    name: CorpusName | None = Field(
+        default=None, description="Name of the corpus or its direction, such as en-de; all corpora of a split have one, or none."
+    )
+
+
+class ParallelText(Corpus):
     """Two line-parallel files, plain or compressed (gzip, bzip2, xz, zstd). `${NAME}` and `$NAME` in a path are read from the
     environment, `~` is the home directory."""
 
@@ -23,7 +32,7 @@ class ParallelText(Config):
     target: str = Field(description="File of the target side, line by line.")
 
 
-class TsvText(Config):
+class TsvText(Corpus):
     """One tab-separated file, plain or compressed; columns count from 0. All lines must have as many columns as the first.
 
     Nothing is quoted: a quotation mark is text.
@@ -40,7 +49,7 @@ FieldPath = Annotated[str, Field(min_length=1)]
 """The name of a field; `a.b` is field b inside field a, `a.0` the first item of a list."""
 
 
-class JsonlText(Config):
+class JsonlText(Corpus):
     """One JSON object per line, plain or compressed; blank lines at the end do not count.
 
     A path of fields may lead inside: `translation.en`, or `target.0` for the first of several references.
@@ -63,7 +72,7 @@ class JsonlText(Config):
         return {names.get(key, key): value for key, value in tree.items()}
 
 
-class ParquetTable(Config):
+class ParquetTable(Corpus):
     """One parquet file, a pair per row. A path of columns may lead inside: `translation.en`, or `target.0` for the first item."""
 
     kind: Literal["parquet"] = "parquet"
@@ -73,7 +82,7 @@ class ParquetTable(Config):
     join: str | None = Field(default=None, description="What stands between the strings of a list; null = lists are refused.")
 
 
-class HuggingFaceDataset(Config):
+class HuggingFaceDataset(Corpus):
     """A data set of Hugging Face, from the disk or the hub; needs `dstrain[hf]`. Columns are named as for parquet."""
 
     kind: Literal["huggingface"] = "huggingface"
@@ -94,7 +103,7 @@ RecordSource = JsonlText | ParquetTable | HuggingFaceDataset
 """Corpora whose pairs are records with named fields."""
 
 
-class GrammarText(Config):
+class GrammarText(Corpus):
     """English-German pairs made by dstrain's own grammar. `test` sentences hold combinations that `train` never has."""
 
     kind: Literal["grammar"] = "grammar"
@@ -103,7 +112,7 @@ class GrammarText(Config):
     seed: NonNegativeInt = Field(default=1, description="Decides the sentences.")
 
 
-class FairseqIds(Config):
+class FairseqIds(Corpus):
     """Output of `fairseq-preprocess`: PREFIX.bin and PREFIX.idx of each side, ids of the dictionaries that `tokenizer` names.
 
     Inside a sentence `<s>`, `<pad>` and `</s>` are read as `<unk>`, as in text.
@@ -114,7 +123,7 @@ class FairseqIds(Config):
     target: str = Field(description="PREFIX of the target side.")
 
 
-class PlainText(Config):
+class PlainText(Corpus):
     """Text without a source: an example per line, plain or compressed; no split keeps blank lines."""
 
     kind: Literal["text"] = "text"
@@ -122,7 +131,7 @@ class PlainText(Config):
     task: TextTask = Field(default_factory=LanguageModeling, description="What a model learns from it.")
 
 
-class FairseqText(Config):
+class FairseqText(Corpus):
     """Output of `fairseq-preprocess --only-source`: PREFIX.bin and PREFIX.idx, ids of text without a source, as `text` is."""
 
     kind: Literal["fairseq_text"] = "fairseq_text"
@@ -240,6 +249,14 @@ class FilterConfig(Config):
     )
 
 
+class Direction(Config):
+    """The tokens that tell a model the languages of a corpus. They are added to its ids; its text stays as it is."""
+
+    source_tags: tuple[str, ...] = Field(
+        min_length=1, description="Words in front of every source: `[eng_Latn, hin_Deva]`, or that of the target's language."
+    )
+
+
 class DataConfig(Config):
     """The corpora of a recipe. Every split keeps its order; only `train` is filtered by length and ratio.
 
@@ -249,6 +266,10 @@ class DataConfig(Config):
     train: tuple[TextSource, ...] = Field(min_length=1, description="Corpora to train on.")
     valid: tuple[TextSource, ...] = Field(min_length=1, description="Corpora that training is validated on.")
     test: dict[str, tuple[TextSource, ...]] = Field(default_factory=dict, description="Test sets: name -> corpora.")
+    directions: dict[CorpusName, Direction] = Field(
+        default_factory=dict,
+        description="Tags of the corpora by name, in every split; a SentencePiece model that is trained keeps them whole.",
+    )
     tokenizer: TokenizerConfig = Field(default_factory=TrainedSentencePiece, description="How text becomes token ids.")
     filter: FilterConfig = Field(default_factory=FilterConfig, description="Which training pairs are dropped.")
     pairs_per_shard: PositiveInt = Field(default=500_000, description="Pairs per file of prepared data, dropped ones included.")
@@ -293,12 +314,40 @@ class DataConfig(Config):
                 raise ValueError(f"test set {name!r} names no text")
         return test
 
+    @model_validator(mode="after")
+    def _names_fit(self) -> DataConfig:
+        for split, sources in self._splits().items():
+            unnamed = [number for number, source in enumerate(sources) if source.name is None]
+            if 0 < len(unnamed) < len(sources):
+                raise ValueError(f"{split}.{unnamed[0]} has no name, other corpora of {split} have; name all of them, or none")
+        used = dict.fromkeys(source.name for _, source in self.corpora())
+        for name in self.directions:
+            if name not in used:
+                raise ValueError(
+                    f"directions.{name} is no name of a corpus ({', '.join(filter(None, used)) or 'there is none with a name'}); "
+                    "correct it, or remove the direction"
+                )
+        return self
+
     def corpora(self) -> Iterator[tuple[str, TextSource]]:
         """Every corpus with its key in the recipe: `train.0`, `valid.0`, `test.NAME.0`."""
-        splits = {"train": self.train, "valid": self.valid, **{f"test.{name}": sources for name, sources in self.test.items()}}
-        for split, sources in splits.items():
+        for split, sources in self._splits().items():
             for number, source in enumerate(sources):
                 yield f"{split}.{number}", source
+
+    def _splits(self) -> dict[str, tuple[TextSource, ...]]:
+        return {"train": self.train, "valid": self.valid, **{f"test.{name}": sources for name, sources in self.test.items()}}
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """The words of all directions."""
+        return tuple(dict.fromkeys(tag for direction in self.directions.values() for tag in direction.source_tags))
+
+
+def corpus_names(sources: Iterable[TextSource]) -> tuple[str, ...]:
+    """The name of each corpus of a split, if there are several names; else nothing: there is but one corpus to tell apart."""
+    names = tuple(source.name for source in sources if source.name is not None)
+    return names if len(set(names)) > 1 else ()
 
 
 class BatchingConfig(Config):
@@ -318,4 +367,7 @@ class BatchingConfig(Config):
     )
     shuffle_window: PositiveInt = Field(
         default=1_000_000, description="Examples that are sorted by length together; the memory of planning grows with it."
+    )
+    sampling: MixtureConfig | None = Field(
+        default=None, description="How often each corpus of `data.train` is drawn; null = every example once an epoch."
     )

@@ -92,12 +92,11 @@ class Distillation(nn.Module):
                 selected=selected,
             )
             sums = model.reduce_projection(hidden, loss)
-        named = self._named(sums, sampled=batch.sampled)
+        metrics = self._metrics(batch, sums)
         if features is None or inside is None:
-            return LossOutput(sums.loss, batch.size, Metrics.over(batch.num_targets, named))
+            return LossOutput(sums.loss, batch.size, metrics)
         feature_loss, feature_sums = features(batch, *inside)
-        metrics = Metrics.over(batch.num_targets, {**named, **feature_sums})
-        return LossOutput(sums.loss + feature_loss, batch.size, metrics)
+        return LossOutput(sums.loss + feature_loss, batch.size, metrics.also(batch.num_targets, feature_sums))
 
     def denominator(self, size: Size) -> int:
         """Targets."""
@@ -107,13 +106,15 @@ class Distillation(nn.Module):
         """Release the teachers."""
         self.signals.close()
 
-    def _named(self, sums: DistillationSums, *, sampled: bool) -> dict[str, Tensor]:
+    def _metrics(self, batch: Batch, sums: DistillationSums) -> Metrics[Tensor]:
         """The reported sums by name."""
-        if sampled:
-            own = {f"on_policy_{name}": getattr(sums, name) for name in ("nll", "kd", "agreement")}
-            return {**own, "on_policy": sums.selected}
-        planned = {name: getattr(sums, name) for name in ("nll", "hard", "kd", "agreement", "selected")}
-        return planned if self.config.on_policy is None else {**planned, "on_policy": torch.zeros_like(sums.selected)}
+        if batch.sampled:
+            own = {"on_policy_nll": sums.nll.sum(), "on_policy_kd": sums.kd, "on_policy_agreement": sums.agreement}
+            return Metrics.over(batch.num_targets, {**own, "on_policy": sums.selected})
+        planned = {name: getattr(sums, name) for name in ("hard", "kd", "agreement", "selected")}
+        if self.config.on_policy is not None:
+            planned["on_policy"] = torch.zeros_like(sums.selected)
+        return batch.nll_metrics(sums.nll).also(batch.num_targets, planned)
 
 
 def signal_request(config: DistillationConfig) -> SignalRequest:

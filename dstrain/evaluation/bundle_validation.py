@@ -10,7 +10,8 @@ from dstrain.checkpoint.bundle import Bundle
 from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.loader import evaluation_loader
 from dstrain.data.config import DataConfig, TextSource, is_text_only, task_of_text
-from dstrain.data.prepared.dataset import open_dataset
+from dstrain.data.prepared.corpora import NamedCorpora
+from dstrain.data.prepared.dataset import named_corpora, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tasks.build import build_examples
@@ -59,15 +60,10 @@ def validate_bundle(
         _say_only_losses(split, without_source=without_source, required=required)
         generation = None
     check_split(split, examples.lengths, bundle.model_config)
-    translation = build_translation(
-        generation, bundle.model_config, dataset, bundle.tokenizers, mesh, tokenize=tokenize, lowercase=lowercase
-    )
-    collator = Collator(
-        bundle.model_config.kind,
-        pad_id=bundle.vocabulary.pad_id,
-        eos_id=bundle.vocabulary.eos_id,
-        start_id=bundle.vocabulary.start_id,
-    )
+    named = named_corpora(manifest, split, dataset)
+    scored = generation, bundle.model_config, dataset, bundle.tokenizers, mesh
+    translation = build_translation(*scored, corpora=named, tokenize=tokenize, lowercase=lowercase)
+    collator = _collator(bundle, named)
     validator = Validator(
         WholeModel(TrainModule(bundle.model, objective), bundle.model, mesh.device),
         replicas=mesh.replicas,
@@ -107,6 +103,11 @@ def tasks_of_split(corpora: Sequence[TextSource], split: str, trained_on: DataCo
             f"{', '.join(task.kind for task in known)}; prepare data with the corpora of data.{split} of its recipe"
         )
     return [known[0] if is_text_only(corpus) else None for corpus in corpora]
+
+
+def _collator(bundle: Bundle, corpora: NamedCorpora | None) -> Collator:
+    sizes = bundle.vocabulary
+    return Collator(bundle.model_config.kind, pad_id=sizes.pad_id, eos_id=sizes.eos_id, start_id=sizes.start_id, corpora=corpora)
 
 
 def _say_only_losses(split: str, *, without_source: bool, required: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dstrain.data.prepared.corpora import NamedCorpora
 from dstrain.data.prepared.dataset import Dataset
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.evaluation.metrics.corpus import MetricName, Score, corpus_scores
@@ -22,20 +23,28 @@ from dstrain.protocols import Generative
 
 
 @dataclass(frozen=True)
+class References:
+    """The references of one corpus. rows: of the split. texts: its raw targets. tokenize: BLEU's, not `auto`."""
+
+    rows: Sequence[int]
+    texts: Sequence[str]
+    tokenize: str
+
+
+@dataclass(frozen=True)
 class Translation:
     """How one evaluation split is translated and scored.
 
-    references: the raw text of its targets, in the order of the rows. tokenize: BLEU's, not `auto`. lowercase: BLEU and chrF
-    ignore case.
+    references: of each corpus by its name; one without a name if there is nothing to tell apart. lowercase: BLEU and chrF ignore
+    case.
     """
 
     config: GenerationConfig
     model_config: ModelConfig
     dataset: Dataset
     tokenizers: TokenizerPair
-    references: Sequence[str]
+    references: Mapping[str, References]
     device: torch.device
-    tokenize: str
     lowercase: bool
 
     def __len__(self) -> int:
@@ -55,21 +64,34 @@ class Translation:
         return self.tokenizers.target.decode([hypotheses[0].tokens for hypotheses in ranked])
 
     def score(self, hypotheses: Sequence[str]) -> Mapping[str, Any]:
-        """BLEU, chrF and the rate of repetition of the whole split, in percent, and the `signatures` of the three."""
-        scores = self._scores(hypotheses, self.references)
-        return {**{score.name: score.value for score in scores}, "signatures": _signatures(scores)}
+        """BLEU, chrF and the rate of repetition of the whole split, in percent, and the `signatures` of the three.
+
+        Of several corpora each is scored by itself, as `bleu/NAME`, and `bleu` is the mean of these scores.
+        """
+        scores = [
+            self._scores([hypotheses[row] for row in own.rows], own.texts, own.tokenize) for own in self.references.values()
+        ]
+        means = {each[0].name: sum(score.value for score in each) / len(each) for each in zip(*scores, strict=True)}
+        return {**means, **self._by_corpus(scores), "signatures": self._signatures(scores)}
 
     def signatures(self) -> dict[str, str]:
         """Every setting that decides a score, by the name of the score."""
-        return _signatures(self._scores(["a"], ["a"]))
+        return self._signatures([self._scores(["a"], ["a"], own.tokenize) for own in self.references.values()])
 
-    def _scores(self, hypotheses: Sequence[str], references: Sequence[str]) -> list[Score]:
+    def _scores(self, hypotheses: Sequence[str], references: Sequence[str], tokenize: str) -> list[Score]:
         metrics: tuple[MetricName, ...] = ("bleu", "chrf", "repetition")
-        return corpus_scores(hypotheses, references, metrics=metrics, lowercase=self.lowercase, tokenize=self.tokenize)
+        return corpus_scores(hypotheses, references, metrics=metrics, lowercase=self.lowercase, tokenize=tokenize)
 
+    def _by_corpus(self, scores: Sequence[Sequence[Score]]) -> dict[str, float]:
+        if len(scores) == 1:
+            return {}
+        return {f"{score.name}/{name}": score.value for name, own in zip(self.references, scores, strict=True) for score in own}
 
-def _signatures(scores: Sequence[Score]) -> dict[str, str]:
-    return {score.name: score.signature for score in scores}
+    def _signatures(self, scores: Sequence[Sequence[Score]]) -> dict[str, str]:
+        """One a score; of several corpora those that are not alike stand one after another."""
+        mean = "" if len(scores) == 1 else f"mean of {len(scores)} corpora: "
+        distinct = {each[0].name: dict.fromkeys(score.signature for score in each) for each in zip(*scores, strict=True)}
+        return {name: mean + ", ".join(signatures) for name, signatures in distinct.items()}
 
 
 def build_translation(
@@ -79,17 +101,25 @@ def build_translation(
     tokenizers: TokenizerPair,
     mesh: Mesh,
     *,
+    corpora: NamedCorpora | None = None,
     tokenize: str = "auto",
     lowercase: bool = False,
 ) -> Translation | None:
-    """None if nothing is to be generated. Rank 0 warns if BLEU would not find the words of the split.
+    """None if nothing is to be generated. corpora: scored apart; None = one is all there is.
+
+    Rank 0 warns if BLEU would not find the words of the split.
 
     Raises DataError if the split keeps no raw text to compare with, or BLEU cannot be tokenized so.
     """
     if config is None:
         return None
-    references = [dataset.target_text(row) for row in range(len(dataset))]
-    tokenize = choose_tokenization(tokenize, references)
-    if mesh.world.rank == 0 and (doubt := doubtful_tokenization(tokenize, references)) is not None:
-        logger.warning("%s", doubt)
-    return Translation(config, model_config, dataset, tokenizers, references, mesh.device, tokenize, lowercase)
+    parts = {"": [range(len(dataset))]} if corpora is None else {name: corpora.rows(name) for name in corpora.names}
+    references = {}
+    for name, ranges in parts.items():
+        rows = [row for part in ranges for row in part]
+        texts = [dataset.target_text(row) for row in rows]
+        references[name] = References(rows, texts, choose_tokenization(tokenize, texts))
+        doubt = doubtful_tokenization(references[name].tokenize, texts)
+        if mesh.world.rank == 0 and doubt is not None:
+            logger.warning("%s", f"{name}: {doubt}" if name else doubt)
+    return Translation(config, model_config, dataset, tokenizers, references, mesh.device, lowercase)

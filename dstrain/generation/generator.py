@@ -101,12 +101,13 @@ class Generator:
         source: TextTokenizer,
         target: TextTokenizer,
         *,
+        tags: Sequence[int] = (),
         prefixes: Sequence[str] | None = None,
         first_line: int = 1,
         progress: Callable[[int], object] = ignore_progress,
     ) -> list[list[TextHypothesis]]:
-        """Texts in and out, as `translate_ids`."""
-        ids = [[*row, source.eos_id] for row in source.encode(lines)]
+        """Texts in and out, as `translate_ids`. tags: ids in front of every source that is not empty."""
+        ids = source_ids(lines, source, tags)
         forced = None
         if prefixes is not None:
             firsts = target.encode_prefixes(prefixes)
@@ -146,6 +147,11 @@ class Generator:
         limits = [self.limits.target_after(len(source)) for source in sources]
         kept = fitting(ended, limits, truncate=self.truncate_source, first_line=first_line, what="prefix")
         return [prefix[:-1] for prefix in kept]
+
+
+def source_ids(lines: Sequence[str], tokenizer: TextTokenizer, tags: Sequence[int] = ()) -> list[list[int]]:
+    """Each line with EOS, and with tags in front unless it is empty."""
+    return [[*(tags if row else ()), *row, tokenizer.eos_id] for row in tokenizer.encode(lines)]
 
 
 def fitting(

@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import Tensor
 
-from dstrain.batch import Batch, Metrics, Size
+from dstrain.batch import Batch, Size
 from dstrain.model_output import ActivationCapture
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.objective import LossOutput
@@ -30,7 +30,7 @@ class CrossEntropy:
         self.config = config
 
     def __call__(self, model: TeacherForced, batch: Batch, selected: Tensor | None = None) -> LossOutput:
-        """The sum of losses over the batch's targets; metrics: `nll`, the same without smoothing and weights."""
+        """The sum of losses over the batch's targets; metrics: `nll`, without smoothing and weights, in all and by corpus."""
         reduce = partial(
             linear_cross_entropy,
             labels=batch.targets.labels,
@@ -38,8 +38,8 @@ class CrossEntropy:
             chunk_tokens=self.config.chunk_tokens,
             token_weights=loss_weight(batch, self.config),
         )
-        loss_sum, nll_sum = model.reduce_projection(target_hidden(model, batch), reduce)
-        return LossOutput(loss_sum, batch.size, Metrics.over(batch.num_targets, {"nll": nll_sum}))
+        loss_sum, nll = model.reduce_projection(target_hidden(model, batch), reduce)
+        return LossOutput(loss_sum, batch.size, batch.nll_metrics(nll))
 
     def denominator(self, size: Size) -> int:
         """Targets or sentences, by `average`."""

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dstrain.batch import Batch, Metrics, Size
+from dstrain.batch import Batch, Size
 from dstrain.nn.dropout import mask_pass
 from dstrain.objectives.config import CrossEntropyConfig, RDropConfig
 from dstrain.objectives.cross_entropy import CrossEntropy, loss_weight, target_hidden
@@ -53,7 +53,7 @@ class RDrop:
             return reduce(features.view(2, batch.num_targets, features.shape[1]), weight, vocabulary=vocabulary)
 
         sums = model.reduce_projection(torch.cat(passes), reduce_passes)
-        return LossOutput(sums.loss, batch.size, Metrics.over(batch.num_targets, {"nll": sums.nll, "kl": sums.kl}))
+        return LossOutput(sums.loss, batch.size, batch.nll_metrics(sums.nll).also(batch.num_targets, {"kl": sums.kl}))
 
     def denominator(self, size: Size) -> int:
         """As without R-Drop: a sentence that runs twice is one sentence."""

@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from dstrain.config_base import BleuTokenization, Config
+from dstrain.data.sampling import CorpusName
 from dstrain.engine.config import EmaConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
 
@@ -39,6 +40,11 @@ class ValidationConfig(Config):
     metric: Literal["loss", "bleu", "chrf"] = Field(
         default="loss", description="Chooses the best bundle; bleu and chrf need generation."
     )
+    corpus: CorpusName | None = Field(
+        default=None,
+        description="Corpus of `data.valid` whose score chooses the best bundle, its loss without label smoothing; null = the "
+        "mean of all.",
+    )
     generation: GenerationConfig | None = Field(
         default_factory=BeamSearchConfig, description="How the split is translated for BLEU and chrF; null = not at all."
     )
@@ -54,12 +60,19 @@ class ValidationConfig(Config):
     run_sanity_validation: bool = Field(default=False, description="One full validation before the first step.")
 
     @property
+    def score_name(self) -> str:
+        """The name of the score in a validation's result that chooses the best bundle."""
+        if self.corpus is None:
+            return self.metric
+        return f"{'nll' if self.metric == 'loss' else self.metric}/{self.corpus}"
+
+    @property
     def criterion(self) -> str:
         """What the best bundle is chosen by: the metric, and how it cuts words and reads case. Scores of one are comparable."""
         if self.metric == "loss":
-            return self.metric
+            return self.score_name
         cut = [f"tokenize={self.tokenize}"] if self.metric == "bleu" and self.tokenize != "auto" else []
-        return " ".join([self.metric, *cut, *(["lowercase"] if self.lowercase else [])])
+        return " ".join([self.score_name, *cut, *(["lowercase"] if self.lowercase else [])])
 
     @model_validator(mode="after")
     def _metric_is_made(self) -> ValidationConfig:

@@ -22,7 +22,8 @@ teacher before their weights; feature_...: its losses on the teacher's activatio
 per target token, whatever the loss is a mean over; agreement (with the teacher's most probable token), selected (to learn from
 the teacher) and on_policy (sampled by the student) are shares of the target tokens. Steps on the student's own samples report
 on_policy_nll, on_policy_kd and on_policy_agreement instead of their namesakes. Each such figure is a mean over the micro-batches
-that report it; if none does, nll and perplexity are null and the others absent.
+that report it; if none does, nll and perplexity are null and the others absent. Of a split whose corpora have several names,
+nll/NAME, bleu/NAME and chrf/NAME are those of one corpus, and bleu and chrf the means of these.
 
 `train`: means are over `steps` steps, tokens_per_second counts target tokens of all ranks, and seconds those spent in steps;
 cpu_seconds and padding (a share of decoder positions) are rank 0's own; learning_rate and grad_norm are those of the last step. A

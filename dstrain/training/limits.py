@@ -15,7 +15,7 @@ def reason_to_stop(config: TrainingConfig, validation: ValidationConfig, state: 
     if config.max_hours is not None and state.elapsed_seconds >= config.max_hours * 3600:
         return f"max_hours = {config.max_hours}"
     if validation.patience is not None and state.validations_without_improvement >= validation.patience:
-        return f"patience = {validation.patience}: {validation.metric} has not improved since step {state.best_step}"
+        return f"patience = {validation.patience}: {validation.score_name} has not improved since step {state.best_step}"
     return None
 
 

@@ -107,7 +107,7 @@ class TrainingState(Config):
     def after_validation(self, score: float, criterion: str) -> TrainingState:
         """With the counter of patience moved; only a strictly better, finite score is an improvement."""
         best = self.best_score
-        if math.isfinite(score) and (best is None or (score < best if criterion == "loss" else score > best)):
+        if math.isfinite(score) and (best is None or (score < best if criterion.startswith(("loss", "nll/")) else score > best)):
             return self.changed(best_score=score, best_step=self.step, best_metric=criterion, validations_without_improvement=0)
         return self.changed(validations_without_improvement=self.validations_without_improvement + 1)
 

@@ -284,7 +284,7 @@ class Trainer:
         if scores is None:
             return state, self._agree(state)[1]
         if state.step > 0:
-            state = state.after_validation(scores[self.validation.metric], self.validation.criterion)
+            state = state.after_validation(scores[self.validation.score_name], self.validation.criterion)
         epoch = state.epoch - 1 if state.at_epoch_end else state.epoch
         seconds = time.perf_counter() - begin
         about = {"weights": "trained" if self.training.ema is None else "ema", "epoch": epoch, "seconds": seconds}
@@ -330,7 +330,10 @@ class Trainer:
         best, last = self.bundles.directory / "best", self.bundles.directory / "last"
         fields = {"last": str(last)}
         if state.best_score is not None:
-            fields = {"best": f"{self.validation.metric} {state.best_score:.4g} at step {state.best_step:,}: {best}", **fields}
+            fields = {
+                "best": f"{self.validation.score_name} {state.best_score:.4g} at step {state.best_step:,}: {best}",
+                **fields,
+            }
         model = last if state.best_score is None else best
         words = {"curves": ("report", self.bundles.directory.parent), "try it": ("interactive", model)}
         return fields | {name: shlex.join(["dstrain", verb, str(path)]) for name, (verb, path) in words.items()}

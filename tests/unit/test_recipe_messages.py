@@ -77,7 +77,7 @@ def lines_of(name: str, *overrides: str) -> list[str]:
         ),
         ("data.valid=my.en", "data.valid: input should be a list, not 'my.en'; put sections in brackets: [{kind: ..., ...}]"),
         ("data.test={kind: tsv, path: a}", "data.test: 'kind' names no test set; write test: {NAME: [{kind: ...}]}"),
-        ("data.train.0.weight=2", "data.train.0.weight: unknown key; valid: kind, num_pairs, seed, split"),
+        ("data.train.0.weight=2", "data.train.0.weight: unknown key; valid: kind, name, num_pairs, seed, split"),
         ("checkpoint.keep=3", "checkpoint.keep: unknown key; did you mean keep_bundles or keep_checkpoints?"),
         ("train={}", "train: unknown key; did you mean data.train?"),
         ("data.train=[]", "data.train: input should be a list of at least 1 item, not []"),

@@ -12,18 +12,31 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from dstrain.batch import Batch, ExampleSpans, ModelKind, Packing, Sequences, Targets
+from dstrain.batch import Batch, CorpusTargets, ExampleSpans, ModelKind, Packing, Sequences, Targets
 from dstrain.data.batching.permutation import IntArray
 from dstrain.data.ragged import Ragged, positions_of, starts_of
 
 Ids = npt.NDArray[np.integer[Any]]
 """(length,) token ids of one side of an example, ending in EOS."""
+
+
+class Corpora(Protocol):
+    """Which corpus a line of the data set belongs to, as `NamedCorpora` knows it."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all corpora."""
+        ...
+
+    def of(self, rows: IntArray) -> IntArray:
+        """Index into `names` of each line. (n,) -> (n,)"""
+        ...
 
 
 _KEY_BITS = 22
@@ -58,7 +71,8 @@ class Collator:
     """Makes the batches of one model.
 
     kind: how the model reads an example. start_id: in front of every target, None = eos_id. teacher_kinds: of the teachers that
-    read the same batches; if one is not `kind`, a batch has it as `other`. packed: None for padded rows.
+    read the same batches; if one is not `kind`, a batch has it as `other`. packed: None for padded rows. corpora: of the
+    examples, for losses by corpus; None if one is all there is.
     """
 
     def __init__(
@@ -70,12 +84,14 @@ class Collator:
         start_id: int | None = None,
         teacher_kinds: Collection[ModelKind] = (),
         packed: PackedSize | None = None,
+        corpora: Corpora | None = None,
     ) -> None:
         self.kind = kind
         self.packed = packed
         self.pad_id = pad_id
         self.start_id = eos_id if start_id is None else start_id
         self.kinds = dict.fromkeys((kind, *teacher_kinds))
+        self.corpora = corpora
 
     def __call__(self, examples: Sequence[tuple[Ids, Ids]], example_ids: IntArray, *, sampled: bool = False) -> Batch:
         """A batch of (source, target) pairs. example_ids: (b,) lines of the data set.
@@ -89,6 +105,7 @@ class Collator:
         one_token = Ragged.of([[self.start_id]])
         ids = np.array(example_ids, np.int64)  # a copy: the plan hands out views of its window
         lengths = torch.from_numpy(labels.lengths)
+        corpora = None if self.corpora is None else _corpus_targets(self.corpora, ids, labels.lengths)
 
         def batch(kind: ModelKind) -> Batch:
             reading = self._read(kind, *((sources, inputs) if examples else (one_token, one_token)), ids)
@@ -103,7 +120,7 @@ class Collator:
                 segment=torch.from_numpy(np.repeat(np.arange(len(ids)), labels.lengths)),
             )
             spans = ExampleSpans(torch.from_numpy(ids), torch.from_numpy(start), torch.from_numpy(sources.lengths), lengths)
-            return Batch(reading.source, reading.target, targets, spans, sampled=sampled)
+            return Batch(reading.source, reading.target, targets, spans, sampled=sampled, corpora=corpora)
 
         first, *others = map(batch, self.kinds)
         return replace(first, other=others[0]) if others else first
@@ -149,6 +166,12 @@ def _keys(ids: IntArray, lengths: IntArray, positions: IntArray, side: int) -> I
     """A number for each token of the data set: of its example, its place there, and its side. An empty batch has no examples."""
     examples = np.repeat(ids, lengths) if len(ids) else np.zeros(len(positions), np.int64)
     return (examples << _KEY_BITS) + (positions << 1) + side
+
+
+def _corpus_targets(corpora: Corpora, ids: IntArray, target_lengths: IntArray) -> CorpusTargets:
+    index = np.repeat(corpora.of(ids), target_lengths)
+    counts = np.bincount(index, minlength=len(corpora.names))
+    return CorpusTargets(corpora.names, torch.from_numpy(index), tuple(counts.tolist()))
 
 
 def _pack(ragged: Ragged, positions: IntArray, keys: IntArray, size: int, pad_id: int) -> Sequences:

@@ -1,7 +1,7 @@
 """Which examples make up each optimizer step, and how a step is cut into micro-batches.
 
 Choice: a step is a number of target tokens, whatever the number of devices. An epoch takes the examples in a computed
-random order (`permutation.py`), window by window. Within a window the examples are sorted by their longer side, then by how much
+random order (`order.py`), window by window. Within a window the examples are sorted by their longer side, then by how much
 longer the source is than the target, and cut into buckets of sentences of similar lengths, all about equally full; a step takes
 `tokens_per_step / bucket_tokens` of them, drawn at random from as many ranges of length, so that every step holds short and long
 sentences and its micro-batches little padding. A step of one bucket holds one length only, and the length of what such a model
@@ -23,6 +23,7 @@ from itertools import pairwise
 import numpy as np
 
 from dstrain.batch import ModelKind, Size
+from dstrain.data.batching.order import Order, ShuffledOrder
 from dstrain.data.batching.permutation import IntArray, Permutation
 from dstrain.data.config import BatchingConfig
 from dstrain.data.lengths import ExampleLengths, Lengths, Side
@@ -50,11 +51,16 @@ class PlannedStep:
         return Size(self.num_targets, len(self.examples))
 
 
+def window_capacity(config: BatchingConfig) -> int:
+    """Most examples of a window: several steps' worth even if `shuffle_window` is less than that."""
+    return max(config.shuffle_window, config.tokens_per_step)
+
+
 class StepPlan:
     """The steps of every epoch.
 
-    lengths: of all examples. A window holds at most max(shuffle_window, tokens_per_step) examples, several steps'
-    worth even if `shuffle_window` is less than that. kind: of the model, decides what fits into a micro-batch, not the steps.
+    lengths: of all examples. kind: of the model, decides what fits into a micro-batch, not the steps. order: of the examples;
+    None = each once an epoch.
     Raises `DataError` if there is no example at all, or one that no micro-batch can hold.
     """
 
@@ -65,25 +71,24 @@ class StepPlan:
         seed: int,
         *,
         kind: ModelKind = "encoder_decoder",
+        order: Order | None = None,
     ) -> None:
         self.lengths = lengths
         self.config = config
         self.seed = seed
         self.kind = kind
         self._check()
-        size = len(lengths)
-        num_windows = -(-size // max(config.shuffle_window, config.tokens_per_step))
-        self._windows = [(size * i // num_windows, size * (i + 1) // num_windows) for i in range(num_windows)]
+        self._order = order or ShuffledOrder(len(lengths), window_capacity(config), seed)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[PlannedStep]:
         """The steps of an epoch from number `start` on; none if it has just so many. Raises `DataError` if it has fewer."""
-        order = Permutation(len(self.lengths), derive_seed(self.seed, "order", epoch))
         index = 0
-        for first, last in self._windows:
-            seed = derive_seed(self.seed, "buckets", epoch, first)
-            steps = self._steps_of_window(epoch, order.elements(first, last), seed)
-            order_of_steps = Permutation(len(steps), derive_seed(self.seed, "steps", epoch, first))
-            final = index + len(steps) - 1 if last == order.size else None
+        for window in range(self._order.num_windows):
+            key = self._order.key(window)
+            seed = derive_seed(self.seed, "buckets", epoch, key)
+            steps = self._steps_of_window(epoch, self._order.window(epoch, window), seed)
+            order_of_steps = Permutation(len(steps), derive_seed(self.seed, "steps", epoch, key))
+            final = index + len(steps) - 1 if window == self._order.num_windows - 1 else None
             for number in order_of_steps.elements(0, order_of_steps.size):
                 if index >= start:
                     examples = steps[number]
@@ -97,16 +102,17 @@ class StepPlan:
 
     def steps_per_epoch(self) -> int:
         """Exact if an epoch is one window; else about 1 % too low: by its first window's share of the target tokens."""
-        order = Permutation(len(self.lengths), derive_seed(self.seed, "order", 1))
-        window = order.elements(*self._windows[0])
+        window = self._order.window(1, 0)
         steps = len(self._steps_of_window(1, window, seed=0))
-        if len(self._windows) == 1:
+        if self._order.num_windows == 1:
             return steps
         num_targets = int(self.lengths.of(1, window)[1].sum(dtype=np.int64))
-        return max(steps, steps * self.lengths.num_targets(1) * 99 // (num_targets * 100))
+        return max(steps, steps * self._order.num_targets(self.lengths) * 99 // (num_targets * 100))
 
     def _steps_of_window(self, epoch: int, examples: IntArray, seed: int) -> list[IntArray]:
         """The steps that the examples of a window, given in random order, make."""
+        if not len(examples):
+            return []
         sources, targets = self.lengths.of(epoch, examples)
         order = _sorted_by(sources.astype(np.int64) - targets, np.maximum(sources, targets))
         examples, targets = examples[order], targets[order]

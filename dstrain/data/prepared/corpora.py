@@ -1,12 +1,12 @@
 """Which corpus each row of a split comes from: runs of neighboring rows, as the manifest has them.
 
 A corpus is known by its number in the split's list of the recipe. It is one run of rows in plain data, and may be several in data
-that was made from other data.
+that was made from other data. Names group corpora: entries of one name are one corpus to sampling, losses and scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -39,5 +39,22 @@ class CorpusRanges:
     def rows(self, corpora: Iterable[int]) -> list[range]:
         """The rows of these corpora together, ascending."""
         starts = [0, *self._ends[:-1].tolist()]
-        matches = np.isin(self._corpora, list(corpora)).tolist()
-        return [range(start, end) for start, end, here in zip(starts, self._ends.tolist(), matches, strict=True) if here]
+        requested = np.isin(self._corpora, list(corpora)).tolist()
+        return [range(start, end) for start, end, here in zip(starts, self._ends.tolist(), requested, strict=True) if here]
+
+
+class NamedCorpora:
+    """The corpora of a split by their names. names: of each entry of the recipe's list; equal names are one corpus."""
+
+    def __init__(self, names: Sequence[str], ranges: CorpusRanges) -> None:
+        self.names = tuple(dict.fromkeys(names))
+        self._ranges = ranges
+        self._of_entry = np.array([self.names.index(name) for name in names], np.int64)
+
+    def of(self, rows: IntArray) -> IntArray:
+        """Index into `names` of each row. (n,) -> (n,)"""
+        return self._of_entry[self._ranges.of(rows)]
+
+    def rows(self, name: str) -> list[range]:
+        """The rows of a name, ascending."""
+        return self._ranges.rows(np.flatnonzero(self._of_entry == self.names.index(name)).tolist())

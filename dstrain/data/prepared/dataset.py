@@ -19,10 +19,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dstrain.data.batching.permutation import IntArray
+from dstrain.data.config import DataConfig, corpus_names
 from dstrain.data.lengths import StoredLengths
-from dstrain.data.prepared.corpora import CorpusRanges, CorpusRun
-from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, SplitRecord, data_remedy, load_manifest
+from dstrain.data.prepared.corpora import CorpusRanges, CorpusRun, NamedCorpora
+from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, DataManifest, SplitRecord, data_remedy, load_manifest
 from dstrain.data.prepared.shard import BatchView, read_shard
+from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.errors import DataError
 
@@ -118,6 +120,17 @@ def open_dataset(directory: Path, split: str, *, verify: bool = False) -> Datase
         file.check(directory, content=content, remedy=data_remedy(directory))
     batches = [batch for shard in record.shards for batch in read_shard(directory / shard.file)]
     return _assemble(directory, record, batches)
+
+
+def named_corpora(manifest: DataManifest, split: str, dataset: Dataset) -> NamedCorpora | None:
+    """The corpora of a split by name; None if it has but one name, or none. DataError if the data does not say whose a row is."""
+    names = corpus_names(splits_of(DataConfig.model_validate(manifest.data))[split])
+    if names and not dataset.knows_corpora:
+        raise DataError(
+            f"the data was prepared by {manifest.created_by}, which did not note whose rows of {split} are: prepare it again to "
+            f"tell the corpora {', '.join(dict.fromkeys(names))} apart"
+        )
+    return NamedCorpora(names, dataset.corpora) if names else None
 
 
 def _assemble(directory: Path, record: SplitRecord, batches: Sequence[BatchView]) -> Dataset:

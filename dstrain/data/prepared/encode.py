@@ -8,6 +8,7 @@ its blank lines are dropped everywhere.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain, compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dstrain.data.config import DataConfig, FilterConfig, TextSource, is_text_only
+from dstrain.data.directions import source_tag_ids
 from dstrain.data.prepared.rows import Rows, id_dtype
 from dstrain.data.sources.corpora import PairBlock, counted_files, parse, splits_of
 from dstrain.data.sources.fairseq_binary import IdBlock, Sentences
@@ -52,6 +54,7 @@ class Encoder:
         self._filter = config.filter
         self._corpora = splits_of(config)
         self._tokenizers = tokenizers
+        self._tags = {name: source_tag_ids(name, tags, tokenizers.source) for name, tags in config.directions.items()}
 
     def __call__(self, block: PairBlock) -> EncodedBlock:
         """Encode a block. Raises DataError if a record is malformed."""
@@ -61,6 +64,8 @@ class Encoder:
             rows = self._take_ids(corpus, block.text, with_text=evaluated)
         else:
             rows = self._encode_text(*parse(corpus, block.text))
+        if corpus.name in self._tags:
+            rows = _tagged(rows, self._tags[corpus.name])
         has_no_source = is_text_only(corpus)
         reasons = drop_reasons(None if has_no_source else rows.source_lengths, rows.target_lengths, self._filter)
         if evaluated:
@@ -144,6 +149,16 @@ def _spelled(ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32], tokenizer: T
     rows = np.split(ids, np.cumsum(lengths)[:-1])
     unknown = tokenizer.tokens([tokenizer.unk_id])[0]
     return [text.replace(unknown, LOST_WORD) for text in tokenizer.decode([row[:-1].tolist() for row in rows])]
+
+
+def _tagged(rows: Rows, tags: Sequence[int]) -> Rows:
+    """With tags in front of every source that is not empty."""
+    if not tags:
+        return rows
+    starts = np.cumsum(rows.source_lengths, dtype=np.int64) - rows.source_lengths
+    filled = rows.source_lengths > 1
+    source = np.insert(rows.source, np.repeat(starts[filled], len(tags)), np.tile(tags, filled.sum()))
+    return rows._replace(source=source, source_lengths=rows.source_lengths + len(tags) * filled.astype(np.int32))
 
 
 def _kept(rows: Rows, keep: Mask) -> Rows:

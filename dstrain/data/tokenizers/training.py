@@ -77,6 +77,8 @@ class TokenizerTrainer:
 
     def __call__(self, tokenizer: TrainedSentencePiece) -> None:
         """Train. Raises DataError if the text does not support the vocabulary."""
+        tags = tuple(dict.fromkeys([*tokenizer.tags, *self._config.tags]))
+        tokenizer = tokenizer.model_copy(update={"tags": tags})
         if tokenizer.sharing == "joint":
             joint = SentencePieceTokenizer(train_sentencepiece(self._lines((0, 1), tokenizer), tokenizer))
             pair = TokenizerPair(joint, joint)

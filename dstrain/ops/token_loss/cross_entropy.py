@@ -46,11 +46,11 @@ def linear_cross_entropy(
     token_weights: Tensor | None = None,
     vocabulary: VocabularySlice | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Sums of the label-smoothed loss and of the negative log-likelihood, in nats.
+    """The sum of the label-smoothed loss, and the negative log-likelihood of each token, in nats.
 
     features: (N, E), weight: (V, E), labels: (N,) int64 in [0, V). token_weights: (N,) factors of the tokens' losses, without
     gradient; the negative log-likelihood is not weighted. The rest as in `chunked_loss`.
-    Returns loss_sum () with gradient to features and weight, nll_sum () without.
+    Returns loss_sum () with gradient to features and weight, nll (N,) without.
     """
     loss_sum, (nll,) = chunked_loss(
         features,
@@ -61,7 +61,7 @@ def linear_cross_entropy(
         token_weights=token_weights,
         vocabulary=vocabulary,
     )
-    return loss_sum, nll.sum()
+    return loss_sum, nll
 
 
 @torch.no_grad()
@@ -89,4 +89,4 @@ def reference_linear_cross_entropy(
     nll = -log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)  # (N,)
     smoothing_per_token = label_smoothing / (weight.shape[0] - 1)
     loss = (1 - label_smoothing - smoothing_per_token) * nll - smoothing_per_token * log_probs.sum(1)
-    return (loss if token_weights is None else loss * token_weights).sum(), nll.sum().detach()
+    return (loss if token_weights is None else loss * token_weights).sum(), nll.detach()

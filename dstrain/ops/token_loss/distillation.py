@@ -56,7 +56,7 @@ class DistillationTerms(NamedTuple):
 
 
 class DistillationSums(NamedTuple):
-    """() sums over tokens, in nats. loss: with gradient to features and weight; the others have none.
+    """() sums over tokens, in nats; nll: (n,), of each token. loss: with gradient to features and weight; the others have none.
 
     kd: over selected tokens. agreement: how often student and teacher have the same most probable entry, the first of equally
     probable ones. selected: how many tokens, or the sum of their weights, learn from the teacher.
@@ -199,7 +199,7 @@ def linear_distillation(
         vocabulary=vocabulary,
     )
     num_selected = torch.full_like(loss_sum, len(labels)) if weights is None else weights.sum()
-    return DistillationSums(loss_sum, hard.sum(), kd.sum(), nll.sum(), agreement.sum(), num_selected)
+    return DistillationSums(loss_sum, hard.sum(), kd.sum(), nll, agreement.sum(), num_selected)
 
 
 def check_signal(signal: Signal, divergence: Divergence) -> None:
@@ -260,8 +260,8 @@ def reference_linear_distillation(
         values, teacher_best = reference_value(terms.divergence, tempered_log_probs, teacher), teacher.argmax(1, keepdim=True)
     weights = torch.ones_like(values) if selected is None else selected.to(values.dtype)
     smoothing_per_token = terms.label_smoothing / (logits.shape[1] - 1)
-    nll = -log_probs.gather(1, labels.unsqueeze(1)).sum()
-    hard = (1 - terms.label_smoothing - smoothing_per_token) * nll - smoothing_per_token * log_probs.sum()
+    nll = -log_probs.gather(1, labels.unsqueeze(1)).squeeze(1)
+    hard = (1 - terms.label_smoothing - smoothing_per_token) * nll.sum() - smoothing_per_token * log_probs.sum()
     kd = terms.temperature**2 * (weights * values).sum()
     loss = terms.hard_weight * hard + terms.kd_weight * kd
     agreement = (teacher_best == logits.argmax(1, keepdim=True)).sum().to(loss.dtype)

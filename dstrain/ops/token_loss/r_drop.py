@@ -30,8 +30,10 @@ from dstrain.ops.vocabulary import Reductions, VocabularySlice
 
 
 class RDropSums(NamedTuple):
-    """() sums over tokens, in nats. loss: weighted, with gradient to features and weight; nll, the mean of both passes, and kl
-    have neither."""
+    """In nats. loss: () weighted sum, with gradient to features and weight; the others have neither.
+
+    nll: (N,), of each token, the mean of both passes. kl: () sum.
+    """
 
     loss: Tensor
     nll: Tensor
@@ -98,7 +100,7 @@ def linear_r_drop(
         token_weights=token_weights,
         vocabulary=vocabulary,
     )
-    return RDropSums(loss_sum, nll.sum(), kl.sum())
+    return RDropSums(loss_sum, nll, kl.sum())
 
 
 def reference_linear_r_drop(
@@ -122,4 +124,4 @@ def reference_linear_r_drop(
     kl = (forward + backward) / 2
     loss = (hard + alpha * kl) / 2
     loss_sum = (loss if token_weights is None else loss * token_weights).sum()
-    return RDropSums(loss_sum, (nll.sum() / 2).detach(), kl.sum().detach())
+    return RDropSums(loss_sum, (nll / 2).detach(), kl.sum().detach())

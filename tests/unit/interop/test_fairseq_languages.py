@@ -141,7 +141,7 @@ def test_training_an_imported_model_further_reads_what_fairseq_read(case: str, t
     data = TrainingData(tmp_path / "data", recipe)
     require_data_of(recipe, data.directory, data.manifest)
     assert data.vocabulary == find_bundle(tmp_path / "b").description.vocabulary
-    batch = data.collator(recipe, ONE_RANK)([(data.train[0].source, data.train[0].target)], np.array([0]))
+    batch = data.collator("train", recipe, ONE_RANK)([(data.train[0].source, data.train[0].target)], np.array([0]))
     assert batch.reading.tokens.tolist() == [source]
     after = [EOS] if case.startswith("mbart") else []
     assert batch.targets.labels.tolist() == [*forced, *WORDS, *after, end]
