@@ -63,6 +63,7 @@ class Recipe(Config):
             *self._vocabulary_problems(),
             *self._dropout_problems(),
             *self._rate_problems(),
+            *self._tile_problems(),
             *tensor_problems(self.model, self.engine.parallel.tensor),
             *sequence_problems(self.model, **self.engine.parallel.model_dump()),
         ]
@@ -158,6 +159,14 @@ class Recipe(Config):
                     f"schedule.{name} = {rate:g} is a learning rate, and above the peak, optimizer.learning_rate = {peak:g}; "
                     f"lower it (a tenth of the peak is {peak / 10:g})"
                 )
+
+    def _tile_problems(self) -> Iterator[str]:
+        tiles, max_tokens = self.engine.feed_forward_tiles, self.batching.max_tokens
+        if tiles > max_tokens:
+            yield (
+                f"engine.feed_forward_tiles = {tiles} cuts more parts than a micro-batch has tokens, batching.max_tokens = "
+                f"{max_tokens}; lower it"
+            )
 
     def _vocabulary_problems(self) -> Iterator[str]:
         tokenizer = self.data.tokenizer

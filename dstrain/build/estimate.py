@@ -62,7 +62,8 @@ class EstimateOptions(CheckedOptions):
     """The options of `dstrain estimate`. gpu_memory: GiB of one GPU. data: gives vocabulary and lengths, None for the next two.
 
     vocab_size: None for the recipe's tokenizer. length: tokens of a sentence, None for 32, or the longest kept text without a
-    source. gemm_tflops: None by precision. The bandwidths are in GB/s, of links in one direction.
+    source; a side has at most what `data.filter` keeps of it. gemm_tflops: None by precision. The bandwidths are in GB/s, of
+    links in one direction.
     """
 
     nodes: PositiveInt = 1
@@ -234,13 +235,23 @@ def _lengths(recipe: Recipe, options: EstimateOptions) -> SentenceLengths:
         rows = max(split.rows, 1)
         source, target = (max(1, tokens // rows) for tokens in (split.source_tokens, split.target_tokens))
         return SentenceLengths(target if text_only and noised else source, target)
-    length = options.length or (recipe.data.filter.max_target_length if text_only else SENTENCE)
-    return SentenceLengths(length if noised else 1, length)
+    kept = recipe.data.filter
+    longest = kept.max_target_length if text_only else max(kept.max_source_length, kept.max_target_length)
+    if options.length is not None and options.length > longest:
+        raise RecipeError(
+            f"--length {options.length} is longer than the text that data.filter keeps, {longest} tokens at most; lower it, or "
+            "raise data.filter.max_source_length and max_target_length"
+        )
+    length = options.length or (longest if text_only else SENTENCE)
+    source = length if text_only else min(length, kept.max_source_length)
+    return SentenceLengths(source if noised else 1, min(length, kept.max_target_length))
 
 
 def _teachers(options: TeacherOptions, recipe: Recipe) -> list[TeacherModel]:
     if options.bundles and recipe.objective.needs.teacher is None:
         raise RecipeError(f"objective.kind = {recipe.objective.kind} has no use for a teacher: leave --teacher out")
+    if options.placement is not None and not options.bundles:
+        raise RecipeError("--teacher-placement says how a teacher works: add --teacher BUNDLE, or leave it out")
     needs, placement = recipe.objective.needs.teacher, options.placement or "sharded"
     precision = (needs and needs.precision) or recipe.engine.precision
     descriptions = [find_bundle(bundle).description for bundle in options.bundles]

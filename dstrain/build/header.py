@@ -17,6 +17,8 @@ def announce_training(recipe: Recipe, name: str, *, data: Path, output: Path, ba
     engine, training, validation = recipe.engine, recipe.training, recipe.validation
     stage = read_ds_config(engine).zero_optimization.stage
     ranks = num_ranks(os.environ)
+    groups = [f"{name} {size}" for name, size in engine.parallel.model_dump().items() if size > 1]
+    shared = f" ({' x '.join(groups)})" if groups else ""
     limits = {key: getattr(training, key) for key in ("max_steps", "max_epochs", "max_hours")}
     logger.info("dstrain %s trains %s", __version__, name)
     log_fields(
@@ -24,7 +26,7 @@ def announce_training(recipe: Recipe, name: str, *, data: Path, output: Path, ba
             "data": data,
             "output": output,
             "start": _start(training.seed, output, base),
-            "engine": f"{ranks} rank{'s' * (ranks > 1)}, {engine.precision}, ZeRO stage {stage} ({engine.deepspeed})",
+            "engine": f"{ranks} rank{'s' * (ranks > 1)}{shared}, {engine.precision}, ZeRO stage {stage} ({engine.deepspeed})",
             "step": f"{recipe.batching.tokens_per_step:,} target tokens",
             "until": ", ".join(f"{key} = {limit:,}" for key, limit in limits.items() if limit is not None),
             "validate": f"every {validation.every:,} {validation.unit}, by {validation.score_name}",

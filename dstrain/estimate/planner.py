@@ -136,8 +136,8 @@ def _complexity(estimate: Estimate) -> tuple[float, ...]:
 
 def candidates(workload: Workload, engine: EngineConfig, cluster: Cluster, files: Sequence[str]) -> Iterator[ParallelLayout]:
     """Tensor groups within a node that divide the model; sequence groups if rows are long."""
-    for tensor in divisors(cluster.gpus_per_node):
-        if any(tensor_problems(workload.model, tensor)):
+    for tensor in divisors(workload.model.decoder.num_heads):
+        if cluster.gpus_per_node % tensor or any(tensor_problems(workload.model, tensor)):
             continue
         try:
             size = _sizes(workload, tensor).model_size
@@ -158,9 +158,11 @@ def candidates(workload: Workload, engine: EngineConfig, cluster: Cluster, files
 
 
 def _sequences(workload: Workload, engine: EngineConfig, replicas: int, tensor: int) -> Iterator[int]:
-    for sequence in divisors(replicas):
+    for sequence in divisors(workload.model.decoder.num_heads // tensor):
         is_useful = sequence == 1 or (engine.layout != "padded" and workload.row_length >= 1024 * sequence)
-        if is_useful and not any(sequence_problems(workload.model, tensor=tensor, sequence=sequence)):
+        if not is_useful or replicas % sequence:
+            continue
+        if not any(sequence_problems(workload.model, tensor=tensor, sequence=sequence)):
             yield sequence
 
 

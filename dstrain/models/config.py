@@ -116,8 +116,8 @@ class StackConfig(Config):
         return self
 
     def kv_heads(self) -> dict[str, int]:
-        """Heads of keys and values by the key that sets them."""
-        return {"num_kv_heads": self.num_kv_heads or self.num_heads}
+        """Heads of keys and values by the keys that are set; others are `num_heads`."""
+        return {} if self.num_kv_heads is None else {"num_kv_heads": self.num_kv_heads}
 
 
 class DecoderOnlyStackConfig(StackConfig):
@@ -136,8 +136,9 @@ class DecoderStackConfig(DecoderOnlyStackConfig):
     )
 
     def kv_heads(self) -> dict[str, int]:
-        """Heads of keys and values by the key that sets them."""
-        return {**super().kv_heads(), "num_cross_kv_heads": self.num_cross_kv_heads or self.num_heads}
+        """Heads of keys and values by the keys that are set; others are `num_heads`."""
+        cross = {} if self.num_cross_kv_heads is None else {"num_cross_kv_heads": self.num_cross_kv_heads}
+        return super().kv_heads() | cross
 
 
 class TransformerParts(Config):

@@ -115,7 +115,7 @@ def build_mesh(device: DeviceChoice = "auto", *, tensor: int = 1, sequence: int 
     if world_size % (tensor * sequence) != 0:
         raise TrainingError(
             f"engine.parallel: tensor = {tensor} times sequence = {sequence} does not divide the number of ranks, {world_size}; "
-            "start another number of ranks, or lower one of the two"
+            f"start a multiple of {tensor * sequence} ranks, or lower one of the two"
         )
     if rank == 0 and local_world_size % tensor != 0:
         logger.warning(

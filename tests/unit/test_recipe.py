@@ -77,6 +77,7 @@ def test_tensor_ranks_must_divide_heads_and_features() -> None:
     refused = {"decoder.num_heads": 6, "decoder.num_cross_kv_heads": 3, "encoder.ffn_dim": 130, "encoder.num_kv_heads": 2}
     for key, value in refused.items():
         assert f"engine.parallel.tensor = 4 does not divide model.{key} = {value}" in message
+    assert message.count("engine.parallel.tensor") == len(refused), "keys that the recipe leaves out are not named"
 
 
 def test_sequence_ranks_must_share_heads_and_packed_tokens() -> None:

@@ -68,6 +68,7 @@ def test_what_fits_nowhere_is_shown_and_ends_with_1(capsys: pytest.CaptureFixtur
 
 
 FILES = ["--set", "data.tokenizer={kind: sentencepiece_files, source_model: no.model}"]
+SHORT = ["--set", "data.filter.max_source_length=20", "--set", "data.filter.max_target_length=64"]
 SLICED = ["--gpus-per-node", "3", "--set", "engine.parallel.tensor=2"]
 
 
@@ -91,6 +92,16 @@ SLICED = ["--gpus-per-node", "3", "--set", "engine.parallel.tensor=2"]
             ["--vocab-size", "9"],
         ),
         (["--teacher", "no"], "objective.kind = cross_entropy has no use for a teacher: leave --teacher out", []),
+        (
+            ["--teacher-placement", "sharded"],
+            "--teacher-placement says how a teacher works: add --teacher BUNDLE, or leave it out",
+            [],
+        ),
+        (
+            [*SHORT, "--length", "65"],
+            "--length 65 is longer than the text that data.filter keeps, 64 tokens at most; lower it, or raise",
+            [*SHORT, "--length", "64"],
+        ),
         (["--set", "engine.deepspeed=zero9"], "engine.deepspeed: no DeepSpeed configuration 'zero9'", []),
         (["--set", "model.model_dim=7"], "num_heads", []),
         (["--data", "nowhere"], "nowhere/manifest.json is missing", []),
@@ -109,6 +120,12 @@ def test_no_gpus_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["estimate", TINY, "--gpus-per-node", "0"])
     assert "argument --gpus-per-node: '0' is not a whole number from 1 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("length", "sides"), [(None, "20 + 32"), (50, "20 + 50")])
+def test_a_side_is_not_longer_than_the_filter_keeps(capsys: pytest.CaptureFixture[str], length: int | None, sides: str) -> None:
+    words = [] if length is None else ["--length", str(length)]
+    assert f"sentences of {sides} tokens" in run(capsys, TINY, *SHORT, *words)[1]
 
 
 def test_what_a_recipe_trains() -> None:

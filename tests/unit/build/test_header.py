@@ -51,11 +51,12 @@ def test_base_and_number_of_ranks_are_said(capsys: pytest.CaptureFixture[str], m
     for name, value in {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     setup_logging()
-    recipe = load_recipe("translation/quickstart", ["engine={deepspeed: zero3, precision: bf16}"])
+    layout = "engine={deepspeed: zero3, precision: bf16, parallel: {tensor: 2, sequence: 2}}"
+    recipe = load_recipe("translation/quickstart", [layout])
     announce_training(recipe, "r.yaml", data=Path("DATA"), output=Path("RUN"), base=Path("BUNDLE"))
     lines = [line[9:] for line in capsys.readouterr().err.splitlines()]
     assert "  start     the weights of BUNDLE" in lines
-    assert "  engine    4 ranks, bf16, ZeRO stage 3 (zero3)" in lines
+    assert "  engine    4 ranks (tensor 2 x sequence 2), bf16, ZeRO stage 3 (zero3)" in lines
 
 
 def test_a_run_that_goes_on_starts_from_its_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

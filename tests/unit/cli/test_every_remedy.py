@@ -166,6 +166,12 @@ ELSEWHERE = {
     "objective.kind = {} has no use for a teacher: leave --teacher out": (
         "unit/build/test_estimate.py::test_mistakes_are_said_and_mended"
     ),
+    "--teacher-placement says how a teacher works: add --teacher BUNDLE, or leave it out": (
+        "unit/build/test_estimate.py::test_mistakes_are_said_and_mended"
+    ),
+    "is longer than the text that data.filter keeps, {} tokens at most; lower it": (
+        "unit/build/test_estimate.py::test_mistakes_are_said_and_mended"
+    ),
     "or start more ranks; `dstrain estimate` recommends a layout": (
         "unit/build/test_estimate.py::test_a_training_says_its_memory_and_warns_unless_a_remedy_is_followed"
     ),

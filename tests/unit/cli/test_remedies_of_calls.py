@@ -550,7 +550,7 @@ CASES = {
         sizes_of(config_of(DECODER_ONLY), 9, 10),
         sizes_of(config_of(DECODER_ONLY), 10, 10),
     ),
-    "more tensor ranks than ranks": case("start another number of ranks, or lower one of the two", tensor_of(2), tensor_of(1)),
+    "more tensor ranks than ranks": case("start a multiple of {} ranks, or lower one of the two", tensor_of(2), tensor_of(1)),
     "no directory of fairseq": case(
         "is no directory; give the --destdir of fairseq-preprocess",
         imported("nowhere"),

@@ -97,6 +97,11 @@ RECIPES = [
         (("model.embedding.tie=decoder",),),
         "translation/multi30k_tiny_decoder_only",
     ),
+    wrong(
+        "cuts more parts than a micro-batch has tokens, batching.max_tokens = {}; lower it",
+        "engine.feed_forward_tiles=4097",
+        "engine.feed_forward_tiles=4096",
+    ),
     wrong("each rank takes as many heads and features; choose a divisor", "engine.parallel.tensor=3", "engine.parallel.tensor=2"),
     lm(
         "choose model.kind: decoder_only, or a corpus of pairs",

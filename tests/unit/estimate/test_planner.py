@@ -88,6 +88,11 @@ def test_heads_that_do_not_divide_give_no_tensor_group() -> None:
     assert {layout.tensor for layout in three} == {1}  # ffn_dim = 8192 does not divide by 3
 
 
+def test_a_cluster_of_absurd_size_is_laid_out_at_once() -> None:
+    layouts = candidates(workload(translator(), length=64), BF16, Cluster(10**15, 8, 80 * GIB, RATES), ["zero1"])
+    assert {layout.tensor for layout in layouts} == {1, 2, 4, 8}
+
+
 def test_a_slow_network_and_little_memory_ask_for_tensor_groups() -> None:
     slow = replace(RATES, inter_node=1e9)
     estimate = recommend(workload(language_model(7), tokens=100_000), BF16, cluster(64, rates=slow))
