@@ -30,7 +30,7 @@ class Job(NamedTuple):
 
 JOBS = [
     Job("pretrain", "pretraining/wikitext_denoising_tiny", "zero1_cluster", nodes=2),
-    Job("multilingual", "translation/quickstart", "zero1_cluster", nodes=2),
+    Job("multilingual", "translation/multi30k_multilingual", "zero1_cluster", nodes=2),
     Job("finetune", "translation/multi30k_tiny", takes_a_bundle=True),
     Job("finetune_lora", "translation/multi30k_tiny_lora", takes_a_bundle=True),
     Job("distill", "translation/multi30k_tiny_kd", takes_a_bundle=True),
