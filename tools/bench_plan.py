@@ -2,6 +2,7 @@
 
 python tools/bench_plan.py                     # 100 million synthetic lengths
 python tools/bench_plan.py --data DATA         # the training split of a prepared directory
+python tools/bench_plan.py --corpora 100       # 100 corpora mixed by temperature 5
 """
 
 import argparse
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dstrain.data.batching.plan import StepPlan, micro_batches
+from dstrain.data.batching.order import MixedOrder
+from dstrain.data.batching.plan import StepPlan, micro_batches, window_capacity
 from dstrain.data.config import BatchingConfig
 from dstrain.data.lengths import Lengths, StoredLengths
 from dstrain.data.prepared.dataset import open_dataset
+from dstrain.data.sampling import TemperatureSampling
 
 
 def synthetic_lengths(size: int) -> tuple[Lengths, Lengths]:
@@ -30,6 +33,15 @@ def synthetic_lengths(size: int) -> tuple[Lengths, Lengths]:
         source[part] = (base * random.normal(1.0, 0.15, len(base))).clip(1, 250)
         target[part] = base.clip(1, 250)
     return source, target
+
+
+def mixture(size: int, number: int, config: BatchingConfig) -> MixedOrder:
+    """An epoch of `size` examples from corpora whose sizes grow geometrically, the largest 1,000 times the smallest."""
+    shares = np.geomspace(1, 1000, number)
+    ends = [0, *np.ceil(size * shares.cumsum() / shares.sum()).astype(int).tolist()]
+    corpora = {f"c{index}": [range(ends[index], min(ends[index + 1], size))] for index in range(number)}
+    phases = TemperatureSampling(temperature=5).phases({name: len(rows) for name, (rows,) in corpora.items()})
+    return MixedOrder(corpora, phases, num_examples=size, capacity=window_capacity(config), seed=1)
 
 
 def padding(plan: StepPlan, lengths: StoredLengths, world_size: int, num_steps: int) -> dict[str, float]:
@@ -57,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=100_000_000, help="synthetic examples (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="a prepared directory to read the lengths from instead")
+    parser.add_argument("--corpora", type=int, help="mix so many, of sizes from n to 1,000 n, by temperature 5")
     parser.add_argument("--tokens-per-step", type=int, default=3465)
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=1_000_000)
@@ -70,7 +83,7 @@ def main() -> None:
     config = BatchingConfig(tokens_per_step=args.tokens_per_step, max_tokens=args.max_tokens, shuffle_window=args.window)
     began, cpu_began = time.perf_counter(), time.process_time()
     lengths = StoredLengths(source, target)
-    plan = StepPlan(lengths, config, seed=1)
+    plan = StepPlan(lengths, config, seed=1, order=mixture(len(source), args.corpora, config) if args.corpora else None)
     steps = targets = 0
     for step in plan.epoch(0):
         steps, targets = steps + 1, targets + step.num_targets

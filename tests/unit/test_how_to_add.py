@@ -78,7 +78,7 @@ def test_the_toys_work(tmp_path: Path) -> None:
     assert found["torch_free"]
     shown = yaml.safe_load(found["show"])
     assert (shown["model"]["norm"], shown["model"]["activation"], shown["objective"]) == ({"kind": "toy"}, "toy", {"kind": "toy"})
-    assert shown["data"]["train"] == [{"kind": "toy", "path": "pairs.txt"}]
+    assert shown["data"]["train"] == [{"name": None, "kind": "toy", "path": "pairs.txt"}]
     assert found["verb"] == "the word is swordfish\n"
     assert "no_such_package (not installed)" in found["kernels"]
     assert found["forced"] == ["toy_argmax", [[1]]]

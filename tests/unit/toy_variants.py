@@ -118,7 +118,7 @@ SOURCE: dict[str, Edit] = {
     "dstrain/data/config.py": (
         (
             "TextSource = Annotated[",
-            'class ToyText(Config):\n    kind: Literal["toy"]\n    path: str\n\n\nTextSource = Annotated[',
+            'class ToyText(Corpus):\n    kind: Literal["toy"]\n    path: str\n\n\nTextSource = Annotated[',
         ),
         ("PlainText | FairseqText, Field", "PlainText | FairseqText | ToyText, Field"),
     ),

@@ -138,21 +138,43 @@ def test_examples_are_drawn_by_shares(trained: Trained) -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "message"),
+    ("setting", "message", "mended"),
     [
-        ("validation.corpus=en-xx", "validation.corpus: en-xx is no corpus of data.valid (en-de, en-fr, en-cs"),
-        ("batching.sampling={kind: weights, weights: {en-xx: 1}}", "batching.sampling.weights: en-xx is no corpus of data.train"),
+        (
+            "validation.corpus=en-xx",
+            "validation.corpus: en-xx is no corpus of data.valid (en-de, en-fr",
+            "validation.corpus=en-fr",
+        ),
+        (
+            "batching.sampling={kind: weights, weights: {en-xx: 1}}",
+            "batching.sampling.weights: en-xx is no corpus of data.train (en-de",
+            f"batching.sampling={{kind: weights, weights: {{{', '.join(f'{name}: 1' for name in DIRECTIONS)}}}}}",
+        ),
         (
             "batching.sampling={kind: weights, weights: {en-de: 1}}",
-            "batching.sampling.weights lacks the corpus en-fr of data.train",
+            "batching.sampling.weights lacks the corpus en-fr of data.train; give it a weight, 0 to leave it out",
+            f"batching.sampling={{kind: weights, weights: {{{', '.join(f'{name}: 0' for name in DIRECTIONS[1:])}, en-de: 1}}}}",
         ),
-        ("batching.sampling={kind: weights, weights: {en-de: 0}}", "weights add up to 0, so no example would be drawn"),
+        (
+            "batching.sampling={kind: weights, weights: {en-de: 0}}",
+            "weights add up to 0, so no example would be drawn",
+            "batching.sampling=null",
+        ),
     ],
 )
-def test_mistakes_in_names_and_weights(setting: str, message: str) -> None:
+def test_mistakes_in_names_and_weights(setting: str, message: str, mended: str) -> None:
     with pytest.raises(RecipeError) as error:
         load_recipe(RECIPE, [setting])
     assert message in str(error.value)
+    load_recipe(RECIPE, [mended])
+
+
+def test_sampling_needs_names() -> None:
+    sampling = "batching.sampling={kind: temperature}"
+    with pytest.raises(RecipeError, match=r"batching.sampling draws from the corpora of data.train by name, and they have fewer"):
+        load_recipe("translation/quickstart", [sampling])
+    corpora = ", ".join(f"{{kind: grammar, split: train, num_pairs: 9, name: {name}}}" for name in "ab")
+    load_recipe("translation/quickstart", [sampling, f"data.train=[{corpora}]"])
 
 
 def test_own_directions_are_extends_and_data(tmp_path: Path) -> None:

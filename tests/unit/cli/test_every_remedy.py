@@ -178,6 +178,26 @@ ELSEWHERE = {
     "leaves a rank without entries of the {} vocabulary of {}; lower it": (
         "unit/models/test_factory.py::test_a_vocabulary_may_be_uneven_but_every_rank_has_entries"
     ),
+    "look at the counts of dropped pairs in the manifest, or leave the corpus out": (
+        "unit/data/test_sampling.py::test_a_corpus_without_examples_or_with_too_small_a_share_is_an_error"
+    ),
+    "examples of an epoch: raise its weight, or batching.sampling.examples_per_epoch": (
+        "unit/data/test_sampling.py::test_a_corpus_without_examples_or_with_too_small_a_share_is_an_error"
+    ),
+    "or let data.tokenizer: {kind: sentencepiece} train a vocabulary with it": (
+        "unit/data/test_corpora.py::test_a_tag_that_the_vocabulary_lacks_is_an_error"
+    ),
+    "prepare it again to tell the corpora {} apart": ("unit/data/test_corpora.py::test_data_of_an_earlier_version_is_one_corpus"),
+    "and they have fewer than two names; give each corpus a `name`, or leave sampling out": (
+        "unit/build/test_multilingual.py::test_sampling_needs_names"
+    ),
+    "batching.sampling.{}: {} is no corpus of data.train": (
+        "unit/build/test_multilingual.py::test_mistakes_in_names_and_weights"
+    ),
+    "batching.sampling.{} lacks the corpus {} of data.train": (
+        "unit/build/test_multilingual.py::test_mistakes_in_names_and_weights"
+    ),
+    "validation.corpus: {} is no corpus of data.valid": ("unit/build/test_multilingual.py::test_mistakes_in_names_and_weights"),
 }
 """Part of a message -> the test that follows its remedy with more than a call: ranks, training, damage, foreign checkpoints."""
 NOT_HERE = {

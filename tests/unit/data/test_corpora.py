@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from dstrain.data.config import DataConfig, corpus_names
+from dstrain.data.config import DataConfig, TrainedSentencePiece, corpus_names
 from dstrain.data.prepared.corpora import CorpusRanges, NamedCorpora, merged_runs
-from dstrain.data.prepared.dataset import open_dataset
+from dstrain.data.prepared.dataset import named_corpora, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
@@ -58,6 +58,14 @@ def test_data_of_an_earlier_version_is_one_corpus(tmp_path: Path) -> None:
     data = open_dataset(tmp_path / "data", "train")
     assert not data.knows_corpora
     assert not data.corpus_of(np.arange(190)).any()
+    with pytest.raises(
+        DataError, match=r"did not note whose rows of train are: prepare it again to tell the corpora en-xx, en-yy"
+    ):
+        named_corpora(load_manifest(tmp_path / "data"), "train", data)
+    prepare(named_config(tmp_path), tmp_path / "data", workers=1, overwrite=True)
+    named = named_corpora(load_manifest(tmp_path / "data"), "train", open_dataset(tmp_path / "data", "train"))
+    assert named is not None
+    assert named.names == ("en-xx", "en-yy")
 
 
 def test_runs_that_do_not_add_up_are_an_error(tmp_path: Path) -> None:
@@ -97,6 +105,8 @@ def test_a_tag_that_the_vocabulary_lacks_is_an_error(tmp_path: Path) -> None:
     config = named_config(tmp_path, directions={"en-xx": {"source_tags": ["__xx__"]}}, tokenizer=kept)
     with pytest.raises(DataError, match=r"data.directions.en-xx.source_tags: '__xx__' is no entry of the vocabulary"):
         prepare(config, tmp_path / "data", workers=1)
+    trained = {"kind": "sentencepiece", "vocab_size": 70}
+    prepare(config.model_copy(update={"tokenizer": TrainedSentencePiece.model_validate(trained)}), tmp_path / "tagged", workers=1)
 
 
 @pytest.mark.parametrize(

@@ -146,3 +146,5 @@ def test_a_corpus_without_examples_or_with_too_small_a_share_is_an_error() -> No
     MixedOrder({"a": LINES["a"], "b": []}, [Phase(1, {"a": 1.0, "b": 0.0})], num_examples=100, capacity=100, seed=1)
     with pytest.raises(DataError, match=r"the share of the corpus b, 0.001, is less than one of the 200 examples of an epoch"):
         mixture({"a": 0.999, "b": 0.001, "c": 0.0})
+    mixture({"a": 0.999, "b": 0.001, "c": 0.0}, examples=2000)
+    mixture({"a": 0.99, "b": 0.01, "c": 0.0})
