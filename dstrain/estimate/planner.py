@@ -113,7 +113,7 @@ def recommend(workload: Workload, engine: EngineConfig, cluster: Cluster) -> Est
     if not fitting:
         raise RecipeError(
             f"no layout on {cluster.ranks} GPUs fits: the smallest needs {least / 2**30:.1f} GiB of each GPU, of whose "
-            f"{cluster.gpu_memory / 2**30:.0f} GiB {USABLE:.0%} are usable; take more GPUs, more memory, or a smaller model"
+            f"{cluster.gpu_memory / 2**30:g} GiB {USABLE:.0%} are usable; take more GPUs, more memory, or a smaller model"
         )
     fastest = min(_total(estimate) for estimate in fitting)
     return min((each for each in fitting if _total(each) <= _EVEN * fastest), key=_complexity)

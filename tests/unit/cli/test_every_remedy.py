@@ -44,10 +44,10 @@ ELSEWHERE = {
     ),
     "its run has no training.ema; choose --weights trained": "unit/checkpoint/test_consolidate.py::test_mistakes_are_named",
     "which describes the model; name a checkpoint of `dstrain train`": (
-        "e2e/test_elastic.py::test_a_run_continues_on_other_ranks_and_its_checkpoint_becomes_the_same_bundle"
+        "e2e/test_elastic.py::test_a_run_continues_on_sequence_ranks_and_its_checkpoint_becomes_the_same_bundle"
     ),
     "make a bundle of it: dstrain consolidate {} --output BUNDLE": (
-        "e2e/test_elastic.py::test_a_run_continues_on_other_ranks_and_its_checkpoint_becomes_the_same_bundle"
+        "e2e/test_elastic.py::test_a_run_continues_on_sequence_ranks_and_its_checkpoint_becomes_the_same_bundle"
     ),
     "free space or repair the disk, then start again to resume": (
         "unit/training/test_trainer.py::test_a_full_disk_while_a_bundle_is_written_is_explained"

@@ -81,7 +81,7 @@ def test_tensor_ranks_must_divide_the_ranks_of_a_run(monkeypatch: pytest.MonkeyP
     for name, value in {"RANK": "3", "WORLD_SIZE": "6", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "6"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(
-        TrainingError, match="tensor = 4 times sequence = 1 does not divide the number of ranks, 6; start another"
+        TrainingError, match="tensor = 4 times sequence = 1 does not divide the number of ranks, 6; start a multiple of 4 ranks"
     ):
         build_mesh("cpu", tensor=4)
 
