@@ -1,4 +1,4 @@
-"""The recipes of pretraining at toy size: trained, resumed, validated; and a mixture of tasks and pairs."""
+"""Pretraining at toy size: resumed, validated, mixed with pairs, and what it refuses."""
 
 from __future__ import annotations
 
@@ -44,40 +44,36 @@ def trained(recipe: Path, data: Path, output: Path, *words: str) -> Path:
     return output
 
 
-@pytest.mark.parametrize("name", ["wikitext_denoising_tiny", "wikitext_span_corruption_tiny"])
-def test_a_recipe_learns_and_its_bundle_scores_as_its_last_validation(name: str, tmp_path: Path) -> None:
-    recipe, data = prepared(tmp_path, name)
-    run = trained(recipe, data, tmp_path / "run")
-    losses = [loss for _, loss, *_ in curve(run)]
-    assert len(losses) == 20
-    assert losses[-1] < losses[0] - 0.5
-    first, last = events(run, "valid")
-    scores = json.loads(succeeds(dstrain("validate", run / "bundles/last", "--data", data, "--device", "cpu")).stdout)
+def test_a_resumed_run_has_the_same_noise_and_its_bundle_the_loss_of_its_last_validation(tmp_path: Path) -> None:
+    recipe, data = prepared(tmp_path, "wikitext_denoising_tiny")
+    straight = trained(recipe, data, tmp_path / "straight")
+    resumed = trained(recipe, data, tmp_path / "resumed", "--set", "training.max_steps=10")
+    assert curve(trained(recipe, data, resumed)) == curve(straight)
+    first, last = events(straight, "valid")
+    scores = json.loads(succeeds(dstrain("validate", straight / "bundles/last", "--data", data, "--device", "cpu")).stdout)
     assert scores["loss"] == pytest.approx(last["loss"], rel=1e-6)
     assert scores["num_targets"] == last["num_targets"] == first["num_targets"]
     assert "bleu" not in scores
 
 
-def test_a_resumed_run_sees_the_same_noise(tmp_path: Path) -> None:
-    recipe, data = prepared(tmp_path, "wikitext_denoising_tiny")
-    straight = trained(recipe, data, tmp_path / "straight")
-    resumed = trained(recipe, data, tmp_path / "resumed", "--set", "training.max_steps=10")
-    assert curve(trained(recipe, data, resumed)) == curve(straight)
-
-
-def test_tasks_and_pairs_are_learned_together(tmp_path: Path) -> None:
+def test_tasks_and_pairs_are_mixed_by_weight_and_report_their_losses(tmp_path: Path) -> None:
     text = {"kind": "text", "path": str(write_lines(tmp_path / "lines.txt", [f"{line} ." for line in sentences(80)]))}
     corpora = [
-        {**text, "task": {"kind": "denoising"}},
-        {**text, "task": {"kind": "mass"}},
-        parallel(tmp_path, "pairs", sentences(50), sentences(50)),
+        {**text, "name": "denoised", "task": {"kind": "denoising"}},
+        {**text, "name": "masked", "task": {"kind": "mass"}},
+        {**parallel(tmp_path, "pairs", sentences(50), sentences(50)), "name": "pairs"},
     ]
     splits = [f"data.{split}={json.dumps(corpora)}" for split in ("train", "valid")]
-    recipe, data = prepared(tmp_path, "wikitext_denoising_tiny", *splits, "training.max_steps=10")
+    weights = "batching.sampling={kind: weights, weights: {denoised: 1, masked: 1, pairs: 2}}"
+    recipe, data = prepared(tmp_path, "wikitext_denoising_tiny", *splits, weights, "training.max_steps=10")
     run = trained(recipe, data, tmp_path / "run")
+    names = {"nll/denoised", "nll/masked", "nll/pairs"}
+    assert names <= {name for event in events(run, "train") for name in event}
+    (valid,) = events(run, "valid")
+    assert names <= valid.keys()
     lengths = open_dataset(data, "valid").target_lengths.tolist()  # with EOS; those of the second corpus are halved
     targets = [round((length - 1) / 2) + 1 if 80 <= row < 160 else length for row, length in enumerate(lengths)]
-    assert [event["num_targets"] for event in events(run, "valid")] == [sum(targets)]
+    assert valid["num_targets"] == sum(targets)
 
 
 def test_a_text_with_more_spans_than_sentinels_is_found_before_anything_starts(tmp_path: Path) -> None:
