@@ -9,6 +9,7 @@ from dstrain.engine.launch import load_deepspeed
 from dstrain.parallel.collectives import copy_to, reduce_from
 from dstrain.parallel.group import Group
 from dstrain.parallel.mesh import Mesh, build_mesh
+from dstrain.parallel.sequence import heads_to_tokens, tokens_to_heads
 
 Report = dict[str, Any]
 
@@ -46,6 +47,7 @@ def _mesh(mesh: Mesh) -> Report:
     return {
         "groups": {name: _collectives(getattr(mesh, name), mesh.world.rank) for name in names},
         "gradients": _gradients(mesh.tensor),
+        "exchanged": _exchanged(mesh.sequence),
         "updated": _updated(mesh),
     }
 
@@ -66,6 +68,22 @@ def _gradients(group: Group) -> Report:
         report[name] = {"loss": loss.item(), "x": grads[0].tolist(), "weight": grads[1].tolist()}
         if name == "eager":
             report[name]["second"] = torch.autograd.grad(grads[0].square().sum(), [x])[0].tolist()
+    return report
+
+
+def _exchanged(group: Group) -> Report:
+    """Heads for tokens and back, where each rank multiplies its heads by its own number; gradients; eager and compiled."""
+
+    def scaled(x: Tensor) -> Tensor:
+        (heads,) = tokens_to_heads((x,), group)
+        return heads_to_tokens(heads * (group.rank + 1), group)
+
+    report: Report = {}
+    for name, function in (("eager", scaled), ("compiled", torch.compile(scaled, backend="aot_eager", fullgraph=True))):
+        x = torch.ones(2 * group.size, 3, 5, requires_grad=True)
+        result = function(x)
+        (grad,) = torch.autograd.grad(result.square().sum(), x)
+        report[name] = {"result": result.flatten(1).mean(1).tolist(), "grad": grad.flatten(1).mean(1).tolist()}
     return report
 
 

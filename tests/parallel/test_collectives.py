@@ -67,6 +67,17 @@ def test_gradients_of_collectives(four: list[Any], index: int, compiled: str) ->
             torch.testing.assert_close(torch.tensor(found["second"], dtype=torch.float64), second)
 
 
+@pytest.mark.parametrize("index", [1, 2, 4], ids=["s2", "s4", "t2s2"])
+@pytest.mark.parametrize("compiled", ["eager", "compiled"])
+def test_sequence_ranks_exchange_heads_for_tokens(four: list[Any], index: int, compiled: str) -> None:
+    """Two heads a rank: what rank r does with its heads comes back to the tokens of every rank, and so does the gradient."""
+    factors = [rank + 1 for rank in range(SHAPES[index][1]) for _ in range(2)]
+    for shapes in four:
+        found = shapes[index]["exchanged"][compiled]
+        assert found["result"] == pytest.approx(factors)
+        assert found["grad"] == pytest.approx([2 * factor**2 for factor in factors])
+
+
 @pytest.mark.parametrize("index", range(len(SHAPES)), ids=[f"t{tensor}s{sequence}" for tensor, sequence in SHAPES])
 def test_deepspeed_averages_over_the_replicas(four: list[Any], index: int) -> None:
     """One SGD step of a weight whose gradient on replica r is r + 1, of a mesh's own mpu: tensor ranks do not count."""
