@@ -393,6 +393,14 @@ def test_planning_100_million_examples_takes_under_a_minute_and_2_gib() -> None:
     assert figures["peak_mib"] < 2048
 
 
-def bench(size: int) -> dict[str, float]:
-    command = [sys.executable, ROOT / "tools" / "bench_plan.py", "--examples", str(size), "--json"]
+@pytest.mark.slow
+def test_planning_100_corpora_of_100_million_examples_takes_under_90_seconds_and_2_gib_and_a_half() -> None:
+    figures = bench(100_000_000, "--corpora", "100")
+    assert figures["fullness_percent"] > 99
+    assert figures["cpu_seconds"] < 90
+    assert figures["peak_mib"] < 2560
+
+
+def bench(size: int, *options: str) -> dict[str, float]:
+    command = [sys.executable, ROOT / "tools" / "bench_plan.py", "--examples", str(size), "--json", *options]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=280).stdout)
