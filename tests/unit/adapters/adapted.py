@@ -1,5 +1,6 @@
 """Adapted small models for the tests of this package."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from dstrain.adapters.config import LoraConfig
 from dstrain.adapters.freeze import freeze
 from dstrain.adapters.lora import inject, merged
 from dstrain.batch import Sequences
+from dstrain.checkpoint.bundle import find_bundle, save_adapter_bundle
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
-from dstrain.models.factory import Model
+from dstrain.models.factory import Model, build_model
 from dstrain.models.weights import TensorSource, load_canonical, to_canonical
 from tests.batches import decoder_hidden
 from tests.unit.models.build import sequences, small_config, small_model
@@ -68,3 +70,19 @@ def merged_model(model: Model, adapter: LoraConfig, config: EncoderDecoderConfig
     base, trained = copies(plain), adapter_of(model)
     load_canonical(plain, TensorSource({name: merged(name, tensor, trained, adapter) for name, tensor in base.items()}))
     return plain
+
+
+ADAPTED = ("q_proj", "up_proj")
+"""Targets of `adapt`."""
+
+
+def adapt(directory: Path, base: Path, *, seed: int) -> Path:
+    """An adapter bundle over a bundle, as after some training. seed: of it, and the beam size of its recipe."""
+    stored, config = find_bundle(base), LoraConfig(rank=2, alpha=9, targets=ADAPTED)
+    model = build_model(stored.description.model, stored.description.vocabulary, projections="separate", seed=None)
+    load_canonical(model, inject(model, config, stored, seed=seed))
+    freeze(model, config)
+    train(model)
+    recipe = {"version": 1, "generation": {"kind": "beam", "beam_size": seed}}
+    save_adapter_bundle(directory, adapter=config, base=stored, weights=adapter_of(model), recipe=recipe, notes={"step": seed})
+    return directory

@@ -8,30 +8,14 @@ import pytest
 import torch
 
 from dstrain.adapters.config import LoraConfig
-from dstrain.adapters.freeze import freeze
-from dstrain.adapters.lora import inject
 from dstrain.api import load
 from dstrain.build.base import build_on_base
-from dstrain.checkpoint.bundle import find_bundle, save_adapter_bundle
+from dstrain.checkpoint.bundle import find_bundle
 from dstrain.cli.main import main
 from dstrain.errors import BundleError
-from dstrain.models.factory import build_model
 from dstrain.models.weights import load_canonical, to_canonical
-from tests.unit.adapters.adapted import adapter_of, train
+from tests.unit.adapters.adapted import ADAPTED, adapt
 from tests.unit.generation.small_bundle import SENTENCES, make_bundle
-
-TARGETS = ("q_proj", "up_proj")
-
-
-def adapt(directory: Path, base: Path, *, seed: int) -> Path:
-    stored, config = find_bundle(base), LoraConfig(rank=2, alpha=9, targets=TARGETS)
-    model = build_model(stored.description.model, stored.description.vocabulary, projections="separate", seed=None)
-    load_canonical(model, inject(model, config, stored, seed=seed))
-    freeze(model, config)
-    train(model)
-    recipe = {"version": 1, "generation": {"kind": "beam", "beam_size": seed}}
-    save_adapter_bundle(directory, adapter=config, base=stored, weights=adapter_of(model), recipe=recipe, notes={"step": seed})
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +87,7 @@ def test_a_merged_bundle_is_a_base_like_any_other(base: Path, adapters: list[Pat
     merged = tmp_path / "merged"
     assert main(["merge", str(adapters[0]), "--output", str(merged)]) == 0
     stored, expected = find_bundle(merged), find_bundle(adapters[0])
-    for adapter in (None, LoraConfig(rank=1, alpha=1, targets=TARGETS)):
+    for adapter in (None, LoraConfig(rank=1, alpha=1, targets=ADAPTED)):
         model, weights = build_on_base(stored, stored.description.model, adapter, seed=1)
         load_canonical(model, weights)
         tensors = to_canonical(model)

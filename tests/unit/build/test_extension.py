@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from dstrain.models.weights import to_canonical
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import dump_recipe
 from tests.e2e.support import dstrain, succeeds
+from tests.unit.adapters.adapted import adapt
 
 SMALL = (
     "data.tokenizer.vocab_size=90",
@@ -99,6 +101,17 @@ def test_a_recipe_extends_its_base(recipe: Recipe, data: Path, base: Path, tmp_p
     assert first.description.model == recipe.model
     assert first.fingerprint == second.fingerprint
     assert first.fingerprint != find_bundle(longer).fingerprint
+
+
+def test_an_adapter_is_merged_wherever_its_base_is_now(base: Path, tmp_path: Path) -> None:
+    home = shutil.copytree(base, tmp_path / "base")
+    adapted = adapt(tmp_path / "adapted", home, seed=1)
+    extend(ExtendOptions(bundle=adapted, base=home.rename(tmp_path / "moved"), output=tmp_path / "longer", kind="ntk", factor=2))
+    stored, merged = find_bundle(tmp_path / "longer"), find_bundle(adapted, tmp_path / "moved")
+    assert not stored.adapters
+    assert all(stored.read(name).equal(merged.read(name)) for name in merged.names())
+    query = "decoder.layers.0.self_attention.q_proj.weight"
+    assert not stored.read(query).equal(find_bundle(base).read(query))
 
 
 def test_an_extension_begins_at_an_unscaled_base_and_not_under_an_adapter(

@@ -27,6 +27,7 @@ VERBS: dict[str, tuple[str, ...]] = {
     "inspect": ("inspect", "BUNDLE"),
     "merge": ("merge", "BUNDLE", "--output", "OUT"),
     "export": ("export", "BUNDLE", "--format", "ctranslate2", "--output", "OUT"),
+    "export peft": ("export", "BUNDLE", "--format", "peft", "--output", "OUT"),
     "average": ("average", "BUNDLE", "OTHER", "--output", "OUT"),
     "dump-logits": ("dump-logits", "--teacher", "BUNDLE", "--data", "DATA", "--split", "valid", "--output", "OUT"),
     "pseudo-label": ("pseudo-label", "--teacher", "BUNDLE", "--data", "DATA", "--output", "OUT", "--max-repeats", "99"),
