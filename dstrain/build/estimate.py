@@ -38,7 +38,7 @@ from dstrain.estimate.workload import (
 from dstrain.log import log_fields, logger
 from dstrain.models.config import VocabularySizes
 from dstrain.parallel.launch_environment import rank_from_environment
-from dstrain.parallel.mesh import Mesh
+from dstrain.parallel.mesh import Mesh, crossing_warning
 from dstrain.recipe import Recipe
 
 GEMM_TFLOPS = {"fp32": 50.0, "bf16": 600.0, "fp16": 600.0}
@@ -148,6 +148,8 @@ def estimate(recipe: Recipe, options: EstimateOptions) -> Estimates:
             f"engine.parallel: tensor = {parallel.tensor} times sequence = {parallel.sequence} does not divide the "
             f"{cluster.ranks} GPUs of --nodes {options.nodes} --gpus-per-node {options.gpus_per_node}; choose other numbers"
         )
+    if warning := crossing_warning(parallel.tensor, options.gpus_per_node):
+        logger.warning("%s", warning)
     workload = workload_of(recipe, _vocabulary(recipe, options), _lengths(recipe, options), _teachers(options.teachers, recipe))
     sizes = count_parameters(workload.model, workload.vocabulary, tensor=parallel.tensor, adapter=workload.adapter)
     layout = layout_of(recipe, sizes.model_size, ranks=cluster.ranks, device="cuda")

@@ -93,7 +93,7 @@ def _bandwidth(group: GroupName, layout: ParallelLayout, cluster: Cluster) -> fl
     """
     rates = cluster.rates
     extent = {"tensor": layout.tensor, "sequence": layout.tensor * layout.sequence}.get(group, layout.ranks)
-    if extent <= cluster.gpus_per_node:
+    if cluster.gpus_per_node % extent == 0:
         return rates.intra_node
     stride = {"replicas": layout.tensor, "sequence": layout.tensor}.get(group, 1)
     return min(rates.intra_node, rates.inter_node * max(1, cluster.gpus_per_node // stride))

@@ -117,13 +117,8 @@ def build_mesh(device: DeviceChoice = "auto", *, tensor: int = 1, sequence: int 
             f"engine.parallel: tensor = {tensor} times sequence = {sequence} does not divide the number of ranks, {world_size}; "
             f"start a multiple of {tensor * sequence} ranks, or lower one of the two"
         )
-    if rank == 0 and local_world_size % tensor != 0:
-        logger.warning(
-            "engine.parallel.tensor = %d: groups of as many ranks reach over nodes of %d, and every layer waits for the network; "
-            "choose a divisor of the ranks of a node",
-            tensor,
-            local_world_size,
-        )
+    if rank == 0 and (warning := crossing_warning(tensor, local_world_size)):
+        logger.warning("%s", warning)
     chosen, local_rank = _choose_device(device, int(variables["LOCAL_RANK"]))
     os.environ.update({**variables, "LOCAL_RANK": str(local_rank)})
     if "OMP_NUM_THREADS" not in os.environ:
@@ -136,6 +131,16 @@ def build_mesh(device: DeviceChoice = "auto", *, tensor: int = 1, sequence: int 
         return Mesh(world, data=world, sequence=alone, tensor=alone, replicas=world, local_rank=local_rank)
     groups = {name: _join_group(world, ranks) for name, ranks in group_ranks(world_size, tensor, sequence).items()}
     return Mesh(world, **groups, local_rank=local_rank)
+
+
+def crossing_warning(tensor: int, ranks_of_node: int) -> str | None:
+    """What to say of tensor groups that reach over nodes; None if they do not."""
+    if ranks_of_node % tensor == 0:
+        return None
+    return (
+        f"engine.parallel.tensor = {tensor}: groups of as many ranks reach over nodes of {ranks_of_node}, and every layer waits "
+        "for the network; choose a divisor of the ranks of a node"
+    )
 
 
 def group_ranks(world_size: int, tensor: int, sequence: int) -> dict[str, list[list[int]]]:

@@ -116,6 +116,18 @@ def test_mistakes_are_said_and_mended(
     assert run(capsys, TINY, *mended)[0] == 0
 
 
+def test_tensor_groups_over_nodes_are_warned_about_and_wait_for_the_network(capsys: pytest.CaptureFixture[str]) -> None:
+    heads = ["encoder.num_heads=4", "decoder.num_heads=4", "model_dim=128", "encoder.ffn_dim=256", "decoder.ffn_dim=256"]
+    four = [word for change in heads for word in ("--set", f"model.{change}")] + ["--set", "engine.parallel.tensor=4"]
+    seconds = []
+    for nodes, gpus in ((3, 4), (2, 6)):
+        code, out, err = run(capsys, TINY, *four, "--nodes", str(nodes), "--gpus-per-node", str(gpus), "--json")
+        assert code == 0
+        seconds.append(json.loads(out)["recipe"]["seconds"]["communication"])
+        assert ("engine.parallel.tensor = 4: groups of as many ranks reach over nodes of 6" in err) == (gpus == 6)
+    assert seconds[1] > seconds[0], "the replicas are as fast as before, the tensor groups are slower"
+
+
 def test_no_gpus_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["estimate", TINY, "--gpus-per-node", "0"])
