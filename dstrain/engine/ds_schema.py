@@ -33,7 +33,9 @@ BELONGS_ELSEWHERE = {
     "prescale_gradients": "dstrain scales the loss itself; leave it out",
     "gradient_predivide_factor": "dstrain scales the loss itself; leave it out",
     "managed_gradient_accumulation": "dstrain accumulates by itself; leave it out",
-    "activation_checkpointing": "dstrain's models do not use DeepSpeed's checkpointing; leave it out",
+    "activation_checkpointing": "set engine.activation_checkpointing in the recipe",
+    "tensor_parallel": "set engine.parallel.tensor in the recipe",
+    "sequence_parallel_size": "set engine.parallel.sequence in the recipe",
     "aio": "offloading to NVMe is not supported; offload to cpu",
 }
 """Known sections that dstrain does not take from the JSON, and where their facts live."""

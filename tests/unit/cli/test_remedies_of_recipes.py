@@ -185,6 +185,13 @@ JSON = {
     ),
     "set batching.tokens_per_step in the recipe": ({"train_batch_size": 8}, {}, ("batching.tokens_per_step=500",)),
     "set engine.precision in the recipe": ({"amp": {"enabled": True}}, {}, ("engine.precision=bf16",)),
+    "set engine.parallel.tensor in the recipe": ({"tensor_parallel": {"autotp_size": 2}}, {}, ("engine.parallel.tensor=2",)),
+    "set engine.parallel.sequence in the recipe": ({"sequence_parallel_size": 2}, {}, ("engine.parallel.sequence=2",)),
+    "set engine.activation_checkpointing in the recipe": (
+        {"activation_checkpointing": {"partition_activations": True}},
+        {},
+        ("engine.activation_checkpointing=full",),
+    ),
     "set reporting.tensorboard in the recipe": ({"tensorboard": {"enabled": True}}, {}, ("reporting.tensorboard=true",)),
     "set reporting.wandb in the recipe": ({"wandb": {"enabled": True}}, {}, ("reporting.wandb={project: a}",)),
     "set reporting.log_every in the recipe": ({"steps_per_print": 5}, {}, ("reporting.log_every=5",)),
