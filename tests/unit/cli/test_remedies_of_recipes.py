@@ -104,7 +104,7 @@ RECIPES = [
     ),
     wrong("each rank takes as many heads and features; choose a divisor", "engine.parallel.tensor=3", "engine.parallel.tensor=2"),
     lm(
-        "choose model.kind: decoder_only, or a corpus of pairs",
+        "choose a task that makes one (task: {kind: denoising}), model.kind: decoder_only, or a corpus of pairs",
         ("model={preset: tiny}",),
         (),
     ),
