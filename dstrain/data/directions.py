@@ -6,10 +6,14 @@ text stays raw.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from dstrain.data.config import Direction
 from dstrain.data.tokenizers.tokenizer import WORD_START
 from dstrain.errors import DataError
-from dstrain.protocols import TextTokenizer
+
+if TYPE_CHECKING:
+    from dstrain.protocols import TextTokenizer
 
 
 def source_tag_ids(name: str, direction: Direction, tokenizer: TextTokenizer) -> list[int]:

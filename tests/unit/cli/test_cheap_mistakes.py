@@ -76,6 +76,13 @@ MISTAKES = {
     "bundles that are none": (["average", BUNDLE, "none", "--output", "b"], "none is not a bundle"),
     "nothing to merge": (["merge", "none", "--output", "b"], "none is not a bundle"),
     "a plain bundle to merge": (["merge", BUNDLE, "--output", "b"], "is a plain bundle already"),
+    "nothing to extend": (["extend", "none", "--factor", "2", "--kind", "yarn", "--output", "b"], "none is not a bundle"),
+    "a shorter context": (["extend", BUNDLE, "--factor", "0.5", "--kind", "ntk", "--output", "b"], "is not a number from 1 on"),
+    "no adapter to import": (["import", "peft", BUNDLE, "--base", BUNDLE, "--output", "b"], "has no adapter_config.json"),
+    "no adapter to generate with": (
+        ["generate", BUNDLE, "--adapter", BUNDLE, "--input", "text"],
+        "is no adapter: it is no adapter",
+    ),
     "nothing to export": (["export", "none", "--format", "ctranslate2", "--output", "b"], "none is not a bundle"),
     "an export over a text": (
         ["export", BUNDLE, "--format", "ctranslate2", "--output", "text", "--overwrite"],
