@@ -56,7 +56,7 @@ def leaf_keys(tree: Any) -> Iterator[str]:
             yield from leaf_keys(item)
     elif isinstance(tree, dict):
         for key, value in tree.items():
-            if key not in ("test", "layers", "directions"):  # their keys are names of the user
+            if key not in ("test", "layers", "directions", "weights"):  # their keys are names of the user
                 yield key
                 yield from leaf_keys(value)
 

@@ -112,7 +112,6 @@ def lines_of(name: str, *overrides: str) -> list[str]:
         ("training.seed.x.y=1", "training.seed is the value 1, which has no keys"),
         ("optimizer.betas.\u00b2=1", "is no item of a list of 2; items count from 0"),
         ("model.dropout=[null, {a: no}]", "model.dropout: input should be a valid number, not [null, {a: false}]"),
-        ("engine.parallel.sequence=2", "engine.parallel.sequence = 2: sequence parallelism is not available in this version"),
         ("version=null", "version: this dstrain reads recipes of version 1, not null"),
     ],
 )

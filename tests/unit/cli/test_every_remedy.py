@@ -18,6 +18,15 @@ TABLES = {
     *test_remedies_of_recipes.SINGLE,
 }
 ELSEWHERE = {
+    "and --logits are of what is stored: distil with --teacher BUNDLE": (
+        "unit/cli/test_dump_logits.py::test_text_that_a_task_makes_examples_of_is_refused"
+    ),
+    "a task makes another source of it in every epoch, for which only `train --teacher` has a signal": (
+        "unit/cli/test_dump_logits.py::test_text_that_a_task_makes_examples_of_is_refused"
+    ),
+    "prepare it again for the tasks of its corpora": (
+        "unit/data/test_task_examples.py::test_data_that_does_not_know_its_corpora"
+    ),
     "choose a teacher trained with the data's tokenizer, or say by --vocabulary-map FILE which id is which": (
         "unit/build/test_teachers.py::test_a_permuted_or_larger_vocabulary_teaches_the_same"
     ),
