@@ -122,7 +122,7 @@ def planned_teacher(*bundles: str, vocabulary_map: str | None = None, data: str 
         options = TeacherOptions(
             tuple(map(Path, bundles)), vocabulary_map=None if vocabulary_map is None else Path(vocabulary_map)
         )
-        plan_teachers(options, pair, VocabularySizes.of(pair.source, pair.target), open_dataset(Path(data), "train"))
+        plan_teachers(options, pair, VocabularySizes.of(pair.source, pair.target), open_dataset(Path(data), "train").lengths)
 
     return plan
 

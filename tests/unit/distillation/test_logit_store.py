@@ -388,7 +388,9 @@ def test_logits_of_other_data_another_tokenizer_or_teacher_are_refused(
         open_store(tmp_path / "logits", data=data, manifest=valid)
     with pytest.raises(DataError, match=r"are of another teacher \(some teacher\) than bundle \(a newer one\); dump them again"):
         store.manifest.job.require_teacher("a newer one", tmp_path / "logits", Path("bundle"))
-    with pytest.raises(DataError, match=r"was started with another job .*method: .*draws.*; choose another --output"):
+    with pytest.raises(
+        DataError, match=r"was started with another job .*method: .*draws.*; give its options, choose another --output"
+    ):
         dump(dumper(data, tmp_path / "logits", SampleMethod(draws=51), teacher=teacher))
     with pytest.raises(DataError, match=r"holds 7 rows|holds .* tokens for the rows|a batch asks for row"):
         valid_rows = open_dataset(data, "valid")
