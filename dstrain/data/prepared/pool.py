@@ -13,6 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from types import TracebackType
@@ -36,6 +37,7 @@ class WorkerPool(Generic[_Task, _Result]):
         self._executor = ThreadPoolExecutor(workers)
         self._workers = workers
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        resource_tracker.ensure_running()  # started by the first worker, it would unblock SIGINT again before that one starts
         heard = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._processes = [_Worker(make_work) for _ in range(workers)]
