@@ -30,9 +30,9 @@ def memory_parts(memory: RankMemory) -> dict[str, float]:
 
 
 def memory_line(memory: RankMemory) -> str:
-    """The total and its largest parts."""
+    """The total and its two largest parts, which fit beside the time into 80 columns."""
     parts = sorted(memory_parts(memory).items(), key=lambda part: -part[1])
-    largest = ", ".join(f"{name} {shown_gib(value)}" for name, value in parts[:4] if value > 0.01 * memory.total)
+    largest = ", ".join(f"{name} {shown_gib(value)}" for name, value in parts[:2])
     return f"about {shown_gib(memory.total)} GiB a rank: {largest}"
 
 
