@@ -26,7 +26,10 @@ STARTS_FROM = {
     "translation/multi30k_tiny_lora": "translation/multi30k_tiny",
 }
 """A recipe that needs --base -> the recipe whose bundle it is."""
-LEARNS_FROM = {"translation/multi30k_tiny_kd": "translation/multi30k_base"}
+LEARNS_FROM = {
+    "translation/multi30k_multilingual_kd": "translation/multi30k_multilingual",
+    "translation/multi30k_tiny_kd": "translation/multi30k_base",
+}
 """A recipe that needs --teacher -> the recipe whose bundle it is."""
 
 SIZES = {"model_dim": 32, "ffn_dim": 48, "depth": 1, "unique_layers": None, "num_heads": 2, "head_dim": None, "dropout": 0.0}

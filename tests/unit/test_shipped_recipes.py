@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -64,17 +65,23 @@ def test_the_page_of_jobs_names_every_recipe_file_and_template() -> None:
     assert named - templates - set(recipe_names()) <= {path.stem for path in (ROOT / "ds_configs").glob("*.json")}
 
 
+def words_of_template(template: Path, words: list[str]) -> list[str]:
+    """The command line that a template makes of its words."""
+    if template.stem == "array":
+        return [*words, "--shard", "0/16"]
+    option = re.findall(r'--\w+ "\$4"', template.read_text().splitlines()[-1])
+    recipe, data, run, *rest = words
+    rest = [*option[0].split()[:1], *rest] if option else rest
+    return ["train", recipe, "--data", data, "--output", run, *rest]
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_of_the_page_of_jobs_are_understood(command: str) -> None:
     """What a template makes of its words is read as `dstrain train` reads it; tests/slurm/ submits every template."""
     program, *words = shlex.split(command)
     if program == "sbatch":
         place = next(number for number, word in enumerate(words) if word.endswith(".sbatch"))
-        call = (ROOT / words[place]).read_text().splitlines()[-1]
-        option = re.findall(r'--\w+ "\$4"', call)
-        recipe, data, run, *rest = words[place + 1 :]
-        rest = [*option[0].split()[:1], *rest] if option else rest
-        words = ["train", recipe, "--data", data, "--output", run, *rest]
+        words = words_of_template(ROOT / words[place], words[place + 1 :])
     args = build_parser([words[0]]).parse_args(words)
     if "recipe" in args:
         assert load_recipe(args.recipe, args.overrides)
