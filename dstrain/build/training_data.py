@@ -9,10 +9,11 @@ from pathlib import Path
 from dstrain.batch import Batch
 from dstrain.data.batching.collate import Collator, PackedSize
 from dstrain.data.batching.loader import TrainLoader, evaluation_loader
-from dstrain.data.batching.order import MixedOrder, Order
+from dstrain.data.batching.order import MixedOrder, Order, ShuffledOrder
 from dstrain.data.batching.plan import StepPlan, window_capacity
+from dstrain.data.batching.shard_window import build_shuffle
 from dstrain.data.config import BatchingConfig, task_of_text
-from dstrain.data.prepared.corpora import NamedCorpora
+from dstrain.data.prepared.corpora import NamedCorpora, split_at_shards
 from dstrain.data.prepared.dataset import Dataset, named_corpora, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.sources.corpora import splits_of
@@ -78,25 +79,27 @@ class TrainingData:
             recipe.batching,
             recipe.training.seed,
             kind=recipe.model.kind,
-            order=self._mixture(recipe.batching, recipe.training.seed),
+            order=self._order(recipe.batching, recipe.training.seed),
         )
 
     def corpora(self, split: str) -> NamedCorpora | None:
         """The corpora of a split, if it has several names. DataError if the data does not say whose a row is."""
         return named_corpora(self.manifest, split, self.train if split == "train" else self.valid)
 
-    def _mixture(self, batching: BatchingConfig, seed: int) -> Order | None:
-        """The order of the training examples if their corpora are sampled."""
+    def _order(self, batching: BatchingConfig, seed: int) -> Order:
+        """The order of the training examples: each once an epoch, or their corpora sampled."""
+        shards, shuffle = self.manifest.splits["train"].shard_rows(), build_shuffle(batching.shuffle)
         corpora = self.corpora("train")
         if batching.sampling is None or corpora is None:
-            return None
-        rows = {name: corpora.rows(name) for name in corpora.names}
+            return ShuffledOrder(shards, window_capacity(batching), seed, shuffle=shuffle)
+        rows = {name: split_at_shards(corpora.rows(name), shards) for name in corpora.names}
         return MixedOrder(
             rows,
             batching.sampling.phases({name: sum(map(len, ranges)) for name, ranges in rows.items()}),
             num_examples=batching.sampling.examples_per_epoch or len(self.train),
             capacity=window_capacity(batching),
             seed=seed,
+            shuffle=shuffle,
         )
 
     def collator(self, split: str, recipe: Recipe, mesh: Mesh, teachers: Sequence[ModelConfig] = ()) -> Collator:

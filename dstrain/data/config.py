@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_
 
 from dstrain.config_base import Config
 from dstrain.data.sampling import CorpusName, MixtureConfig
+from dstrain.data.shuffling import ExampleShuffle, ShuffleConfig
 from dstrain.data.tasks.config import LanguageModeling, TextTask
 from dstrain.log import logger
 
@@ -367,6 +368,9 @@ class BatchingConfig(Config):
     )
     shuffle_window: PositiveInt = Field(
         default=1_000_000, description="Examples that are sorted by length together; the memory of planning grows with it."
+    )
+    shuffle: ShuffleConfig = Field(
+        default_factory=ExampleShuffle, description="How far an epoch's random order takes the examples from where they lie."
     )
     sampling: MixtureConfig | None = Field(
         default=None, description="How often each corpus of `data.train` is drawn; null = every example once an epoch."

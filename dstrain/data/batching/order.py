@@ -1,4 +1,4 @@
-"""The order of an epoch's examples, window by window: all of them at random, or corpora mixed by shares.
+"""The order of an epoch's examples, window by window: each of them once, or corpora mixed by shares.
 
 Choice: an order is a function of (seed, epoch, window): any window is had without those before it, and resuming needs no state.
 Memory is one window; the number of ranks plays no part.
@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from dstrain.data.batching.permutation import IntArray, Permutation
+from dstrain.data.batching.shard_window import Shuffle, shuffle_all
 from dstrain.data.lengths import ExampleLengths
 from dstrain.data.sampling import Phase
 from dstrain.errors import DataError
@@ -44,16 +45,18 @@ class Order(Protocol):
 
 
 class ShuffledOrder:
-    """Every example once an epoch. num_examples: of the data set; capacity: of a window."""
+    """Every example once an epoch. shards: the lines of each, from 0 on; capacity: of a window."""
 
-    def __init__(self, num_examples: int, capacity: int, seed: int) -> None:
-        self.num_examples = num_examples
+    def __init__(self, shards: Sequence[range], capacity: int, seed: int, *, shuffle: Shuffle = shuffle_all) -> None:
+        self.num_examples = sum(map(len, shards))
+        self.num_windows = -(-self.num_examples // capacity)
         self.seed = seed
-        self.num_windows = -(-num_examples // capacity)
+        self._shards = shards
+        self._shuffle = shuffle
 
     def window(self, epoch: int, number: int) -> IntArray:
         """As `Order`."""
-        order = Permutation(self.num_examples, derive_seed(self.seed, "order", epoch))
+        order = self._shuffle(self._shards, derive_seed(self.seed, "order", epoch))
         return order.elements(self.key(number), self.key(number + 1))
 
     def key(self, number: int) -> int:
@@ -66,12 +69,13 @@ class ShuffledOrder:
 
 
 class CorpusStream:
-    """A corpus in random order again and again. ranges: its lines."""
+    """A corpus in random order again and again. ranges: its lines, by shard."""
 
-    def __init__(self, name: str, ranges: Sequence[range], seed: int) -> None:
+    def __init__(self, name: str, ranges: Sequence[range], seed: int, *, shuffle: Shuffle = shuffle_all) -> None:
         self.name = name
         self.ranges = ranges
         self.seed = seed
+        self._shuffle = shuffle
         self._ends = np.cumsum([len(part) for part in ranges], dtype=np.int64)
         self._offsets = np.array([part.stop for part in ranges], np.int64) - self._ends
         self.size = int(self._ends[-1])
@@ -81,7 +85,7 @@ class CorpusStream:
         pieces = []
         for lap in range(start // self.size, -(-stop // self.size)):
             first = lap * self.size
-            order = Permutation(self.size, derive_seed(self.seed, f"corpus {self.name}", lap))
+            order = self._shuffle(self.ranges, derive_seed(self.seed, f"corpus {self.name}", lap))
             pieces.append(order.elements(max(start - first, 0), min(stop - first, self.size)))
         elements = np.concatenate(pieces) if pieces else np.empty(0, np.int64)
         lines: IntArray = elements + self._offsets[self._ends.searchsorted(elements, "right")]
@@ -89,13 +93,20 @@ class CorpusStream:
 
 
 class MixedOrder:
-    """Corpora by shares. corpora: the lines of each. num_examples: of an epoch. capacity: of a window, give or take the rounding.
+    """Corpora by shares. corpora: the lines of each, by shard. num_examples: of an epoch. capacity: of a window, or about that.
 
     Raises DataError for a corpus that has a share and no example, or less than one example an epoch.
     """
 
     def __init__(
-        self, corpora: Mapping[str, Sequence[range]], phases: Sequence[Phase], *, num_examples: int, capacity: int, seed: int
+        self,
+        corpora: Mapping[str, Sequence[range]],
+        phases: Sequence[Phase],
+        *,
+        num_examples: int,
+        capacity: int,
+        seed: int,
+        shuffle: Shuffle = shuffle_all,
     ) -> None:
         self.num_examples = num_examples
         self.num_windows = -(-num_examples // capacity)
@@ -107,7 +118,7 @@ class MixedOrder:
                     f"no example of the corpus {name} is in the training split, but batching.sampling draws from it; look at the "
                     "counts of dropped pairs in the manifest, or leave the corpus out"
                 )
-        self._streams = [CorpusStream(name, corpora[name], seed) for name in drawn]
+        self._streams = [CorpusStream(name, corpora[name], seed, shuffle=shuffle) for name in drawn]
         self._starts = [phase.from_epoch for phase in phases]
         self._counts = [_apportioned([phase.shares[name] for name in drawn], num_examples) for phase in phases]
         for phase, counts in zip(phases, self._counts, strict=True):

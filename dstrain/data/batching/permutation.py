@@ -35,7 +35,11 @@ class Permutation:
 
     def elements(self, start: int, stop: int) -> IntArray:
         """The elements at indices start..stop-1; (stop - start,) int64."""
-        cells = self._shuffle(np.arange(start, stop))
+        return self.of(np.arange(start, stop))
+
+    def of(self, indices: IntArray) -> IntArray:
+        """The elements at any indices; (n,) -> (n,)"""
+        cells = self._shuffle(indices)
         outside = np.flatnonzero(cells >= self.size)
         while outside.size:
             cells[outside] = self._shuffle(cells[outside])

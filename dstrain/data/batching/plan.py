@@ -7,7 +7,7 @@ longer the source is than the target, and cut into buckets of sentences of simil
 sentences and its micro-batches little padding. A step of one bucket holds one length only, and the length of what such a model
 writes swings from step to step; a moving average of the weights (training.ema) stills that. The steps are shuffled. A
 window is used up before the next begins: no example is dropped, none waits, and no step is a mere remainder.
-The steps depend on (seed, epoch, lengths, tokens_per_step, bucket_tokens, shuffle_window) only; the number of ranks and
+The steps depend on (seed, epoch, order, lengths, tokens_per_step, bucket_tokens, shuffle_window) only; the number of ranks and
 `max_tokens` only decide how each is cut into micro-batches.
 
 Cost: the memory of one window, however long the corpus, and about 0.1 s per million examples. Nothing here reads a text.
@@ -60,7 +60,7 @@ class StepPlan:
     """The steps of every epoch.
 
     lengths: of all examples. kind: of the model, decides what fits into a micro-batch, not the steps. order: of the examples;
-    None = each once an epoch.
+    None = each once an epoch, all at random.
     Raises `DataError` if there is no example at all, or one that no micro-batch can hold.
     """
 
@@ -78,7 +78,7 @@ class StepPlan:
         self.seed = seed
         self.kind = kind
         self._check()
-        self._order = order or ShuffledOrder(len(lengths), window_capacity(config), seed)
+        self._order = order or ShuffledOrder([range(len(lengths))], window_capacity(config), seed)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[PlannedStep]:
         """The steps of an epoch from number `start` on; none if it has just so many. Raises `DataError` if it has fewer."""

@@ -6,8 +6,9 @@ that was made from other data. Names group corpora: entries of one name are one 
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -22,6 +23,17 @@ def merged_runs(runs: Iterable[CorpusRun]) -> list[CorpusRun]:
     """The same rows in the fewest runs; none is empty."""
     filled = (run for run in runs if run[1])
     return [(corpus, sum(rows for _, rows in group)) for corpus, group in groupby(filled, key=lambda run: run[0])]
+
+
+def split_at_shards(ranges: Iterable[range], shards: Sequence[range]) -> list[range]:
+    """The same rows in their order, in ranges of one shard each. shards: adjacent rows from 0 on."""
+    ends = [shard.stop for shard in shards]
+    parts = []
+    for rows in ranges:
+        first, last = bisect_right(ends, rows.start), bisect_left(ends, rows.stop)
+        bounds = [rows.start, *ends[first:last], rows.stop]
+        parts += [range(start, stop) for start, stop in pairwise(bounds) if start < stop]
+    return parts
 
 
 class CorpusRanges:

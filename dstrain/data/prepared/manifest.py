@@ -7,6 +7,7 @@ from the size only and an altered byte by reading.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +59,11 @@ class SplitRecord(Config):
     def rows(self) -> int:
         """Pairs kept."""
         return sum(shard.rows for shard in self.shards)
+
+    def shard_rows(self) -> list[range]:
+        """The rows of each shard."""
+        ends = list(accumulate(shard.rows for shard in self.shards))
+        return [range(end - shard.rows, end) for shard, end in zip(self.shards, ends, strict=True)]
 
     @property
     def source_tokens(self) -> int:
