@@ -16,6 +16,8 @@ from dstrain.build.extension import ExtendOptions, extend
 from dstrain.build.generation import generate_file
 from dstrain.build.generation_options import GenerateOptions
 from dstrain.build.labeling import LabelOptions, pseudo_label
+from dstrain.build.perplexity import perplexity
+from dstrain.build.perplexity_options import PerplexityOptions
 from dstrain.build.training import train
 from dstrain.build.training_options import TeacherOptions, TrainOptions
 from dstrain.build.validation_options import ValidateOptions
@@ -29,6 +31,7 @@ __all__ = [
     "ExtendOptions",
     "GenerateOptions",
     "LabelOptions",
+    "PerplexityOptions",
     "TeacherOptions",
     "TrainOptions",
     "ValidateOptions",
@@ -38,6 +41,7 @@ __all__ = [
     "generate_file",
     "load",
     "load_recipe",
+    "perplexity",
     "prepare",
     "pseudo_label",
     "train",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from dstrain.build.bundle_model import BundleModel, load
 from dstrain.build.device import open_device
 from dstrain.build.generation_options import GenerateOptions, check_generation
 from dstrain.data.sources.opening import STANDARD
-from dstrain.data.tokenizers.unknown import MANY, UnknownTokens, likely_cause
+from dstrain.data.tokenizers.unknown import UnknownTokens, log_unknown
 from dstrain.generation.config import BeamSearchConfig, SamplingConfig
 from dstrain.generation.files import Chunk, check_texts, count_lines, translate_file
 from dstrain.generation.formats import Answer, formatter
@@ -90,11 +89,7 @@ def generate_file(options: GenerateOptions) -> GenerationReport:
         lines, tokens = translate_file(
             answer, options.input, options.output, render, reference=options.reference, prefix=options.prefix
         )
-    if unknown.unknown:
-        cause = f": {likely_cause(tokenizer)}" if unknown.share > MANY else ""
-        level = logging.WARNING if cause else logging.INFO
-        counts = (unknown.unknown, unknown.tokens, 100 * unknown.share)
-        logger.log(level, "%d of %d tokens of the input (%.2f %%) are <unk>%s", *counts, cause)
+    log_unknown(unknown, tokenizer)
     return GenerationReport(lines, tokens, max(time.monotonic() - start, 1e-9))
 
 

@@ -10,6 +10,7 @@ VERBS = {
     "interactive": "translate line by line from a terminal or a pipe",
     "evaluate": "score hypotheses: BLEU, chrF, TER with sacreBLEU signatures",
     "validate": "loss, perplexity and BLEU of a bundle on prepared data",
+    "perplexity": "perplexity of a text under a language model",
     "text": "write the raw text of an evaluation split",
     "consolidate": "make a bundle from a training checkpoint",
     "average": "average bundles into one",

@@ -9,8 +9,9 @@ from dstrain import api
 from dstrain.recipe_file import dump_recipe, load_recipe
 from dstrain.training.curves import summary
 from dstrain.training.events import read_events
+from tests.unit.generation.small_bundle import make_decoder_only_bundle
 
-VERBS = ("prepare", "estimate", "train", "dump_logits", "pseudo_label", "validate", "generate_file", "extend")
+VERBS = ("prepare", "estimate", "train", "dump_logits", "pseudo_label", "validate", "generate_file", "extend", "perplexity")
 TINY = (
     "data.train.0.num_pairs=60",
     "data.valid.0.num_pairs=5",
@@ -36,6 +37,7 @@ TINY = (
 def test_every_docstring_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tiny.yaml").write_text(dump_recipe(load_recipe("translation/quickstart", TINY)))
     (tmp_path / "in.txt").write_text("the dog sleeps .\n\nthe cat sees the dog .\n")
+    make_decoder_only_bundle(tmp_path / "lm/bundles/best", trained_on="text")
     monkeypatch.chdir(tmp_path)
     for name in VERBS:
         examples = doctest.DocTestFinder(recurse=False).find(getattr(api, name), name, globs={})

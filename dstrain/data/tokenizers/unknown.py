@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dstrain.data.tokenizers.dictionary_file import Markers
 from dstrain.data.tokenizers.tokenizer import WORD_START, DictionaryTokenizer
+from dstrain.log import logger
 
 if TYPE_CHECKING:  # so that `prepare` names a missing file without loading torch
     from dstrain.protocols import TextTokenizer
@@ -37,6 +39,16 @@ class UnknownTokens:
     def share(self) -> float:
         """From 0 to 1."""
         return self.unknown / max(self.tokens, 1)
+
+
+def log_unknown(counts: UnknownTokens, tokenizer: TextTokenizer) -> None:
+    """Say how much of an input is <unk>, and the likely cause if it is much."""
+    if counts.unknown:
+        cause = f": {likely_cause(tokenizer)}" if counts.share > MANY else ""
+        shares = (counts.unknown, counts.tokens, 100 * counts.share)
+        logger.log(
+            logging.WARNING if cause else logging.INFO, "%d of %d tokens of the input (%.2f %%) are <unk>%s", *shares, cause
+        )
 
 
 def likely_cause(tokenizer: TextTokenizer) -> str:

@@ -78,6 +78,13 @@ MISTAKES = {
     "a plain bundle to merge": (["merge", BUNDLE, "--output", "b"], "is a plain bundle already"),
     "nothing to extend": (["extend", "none", "--factor", "2", "--kind", "yarn", "--output", "b"], "none is not a bundle"),
     "a shorter context": (["extend", BUNDLE, "--factor", "0.5", "--kind", "ntk", "--output", "b"], "is not a number from 1 on"),
+    "no bundle to score a text with": (["perplexity", "none", "text"], "none is not a bundle"),
+    "no text to score": (["perplexity", BUNDLE, "none"], "none: No such file"),
+    "windows with gaps": (
+        ["perplexity", BUNDLE, "text", "--context-window", "8", "--stride", "9"],
+        "stride = 9 (--stride) exceeds context_window = 8",
+    ),
+    "windows that stand still": (["perplexity", BUNDLE, "text", "--stride", "0"], "'0' is not a whole number from 1 on"),
     "no adapter to import": (["import", "peft", BUNDLE, "--base", BUNDLE, "--output", "b"], "has no adapter_config.json"),
     "no adapter to generate with": (
         ["generate", BUNDLE, "--adapter", BUNDLE, "--input", "text"],

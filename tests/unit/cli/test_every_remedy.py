@@ -24,6 +24,12 @@ ELSEWHERE = {
     "a task makes another source of it in every epoch, for which only `train --teacher` has a signal": (
         "unit/cli/test_dump_logits.py::test_text_that_a_task_makes_examples_of_is_refused"
     ),
+    "reads {} tokens at most; lower --context-window": (
+        "unit/evaluation/test_perplexity.py::test_a_window_over_the_limit_is_mended_by_a_smaller_one_or_an_extension"
+    ),
+    "or extend it: `dstrain extend BUNDLE --factor {} --kind yarn --output LONGER`": (
+        "unit/evaluation/test_perplexity.py::test_a_window_over_the_limit_is_mended_by_a_smaller_one_or_an_extension"
+    ),
     "prepare it again for the tasks of its corpora": (
         "unit/data/test_task_examples.py::test_data_that_does_not_know_its_corpora"
     ),

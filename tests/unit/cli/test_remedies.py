@@ -13,6 +13,7 @@ import yaml
 from tests.unit.cli.remedy_messages import pattern
 from tests.unit.cli.remedy_workspace import DUMP, LABEL, PREPARE, WORK
 from tests.unit.cli.verbs import Verbs
+from tests.unit.generation.small_bundle import make_decoder_only_bundle
 
 Command = Sequence[str]
 NEW_LABEL = ("pseudo-label", *WORK, "--output", "new", "--beam-size", "1")
@@ -338,6 +339,15 @@ CASES = {
         "check data.train",
         afterwards=NEW_DATA,
         damage=write("blank", "\n" * 60),
+    ),
+    "perplexity of an encoder-decoder": Case(
+        ("perplexity", "teacher", "text", "--device", "cpu"), "`dstrain validate BUNDLE --data DATA` gives", afterwards=VALIDATE
+    ),
+    "windows with gaps": Case(
+        ("perplexity", "reader", "text", "--device", "cpu", "--context-window", "8", "--stride", "9"),
+        "lower --stride to {}",
+        afterwards=("perplexity", "reader", "text", "--device", "cpu", "--context-window", "8", "--stride", "8"),
+        damage=lambda: make_decoder_only_bundle(Path("reader"), trained_on="text"),
     ),
     "texts where none are made": Case(
         (*VALIDATE, "--no-generate", "--beam-size", "2"), "leave one out", (VALIDATE,), (*VALIDATE, "--beam-size", "2")
