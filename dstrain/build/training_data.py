@@ -32,7 +32,8 @@ PACKED_MULTIPLE = 64
 def packed_size(recipe: Recipe, mesh: Mesh) -> PackedSize | None:
     """How training packs sequences; None if it pads them.
 
-    On a GPU all micro-batches have one shape: kernels are planned and compiled once, and memory does not fragment. On a CPU
+    On a GPU to a multiple of 64 tokens a rank, which suits its kernels: under 1 % of 4,096 tokens is padding. One size for all
+    micro-batches, `max_tokens`, would leave 12 to 28 % of padding in Multi30k, whose steps are no multiple of it. On a CPU
     attention takes padded rows all the same, and packing saves less than it costs: translation/multi30k_tiny, of which 2 % is
     padding, takes 1.01 times the time.
     """
@@ -41,7 +42,7 @@ def packed_size(recipe: Recipe, mesh: Mesh) -> PackedSize | None:
         return None
     if not on_gpu:
         return PackedSize(mesh.sequence.size)
-    return PackedSize(PACKED_MULTIPLE * mesh.tensor.size * mesh.sequence.size, recipe.batching.max_tokens)
+    return PackedSize(PACKED_MULTIPLE * mesh.tensor.size * mesh.sequence.size)
 
 
 class TrainingData:

@@ -354,15 +354,16 @@ def corpus_names(sources: Iterable[TextSource]) -> tuple[str, ...]:
 class BatchingConfig(Config):
     """How examples become steps.
 
-    The padded tokens of a micro-batch are rows x max(longest source, longest target); for a decoder-only model, which reads both
-    as one sequence, rows x (longest source + longest target - 1). A step of several buckets holds short and long sentences; if
-    `bucket_tokens` is smaller than `max_tokens` by the share of padding, each bucket is a micro-batch.
+    A micro-batch of padded rows has rows x max(longest source, longest target) tokens; one of packed sequences (engine.layout) as
+    many as its sources or its targets together, whichever are more. A decoder-only model reads source and target, less one EOS,
+    as one sequence. A step of several buckets holds short and long sentences; if `bucket_tokens` is smaller than `max_tokens` by
+    the share of padding, each bucket is a micro-batch.
     """
 
     tokens_per_step: PositiveInt = Field(
         description="Most target tokens of one optimizer step over all ranks; only a single longer sentence exceeds it."
     )
-    max_tokens: PositiveInt = Field(description="Most padded tokens of one micro-batch on one rank.")
+    max_tokens: PositiveInt = Field(description="Most tokens of one micro-batch on one rank, padding included.")
     bucket_tokens: PositiveInt = Field(
         default=4096, description="Target tokens of examples of similar length that stay together in a step."
     )

@@ -8,7 +8,7 @@ step is defined in `objective.py`; this module makes its batches:
   an example depends on the seed, the step and the example; other rows and the number of ranks enter only through the rounding of
   the logits.
 - A sample that has not ended at its length limit is cut there. All its tokens are scored, and no EOS follows them.
-- Each rank keeps its examples and divides them into new micro-batches, of at most `max_tokens` padded tokens like any others. If
+- Each rank keeps its examples and divides them into new micro-batches, of at most `max_tokens` tokens like any others. If
   samples are longer than targets there are more micro-batches, not larger ones: on every rank as many as on the one that needs
   most, so that all make the same collective calls.
 
@@ -87,7 +87,10 @@ class OwnSamples:
         read, written = np.array([len(source.tokens) for source in sources]), np.array([len(target) for target in targets])
         groups: list[IntArray] = []
         if sources:
-            groups = micro_batches(np.arange(len(sources)), read, written, self.max_tokens, 1, kind=self.collator.kind)
+            packed = self.collator.packed is not None
+            groups = micro_batches(
+                np.arange(len(sources)), read, written, self.max_tokens, 1, kind=self.collator.kind, packed=packed
+            )
         shares = self.ranks.gather_objects((len(groups), sum(map(len, targets))))
         groups += [np.arange(0)] * (max(count for count, _ in shares) - len(groups))
         made = [self._batch([sources[row] for row in group], [targets[row] for row in group]) for group in groups]

@@ -110,7 +110,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, pair: PackedPair, attend: Ro
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=True)  # micro-batches differ in length
 
 
 def _with_padding(side: Packing) -> tuple[Tensor, int]:

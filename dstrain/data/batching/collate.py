@@ -44,14 +44,13 @@ _KEY_BITS = 22
 
 
 class PackedSize(NamedTuple):
-    """How many tokens packed sequences are padded to. multiple: of this number. at_least: this many."""
+    """How many tokens packed sequences are padded to: a multiple of this number."""
 
     multiple: int = 1
-    at_least: int = 0
 
     def of(self, num_tokens: int) -> int:
         """For so many real tokens."""
-        return -(-max(num_tokens, self.at_least) // self.multiple) * self.multiple
+        return -(-num_tokens // self.multiple) * self.multiple
 
 
 class ModelInputs(NamedTuple):

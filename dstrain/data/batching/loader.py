@@ -76,6 +76,7 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
                         plan.config.max_tokens,
                         data_size,
                         kind=plan.kind,
+                        packed=collator.packed is not None,
                     )
                     yield step, [collator(examples.read(epoch, group), group) for group in groups[data_rank::data_size]]
 

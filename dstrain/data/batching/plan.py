@@ -16,8 +16,9 @@ Cost: the memory of one window, however long the corpus, and about 0.1 s per mil
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -29,6 +30,9 @@ from dstrain.data.config import BatchingConfig
 from dstrain.data.lengths import ExampleLengths, Lengths, Side
 from dstrain.errors import DataError
 from dstrain.seeding import derive_seed
+
+GroupCost = Callable[[int, int], int]
+"""Tokens that a micro-batch of the sorted examples start..end-1 takes; grows with `end`."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -146,26 +150,28 @@ def micro_batches(
     num_ranks: int,
     *,
     kind: ModelKind = "encoder_decoder",
+    packed: bool = False,
 ) -> list[IntArray]:
     """Cut one step for `num_ranks` ranks, of which rank r takes `[r::num_ranks]`.
 
-    source_lengths, target_lengths: (n,) of the step's examples.
+    source_lengths, target_lengths: (n,) of the step's examples. packed: whether the sequences of a group are packed, or padded.
     Returns a multiple of `num_ranks` groups of similar lengths, as few as `max_tokens` allows, the costliest as cheap as can be:
-    the ranks wait for one another. A group costs rows x (its longest source or target), for a decoder-only model rows x (its
-    longest source and target concatenated, which share an EOS). Groups are empty only if there are fewer examples than
-    groups. Every example must fit into `max_tokens` by itself, which `StepPlan` has checked.
+    the ranks wait for one another. A padded group costs rows x (its longest source or target), a packed one the sum of its
+    sources or of its targets, whichever is more; for a decoder-only model an example is as long as its source and target
+    concatenated, which share an EOS. Groups are empty only if there are fewer examples than groups. Every example must fit into
+    `max_tokens` by itself, which `StepPlan` has checked.
     """
-    order, widths = _sort_by_width(source_lengths, target_lengths, kind)
-    examples = step_examples[order]
-    count = -(-len(_fill(widths, max_tokens)) // num_ranks) * num_ranks
-    low, high = max(widths), max_tokens
+    order, cost = _sort_by_width(source_lengths, target_lengths, kind, packed=packed)
+    examples, size = step_examples[order], len(order)
+    count = -(-len(_fill(cost, size, max_tokens)) // num_ranks) * num_ranks
+    low, high = max(cost(row, row + 1) for row in range(size)), max_tokens
     while low < high:
         middle = (low + high) // 2
-        if len(_fill(widths, middle)) <= count:
+        if len(_fill(cost, size, middle)) <= count:
             high = middle
         else:
             low = middle + 1
-    ends = _fill(widths, high, at_least=count)
+    ends = _fill(cost, size, high, at_least=count)
     groups = [examples[start:end] for start, end in pairwise([0, *ends])]
     return groups + [examples[:0]] * (count - len(groups))
 
@@ -173,9 +179,12 @@ def micro_batches(
 def evaluation_batches(
     source_lengths: Lengths, target_lengths: Lengths, max_tokens: int, *, kind: ModelKind = "encoder_decoder"
 ) -> list[IntArray]:
-    """Every example once, in batches of similar lengths that cost at most `max_tokens`; a longer example is its own batch."""
-    examples, widths = _sort_by_width(source_lengths, target_lengths, kind)
-    return [examples[start:end] for start, end in pairwise([0, *_fill(widths, max_tokens)])]
+    """Every example once, in batches of similar lengths that cost at most `max_tokens`; a longer example is its own batch.
+
+    They are filled as if they were padded, whatever they are: scores do not depend on how a training lays out its batches.
+    """
+    examples, cost = _sort_by_width(source_lengths, target_lengths, kind, packed=False)
+    return [examples[start:end] for start, end in pairwise([0, *_fill(cost, len(examples), max_tokens)])]
 
 
 def batches_by_length(lengths: Sequence[int], rows: Iterable[int], max_tokens: int) -> list[list[int]]:
@@ -184,7 +193,7 @@ def batches_by_length(lengths: Sequence[int], rows: Iterable[int], max_tokens: i
     lengths: of every row, by its number. The longest come first so that a batch that does not fit into memory fails at once.
     """
     ordered = sorted(rows, key=lambda row: -lengths[row])
-    ends = _fill([lengths[row] for row in ordered], max_tokens)
+    ends = _fill(_padded_cost([lengths[row] for row in ordered]), len(ordered), max_tokens)
     return [ordered[start:end] for start, end in pairwise([0, *ends])]
 
 
@@ -227,24 +236,38 @@ def _deal(buckets: list[IntArray], per_step: int, seed: int) -> list[list[IntArr
     return steps
 
 
-def _sort_by_width(source_lengths: Lengths, target_lengths: Lengths, kind: ModelKind) -> tuple[IntArray, list[int]]:
-    """The order of examples by ascending width of their row, and these widths."""
+def _sort_by_width(
+    source_lengths: Lengths, target_lengths: Lengths, kind: ModelKind, *, packed: bool
+) -> tuple[IntArray, GroupCost]:
+    """The order of examples by ascending width of their row, and what groups of them cost in this order."""
     sources, targets = (lengths.astype(np.int64) for lengths in (source_lengths, target_lengths))
-    widths = np.maximum(sources, targets) if kind == "encoder_decoder" else sources + targets - 1
+    read = [sources, targets] if kind == "encoder_decoder" else [sources + targets - 1]
+    widths = np.maximum.reduce(read)
     order = np.lexsort((sources, targets, widths))
-    return order, widths[order].tolist()
+    return order, _packed_cost([side[order] for side in read]) if packed else _padded_cost(widths[order].tolist())
 
 
-def _fill(widths: list[int], capacity: int, at_least: int = 0) -> list[int]:
-    """Ends of groups filled one after the other up to rows x widest <= capacity, or with one row that is wider.
+def _padded_cost(widths: Sequence[int]) -> GroupCost:
+    """Rows x widest. widths: ascending or descending."""
+    return lambda start, end: (end - start) * max(widths[start], widths[end - 1])
 
-    widths: ascending or descending. The groups are kept small enough to be `at_least` so many, if there are as many rows.
+
+def _packed_cost(sides: Sequence[IntArray]) -> GroupCost:
+    """All tokens of the longer side. sides: (n,) lengths of what each stack reads."""
+    totals = [np.concatenate(([0], np.cumsum(lengths))).tolist() for lengths in sides]
+    return lambda start, end: max(total[end] - total[start] for total in totals)
+
+
+def _fill(cost: GroupCost, size: int, capacity: int, at_least: int = 0) -> list[int]:
+    """Ends of groups of `size` sorted rows, filled one after the other up to cost <= capacity, or with one row that costs more.
+
+    The groups are kept small enough to be `at_least` so many, if there are as many rows.
     """
     ends: list[int] = []
-    start, size = 0, len(widths)
+    start = 0
     while start < size:
         ends_after = range(start + 1, size + 1)
-        fitting = bisect_right(ends_after, capacity, key=lambda end: (end - start) * max(widths[start], widths[end - 1]))
+        fitting = bisect_right(ends_after, capacity, key=partial(cost, start))
         spare = size - start - (at_least - len(ends) - 1)
         start += max(min(fitting, spare), 1)
         ends.append(start)

@@ -85,9 +85,9 @@ def test_the_rows_of_packed_sequences_are_the_padded_ones() -> None:
         assert rows.tokens.flatten()[index.cells].tolist() == sequences.tokens[: sequences.packing.num_tokens].tolist()
 
 
-@pytest.mark.parametrize(("size", "expected"), [((1, 0), 7), ((4, 0), 8), ((4, 30), 32), ((1, 30), 30), ((64, 0), 64)])
-def test_packed_tokens_are_padded_to_a_size(size: tuple[int, int], expected: int) -> None:
-    assert collate(PAIRS, packed=PackedSize(*size)).target.tokens.shape == (expected,)
+@pytest.mark.parametrize(("multiple", "expected"), [(1, 7), (7, 7), (4, 8), (64, 64)])
+def test_packed_tokens_are_padded_to_a_multiple(multiple: int, expected: int) -> None:
+    assert collate(PAIRS, packed=PackedSize(multiple)).target.tokens.shape == (expected,)
 
 
 @pytest.mark.parametrize("packed", [None, PackedSize(), PackedSize(4)])
@@ -133,7 +133,7 @@ def check(batch: Batch, pairs: list[tuple[list[int], list[int]]]) -> None:
 @given(
     pairs=st.lists(st.tuples(SENTENCE, SENTENCE), min_size=1, max_size=20),
     kind=st.sampled_from(KINDS),
-    packed=st.none() | st.builds(PackedSize, st.integers(1, 70), st.integers(0, 300)),
+    packed=st.none() | st.builds(PackedSize, st.integers(1, 300)),
 )
 def test_every_example_is_where_the_batch_says(
     pairs: list[tuple[list[int], list[int]]], kind: ModelKind, packed: PackedSize | None

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.batch import Batch
-from dstrain.data.batching.collate import Collator, Ids
+from dstrain.batch import Batch, ModelKind
+from dstrain.data.batching.collate import Collator, Ids, PackedSize
 from dstrain.data.batching.loader import TrainLoader, evaluation_loader
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.batching.plan import StepPlan
+from dstrain.data.batching.plan import PlannedStep, StepPlan
 from dstrain.data.config import BatchingConfig
 from dstrain.data.lengths import StoredLengths
 from dstrain.errors import DataError
@@ -74,6 +74,28 @@ def test_ranks_share_every_step_of_the_plan(world_size: int) -> None:
         assert len({len(share) for share in shares}) == 1, "ranks run different numbers of micro-batches"
         assert sorted(row for share in shares for row in rows(share)) == sorted(step.examples)
         assert sum(batch.num_targets for share in shares for batch in share) == step.num_targets
+
+
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+def test_packing_moves_no_step_and_fills_micro_batches_by_their_tokens(kind: ModelKind) -> None:
+    corpus = Corpus(150)
+    config = BatchingConfig(tokens_per_step=150, max_tokens=50)
+    plan = StepPlan(corpus.lengths, config, seed=1, kind=kind)
+    steps: list[list[tuple[PlannedStep, list[Batch]]]] = []
+    for packed in (None, PackedSize()):
+        with TrainLoader(corpus, plan, Collator(kind, pad_id=PAD, eos_id=EOS, packed=packed)) as loaded:
+            steps.append(list(islice(loaded, 20)))
+    for (planned, padded), (other, filled) in zip(*steps, strict=True):
+        assert planned.examples.tolist() == other.examples.tolist() and (planned.epoch, planned.index) == (
+            other.epoch,
+            other.index,
+        )
+        assert all(batch.reading.tokens.numel() <= config.max_tokens for batch in padded)
+        for batch in filled:
+            sides = batch.reading.tokens, batch.target.tokens
+            assert max(map(len, sides)) <= config.max_tokens
+    padded_batches, filled_batches = (sum(len(batches) for _, batches in each) for each in steps)
+    assert filled_batches < padded_batches
 
 
 def test_more_ranks_than_sentences() -> None:

@@ -3,8 +3,8 @@ import json
 import subprocess
 import sys
 import tracemalloc
-from collections.abc import Sequence
-from itertools import chain, pairwise
+from collections.abc import Iterator, Sequence
+from itertools import chain, combinations, pairwise
 
 import numpy as np
 import pytest
@@ -12,6 +12,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dstrain.batch import ModelKind
+from dstrain.build.training_data import PACKED_MULTIPLE
+from dstrain.data.batching.collate import PackedSize
 from dstrain.data.batching.plan import IntArray, PlannedStep, StepPlan, evaluation_batches, micro_batches
 from dstrain.data.config import BatchingConfig
 from dstrain.data.lengths import StoredLengths
@@ -314,6 +317,30 @@ def test_micro_batches_are_few_and_balanced(pairs: Pairs, world_size: int) -> No
     assert worst == best_worst_cost(widths, fewest)
 
 
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+@settings(max_examples=100, deadline=None)
+@given(pairs=st.lists(st.tuples(LENGTH, LENGTH), min_size=1, max_size=12), num_ranks=st.integers(1, 3))
+def test_packed_micro_batches_are_filled_by_their_tokens(kind: ModelKind, pairs: Pairs, num_ranks: int) -> None:
+    """As few as any cut of the sorted examples allows, and the costliest as cheap as any."""
+    max_tokens = 130
+    lengths = np.stack(sides(pairs))
+    read = lengths if kind == "encoder_decoder" else lengths.sum(0, keepdims=True) - 1
+    groups = micro_batches(np.arange(len(pairs)), *lengths, max_tokens, num_ranks, kind=kind, packed=True)
+    assert sorted(np.concatenate(groups)) == list(range(len(pairs)))
+    ordered = read[:, np.concatenate(groups)]
+    assert ordered.max(0).tolist() == sorted(read.max(0))
+
+    def worst_costs(cuts: int) -> Iterator[int]:
+        """The costliest group, for every way to cut the examples so often."""
+        for ends in combinations(range(1, len(pairs)), min(cuts, len(pairs) - 1)):
+            yield max(int(ordered[:, start:end].sum(1).max()) for start, end in pairwise([0, *ends, len(pairs)]))
+
+    best = {count: min(worst_costs(count - 1)) for count in range(num_ranks, 13 + num_ranks, num_ranks)}
+    fewest = min(count for count, cost in best.items() if cost <= max_tokens)
+    assert len(groups) == fewest
+    assert max(int(read[:, group].sum(1).max()) for group in groups) == best[fewest]
+
+
 @settings(max_examples=200, deadline=None)
 @given(pairs=st.lists(st.tuples(LENGTH, LENGTH), max_size=100), max_tokens=st.integers(1, 100))
 def test_evaluation_sees_every_example_once(pairs: Pairs, max_tokens: int) -> None:
@@ -350,6 +377,25 @@ def test_padding_of_real_text(multi30k_lengths: tuple[IntArray, IntArray], world
             padded += len(group) * int(source[group].max() + target[group].max())
     assert real == source.sum() + target.sum()
     assert padded < 1.10 * real
+
+
+@needs_data
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+def test_packed_pairs_of_real_text_are_padded_by_less_than_two_percent(
+    multi30k_lengths: tuple[IntArray, IntArray], kind: ModelKind
+) -> None:
+    """As a GPU gets them, 4,096 tokens at most and a multiple of 64."""
+    source, target = multi30k_lengths
+    config = load_recipe("translation/multi30k_tiny").batching
+    real, padded, size = 0, 0, PackedSize(PACKED_MULTIPLE)
+    for step in StepPlan(StoredLengths(source, target), config, seed=1, kind=kind).epoch(1):
+        lengths = source[step.examples], target[step.examples]
+        for group in micro_batches(step.examples, *lengths, config.max_tokens, 1, kind=kind, packed=True):
+            of_side = [int(source[group].sum()), int(target[group].sum())]
+            read = of_side if kind == "encoder_decoder" else [sum(of_side) - len(group)]
+            assert max(read) <= config.max_tokens == 4096
+            real, padded = real + sum(read), padded + sum(map(size.of, read))
+    assert real < padded < real / 0.98
 
 
 @pytest.fixture(scope="module")

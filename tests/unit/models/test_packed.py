@@ -18,6 +18,7 @@ from dstrain.errors import DataError
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import Model
 from dstrain.nn.checkpointing import checkpoint_layers
+from dstrain.nn.dropout import seed_masks
 from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import target_hidden
@@ -105,6 +106,31 @@ def test_every_way_to_give_positions_is_covered() -> None:
     assert {name_of(config) for config in chosen()} == {
         f"{model}-{name}" for model in ("encoder_decoder", "decoder_only") for name in names
     }
+
+
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+def test_a_step_has_the_losses_of_its_padded_examples_whatever_shares_a_micro_batch(kind: str) -> None:
+    """With counted dropout; both are cut as training cuts them."""
+    config = next(config for config in CONFIGS if config.kind == kind and config.position.kind == "rotary")
+    model = small_model(config.model_copy(update={"dropout": 0.3})).train()
+    lengths = np.array([[len(source), len(target)] for source, target in pairs()]).T
+    losses: list[dict[tuple[int, int], float]] = []
+    counts = []
+    for packed in (None, PACKED):
+        groups = micro_batches(np.arange(len(pairs())), *lengths, 40, 1, kind=model.kind, packed=packed is not None)
+        counts.append(len(groups))
+        seed_masks(1, 3)
+        of_token: dict[tuple[int, int], float] = {}
+        for group in groups:
+            batch = collate([pairs()[row] for row in group], kind=model.kind, ids=group.tolist(), packed=packed)
+            log_probs = model.project(target_hidden(model, batch)).log_softmax(-1)
+            nll = -log_probs.gather(1, batch.targets.labels[:, None])[:, 0]
+            keys = zip(batch.targets.example_id.tolist(), batch.targets.position.tolist(), strict=True)
+            of_token.update(zip(keys, nll.tolist(), strict=True))
+        losses.append(of_token)
+    assert counts[1] < counts[0]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert len(losses[0]) == lengths[1].sum()
 
 
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
