@@ -9,6 +9,7 @@ Each verb is a function of one options object with the options of the command li
 """
 
 from dstrain.build.bundle_model import BundleModel, load
+from dstrain.build.doctor import diagnose
 from dstrain.build.dumping import DumpOptions, dump_logits
 from dstrain.build.estimate import EstimateOptions, estimate
 from dstrain.build.evaluation import validate
@@ -35,6 +36,7 @@ __all__ = [
     "TeacherOptions",
     "TrainOptions",
     "ValidateOptions",
+    "diagnose",
     "dump_logits",
     "estimate",
     "extend",

@@ -21,6 +21,7 @@ from dstrain.checkpoint.template import BundleTemplate
 from dstrain.config_base import upgrade_config
 from dstrain.data.batching.loader import Steps
 from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples, max_sample_length
+from dstrain.engine.construction import COMPUTE_DTYPES
 from dstrain.engine.launch import import_deepspeed
 from dstrain.engine.training_engine import TrainEngine
 from dstrain.errors import TrainingError
@@ -34,6 +35,7 @@ from dstrain.models.weights import parameter_layouts
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
+from dstrain.ops.kernels import kernels_by_name, kernels_in_use
 from dstrain.parallel.errors import raise_on_all_ranks
 from dstrain.parallel.mesh import Mesh, build_mesh, finalize
 from dstrain.recipe import Recipe
@@ -68,6 +70,14 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     plan = raise_on_all_ranks(mesh.world, TrainingError, "starting", prepare)
     raise_on_all_ranks(mesh.world, TrainingError, "importing DeepSpeed", partial(import_deepspeed, mesh.device.type))
     require_agreement(mesh.world, plan.decisive(options))
+    dtype = COMPUTE_DTYPES[recipe.engine.precision]
+    choose = partial(kernels_by_name, recipe.engine.kernels.by_name, mesh.device.type, dtype)
+    with raise_on_all_ranks(mesh.world, TrainingError, "choosing kernels", choose):
+        return _train(plan, options, mesh, reporting)
+
+
+def _train(plan: TrainingPlan, options: TrainOptions, mesh: Mesh, reporting: ReportingConfig) -> int:
+    recipe = plan.recipe
     if mesh.world.rank == 0:
         log_plan(plan, mesh)
     log_memory(plan, options.teachers, mesh)
@@ -104,6 +114,7 @@ def log_plan(plan: TrainingPlan, mesh: Mesh) -> None:
     log_fields(
         {
             "device": describe_device(mesh.device),
+            "kernels": kernels_in_use(mesh.device.type, COMPUTE_DTYPES[plan.recipe.engine.precision]),
             "train": f"{len(plan.data.train):,} examples, {targets:,} target tokens",
             "epoch": f"about {plan.horizons.steps_per_epoch:,} steps",
             "valid": f"{len(plan.data.valid):,} examples",

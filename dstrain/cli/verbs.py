@@ -20,6 +20,7 @@ VERBS = {
     "report": "draw the curves of a run as PNG and HTML",
     "import": "bring what fairseq or PEFT made: checkpoints, binarized data, command lines, adapters",
     "completion": "print the script that completes verbs, options and recipes in your shell",
+    "doctor": "say which versions, devices and kernels dstrain runs with here",
     "inspect": "describe a data directory, a bundle or dumped logits, and check that they are complete",
     "pseudo-label": "let a teacher translate the training sources: data for a student",
     "dump-logits": "write a teacher's distribution of every token to disk, to distill from later",

@@ -129,6 +129,32 @@ class ParallelConfig(Config):
     sequence: PositiveInt = Field(default=1, description="Ranks that share the tokens of a batch, and in attention the heads.")
 
 
+class KernelsConfig(Config):
+    """The kernel of each op in training; auto = the one that `dstrain doctor` shows as chosen, which prints the others too.
+
+    All compute the same up to rounding. One that cannot run on the device is refused before training starts.
+    """
+
+    training_attention: Literal["auto", "batched_products", "scaled_dot_product_attention"] = Field(
+        default="auto", description="Of attention without dropout of its probabilities, in rows."
+    )
+    dropout_attention: Literal["auto", "counted_masks", "scaled_dot_product_attention"] = Field(
+        default="auto", description="Of attention with dropout of its probabilities, in rows."
+    )
+    packed_attention: Literal["auto", "varlen", "padded_rows"] = Field(
+        default="auto", description="Of attention of packed sequences without ALiBi; with dropout it is padded_rows."
+    )
+    packed_alibi_attention: Literal["auto", "flex", "padded_rows"] = Field(
+        default="auto", description="Of attention of packed sequences with ALiBi; with dropout it is padded_rows."
+    )
+    argmax: Literal["auto", "numpy", "torch"] = Field(default="auto", description="Of the most probable vocabulary entry.")
+
+    @property
+    def by_name(self) -> dict[str, str]:
+        """Op -> kernel, of those that are not `auto`."""
+        return {op: kernel for op, kernel in self if kernel != "auto"}
+
+
 class EngineConfig(Config):
     """How the model is computed and distributed."""
 
@@ -151,6 +177,7 @@ class EngineConfig(Config):
         "it runs again in the backward pass; 1 = all at once.",
     )
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="How many ranks share one model, or one batch.")
+    kernels: KernelsConfig = Field(default=KernelsConfig(), description="Which kernel runs an op, if not the one of the table.")
 
     @model_validator(mode="after")
     def _shares_packed_tokens(self) -> EngineConfig:

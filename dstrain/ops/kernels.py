@@ -1,95 +1,24 @@
-"""Which kernel runs an op: a table by device, dtype, problem size and installed packages. No other module chooses.
+"""Which kernel runs an op: the table by device, dtype, problem size and installed packages. No other module chooses.
 
-A kernel is in the table if it is certain to be the faster one there. Nothing is measured at start or read from the machine, so a
-resumed run chooses as before and repeats the losses bit for bit. All kernels of an op compute the same; tests hold each to the
-op's reference.
+A kernel is chosen unasked if it is certain to be the faster one there. One that nobody has measured yet is `on_request`: it runs
+if `engine.kernels` of a recipe names it. All kernels of an op have one signature and compute the same; tests hold each to the
+op's reference. `dstrain doctor` prints the table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dstrain.errors import RecipeError
 from dstrain.ops.cpu.argmax import numpy_argmax
 from dstrain.ops.cpu.attention import batched_attention, counted_dropout_attention
+from dstrain.ops.kernel import Kernel, KernelState, Op
 from dstrain.ops.packed_attention import PackedPair, RowAttention, flex, padded_rows, varlen
-
-Function = TypeVar("Function", bound=Callable[..., Tensor])
-
-
-@dataclass(frozen=True)
-class Kernel(Generic[Function]):
-    """One implementation, and its conditions.
-
-    device_type, dtypes: those it is for, None for all. max_size: the largest problem it is for, in the op's unit, None for all.
-    package: that must be installed.
-    """
-
-    name: str
-    function: Function
-    device_type: str | None = None
-    dtypes: tuple[torch.dtype, ...] | None = None
-    max_size: int | None = None
-    package: str | None = None
-
-    def fits(self, device_type: str, dtype: torch.dtype) -> bool:
-        """Whether it can run there."""
-        right_device = self.device_type in {None, device_type}
-        return right_device and (self.dtypes is None or dtype in self.dtypes) and self.is_installed
-
-    @property
-    def is_installed(self) -> bool:
-        """Whether its package is there."""
-        return self.package is None or find_spec(self.package) is not None
-
-    def condition(self, unit: str) -> str:
-        """Its conditions in words. unit: of the size."""
-        words = [self.device_type or "any device"]
-        if self.dtypes is not None:
-            words.append(" or ".join(str(dtype).removeprefix("torch.") for dtype in self.dtypes))
-        if self.max_size is not None:
-            words.append(f"up to {self.max_size} {unit}")
-        if self.package is not None:
-            words.append(self.package + ("" if self.is_installed else " (not installed)"))
-        return ", ".join(words)
-
-
-class Op(Generic[Function]):
-    """The kernels of one op; the first that fits is chosen, the last fits everywhere. unit: of the problem's size."""
-
-    def __init__(self, name: str, kernels: Sequence[Kernel[Function]], unit: str = "") -> None:
-        self.name = name
-        self.kernels = tuple(kernels)
-        self.unit = unit
-        self._fitting = cache(self._find_fitting)
-        self._forced: Kernel[Function] | None = None
-
-    def choose(self, device: torch.device, dtype: torch.dtype, size: int = 0) -> Function:
-        """The kernel for a problem of this size."""
-        if self._forced is not None:
-            return self._forced.function
-        fitting = self._fitting(device.type, dtype)
-        return next(kernel.function for kernel in fitting if kernel.max_size is None or size <= kernel.max_size)
-
-    @contextmanager
-    def forced(self, name: str) -> Iterator[None]:
-        """Always take the kernel of this name, for tests."""
-        before, self._forced = self._forced, next(kernel for kernel in self.kernels if kernel.name == name)
-        try:
-            yield
-        finally:
-            self._forced = before
-
-    def _find_fitting(self, device_type: str, dtype: torch.dtype) -> tuple[Kernel[Function], ...]:
-        return tuple(kernel for kernel in self.kernels if kernel.fits(device_type, dtype))
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
@@ -146,13 +75,50 @@ PACKED_ALIBI_ATTENTION: Op[PackedAttention] = Op(
 """Attention of packed sequences with ALiBi, without dropout."""
 
 ARGMAX: Op[Callable[[Tensor], Tensor]] = Op(
-    "argmax", [Kernel("numpy", numpy_argmax, "cpu", (torch.float32, torch.float64)), Kernel("torch", torch_argmax)]
+    "argmax",
+    [Kernel("numpy", numpy_argmax, "cpu", (torch.float32, torch.float64)), Kernel("torch", torch_argmax)],
+    dtype=torch.float32,
 )
-"""The index of the maximum of each row, the first of equal ones."""
+"""The index of the maximum of each row of logits, the first of equal ones."""
 
-OPS = (TRAINING_ATTENTION, DROPOUT_ATTENTION, PACKED_ATTENTION, PACKED_ALIBI_ATTENTION, ARGMAX)
+OPS = {op.name: op for op in (TRAINING_ATTENTION, DROPOUT_ATTENTION, PACKED_ATTENTION, PACKED_ALIBI_ATTENTION, ARGMAX)}
 
 
-def describe_kernels() -> str:
-    """The table in words, a line per kernel in the order of choice."""
-    return "\n".join(f"{op.name:20} {kernel.name:30} {kernel.condition(op.unit)}" for op in OPS for kernel in op.kernels)
+def kernels_by_name(names: Mapping[str, str], device_type: str, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """A context in which these kernels run: op -> kernel, as `engine.kernels` has them. dtype: of the model's computation.
+
+    Raises RecipeError at once if one of them cannot run there.
+    """
+    for name, kernel in names.items():
+        if (problem := OPS[name].problem(kernel, device_type, dtype)) is not None:
+            usable = [other for other in kernel_names(name) if OPS[name].problem(other, device_type, dtype) is None]
+            choice = " or ".join(["auto", *usable])
+            raise RecipeError(f"engine.kernels.{name} = {kernel} cannot run here ({problem}); choose {name}: {choice}")
+    return _forced(names)
+
+
+@contextmanager
+def _forced(names: Mapping[str, str]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name, kernel in names.items():
+            stack.enter_context(OPS[name].forced(kernel))
+        yield
+
+
+def kernel_names(op: str) -> list[str]:
+    """Of its kernels, in the order of choice."""
+    return list(dict.fromkeys(kernel.name for kernel in OPS[op].kernels))
+
+
+def kernel_states(device_type: str, dtype: torch.dtype) -> dict[str, dict[str, KernelState]]:
+    """Op -> kernel -> what it does there. dtype: of the model's computation."""
+    return {name: op.states(device_type, dtype) for name, op in OPS.items()}
+
+
+def kernels_in_use(device_type: str, dtype: torch.dtype) -> str:
+    """The ops by the kernel that runs them, in one line."""
+    ops: dict[str, list[str]] = {}
+    for name, states in kernel_states(device_type, dtype).items():
+        in_use = [kernel for kernel, state in states.items() if state.is_chosen]
+        ops.setdefault(" or ".join(in_use), []).append(name)
+    return "; ".join(f"{kernel}: {', '.join(names)}" for kernel, names in ops.items())

@@ -122,7 +122,7 @@ def build_mesh(device: DeviceChoice = "auto", *, tensor: int = 1, sequence: int 
     chosen, local_rank = _choose_device(device, int(variables["LOCAL_RANK"]))
     os.environ.update({**variables, "LOCAL_RANK": str(local_rank)})
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, _num_cores() // local_world_size))
+        torch.set_num_threads(max(1, num_cores() // local_world_size))
     if not dist.is_initialized():
         _join(rank, world_size, backend or ("nccl" if chosen.type == "cuda" else "gloo"))
     world = Group(rank, world_size, dist.group.WORLD, chosen)
@@ -204,7 +204,7 @@ def _say_that_it_waits(rank: int, world_size: int, address: str) -> None:
         )
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
     """Cores that this process may use; macOS does not report them: there all cores."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 

@@ -163,8 +163,12 @@ def toy_argmax(scores):
             "from dstrain.ops.cpu.attention import",
             "from dstrain.ops.cpu.toy import toy_argmax\nfrom dstrain.ops.cpu.attention import",
         ),
-        ('"argmax", [Kernel(', '"argmax", [Kernel("toy", toy_argmax, "cpu", package="no_such_package"), Kernel('),
+        (
+            '[Kernel("numpy", numpy_argmax',
+            '[Kernel("toy", toy_argmax, "cpu", package="no_such_package"), Kernel("numpy", numpy_argmax',
+        ),
     ),
+    "dstrain/engine/config.py": (('argmax: Literal["auto", ', 'argmax: Literal["auto", "toy", '),),
 }
 
 FAIRSEQ_OPTION: dict[str, Edit] = {
@@ -284,11 +288,11 @@ found = {"show": verb("show", "toy.yaml"), "verb": verb("toy", "swordfish"), "to
 import dstrain, torch
 from torch.nn import functional as F
 from dstrain.interop.fairseq.command_line.convert import recipe_from_command
-from dstrain.ops.kernels import ARGMAX, describe_kernels
+from dstrain.ops.kernels import ARGMAX
 from dstrain.ops.token_loss.toy import linear_toy
 
 found["package"] = dstrain.__file__
-found["kernels"] = describe_kernels()
+found["kernels"] = str(ARGMAX.states("cpu", torch.float32)["toy"])
 with ARGMAX.forced("toy"):
     kernel = ARGMAX.choose(torch.device("cpu"), torch.float32)
 found["forced"] = [kernel.__name__, kernel(torch.tensor([[1.0, 3.0, 2.0]])).tolist()]

@@ -42,6 +42,9 @@ ELSEWHERE = {
     "the adapter was trained on another base; let base.path or --base name that one": (
         "unit/cli/test_moved_base.py::test_a_verb_is_told_where_the_base_is"
     ),
+    "engine.kernels.{} = {} cannot run here ({}); choose {}: {}": (
+        "unit/ops/test_kernels.py::test_a_named_kernel_that_cannot_run_is_refused_with_the_reason"
+    ),
     "free some space, then run the same command again": (
         "unit/checkpoint/test_bundle.py::test_a_failed_save_leaves_the_old_bundle_and_no_rest"
     ),

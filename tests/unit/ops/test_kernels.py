@@ -1,9 +1,14 @@
 """The table of kernels: what it chooses, that it can be overridden, and what it says of itself."""
 
+from typing import get_args
+
 import pytest
 import torch
 
-from dstrain.ops.kernels import ARGMAX, OPS, TRAINING_ATTENTION, Kernel, Op, describe_kernels
+from dstrain.engine.config import KernelsConfig
+from dstrain.errors import RecipeError
+from dstrain.ops.kernel import Deferred, Kernel, Op
+from dstrain.ops.kernels import ARGMAX, OPS, TRAINING_ATTENTION, kernel_names, kernel_states, kernels_by_name, kernels_in_use
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -26,20 +31,89 @@ def test_the_first_kernel_that_fits_is_chosen(op: Op, device: torch.device, dtyp
     assert chosen in {kernel.function for kernel in op.kernels if kernel.name == name}
 
 
-def test_a_kernel_whose_package_is_missing_is_passed_over_and_described_so() -> None:
+def toy() -> Op:
     missing = Kernel("library", torch.sin, package="no_such_package", device_type="cpu")
-    present = Kernel("installed", torch.cos, package="numpy", dtypes=(torch.float64,))
-    op = Op("toy", [missing, present, Kernel("fallback", torch.tan)])
+    present = Kernel("installed", torch.cos, package="numpy", dtypes=(torch.float64, torch.float16), max_size=9)
+    asked_for = Kernel("new", torch.exp, on_request=True)
+    return Op(
+        "toy", [missing, present, asked_for, Kernel("elsewhere", torch.abs, "cuda"), Kernel("fallback", torch.tan)], unit="rows"
+    )
+
+
+def test_every_condition_is_met_or_said() -> None:
+    op = toy()
     assert op.choose(CPU, torch.float32) is torch.tan
-    assert op.choose(CPU, torch.float64) is torch.cos
-    assert missing.condition("") == "cpu, no_such_package (not installed)"
-    assert present.condition("") == "any device, float64, numpy"
+    assert [op.choose(CPU, torch.float64, size) for size in (9, 10)] == [torch.cos, torch.tan]
+    assert op.choose(CUDA, torch.float32) is torch.abs
+    assert {name: str(state) for name, state in op.states("cpu", torch.float32).items()} == {
+        "library": "no_such_package is not installed",
+        "installed": "for float64 and float16 only",
+        "new": "on request",
+        "elsewhere": "for cuda only",
+        "fallback": "chosen",
+    }
+    assert {name: str(state) for name, state in op.states("cuda", torch.float64).items()} == {
+        "library": "no_such_package is not installed",
+        "installed": "chosen up to 9 rows",
+        "new": "on request",
+        "elsewhere": "chosen",
+        "fallback": "further down the table",
+    }
 
 
-def test_a_forced_kernel_is_taken_until_the_end_of_the_block() -> None:
-    with ARGMAX.forced("torch"):
+def test_a_forced_kernel_is_taken_for_its_dtypes_until_the_end_of_the_block() -> None:
+    op = toy()
+    with op.forced("installed"):
+        assert op.choose(CPU, torch.float64, size=10) is torch.cos
+        assert op.choose(CPU, torch.float32) is torch.tan
+        with op.forced("new"):
+            assert op.choose(CPU, torch.float32) is torch.exp
+            assert [name for name, state in op.states("cpu", torch.float32).items() if state.is_chosen] == ["new"]
+        assert op.choose(CPU, torch.float64, size=10) is torch.cos
+    assert op.choose(CPU, torch.float64, size=10) is torch.tan
+
+
+def test_kernels_of_triton_run_on_a_cpu_in_its_interpreter_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel("triton", torch.sin, "cuda", package="triton")
+    monkeypatch.setattr("dstrain.ops.kernel.find_spec", lambda _: object())
+    assert [kernel.problem(device, torch.float32) for device in ("cuda", "cpu")] == [None, "for cuda only"]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert kernel.problem("cpu", torch.float32) is None
+    monkeypatch.setattr("dstrain.ops.kernel.find_spec", lambda _: None)
+    assert kernel.problem("cpu", torch.float32) == "triton is not installed"
+
+
+def test_a_deferred_function_is_imported_at_its_first_call() -> None:
+    absent = Deferred("no_such_module", "function")
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        absent()
+    assert Deferred("math", "pow")(2, 3) == 8
+
+
+def test_a_recipe_may_name_every_kernel_and_no_other() -> None:
+    fields = {name: get_args(field.annotation) for name, field in KernelsConfig.model_fields.items()}
+    assert {op: list(names) for op, names in fields.items()} == {op: ["auto", *kernel_names(op)] for op in OPS}
+
+
+def test_named_kernels_run_until_the_end_of_the_block() -> None:
+    assert KernelsConfig().by_name == {}
+    names = KernelsConfig(argmax="torch", training_attention="scaled_dot_product_attention").by_name
+    assert names == {"argmax": "torch", "training_attention": "scaled_dot_product_attention"}
+    with kernels_by_name(names, "cpu", torch.float32):
         assert ARGMAX.choose(CPU, torch.float32) is ARGMAX.kernels[-1].function
+        assert TRAINING_ATTENTION.choose(CPU, torch.float32, 1) is TRAINING_ATTENTION.kernels[-1].function
     assert ARGMAX.choose(CPU, torch.float32) is ARGMAX.kernels[0].function
+
+
+def test_a_named_kernel_that_cannot_run_is_refused_with_the_reason() -> None:
+    message = r"packed_attention = varlen cannot run here \(for cuda only\); choose packed_attention: auto or padded_rows"
+    with pytest.raises(RecipeError, match=message):
+        kernels_by_name({"packed_attention": "varlen"}, "cpu", torch.float32)
+    for choice in ("auto", "padded_rows"):
+        with kernels_by_name(KernelsConfig.model_validate({"packed_attention": choice}).by_name, "cpu", torch.float32):
+            pass
+    with pytest.raises(RecipeError, match=r"varlen cannot run here \(for bfloat16 and float16 only\)"):
+        kernels_by_name({"packed_attention": "varlen"}, "cuda", torch.float32)
 
 
 def test_every_argmax_takes_the_first_of_equal_values() -> None:
@@ -48,8 +122,11 @@ def test_every_argmax_takes_the_first_of_equal_values() -> None:
         assert kernel.function(scores).tolist() == [[1], [0], [2]]
 
 
-def test_the_table_in_words() -> None:
-    lines = describe_kernels().splitlines()
-    assert len(lines) == sum(len(op.kernels) for op in OPS)
-    assert lines[0].split(maxsplit=2) == ["training_attention", "batched_products", "cpu, float32, up to 400 scores per head"]
-    assert lines[-1].split(maxsplit=2) == ["argmax", "torch", "any device"]
+def test_losses_compute_in_float32_whatever_the_model_s_dtype() -> None:
+    assert kernel_states("cpu", torch.bfloat16)["argmax"]["numpy"].is_chosen
+
+
+def test_the_table_in_a_line() -> None:
+    line = kernels_in_use("cpu", torch.float32)
+    assert line.startswith("batched_products or scaled_dot_product_attention: training_attention; counted_masks: dropout_")
+    assert "numpy: argmax" in line
