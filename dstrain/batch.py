@@ -208,8 +208,8 @@ class Batch:
     """One micro-batch of one rank.
 
     source: the encoder's input, each source ending in EOS; None for a decoder-only model.
-    target: the decoder's input. For an encoder-decoder EOS, then the target without its final EOS; for a decoder-only model
-    the source before that, whose EOS is the first input of the target.
+    target: the decoder's input. For an encoder-decoder the start token, mostly EOS, then the target without its final EOS; for a
+    decoder-only model the source without its EOS before that.
     targets: empty in an empty micro-batch, whose one sequence is a lone EOS and adds exactly zero.
     sampled: whether the targets are samples of the model that is trained, not those of the data; alike in a whole step. One that
     was cut has no EOS at its end.

@@ -17,8 +17,7 @@ from dstrain.checkpoint.bundle import Bundle, load_bundle
 from dstrain.config_base import Precision, PrecisionChoice
 from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.plan import batches_by_length
-from dstrain.data.config import Direction
-from dstrain.data.directions import source_tag_ids
+from dstrain.data.directions import DirectionIds, direction_ids, directions_of
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.engine.construction import COMPUTE_DTYPES
 from dstrain.errors import ArgumentError, BundleError, DataError
@@ -110,8 +109,8 @@ class BundleModel:
         """For each sentence its `num_best` hypotheses, best first; an empty sentence without prefix has an empty one.
 
         A language model continues the sentence, which its hypotheses repeat; other models translate it (see `continues`).
-        direction: names the tags of a multilingual model, such as en-de. prefixes: for each sentence the text that its hypotheses
-        begin with; free where empty. The other options are those of
+        direction: names the tags and the start token of a multilingual model, such as en-de. prefixes: for each sentence the text
+        that its hypotheses begin with; free where empty. The other options are those of
         `generation.config`; the others follow the bundle's recipe. RecipeError: an option that this method does not have,
         or of no valid value. ArgumentError: no list of texts. DataError: a sentence longer than the model reads, without
         truncate_source.
@@ -156,11 +155,11 @@ class BundleModel:
             require_same_number("sentences", sentences, "prefixes", prefixes)
         if self.continues:
             sentences, prefixes = [""] * len(sentences), _beginnings(sentences, prefixes, first_line)
-        tokenizer = self.tokenizer
+        tokenizer, toward = self.tokenizer, self.direction_ids(direction)
         generator = Generator(
             self.bundle.model,
             config,
-            SpecialIds.of(tokenizer.target),
+            SpecialIds.of(tokenizer.target, start=toward.start),
             limits=self.bundle.model_config.limits,
             device=self.device,
             truncate_source=truncate_source,
@@ -169,28 +168,27 @@ class BundleModel:
             sentences,
             tokenizer.source,
             tokenizer.target,
-            tags=self.source_tags(direction),
+            tags=toward.source_tags,
             prefixes=prefixes,
             first_line=first_line,
             progress=progress,
         )
 
-    def source_tags(self, direction: str | None) -> list[int]:
-        """The ids that the recipe puts in front of every source of a direction.
+    def direction_ids(self, direction: str | None) -> DirectionIds:
+        """The tags and the start token that the recipe gives to a direction.
 
         ArgumentError: a direction that the bundle's recipe does not know, or none if it tells several apart.
         """
-        data = (self.bundle.recipe or {}).get("data", {})
-        tagged: Mapping[str, Any] = data.get("directions", {})
-        names = dict.fromkeys([*tagged, *(corpus["name"] for corpus in data.get("train", ()) if corpus.get("name"))])
+        tagged, corpora = directions_of(self.bundle.recipe), (self.bundle.recipe or {}).get("data", {}).get("train", ())
+        names = dict.fromkeys([*tagged, *(corpus["name"] for corpus in corpora if corpus.get("name"))])
         if direction is None and not tagged:
-            return []
+            return DirectionIds()
         if direction is None or direction not in names:
             known = f"choose one of {', '.join(names)}" if names else "the bundle's recipe names none: leave it out"
             raise ArgumentError(f"direction = {direction} (--direction) names no direction of {self.bundle.directory}; {known}")
         if direction not in tagged:
-            return []
-        return source_tag_ids(direction, Direction.model_validate(tagged[direction]), self.tokenizer.source)
+            return DirectionIds()
+        return direction_ids(direction, tagged[direction], self.tokenizer)
 
     def generation_config(self, options: Mapping[str, Any]) -> GenerationConfig:
         """The `generation` section of the bundle's recipe, overridden as the function `generation_config` does."""
@@ -229,13 +227,13 @@ class BundleModel:
         require_same_number("sources", sources, "targets", targets)
         if self.continues:
             _refuse_sources(sources, first_line)
-        tokenizer, limits = self.tokenizer, self.bundle.model_config.limits
-        encoded = source_ids(sources, tokenizer.source, self.source_tags(direction))
+        tokenizer, limits, toward = self.tokenizer, self.bundle.model_config.limits, self.direction_ids(direction)
+        encoded = source_ids(sources, tokenizer.source, toward.source_tags)
         encoded_targets = [[*row, tokenizer.target.eos_id] for row in tokenizer.target.encode(targets)]
         fitting_sources = fitting(encoded, [limits.source] * len(encoded), truncate=truncate, first_line=first_line)
         after = [limits.target_after(len(source)) for source in fitting_sources]
         target_ids = fitting(encoded_targets, after, truncate=truncate, first_line=first_line, what="target")
-        ids = SpecialIds.of(tokenizer.target)
+        ids = SpecialIds.of(tokenizer.target, start=toward.start)
         scored: dict[int, TextHypothesis] = {}
         for rows in batches_by_length(longer_of(fitting_sources, target_ids), range(len(targets)), config.max_tokens):
             batch = [[side[row] for row in rows] for side in (fitting_sources, target_ids)]
@@ -253,8 +251,8 @@ class BundleModel:
         Under dynamic rotary scalings they are those of the whole row's length, as in training; a search and `score` take another
         pass for each token.
 
-        source_ids: ids ending in EOS; None for a decoder-only model that reads no source. target_input_ids: EOS, then target
-        tokens; both may be arrays. ArgumentError names the row or id that is not one of the model's.
+        source_ids: ids ending in EOS; None for a decoder-only model that reads no source. target_input_ids: EOS or another start
+        token, then target tokens; both may be arrays. ArgumentError names the row or id that is not one of the model's.
         """
         vocabulary, kind, limits = self.bundle.vocabulary, self.bundle.model_config.kind, self.bundle.model_config.limits
         inputs = require_ids("target_input_ids", target_input_ids, vocabulary.target, limits.target)

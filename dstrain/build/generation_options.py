@@ -24,10 +24,11 @@ class GenerateOptions(CheckedOptions):
     """The options of `dstrain generate`.
 
     base: of an adapter bundle, if it has moved. adapter: over `bundle`, an adapter bundle or a directory of PEFT. direction: of a
-    multilingual bundle, names its tags. input, output: files, `-` for standard input and output. reference: human translations to
-    write beside the answers, or with score_only to score instead. prefix: a file with the beginning of each answer. overwrite:
-    replace an output that exists. method: fields of `generation.config`; those left out or None follow the bundle's recipe.
-    precision: auto = bf16 on a GPU that has it, else fp32. threads: None for all cores. truncate: cut lines that are too long.
+    multilingual bundle, names its tags and start token. input, output: files, `-` for standard input and output. reference: human
+    translations to write beside the answers, or with score_only to score instead. prefix: a file with the beginning of each
+    answer. overwrite: replace an output that exists. method: fields of `generation.config`; those left out or None follow the
+    bundle's recipe. precision: auto = bf16 on a GPU that has it, else fp32. threads: None for all cores. truncate: cut lines that
+    are too long.
     """
 
     bundle: Path

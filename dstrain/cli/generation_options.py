@@ -47,7 +47,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> None:
         "--adapter", metavar="DIR", type=Path, help="over BUNDLE: an adapter bundle trained on it, or a LoRA adapter of PEFT"
     )
     parser.add_argument(
-        "--direction", metavar="NAME", help="of a multilingual model: whose tags stand before each line, such as en-de"
+        "--direction", metavar="NAME", help="of a multilingual model: whose tags and start token it reads, such as en-de"
     )
     parser.add_argument("--format", choices=FORMATS, default="text", help="of the output (default: text)")
     add_device_argument(parser)

@@ -251,11 +251,20 @@ class FilterConfig(Config):
 
 
 class Direction(Config):
-    """The tokens that tell a model the languages of a corpus. They are added to its ids; its text stays as it is."""
+    """The tokens that tell a model the languages of a corpus, at least one of them. Its text stays as it is."""
 
     source_tags: tuple[str, ...] = Field(
-        min_length=1, description="Words in front of every source: `[eng_Latn, hin_Deva]`, or that of the target's language."
+        default=(), description="Words in front of every source: `[eng_Latn, hin_Deva]`, or that of the target's language."
     )
+    start_token: str | None = Field(
+        default=None, description="What the decoder reads in front of every target, such as `hin_Deva`; null = the end token."
+    )
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Direction:
+        if not self.source_tags and self.start_token is None:
+            raise ValueError("neither source_tags nor start_token is given; give one of them, or leave the direction out")
+        return self
 
 
 class DataConfig(Config):
@@ -328,6 +337,12 @@ class DataConfig(Config):
                     f"directions.{name} is no name of a corpus ({', '.join(filter(None, used)) or 'there is none with a name'}); "
                     "correct it, or remove the direction"
                 )
+        for key, source in self.corpora():
+            if source.name in self.directions and self.directions[source.name].source_tags and is_text_only(source):
+                raise ValueError(
+                    f"directions.{source.name}.source_tags stand in front of sources, and {key} is text without one; give its "
+                    "direction a start_token, or the corpus another name"
+                )
         return self
 
     def corpora(self) -> Iterator[tuple[str, TextSource]]:
@@ -342,7 +357,8 @@ class DataConfig(Config):
     @property
     def tags(self) -> tuple[str, ...]:
         """The words of all directions."""
-        return tuple(dict.fromkeys(tag for direction in self.directions.values() for tag in direction.source_tags))
+        words = [(*direction.source_tags, direction.start_token) for direction in self.directions.values()]
+        return tuple(dict.fromkeys(word for direction in words for word in direction if word is not None))
 
 
 def corpus_names(sources: Iterable[TextSource]) -> tuple[str, ...]:

@@ -27,10 +27,11 @@ import numpy as np
 import torch
 
 from dstrain.batch import Batch, Sequences
-from dstrain.data.batching.collate import Collator, Ids
+from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.loader import Steps
 from dstrain.data.batching.permutation import IntArray
 from dstrain.data.batching.plan import PlannedStep, batches_by_length, micro_batches
+from dstrain.data.prepared.dataset import Example
 from dstrain.generation.config import SamplingConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.padding import pad
@@ -45,10 +46,14 @@ GenerationModel = Callable[[], AbstractContextManager[Generative]]
 
 
 class Source(NamedTuple):
-    """The source of a target to be sampled. example: row of the data set; limit: tokens after which it is cut."""
+    """The source of a target to be sampled.
+
+    example: row of the data set; start: what the decoder reads first; limit: tokens after which the target is cut.
+    """
 
     example: int
     tokens: list[int]
+    start: int
     limit: int
 
 
@@ -100,9 +105,15 @@ class OwnSamples:
         """Of all examples."""
         sources = []
         for batch in batches:
-            tokens, examples = batch.reading.tokens.flatten().tolist(), batch.examples
-            spans = zip(examples.ids.tolist(), examples.source_start.tolist(), examples.source_length.tolist(), strict=True)
-            sources += [Source(number, tokens[start : start + length], self._limit(length)) for number, start, length in spans]
+            tokens, examples, targets = batch.reading.tokens.flatten().tolist(), batch.examples, batch.targets
+            firsts = batch.target.tokens.flatten()[targets.index[targets.position == 0]]  # read before the first target
+            spans = zip(
+                *(part.tolist() for part in (examples.ids, examples.source_start, examples.source_length, firsts)), strict=True
+            )
+            sources += [
+                Source(number, tokens[start : start + length], first, self._limit(length))
+                for number, start, length, first in spans
+            ]
         return sources
 
     def _limit(self, source_length: int) -> int:
@@ -139,6 +150,7 @@ class OwnSamples:
                     max_lengths=[source.limit for source in chosen],
                     sentences=[source.example for source in chosen],
                     prefix=torch.tensor([self.ids.before] * len(chosen)) if self.ids.before else None,
+                    starts=[source.start for source in chosen],
                 )
                 for row, source, hypotheses in zip(rows, chosen, samples, strict=True):
                     # without a finite hypothesis the model is broken, which the engine finds out on all ranks together
@@ -147,8 +159,9 @@ class OwnSamples:
         return targets
 
     def _batch(self, sources: Sequence[Source], targets: Sequence[Sequence[int]]) -> Batch:
-        examples: list[tuple[Ids, Ids]] = [
-            (np.array(source.tokens), np.array(target)) for source, target in zip(sources, targets, strict=True)
+        examples = [
+            Example(np.array(source.tokens), np.array(target), source.start)
+            for source, target in zip(sources, targets, strict=True)
         ]
         numbers = np.array([source.example for source in sources], np.int64)
         return self.collator(examples, numbers, sampled=True)

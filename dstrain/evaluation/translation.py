@@ -59,8 +59,9 @@ class Translation:
             limits=self.model_config.limits,
             device=self.device,
         )
-        sources = [self.dataset[row].source.tolist() for row in rows]
-        ranked = generator.translate_ids(sources, first_line=rows.start + 1, progress=progress)
+        examples = [self.dataset[row] for row in rows]
+        sources, starts = [example.source.tolist() for example in examples], [example.start for example in examples]
+        ranked = generator.translate_ids(sources, starts=starts, first_line=rows.start + 1, progress=progress)
         return self.tokenizers.target.decode([hypotheses[0].tokens for hypotheses in ranked])
 
     def score(self, hypotheses: Sequence[str]) -> Mapping[str, Any]:

@@ -143,7 +143,14 @@ class DiversePruning:
 class _Beams:
     """The hypotheses of the sentences still in the batch."""
 
-    def __init__(self, pruning: Pruning, constraints: Constraints, finished: FinishedHypotheses, ids: SpecialIds) -> None:
+    def __init__(
+        self,
+        pruning: Pruning,
+        constraints: Constraints,
+        finished: FinishedHypotheses,
+        ids: SpecialIds,
+        starts: Sequence[int | None],
+    ) -> None:
         num_sentences, device = len(finished.count), finished.count.device
         self.pruning = pruning
         self.constraints = constraints
@@ -152,7 +159,7 @@ class _Beams:
         self.sentences = torch.arange(num_sentences, device=device)
         self.totals = pruning.start(num_sentences, device)  # (b, R), R = K after the first step
         self.history = self.totals[:, :, None][:, :, :0]  # (b, R, t) totals after each token
-        self.tokens = torch.full((*self.totals.shape, 1), ids.first, device=device)  # (b, R, 1 + t), the start token first
+        self.tokens = ids.beginnings(starts, self.totals.shape[1], device)  # (b, R, 1 + t), the start token first
 
     def inputs(self) -> Tensor:
         """The next input of the model. (b * R, 1)"""
@@ -216,19 +223,21 @@ def beam_search(
     ids: SpecialIds,
     max_lengths: Sequence[int],
     prefix: Tensor | None = None,
+    starts: Sequence[int | None] | None = None,
 ) -> list[list[Hypothesis]]:
     """The `num_best` hypotheses of each sentence, best first.
 
     source: None for decoder-only models, whose prompts are prefixes. max_lengths: the most tokens before EOS of each sentence.
-    prefix: (B, P) forced first tokens, padded with the pad id; their scores count. A sentence for which nothing of finite
-    score can be said (NaN logits, or constraints that exclude everything) has an empty list.
+    prefix: (B, P) forced first tokens, padded with the pad id; their scores count. starts: what the model reads first for each
+    sentence, None = `ids.first`. A sentence for which nothing of finite score can be said (NaN logits, or constraints that
+    exclude everything) has an empty list.
     """
     anchor = prefix if source is None else source.tokens
     if anchor is None:
         raise ValueError("generation needs a source or a prefix")
     constraints = Constraints(config, ids, max_lengths=max_lengths, prefix=prefix, device=anchor.device)
     finished = FinishedHypotheses(len(max_lengths), config.beam_size, max(max_lengths) + 1, anchor.device)
-    beams = _Beams(_pruning(config), constraints, finished, ids)
+    beams = _Beams(_pruning(config), constraints, finished, ids, starts or [None] * len(max_lengths))
     state = model.start(
         source, num_sentences=len(max_lengths), rows_per_sentence=beams.totals.shape[1], max_length=max(max_lengths) + 1
     )

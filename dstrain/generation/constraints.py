@@ -28,15 +28,21 @@ class SpecialIds:
     before: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tokenizer: TextTokenizer) -> SpecialIds:
-        """Those of the target tokenizer."""
+    def of(cls, tokenizer: TextTokenizer, *, start: int | None = None) -> SpecialIds:
+        """Those of the target tokenizer. start: of a direction that has its own."""
         before = tuple(tokenizer.encode_prefixes([""])[0])
-        return cls(pad=tokenizer.pad_id, eos=tokenizer.eos_id, unk=tokenizer.unk_id, start=tokenizer.start_id, before=before)
+        first = tokenizer.start_id if start is None else start
+        return cls(pad=tokenizer.pad_id, eos=tokenizer.eos_id, unk=tokenizer.unk_id, start=first, before=before)
 
     @property
     def first(self) -> int:
-        """The token in front of every hypothesis."""
+        """The token in front of every hypothesis whose sentence has no other."""
         return self.eos if self.start is None else self.start
+
+    def beginnings(self, starts: Sequence[int | None], rows_per_sentence: int, device: torch.device) -> Tensor:
+        """Hypotheses of nothing but the start token. starts: of each of b sentences, None = `first`. (b, R, 1)"""
+        own = torch.tensor([self.first if start is None else start for start in starts], device=device)
+        return own[:, None, None].repeat(1, rows_per_sentence, 1)
 
 
 class Constraints:

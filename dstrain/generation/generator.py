@@ -57,13 +57,15 @@ class Generator:
         sources: Sequence[Sequence[int]],
         *,
         prefixes: Sequence[Sequence[int]] | None = None,
+        starts: Sequence[int | None] | None = None,
         first_line: int = 1,
         progress: Callable[[int], object] = ignore_progress,
     ) -> list[list[Hypothesis]]:
         """The `num_best` hypotheses of each source, best first; at least one each.
 
         sources: ids ending in EOS. prefixes: first target tokens, forced, without EOS; none where empty; None = what the target
-        tokenizer puts in front of every text. first_line: number of the first source, for messages and the draws of sampling.
+        tokenizer puts in front of every text. starts: of sources whose decoder reads another token first than `ids.first`.
+        first_line: number of the first source, for messages and the draws of sampling.
         progress: called with the finished sentences of each batch.
         DataError names the line of a source or prefix that is longer than the model allows.
         """
@@ -81,7 +83,8 @@ class Generator:
         costs = [(len(source) + len(prefix)) * hypotheses for source, prefix in zip(sources, forced, strict=True)]
         for rows in batches_by_length(costs, asked, self.config.max_tokens):
             batch, prefix = [sources[row] for row in rows], [forced[row] for row in rows]
-            answers = self._generate(batch, [first_line + row for row in rows], prefix)
+            first = None if starts is None else [starts[row] for row in rows]
+            answers = self._generate(batch, [first_line + row for row in rows], prefix, first)
             for row, answer in zip(rows, answers, strict=True):
                 failed += not answer
                 results[row] = answer or [Hypothesis([self.ids.eos], -torch.inf, [-torch.inf])]
@@ -126,7 +129,11 @@ class Generator:
         return min(max(limit, prefix_length), self.limits.target_after(source_length) - 1)
 
     def _generate(
-        self, sources: Sequence[Sequence[int]], lines: Sequence[int], prefixes: Sequence[Sequence[int]]
+        self,
+        sources: Sequence[Sequence[int]],
+        lines: Sequence[int],
+        prefixes: Sequence[Sequence[int]],
+        starts: Sequence[int | None] | None,
     ) -> list[list[Hypothesis]]:
         """One batch. lines: the number of each source."""
         device = torch.device(self.device)
@@ -135,9 +142,20 @@ class Generator:
         limits = [self.max_length(len(source), len(first)) for source, first in zip(sources, prefixes, strict=True)]
         match self.config:
             case BeamSearchConfig() as config:
-                return beam_search(self.model, batch, config=config, ids=self.ids, max_lengths=limits, prefix=prefix)
+                return beam_search(
+                    self.model, batch, config=config, ids=self.ids, max_lengths=limits, prefix=prefix, starts=starts
+                )
             case SamplingConfig() as config:
-                return sample(self.model, batch, config=config, ids=self.ids, max_lengths=limits, sentences=lines, prefix=prefix)
+                return sample(
+                    self.model,
+                    batch,
+                    config=config,
+                    ids=self.ids,
+                    max_lengths=limits,
+                    sentences=lines,
+                    prefix=prefix,
+                    starts=starts,
+                )
 
     def _forced(
         self, prefixes: Sequence[Sequence[int]], sources: Sequence[Sequence[int]], first_line: int

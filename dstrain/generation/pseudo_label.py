@@ -85,8 +85,9 @@ class Labeler:
 
     def _write_shard(self, number: int, report: LabelReport, progress: Callable[[int], object]) -> None:
         rows = self.job.rows(number)
-        sources = [self.dataset[row].source.tolist() for row in rows]
-        answers = self.generator.translate_ids(sources, first_line=rows.start + 1, progress=progress)
+        examples = [self.dataset[row] for row in rows]
+        sources, starts = [example.source.tolist() for example in examples], [example.start for example in examples]
+        answers = self.generator.translate_ids(sources, starts=starts, first_line=rows.start + 1, progress=progress)
         targets = [hypotheses[0].tokens for hypotheses in answers]
         reasons = self._reasons(sources, targets)
         keep = ~np.logical_or.reduce(list(reasons.values()))

@@ -67,6 +67,7 @@ def sample(
     max_lengths: Sequence[int],
     sentences: Sequence[int],
     prefix: Tensor | None = None,
+    starts: Sequence[int | None] | None = None,
 ) -> list[list[Hypothesis]]:
     """`num_best` samples of each sentence, sorted by score.
 
@@ -80,7 +81,7 @@ def sample(
     constraints = Constraints(config, ids, max_lengths=max_lengths, prefix=prefix, device=device)
     finished = FinishedHypotheses(len(max_lengths), num_samples, max(max_lengths) + 1, device)
     present = torch.arange(len(max_lengths), device=device)
-    tokens = torch.full((len(max_lengths), num_samples, 1), ids.first, device=device)  # (b, n, 1 + t)
+    tokens = ids.beginnings(starts or [None] * len(max_lengths), num_samples, device)  # (b, n, 1 + t)
     totals = torch.zeros(len(max_lengths), num_samples, 0, device=device)  # (b, n, t)
     running = torch.ones(len(max_lengths), num_samples, dtype=torch.bool, device=device)
     state = model.start(source, num_sentences=len(max_lengths), rows_per_sentence=num_samples, max_length=max(max_lengths) + 1)

@@ -85,7 +85,7 @@ def config_of(settings: dict[str, Any]) -> ModelConfig:
     return config
 
 
-def make_bundle(directory: Path, settings: dict[str, Any]) -> BundleModel:
+def make_bundle(directory: Path, settings: dict[str, Any], recipe: dict[str, Any] = RECIPE) -> BundleModel:
     """A model that learned a few pairs: its translations end, padding is improbable, and no gain is one, no bias zero."""
     config = config_of(settings)
     shared = config.kind == "decoder_only" or config.embedding.tie == "all"
@@ -95,7 +95,7 @@ def make_bundle(directory: Path, settings: dict[str, Any]) -> BundleModel:
     model = build_model(config, vocabulary, seed=4)
     learn(model, pair)
     save_bundle(
-        directory, model_config=config, vocabulary=vocabulary, weights=to_canonical(model), tokenizers=pair, recipe=RECIPE
+        directory, model_config=config, vocabulary=vocabulary, weights=to_canonical(model), tokenizers=pair, recipe=recipe
     )
     return load(directory)
 
@@ -163,3 +163,36 @@ def test_the_same_tokens_and_scores(name: str, tmp_path: Path) -> None:
         assert tokens == [model.tokenizer.target.tokens(hypothesis.tokens) for hypothesis in ours]
         assert scores == pytest.approx([hypothesis.score for hypothesis in ours], abs=1e-4)
         assert all(len(hypothesis.tokens) < 12 for hypothesis in ours)  # none is cut, which both do in their own way
+
+
+@pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
+def test_a_start_token_by_direction_is_given_by_the_caller(kind: str, tmp_path: Path) -> None:
+    """CTranslate2 knows one start token or none; with directions it has none, and the export says what to give."""
+    directions = {"a-b": {"start_token": "zwei"}, "a-c": {"start_token": "acht"}, "a-d": {"source_tags": ["one"]}}
+    model = make_bundle(tmp_path / "bundle", {"kind": kind}, {"data": {**RECIPE["data"], "directions": directions}})
+    lines = export_ctranslate2(CTranslate2Export(bundle=tmp_path / "bundle", output=tmp_path / "exported"))
+    theirs = Theirs(model, tmp_path / "exported")
+    if kind == "encoder_decoder":
+        assert "target_prefix, [START] for each source, is by direction: a-b zwei, a-c acht, a-d </s>" in lines
+    else:
+        assert (
+            "ctranslate2.Generator: the prompt is TOKENS START; include_prompt_in_result=False returns what follows it" in lines
+        )
+        assert "START is by direction: a-b zwei, a-c acht, a-d </s>" in lines
+    for direction, start in (("a-b", "zwei"), ("a-c", "acht")):
+        ours = model.generate(SOURCES, direction=direction, beam_size=2, min_length=0, max_length_offset=20)
+        expected = [model.tokenizer.target.tokens(best[0].tokens) for best in ours]
+        options: dict[str, Any] = {"beam_size": 2, "return_end_token": True}
+        if kind == "encoder_decoder":
+            prefix = [[start]] * len(SOURCES)
+            found = theirs.model.translate_batch(
+                theirs.sources, target_prefix=prefix, max_decoding_length=20, min_decoding_length=0, **options
+            )
+            assert [result.hypotheses[0] for result in found] == expected
+        else:
+            prompts = [[*source, start] for source in theirs.sources]
+            found = [
+                theirs.model.generate_batch([prompt], max_length=20, include_prompt_in_result=False, **options)[0]
+                for prompt in prompts
+            ]
+            assert [result.sequences[0] for result in found] == expected

@@ -1,7 +1,7 @@
 """Examples -> `Batch`: one `Collator` pads or packs, joins both sides for decoder-only models and shifts labels by one.
 
 A decoder reads a start token, mostly EOS, and then its target, one token behind the labels. A decoder-only model reads both sides
-as one sequence, in which the EOS of the source is the first input of the target; a source that is a lone EOS adds nothing.
+as one sequence, in which the start token stands in the place of the source's EOS; a source that is a lone EOS adds nothing.
 Everything is counted here, on the CPU, so that nothing later waits for a GPU.
 
 Choice: all source or target tokens are written at once through computed indices; no loop over examples. 264 pairs of 15 tokens
@@ -20,6 +20,7 @@ import torch
 
 from dstrain.batch import Batch, CorpusTargets, ExampleSpans, ModelKind, Packing, Sequences, Targets
 from dstrain.data.batching.permutation import IntArray
+from dstrain.data.prepared.dataset import Example
 from dstrain.data.ragged import Ragged, positions_of, starts_of
 
 Ids = npt.NDArray[np.integer[Any]]
@@ -69,9 +70,9 @@ class ModelInputs(NamedTuple):
 class Collator:
     """Makes the batches of one model.
 
-    kind: how the model reads an example. start_id: in front of every target, None = eos_id. teacher_kinds: of the teachers that
-    read the same batches; if one is not `kind`, a batch has it as `other`. packed: None for padded rows. corpora: of the
-    examples, for losses by corpus; None if one is all there is.
+    kind: how the model reads an example. start_id: in front of every target whose example names no other, None = eos_id.
+    teacher_kinds: of the teachers that read the same batches; if one is not `kind`, a batch has it as `other`. packed: None for
+    padded rows. corpora: of the examples, for losses by corpus; None if one is all there is.
     """
 
     def __init__(
@@ -92,14 +93,14 @@ class Collator:
         self.kinds = dict.fromkeys((kind, *teacher_kinds))
         self.corpora = corpora
 
-    def __call__(self, examples: Sequence[tuple[Ids, Ids]], example_ids: IntArray, *, sampled: bool = False) -> Batch:
-        """A batch of (source, target) pairs. example_ids: (b,) lines of the data set.
+    def __call__(self, examples: Sequence[Example | tuple[Ids, Ids]], example_ids: IntArray, *, sampled: bool = False) -> Batch:
+        """A batch of examples, or of pairs of source and target. example_ids: (b,) lines of the data set.
 
         No examples make the empty micro-batch: one sequence, a lone EOS on both sides, of which nothing is scored.
         """
-        sources, labels = (Ragged.of([pair[side] for pair in examples]) for side in (0, 1))
+        sources, labels = Ragged.of([example[0] for example in examples]), Ragged.of([example[1] for example in examples])
         shifted = np.roll(labels.tokens, 1)
-        shifted[starts_of(labels.lengths)] = self.start_id
+        shifted[starts_of(labels.lengths)] = [self._start_of(example) for example in examples]
         inputs = Ragged(shifted, labels.lengths)
         one_token = Ragged.of([[self.start_id]])
         ids = np.array(example_ids, np.int64)  # a copy: the plan hands out views of its window
@@ -124,8 +125,12 @@ class Collator:
         first, *others = map(batch, self.kinds)
         return replace(first, other=others[0]) if others else first
 
+    def _start_of(self, example: Example | tuple[Ids, Ids]) -> int:
+        own = example.start if isinstance(example, Example) else None
+        return self.start_id if own is None else own
+
     def read(self, sources: Ragged, inputs: Ragged) -> ModelInputs:
-        """Sources, each ending in EOS, and the decoder's inputs, each beginning with it, as the model reads them."""
+        """Sources, each ending in EOS, and the decoder's inputs, each beginning with a start token, as the model reads them."""
         return self._read(self.kind, sources, inputs, np.arange(len(sources.lengths)))
 
     def _read(self, kind: ModelKind, sources: Ragged, inputs: Ragged, ids: IntArray) -> ModelInputs:
@@ -133,7 +138,7 @@ class Collator:
             source, source_index = self._lay_out(sources, ids, side=0)
             target, index = self._lay_out(inputs, ids, side=1)
             return ModelInputs(source, target, source_index[starts_of(sources.lengths)], index)
-        before = sources.lengths - 1  # without the EOS, which the inputs begin with
+        before = sources.lengths - 1  # without the EOS: the start token stands there
         sequence = np.empty(before.sum() + len(inputs.tokens), np.int64)
         start = starts_of(before + inputs.lengths)  # of each example in `sequence`
         of_inputs = np.repeat(start + before, inputs.lengths) + positions_of(inputs.lengths)

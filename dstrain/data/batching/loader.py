@@ -13,26 +13,27 @@ from typing import Protocol
 import numpy as np
 
 from dstrain.batch import Batch
-from dstrain.data.batching.collate import Collator, Ids
+from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.permutation import IntArray
 from dstrain.data.batching.plan import PlannedStep, StepPlan, evaluation_batches, micro_batches
 from dstrain.data.batching.prefetch import Prefetcher
 from dstrain.data.lengths import ExampleLengths
+from dstrain.data.prepared.dataset import Example
 
 EVALUATION_EPOCH = 0
 """Training counts epochs from 1: what is evaluated is the same whenever it is, noise included."""
 
 
 class Examples(Protocol):
-    """Pairs of (source, target) ids by row: a `Dataset` has them as they are, `TaskExamples` make them."""
+    """Sources and targets by row: a `Dataset` has them as they are, `TaskExamples` make them."""
 
     @property
     def lengths(self) -> ExampleLengths:
         """Of all rows."""
         ...
 
-    def read(self, epoch: int, rows: IntArray) -> Sequence[tuple[Ids, Ids]]:
-        """Source and target ids of some rows as they are in an epoch, each side ending in EOS."""
+    def read(self, epoch: int, rows: IntArray) -> Sequence[Example]:
+        """Some rows as they are in an epoch."""
         ...
 
 

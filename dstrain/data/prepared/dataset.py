@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from dstrain.data.batching.permutation import IntArray
 from dstrain.data.config import DataConfig, corpus_names
+from dstrain.data.directions import start_ids
 from dstrain.data.lengths import StoredLengths
 from dstrain.data.prepared.corpora import CorpusRanges, CorpusRun, NamedCorpora
 from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, DataManifest, SplitRecord, data_remedy, load_manifest
@@ -32,22 +33,33 @@ ALWAYS_HASHED_BYTES = 1 << 30
 
 
 class Example(NamedTuple):
-    """Ids of one pair, each side with its final EOS: views of the mapped file, uint16 or int32, read-only."""
+    """Ids of one pair, each side with its final EOS: views of the mapped file, uint16 or int32, read-only.
+
+    start: what a decoder reads in front of the target; None = as the tokenizer says.
+    """
 
     source: npt.NDArray[Any]
     target: npt.NDArray[Any]
+    start: int | None = None
 
 
 class Dataset:
     """Pairs in the order of the corpora. source_lengths, target_lengths: (rows,) int32 with EOS, mapped from the disk.
 
-    runs: the corpora that the rows come from; None if the data does not say, so that all seem to be of the first.
+    runs: the corpora that the rows come from; None if the data does not say, so that all seem to be of the first. start_ids: of
+    the examples of each corpus.
     """
 
     def __init__(
-        self, batches: Sequence[BatchView], lengths: npt.NDArray[np.int32], runs: Sequence[CorpusRun] | None = None
+        self,
+        batches: Sequence[BatchView],
+        lengths: npt.NDArray[np.int32],
+        runs: Sequence[CorpusRun] | None = None,
+        *,
+        start_ids: Sequence[int | None] = (None,),
     ) -> None:
         self._batches = batches
+        self._start_ids = start_ids if any(start is not None for start in start_ids) else None
         self.knows_corpora = runs is not None
         self._starts = [0]
         for batch in batches:
@@ -61,7 +73,8 @@ class Dataset:
 
     def __getitem__(self, index: int) -> Example:
         batch, row = self._locate(index)
-        return Example(batch.source.row(row), batch.target.row(row))
+        start = None if self._start_ids is None else self._start_ids[int(self.corpora.of(np.array([index]))[0])]
+        return Example(batch.source.row(row), batch.target.row(row), start)
 
     def read(self, epoch: int, rows: IntArray) -> list[Example]:
         """Some pairs, which are the same in every epoch."""
@@ -111,7 +124,8 @@ def open_dataset(directory: Path, split: str, *, verify: bool = False) -> Datase
     directory = Path(directory)
     manifest = load_manifest(directory)
     record = manifest.require_split(split, directory)
-    if load_tokenizers(directory / TOKENIZER_DIRECTORY).fingerprint != manifest.tokenizer_fingerprint:
+    tokenizers = load_tokenizers(directory / TOKENIZER_DIRECTORY)
+    if tokenizers.fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(
             f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids of {directory}; {data_remedy(directory)}"
         )
@@ -119,7 +133,7 @@ def open_dataset(directory: Path, split: str, *, verify: bool = False) -> Datase
     for file in record.files:
         file.check(directory, content=content, remedy=data_remedy(directory))
     batches = [batch for shard in record.shards for batch in read_shard(directory / shard.file)]
-    return _assemble(directory, record, batches)
+    return _assemble(directory, record, batches, start_ids(DataConfig.model_validate(manifest.data), split, tokenizers))
 
 
 def named_corpora(manifest: DataManifest, split: str, dataset: Dataset) -> NamedCorpora | None:
@@ -133,7 +147,7 @@ def named_corpora(manifest: DataManifest, split: str, dataset: Dataset) -> Named
     return NamedCorpora(names, dataset.corpora) if names else None
 
 
-def _assemble(directory: Path, record: SplitRecord, batches: Sequence[BatchView]) -> Dataset:
+def _assemble(directory: Path, record: SplitRecord, batches: Sequence[BatchView], starts: Sequence[int | None]) -> Dataset:
     path = directory / record.lengths.file
     try:
         lengths = np.load(path, mmap_mode="r")
@@ -145,4 +159,4 @@ def _assemble(directory: Path, record: SplitRecord, batches: Sequence[BatchView]
             f"{path} describes {lengths.shape[-1]} pairs, the shards hold {rows}, the manifest says {record.rows}; "
             f"{data_remedy(directory)}"
         )
-    return Dataset(batches, lengths, record.runs())
+    return Dataset(batches, lengths, record.runs(), start_ids=starts)

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dstrain.data.config import DataConfig, FilterConfig, TextSource, is_text_only
-from dstrain.data.directions import source_tag_ids
+from dstrain.data.directions import direction_ids
 from dstrain.data.prepared.rows import Rows, id_dtype
 from dstrain.data.sources.corpora import PairBlock, counted_files, parse, splits_of
 from dstrain.data.sources.fairseq_binary import IdBlock, Sentences
@@ -54,7 +54,7 @@ class Encoder:
         self._filter = config.filter
         self._corpora = splits_of(config)
         self._tokenizers = tokenizers
-        self._tags = {name: source_tag_ids(name, tags, tokenizers.source) for name, tags in config.directions.items()}
+        self._tags = {name: direction_ids(name, own, tokenizers).source_tags for name, own in config.directions.items()}
 
     def __call__(self, block: PairBlock) -> EncodedBlock:
         """Encode a block. Raises DataError if a record is malformed."""

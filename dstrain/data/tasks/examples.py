@@ -81,7 +81,7 @@ class TaskExamples:
             texts = Ragged.of([examples[index].target[:-1] for index in own])
             sides = (side.with_end(self._eos_id).rows() for side in task(texts, draws))
             for index, source, target in zip(own, *sides, strict=True):
-                examples[index] = Example(source, target)
+                examples[index] = Example(source, target, examples[index].start)
         return examples
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,28 @@ RANDOM_LENGTHS = (1, 3, 9)
 """Tokens of the random sequences before their ends."""
 
 
-def largest_difference(ctranslate2: Any, directory: Path, stored: StoredBundle, tokenizers: TokenizerPair) -> float:
-    """Of a token's log-probability, in nats, on the CPU. directory: the exported model. Both models are in memory."""
+def largest_difference(
+    ctranslate2: Any, directory: Path, stored: StoredBundle, tokenizers: TokenizerPair, starts: Mapping[str, str]
+) -> float:
+    """Of a token's log-probability, in nats, on the CPU. directory: the exported model. Both models are in memory.
+
+    starts: what the decoder reads first by direction, see `start_names`; the first one is tried.
+    """
     config, source, target = stored.description.model, tokenizers.source, tokenizers.target
     reads_source, limits = config.kind == "encoder_decoder", config.limits
     targets = _random_rows(target, limits.target - 1)
     sources = _random_rows(source, limits.source) if reads_source else [[source.eos_id]] * len(targets)
     model = build_model(config, stored.description.vocabulary, seed=None)
     load_canonical(model, stored)
-    scored = score_targets(model.float().eval(), sources, targets, config=BeamSearchConfig(), ids=SpecialIds.of(target))
+    names = entry_names(target, "target")
+    start = names.index(next(iter(starts.values()))) if starts else target.start_id
+    ids = SpecialIds.of(target, start=start)
+    scored = score_targets(model.float().eval(), sources, targets, config=BeamSearchConfig(), ids=ids)
     del model
     ours = [hypothesis.token_scores for hypothesis in scored]
-    theirs = _their_scores(ctranslate2, directory, tokenizers, sources if reads_source else None, targets)
+    begin = [names[start]] if starts or not reads_source else []
+    texts = [[*begin, *(names[number] for number in row)] for row in targets]
+    theirs = _their_scores(ctranslate2, directory, tokenizers, sources if reads_source else None, texts)
     return max(abs(a - b) for pair in zip(ours, theirs, strict=True) for a, b in zip(*pair, strict=True))
 
 
@@ -51,17 +61,15 @@ def _their_scores(
     directory: Path,
     tokenizers: TokenizerPair,
     sources: Sequence[Sequence[int]] | None,
-    targets: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[str]],
 ) -> list[list[float]]:
-    """sources: None for a decoder-only model. CTranslate2 adds ends and starts itself, where `config.json` says so."""
-    names = entry_names(tokenizers.target, "target")
-    texts = [[names[number] for number in row] for row in targets]
+    """sources: None for a decoder-only model. texts: targets, which end in EOS. CTranslate2 adds ends and starts itself, where
+    `config.json` says so."""
     if sources is None:
-        start = names[tokenizers.target.start_id]
-        results = ctranslate2.Generator(str(directory), device="cpu").score_batch([[start, *text] for text in texts])
+        results = ctranslate2.Generator(str(directory), device="cpu").score_batch(list(map(list, texts)))
     else:
         source_names = entry_names(tokenizers.source, "source")
         model = ctranslate2.Translator(str(directory), device="cpu")
         read = [[source_names[number] for number in (row[:-1] if same_end(tokenizers) else row)] for row in sources]
-        results = model.score_batch(read, [text[:-1] for text in texts])
+        results = model.score_batch(read, [list(text[:-1]) for text in texts])
     return [result.log_probs for result in results]

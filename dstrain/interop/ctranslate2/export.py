@@ -6,6 +6,7 @@ DIR/tokenizer/                                 as in the bundle
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from dstrain.interop.ctranslate2.check import largest_difference
 from dstrain.interop.ctranslate2.limits import changes, unsupported
 from dstrain.interop.ctranslate2.model import SpecBuilder
 from dstrain.interop.ctranslate2.options import MODEL_FILE, MODEL_KIND, CTranslate2Export
-from dstrain.interop.ctranslate2.vocabulary import register_vocabularies, usage
+from dstrain.interop.ctranslate2.vocabulary import register_vocabularies, start_names, usage
 from dstrain.storage.atomic import atomic_directory, named_if_full
 from dstrain.storage.outputs import check_output_of_kind
 
@@ -35,11 +36,12 @@ def export_ctranslate2(options: CTranslate2Export) -> list[str]:
     stored = find_bundle(options.bundle, options.base)
     check_output_of_kind(options.output, stored.sources, marker=MODEL_FILE, kind=MODEL_KIND, overwrite=options.overwrite)
     config, tokenizers = stored.description.model, _tokenizers(stored)
+    starts = start_names(stored.recipe(), tokenizers)
     if problems := list(unsupported(config)):
         raise ExportError(f"CTranslate2 cannot represent {'; '.join(problems)}; {stored.directory} runs by `dstrain generate`")
     with named_if_full(options.output), atomic_directory(options.output.resolve()) as fresh:
-        name = _write(ctranslate2.specs, stored, tokenizers, fresh, options.quantization)
-        difference = largest_difference(ctranslate2, fresh, stored, tokenizers)
+        name = _write(ctranslate2.specs, stored, tokenizers, starts, fresh, options.quantization)
+        difference = largest_difference(ctranslate2, fresh, stored, tokenizers, starts)
         if options.quantization in (None, "float32") and not difference < LARGEST_DIFFERENCE:
             raise ExportError(
                 f"CTranslate2 {ctranslate2.__version__} scores random tokens of {stored.directory} otherwise, by up to "
@@ -51,14 +53,21 @@ def export_ctranslate2(options: CTranslate2Export) -> list[str]:
         *adapters,
         *changes(config),
         f"checked: log-probabilities of random tokens differ by up to {difference:.2g} nats",
-        *usage(tokenizers, config, stored.task),
+        *usage(tokenizers, config, stored.task, starts),
     ]
 
 
-def _write(specs: Any, stored: StoredBundle, tokenizers: TokenizerPair, directory: Path, quantization: str | None) -> str:
+def _write(
+    specs: Any,
+    stored: StoredBundle,
+    tokenizers: TokenizerPair,
+    starts: Mapping[str, str],
+    directory: Path,
+    quantization: str | None,
+) -> str:
     """Returns the name of the specification, which has all weights in memory and ends here."""
     spec = SpecBuilder(specs, stored.description.model, stored).build()
-    register_vocabularies(spec, tokenizers)
+    register_vocabularies(spec, tokenizers, starts)
     spec.validate()
     spec.optimize(quantization=quantization)
     spec.save(str(directory))

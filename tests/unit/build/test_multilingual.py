@@ -104,7 +104,7 @@ def test_a_test_set_is_scored_by_direction(trained: Trained) -> None:
 def test_a_direction_puts_its_tags_before_the_text(trained: Trained, tmp_path: Path) -> None:
     model, (line,) = trained.model, sentences(1, suffix="en")
     source = model.tokenizer.source
-    assert model.source_tags("en-de") == source.encode(["__en__ __de__"])[0]
+    assert model.direction_ids("en-de") == (tuple(source.encode(["__en__ __de__"])[0]), None)
     assert open_dataset(trained.data, "valid")[0].source.tolist() == [*source.encode([f"__en__ __de__ {line}"])[0], source.eos_id]
     scored = [model.score([line], ["the dog"], direction=name)[0].score for name in ("en-de", "en-fr")]
     assert scored[0] != scored[1]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from dstrain.batch import Batch, ModelKind, Sequences
 from dstrain.data.batching.collate import Collator, PackedSize
+from dstrain.data.prepared.dataset import Example
 from tests.batches import EOS, PAD, collate
 
 SENTENCE = st.lists(st.integers(4, 60_000), max_size=12).map(lambda ids: [*ids, EOS])
@@ -54,6 +55,20 @@ def test_another_start_token_stands_before_targets_only() -> None:
     batch = Collator("encoder_decoder", pad_id=PAD, eos_id=EOS, start_id=4)(examples, np.arange(3))
     assert batch.target.tokens.tolist() == [[4, 7, PAD, PAD], [4, 7, 8, 9], [4, PAD, PAD, PAD]]
     assert batch.targets.labels.tolist() == [7, EOS, 7, 8, 9, EOS, EOS]
+
+
+def test_an_example_that_names_its_start_token_begins_with_it() -> None:
+    """In place of the end of the source, if both sides are one sequence."""
+    examples = [
+        Example(np.array(source), np.array(target), start) for (source, target), start in zip(PAIRS, (8, None, 9), strict=True)
+    ]
+    batch = Collator("encoder_decoder", pad_id=PAD, eos_id=EOS, start_id=4)(examples, np.arange(3))
+    assert batch.target.tokens.tolist() == [[8, 7, PAD, PAD], [4, 7, 8, 9], [9, PAD, PAD, PAD]]
+    assert batch.targets.labels.tolist() == [7, EOS, 7, 8, 9, EOS, EOS]
+    packed = Collator("encoder_decoder", pad_id=PAD, eos_id=EOS, packed=PackedSize(8))(examples, np.arange(3))
+    assert packed.target.tokens.tolist() == [8, 7, EOS, 7, 8, 9, 9, PAD]
+    joined = Collator("decoder_only", pad_id=PAD, eos_id=EOS)(examples, np.arange(3))
+    assert joined.target.tokens.tolist() == [[5, 6, 8, 7, PAD], [5, EOS, 7, 8, 9], [9, PAD, PAD, PAD, PAD]]
 
 
 def test_packed_pairs_written_out() -> None:

@@ -116,13 +116,23 @@ def test_a_tag_that_the_vocabulary_lacks_is_an_error(tmp_path: Path) -> None:
             {"directions": {"en-zz": {"source_tags": ["a"]}}},
             r"directions.en-zz is no name of a corpus \(en-xx, en-yy\); correct it",
         ),
-        ({"directions": {"en-xx": {"source_tags": []}}}, "directions.en-xx.source_tags"),
+        ({"directions": {"en-xx": {"source_tags": []}}}, "directions.en-xx\n.*neither source_tags nor start_token is given"),
         ({"directions": {"en/xx": {"source_tags": ["a"]}}}, "should match pattern"),
     ],
 )
 def test_directions_that_fit_no_corpus_are_errors(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         named_config(tmp_path, **changes)
+
+
+def test_tags_of_text_without_a_source_are_an_error(tmp_path: Path) -> None:
+    text = {"kind": "text", "path": "a.txt", "name": "xx"}
+    with pytest.raises(
+        ValidationError, match=r"directions.xx.source_tags stand in front of sources, and train.0 is text without"
+    ):
+        named_config(tmp_path, train=[text], directions={"xx": {"source_tags": ["a"]}})
+    named_config(tmp_path, train=[text], directions={"xx": {"start_token": "a"}})
+    named_config(tmp_path, train=[{**text, "name": "zz"}], directions={"en-xx": {"source_tags": ["a"]}})
 
 
 def test_all_corpora_of_a_split_have_names_or_none(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from dstrain.batch import Batch, ModelKind
 from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.plan import PlannedStep
+from dstrain.data.prepared.dataset import Example
 from dstrain.distillation.config import OnPolicyConfig
 from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples, max_sample_length
 from dstrain.models.config import DecoderOnlyConfig, DecoderOnlyStackConfig, LengthLimits, PlainEmbedding, VocabularySizes
@@ -143,6 +144,19 @@ def test_what_has_ended_has_an_eos_and_what_was_cut_has_none() -> None:
         limit = len(SOURCES[NUMBERS.index(number)]) + 3
         assert IDS.eos not in target[:-1]
         assert target[-1] == IDS.eos or len(target) == limit
+
+
+def test_a_sample_begins_with_the_start_token_of_its_example() -> None:
+    """Written out: which token each decoder reads first; under another one other samples are drawn."""
+    model, starts = ToyModel(TYPES, seed=3, sharpness=0.5), [7, None, 8]
+    work = own_samples(model)
+    examples = [Example(np.array(SOURCES[0]), np.array([4, IDS.eos]), start) for start in starts]
+    _, (batch,) = work(STEP, [work.collator(examples, np.array([40, 40, 40]))])
+    first = batch.target.tokens.flatten()[batch.targets.index[batch.targets.position == 0]]
+    assert first.tolist() == [7, IDS.eos, 8]
+    samples = [batch.targets.labels[batch.targets.segment == number].tolist() for number in range(3)]
+    assert samples[1] == plain_sample(model, SOURCES[0], 40, len(SOURCES[0]) + 3, work.config)
+    assert len({str(sample) for sample in samples}) > 1, "the draws are the same, the distributions differ"
 
 
 class Endless(ToyModel):
