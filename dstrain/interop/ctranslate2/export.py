@@ -40,7 +40,7 @@ def export_ctranslate2(options: CTranslate2Export) -> list[str]:
     if problems := list(unsupported(config)):
         raise ExportError(f"CTranslate2 cannot represent {'; '.join(problems)}; {stored.directory} runs by `dstrain generate`")
     with named_if_full(options.output), atomic_directory(options.output.resolve()) as fresh:
-        name = _write(ctranslate2.specs, stored, tokenizers, starts, fresh, options.quantization)
+        name = _write(ctranslate2.specs, stored, tokenizers, starts=starts, directory=fresh, quantization=options.quantization)
         difference = largest_difference(ctranslate2, fresh, stored, tokenizers, starts)
         if options.quantization in (None, "float32") and not difference < LARGEST_DIFFERENCE:
             raise ExportError(
@@ -61,6 +61,7 @@ def _write(
     specs: Any,
     stored: StoredBundle,
     tokenizers: TokenizerPair,
+    *,
     starts: Mapping[str, str],
     directory: Path,
     quantization: str | None,

@@ -16,7 +16,6 @@ from dstrain.api import (
     DumpOptions,
     GenerateOptions,
     LabelOptions,
-    TrainOptions,
     ValidateOptions,
     dump_logits,
     generate_file,
@@ -24,7 +23,6 @@ from dstrain.api import (
     load_recipe,
     prepare,
     pseudo_label,
-    train,
     validate,
 )
 from dstrain.checkpoint.bundle import save_bundle
@@ -47,8 +45,10 @@ from dstrain.models.config import (
 from dstrain.models.factory import build_model
 from dstrain.models.weights import to_canonical
 from dstrain.recipe import Recipe
+from dstrain.recipe_file import dump_recipe
 from dstrain.training.events import read_events
 from tests.batches import EOS, PAD
+from tests.e2e.support import dstrain, succeeds
 from tests.unit.data.corpus import parallel, sentences, write_lines
 from tests.unit.generation.small_bundle import WORDS, dictionary
 
@@ -93,7 +93,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     folder = tmp_path_factory.mktemp("start")
     recipe = recipe_of(folder)
     prepare(recipe.data, folder / "data", workers=1, progress=False)
-    assert train(recipe, TrainOptions(data=folder / "data", output=folder / "run", device="cpu")) == 0
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe))
+    succeeds(dstrain("train", folder / "recipe.yaml", "--data", folder / "data", "--output", folder / "run", "--device", "cpu"))
     bundle = folder / "run/bundles/last"
     yield Trained(folder, folder / "data", bundle, load(bundle))
 
