@@ -14,7 +14,7 @@ from dstrain.data.batching.plan import StepPlan, window_capacity
 from dstrain.data.batching.shard_window import build_shuffle
 from dstrain.data.config import BatchingConfig, task_of_text
 from dstrain.data.prepared.corpora import NamedCorpora, split_at_shards
-from dstrain.data.prepared.dataset import Dataset, named_corpora, open_dataset
+from dstrain.data.prepared.dataset import Dataset, named_corpora, open_split
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tasks.build import build_examples
@@ -58,8 +58,8 @@ class TrainingData:
             logger.info(
                 "%s: the training targets are the outputs of teacher %s", directory, self.manifest.pseudo_labels["teacher"][:12]
             )
-        self.train: Dataset = open_dataset(directory, "train")
-        self.valid: Dataset = open_dataset(directory, "valid")
+        self.train: Dataset = open_split(directory, self.manifest, "train")
+        self.valid: Dataset = open_split(directory, self.manifest, "valid")
         self.tokenizers: TokenizerPair = load_tokenizers(directory / "tokenizer")
         tasks = {split: list(map(task_of_text, sources)) for split, sources in splits_of(recipe.data).items()}
         build = partial(build_examples, tokenizer=self.tokenizers.target)

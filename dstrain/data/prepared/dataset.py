@@ -1,17 +1,18 @@
 """A prepared split: rows by number, lengths of all rows at once.
 
-Shards stay on the disk and are mapped; the lengths are mapped too, from one array of 8 bytes a pair that `prepare` took from the
-shards' list offsets. Opening hundreds of millions of pairs therefore reads footers only, and all ranks of a node share the pages.
+Shards stay on the disk and are mapped when they are touched (`open_shards.py`); the lengths are mapped too, from one array of
+8 bytes a pair that `prepare` took from the shards' list offsets. Opening hundreds of millions of pairs in 10,000 shards therefore
+reads the manifest and a directory, and all ranks of a node share the pages.
 
-Checked at opening: the manifest's version and fields, that the tokenizer beside it is the one that made the ids, and the
-size of every file, always; the SHA-256 of every file if the split holds at most 1 GiB (under a second), or on request. So an
-altered byte in a small or middling set is always found, a truncated file in any set.
+Checked at opening: the manifest's version and fields, that the tokenizer beside it is the one that made the ids, and the size of
+every file. The SHA-256 of a shard is checked when it is first touched; at opening already if the split is small, at most 1 GiB in
+at most 64 shards, or on request. So training on a small set does not begin with an altered byte, and no set is trained on one.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,12 +25,15 @@ from dstrain.data.directions import start_ids
 from dstrain.data.lengths import StoredLengths
 from dstrain.data.prepared.corpora import CorpusRanges, CorpusRun, NamedCorpora
 from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, DataManifest, SplitRecord, data_remedy, load_manifest
-from dstrain.data.prepared.shard import BatchView, read_shard
+from dstrain.data.prepared.open_shards import OpenShards
+from dstrain.data.prepared.shard import BatchView
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.errors import DataError
+from dstrain.storage.listed_files import ListedFiles
 
 ALWAYS_HASHED_BYTES = 1 << 30
+ALWAYS_HASHED_SHARDS = 64
 
 
 class Example(NamedTuple):
@@ -52,24 +56,21 @@ class Dataset:
 
     def __init__(
         self,
-        batches: Sequence[BatchView],
+        shards: OpenShards,
         lengths: npt.NDArray[np.int32],
         runs: Sequence[CorpusRun] | None = None,
         *,
         start_ids: Sequence[int | None] = (None,),
     ) -> None:
-        self._batches = batches
+        self._shards = shards
         self._start_ids = start_ids if any(start is not None for start in start_ids) else None
         self.knows_corpora = runs is not None
-        self._starts = [0]
-        for batch in batches:
-            self._starts.append(self._starts[-1] + len(batch.source.offsets) - 1)
         self.source_lengths, self.target_lengths = np.asarray(lengths)
         self.lengths = StoredLengths(self.source_lengths, self.target_lengths)
         self.corpora = CorpusRanges([(0, len(self))] if runs is None else runs)
 
     def __len__(self) -> int:
-        return self._starts[-1]
+        return len(self.target_lengths)
 
     def __getitem__(self, index: int) -> Example:
         batch, row = self._locate(index)
@@ -86,7 +87,7 @@ class Dataset:
 
     def source_column(self, position: int) -> Iterator[npt.NDArray[np.int64]]:
         """The id at one position of every source, -1 for a shorter one; (rows,) each, in the order of the rows."""
-        for batch in self._batches:
+        for batch in chain.from_iterable(shard.batches for shard in self._shards):
             starts, ends = batch.source.offsets[:-1].astype(np.int64) + position, batch.source.offsets[1:]
             inside = starts < ends
             yield np.where(inside, batch.source.values[np.where(inside, starts, 0)], -1)
@@ -103,10 +104,9 @@ class Dataset:
 
     def _locate(self, index: int) -> tuple[BatchView, int]:
         index = int(index)
-        if not 0 <= index < self._starts[-1]:
+        if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a data set of {len(self)}")
-        number = bisect_right(self._starts, index) - 1
-        return self._batches[number], index - self._starts[number]
+        return self._shards.locate(index)
 
 
 def _text(column: Any, row: int) -> str:
@@ -119,21 +119,31 @@ def open_dataset(directory: Path, split: str, *, verify: bool = False) -> Datase
     """Open one split of a prepared directory.
 
     verify: read every byte and compare SHA-256, whatever the size. Raises DataError if the directory was not finished, has
-    no such split, holds another tokenizer than its manifest says, or if a file is missing, truncated or altered.
+    no such split, holds another tokenizer than its manifest says, or if a file is missing, truncated or altered; a large split
+    raises for an altered shard when a row of it is read.
     """
     directory = Path(directory)
-    manifest = load_manifest(directory)
+    return open_split(directory, load_manifest(directory), split, verify=verify)
+
+
+def open_split(directory: Path, manifest: DataManifest, split: str, *, verify: bool = False) -> Dataset:
+    """`open_dataset` of a directory whose manifest has been read."""
     record = manifest.require_split(split, directory)
     tokenizers = load_tokenizers(directory / TOKENIZER_DIRECTORY)
     if tokenizers.fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(
             f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids of {directory}; {data_remedy(directory)}"
         )
-    content = verify or sum(file.size for file in record.files) <= ALWAYS_HASHED_BYTES
-    for file in record.files:
-        file.check(directory, content=content, remedy=data_remedy(directory))
-    batches = [batch for shard in record.shards for batch in read_shard(directory / shard.file)]
-    return _assemble(directory, record, batches, start_ids(DataConfig.model_validate(manifest.data), split, tokenizers))
+    files = ListedFiles(directory, remedy=data_remedy(directory))
+    files.check_sizes(record.files)
+    lengths = _map_lengths(files, record, verify=verify)
+    shards = OpenShards(files, record.shards, lengths)
+    is_small = len(shards) <= ALWAYS_HASHED_SHARDS and sum(file.size for file in record.shards) <= ALWAYS_HASHED_BYTES
+    if verify or is_small:
+        for _ in shards:  # each is checked at its first touch, which is now
+            pass
+    starts = start_ids(DataConfig.model_validate(manifest.data), split, tokenizers)
+    return Dataset(shards, lengths, record.runs(), start_ids=starts)
 
 
 def named_corpora(manifest: DataManifest, split: str, dataset: Dataset) -> NamedCorpora | None:
@@ -147,16 +157,13 @@ def named_corpora(manifest: DataManifest, split: str, dataset: Dataset) -> Named
     return NamedCorpora(names, dataset.corpora) if names else None
 
 
-def _assemble(directory: Path, record: SplitRecord, batches: Sequence[BatchView], starts: Sequence[int | None]) -> Dataset:
-    path = directory / record.lengths.file
+def _map_lengths(files: ListedFiles, record: SplitRecord, *, verify: bool) -> npt.NDArray[np.int32]:
+    """(2, rows); those of a split that is not hashed here are compared with each shard when it is touched."""
+    path = files.open(record.lengths, content=verify or record.lengths.size <= ALWAYS_HASHED_BYTES).path
     try:
-        lengths = np.load(path, mmap_mode="r")
+        lengths: npt.NDArray[np.int32] = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {data_remedy(directory)}") from error
-    rows = sum(len(batch.source.offsets) - 1 for batch in batches)
-    if lengths.shape != (2, record.rows) or rows != record.rows:
-        raise DataError(
-            f"{path} describes {lengths.shape[-1]} pairs, the shards hold {rows}, the manifest says {record.rows}; "
-            f"{data_remedy(directory)}"
-        )
-    return Dataset(batches, lengths, record.runs(), start_ids=starts)
+        raise DataError(f"{path} cannot be read ({error}); {files.remedy}") from error
+    if lengths.shape != (2, record.rows):
+        raise DataError(f"{path} describes {lengths.shape[-1]} pairs, the manifest says {record.rows}; {files.remedy}")
+    return lengths

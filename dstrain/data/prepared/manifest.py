@@ -23,6 +23,8 @@ from dstrain.storage.sharded_job import PARTS_FILE
 
 DATA_FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
+MAX_MANIFEST_VALUES = 4_000_000
+"""Enough for 200,000 shards, or 20,000 of which each holds rows of 60 corpora."""
 TOKENIZER_DIRECTORY = "tokenizer"
 
 
@@ -145,6 +147,7 @@ DATA_MANIFEST = DocumentFormat(
     "prepare the data again",
     version_field="format_version",
     version=DATA_FORMAT_VERSION,
+    max_values=MAX_MANIFEST_VALUES,
 )
 
 

@@ -154,11 +154,14 @@ class BatchView(NamedTuple):
 
 
 def read_shard(path: Path) -> list[BatchView]:
-    """Map a shard into memory. Raises DataError naming the file if it is not a complete shard."""
+    """Map a shard into memory. Raises DataError naming the file if it is not a complete shard.
+
+    The file is closed: the mapping lasts as long as a view of it, without an open file.
+    """
     try:
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        return [_batch_view(batch) for batch in batches]
+        with pa.memory_map(str(path)) as source:
+            reader = pa.ipc.open_file(source.read_buffer())  # of a buffer, no other thread reads the footer
+            return [_batch_view(reader.get_batch(number)) for number in range(reader.num_record_batches)]
     except (pa.ArrowException, OSError, KeyError) as error:
         raise DataError(f"{path} cannot be read as a shard ({str(error).splitlines()[0]}); prepare the data again") from error
 

@@ -7,14 +7,18 @@ import pyarrow as pa
 import pytest
 
 from dstrain.data.prepared import dataset as dataset_module
+from dstrain.data.prepared import open_shards
 from dstrain.data.prepared.dataset import open_dataset
-from dstrain.data.prepared.manifest import load_manifest
+from dstrain.data.prepared.manifest import load_manifest, write_data_manifest
 from dstrain.data.prepared.prepare import prepare
 from dstrain.data.prepared.rows import Rows, id_dtype
 from dstrain.data.prepared.shard import ShardWriter, list_array, read_shard, shard_schema, write_lengths
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import DataError
+from dstrain.storage import document
 from dstrain.storage.atomic import atomic_writer
+from dstrain.storage.document import FileRecord
+from dstrain.storage.hashing import sha256_of_file
 from tests.unit.data.corpus import data_config, parallel, sentences
 
 
@@ -161,13 +165,38 @@ def test_damage_in_one_split_leaves_the_others(copy: Path) -> None:
     assert len(open_dataset(copy, "valid")) == 5
 
 
-def test_large_splits_are_read_whole_only_on_request(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shard = copy / "train/00000.arrow"
+def test_a_large_split_is_checked_shard_by_shard_when_it_is_touched(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = copy / "train/00001.arrow"
     shard.write_bytes(flip(shard.read_bytes()))
-    monkeypatch.setattr(dataset_module, "ALWAYS_HASHED_BYTES", 1000)
-    assert len(open_dataset(copy, "train")) == 300
+    read: list[str] = []
+    monkeypatch.setattr(document, "sha256_of_file", lambda path: (read.append(path.name), sha256_of_file(path))[1])
+    monkeypatch.setattr(dataset_module, "ALWAYS_HASHED_SHARDS", 2)
+    data = open_dataset(copy, "train")
+    assert (len(data), read) == (300, ["lengths.npy"])
+    assert (len(data[99].source), len(data[299].source)) == (data.source_lengths[99], data.source_lengths[299])
+    assert data[0].source.tolist() == data[0].source.tolist()
+    assert read == ["lengths.npy", "00000.arrow", "00002.arrow"]
+    for _ in range(2):  # and is not mapped the second time either
+        with pytest.raises(DataError, match=r"train/00001.arrow: the SHA-256 differs .*; prepare the data again"):
+            data.read(1, np.array([150]))
     with pytest.raises(DataError, match="SHA-256 differs"):
         open_dataset(copy, "train", verify=True)
+
+
+def test_few_shards_stay_mapped_without_open_files(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def counts() -> tuple[int, int]:
+        maps = Path("/proc/self/maps").read_text().splitlines()
+        files = [str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+        mapped, opened = (sum(line.endswith(".arrow") and str(copy) in line for line in lines) for lines in (maps, files))
+        return mapped, opened
+
+    monkeypatch.setattr(open_shards, "MAX_OPEN_SHARDS", 2)
+    data = open_dataset(copy, "train")
+    assert [data[row].source[-1] for row in range(0, 300, 50)] == [2] * 6
+    assert counts() == (2, 0)
+    rows = [data[row].source for row in (0, 100, 200)]
+    assert counts() == (3, 0)  # what is still referred to stays
+    assert [len(row) for row in rows] == data.source_lengths[[0, 100, 200]].tolist()
 
 
 def test_a_shard_that_is_no_arrow_file_is_named(tmp_path: Path) -> None:
@@ -225,10 +254,24 @@ def test_an_unfinished_or_absent_directory_says_so(tmp_path: Path) -> None:
         load_manifest(tmp_path / "none")
 
 
-def test_inconsistent_lengths_are_refused(prepared: Path) -> None:
-    record = load_manifest(prepared).splits["train"]
-    with pytest.raises(DataError, match=r"describes 300 pairs, the shards hold 0, the manifest says 300"):
-        dataset_module._assemble(prepared, record, [])
+def with_lengths(directory: Path, lengths: np.ndarray) -> None:
+    """Put other lengths beside the shards of `train`, and into the manifest."""
+    path, manifest = directory / "train/lengths.npy", load_manifest(directory)
+    np.save(path, lengths)
+    record = FileRecord(file="train/lengths.npy", size=path.stat().st_size, sha256=sha256_of_file(path))
+    train = manifest.splits["train"].model_copy(update={"lengths": record})
+    write_data_manifest(manifest.model_copy(update={"splits": {**manifest.splits, "train": train}}), directory)
+
+
+def test_inconsistent_lengths_are_refused(copy: Path) -> None:
+    lengths = np.load(copy / "train/lengths.npy")
+    with_lengths(copy, lengths[:, 1:])
+    with pytest.raises(DataError, match=r"lengths.npy describes 299 pairs, the manifest says 300; prepare the data again"):
+        open_dataset(copy, "train")
+    lengths[1, 150] += 1
+    with_lengths(copy, lengths)
+    with pytest.raises(DataError, match=r"00001.arrow holds pairs of other lengths than lengths.npy says; prepare"):
+        open_dataset(copy, "train")
 
 
 def test_a_column_beyond_its_offsets_is_refused() -> None:

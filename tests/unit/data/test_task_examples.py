@@ -174,7 +174,7 @@ def test_text_for_language_models_and_pairs_are_read_as_they_are_stored(prepared
 
 def test_data_that_does_not_know_its_corpora(prepared: tuple[DataConfig, Path]) -> None:
     _, dataset, tokenizers = opened(prepared)
-    old = Dataset(dataset._batches, np.stack([dataset.source_lengths, dataset.target_lengths]))
+    old = Dataset(dataset._shards, np.stack([dataset.source_lengths, dataset.target_lengths]))
     assert isinstance(build_examples(old, [Denoising()], tokenizers.target, split="train"), TaskExamples)
     with pytest.raises(DataError, match="did not note whose rows of train are: prepare it again for the tasks"):
         build_examples(old, [Denoising(), None], tokenizers.target, split="train")
