@@ -63,7 +63,7 @@ class Recorder:
     kind = "encoder_decoder"
 
     def __call__(self, examples: Sequence[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> Batch:
-        sides = [(source.tolist(), target.tolist()) for source, target in examples]
+        sides = [(source.tolist(), target.tolist()) for source, target, *_ in examples]
         return dict(zip(rows.tolist(), sides, strict=True))
 
 
