@@ -61,6 +61,7 @@ class Recorder:
     """Stands in for a collator: a batch is the examples by row."""
 
     kind = "encoder_decoder"
+    packed = None
 
     def __call__(self, examples: Sequence[tuple[np.ndarray, np.ndarray]], rows: np.ndarray) -> Batch:
         sides = [(source.tolist(), target.tolist()) for source, target, *_ in examples]
@@ -73,7 +74,7 @@ def test_each_corpus_has_its_task(prepared: tuple[DataConfig, Path]) -> None:
     corpora = dataset.corpus_of(rows)
     assert np.bincount(corpora).tolist() == [40, 60, 60, 60, 50]
     lengths = examples.lengths.of(1, rows)
-    found = examples.read(1, rows)
+    found = [(source, target) for source, target, *_ in examples.read(1, rows)]
     eos = tokenizers.target.eos_id
     assert [len(target) for _, target in found] == lengths[1].tolist()
     assert all(len(source) <= most for (source, _), most in zip(found, lengths[0].tolist(), strict=True))
@@ -108,7 +109,7 @@ def test_noise_depends_on_seed_and_epoch(prepared: tuple[DataConfig, Path]) -> N
     rows = np.arange(40)
 
     def sources(seed: int, epoch: int) -> list[list[int]]:
-        return [source.tolist() for source, _ in opened(prepared, seed=seed)[0].read(epoch, rows)]
+        return [source.tolist() for source, *_ in opened(prepared, seed=seed)[0].read(epoch, rows)]
 
     assert sources(1, 1) == sources(1, 1)
     for other in (sources(2, 1), sources(1, 2)):
