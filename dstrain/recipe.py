@@ -13,15 +13,8 @@ from pydantic import Field, model_validator
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.config_base import Config, ConfigErrors
-from dstrain.data.config import (
-    BatchingConfig,
-    DataConfig,
-    TrainedSentencePiece,
-    corpus_names,
-    gives_sources,
-    has_no_source,
-    is_text_only,
-)
+from dstrain.data.config import BatchingConfig, DataConfig, corpus_names, gives_sources, has_no_source, is_text_only
+from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.distillation.config import DistillationConfig
 from dstrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig

@@ -20,8 +20,9 @@ from pathlib import Path
 
 import sentencepiece
 
-from dstrain.data.config import DataConfig, TrainedSentencePiece
+from dstrain.data.config import DataConfig
 from dstrain.data.prepared.prepare import prepare
+from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.training import train_sentencepiece
 
 CORPUS = Path(os.environ.get("DSTRAIN_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")) / "multi30k"

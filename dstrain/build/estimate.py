@@ -17,8 +17,9 @@ from dstrain.build.training_options import TeacherOptions
 from dstrain.build.training_plan import TrainingPlan
 from dstrain.checkpoint.bundle import find_bundle
 from dstrain.config_base import Precision
-from dstrain.data.config import TrainedSentencePiece, gives_sources, has_no_source
+from dstrain.data.config import gives_sources, has_no_source
 from dstrain.data.prepared.manifest import load_manifest
+from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.engine.ds_config import ModelSize
 from dstrain.errors import ArgumentError, RecipeError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from dstrain.data.config import KINDS_WITHOUT_SOURCE
+from dstrain.data.config import is_text_tree
 from dstrain.models.config import ModelConfig
 
 BundleTask = Literal["translation", "continuation"]
@@ -24,5 +24,5 @@ def task_of(model: ModelConfig, recipe: Mapping[str, Any] | None) -> BundleTask:
 
 def _is_continued(corpus: Mapping[str, Any]) -> bool:
     """Whether the examples of a corpus have no source; recipes from before there were tasks name none."""
-    kind = corpus.get("task", {}).get("kind", "language_modeling")
-    return corpus["kind"] in KINDS_WITHOUT_SOURCE and kind == "language_modeling"
+    task = corpus.get("task") or {"kind": "language_modeling"}
+    return is_text_tree(corpus) and task["kind"] == "language_modeling"

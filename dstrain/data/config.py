@@ -1,11 +1,12 @@
-"""Where text comes from, how it becomes ids, and how ids become steps."""
+"""Where text comes from, and how its ids become steps."""
 
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
@@ -13,6 +14,7 @@ from dstrain.config_base import Config
 from dstrain.data.sampling import CorpusName, MixtureConfig
 from dstrain.data.shuffling import ExampleShuffle, ShuffleConfig
 from dstrain.data.tasks.config import LanguageModeling, TextTask
+from dstrain.data.tokenizers.config import TokenizerConfig, TrainedSentencePiece
 from dstrain.log import logger
 
 
@@ -22,6 +24,11 @@ class Corpus(Config):
     name: CorpusName | None = Field(
         default=None, description="Name of the corpus or its direction, such as en-de; all corpora of a split have one, or none."
     )
+
+    @property
+    def text_task(self) -> TextTask | None:
+        """What a model learns from text without a source; None for pairs, which are translated."""
+        return None
 
 
 class ParallelText(Corpus):
@@ -33,7 +40,33 @@ class ParallelText(Corpus):
     target: str = Field(description="File of the target side, line by line.")
 
 
-class TsvText(Corpus):
+class Columns(Corpus):
+    """A corpus of columns, from which the recipe chooses: two of them are pairs, one is text without a source."""
+
+    task: TextTask | None = Field(
+        default=None, description="What a model learns from text without a source; null = language modeling."
+    )
+
+    @property
+    @abstractmethod
+    def has_source(self) -> bool:
+        """Whether a column of sources is chosen."""
+
+    @property
+    def text_task(self) -> TextTask | None:
+        """The task, if there is no source."""
+        return None if self.has_source else self.task or LanguageModeling()
+
+    @model_validator(mode="after")
+    def _task_acts(self) -> Self:
+        if self.task is not None and self.has_source:
+            raise ValueError(
+                "task is for text without a source; leave it out, or choose no source (source: null, in tsv source_column: null)"
+            )
+        return self
+
+
+class TsvText(Columns):
     """One tab-separated file, plain or compressed; columns count from 0. All lines must have as many columns as the first.
 
     Nothing is quoted: a quotation mark is text.
@@ -41,26 +74,45 @@ class TsvText(Corpus):
 
     kind: Literal["tsv"] = "tsv"
     path: str = Field(description="The file.")
-    source_column: NonNegativeInt = Field(default=0, description="Column of the source.")
+    source_column: NonNegativeInt | None = Field(
+        default=0, description="Column of the source; null = the target is all there is."
+    )
     target_column: NonNegativeInt = Field(default=1, description="Column of the target.")
     header: bool = Field(default=False, description="Whether the first line names the columns, and is no pair.")
+
+    @property
+    def has_source(self) -> bool:
+        """Whether there is a column of sources."""
+        return self.source_column is not None
 
 
 FieldPath = Annotated[str, Field(min_length=1)]
 """The name of a field; `a.b` is field b inside field a, `a.0` the first item of a list."""
 
 
-class JsonlText(Corpus):
-    """One JSON object per line, plain or compressed; blank lines at the end do not count.
+class Records(Columns):
+    """A corpus of records with named fields.
 
     A path of fields may lead inside: `translation.en`, or `target.0` for the first of several references.
     """
 
-    kind: Literal["jsonl"] = "jsonl"
-    path: str = Field(description="The file.")
-    source: FieldPath = Field(default="source", description="Field of the source, or the path to it.")
+    source: FieldPath | None = Field(
+        default="source", description="Field of the source, or the path to it; null = the target is all there is."
+    )
     target: FieldPath = Field(default="target", description="Field of the target, or the path to it.")
     join: str | None = Field(default=None, description="What stands between the strings of a list; null = lists are refused.")
+
+    @property
+    def has_source(self) -> bool:
+        """Whether there is a field of sources."""
+        return self.source is not None
+
+
+class JsonlText(Records):
+    """One JSON object per line, plain or compressed; blank lines at the end do not count."""
+
+    kind: Literal["jsonl"] = "jsonl"
+    path: str = Field(description="The file.")
 
     @model_validator(mode="before")
     @classmethod
@@ -73,26 +125,20 @@ class JsonlText(Corpus):
         return {names.get(key, key): value for key, value in tree.items()}
 
 
-class ParquetTable(Corpus):
-    """One parquet file, a pair per row. A path of columns may lead inside: `translation.en`, or `target.0` for the first item."""
+class ParquetTable(Records):
+    """One parquet file, an example per row; its columns are fields."""
 
     kind: Literal["parquet"] = "parquet"
     path: str = Field(description="The file.")
-    source: FieldPath = Field(default="source", description="Column of the source, or the path to it.")
-    target: FieldPath = Field(default="target", description="Column of the target, or the path to it.")
-    join: str | None = Field(default=None, description="What stands between the strings of a list; null = lists are refused.")
 
 
-class HuggingFaceDataset(Corpus):
-    """A data set of Hugging Face, from the disk or the hub; needs `dstrain[hf]`. Columns are named as for parquet."""
+class HuggingFaceDataset(Records):
+    """A data set of Hugging Face, from the disk or the hub; needs `dstrain[hf]`. Its columns are fields."""
 
     kind: Literal["huggingface"] = "huggingface"
     dataset: str = Field(description="Directory of `save_to_disk`, folder of parquet or JSON files, or a name of the hub.")
     config: str | None = Field(default=None, description="Configuration of the data set, such as a language pair.")
     split: str | None = Field(default=None, description="Which split; null if there is only one.")
-    source: FieldPath = Field(default="source", description="Column of the source, or the path to it.")
-    target: FieldPath = Field(default="target", description="Column of the target, or the path to it.")
-    join: str | None = Field(default=None, description="What stands between the strings of a list; null = lists are refused.")
 
 
 @cache
@@ -101,7 +147,7 @@ def _warn_of_old_keys() -> None:
 
 
 RecordSource = JsonlText | ParquetTable | HuggingFaceDataset
-"""Corpora whose pairs are records with named fields."""
+"""Corpora whose examples are records with named fields."""
 
 
 class GrammarText(Corpus):
@@ -124,20 +170,29 @@ class FairseqIds(Corpus):
     target: str = Field(description="PREFIX of the target side.")
 
 
-class PlainText(Corpus):
+class TextOnly(Corpus):
+    """A corpus of text without a source; no split keeps blank lines."""
+
+    task: TextTask = Field(default_factory=LanguageModeling, description="What a model learns from it.")
+
+    @property
+    def text_task(self) -> TextTask:
+        """The task."""
+        return self.task
+
+
+class PlainText(TextOnly):
     """Text without a source: an example per line, plain or compressed; no split keeps blank lines."""
 
     kind: Literal["text"] = "text"
     path: str = Field(description="The file.")
-    task: TextTask = Field(default_factory=LanguageModeling, description="What a model learns from it.")
 
 
-class FairseqText(Corpus):
+class FairseqText(TextOnly):
     """Output of `fairseq-preprocess --only-source`: PREFIX.bin and PREFIX.idx, ids of text without a source, as `text` is."""
 
     kind: Literal["fairseq_text"] = "fairseq_text"
     path: str = Field(description="PREFIX.")
-    task: TextTask = Field(default_factory=LanguageModeling, description="What a model learns from it.")
 
 
 TextSource = Annotated[
@@ -146,17 +201,24 @@ TextSource = Annotated[
 
 
 KINDS_WITHOUT_SOURCE = frozenset({"text", "fairseq_text"})
-"""Of `PlainText` and `FairseqText`."""
+"""Of `TextOnly`."""
+SOURCE_KEYS = ("source", "source_column")
+"""Keys of `Columns` that are null if there is no source."""
+
+
+def is_text_tree(corpus: Mapping[str, Any]) -> bool:
+    """`is_text_only` of a corpus as a recipe of this version or an earlier one spells it."""
+    return corpus["kind"] in KINDS_WITHOUT_SOURCE or any(corpus.get(key, "") is None for key in SOURCE_KEYS)
 
 
 def is_text_only(source: TextSource) -> bool:
     """Whether a corpus is text without a source."""
-    return source.kind in KINDS_WITHOUT_SOURCE
+    return source.text_task is not None
 
 
 def task_of_text(source: TextSource) -> TextTask | None:
     """The task of a corpus of text without a source; None for pairs, which are translated."""
-    return source.task if isinstance(source, PlainText | FairseqText) else None
+    return source.text_task
 
 
 def gives_sources(source: TextSource) -> bool:
@@ -167,74 +229,6 @@ def gives_sources(source: TextSource) -> bool:
 def has_no_source(sources: Iterable[TextSource]) -> bool:
     """Whether these corpora are text without a source, all of them."""
     return all(map(is_text_only, sources))
-
-
-class TrainedSentencePiece(Config):
-    """Train SentencePiece on the training text. Ids 0-3 are `<s> <pad> </s> <unk>`, then `user_symbols`, `tags`, then pieces.
-
-    The memory of `prepare` grows with the corpus up to `max_training_lines`, and not beyond.
-    """
-
-    kind: Literal["sentencepiece"] = "sentencepiece"
-    model_type: Literal["bpe", "unigram"] = Field(default="bpe", description="SentencePiece's algorithm.")
-    vocab_size: PositiveInt = Field(default=8000, description="Vocabulary entries, special tokens included.")
-    sharing: Literal["joint", "separate"] = Field(default="joint", description="One model for both sides, or one for each.")
-    character_coverage: float = Field(default=1.0, gt=0, le=1, description="Share of characters in the text that get a piece.")
-    user_symbols: tuple[str, ...] = Field(
-        default=(),
-        description="Strings that are never split; at the beginning of a word one is two tokens, the space before it and itself.",
-    )
-    tags: tuple[str, ...] = Field(
-        default=(), description="Words of one token each, such as the language tags of `eng_Latn hin_Deva text`."
-    )
-    max_training_lines: PositiveInt = Field(
-        default=5_000_000,
-        description="Lines that one model is trained on, at even intervals over the corpora; both sides together if it is joint.",
-    )
-
-
-class SentencePieceFiles(Config):
-    """Use existing SentencePiece models."""
-
-    kind: Literal["sentencepiece_files"] = "sentencepiece_files"
-    source_model: str = Field(description="Model file of the source side.")
-    target_model: str | None = Field(default=None, description="Model file of the target side; null = the source's.")
-
-
-class TokenizerDirectory(Config):
-    """Use the `tokenizer/` directory of a bundle or of prepared data, fairseq dictionaries included."""
-
-    kind: Literal["tokenizer_directory"] = "tokenizer_directory"
-    path: str = Field(description="The directory.")
-
-
-class FairseqDictionaries(Config):
-    """Use fairseq's dict.txt files."""
-
-    kind: Literal["fairseq_dictionaries"] = "fairseq_dictionaries"
-    source: str = Field(description="Dictionary of the source side.")
-    target: str | None = Field(default=None, description="Dictionary of the target side; null = one tokenizer for both sides.")
-    source_model: str | None = Field(
-        default=None, description="SentencePiece model that splits source text into symbols; null = text is split by white space."
-    )
-    target_model: str | None = Field(default=None, description="The same for target text.")
-    tags: tuple[str, ...] = Field(
-        default=(),
-        description="Words before the text that the model does not split, or patterns of them: ???_???? for eng_Latn.",
-    )
-
-    @model_validator(mode="after")
-    def _every_key_acts(self) -> FairseqDictionaries:
-        if self.target is None and self.target_model is not None:
-            raise ValueError("target_model is set without target; give target, or leave both out for one tokenizer of both sides")
-        if self.tags and self.source_model is None and self.target_model is None:
-            raise ValueError("tags act before a SentencePiece model, and there is none: words stay whole anyway; leave tags out")
-        return self
-
-
-TokenizerConfig = Annotated[
-    TrainedSentencePiece | SentencePieceFiles | TokenizerDirectory | FairseqDictionaries, Field(discriminator="kind")
-]
 
 
 class FilterConfig(Config):

@@ -93,7 +93,7 @@ def tasks_of_split(corpora: Sequence[TextSource], split: str, trained_on: DataCo
     Raises DataError if the recipe has other corpora for this split, and several tasks.
     """
     own = () if trained_on is None else splits_of(trained_on).get(split, ())
-    if [corpus.kind for corpus in own] == [corpus.kind for corpus in corpora]:
+    if [(corpus.kind, is_text_only(corpus)) for corpus in own] == [(corpus.kind, is_text_only(corpus)) for corpus in corpora]:
         return [task_of_text(corpus) for corpus in own]
     trained = () if trained_on is None else trained_on.train
     known = list(dict.fromkeys(task for corpus in trained if (task := task_of_text(corpus)) is not None)) or [LanguageModeling()]

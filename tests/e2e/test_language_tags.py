@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
-from dstrain.data.config import TrainedSentencePiece
 from dstrain.data.prepared.dataset import open_dataset
+from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.tokenizer import SentencePieceTokenizer, load_tokenizers
 from dstrain.data.tokenizers.training import train_sentencepiece
 from tests.e2e.support import RECIPE, SMALL_TRAINING, dstrain, events, settings, succeeds

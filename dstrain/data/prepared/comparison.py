@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.config_base import Tree
-from dstrain.data.config import DataConfig, HuggingFaceDataset, TextSource, TrainedSentencePiece
+from dstrain.data.config import DataConfig, HuggingFaceDataset, TextSource
 from dstrain.data.prepared.job import JOB, JOB_FILE, InputFile
 from dstrain.data.prepared.manifest import DataManifest
 from dstrain.data.sources.corpora import files_of
+from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.training import load_configured_tokenizers
 from dstrain.errors import DataError
 from dstrain.storage.hashing import sha256_of_file

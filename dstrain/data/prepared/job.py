@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dstrain.config_base import Config, Tree, upgrade_config
-from dstrain.data.config import DataConfig, FairseqIds, TextSource, TrainedSentencePiece
+from dstrain.data.config import DataConfig, FairseqIds, TextSource
 from dstrain.data.prepared.manifest import DATA_FORMAT_VERSION, MANIFEST_FILE, TOKENIZER_DIRECTORY
 from dstrain.data.prepared.pool import WorkerPool
 from dstrain.data.sources.corpora import counted_files, files_of, header_lines, pairs_without_lines, scan_of, splits_of
 from dstrain.data.sources.opening import require_file
 from dstrain.data.sources.text import FileScan, expand_path
+from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE
 from dstrain.data.tokenizers.training import load_configured_tokenizers
 from dstrain.errors import DataError

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dstrain import __version__
 from dstrain.arguments import require_path, require_type
-from dstrain.data.config import DataConfig, TrainedSentencePiece
+from dstrain.data.config import DataConfig
 from dstrain.data.prepared.encode import EncodedBlock, make_encoder
 from dstrain.data.prepared.job import Job, corpus_sizes, inputs_of, plan_job, read_job, start_job
 from dstrain.data.prepared.manifest import (
@@ -33,6 +33,7 @@ from dstrain.data.prepared.report import PrepareReport, build_report, verify_dat
 from dstrain.data.prepared.rows import id_dtype
 from dstrain.data.prepared.shard import PairSidecar, ShardWriter, shard_schema, write_lengths
 from dstrain.data.sources.corpora import PairBlock, read_blocks, splits_of
+from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE, TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.data.tokenizers.training import TokenizerTrainer, load_configured_tokenizers
 from dstrain.errors import DataError

@@ -185,11 +185,12 @@ def parse(source: TextSource, block: TextBlock | RecordBlock) -> tuple[list[str]
 
 def _parse_tsv(source: TsvText, block: TextBlock) -> tuple[list[str], list[str]]:
     rows = [line.split("\t") for line in decode_lines(block, 0)]
-    needed = max(source.source_column, source.target_column)
+    source_column = source.source_column
+    needed = source.target_column if source_column is None else max(source_column, source.target_column)
     for number, row in enumerate(rows, block.first + 1):
         if len(row) <= needed:
             raise DataError(
                 f"{files_of(source)[0]}:{number}: {len(row)} tab-separated columns, column {needed} (counted from 0) is missing; "
                 "fix the line or the columns in the recipe"
             )
-    return [row[source.source_column] for row in rows], [row[source.target_column] for row in rows]
+    return ["" if source_column is None else row[source_column] for row in rows], [row[source.target_column] for row in rows]

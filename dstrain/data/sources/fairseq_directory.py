@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from itertools import count, takewhile
 from pathlib import Path
 
-from dstrain.data.config import DataConfig, FairseqDictionaries, FairseqIds, FairseqText
+from dstrain.data.config import DataConfig, FairseqIds, FairseqText
+from dstrain.data.tokenizers.config import FairseqDictionaries
 from dstrain.errors import DataError
 
 PAIR_FILE = re.compile(r"train\.([^.]+)-([^.]+)\.(\1|\2)\.idx")

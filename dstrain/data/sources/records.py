@@ -1,4 +1,4 @@
-"""Pairs that are records with named fields: JSON lines, rows of tables.
+"""Examples that are records with named fields: JSON lines, rows of tables.
 
 A path of fields leads to the text of each side: `translation.en` is a field inside a field, `target.0` the first item of a list.
 A field whose own name has the dots is found, too. A list of strings is one text only if the recipe says what joins it: its items
@@ -76,13 +76,16 @@ def record_name(source: RecordSource) -> str:
 
 
 def record_texts(source: RecordSource, block: TextBlock | RecordBlock) -> tuple[list[str], list[str]]:
-    """The texts of both sides. Raises DataError naming corpus and number of a record that lacks one."""
+    """The texts of both sides; sources are empty if the recipe names no field of them.
+
+    Raises DataError naming corpus and number of a record that lacks a field.
+    """
     name = record_name(source)
     records: Iterable[Record] = block.records if isinstance(block, RecordBlock) else _parse_json(block, name)
     sides: tuple[list[str], list[str]] = ([], [])
     for number, record in enumerate(records, block.first + 1):
         for side, path in zip(sides, (source.source, source.target), strict=True):
-            side.append(_text(record, path, f"{name}:{number}", source.join))
+            side.append("" if path is None else _text(record, path, f"{name}:{number}", source.join))
     return sides
 
 

@@ -146,7 +146,7 @@ def _records(rows: Any, name: str) -> list[Record]:
 def _columns(schema: Any, source: ParquetTable | HuggingFaceDataset, name: str) -> list[str]:
     """The columns to read for both sides: paths that end before the first list."""
     columns: dict[str, None] = {}
-    for path in (source.source, source.target):
+    for path in filter(None, (source.source, source.target)):
         for field in (path, path.partition(".")[0]):
             if schema.names.count(field) > 1:
                 raise DataError(f"{name}: it has two columns {field!r}; rename one, or write the table without it")

@@ -13,18 +13,12 @@ from pathlib import Path
 
 import sentencepiece
 
-from dstrain.data.config import (
-    DataConfig,
-    FairseqDictionaries,
-    SentencePieceFiles,
-    TokenizerDirectory,
-    TrainedSentencePiece,
-    has_no_source,
-)
+from dstrain.data.config import DataConfig, has_no_source
 from dstrain.data.sources.corpora import parse, read_blocks
 from dstrain.data.sources.fairseq_binary import IdBlock
 from dstrain.data.sources.opening import require_file
 from dstrain.data.sources.text import expand_path
+from dstrain.data.tokenizers.config import FairseqDictionaries, SentencePieceFiles, TokenizerDirectory, TrainedSentencePiece
 from dstrain.data.tokenizers.dictionary_file import SPECIAL_SYMBOLS
 from dstrain.data.tokenizers.tokenizer import (
     WORD_START,

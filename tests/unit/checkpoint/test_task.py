@@ -11,7 +11,7 @@ from dstrain.checkpoint.average import average_bundles
 from dstrain.checkpoint.bundle import find_bundle, save_adapter_bundle
 from dstrain.checkpoint.task import BundleTask, task_of
 from dstrain.cli.main import main
-from dstrain.data.config import KINDS_WITHOUT_SOURCE, DataConfig, is_text_only
+from dstrain.data.config import KINDS_WITHOUT_SOURCE, DataConfig, TextOnly, is_text_only
 from dstrain.errors import BundleError
 from dstrain.models.config import DecoderOnlyConfig
 from tests.unit.generation.small_bundle import make_bundle, make_decoder_only_bundle
@@ -46,7 +46,7 @@ def test_the_kinds_without_a_source_are_those_of_the_recipe() -> None:
         corpus = {"kind": kind, **{key: paths[key] for key in keys}}
         dictionaries = {"kind": "fairseq_dictionaries", "source": "d"}
         parsed = DataConfig.model_validate({"train": [corpus], "valid": [corpus], "tokenizer": dictionaries})
-        assert is_text_only(parsed.train[0]) == (kind in KINDS_WITHOUT_SOURCE) == ("task" in type(parsed.train[0]).model_fields)
+        assert is_text_only(parsed.train[0]) == (kind in KINDS_WITHOUT_SOURCE) == isinstance(parsed.train[0], TextOnly)
 
 
 @pytest.mark.parametrize(

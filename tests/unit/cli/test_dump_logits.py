@@ -88,8 +88,9 @@ def test_mismatches_are_refused(data: Path, teacher: Path, logits: Path, tmp_pat
 
 def test_text_that_a_task_makes_examples_of_is_refused(data: Path, teacher: Path, tmp_path: Path, verbs: Verbs) -> None:
     from dstrain.build.training_options import TeacherOptions, TrainOptions, check_training
-    from dstrain.data.config import DataConfig, PlainText, TokenizerDirectory
+    from dstrain.data.config import DataConfig, PlainText
     from dstrain.data.prepared.prepare import prepare
+    from dstrain.data.tokenizers.config import TokenizerDirectory
     from dstrain.errors import RecipeError
     from dstrain.recipe_file import load_recipe
 
@@ -108,8 +109,9 @@ def test_text_that_a_task_makes_examples_of_is_refused(data: Path, teacher: Path
 
 def test_other_sentences_are_refused(data: Path, teacher: Path, logits: Path, tmp_path: Path, verbs: Verbs) -> None:
     """The same tokenizer, other rows."""
-    from dstrain.data.config import DataConfig, GrammarText, TokenizerDirectory
+    from dstrain.data.config import DataConfig, GrammarText
     from dstrain.data.prepared.prepare import prepare
+    from dstrain.data.tokenizers.config import TokenizerDirectory
 
     config = DataConfig(
         train=(GrammarText(split="train", num_pairs=60, seed=2),),

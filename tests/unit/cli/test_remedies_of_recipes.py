@@ -66,6 +66,13 @@ RECIPES = [
         distillation("hard_weight: 0.5, on_policy: {fraction: 0.5}, selection: {kind: word_and_sequence}"),
     ),
     lm(
+        "leave it out, or choose no source (source: null, in tsv source_column: null)",
+        ("data.train=[{kind: jsonl, path: x, task: {kind: prefix_lm}}]",),
+        ("data.train=[{kind: jsonl, path: x}]",),
+        ("data.train=[{kind: jsonl, path: x, source: null, task: {kind: prefix_lm}}]",),
+        ("data.train=[{kind: tsv, path: x, source_column: null, task: {kind: prefix_lm}}]",),
+    ),
+    lm(
         "choose selection: {kind: global}",
         distillation("selection: {kind: global_by_language, tags: [a, b]}"),
         distillation("selection: {kind: global}"),

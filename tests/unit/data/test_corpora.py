@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from dstrain.data.config import DataConfig, TrainedSentencePiece, corpus_names
+from dstrain.data.config import DataConfig, corpus_names
 from dstrain.data.prepared.corpora import CorpusRanges, NamedCorpora, merged_runs
 from dstrain.data.prepared.dataset import named_corpora, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
+from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.errors import DataError
 from tests.unit.data.corpus import data_config, parallel, sentences

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from dstrain.data.config import FairseqDictionaries, TrainedSentencePiece
+from dstrain.data.tokenizers.config import FairseqDictionaries, TrainedSentencePiece
 from dstrain.data.tokenizers.tokenizer import (
     DictionaryTokenizer,
     SentencePieceTokenizer,

@@ -7,7 +7,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dstrain.data.config import TrainedSentencePiece
+from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.dictionary_file import Markers
 from dstrain.data.tokenizers.tokenizer import (
     DictionaryTokenizer,

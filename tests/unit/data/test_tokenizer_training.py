@@ -3,8 +3,9 @@ from typing import Any
 
 import pytest
 
-from dstrain.data.config import DataConfig, TrainedSentencePiece
+from dstrain.data.config import DataConfig
 from dstrain.data.sources.corpora import splits_of
+from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.tokenizer import (
     DictionaryTokenizer,
     SentencePieceTokenizer,

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from dstrain.cli.main import main
-from dstrain.data.config import DataConfig, FairseqDictionaries, ParallelText
+from dstrain.data.config import DataConfig, ParallelText
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
+from dstrain.data.tokenizers.config import FairseqDictionaries
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, SentencePieceTokenizer, load_tokenizers
 from dstrain.data.tokenizers.unknown import UnknownTokens, likely_cause, unreachable_tags
 from tests.unit.distillation.toy_store import prepared

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from dstrain.batch import Batch, ModelKind
 from dstrain.data.batching.collate import Collator
-from dstrain.data.config import DataConfig, GrammarText, TrainedSentencePiece
+from dstrain.data.config import DataConfig, GrammarText
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
+from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.distillation.store.dump import Dumper, DumpReport, plan_dump
 from dstrain.distillation.store.manifest import Method, merge_store

@@ -17,10 +17,11 @@ from dstrain.batch import Sequences
 from dstrain.build.validation_options import ValidateOptions, generation_of
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
 from dstrain.cli.main import main
-from dstrain.data.config import DataConfig, GrammarText, PlainText, TokenizerDirectory, TrainedSentencePiece
+from dstrain.data.config import DataConfig, GrammarText, PlainText
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.prepare import prepare
 from dstrain.data.tasks.config import Denoising, LanguageModeling, Mass, TextTask
+from dstrain.data.tokenizers.config import TokenizerDirectory, TrainedSentencePiece
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.errors import DataError
 from dstrain.evaluation.bundle_validation import tasks_of_split
