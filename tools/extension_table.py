@@ -1,38 +1,35 @@
 """Perplexity by length of a language model of 256 tokens, extended to 1,024 and 2,048 by each kind, before and after fine-tuning.
 
 The model is language_modeling/wikitext_tiny with 2,000 vocabulary entries, trained on blocks of 256 tokens of WikiText's
-validation articles. Fine-tuning takes a few steps with blocks of the new length. Perplexity is of the test articles, cut into
-windows of each length, each read alone. Prints the table, and writes it as a picture if matplotlib is installed. Training goes on
-where an earlier call ended.
+validation articles. Fine-tuning takes a few steps with blocks of the new length. A second model has ALiBi instead of rotary
+positions (`--no-alibi` leaves it out) and reads longer text than it was trained with as it is. Perplexity is of the first 2,048
+tokens of test articles, read in windows of each length whose ends are half a window apart (`dstrain perplexity`): each column
+scores the same tokens. Prints the table, and draws it if matplotlib is installed. Goes on where an earlier call ended.
 
-    DSTRAIN_DATA=... python tools/extension_table.py WORK [--steps 300] [--tune-steps 20] [--windows 40]
+    DSTRAIN_DATA=... python tools/extension_table.py WORK [--steps 500] [--tune-steps 20] [--documents 24]
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import math
 import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import sentencepiece
+from extension import KINDS, Table, dstrain, extended, overrides
 
-from dstrain.api import BundleModel, ExtendOptions, extend, load
-from dstrain.checkpoint.bundle import find_bundle, save_bundle
+from dstrain.api import PerplexityOptions, perplexity
 
 RECIPE = "language_modeling/wikitext_tiny"
 TRAINED = 256
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 EXTENDED = (1024, 2048)
-KINDS = ("linear", "ntk", "yarn")
-Ids = Sequence[int]
+VALIDATED = 2
+"""Test articles that a training is validated on, once: the table scores more of them."""
 TEXT = Path(os.environ["DSTRAIN_DATA"]) / "wikitext"
 
 
@@ -48,78 +45,69 @@ def articles(split: str) -> Iterator[str]:
     yield " ".join(lines)
 
 
-def write_blocks(tokenizer: sentencepiece.SentencePieceProcessor, split: str, length: int, output: Path) -> None:
-    """Lines of at most `length` tokens with EOS, cut between words; an article's rest below a quarter of that is left out."""
-    with output.open("w", encoding="utf-8") as file:
-        for article in articles(split):
+def blocks(tokenizer: sentencepiece.SentencePieceProcessor, article: str, length: int) -> list[str]:
+    """Pieces of at most `length` tokens with EOS, cut between words; a rest below a quarter of that is left out."""
+    pieces, block, used = [], [], 1
+    for word, ids in zip(words := article.split(), tokenizer.encode(words), strict=True):
+        if used + len(ids) > length:
+            pieces.append(" ".join(block))
             block, used = [], 1
-            for word, ids in zip(words := article.split(), tokenizer.encode(words), strict=True):
-                if used + len(ids) > length:
-                    file.write(" ".join(block) + "\n")
-                    block, used = [], 1
-                block.append(word)
-                used += len(ids)
-            if used > length // 4:
-                file.write(" ".join(block) + "\n")
-
-
-def dstrain(*words: str | Path) -> None:
-    """One verb."""
-    subprocess.run([sys.executable, "-m", "dstrain", *map(str, words)], check=True, stdout=sys.stderr)
+        block.append(word)
+        used += len(ids)
+    return [*pieces, " ".join(block)] if used > length // 4 else pieces
 
 
 def settings(work: Path, length: int, *more: str) -> list[str]:
     """What the recipe becomes for blocks of that length."""
-    keys = (
+    return overrides(
         f"data.tokenizer={{kind: tokenizer_directory, path: {work / 'raw/tokenizer'}}}",
         f"data.train.0.path={work / f'valid.{length}'}",
         f"data.valid.0.path={work / f'test.{length}'}",
         f"data.filter.max_target_length={length}",
         "batching.tokens_per_step=4096",
-        "reporting.log_every=5",
+        "reporting.log_every=20",
         *more,
     )
-    return [word for key in keys for word in ("--set", key)]
 
 
 def prepared(work: Path, length: int) -> Path:
     """Data of blocks of that length."""
-    if not (work / "raw" / "manifest.json").exists():
-        dstrain("prepare", RECIPE, "--set", "data.tokenizer.vocab_size=2000", "--output", work / "raw")
-    (model,) = (work / "raw" / "tokenizer").glob("*.model")
-    for split in ("valid", "test"):
-        if not (work / f"{split}.{length}").exists():
-            write_blocks(sentencepiece.SentencePieceProcessor(model_file=str(model)), split, length, work / f"{split}.{length}")
-    dstrain("prepare", RECIPE, *settings(work, length, "model.max_target_length=2048"), "--output", work / f"d{length}")
+    tokenizer = opened_tokenizer(work)
+    for split, number in (("valid", None), ("test", VALIDATED)):
+        if not (path := work / f"{split}.{length}").exists():
+            cut = (blocks(tokenizer, article, length) for article in itertools.islice(articles(split), number))
+            path.write_text("\n".join(itertools.chain.from_iterable(cut)) + "\n", encoding="utf-8")
+    dstrain(
+        "prepare", RECIPE, *settings(work, length, f"model.max_target_length={max(LENGTHS)}"), "--output", work / f"d{length}"
+    )
     return work / f"d{length}"
 
 
-def trained(work: Path, steps: int) -> Path:
-    """The model of 256 tokens."""
-    model = (f"model.max_target_length={TRAINED}", "model.dropout=0.1")
-    length = (f"training.max_steps={steps}", f"schedule.total_steps={steps}", "validation.every=100", "checkpoint.every=25")
-    place = ("--data", prepared(work, TRAINED), "--output", work / "lm")
-    dstrain("train", RECIPE, *settings(work, TRAINED, *model, *length), *place)
-    return work / "lm" / "bundles" / "last"
+def opened_tokenizer(work: Path) -> sentencepiece.SentencePieceProcessor:
+    """That of all models."""
+    if not (work / "raw" / "manifest.json").exists():
+        dstrain("prepare", RECIPE, *overrides("data.tokenizer.vocab_size=2000"), "--output", work / "raw")
+    (model,) = (work / "raw" / "tokenizer").glob("*.model")
+    return sentencepiece.SentencePieceProcessor(model_file=str(model))
 
 
-def extended(work: Path, base: Path, kind: str, length: int) -> Path:
-    """The bundle as it is after the extension; of kind none, one that only reads longer text."""
-    output = work / "extended" / f"{kind}_{length}"
-    if kind == "none":
-        stored = find_bundle(base)
-        save_bundle(
-            output,
-            model_config=stored.description.model.model_copy(update={"max_target_length": length}),
-            vocabulary=stored.description.vocabulary,
-            weights={name: stored.read(name) for name in stored.names()},
-            tokenizers=stored.tokenizers(),
-            recipe=stored.recipe(),
-            overwrite=True,
-        )
-    else:
-        extend(ExtendOptions(bundle=base, output=output, kind=kind, factor=length / TRAINED, overwrite=True))  # type: ignore[arg-type]
-    return output
+def documents(work: Path, number: int) -> Path:
+    """The beginnings of the first test articles that are longer than the longest window, one on a line."""
+    tokenizer, path = opened_tokenizer(work), work / f"documents.{number}"
+    cut = (blocks(tokenizer, article, max(LENGTHS)) for article in articles("test"))
+    path.write_text(
+        "\n".join(itertools.islice((pieces[0] for pieces in cut if len(pieces) > 1), number)) + "\n", encoding="utf-8"
+    )
+    return path
+
+
+def trained(work: Path, position: str, steps: int) -> Path:
+    """The model of 256 tokens with such positions."""
+    model = (f"model.max_target_length={TRAINED}", f"model.position={{kind: {position}}}", "model.dropout=0.1")
+    length = (f"training.max_steps={steps}", f"schedule.total_steps={steps}", f"validation.every={steps}", "checkpoint.every=50")
+    run = work / f"lm_{position}"
+    dstrain("train", RECIPE, *settings(work, TRAINED, *model, *length), "--data", prepared(work, TRAINED), "--output", run)
+    return run / "bundles" / "last"
 
 
 def tuned(work: Path, base: Path, length: int, steps: int) -> Path:
@@ -135,57 +123,37 @@ def tuned(work: Path, base: Path, length: int, steps: int) -> Path:
     return run / "bundles" / "last"
 
 
-def perplexity(model: BundleModel, rows: list[Ids], length: int, windows: int) -> float:
-    """Of the first `windows` windows of `length` tokens, each without context before it."""
-    cut = [row[start : start + length] for row in rows for start in range(0, len(row) - length + 1, length)][:windows]
-    nll = 0.0
-    for window in cut:
-        (logits,) = model.logits(None, [[model.bundle.vocabulary.eos_id, *window[:-1]]])
-        highest = logits.max(axis=1)
-        log_sum = np.log(np.exp(logits - highest[:, None]).sum(axis=1)) + highest
-        nll += float((log_sum - logits[np.arange(length), window]).sum())
-    return math.exp(nll / (len(cut) * length))
-
-
-def picture(table: dict[str, list[float]], output: Path) -> None:
-    """The table as curves."""
-    from matplotlib.figure import Figure
-
-    axes = (figure := Figure(figsize=(7, 4))).subplots()
-    for name, values in table.items():
-        axes.plot(LENGTHS[: len(values)], values, marker="o", label=name)
-    axes.set(xscale="log", yscale="log", xlabel="tokens of a window", ylabel="perplexity", xticks=LENGTHS, xticklabels=LENGTHS)
-    axes.axvline(TRAINED, color="gray", linestyle=":")
-    axes.legend(fontsize="small")
-    figure.savefig(output, bbox_inches="tight")
+def figure(bundle: Path, text: Path, length: int) -> float:
+    """Perplexity by token in windows of that length."""
+    options = PerplexityOptions(bundle=bundle, file=str(text), context_window=length, stride=length // 2, max_tokens=4096)
+    return float(perplexity(options)["perplexity"])
 
 
 def main() -> None:
     """Train, extend, fine-tune, measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path, metavar="WORK")
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--tune-steps", type=int, default=20)
-    parser.add_argument("--windows", type=int, default=40, help="of each length")
+    parser.add_argument("--steps", type=int, default=500, help="of the model of 256 tokens")
+    parser.add_argument("--tune-steps", type=int, default=20, help="of each fine-tuning")
+    parser.add_argument("--documents", type=int, default=24, help="test articles that are scored")
+    parser.add_argument("--alibi", action=argparse.BooleanOptionalAction, default=True, help="a model with ALiBi, too")
     args = parser.parse_args()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    base = trained(work, args.steps)
-    tokenizer = load(base).tokenizer.target
-    rows = [tokenizer.encode([article])[0] for article in articles("test")]
-    table: dict[str, list[float]] = {}
-    print(f"| extension | {' | '.join(f'{length:,}' for length in LENGTHS)} |")
-    for kind, length in [("none", LENGTHS[-1]), *itertools.product(KINDS, EXTENDED)]:
-        bundle = extended(work, base, kind, length)
-        bundles = {"": bundle} if kind == "none" else {"": bundle, ", tuned": tuned(work, bundle, length, args.tune_steps)}
-        for suffix, found in bundles.items():
-            model = load(found)
-            reached = [size for size in LENGTHS if size <= model.bundle.model_config.limits.target]
-            table[f"{kind}, {length:,}{suffix}"] = values = [perplexity(model, rows, size, args.windows) for size in reached]
-            cells = [f"{value:.1f}" for value in values] + [""] * (len(LENGTHS) - len(values))
-            print(f"| {kind}, {length:,}{suffix} | {' | '.join(cells)} |", flush=True)
-    if find_spec("matplotlib") is not None:
-        picture(table, work / "perplexity.png")
+    text = documents(work, args.documents)
+    sizes = {"steps": args.steps, "tune_steps": args.tune_steps, "documents": args.documents}
+    table = Table(work / "table.json", "extension", LENGTHS, sizes)
+    base = trained(work, "rotary", args.steps)
+    reads = extended(base, "none", max(LENGTHS), TRAINED, work / "extended" / "none")
+    table.row("none", max(LENGTHS), partial(figure, reads, text))
+    if args.alibi:
+        reads = extended(trained(work, "alibi", args.steps), "none", max(LENGTHS), TRAINED, work / "extended" / "alibi")
+        table.row("none, ALiBi", max(LENGTHS), partial(figure, reads, text))
+    for kind, length in itertools.product(KINDS, EXTENDED):
+        bundle = extended(base, kind, length, TRAINED, work / "extended" / f"{kind}_{length}")
+        table.row(f"{kind}, {length:,}", length, partial(figure, bundle, text))
+        table.row(f"{kind}, {length:,}, tuned", length, partial(figure, tuned(work, bundle, length, args.tune_steps), text))
+    table.picture(work / "perplexity.png", xlabel="tokens of a window", ylabel="perplexity", yscale="log")
 
 
 if __name__ == "__main__":
