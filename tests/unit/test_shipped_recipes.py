@@ -14,6 +14,8 @@ import pytest
 
 from dstrain.checkpoint.bundle import find_bundle
 from dstrain.cli.main import build_parser, main
+from dstrain.models.config import VocabularySizes
+from dstrain.models.factory import build_model
 from dstrain.recipe_file import load_recipe, recipe_names, recipe_summaries
 from tests.e2e.support import events
 from tests.paths import ROOT
@@ -44,6 +46,15 @@ def test_every_recipe_says_what_it_reaches_or_that_nobody_knows(name: str) -> No
     description = load_recipe(name).description
     measured = re.search(r"\bExpected: .*\d.*\d", description, re.DOTALL)
     assert bool(measured) != ("untested at scale" in description.lower()), description
+
+
+@pytest.mark.parametrize("name", ["gpt_125m", "gpt_1b3"])
+def test_the_parameters_of_large_models_are_counted(name: str) -> None:
+    recipe = load_recipe(f"language_modeling/{name}")
+    model = build_model(recipe.model, VocabularySizes(source=32000, target=32000), seed=None)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f" {count:,} parameters" in recipe.description
+    assert 19 < recipe.batching.tokens_per_step * recipe.training.max_steps / count < 21
 
 
 def test_the_verb_lists_every_recipe_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:

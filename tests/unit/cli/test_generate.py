@@ -20,7 +20,7 @@ import pytest
 from dstrain.api import load
 from dstrain.cli.main import main
 from tests.paths import ROOT
-from tests.unit.generation.small_bundle import SENTENCES, WORDS, make_bundle
+from tests.unit.generation.small_bundle import SENTENCES, WORDS, make_bundle, make_decoder_only_bundle
 
 TEXT = "\n".join(SENTENCES) + "\n"
 
@@ -101,6 +101,36 @@ def test_generate_samples(bundle: Path, source: Path, capsys: pytest.CaptureFixt
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] != outputs[2]
     assert len(outputs[0].splitlines()) == len(SENTENCES)
+
+
+def test_a_language_model_continues_prompts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A prompt stays at the beginning of its line, a blank one stays blank, and both verbs draw the same for the same line."""
+    model = make_decoder_only_bundle(tmp_path / "bundle", trained_on="text")
+    prompts = ["eins zwei", "", "fünf", "eins zwei"]
+    (tmp_path / "prompts.txt").write_text("".join(f"{prompt}\n" for prompt in prompts))
+    long = ["--sampling", "--min-length", "8", "--max-length-ratio", "1", "--max-length-offset", "9"]
+    outputs = []
+    for seed in ("5", "5", "6"):
+        assert generate(model, "--input", tmp_path / "prompts.txt", "--seed", seed, *long) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] != outputs[2]
+    first, blank, second, again = outputs[0].splitlines()
+    assert [line[: len(prompt) + 1] for line, prompt in zip((first, second), ("eins zwei", "fünf"), strict=True)] == [
+        "eins zwei ",
+        "fünf ",
+    ]
+    assert blank == ""
+    assert again.startswith("eins zwei ") and again != first
+    assert min(len(line.split()) for line in (first, second, again)) >= 8
+    feed(monkeypatch, (tmp_path / "prompts.txt").read_bytes())
+    assert main(["interactive", str(model), "--device", "cpu", "--seed", "5", *long]) == 0
+    assert capsys.readouterr().out == outputs[0]
+    assert generate(model, "--input", tmp_path / "prompts.txt", "--num-best", "2", "--format", "jsonl", *long) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    texts = [[hypothesis["text"] for hypothesis in answer["hypotheses"]] for answer in answers]
+    assert all(text.startswith(prompt) for prompt, pair in zip(prompts, texts, strict=True) for text in pair)
 
 
 def test_generate_in_fairseq_lines_with_references(bundle: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
