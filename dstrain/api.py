@@ -16,6 +16,7 @@ from dstrain.build.evaluation import validate
 from dstrain.build.extension import ExtendOptions, extend
 from dstrain.build.generation import generate_file
 from dstrain.build.generation_options import GenerateOptions
+from dstrain.build.growth import GrowOptions, grow
 from dstrain.build.labeling import LabelOptions, pseudo_label
 from dstrain.build.perplexity import perplexity
 from dstrain.build.perplexity_options import PerplexityOptions
@@ -31,6 +32,7 @@ __all__ = [
     "EstimateOptions",
     "ExtendOptions",
     "GenerateOptions",
+    "GrowOptions",
     "LabelOptions",
     "PerplexityOptions",
     "TeacherOptions",
@@ -41,6 +43,7 @@ __all__ = [
     "estimate",
     "extend",
     "generate_file",
+    "grow",
     "load",
     "load_recipe",
     "perplexity",

@@ -15,6 +15,7 @@ VERBS = {
     "consolidate": "make a bundle from a training checkpoint",
     "average": "average bundles into one",
     "extend": "give a bundle with rotary positions a longer context",
+    "grow": "add entries to the vocabulary of a bundle",
     "merge": "merge an adapter bundle into its base, as a plain bundle",
     "export": "write a bundle in the format of another program",
     "report": "draw the curves of a run as PNG and HTML",

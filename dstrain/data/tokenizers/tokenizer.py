@@ -24,6 +24,7 @@ from pydantic import Field
 
 from dstrain.config_base import Config
 from dstrain.data.tokenizers.dictionary_file import SPECIAL_SYMBOLS, Markers, parse_dictionary
+from dstrain.data.tokenizers.piece_format import user_defined_piece
 from dstrain.errors import DataError
 from dstrain.storage.atomic import write_file
 from dstrain.storage.document import DocumentFormat, RelativePath, path_inside
@@ -97,6 +98,10 @@ class SentencePieceTokenizer:
     def from_file(cls, path: Path) -> SentencePieceTokenizer:
         """Read a `.model` file. Raises DataError if it is missing or no SentencePiece model."""
         return cls(_read(path, "SentencePiece model"), name=str(path))
+
+    def with_pieces(self, pieces: Sequence[str]) -> SentencePieceTokenizer:
+        """The same tokenizer with user-defined pieces after its own: text is never split within them."""
+        return SentencePieceTokenizer(self._model + b"".join(map(user_defined_piece, pieces)))
 
     def encode(self, lines: Sequence[str]) -> list[list[int]]:
         """Ids of each line, without EOS. One thread: parallelism belongs to the caller's processes."""
@@ -184,11 +189,17 @@ class DictionaryTokenizer:
         tags = [symbol for symbol in self._ids if any(fnmatchcase(symbol, pattern) for pattern in patterns)]
         return DictionaryTokenizer(self._dictionary, self._model, tags=tags, markers=self.markers)
 
-    def with_markers(self, symbols: Sequence[str], markers: Markers) -> DictionaryTokenizer:
-        """The same tokenizer with markers, after these symbols, but those that it has, are appended to the dictionary."""
+    def with_symbols(
+        self, symbols: Sequence[str], *, tags: Sequence[str] = (), markers: Markers | None = None
+    ) -> DictionaryTokenizer:
+        """The same tokenizer after these symbols, but those that it has, are appended to the dictionary.
+
+        tags: of them, those that stay whole before text that a model splits. markers: None for its own.
+        """
         lines = [self._dictionary, *(f"{symbol} 0".encode() for symbol in symbols if symbol not in self._ids)]
         dictionary = b"\n".join(line.removesuffix(b"\n") for line in lines if line) + b"\n"
-        return DictionaryTokenizer(dictionary, self._model, tags=sorted(self._tags), markers=markers)
+        kept = self._tags if self._model is None else self._tags.union(tags)
+        return DictionaryTokenizer(dictionary, self._model, tags=sorted(kept), markers=markers or self.markers)
 
     def _marker_ids(self, symbols: Sequence[str], name: str) -> list[int]:
         ids = {**self._ids, **{symbol: number for number, symbol in enumerate(SPECIAL_SYMBOLS)}}

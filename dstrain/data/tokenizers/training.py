@@ -101,8 +101,8 @@ def train_sentencepiece(lines: Iterable[str], config: TrainedSentencePiece) -> b
     A tag is the piece of a whole word: with its space before it. Raises DataError if a user symbol or a tag cannot be one or
     the text does not support the vocabulary, naming the size that it does.
     """
-    _check_symbols("user_symbols", config.user_symbols)
-    _check_symbols("tags", config.tags)
+    check_symbols("data.tokenizer.user_symbols", config.user_symbols)
+    check_symbols("data.tokenizer.tags", config.tags)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -144,7 +144,8 @@ def _check_tags(model: bytes, tags: Sequence[str]) -> None:
             )
 
 
-def _check_symbols(key: str, symbols: Sequence[str]) -> None:
+def check_symbols(key: str, symbols: Sequence[str]) -> None:
+    """Raise DataError for what cannot be an entry. key: where they are named, for messages."""
     for number, symbol in enumerate(symbols):
         fault = None
         if symbol in SPECIAL_SYMBOLS:
@@ -154,7 +155,7 @@ def _check_symbols(key: str, symbols: Sequence[str]) -> None:
         elif symbol in symbols[:number]:
             fault = "occurs twice"
         if fault:
-            raise DataError(f"data.tokenizer.{key}: {symbol!r} {fault}; choose another symbol")
+            raise DataError(f"{key}: {symbol!r} {fault}; choose another symbol")
 
 
 def _explain(message: str, config: TrainedSentencePiece) -> str:

@@ -322,7 +322,7 @@ def read_dictionaries(
                 f"{directory} has no {' and no '.join(names)}; give the directory of the model's dictionaries with --dictionary"
             )
         tokenizer = DictionaryTokenizer.from_files(path, sentencepiece[number] if sentencepiece else None)
-        sides.append(tokenizer.with_markers(added.symbols, markers))
+        sides.append(tokenizer.with_symbols(added.symbols, markers=markers))
     return TokenizerPair(sides[0], sides[1])
 
 

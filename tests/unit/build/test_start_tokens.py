@@ -15,10 +15,12 @@ from dstrain.api import (
     BundleModel,
     DumpOptions,
     GenerateOptions,
+    GrowOptions,
     LabelOptions,
     ValidateOptions,
     dump_logits,
     generate_file,
+    grow,
     load,
     load_recipe,
     prepare,
@@ -159,6 +161,40 @@ def test_stored_logits_are_those_after_the_start_token(trained: Trained, tmp_pat
     assert float(own.loss_sum.detach()) == pytest.approx(0, abs=1e-3)
     swapped = [example._replace(start=examples[-1 - number].start) for number, example in enumerate(examples)]
     assert float(distillation(trained.model.bundle.model, collator(swapped, rows)).loss_sum.detach()) > 1
+
+
+def test_a_direction_is_added_to_a_trained_bundle(trained: Trained, tmp_path: Path) -> None:
+    """Grow, prepare with the grown tokenizer, train on: the new direction, into a known language, starts from what is known."""
+    grown = tmp_path / "grown"
+    grow(GrowOptions(bundle=trained.bundle, output=grown, tags=("__zz__",)))
+    lines, larger = sentences(6), load(grown)
+    for direction in ("en-xx", "en-yy"):
+        answers = [[best[0].text for best in model.generate(lines, direction=direction)] for model in (trained.model, larger)]
+        assert answers[0] == answers[1]
+
+    entries = [
+        f"data.{split}=[{{name: en-zz, kind: parallel, source: {entry['source']}, target: {entry['target']}}}]"
+        for split, number in (("train", 60), ("valid", 6))
+        for entry in (parallel(tmp_path, split, sentences(number), sentences(number, suffix="yy")),)
+    ]
+    recipe = recipe_of(
+        trained.folder,
+        *entries,
+        "data.directions={en-zz: {start_token: __zz__}}",
+        f"data.tokenizer={{kind: tokenizer_directory, path: {grown / 'tokenizer'}}}",
+        "training.max_steps=10",
+        "validation={unit: steps, every: 10}",
+        "checkpoint={unit: steps, every: 10}",
+        "reporting.log_every=1",
+    )
+    prepare(recipe.data, tmp_path / "data", workers=1, progress=False)
+    (tmp_path / "recipe.yaml").write_text(dump_recipe(recipe))
+    place = ("--data", tmp_path / "data", "--output", tmp_path / "run", "--base", grown, "--device", "cpu")
+    succeeds(dstrain("train", tmp_path / "recipe.yaml", *place))
+    losses = [event["nll"] for event in read_events(tmp_path / "run/events.jsonl") if event["kind"] == "train"]
+    assert losses[0] < 2, "a fresh model begins at log(91) = 4.5"
+    answers = [best[0].text for best in load(tmp_path / "run/bundles/last").generate(lines, direction="en-zz")]
+    assert all("yy" in answer and "xx" not in answer for answer in answers), answers
 
 
 def bundle_of(directory: Path, kind: str) -> BundleModel:

@@ -251,13 +251,13 @@ def test_symbols_that_the_model_lacks_are_spelled_as_in_the_dictionary(model: by
 
 def test_markers_are_around_every_text_but_an_empty_one_and_never_shown(tmp_path: Path) -> None:
     markers = Markers(before=("__de__",), after=("</s>", "</s>"), end="[en]", start="__de__")
-    tokenizer = DictionaryTokenizer(DICTIONARY.encode()).with_markers(["__de__", "cat", "[en]"], markers)
+    tokenizer = DictionaryTokenizer(DICTIONARY.encode()).with_symbols(["__de__", "cat", "[en]"], markers=markers)
     assert tokenizer.tokens([10, 11]) == ["__de__", "[en]"]
     assert (tokenizer.eos_id, tokenizer.start_id, tokenizer.vocab_size) == (11, 10, 12)
     assert tokenizer.encode(["the cat", ""]) == [[10, 4, 7, 2, 2], []]
     assert tokenizer.encode_prefixes(["the", ""]) == [[10, 4], [10]]
     assert tokenizer.decode([[10, 4, 7, 2, 2, 11]]) == ["the cat"]
-    plain = DictionaryTokenizer(DICTIONARY.encode()).with_markers(["__de__", "[en]"], Markers())
+    plain = DictionaryTokenizer(DICTIONARY.encode()).with_symbols(["__de__", "[en]"])
     assert (
         tokenizer.fingerprint != plain.fingerprint == DictionaryTokenizer(DICTIONARY.encode() + b"__de__ 1\n[en] 1\n").fingerprint
     )
@@ -267,9 +267,9 @@ def test_markers_are_around_every_text_but_an_empty_one_and_never_shown(tmp_path
     assert (loaded.source.eos_id, loaded.target.eos_id) == (11, 2)
     front = DictionaryTokenizer((DICTIONARY + "__de__ 1\n").encode(), trained())
     assert unreachable_tags(front) == ["__de__"]
-    assert unreachable_tags(front.with_markers([], Markers(before=("__de__",)))) == []
+    assert unreachable_tags(front.with_symbols([], markers=Markers(before=("__de__",)))) == []
     with pytest.raises(DataError, match=r"lacks the markers \[fr\]; give the dictionary that the model was trained with"):
-        tokenizer.with_markers([], Markers(end="[fr]"))
+        tokenizer.with_symbols([], markers=Markers(end="[fr]"))
 
 
 def pairs_of(model: bytes) -> list[TokenizerPair]:

@@ -160,8 +160,8 @@ def test_language_markers_are_told(tmp_path: Path) -> None:
     """Each side ends in its own language token, the decoder starts with another one."""
     words = dictionary([*WORDS, "[de]", "[en]", "<go>"])
     pair = TokenizerPair(
-        words.with_markers([], Markers(after=("</s>",), end="[en]")),
-        words.with_markers([], Markers(before=("[de]",), end="</s>", start="<go>")),
+        words.with_symbols([], markers=Markers(after=("</s>",), end="[en]")),
+        words.with_symbols([], markers=Markers(before=("[de]",), end="</s>", start="<go>")),
     )
     output = tmp_path / "exported"
     lines = export_ctranslate2(CTranslate2Export(bundle=save(tmp_path / "b", pair, {}), output=output))
