@@ -16,12 +16,12 @@ from dstrain.models.factory import build_model
 from dstrain.models.weights import canonical_shapes, parameter_layouts
 from dstrain.protocols import WeightSource
 
-Rows = Sequence[int | None]
+EntryRows = Sequence[int | None]
 """For each new entry the old one that it is, None if it is none."""
 
 
 def grown_weights(
-    config: ModelConfig, vocabulary: VocabularySizes, weights: WeightSource, *, source: Rows, target: Rows
+    config: ModelConfig, vocabulary: VocabularySizes, weights: WeightSource, *, source: EntryRows, target: EntryRows
 ) -> dict[str, Tensor]:
     """The weights of the larger model by canonical name, in the dtypes of `weights`.
 
@@ -37,7 +37,7 @@ def grown_weights(
     return grown
 
 
-def _with_rows(table: Tensor, rows: Rows) -> Tensor:
+def _with_rows(table: Tensor, rows: EntryRows) -> Tensor:
     """(V, E) -> (len(rows), E)"""
     grown = table.float().mean(0).to(table.dtype).repeat(len(rows), 1)
     kept = [row for row, old in enumerate(rows) if old is not None]

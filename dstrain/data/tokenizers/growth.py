@@ -50,7 +50,8 @@ def _grown(tokenizer: TextTokenizer, tags: Sequence[str], symbols: Sequence[str]
     for tag, (_, entry), row in zip(tags, names[len(symbols) :], grown.encode(tags), strict=True):
         if entry not in grown.tokens(row):
             raise DataError(
-                f"--tags: {tag!r} is read as {grown.tokens(row)}, for SentencePiece normalizes text; choose another tag"
+                f"--tags: {tag!r} is read as {grown.tokens(row)}, as SentencePiece normalizes text; choose one that stays as it "
+                "is"
             )
     return grown
 

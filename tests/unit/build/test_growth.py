@@ -179,10 +179,19 @@ def test_a_tag_that_normalization_changes(tmp_path: Path) -> None:
     prepare(data_config(tmp_path), tmp_path / "data", workers=1)
     pair = load_tokenizers(tmp_path / "data/tokenizer")
     with pytest.raises(
-        DataError, match=r"--tags: '__ﬁ__' is read as \[.*, for SentencePiece normalizes text; choose another tag"
+        DataError, match=r"--tags: '__ﬁ__' is read as \[.*, as SentencePiece normalizes text; choose one that stays"
     ):
         grown_tokenizers(pair, tags=["__ﬁ__"])
     grown_tokenizers(pair, tags=["__fi__"])
+
+
+def test_names_that_occur_twice_need_their_old_ids() -> None:
+    twice = DictionaryTokenizer(b"one 1\ntwo 1\none 1 #fairseq:overwrite\n")
+    assert entry_rows(twice, twice.with_symbols(["three"])) == [0, 1, 2, 3, 4, 5, 6, None]
+    with pytest.raises(
+        DataError, match="the entry 'one' occurs twice, and the new tokenizer numbers entries otherwise; keep the old"
+    ):
+        entry_rows(twice, dictionary(["two", "one", "three"]))
 
 
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

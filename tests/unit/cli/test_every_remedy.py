@@ -48,6 +48,19 @@ ELSEWHERE = {
     "free some space, then run the same command again": (
         "unit/checkpoint/test_bundle.py::test_a_failed_save_leaves_the_old_bundle_and_no_rest"
     ),
+    "--tags and --symbols name entries, --tokenizer a directory that has them: give one of both": (
+        "unit/build/test_growth.py::test_the_verb"
+    ),
+    "nothing is to be added: name entries by --tags or --symbols, or a directory by --tokenizer": (
+        "unit/build/test_growth.py::test_the_verb"
+    ),
+    "name a directory like the bundle's": (
+        "unit/build/test_growth.py::test_a_tokenizer_with_all_entries_may_number_them_otherwise"
+    ),
+    "is an entry of the vocabulary already; leave it out of --tags and --symbols": (
+        "unit/build/test_growth.py::test_what_cannot_be_added"
+    ),
+    "choose one that stays as it is": "unit/build/test_growth.py::test_a_tag_that_normalization_changes",
     "was replaced while it was read, perhaps by a training; run the same command again": (
         "unit/checkpoint/test_bundle.py::test_a_bundle_that_is_replaced_before_its_weights_are_read_is_not_mixed"
     ),
