@@ -8,6 +8,7 @@ probability of exactly zero.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -71,8 +72,17 @@ class Alibi:
 
     def bias(self, query: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
         """(T,), (S,) -> (H, T, S) or (B, T), (B, S) -> (B, H, T, S)"""
-        head_slopes = torch.tensor(self.head_slopes, device=query.device)
-        return alibi_bias(head_slopes, query, keys, lead=self.lead).to(dtype)
+        return alibi_bias(self.slopes_on(query.device), query, keys, lead=self.lead).to(dtype)
+
+    def slopes_on(self, device: torch.device) -> Tensor:
+        """(H,), copied to the device once: a GPU is waited for when numbers go there one by one."""
+        return _copied(self.head_slopes, device)
+
+
+@cache
+def _copied(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # made under it, a cached tensor could not be used in training later
+        return torch.tensor(numbers, device=device)
 
 
 class RowBias(NamedTuple):

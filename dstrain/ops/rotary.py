@@ -8,6 +8,7 @@ own by its length. Cosines and sines include the attention scaling of queries an
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -68,7 +69,7 @@ def yarn_inv_freq(dim: int, theta: float, factor: Tensor, yarn: Yarn) -> Tensor:
     outward to whole pairs. So do the paper's code and Transformers (`truncate`); the paper's text interpolates over the number of
     rotations instead.
     """
-    base = inverse_frequencies(dim, theta).to(factor.device)
+    base = _fixed_frequencies(dim, theta, factor.device)
 
     def pair_index(rotations: float) -> float:
         return dim * math.log(yarn.original_length / (rotations * 2 * math.pi)) / (2 * math.log(theta))
@@ -78,6 +79,13 @@ def yarn_inv_freq(dim: int, theta: float, factor: Tensor, yarn: Yarn) -> Tensor:
     ramp = ((pairs - low) / ((high - low) or 0.001)).clamp(0, 1)
     kept = (1 - ramp) * yarn.extrapolation_factor
     return base / factor * (1 - kept) + base * kept
+
+
+@cache
+def _fixed_frequencies(dim: int, theta: float, device: torch.device) -> Tensor:
+    """Those of the CPU, copied to the device once: a GPU would be waited for."""
+    with torch.inference_mode(False):  # made under it, a cached tensor could not be used in training later
+        return inverse_frequencies(dim, theta).to(device)
 
 
 def yarn_attention_scaling(factor: Tensor, yarn: Yarn) -> Tensor:
