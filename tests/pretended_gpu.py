@@ -8,14 +8,13 @@ are read, results whose shape depends on values, and copies that do not start in
 from __future__ import annotations
 
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Self
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 GPU = torch.device("cuda", 77)
 """No GPU has the number: what the code keeps for each device must not be found by tests of a real one."""
@@ -92,13 +91,15 @@ class PretendedGpu(TorchDispatchMode):
 
     def wait(self, what: str) -> None:
         """The CPU waits here."""
-        lines = [frame for frame in traceback.extract_stack() if "/dstrain/" in frame.filename and "/tests/" not in frame.filename]
+        lines = [
+            frame for frame in traceback.extract_stack() if "/dstrain/" in frame.filename and "/tests/" not in frame.filename
+        ]
         where = f"{lines[-1].filename.split('/dstrain/')[-1]}:{lines[-1].lineno}: {lines[-1].line}" if lines else "the test"
         self.waits.append(f"{what} in {where}")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options, name = dict(kwargs or {}), func.name().removeprefix("aten::").split(".")[0]
-        tensors = [leaf for leaf in tree_leaves((args, options)) if isinstance(leaf, Tensor)]
+        tensors = list(_tensors((args, tuple(options.values()))))
         is_there = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
         asked = options.get("device")
         # A gradient formula of torch makes its own tensors where it takes the others to be.
@@ -108,13 +109,15 @@ class PretendedGpu(TorchDispatchMode):
         if name in {"is_pinned", "_pin_memory"}:
             return _pinned(name, args[0])
         self._note(name, args, options, tensors, goes_there=goes_there)
-        result = func(*tree_map_only(DeviceTensor, _inner, args), **tree_map_only(DeviceTensor, _inner, options))
-        if not goes_there or not tree_leaves(result) or not isinstance(tree_leaves(result)[0], Tensor):
+        result = func(*_mapped(args, _inner), **{key: _mapped(value, _inner) for key, value in options.items()})
+        if not goes_there or name in _READS - _SHAPED_BY_VALUES:
             return result
-        wrapped = tree_map_only(Tensor, DeviceTensor, result)
+        wrapped = _mapped(result, DeviceTensor)
         return return_and_correct_aliasing(func, args, options, wrapped) if is_there else wrapped
 
-    def _note(self, name: str, args: Sequence[Any], options: Mapping[str, Any], tensors: Sequence[Tensor], *, goes_there: bool) -> None:
+    def _note(
+        self, name: str, args: Sequence[Any], options: Mapping[str, Any], tensors: Sequence[Tensor], *, goes_there: bool
+    ) -> None:
         elsewhere = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor)]
         if name in {"_to_copy", "copy_"}:
             source, sink_is_there = (args[0], goes_there) if name == "_to_copy" else (args[1], isinstance(args[0], DeviceTensor))
@@ -140,8 +143,22 @@ def _pinned(name: str, tensor: Tensor) -> Any:
     return copy
 
 
-def _inner(tensor: DeviceTensor) -> Tensor:
-    return tensor.inner
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for part in value:
+            yield from _tensors(part)
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    return type(value)(_mapped(part, change) for part in value) if type(value) in (tuple, list) else value
+
+
+def _inner(tensor: Tensor) -> Tensor:
+    return tensor.inner if isinstance(tensor, DeviceTensor) else tensor
 
 
 def to_gpu(module: nn.Module) -> None:

@@ -86,14 +86,18 @@ class Selection:
             tag = tokens.index_select(0, index).to(nll.device)
         return torch.stack([order.double(), nll.double(), tag.double()], dim=1)
 
-    def _thresholds(self, step: TokenStatistics) -> dict[float, float]:
-        """By tag, after the step's values have entered the queues."""
+    def _thresholds(self, step: TokenStatistics) -> dict[int, Tensor]:
+        """By tag, () each, after the step's values have entered the queues. Waits once for a GPU: for the number of each."""
+        is_finite = step.nll.isfinite()
+        tags, finite = torch.stack([step.tag, is_finite.double()]).cpu()
+        known, entering = tags.long().bincount(), tags.long().bincount(finite)
         thresholds = {}
-        for tag in sorted(set(step.tag.tolist())):
-            values = step.nll[(step.tag == tag) & step.nll.isfinite()]
+        for tag in known.nonzero()[:, 0].tolist():
+            index = torch.nonzero_static((step.tag == tag) & is_finite, size=int(entering[tag]))[:, 0]
+            values = step.nll[index]
             if self.queue_size is not None:
-                queue = self.queues.get(int(tag), values[:0]).to(values.device)
-                values = self.queues[int(tag)] = torch.cat([queue, values])[-self.queue_size :]
+                queue = self.queues.get(tag, values[:0]).to(values.device)
+                values = self.queues[tag] = torch.cat([queue, values])[-self.queue_size :]
             thresholds[tag] = threshold(values, self.rate)
         return thresholds
 
@@ -106,14 +110,14 @@ class Selection:
         self.queues = {int(name.removeprefix("queue.")): queue for name, queue in state.items()}
 
 
-def threshold(values: Tensor, rate: float) -> float:
-    """The k-th largest of n values, k = ceil(n rate); infinite if there are none."""
+def threshold(values: Tensor, rate: float) -> Tensor:
+    """The k-th largest of n values, k = ceil(n rate); infinite if there are none. (n,) -> ()"""
     number = len(values)
     count = math.ceil(number * rate - 1e-9)  # 30 x 0.1 is 3, though not in binary
-    return values.kthvalue(number - count + 1).values.item() if number else math.inf
+    return values.kthvalue(number - count + 1).values if number else values.new_full((), math.inf)
 
 
-def _reaching(thresholds: Mapping[float, float], statistics: TokenStatistics) -> Tensor:
+def _reaching(thresholds: Mapping[int, Tensor], statistics: TokenStatistics) -> Tensor:
     """(n,) bool"""
     selected = torch.zeros_like(statistics.nll, dtype=torch.bool)
     for tag, value in thresholds.items():

@@ -63,14 +63,15 @@ class LossTotals:
         self._counts.update(metrics.counts)
         self._size = Size(self._size.num_targets + output.size.num_targets, self._size.num_sentences + output.size.num_sentences)
 
-    def read(self) -> Total:
-        """The totals so far; waits for the device."""
+    def read(self, *further: Tensor) -> tuple[Total, list[float]]:
+        """The totals so far, and further numbers (n,) of the device; waits for it, once."""
+        parts = [*self._sums.values(), *(numbers.double() for numbers in further)]
+        numbers = iter(torch.cat(parts).tolist() if parts else ())
         loss_sum, metrics = 0.0, Metrics[float]()
-        for names, values in self._sums.items():
-            loss, *sums = values.tolist()
-            loss_sum += loss
-            metrics = metrics + Metrics(dict(zip(names, sums, strict=True)))
-        return Total(loss_sum, self._size, Metrics(metrics.sums, dict(self._counts)))
+        for names in self._sums:
+            loss_sum += next(numbers)
+            metrics = metrics + Metrics({name: next(numbers) for name in names})
+        return Total(loss_sum, self._size, Metrics(metrics.sums, dict(self._counts))), list(numbers)
 
 
 class LossReducer:
@@ -80,9 +81,8 @@ class LossReducer:
         self._ranks = ranks
         self._names: list[str] = []
 
-    def __call__(self, totals: LossTotals) -> Total:
-        """The same on every rank. Collective."""
-        own = totals.read()
+    def __call__(self, own: Total) -> Total:
+        """The same on every rank. own: of this rank. Collective."""
         while True:
             sums = [own.metrics.sums.get(name, 0.0) for name in self._names]
             counts = [float(own.metrics.counts.get(name, 0)) for name in self._names]

@@ -23,7 +23,7 @@ from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, p
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.ema import MovingAverage
 from dstrain.engine.launch import load_deepspeed, partitioning_optimizer, require_precision
-from dstrain.engine.loss_totals import LossReducer, LossTotals, StepReport
+from dstrain.engine.loss_totals import LossReducer, LossTotals, StepReport, Total
 from dstrain.engine.master_weights import (
     MOMENTS,
     Block,
@@ -37,6 +37,7 @@ from dstrain.engine.optimizer import build_optimizer
 from dstrain.engine.replica import empty_copy, filled_copy
 from dstrain.engine.schedule import learning_rate
 from dstrain.engine.stable_adamw import StableAdamW
+from dstrain.engine.step_reading import StepReading, norms_read_by
 from dstrain.errors import CheckpointError, TrainingError
 from dstrain.fragment import DimensionSlice, Fragment, StoredState
 from dstrain.models.weights import Layouts, ParameterLayout, TensorSlice, parameter_layouts
@@ -148,14 +149,13 @@ class TrainEngine:
         self.module.train()
         selected = self._select(batches)
         denominator = self.module.objective.denominator(size)
-        total = self._reduce(self._accumulate(batches, selected, self.mesh.replicas.size / denominator))
-        loss = total.loss_sum / denominator
-        if self._precision != "fp16" and not math.isfinite(loss):
-            raise TrainingError(f"the loss is {loss}; {_REMEDY}")
-        norm = self._update()
+        totals = self._accumulate(batches, selected, self.mesh.replicas.size / denominator)
+        reading = StepReading(totals, self._reduce, partial(self._require_finite, denominator=denominator))
+        norm = self._update(reading)
+        total = reading.total
         report = StepReport(
             step=self.step + 1,
-            loss=loss,
+            loss=total.loss_sum / denominator,
             num_targets=size.num_targets,
             denominator=denominator,
             grad_norm=norm,
@@ -203,15 +203,21 @@ class TrainEngine:
             totals.add(output)
         return totals
 
-    def _update(self) -> float:
-        """Clip and update; returns the gradient norm before clipping, infinite if fp16 scaling made the step skip."""
+    def _require_finite(self, total: Total, *, denominator: int) -> None:
+        loss = total.loss_sum / denominator
+        if self._precision != "fp16" and not math.isfinite(loss):
+            raise TrainingError(f"the loss is {loss}; {_REMEDY}")
+
+    def _update(self, reading: StepReading) -> float:
+        """Read the step, clip, update; returns the gradient norm before clipping, infinite if fp16 scaling made the step skip."""
         norm = math.inf
         if self.stage == 0:
-            norm = self._grad_norm()
+            norm = float(reading(self._grad_norm()))
         if self.stage == 0 and not math.isfinite(norm):
             raise TrainingError(f"the gradient norm is {norm}; {_REMEDY}")
         try:
-            self._engine.step()
+            with norms_read_by(self._engine.optimizer, self.stage, reading):
+                self._engine.step()
         except Exception as error:
             if "loss scale already at minimum" in str(error):
                 raise TrainingError(f"the fp16 loss scale has reached its minimum; {_REMEDY}") from error
@@ -335,8 +341,8 @@ class TrainEngine:
         seed_masks(self._seed, self.step)
         seed_everything(self._seed, "dropout", self.step, self.mesh.replicas.rank)
 
-    def _grad_norm(self) -> float:
-        """Of unpartitioned gradients, each counted once however many tensor ranks have it."""
+    def _grad_norm(self) -> Tensor:
+        """(), of unpartitioned gradients, each counted once however many tensor ranks have it."""
         gradients: dict[bool, list[Tensor]] = {True: [], False: []}
         for parameter in self.module.parameters():
             if parameter.grad is not None:
@@ -345,7 +351,7 @@ class TrainEngine:
         if self.mesh.tensor.size > 1:
             squares = self.mesh.tensor.all_reduce(torch.nn.utils.get_total_norm(cut).to(self.device).square())
             norm = (norm.to(self.device).square() + squares).sqrt()
-        return float(norm)
+        return norm
 
     def _add_up(self, sums: Tensor, layout: Layout) -> Tensor:
         """Numbers of parameters, summed over the ranks that hold pieces of each."""

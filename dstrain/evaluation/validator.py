@@ -158,7 +158,7 @@ class Validator:
                 self._beat(f"validation batch {number}")
                 totals.add(self.engine.evaluate(batch))
                 progress.advance(batch.size.num_sentences)
-        loss_sum, size, metrics = self._reduce(totals)
+        loss_sum, size, metrics = self._reduce(totals.read()[0])
         if size.num_targets == 0:
             raise DataError("the split holds no target token; give it at least one sentence pair and prepare the data again")
         loss, means = loss_sum / self._denominator(size), metrics.means()

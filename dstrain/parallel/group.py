@@ -1,6 +1,7 @@
 """A group of ranks and its collectives without gradient; those with gradient are in `collectives.py`.
 
-With one rank each method is the identity and never communicates. Groups speak gloo on the CPU and NCCL on GPUs.
+With one rank each method is the identity and never communicates. Tensors travel over gloo on the CPU and NCCL on GPUs; numbers
+and objects always over gloo, so that nothing waits for a GPU.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ WORK_TIMEOUT = timedelta(days=365)
 
 @dataclass(frozen=True)
 class Group:
-    """This process is `rank` of `size` ranks; `device` holds the tensors of the collectives that make their own.
+    """This process is `rank` of `size` ranks, and computes on `device`.
 
     Every method is collective: all ranks of the group call it, in the same order. process_group: torch's; None only for size 1.
+    host_group: the same ranks over gloo; None if process_group is that.
     """
 
     rank: int
     size: int
     process_group: dist.ProcessGroup | None
     device: torch.device
+    host_group: dist.ProcessGroup | None = None
 
     def __deepcopy__(self, memo: object) -> Group:
         """The same group: a copy of a module stays on its ranks."""
@@ -78,8 +81,10 @@ class Group:
         """Each value summed over the ranks in float64; the same list on every rank."""
         if self.size == 1:
             return [float(value) for value in values]
-        sums: list[float] = self.all_reduce(torch.tensor(values, dtype=torch.float64, device=self.device)).tolist()
-        return sums
+        sums = torch.tensor(values, dtype=torch.float64, device="cpu")
+        dist.all_reduce(sums, group=self._host)
+        numbers: list[float] = sums.tolist()
+        return numbers
 
     def all_true(self, value: bool) -> bool:
         """Whether it holds on every rank."""
@@ -94,7 +99,7 @@ class Group:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, group_src=source, group=self.process_group, device=self.device)
+        dist.broadcast_object_list(box, group_src=source, group=self._host, device=torch.device("cpu"))
         return box[0]
 
     def gather_objects(self, value: _T) -> list[_T]:
@@ -102,16 +107,17 @@ class Group:
         if self.size == 1:
             return [value]
         gathered = [value] * self.size
-        dist.all_gather_object(gathered, value, group=self.process_group)
+        dist.all_gather_object(gathered, value, group=self._host)
         return gathered
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all ranks in the order of ranks, on every rank. (n, ...) -> (N, ...); n may differ between ranks."""
+        """The rows of all ranks in the order of ranks, on every rank, without waiting for a GPU.
+
+        (n, ...) -> (N, ...); n may differ between ranks.
+        """
         if self.size == 1:
             return rows
-        counts = torch.zeros(self.size, dtype=torch.int64, device=rows.device)
-        counts[self.rank] = len(rows)
-        lengths = self.all_reduce(counts).tolist()
+        lengths = self.gather_objects(len(rows))
         padded = rows.new_zeros(max(lengths), *rows.shape[1:])
         padded[: len(rows)] = rows
         gathered = [torch.empty_like(padded) for _ in lengths]
@@ -119,16 +125,20 @@ class Group:
         return torch.cat([share[:length] for share, length in zip(gathered, lengths, strict=True)])
 
     def wait_for_work(self) -> None:
-        """Wait, for as long as it takes, until every rank has done its share; the group must speak gloo.
+        """Wait, for as long as it takes, until every rank has done its share.
 
         Raises TrainingError, on every rank, if one ended before.
         """
         if self.size == 1:
             return
         try:
-            dist.monitored_barrier(group=self.process_group, timeout=WORK_TIMEOUT)
+            dist.monitored_barrier(group=self._host, timeout=WORK_TIMEOUT)
         except RuntimeError as error:
             raise TrainingError(
                 "another rank has ended before its share was done, see its message; what is finished stays: run the same command "
                 "again to go on"
             ) from error
+
+    @property
+    def _host(self) -> dist.ProcessGroup | None:
+        return self.host_group or self.process_group

@@ -125,7 +125,7 @@ def build_mesh(device: DeviceChoice = "auto", *, tensor: int = 1, sequence: int 
         torch.set_num_threads(max(1, num_cores() // local_world_size))
     if not dist.is_initialized():
         _join(rank, world_size, backend or ("nccl" if chosen.type == "cuda" else "gloo"))
-    world = Group(rank, world_size, dist.group.WORLD, chosen)
+    world = Group(rank, world_size, dist.group.WORLD, chosen, _host_group(list(range(world_size))))
     if tensor * sequence == 1:
         alone = Group.single(chosen)
         return Mesh(world, data=world, sequence=alone, tensor=alone, replicas=world, local_rank=local_rank)
@@ -165,11 +165,21 @@ def _join_group(world: Group, lists: list[list[int]]) -> Group:
     """This rank's group among `lists`. Every rank makes all of them, in the same order, as torch requires."""
     own = world
     for ranks in lists:
+        if len(ranks) == world.size:
+            return world
         # Without a timeout of ours a group has torch's, which is shorter for NCCL.
-        process_group = dist.new_group(ranks, timeout=TIMEOUT) if len(ranks) < world.size else world.process_group
+        process_group, host_group = dist.new_group(ranks, timeout=TIMEOUT), _host_group(ranks)
         if world.rank in ranks:
-            own = Group(ranks.index(world.rank), len(ranks), process_group, world.device)
+            own = Group(ranks.index(world.rank), len(ranks), process_group, world.device, host_group)
     return own
+
+
+def _host_group(ranks: list[int]) -> dist.ProcessGroup | None:
+    """These ranks over gloo, if the groups speak something else. Every rank makes it."""
+    if len(ranks) == 1 or dist.get_backend() == "gloo":
+        return None
+    group: dist.ProcessGroup = dist.new_group(ranks, timeout=TIMEOUT, backend="gloo")
+    return group
 
 
 def _join(rank: int, world_size: int, backend: Backend) -> None:

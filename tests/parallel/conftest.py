@@ -18,6 +18,7 @@ def scenarios(name: str, directory: str) -> dict[str, Any]:
         "gradient": ["guarded", {"deepspeed": name, "precision": "fp32", "fault": "gradient"}],
         "resumed": ["resumed", {"deepspeed": name, "shards": directory}],
         "stable": ["stable_adamw", {"deepspeed": name}],
+        "readings": ["readings", {"deepspeed": name}],
         "stable_resumed": ["resumed", {"deepspeed": name, "shards": f"{directory}/stable", "kind": "stable_adamw"}],
     }
 

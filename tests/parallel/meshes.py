@@ -1,6 +1,7 @@
 """What ranks do with groups: every collective of every group of a mesh, their gradients, and DeepSpeed with the mesh's mpu."""
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,11 @@ Report = dict[str, Any]
 
 
 def collectives(mesh: Mesh) -> Report:
-    """What the collectives of the world return."""
-    return _collectives(mesh.world, mesh.world.rank)
+    """What the collectives of the world return, and those of a world that leaves numbers and objects to a group over gloo."""
+    with mock.patch.object(torch.distributed, "get_backend", return_value="nccl"):
+        with_host_group = build_mesh("cpu").world
+    assert (with_host_group.host_group is None) == (mesh.world.size == 1)
+    return {name: _collectives(world, mesh.world.rank) for name, world in {"gloo": mesh.world, "nccl": with_host_group}.items()}
 
 
 def _collectives(group: Group, world_rank: int) -> Report:

@@ -36,6 +36,7 @@ from tests.parallel.elastic import legs  # noqa: F401
 from tests.parallel.estimating import holdings  # noqa: F401
 from tests.parallel.meshes import collectives, meshes  # noqa: F401
 from tests.parallel.on_policy import on_policy  # noqa: F401
+from tests.parallel.reading import readings  # noqa: F401
 from tests.parallel.setting import EOS, build_engine, build_module, load, num_targets, padded, save, sentences, share
 from tests.parallel.tensor_parallel import sequence_collectives, tensor_collectives, tensor_faults, tensor_runs  # noqa: F401
 from tests.parallel.trace import repeat

@@ -79,3 +79,12 @@ def test_resume_is_bit_exact(ranks: list[dict[str, Any]], scenario: str) -> None
         assert resumed["found_weights"] == resumed["expected_weights"]
     weights, average = ranks[0][scenario]["found_weights"]
     assert weights != average
+
+
+def test_a_step_is_read_once(request: pytest.FixtureRequest, ranks: list[dict[str, Any]]) -> None:
+    """Losses, metrics and norm in one copy, also by DeepSpeed; but for offloaded gradients, whose norms it reads one by one."""
+    if "offload" in request.node.name:
+        pytest.skip("DeepSpeed reads the norm of each offloaded gradient")
+    for rank in ranks:
+        for optimizer, reads in rank["readings"].items():
+            assert len(reads) == 1, f"{optimizer}: {reads}"

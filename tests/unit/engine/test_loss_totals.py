@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -20,11 +21,13 @@ def output(number: int, **sums: float) -> LossOutput:
     return LossOutput(torch.tensor(10.0 * number), Size(number, 1), Metrics.over(number, tensors))
 
 
-def totals(*outputs: LossOutput) -> LossTotals:
+def totals(*outputs: LossOutput) -> Total:
     added = LossTotals()
     for each in outputs:
         added.add(each)
-    return added
+    total, further = added.read(torch.tensor([0.1, math.inf]))
+    assert further == [float(torch.tensor(0.1)), math.inf], "further numbers arrive in the same copy, as they are"
+    return total
 
 
 def test_two_micro_batches_of_different_names_give_both() -> None:

@@ -36,12 +36,11 @@ from dstrain.ops.kernels import OPS
 from tests.batches import EOS, PAD, collate
 from tests.pretended_gpu import GPU, PretendedGpu, to_gpu
 from tests.unit.distillation.test_distillation import PlainTeacher
-from tests.unit.distillation.test_features import ALL, DECODER_ONLY, STUDENT, TEACHER, config_of, objective_of
+from tests.unit.distillation.test_features import ALL, STUDENT, TEACHER, config_of, objective_of
 from tests.unit.distillation.toy_store import batch_of, prepared, stored, teacher_for
 
 VOCABULARY = VocabularySizes(source=37, target=37, pad_id=PAD, eos_id=EOS)
 PAIRS = [([5, 6, 7, EOS], [8, EOS]), ([9, EOS], [9, 5, 6, EOS]), ([4, 8, 8, 5, 6, EOS], [7, 7, EOS])]
-LAYOUTS = {"padded": None, "packed": PackedSize(multiple=16)}
 LENGTHS = {"original_length": 4, "factor": 2.0}
 POSITIONS: dict[str, dict[str, Any]] = {
     **{kind: {"kind": kind} for kind in ("sinusoidal", "learned", "none", "alibi")},
@@ -63,8 +62,9 @@ POSITIONS: dict[str, dict[str, Any]] = {
 def kernels_that_run_here() -> Iterator[None]:
     """Of each op the one that fits everywhere; what the kernels of a GPU wait for only a GPU can tell (`tests/gpu/`)."""
     with ExitStack() as stack:
-        for op in OPS:
-            stack.enter_context(op.forced(op.kernels[-1].name))
+        for op in OPS.values():
+            fallback = [kernel.name for kernel in op.kernels if kernel.device_type is None and not kernel.on_request]
+            stack.enter_context(op.forced(fallback[-1]))
         yield
 
 
@@ -90,11 +90,14 @@ def outcome(module: TrainModule, batches: list[Batch]) -> tuple[Tensor, list[Ten
 def waits(module: TrainModule, batches: list[Batch]) -> list[str]:
     """What a GPU would be waited for in a step, which gives the CPU's results there."""
     expected = outcome(module, batches)
+    if (selection := module.objective.selection) is not None:
+        selection.load_state({})
     with PretendedGpu() as gpu:
         to_gpu(module)
         for teacher in getattr(getattr(module.objective, "signals", None), "teachers", []):
             to_gpu(teacher.model)
-        outcome(module, [batch.to(GPU) for batch in batches])  # tables are made in the first step
+        with torch.no_grad():
+            module(batches[0].to(GPU))  # tables are made in the first forward pass
         gpu.waits.clear()
         loss, gradients = outcome(module, [batch.to(GPU) for batch in batches])
         found = list(gpu.waits)
@@ -114,12 +117,22 @@ def online(count: int = 1) -> TeacherSignals:
     return TeacherSignals([PlainTeacher(build_model(config_of(TEACHER), VOCABULARY, seed=7 + number)) for number in range(count)])
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("tree", [STUDENT, DECODER_ONLY], ids=["encoder_decoder", "decoder_only"])
+STACK = {"depth": 1, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 20, "feed_forward": "gated"}
+SMALL = {"model_dim": 16, "decoder": STACK, "dropout": 0.2}
+
+
 @pytest.mark.parametrize("position", POSITIONS)
-def test_no_position_makes_a_micro_batch_wait(position: str, tree: dict[str, Any], layout: str) -> None:
-    module = train_module({**tree, "position": POSITIONS[position], "dropout": 0.2}, build_cross_entropy(CrossEntropyConfig()))
-    assert waits(module, [collate(PAIRS, kind=module.model.kind, packed=LAYOUTS[layout])]) == []
+def test_no_position_makes_a_packed_micro_batch_wait(position: str) -> None:
+    tree = {**SMALL, "kind": "encoder_decoder", "encoder": STACK, "position": POSITIONS[position]}
+    module = train_module(tree, build_cross_entropy(CrossEntropyConfig()))
+    assert waits(module, [collate(PAIRS, packed=PackedSize(multiple=16))]) == []
+
+
+@pytest.mark.parametrize("position", ["sinusoidal", "alibi", "rotary_none", "rotary_dynamic_yarn"])
+def test_no_position_makes_a_padded_micro_batch_wait(position: str) -> None:
+    tree = {**SMALL, "kind": "decoder_only", "position": POSITIONS[position]}
+    module = train_module(tree, build_cross_entropy(CrossEntropyConfig()))
+    assert waits(module, [collate(PAIRS, kind="decoder_only")]) == []
 
 
 OBJECTIVES: dict[str, Callable[[], Objective]] = {
@@ -134,11 +147,11 @@ OBJECTIVES: dict[str, Callable[[], Objective]] = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_no_objective_makes_a_micro_batch_wait(objective: str, layout: str) -> None:
+def test_no_objective_makes_a_micro_batch_wait(objective: str) -> None:
     module = train_module({**STUDENT, "dropout": 0.2}, OBJECTIVES[objective]())
-    assert waits(module, [collate(PAIRS, packed=LAYOUTS[layout])]) == []
+    packed = None if objective == "features" else PackedSize(multiple=16)
+    assert waits(module, [collate(PAIRS, packed=packed)]) == []
 
 
 def test_no_sampled_batch_makes_a_micro_batch_wait() -> None:
@@ -160,9 +173,11 @@ def test_no_store_makes_a_micro_batch_wait(method: Method, data: Path, tmp_path:
     assert waits(module, [batch_of(open_dataset(data, "train"), [59, 3, 17, 0])]) == []
 
 
-@pytest.mark.parametrize("kind", ["batch", "global", "global_by_language"])
-def test_a_selection_waits_once_a_step(kind: str) -> None:
-    """For the statistics of all its micro-batches, by which it chooses their tokens."""
-    module = train_module(STUDENT, distillation(online(), selection={"kind": kind}))
+@pytest.mark.parametrize(
+    "selection", [{"kind": "global"}, {"kind": "global_by_language", "tags": ["xx"]}], ids=lambda of: of["kind"]
+)
+def test_a_selection_waits_once_a_step(selection: dict[str, Any]) -> None:
+    """For the numbers of tokens of all its micro-batches, by which it chooses some."""
+    module = train_module(STUDENT, distillation(online(), selection=selection))
     found = waits(module, [collate(PAIRS), collate(PAIRS[1:], ids=[7, 8])])
     assert len(found) == 1, found
