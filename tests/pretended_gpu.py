@@ -1,4 +1,4 @@
-"""A GPU that is not there: tensors that say they are on one, computed on the CPU, and a list of where a real one would be waited for.
+"""A GPU that is not there: tensors that say they are on one, computed on the CPU; a list of what a real one would be waited for.
 
 A `DeviceTensor` holds a tensor of the CPU and says `cuda`. So the code under test takes its decisions as on a GPU (copies, masks,
 kernels), and every operation arrives at `PretendedGpu`, which runs it and notes those that the CPU has to wait for: values that
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 from unittest import mock
 
 import torch
@@ -64,7 +64,7 @@ class DeviceTensor(Tensor):
 class PretendedGpu(TorchDispatchMode):
     """Inside, device `cuda` exists. waits: what the CPU had to wait for, each with the line of dstrain that asked."""
 
-    _active: list[PretendedGpu] = []
+    _active: ClassVar[list[PretendedGpu]] = []
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,9 +91,8 @@ class PretendedGpu(TorchDispatchMode):
 
     def wait(self, what: str) -> None:
         """The CPU waits here."""
-        lines = [
-            frame for frame in traceback.extract_stack() if "/dstrain/" in frame.filename and "/tests/" not in frame.filename
-        ]
+        stack = traceback.extract_stack()
+        lines = [frame for frame in stack if "/dstrain/" in frame.filename and "/tests/" not in frame.filename]
         where = f"{lines[-1].filename.split('/dstrain/')[-1]}:{lines[-1].lineno}: {lines[-1].line}" if lines else "the test"
         self.waits.append(f"{what} in {where}")
 
@@ -108,31 +107,29 @@ class PretendedGpu(TorchDispatchMode):
             options["device"] = torch.device("cpu")
         if name in {"is_pinned", "_pin_memory"}:
             return _pinned(name, args[0])
-        self._note(name, args, options, tensors, goes_there=goes_there)
+        if name in {"_to_copy", "copy_"}:
+            self._note_copy(args, options, from_args=name == "_to_copy", goes_there=goes_there)
+        elif is_there:
+            self._note(name, args, options, tensors)
         result = func(*_mapped(args, _inner), **{key: _mapped(value, _inner) for key, value in options.items()})
         if not goes_there or name in _READS - _SHAPED_BY_VALUES:
             return result
         wrapped = _mapped(result, DeviceTensor)
         return return_and_correct_aliasing(func, args, options, wrapped) if is_there else wrapped
 
-    def _note(
-        self, name: str, args: Sequence[Any], options: Mapping[str, Any], tensors: Sequence[Tensor], *, goes_there: bool
-    ) -> None:
-        elsewhere = [tensor for tensor in tensors if not isinstance(tensor, DeviceTensor)]
-        if name in {"_to_copy", "copy_"}:
-            source, sink_is_there = (args[0], goes_there) if name == "_to_copy" else (args[1], isinstance(args[0], DeviceTensor))
-            is_copied = isinstance(source, DeviceTensor) != sink_is_there
-            is_free = sink_is_there and getattr(source, "is_pinned_here", False) and options.get("non_blocking", False)
-            if is_copied and not is_free and source.numel() > 0:
-                self.wait(f"{name} to the {'GPU' if sink_is_there else 'CPU'}")
-        elif len(elsewhere) < len(tensors):
-            indices = [each for each in args[1] if each is not None] if name in _INDEXED else []
-            if name in _READS or any(index.dtype == torch.bool or not isinstance(index, DeviceTensor) for index in indices):
-                self.wait(name)
-            elif name == "repeat_interleave" and options.get("output_size") is None:
-                self.wait(name)
-            elif any(tensor.ndim > 0 for tensor in elsewhere):
-                raise AssertionError(f"{name} gets tensors of two devices")
+    def _note_copy(self, args: Sequence[Any], options: Mapping[str, Any], *, from_args: bool, goes_there: bool) -> None:
+        source, sink_is_there = (args[0], goes_there) if from_args else (args[1], isinstance(args[0], DeviceTensor))
+        is_free = sink_is_there and getattr(source, "is_pinned_here", False) and options.get("non_blocking", False)
+        if isinstance(source, DeviceTensor) != sink_is_there and not is_free and source.numel() > 0:
+            self.wait(f"a copy to the {'GPU' if sink_is_there else 'CPU'}")
+
+    def _note(self, name: str, args: Sequence[Any], options: Mapping[str, Any], tensors: Sequence[Tensor]) -> None:
+        indices = [each for each in args[1] if each is not None] if name in _INDEXED else []
+        is_shaped = name == "repeat_interleave" and options.get("output_size") is None
+        if is_shaped or name in _READS or any(each.dtype == torch.bool or not isinstance(each, DeviceTensor) for each in indices):
+            self.wait(name)
+        elif any(tensor.ndim > 0 and not isinstance(tensor, DeviceTensor) for tensor in tensors):
+            raise AssertionError(f"{name} gets tensors of two devices")
 
 
 def _pinned(name: str, tensor: Tensor) -> Any:

@@ -72,10 +72,10 @@ class Alibi:
 
     def bias(self, query: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
         """(T,), (S,) -> (H, T, S) or (B, T), (B, S) -> (B, H, T, S)"""
-        return alibi_bias(self.slopes_on(query.device), query, keys, lead=self.lead).to(dtype)
+        return alibi_bias(self.on_device(query.device), query, keys, lead=self.lead).to(dtype)
 
-    def slopes_on(self, device: torch.device) -> Tensor:
-        """(H,), copied to the device once: a GPU is waited for when numbers go there one by one."""
+    def on_device(self, device: torch.device) -> Tensor:
+        """The slopes, (H,), copied to the device once: numbers of Python go to a GPU in a copy that waits."""
         return _copied(self.head_slopes, device)
 
 

@@ -96,7 +96,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, pair: PackedPair, attend: Ro
 
     alibi, positions = pair.alibi, pair.queries.positions
     assert alibi is not None
-    head_slopes, lead = alibi.slopes_on(query.device), alibi.lead
+    head_slopes, lead = alibi.on_device(query.device), alibi.lead
 
     def add_alibi(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         distance = positions[key] - positions[query]
