@@ -1,4 +1,9 @@
-"""How often the examples of each corpus are drawn: shares of an epoch by weight, or by size and temperature. Torch-free."""
+"""How often the examples of each corpus are drawn: shares of an epoch by weight, or by size and temperature. Torch-free.
+
+Choice: shares change at an epoch, not at a step. An epoch is any number of examples, so a curriculum is as fine as it must be.
+The number of a step is known only once all steps before it are planned, for a window of examples becomes as many steps as their
+tokens fill; an order that depended on it could no longer be computed for any epoch from the seed alone, as resuming does.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +55,9 @@ class TemperatureSampling(EpochSize):
 class WeightChange(Config):
     """Other weights from an epoch on."""
 
-    from_epoch: int = Field(ge=2, description="The first epoch with these weights; epochs count from 1.")
+    from_epoch: int = Field(
+        ge=2, description="The first epoch, of `examples_per_epoch` examples, with these weights; epochs count from 1."
+    )
     weights: Weights = Field(description="As `weights` of the section.")
 
 

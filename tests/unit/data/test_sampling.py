@@ -78,6 +78,15 @@ def test_a_curriculum_changes_the_shares_and_goes_on_in_each_corpus() -> None:
     assert (len(counts), min(counts.values()), max(counts.values())) == (100, 2, 3)  # 80 + 80 + 20 + 20 + 20 of 100
 
 
+def test_a_curriculum_by_steps_is_one_by_examples() -> None:
+    """Steps of 50 targets, each of 10 examples of 5: with 30 examples an epoch, epoch 5 begins with step 12."""
+    config = BatchingConfig(tokens_per_step=50, bucket_tokens=50, max_tokens=50)
+    order = mixture({"a": 1.0, "b": 0.0, "c": 0.0}, examples=30, later=(Phase(5, {"a": 0.0, "b": 1.0, "c": 0.0}),))
+    plan = StepPlan(StoredLengths(*np.full((2, 200), 5)), config, seed=1, order=order)
+    steps = [step for epoch in range(1, 7) for step in plan.epoch(epoch)]
+    assert [{corpus_of(line) for line in step.examples.tolist()} for step in steps] == [{"a"}] * 12 + [{"b"}] * 6
+
+
 def test_a_corpus_keeps_its_order_if_others_join() -> None:
     alone = MixedOrder({"a": LINES["a"]}, [Phase(1, {"a": 1.0})], num_examples=50, capacity=100, seed=1)
     joined = mixture({"a": 0.5, "b": 0.25, "c": 0.25}, examples=100, capacity=100)
