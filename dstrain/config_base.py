@@ -23,6 +23,8 @@ BleuTokenization = Literal[
     "auto", "13a", "intl", "zh", "char", "none", "ja-mecab", "ko-mecab", "flores101", "flores200", "spBLEU-1K", "spm"
 ]
 """sacreBLEU's ways to cut text into words for BLEU; auto = zh or char for a script without spaces, else 13a."""
+RougeWords = Literal["stemmed", "plain"]
+"""The words that ROUGE compares: without their English endings (Porter's stemmer), or as they are."""
 
 
 class Config(BaseModel):

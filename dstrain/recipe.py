@@ -78,6 +78,8 @@ class Recipe(Config):
                 f"validation.generation translates the valid split, but data.{untranslatable[0]} is text without a source (kind: "
                 f"{plain[untranslatable[0]]}), so there is nothing to translate; set validation.generation: null"
             )
+        if self.data.filter.long_sources == "truncate" and has_no_source(self.data.train):
+            yield "data.filter.long_sources = truncate cuts sources, and data.train has none; leave it out"
         if self.data.filter.max_ratio is not None and has_no_source(self.data.train):
             yield "data.filter.max_ratio compares the lengths of two sides, but data.train is text without a source; leave it out"
 

@@ -22,6 +22,7 @@ NUM_PAIRS = {"train": 120, "valid": 8, "test": 8}
 
 STARTS_FROM = {
     "language_modeling/wikitext_extend": "language_modeling/wikitext_tiny",
+    "summarization/scitldr_tiny": "summarization/scitldr_tiny_denoising",
     "translation/multi30k_multilingual_lora": "translation/multi30k_multilingual",
     "translation/multi30k_tiny_lora": "translation/multi30k_tiny",
 }

@@ -71,6 +71,7 @@ def _validate(options: ValidateOptions, mesh: Mesh) -> dict[str, Any]:
         required=bool(options.generate) or any(value is not None for value in options.method.values()),
         tokenize=scoring.tokenize if options.tokenize is None else options.tokenize,
         lowercase=scoring.lowercase if options.lowercase is None else options.lowercase,
+        rouge=scoring.rouge if options.rouge is None else options.rouge,
         max_tokens=options.max_tokens,
     )
     return {**scores, "precision": precision}

@@ -12,7 +12,8 @@ from dstrain.arguments import CheckedOptions, require_type
 from dstrain.build.shared_work import ALL_WORK, Task, do_work
 from dstrain.build.teacher_source import TeacherSource, load_teacher_source
 from dstrain.config_base import PrecisionChoice
-from dstrain.data.config import DataConfig, FilterConfig
+from dstrain.data.config import DataConfig
+from dstrain.data.filtering import FilterConfig
 from dstrain.data.prepared.derived import LABELING, LabelJob, check_max_ratio, copy_original, merge_labels
 from dstrain.data.prepared.manifest import DataManifest
 from dstrain.generation.config import generation_config

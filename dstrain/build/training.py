@@ -246,10 +246,11 @@ class Training:
             corpora=data.corpora("valid"),
             tokenize=chosen.tokenize,
             lowercase=chosen.lowercase,
+            rouge=chosen.rouge,
         )
         if translation is not None:
             signatures = translation.signatures()
-            log_fields({name: signatures[name] for name in ("bleu", "chrf")})
+            log_fields({name: signatures[name] for name in ("bleu", "chrf", "rouge_l") if name in signatures})
         return Validator(
             self.engine,
             replicas=mesh.replicas,

@@ -16,6 +16,7 @@ from dstrain.checkpoint.bundle import StoredBundle
 from dstrain.data.batching.plan import StepPlan
 from dstrain.engine.ds_config import read_ds_config
 from dstrain.errors import RecipeError
+from dstrain.evaluation.metrics.rouge import build_rouge
 from dstrain.evaluation.metrics.tokenization import check_tokenization
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import recipe_tree
@@ -58,6 +59,8 @@ def plan_training(recipe: Recipe, options: TrainOptions, *, replicas: int | None
     """
     if recipe.validation.generation is not None:
         check_tokenization(recipe.validation.tokenize)
+    if recipe.validation.rouge is not None:
+        build_rouge(recipe.validation.rouge)
     check_training(recipe, options)
     data = TrainingData(options.data, recipe)
     base = (

@@ -10,9 +10,10 @@ from typing import Any
 from dstrain.arguments import CheckedOptions
 from dstrain.checkpoint.directories import require_bundle
 from dstrain.checkpoint.saved_recipe import read_recipe
-from dstrain.config_base import BleuTokenization, DeviceChoice, PrecisionChoice
+from dstrain.config_base import BleuTokenization, DeviceChoice, PrecisionChoice, RougeWords
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import ArgumentError
+from dstrain.evaluation.metrics.rouge import build_rouge
 from dstrain.evaluation.metrics.tokenization import check_tokenization
 from dstrain.generation.config import GenerationConfig, generation_config
 from dstrain.recipe import Recipe
@@ -25,7 +26,8 @@ class ValidateOptions(CheckedOptions):
 
     base: of an adapter bundle, if it has moved. generate: translate, too; None = if the split has sources and raw text of its
     targets. method: fields of `generation.config`; those left out or None follow the recipe's `validation`, as do tokenize and
-    lowercase of BLEU. max_tokens: padded tokens of a batch. precision: auto = bf16 on a GPU that has it, else fp32.
+    lowercase of BLEU and the words of ROUGE. max_tokens: padded tokens of a batch. precision: auto = bf16 on a GPU that has it,
+    else fp32.
     """
 
     bundle: Path
@@ -36,6 +38,7 @@ class ValidateOptions(CheckedOptions):
     method: Mapping[str, Any] = field(default_factory=dict)
     tokenize: BleuTokenization | None = None
     lowercase: bool | None = None
+    rouge: RougeWords | None = None
     max_tokens: int = 4096
     device: DeviceChoice = "auto"
     precision: PrecisionChoice = "auto"
@@ -43,12 +46,19 @@ class ValidateOptions(CheckedOptions):
 
 def check_validation(options: ValidateOptions) -> None:
     """Raise a DstrainError for every mistake in arguments and paths that shows before anything is loaded."""
-    requested = {**options.method, "tokenize": options.tokenize, "lowercase": options.lowercase}
+    requested = {
+        **options.method,
+        "tokenize": options.tokenize,
+        "lowercase": options.lowercase,
+        "rouge": options.rouge,
+    }
     unused = [name for name, value in requested.items() if value is not None]
     if unused and options.generate is False:
         raise ArgumentError(f"{unused[0]} is about translations, and generate = False (--no-generate) makes none; leave one out")
     if options.tokenize is not None:
         check_tokenization(options.tokenize)
+    if options.rouge is not None:
+        build_rouge(options.rouge)
     require_bundle(options.bundle, options.base)
     load_manifest(options.data).require_split(options.split, options.data)
     generation_of(checked_recipe(read_recipe(options.bundle)), options)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import get_args
 
 from dstrain.arguments import check_device_name
-from dstrain.config_base import BleuTokenization, PrecisionChoice
+from dstrain.config_base import BleuTokenization, PrecisionChoice, RougeWords
 from dstrain.errors import ArgumentError
 
 
@@ -49,4 +49,13 @@ def add_tokenize_argument(parser: argparse.ArgumentParser, default: BleuTokeniza
         choices=get_args(BleuTokenization),
         default=default,
         help=f"how BLEU finds words: {', '.join(get_args(BleuTokenization))} (auto = by script; default: {shown})",
+    )
+
+
+def add_rouge_argument(parser: argparse.ArgumentParser, shown: str) -> None:
+    """--rouge, of the verbs that score text. shown: the default in words."""
+    parser.add_argument(
+        "--rouge",
+        choices=get_args(RougeWords),
+        help=f"ROUGE-1, 2 and L of words without English endings, or of plain words; needs dstrain[rouge] (default: {shown})",
     )

@@ -1,4 +1,8 @@
-"""dstrain evaluate: BLEU, chrF and TER as sacreBLEU computes them, with signatures, and how much the text repeats itself."""
+"""dstrain evaluate: BLEU, chrF and TER as sacreBLEU computes them, ROUGE on request, and how much the text repeats itself.
+
+Every score has its signature. A line may have several references, one in each file. A blank line is no reference, so that some
+lines may have fewer than others.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,10 @@ import json
 from dataclasses import asdict
 from itertools import chain
 
-from dstrain.cli.bundle_arguments import add_tokenize_argument
+from dstrain.cli.bundle_arguments import add_rouge_argument, add_tokenize_argument
 from dstrain.log import logger
 
-TITLES = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "repetition": "repetition"}
+TITLES = {"bleu": "BLEU", "chrf": "chrF2", "ter": "TER", "rouge_1": "ROUGE-1", "rouge_2": "ROUGE-2", "rouge_l": "ROUGE-L"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         required=True,
         action="append",
-        help="line-parallel; repeat it for several references",
+        help="line-parallel; repeat it for several references, of which some may be blank lines: a line then has fewer",
     )
     parser.add_argument("--lowercase", action="store_true", help="let BLEU and chrF ignore case, as TER always does")
     add_tokenize_argument(parser, "auto", "auto")
+    add_rouge_argument(parser, "none")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="default: text")
 
 
@@ -35,8 +40,8 @@ def run(args: argparse.Namespace) -> int:
     from dstrain.data.sources.opening import input_name, require_different_streams
     from dstrain.data.sources.text import read_lines
     from dstrain.errors import DataError
-    from dstrain.evaluation.metrics.corpus import corpus_scores
-    from dstrain.evaluation.metrics.tokenization import choose_tokenization, doubtful_tokenization
+    from dstrain.evaluation.metrics.corpus import corpus_scores, doubtful_scores
+    from dstrain.evaluation.metrics.tokenization import choose_tokenization
     from dstrain.generation.formats import require_sentences
 
     streams = {f"--reference {number}": path for number, path in enumerate(args.reference, 1)}
@@ -46,24 +51,26 @@ def run(args: argparse.Namespace) -> int:
     references = [read_lines(path) for path in args.reference]
     for path, lines in zip(args.reference, references, strict=True):
         if len(lines) != len(hypotheses):
+            lacking = "hypothesis" if len(hypotheses) < len(lines) else "reference"
             raise DataError(
-                f"{input_name(args.hypothesis)} has {len(hypotheses)} lines, {input_name(path)} has {len(lines)}; "
-                "give files that are line-parallel"
+                f"{input_name(args.hypothesis)} has {len(hypotheses)} lines, {input_name(path)} has {len(lines)}: line "
+                f"{min(len(hypotheses), len(lines)) + 1} has no {lacking}; give files that are line-parallel"
             )
     tokenize = choose_tokenization(args.tokenize, chain(*references))
-    if (doubt := doubtful_tokenization(tokenize, chain(*references))) is not None:
+    for doubt in doubtful_scores(list(chain(*references)), tokenize=tokenize, rouge=args.rouge):
         logger.warning("%s", doubt)
     scores = corpus_scores(
         hypotheses,
-        *references,
+        *([line if line.strip() else None for line in lines] for lines in references),
         metrics=("bleu", "chrf", "ter", "repetition"),
         lowercase=args.lowercase,
         tokenize=tokenize,
+        rouge=args.rouge,
     )
     if args.format == "json":
         print(json.dumps([asdict(score) for score in scores], indent=2))
         return 0
     for score in scores:
         detail = f"  ({score.detail})" if score.detail else ""
-        print(f"{TITLES[score.name]:10} {score.value:6.2f}  {score.signature}{detail}")
+        print(f"{TITLES.get(score.name, score.name):10} {score.value:6.2f}  {score.signature}{detail}")
     return 0

@@ -1,6 +1,6 @@
-"""dstrain validate: loss, perplexity, BLEU and chrF of a bundle on a split of prepared data.
+"""dstrain validate: loss, perplexity, BLEU, chrF and, on request, ROUGE of a bundle on a split of prepared data.
 
-Prints one JSON object, with the signatures of BLEU and chrF. The loss is that of the bundle's recipe, in nats; perplexity never
+Prints one JSON object, with the signatures of the scores. The loss is that of the bundle's recipe, in nats; perplexity never
 includes label smoothing, and is always per target token. Text is generated and scored by the recipe's `validation` section, as
 training does it, unless options change that.
 """
@@ -12,11 +12,11 @@ import json
 from pathlib import Path
 
 from dstrain.build.validation_options import ValidateOptions, check_validation
-from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument, add_tokenize_argument
+from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument, add_rouge_argument, add_tokenize_argument
 from dstrain.cli.common import named, positive_number
 from dstrain.cli.generation_options import METHOD_OPTIONS, add_method_arguments
 
-FIGURES = ("generate", "tokenize", "lowercase", "max_tokens", "device", "precision")
+FIGURES = ("generate", "tokenize", "lowercase", "rouge", "max_tokens", "device", "precision")
 SCORED_METHOD = tuple(name for name in METHOD_OPTIONS if name not in ("num_best", "max_tokens"))
 """What decides the best hypothesis."""
 
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generate", action=argparse.BooleanOptionalAction, help="translate, too (default: if it has sources)")
     add_tokenize_argument(parser, None, "as in the bundle's recipe")
     parser.add_argument("--lowercase", action=argparse.BooleanOptionalAction, help="BLEU and chrF ignore case (as in the recipe)")
+    add_rouge_argument(parser, "as in the bundle's recipe")
     parser.add_argument(
         "--max-tokens", metavar="N", type=positive_number, default=4096, help="padded tokens of a batch (default: 4096)"
     )

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from dstrain.config_base import Config
+from dstrain.data.filtering import FilterConfig
 from dstrain.data.sampling import CorpusName, MixtureConfig
 from dstrain.data.shuffling import ExampleShuffle, ShuffleConfig
 from dstrain.data.tasks.config import LanguageModeling, TextTask
@@ -101,6 +102,11 @@ class Records(Columns):
     )
     target: FieldPath = Field(default="target", description="Field of the target, or the path to it.")
     join: str | None = Field(default=None, description="What stands between the strings of a list; null = lists are refused.")
+    references: FieldPath | None = Field(
+        default=None,
+        description="List of all references, with which generated text is compared; of evaluation splits only; null = the target "
+        "is the only one.",
+    )
 
     @property
     def has_source(self) -> bool:
@@ -231,19 +237,6 @@ def has_no_source(sources: Iterable[TextSource]) -> bool:
     return all(map(is_text_only, sources))
 
 
-class FilterConfig(Config):
-    """Which training pairs are dropped, by tokens including EOS; each drop is counted and reported.
-
-    For text without a source, only `max_target_length` counts.
-    """
-
-    max_source_length: PositiveInt = Field(default=1024, description="Longest source that is kept.")
-    max_target_length: PositiveInt = Field(default=1024, description="Longest target that is kept.")
-    max_ratio: float | None = Field(
-        default=None, gt=1, description="Largest ratio of the longer side to the shorter that is kept; null = any."
-    )
-
-
 class Direction(Config):
     """The tokens that tell a model the languages of a corpus, at least one of them. Its text stays as it is."""
 
@@ -297,6 +290,14 @@ class DataConfig(Config):
             for symbol in task.symbols():
                 if symbol not in self.tokenizer.user_symbols:
                     raise ValueError(f"{key}.task = {task.kind} needs the symbol {symbol!r}; add it to tokenizer.user_symbols")
+        return self
+
+    @model_validator(mode="after")
+    def _references_are_read(self) -> DataConfig:
+        for key, source in self.corpora():
+            unread = key.startswith("train.") or is_text_only(source)
+            if unread and isinstance(source, RecordSource) and source.references is not None:
+                raise ValueError(f"{key}.references has no effect: only pairs of evaluation splits are scored; leave it out")
         return self
 
     @field_validator("test", mode="before")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dstrain.checkpoint.bundle import Bundle
+from dstrain.config_base import RougeWords
 from dstrain.data.batching.collate import Collator
 from dstrain.data.batching.loader import evaluation_loader
 from dstrain.data.config import DataConfig, TextSource, is_text_only, task_of_text
@@ -38,12 +39,13 @@ def validate_bundle(
     required: bool,
     tokenize: str,
     lowercase: bool,
+    rouge: RougeWords | None,
     max_tokens: int,
 ) -> dict[str, Any]:
     """The scores of `Validator` for a bundle whose model is on `mesh.device`; every rank scores its share.
 
     generation: how to translate; None = only losses, as always for a split that has nothing to translate or to compare with.
-    tokenize, lowercase: of BLEU, see `build_translation`. trained_on: the data section of the bundle's recipe, see
+    tokenize, lowercase, rouge: see `build_translation`. trained_on: the data section of the bundle's recipe, see
     `tasks_of_split`; None for a bundle without a recipe.
     Raises DataError if the data was prepared with another tokenizer or if translations are `required` of such a split,
     BundleError if the bundle has no tokenizer to compare.
@@ -62,7 +64,7 @@ def validate_bundle(
     check_split(split, examples.lengths, bundle.model_config)
     named = named_corpora(manifest, split, dataset)
     scored = generation, bundle.model_config, dataset, bundle.tokenizers, mesh
-    translation = build_translation(*scored, corpora=named, tokenize=tokenize, lowercase=lowercase)
+    translation = build_translation(*scored, corpora=named, tokenize=tokenize, lowercase=lowercase, rouge=rouge)
     collator = _collator(bundle, named)
     validator = Validator(
         WholeModel(TrainModule(bundle.model, objective), bundle.model, mesh.device),

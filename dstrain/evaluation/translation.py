@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 
+from dstrain.config_base import RougeWords
 from dstrain.data.prepared.corpora import NamedCorpora
 from dstrain.data.prepared.dataset import Dataset
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
-from dstrain.evaluation.metrics.corpus import MetricName, Score, corpus_scores
-from dstrain.evaluation.metrics.tokenization import choose_tokenization, doubtful_tokenization
+from dstrain.evaluation.metrics.corpus import MetricName, ReferenceSet, Score, corpus_scores, doubtful_scores, reference_sets
+from dstrain.evaluation.metrics.tokenization import choose_tokenization
 from dstrain.generation.config import GenerationConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator, ignore_progress
@@ -24,10 +26,10 @@ from dstrain.protocols import Generative
 
 @dataclass(frozen=True)
 class References:
-    """The references of one corpus. rows: of the split. texts: its raw targets. tokenize: BLEU's, not `auto`."""
+    """The references of one corpus. rows: of the split. texts: raw, one or more a row. tokenize: BLEU's, not `auto`."""
 
     rows: Sequence[int]
-    texts: Sequence[str]
+    texts: Sequence[Sequence[str]]
     tokenize: str
 
 
@@ -36,7 +38,7 @@ class Translation:
     """How one evaluation split is translated and scored.
 
     references: of each corpus by its name; one without a name if there is nothing to tell apart. lowercase: BLEU and chrF ignore
-    case.
+    case. rouge: the words that ROUGE compares; None = without ROUGE.
     """
 
     config: GenerationConfig
@@ -46,6 +48,7 @@ class Translation:
     references: Mapping[str, References]
     device: torch.device
     lowercase: bool
+    rouge: RougeWords | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -65,23 +68,30 @@ class Translation:
         return self.tokenizers.target.decode([hypotheses[0].tokens for hypotheses in ranked])
 
     def score(self, hypotheses: Sequence[str]) -> Mapping[str, Any]:
-        """BLEU, chrF and the rate of repetition of the whole split, in percent, and the `signatures` of the three.
+        """BLEU, chrF, the rate of repetition and ROUGE of the whole split, in percent, and the `signatures` of all.
 
         Of several corpora each is scored by itself, as `bleu/NAME`, and `bleu` is the mean of these scores.
         """
         scores = [
-            self._scores([hypotheses[row] for row in own.rows], own.texts, own.tokenize) for own in self.references.values()
+            self._scores([hypotheses[row] for row in own.rows], reference_sets(own.texts), own.tokenize)
+            for own in self.references.values()
         ]
         means = {each[0].name: sum(score.value for score in each) / len(each) for each in zip(*scores, strict=True)}
         return {**means, **self._by_corpus(scores), "signatures": self._signatures(scores)}
 
     def signatures(self) -> dict[str, str]:
         """Every setting that decides a score, by the name of the score."""
-        return self._signatures([self._scores(["a"], ["a"], own.tokenize) for own in self.references.values()])
+        scores = []
+        for own in self.references.values():
+            rows = [min(own.texts, key=len), max(own.texts, key=len)]  # the number of references is a setting
+            scores.append(self._scores(["a", "a"], reference_sets(rows), own.tokenize))
+        return self._signatures(scores)
 
-    def _scores(self, hypotheses: Sequence[str], references: Sequence[str], tokenize: str) -> list[Score]:
+    def _scores(self, hypotheses: Sequence[str], references: Sequence[ReferenceSet], tokenize: str) -> list[Score]:
         metrics: tuple[MetricName, ...] = ("bleu", "chrf", "repetition")
-        return corpus_scores(hypotheses, references, metrics=metrics, lowercase=self.lowercase, tokenize=tokenize)
+        return corpus_scores(
+            hypotheses, *references, metrics=metrics, lowercase=self.lowercase, tokenize=tokenize, rouge=self.rouge
+        )
 
     def _by_corpus(self, scores: Sequence[Sequence[Score]]) -> dict[str, float]:
         if len(scores) == 1:
@@ -105,10 +115,12 @@ def build_translation(
     corpora: NamedCorpora | None = None,
     tokenize: str = "auto",
     lowercase: bool = False,
+    rouge: RougeWords | None = None,
 ) -> Translation | None:
-    """None if nothing is to be generated. corpora: scored apart; None = one is all there is.
+    """None if nothing is to be generated. corpora: scored apart; None = one is all there is. tokenize, lowercase: of BLEU and
+    chrF. rouge: the words that ROUGE compares; None = without ROUGE.
 
-    Rank 0 warns if BLEU would not find the words of the split.
+    Rank 0 warns if BLEU or ROUGE would not find the words of the split.
 
     Raises DataError if the split keeps no raw text to compare with, or BLEU cannot be tokenized so.
     """
@@ -118,9 +130,10 @@ def build_translation(
     references = {}
     for name, ranges in parts.items():
         rows = [row for part in ranges for row in part]
-        texts = [dataset.target_text(row) for row in rows]
-        references[name] = References(rows, texts, choose_tokenization(tokenize, texts))
-        doubt = doubtful_tokenization(references[name].tokenize, texts)
-        if mesh.world.rank == 0 and doubt is not None:
+        by_row = [dataset.references(row) for row in rows]
+        texts = list(chain(*by_row))
+        references[name] = References(rows, by_row, choose_tokenization(tokenize, texts))
+        doubts = doubtful_scores(texts, tokenize=references[name].tokenize, rouge=rouge)
+        for doubt in doubts if mesh.world.rank == 0 else ():
             logger.warning("%s", f"{name}: {doubt}" if name else doubt)
-    return Translation(config, model_config, dataset, tokenizers, references, mesh.device, lowercase)
+    return Translation(config, model_config, dataset, tokenizers, references, mesh.device, lowercase, rouge)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dstrain.data.batching.permutation import IntArray
-from dstrain.data.config import FilterConfig
+from dstrain.data.filtering import FilterConfig
 from dstrain.data.prepared.corpora import CorpusRun, merged_runs
 from dstrain.data.prepared.dataset import Dataset
 from dstrain.data.prepared.derived import LABELING, LabelJob, label_shard_file

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dstrain.config_base import BleuTokenization, Config
+from dstrain.config_base import BleuTokenization, Config, RougeWords
 from dstrain.data.sampling import CorpusName
 from dstrain.engine.config import EmaConfig
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig
@@ -37,8 +37,8 @@ class ValidationConfig(Config):
 
     unit: Literal["steps", "epochs"] = Field(default="epochs", description="Unit of `every`.")
     every: PositiveInt = Field(default=1, description="Interval between validations.")
-    metric: Literal["loss", "bleu", "chrf"] = Field(
-        default="loss", description="Chooses the best bundle; bleu and chrf need generation."
+    metric: Literal["loss", "bleu", "chrf", "rouge_1", "rouge_2", "rouge_l"] = Field(
+        default="loss", description="Chooses the best bundle; all but loss need generation, ROUGE needs `rouge`, too."
     )
     corpus: CorpusName | None = Field(
         default=None,
@@ -46,7 +46,7 @@ class ValidationConfig(Config):
         "mean of all.",
     )
     generation: GenerationConfig | None = Field(
-        default_factory=BeamSearchConfig, description="How the split is translated for BLEU and chrF; null = not at all."
+        default_factory=BeamSearchConfig, description="How text is generated that is scored (BLEU, chrF, ROUGE); null = none is."
     )
     tokenize: BleuTokenization = Field(
         default="auto",
@@ -54,6 +54,11 @@ class ValidationConfig(Config):
         "char for other scripts without spaces, else 13a.",
     )
     lowercase: bool = Field(default=False, description="BLEU and chrF ignore case.")
+    rouge: RougeWords | None = Field(
+        default=None,
+        description="Words of ROUGE-1, 2 and L: stemmed = without English endings, plain = as they are; null = no ROUGE. Needs "
+        "`dstrain[rouge]`.",
+    )
     patience: PositiveInt | None = Field(
         default=None, description="Validations without improvement after which training stops; null = never."
     )
@@ -71,6 +76,8 @@ class ValidationConfig(Config):
         """What the best bundle is chosen by: the metric, and how it cuts words and reads case. Scores of one are comparable."""
         if self.metric == "loss":
             return self.score_name
+        if self.metric.startswith("rouge"):
+            return f"{self.score_name} {self.rouge}"
         cut = [f"tokenize={self.tokenize}"] if self.metric == "bleu" and self.tokenize != "auto" else []
         return " ".join([self.score_name, *cut, *(["lowercase"] if self.lowercase else [])])
 
@@ -78,6 +85,12 @@ class ValidationConfig(Config):
     def _metric_is_made(self) -> ValidationConfig:
         if self.metric != "loss" and self.generation is None:
             raise ValueError(f"metric = {self.metric} needs validation.generation; set it or choose metric: loss")
+        if self.rouge is not None and self.generation is None:
+            raise ValueError("rouge scores generated text, but generation = null; set generation, or leave rouge out")
+        if self.metric.startswith("rouge") and self.rouge is None:
+            raise ValueError(
+                f"metric = {self.metric} needs validation.rouge; set it to stemmed or plain, or choose another metric"
+            )
         return self
 
 

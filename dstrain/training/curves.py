@@ -22,6 +22,8 @@ from dstrain.training.events import read_events
 
 Events = Sequence[Mapping[str, Any]]
 
+SCORES = ("bleu", "chrf", "rouge_1", "rouge_2", "rouge_l")
+"""Of generated text; the higher, the better."""
 PANELS = (
     ("loss, nats per target token", (("train", "loss"), ("train", "nll"), ("valid", "loss"), ("valid", "nll"))),
     ("divergence of two passes, nats per target token", (("train", "kl"),)),
@@ -30,7 +32,7 @@ PANELS = (
         "agreement with the teacher, tokens selected",
         (("train", "agreement"), ("train", "on_policy_agreement"), ("train", "selected")),
     ),
-    ("validation scores", (("valid", "bleu"), ("valid", "chrf"))),
+    ("validation scores", tuple(("valid", name) for name in SCORES)),
     ("validation perplexity", (("valid", "perplexity"),)),
     ("learning rate", (("train", "learning_rate"),)),
     ("gradient norm", (("train", "grad_norm"),)),
@@ -116,7 +118,7 @@ def summary(events: Events) -> dict[str, str]:
     _, norms = series(events, "train", "grad_norm")
     if norms:
         summary["gradient norm"] = f"last {norms[-1]:.3g}, largest {max(norms):.3g}"
-    for name, best in (("loss", min), ("perplexity", min), ("bleu", max), ("chrf", max)):
+    for name, best in (("loss", min), ("perplexity", min), *((name, max) for name in SCORES)):
         steps, values = series(validated, "valid", name)
         if values:
             value = best(values)

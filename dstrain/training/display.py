@@ -62,7 +62,8 @@ def train_notes(event: Event) -> list[str]:
 
 def valid_scores(event: Event) -> list[str]:
     """The scores of a validation event, the most important first."""
-    forms = {"loss": "loss {:.3f}", "bleu": "bleu {:.2f}", "perplexity": "perplexity {:.4g}", "chrf": "chrf {:.2f}"}
+    forms = {"loss": "loss {:.3f}", "rouge_l": "rouge-l {:.2f}", "bleu": "bleu {:.2f}"}
+    forms |= {"perplexity": "perplexity {:.4g}", "chrf": "chrf {:.2f}"}
     scores = [_figure(event, name, form) for name, form in forms.items() if name in event]
     return [*scores, f"epoch {event['epoch']}", f"{event['seconds']:.1f} s"]
 

@@ -102,6 +102,16 @@ class Dataset:
         batch, row = self._locate(index)
         return _text(batch.target_text, row)
 
+    @property
+    def has_references(self) -> bool:
+        """Whether a corpus of the split names references beside its targets."""
+        return len(self) > 0 and self._locate(0)[0].references is not None  # shards of a split have the same columns
+
+    def references(self, index: int) -> tuple[str, ...]:
+        """The raw lines that generated text is compared with, one or more: the target, unless the corpus names others."""
+        batch, row = self._locate(index)
+        return (_text(batch.target_text, row),) if batch.references is None else tuple(batch.references[row].as_py())
+
     def _locate(self, index: int) -> tuple[BatchView, int]:
         index = int(index)
         if not 0 <= index < len(self):

@@ -106,7 +106,8 @@ def merge_labels(output: Path, created_by: str) -> DataManifest:
     original = load_manifest(output / ORIGINAL)
     for file in (*_evaluation_files(original), *(_original_shards(original) if job.keep_original else ())):
         file.check(output, content=True, remedy=f"run `dstrain {LABELING.verb} --shard 0/N` again")
-    train = _train_record(output, sidecars, _original_shards(original) if job.keep_original else ())
+    kept = _original_shards(original) if job.keep_original else ()
+    train = _train_record(output, sidecars, kept, truncated=original.splits[TRAIN].truncated)
     manifest = DataManifest(
         format_version=original.format_version,
         created_by=created_by,
@@ -120,7 +121,10 @@ def merge_labels(output: Path, created_by: str) -> DataManifest:
     return manifest
 
 
-def _train_record(output: Path, sidecars: list[PairSidecar], originals: tuple[ShardRecord, ...]) -> SplitRecord:
+def _train_record(
+    output: Path, sidecars: list[PairSidecar], originals: tuple[ShardRecord, ...], *, truncated: int
+) -> SplitRecord:
+    """truncated: sources that were cut when the original was prepared."""
     dropped = Counter[str]()
     for sidecar in sidecars:
         dropped.update(sidecar.dropped)
@@ -139,6 +143,7 @@ def _train_record(output: Path, sidecars: list[PairSidecar], originals: tuple[Sh
         lengths=FileRecord(file=file, size=sink.size, sha256=sink.sha256),
         pairs_read=sum(sidecar.pairs_read for sidecar in sidecars) + sum(record.rows for record in originals),
         dropped=dict(dropped),
+        truncated=truncated,
     )
 
 

@@ -1,8 +1,9 @@
 """Raw blocks to ids, in a worker process. Decode, parse, tokenize, add EOS, filter; numpy arrays come out. A corpus of ids
 is checked instead.
 
-An evaluation split keeps every pair and its texts. A training pair is dropped for the first reason that applies: a side is empty,
-a side is too long, one side is too many times longer than the other. Text without a source is judged only by its own length, and
+If the filter truncates, a longer source is first cut before its EOS, in every split; its text stays whole. An evaluation split
+keeps every pair and its texts. A training pair is dropped for the first reason that applies: a side is empty, a side is too long,
+one side is too many times longer than the other. Text without a source is judged only by its own length, and
 its blank lines are dropped everywhere.
 """
 
@@ -16,10 +17,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dstrain.data.config import DataConfig, FilterConfig, TextSource, is_text_only
+from dstrain.data.config import DataConfig, TextSource, is_text_only
 from dstrain.data.directions import direction_ids
+from dstrain.data.filtering import FilterConfig
 from dstrain.data.prepared.rows import Rows, id_dtype
-from dstrain.data.sources.corpora import PairBlock, counted_files, parse, splits_of
+from dstrain.data.sources.corpora import PairBlock, counted_files, parse, parse_references, splits_of
 from dstrain.data.sources.fairseq_binary import IdBlock, Sentences
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.errors import DataError
@@ -34,10 +36,14 @@ LengthColumn = npt.NDArray[np.int32]
 
 
 class EncodedBlock(NamedTuple):
-    """The pairs of a block that are kept, and how many were dropped by reason. corpus: which of the split's they belong to."""
+    """The pairs of a block that are kept, and how many were dropped by reason. corpus: which of the split's they belong to.
+
+    truncated: sources that were cut.
+    """
 
     corpus: int
     pairs_read: int
+    truncated: int
     dropped: dict[str, int]
     rows: Rows
 
@@ -66,16 +72,19 @@ class Encoder:
             rows = self._encode_text(*parse(corpus, block.text))
         if corpus.name in self._tags:
             rows = _tagged(rows, self._tags[corpus.name])
-        has_no_source = is_text_only(corpus)
+        has_no_source, truncated = is_text_only(corpus), 0
+        if self._filter.long_sources == "truncate" and not has_no_source:
+            rows, truncated = _cut_sources(rows, self._filter.max_source_length)
         reasons = drop_reasons(None if has_no_source else rows.source_lengths, rows.target_lengths, self._filter)
         if evaluated:
             reasons = {"empty": reasons["empty"]} if has_no_source else {}
+            rows = rows._replace(references=parse_references(corpus, block.text))
         else:
             rows = rows._replace(source_text=None, target_text=None)
         dropped = {reason: int(mask.sum()) for reason, mask in reasons.items()}
         if any(dropped.values()):
             rows = _kept(rows, ~np.logical_or.reduce(list(reasons.values())))
-        return EncodedBlock(block.corpus, block.text.num_lines, dropped, rows)
+        return EncodedBlock(block.corpus, block.text.num_lines, truncated, dropped, rows)
 
     def _encode_text(self, source_text: list[str], target_text: list[str]) -> Rows:
         source, target = self._tokenizers.source.encode(source_text), self._tokenizers.target.encode(target_text)
@@ -161,6 +170,15 @@ def _tagged(rows: Rows, tags: Sequence[int]) -> Rows:
     return rows._replace(source=source, source_lengths=rows.source_lengths + len(tags) * filled.astype(np.int32))
 
 
+def _cut_sources(rows: Rows, limit: int) -> tuple[Rows, int]:
+    """Sources of at most `limit` tokens, EOS included, and how many were cut."""
+    lengths = rows.source_lengths
+    ends = np.repeat(np.cumsum(lengths, dtype=np.int64), lengths)
+    left = ends - np.arange(len(rows.source))  # tokens of the row from here on, this one included
+    keep = (np.repeat(lengths, lengths) - left < limit - 1) | (left == 1)
+    return rows._replace(source=rows.source[keep], source_lengths=np.minimum(lengths, limit)), int((lengths > limit).sum())
+
+
 def _kept(rows: Rows, keep: Mask) -> Rows:
     """The pairs that `keep` (N,) chooses."""
     return Rows(
@@ -170,6 +188,7 @@ def _kept(rows: Rows, keep: Mask) -> Rows:
         rows.target_lengths[keep],
         source_text=None if rows.source_text is None else list(compress(rows.source_text, keep)),
         target_text=None if rows.target_text is None else list(compress(rows.target_text, keep)),
+        references=None if rows.references is None else list(compress(rows.references, keep)),
     )
 
 

@@ -50,12 +50,16 @@ class ShardRecord(FileRecord):
 
 
 class SplitRecord(Config):
-    """One split. pairs_read: pairs of the corpus; dropped: how many of these were left out, by reason."""
+    """One split. pairs_read: pairs of the corpus; dropped: how many of these were left out, by reason.
+
+    truncated: sources that were cut.
+    """
 
     shards: Annotated[tuple[ShardRecord, ...], FailFast()]
     lengths: FileRecord
     pairs_read: Count
     dropped: dict[str, Count]
+    truncated: Count = 0
 
     @property
     def rows(self) -> int:

@@ -32,7 +32,7 @@ from dstrain.data.prepared.pool import WorkerPool
 from dstrain.data.prepared.report import PrepareReport, build_report, verify_data
 from dstrain.data.prepared.rows import id_dtype
 from dstrain.data.prepared.shard import PairSidecar, ShardWriter, shard_schema, write_lengths
-from dstrain.data.sources.corpora import PairBlock, read_blocks, splits_of
+from dstrain.data.sources.corpora import PairBlock, has_references, read_blocks, splits_of
 from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE, TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.data.tokenizers.training import TokenizerTrainer, load_configured_tokenizers
@@ -182,7 +182,9 @@ class _Preparation:
         bar.advance(done)
         blocks = read_blocks(split, splits_of(self._config)[split], self._sizes[split], done, per_shard)
         dtypes = [id_dtype(side.vocab_size) for side in (tokenizers.source, tokenizers.target)]
-        schema = shard_schema(dtypes[0], dtypes[1], with_text=split != "train")
+        schema = shard_schema(
+            *dtypes, with_text=split != "train", with_references=any(map(has_references, splits_of(self._config)[split]))
+        )
         writer = partial(ShardWriter, schema=schema, unk_ids=(tokenizers.source.unk_id, tokenizers.target.unk_id))
         encoded = iter(encode(blocks))
         for number in range(len(finished), -(-total // per_shard)):
@@ -212,16 +214,17 @@ class _Preparation:
         bar: Progress,
     ) -> PairSidecar:
         """Write the next `pairs` pairs of the corpus as one shard."""
-        pairs_read, dropped = 0, Counter[str]()
+        pairs_read, truncated, dropped = 0, 0, Counter[str]()
         with atomic_writer(self._output / file) as sink:
             writer = make_writer(sink)
             while pairs_read < pairs:
                 block = next(blocks)
                 writer.add(block.rows, [(block.corpus, len(block.rows.source_lengths))])
                 pairs_read += block.pairs_read
+                truncated += block.truncated
                 dropped.update(block.dropped)
                 bar.advance(block.pairs_read)
-            shard = PairSidecar(record=writer.finish(file), pairs_read=pairs_read, dropped=dict(dropped))
+            shard = PairSidecar(record=writer.finish(file), pairs_read=pairs_read, dropped=dict(dropped), truncated=truncated)
             write_sidecar(self._output, shard)
         return shard
 
@@ -241,4 +244,5 @@ class _Preparation:
         with atomic_writer(self._output / file) as sink:
             write_lengths([self._output / record.file for record in records], rows, sink)
         lengths = FileRecord(file=file, size=sink.size, sha256=sink.sha256)
-        return SplitRecord(shards=records, lengths=lengths, pairs_read=pairs_read, dropped=dict(dropped))
+        truncated = sum(shard.truncated for shard in finished)
+        return SplitRecord(shards=records, lengths=lengths, pairs_read=pairs_read, dropped=dict(dropped), truncated=truncated)

@@ -19,6 +19,7 @@ class SplitReport:
     """One split. pairs_encoded and seconds are this run's: fewer pairs than the split's if an earlier run left shards.
 
     has_source: False for text without a source, whose pairs are lines. unknown: the share of <unk> by side, see `SplitRecord`.
+    truncated: sources that were cut.
     """
 
     name: str
@@ -29,6 +30,7 @@ class SplitReport:
     target_tokens: int
     unknown: dict[str, float]
     dropped: dict[str, int]
+    truncated: int
     pairs_encoded: int
     seconds: float
 
@@ -47,6 +49,8 @@ class SplitReport:
         if self.name == "train" or lost:
             reasons = ", ".join(f"{reason} {count:,}" for reason, count in lost.items()) or "none"
             words += f"; dropped {sum(lost.values()):,} of {self.pairs_read:,}: {reasons}"
+        if self.truncated:
+            words += f"; {self.truncated:,} sources truncated"
         if self.pairs_encoded:
             words += f"; {self.seconds:.1f} s, {self.pairs_per_second:,.0f} {unit}/s"
         return words
@@ -154,6 +158,7 @@ def _split_report(name: str, record: SplitRecord, pairs_encoded: int, seconds: f
         target_tokens=record.target_tokens,
         unknown=record.unknown_shares(),
         dropped=record.dropped,
+        truncated=record.truncated,
         pairs_encoded=pairs_encoded,
         seconds=seconds,
     )

@@ -10,7 +10,10 @@ import numpy.typing as npt
 
 
 class Rows(NamedTuple):
-    """Pairs one after another: ids of all sentences in a row, lengths of each with EOS, texts in evaluation splits."""
+    """Pairs one after another: ids of all sentences in a row, lengths of each with EOS, texts in evaluation splits.
+
+    references: of each pair; None = its target text is the only one.
+    """
 
     source: npt.NDArray[Any]
     source_lengths: npt.NDArray[np.int32]
@@ -18,6 +21,7 @@ class Rows(NamedTuple):
     target_lengths: npt.NDArray[np.int32]
     source_text: Sequence[str] | None = None
     target_text: Sequence[str] | None = None
+    references: Sequence[Sequence[str]] | None = None
 
 
 def id_dtype(vocab_size: int) -> np.dtype[Any]:

@@ -1,8 +1,9 @@
 """One Arrow IPC file of encoded pairs, written once and read through the page cache.
 
 Columns `source` and `target` are lists of ids, each with its final EOS: uint16 if the vocabulary fits, else int32.
-Evaluation splits also carry `source_text` and `target_text`. A record batch holds at most 16,384 rows, so list offsets are
-int32 and the writer's memory is bounded. Reading maps the file: ids and lengths are views into it, nothing is copied.
+Evaluation splits also carry `source_text` and `target_text`, and `references`, lists of strings, if a corpus names some.
+A record batch holds at most 16,384 rows, so list offsets are int32 and the writer's memory is bounded. Reading maps the file: ids
+and lengths are views into it, nothing is copied.
 """
 
 from __future__ import annotations
@@ -32,14 +33,20 @@ SIDES = ("source", "target")
 
 
 class PairSidecar(Sidecar):
-    """Describes a shard of pairs. pairs_read: before filtering; dropped: how many of these were left out, by reason."""
+    """Describes a shard of pairs. pairs_read: before filtering; dropped: how many of these were left out, by reason.
+
+    truncated: sources that were cut.
+    """
 
     record: ShardRecord
     pairs_read: Count
     dropped: dict[str, Count]
+    truncated: Count = 0
 
 
-def shard_schema(source_dtype: np.dtype[Any], target_dtype: np.dtype[Any], *, with_text: bool) -> Any:
+def shard_schema(
+    source_dtype: np.dtype[Any], target_dtype: np.dtype[Any], *, with_text: bool, with_references: bool = False
+) -> Any:
     """The Arrow schema of every shard of a split."""
     fields: list[Any] = [
         pa.field(side, pa.list_(pa.from_numpy_dtype(dtype)), nullable=False)
@@ -47,6 +54,8 @@ def shard_schema(source_dtype: np.dtype[Any], target_dtype: np.dtype[Any], *, wi
     ]
     if with_text:
         fields += [pa.field(f"{side}_text", pa.string(), nullable=False) for side in SIDES]
+    if with_references:
+        fields.append(pa.field("references", pa.list_(pa.string()), nullable=False))
     return pa.schema(fields)
 
 
@@ -111,7 +120,14 @@ class ShardWriter:
         if len(self._schema) > len(SIDES):
             columns += [pa.array([text for rows in self._pending for text in rows.source_text or ()], pa.string())]
             columns += [pa.array([text for rows in self._pending for text in rows.target_text or ()], pa.string())]
+        if "references" in self._schema.names:
+            references = [own for rows in self._pending for own in _references(rows)]
+            columns.append(pa.array(references, pa.list_(pa.string())))
         return columns
+
+
+def _references(rows: Rows) -> Sequence[Sequence[str]]:
+    return [[text] for text in rows.target_text or ()] if rows.references is None else rows.references
 
 
 def list_array(values: Sequence[npt.NDArray[Any]], lengths: Sequence[npt.NDArray[Any]]) -> Any:
@@ -145,12 +161,16 @@ class ListView:
 
 
 class BatchView(NamedTuple):
-    """One record batch; the texts are Arrow string arrays, None in training splits."""
+    """One record batch; the texts are Arrow string arrays, None in training splits.
+
+    references: an Arrow array of lists of strings; None if targets are the only ones.
+    """
 
     source: ListView
     target: ListView
     source_text: Any
     target_text: Any
+    references: Any = None
 
 
 def read_shard(path: Path) -> list[BatchView]:
@@ -184,6 +204,7 @@ def _batch_view(batch: Any) -> BatchView:
         target=list_view(batch.column("target")),
         source_text=batch.column("source_text") if with_text else None,
         target_text=batch.column("target_text") if with_text else None,
+        references=batch.column("references") if "references" in batch.schema.names else None,
     )
 
 

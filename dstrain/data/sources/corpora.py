@@ -23,12 +23,13 @@ from dstrain.data.config import (
     ParallelText,
     ParquetTable,
     PlainText,
+    RecordSource,
     TextSource,
     TsvText,
 )
 from dstrain.data.sources.fairseq_binary import IdBlock, IdReader, files_of_prefix, scan_binary
 from dstrain.data.sources.grammar import GrammarReader
-from dstrain.data.sources.records import RecordBlock, record_texts
+from dstrain.data.sources.records import RecordBlock, record_references, record_texts
 from dstrain.data.sources.tables import (
     count_data_set,
     data_set_files,
@@ -170,7 +171,7 @@ def parse(source: TextSource, block: TextBlock | RecordBlock) -> tuple[list[str]
 
     Raises DataError naming file and line if a record is malformed.
     """
-    if isinstance(source, JsonlText | ParquetTable | HuggingFaceDataset):
+    if isinstance(source, RecordSource):
         return record_texts(source, block)
     assert isinstance(block, TextBlock), "only records have fields"
     match source:
@@ -181,6 +182,22 @@ def parse(source: TextSource, block: TextBlock | RecordBlock) -> tuple[list[str]
             return [""] * len(lines), lines
         case _:
             return decode_lines(block, 0), decode_lines(block, 1)
+
+
+def parse_references(source: TextSource, block: TextBlock | RecordBlock | IdBlock) -> list[list[str]] | None:
+    """All references of each of a block's pairs; None if the target is the only one.
+
+    Raises DataError naming file and line of a record without one.
+    """
+    if isinstance(source, RecordSource) and source.references is not None:
+        assert not isinstance(block, IdBlock), "only a fairseq corpus has ids"
+        return record_references(source, source.references, block)
+    return None
+
+
+def has_references(source: TextSource) -> bool:
+    """Whether a corpus has other references than its targets."""
+    return isinstance(source, RecordSource) and source.references is not None
 
 
 def _parse_tsv(source: TsvText, block: TextBlock) -> tuple[list[str], list[str]]:

@@ -2,7 +2,7 @@
 
 A path of fields leads to the text of each side: `translation.en` is a field inside a field, `target.0` the first item of a list.
 A field whose own name has the dots is found, too. A list of strings is one text only if the recipe says what joins it: its items
-may as well be alternatives, such as several references, of which `target.0` takes the first.
+may as well be alternatives, such as several references, of which `target.0` takes the first; `references` names them all.
 """
 
 from __future__ import annotations
@@ -87,6 +87,23 @@ def record_texts(source: RecordSource, block: TextBlock | RecordBlock) -> tuple[
         for side, path in zip(sides, (source.source, source.target), strict=True):
             side.append("" if path is None else _text(record, path, f"{name}:{number}", source.join))
     return sides
+
+
+def record_references(source: RecordSource, path: str, block: TextBlock | RecordBlock) -> list[list[str]]:
+    """The list of strings at `path` of each record. Raises DataError naming corpus and number of a record without a reference."""
+    name = record_name(source)
+    records: Iterable[Record] = block.records if isinstance(block, RecordBlock) else _parse_json(block, name)
+    return [_references(record, path, f"{name}:{number}") for number, record in enumerate(records, block.first + 1)]
+
+
+def _references(record: Record, path: str, where: str) -> list[str]:
+    items = _value(record, path, where)
+    if not isinstance(items, list):
+        raise DataError(f"{where}: field {path!r} holds {_type(items)}, not a list of references; name another field")
+    texts = [_text({path: text}, path, where, None) for text in items]
+    if not texts or not all(map(str.strip, texts)):
+        raise DataError(f"{where}: field {path!r} lacks a reference or holds a blank one; fix the file, or leave the line out")
+    return texts
 
 
 def _parse_json(block: TextBlock, name: str) -> Iterator[Record]:

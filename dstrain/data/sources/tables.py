@@ -144,9 +144,9 @@ def _records(rows: Any, name: str) -> list[Record]:
 
 
 def _columns(schema: Any, source: ParquetTable | HuggingFaceDataset, name: str) -> list[str]:
-    """The columns to read for both sides: paths that end before the first list."""
+    """The columns to read for both sides and the references: paths that end before the first list."""
     columns: dict[str, None] = {}
-    for path in filter(None, (source.source, source.target)):
+    for path in filter(None, (source.source, source.target, source.references)):
         for field in (path, path.partition(".")[0]):
             if schema.names.count(field) > 1:
                 raise DataError(f"{name}: it has two columns {field!r}; rename one, or write the table without it")

@@ -80,7 +80,21 @@ def test_a_missing_file(files: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_unequal_numbers_of_lines(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (files / "short.de").write_text("eins\nzwei")
     assert evaluate(files, reference="short.de") == 1
-    fails_with(f"{files / 'hyp.de'} has 3 lines, {files / 'short.de'} has 2; give files that are line-parallel", capsys)
+    fails_with(f"{files / 'hyp.de'} has 3 lines, {files / 'short.de'} has 2: line 3 has no reference; give files", capsys)
+
+
+def test_a_blank_line_is_no_reference(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One file may lack a line that another has; a line that none has is named."""
+    second: list[str | None] = [SECOND[0], None, SECOND[2]]
+    (files / "some.de").write_text(f"{SECOND[0]}\n \n{SECOND[2]}\n", encoding="utf-8")
+    assert evaluate(files, "--reference", f"{files / 'some.de'}", "--rouge", "plain") == 0
+    lines = capsys.readouterr().out.splitlines()
+    metrics = ("bleu", "chrf", "ter", "repetition")
+    expected = corpus_scores(HYPOTHESES, REFERENCES, second, metrics=metrics, rouge="plain")
+    assert [line.split()[0] for line in lines] == ["BLEU", "chrF2", "TER", "repetition", "ROUGE-1", "ROUGE-2", "ROUGE-L"]
+    assert [line.split()[1:3] for line in lines] == [[f"{score.value:.2f}", score.signature] for score in expected]
+    assert evaluate(files, reference="some.de") == 1
+    fails_with("line 2 has no reference; give it one, or leave the line out everywhere", capsys)
 
 
 @pytest.mark.timeout(30)

@@ -121,6 +121,14 @@ RECIPES = [
         ("validation.generation=null",),
     ),
     lm("data.train is text without a source; leave it out", ("data.filter.max_ratio=3",), ()),
+    lm("cuts sources, and data.train has none; leave it out", ("data.filter.long_sources=truncate",), ()),
+    wrong(
+        "needs validation.rouge; set it to stemmed or plain, or choose another metric",
+        "validation.metric=rouge_l",
+        ("validation.metric=rouge_l", "validation.rouge=stemmed"),
+        "validation.metric=chrf",
+    ),
+    lm("but generation = null; set generation, or leave rouge out", ("validation.rouge=plain",), ()),
     wrong("lower it (a tenth of the peak is {})", "schedule.warmup_init=1", "schedule.warmup_init=0.0001"),
     Wrong(
         "source and target with one vocabulary, but data.tokenizer.sharing = separate; choose sharing: joint",

@@ -15,6 +15,7 @@ from dstrain.data.prepared import prepare as prepare_module
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
+from dstrain.data.prepared.report import describe_data
 from dstrain.data.sources import corpora, text
 from dstrain.data.tokenizers.tokenizer import DictionaryTokenizer, TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import DataError, StorageError
@@ -178,6 +179,35 @@ def test_drops_are_counted_by_reason_and_only_in_training(tmp_path: Path) -> Non
     line = next(line for line in report.lines() if line.startswith("train: "))
     assert "3 pairs" in line
     assert "dropped 5 of 8: empty 2, too long 2, ratio 1" in line
+
+
+def test_long_sources_are_cut_and_counted_in_every_split(tmp_path: Path) -> None:
+    words = [" ".join(["the"] * count) for count in range(12)]
+    pair = parallel(
+        tmp_path, "pairs", [words[3], words[4], words[11], "", words[5]], [words[3], words[1], words[2], words[1], words[7]]
+    )
+    save_tokenizers(TokenizerPair(*[DictionaryTokenizer(b"the 1\n__en__ 1\n")] * 2), tmp_path / "words")
+    config = data_config(
+        tmp_path,
+        train=[{**pair, "name": "a"}],
+        valid=[{**pair, "name": "b"}],
+        directions={"b": {"source_tags": ["__en__"]}},
+        filter={"max_source_length": 5, "max_target_length": 6, "long_sources": "truncate"},
+        tokenizer={"kind": "tokenizer_directory", "path": str(tmp_path / "words")},
+    )
+    report = prepare(config, tmp_path / "data", workers=1)
+    train, valid = open_dataset(tmp_path / "data", "train"), open_dataset(tmp_path / "data", "valid")
+    # lengths with EOS: 4, 5, 12 -> 5, empty, 6 -> 5 with a target of 8, which is too long
+    the, tag = train[0].source[0], valid[0].source[0]
+    assert [train[row].source.tolist() for row in range(3)] == [[the] * 3 + [EOS], [the] * 4 + [EOS], [the] * 4 + [EOS]]
+    assert report.splits["train"].dropped == {"empty": 1, "too long": 1, "ratio": 0}
+    # a tag is a token of the source
+    assert valid.source_lengths.tolist() == [5, 5, 5, 1, 5]
+    assert valid[2].source.tolist() == [tag] + [the] * 3 + [EOS]
+    assert valid.source_text(2) == words[11], "the raw text is whole"
+    assert (report.splits["train"].truncated, report.splits["valid"].truncated) == (2, 3)
+    assert "dropped 2 of 5: empty 1, too long 1; 2 sources truncated" in report.lines()[2]
+    assert "3 sources truncated" in describe_data(tmp_path / "data")[3]
 
 
 def test_text_without_a_source_is_judged_by_its_own_length_and_loses_its_blank_lines_everywhere(tmp_path: Path) -> None:

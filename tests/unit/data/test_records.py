@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from dstrain.data.config import JsonlText
-from dstrain.data.sources.corpora import parse
+from dstrain.data.config import DataConfig, JsonlText
+from dstrain.data.sources.corpora import parse, parse_references
 from dstrain.data.sources.text import TextBlock, scan_jsonl
 from dstrain.errors import DataError
 
@@ -57,6 +57,42 @@ def test_sentences_are_joined_on_request_and_one_of_several_references_is_chosen
 def test_what_is_not_there_is_told_with_what_is(record: dict[str, Any], keys: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=rf"/corpus\.jsonl:5: {message}"):
         pairs_of(record, **keys)
+
+
+def references_of(record: dict[str, Any], **keys: Any) -> list[list[str]] | None:
+    line = json.dumps(record) + "\n"
+    return parse_references(JsonlText(path="/corpus.jsonl", **keys), TextBlock(4, 1, (line.encode(),)))
+
+
+def test_all_references_are_read_if_the_recipe_names_them() -> None:
+    assert references_of(SUMMARY, references="target") == [SUMMARY["target"]]
+    assert references_of({"a": {"b": [["x", "y"]]}}, references="a.b.0") == [["x", "y"]]
+    assert references_of(SUMMARY) is None
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ([], "field 'target' lacks a reference or holds a blank one; fix the file, or leave the line out"),
+        (["one", " "], "field 'target' lacks a reference or holds a blank one"),
+        ("one", "field 'target' holds a string, not a list of references; name another field"),
+        (["one", 2], "field 'target' holds a number, not a string"),
+        (["one", ["two"]], "field 'target' holds a list, not a string"),
+    ],
+)
+def test_a_missing_reference_is_named_by_its_line(target: Any, message: str) -> None:
+    with pytest.raises(DataError, match=rf"/corpus\.jsonl:5: {message}"):
+        references_of({"target": target}, references="target")
+
+
+def test_references_that_nothing_is_compared_with_are_refused() -> None:
+    plain = {"kind": "jsonl", "path": "x"}
+    for split, unread in (("train", {"references": "target"}), ("valid", {"source": None, "references": "target"})):
+        corpora = {"train": [plain], "valid": [plain], split: [{**plain, **unread}]}
+        with pytest.raises(
+            ValueError, match=rf"{split}\.0\.references has no effect: only pairs of evaluation splits are scored"
+        ):
+            DataConfig.model_validate(corpora)
 
 
 def test_keys_of_older_recipes_are_read() -> None:

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import sacrebleu
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 from torch.nn import functional as F
 
 from dstrain.batch import Sequences
 from dstrain.build.validation_options import ValidateOptions, generation_of
 from dstrain.checkpoint.bundle import load_bundle, save_bundle
 from dstrain.cli.main import main
-from dstrain.data.config import DataConfig, GrammarText, PlainText
+from dstrain.data.config import DataConfig, GrammarText, JsonlText, PlainText
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.prepare import prepare
 from dstrain.data.tasks.config import Denoising, LanguageModeling, Mass, TextTask
@@ -141,6 +142,30 @@ def test_validate_takes_the_options_of_a_method(
     expected = sacrebleu.corpus_chrf(hypotheses.read_text().splitlines(), [target.read_text().splitlines()])
     assert scores["chrf"] == pytest.approx(expected.score)
     assert scores["chrf"] != scores_of(bundle, data, capsys)["chrf"]
+
+
+def test_rouge_compares_with_all_references(bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Among the references of every other pair is what the model generates; so its score is 100, that of the others as it is."""
+    assert main(["text", str(data), "--split", "valid", "--output", str(tmp_path)]) == 0
+    source, hypotheses = tmp_path / "source.txt", tmp_path / "hypotheses.txt"
+    assert main(["generate", str(bundle), "--input", str(source), "--output", str(hypotheses), "--beam-size", "1"]) == 0
+    sources, generated = source.read_text().splitlines(), hypotheses.read_text().splitlines()
+    references = [["x y z", text + " word"] if row % 2 else ["no word"] for row, text in enumerate(generated)]
+    pairs = [{"source": text, "target": own} for text, own in zip(sources, references, strict=True)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    corpus = JsonlText(path=str(tmp_path / "pairs.jsonl"), target="target.0", references="target")
+    tokenizer = TokenizerDirectory(path=str(data / "tokenizer"))
+    config = DataConfig(train=(GrammarText(split="train", num_pairs=2),), valid=(corpus,), tokenizer=tokenizer)
+    prepare(config, tmp_path / "data", workers=1, progress=False)
+    scores = scores_of(bundle, tmp_path / "data", capsys, "--beam-size", "1", "--rouge", "plain")
+    scorer = RougeScorer(["rougeL"])
+    best = [
+        max(scorer.score(text, line)["rougeL"].fmeasure for text in own) for own, line in zip(references, generated, strict=True)
+    ]
+    assert scores["rouge_l"] == pytest.approx(100 * sum(best) / len(best))
+    assert scores["rouge_l"] > 25
+    assert scores["signatures"]["rouge_l"].startswith("nrefs:var|refs:max|score:f1|")
+    assert "nrefs:var|" in scores["signatures"]["bleu"]
 
 
 def test_bleu_is_that_of_the_recipe_unless_options_change_it(

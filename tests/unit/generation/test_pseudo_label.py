@@ -15,7 +15,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from dstrain.data.config import FilterConfig
+from dstrain.data.filtering import FilterConfig
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.derived import LabelJob, copy_original, label_shard_file, merge_labels
 from dstrain.data.prepared.manifest import load_manifest
