@@ -79,7 +79,7 @@ def counted_by_hand(bundle: Path, data: Path, smoothing: float, *, average: str 
     dataset = open_dataset(data, "valid")
     loss, nll, count = 0.0, 0.0, 0
     for row in range(len(dataset)):
-        source, target = (torch.from_numpy(side.astype("int64"))[None] for side in dataset[row])
+        source, target = (torch.from_numpy(side.astype("int64"))[None] for side in dataset[row][:2])
         decoder_input = torch.cat([torch.full((1, 1), 2), target[:, :-1]], dim=1)
         lengths = torch.tensor([source.shape[1]]), torch.tensor([target.shape[1]])
         with torch.no_grad():
