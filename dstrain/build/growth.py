@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +10,9 @@ from typing import NamedTuple
 from dstrain.arguments import CheckedOptions, require_type
 from dstrain.checkpoint.bundle import StoredBundle, find_bundle, save_bundle
 from dstrain.checkpoint.directories import check_bundle_output, require_bundle
-from dstrain.data.tokenizers.growth import entry_rows, grown_tokenizers
+from dstrain.data.sources.opening import open_lines
+from dstrain.data.sources.text import decode_line
+from dstrain.data.tokenizers.growth import characters_of, entry_rows, grown_tokenizers
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
 from dstrain.errors import ArgumentError, BundleError, DataError
 from dstrain.models.config import VocabularySizes
@@ -21,8 +24,9 @@ from dstrain.storage.outputs import check_output_path
 class GrowOptions(CheckedOptions):
     """The options of `dstrain grow`.
 
-    tags, symbols: entries to add, as `data.tokenizer.tags` and `user_symbols` are. tokenizer: a tokenizer directory with all
-    entries of the bundle's and more, instead of both. base: of an adapter bundle, if it has moved. overwrite: replace a bundle at
+    tags, symbols: entries to add, as `data.tokenizer.tags` and `user_symbols` are. text: a file in a new language; each character
+    that the vocabulary lacks becomes a symbol. tokenizer: a tokenizer directory with all entries of the bundle's and more,
+    instead of these. base: of an adapter bundle, if it has moved. overwrite: replace a bundle at
     `output`.
     """
 
@@ -30,6 +34,7 @@ class GrowOptions(CheckedOptions):
     output: Path
     tags: tuple[str, ...] = ()
     symbols: tuple[str, ...] = ()
+    text: Path | None = None
     tokenizer: Path | None = None
     base: Path | None = None
     overwrite: bool = False
@@ -69,12 +74,12 @@ def grow(options: GrowOptions) -> Growth:
 
 def check_growth(options: GrowOptions) -> None:
     """Raise a DstrainError for every mistake in arguments and paths that shows before anything is loaded."""
-    added = bool(options.tags or options.symbols)
+    added = bool(options.tags or options.symbols or options.text)
     if added == (options.tokenizer is not None):
         raise ArgumentError(
-            "--tags and --symbols name entries, --tokenizer a directory that has them: give one of both"
+            "--tags, --symbols and --text name entries, --tokenizer a directory that has them: give one of both"
             if added
-            else "nothing is to be added: name entries by --tags or --symbols, or a directory by --tokenizer"
+            else "nothing is to be added: name entries by --tags, --symbols or --text, or a directory by --tokenizer"
         )
     require_bundle(options.bundle, options.base)
     check_bundle_output(options.output, {"BUNDLE": options.bundle}, overwrite=options.overwrite)
@@ -82,7 +87,11 @@ def check_growth(options: GrowOptions) -> None:
 
 def _grown(old: TokenizerPair, options: GrowOptions) -> TokenizerPair:
     if options.tokenizer is None:
-        return grown_tokenizers(old, tags=options.tags, symbols=options.symbols)
+        characters = [] if options.text is None else characters_of(_lines(options.text))
+        grown = grown_tokenizers(old, tags=options.tags, symbols=options.symbols, characters=characters)
+        if grown.fingerprint == old.fingerprint:
+            raise DataError(f"--text {options.text} has no character that the vocabulary lacks; add --tags or --symbols")
+        return grown
     new = load_tokenizers(options.tokenizer)
     if new.shared != old.shared:
         one, two = ("one vocabulary for both sides", "one for each side")
@@ -91,6 +100,12 @@ def _grown(old: TokenizerPair, options: GrowOptions) -> TokenizerPair:
             "directory like the bundle's"
         )
     return new
+
+
+def _lines(text: Path) -> Iterator[str]:
+    with open_lines(str(text)) as stream:
+        for number, line in enumerate(stream, 1):
+            yield decode_line(line, str(text), number)
 
 
 def _write(stored: StoredBundle, old: TokenizerPair, new: TokenizerPair, options: GrowOptions, after: VocabularySizes) -> None:

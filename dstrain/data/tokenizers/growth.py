@@ -6,8 +6,9 @@ dictionary gets lines.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from dstrain.data.tokenizers.tokenizer import (
     WORD_START,
@@ -20,15 +21,39 @@ from dstrain.errors import DataError
 from dstrain.protocols import TextTokenizer
 
 
-def grown_tokenizers(pair: TokenizerPair, *, tags: Sequence[str] = (), symbols: Sequence[str] = ()) -> TokenizerPair:
-    """Both sides with `data.tokenizer.tags` and `user_symbols` more.
+def grown_tokenizers(
+    pair: TokenizerPair, *, tags: Sequence[str] = (), symbols: Sequence[str] = (), characters: Sequence[str] = ()
+) -> TokenizerPair:
+    """Both sides with `data.tokenizer.tags` and `user_symbols` more, and with those of the characters that a side lacks.
 
-    DataError for one that is an entry already, is no symbol, or that the tokenizer would read otherwise.
+    DataError for a tag or symbol that is an entry already, is no symbol, or that the tokenizer would read otherwise, and for
+    characters beside a dictionary.
     """
     check_symbols("--tags", tags)
     check_symbols("--symbols", symbols)
-    source = _grown(pair.source, tags, symbols)
-    return TokenizerPair(source, source if pair.shared else _grown(pair.target, tags, symbols))
+
+    def grown(side: TextTokenizer) -> TextTokenizer:
+        return _grown(side, tags, [*symbols, *_unknown(side, [own for own in characters if own not in symbols])])
+
+    source = grown(pair.source)
+    return TokenizerPair(source, source if pair.shared else grown(pair.target))
+
+
+def characters_of(lines: Iterable[str]) -> list[str]:
+    """The characters of a text as SentencePiece normalizes them (NFKC), frequent ones first."""
+    counts = Counter[str]()
+    for line in lines:
+        counts.update(unicodedata.normalize("NFKC", line))
+    return sorted(counts, key=lambda character: (-counts[character], character))
+
+
+def _unknown(tokenizer: TextTokenizer, characters: Sequence[str]) -> list[str]:
+    """Those that are `<unk>`."""
+    if characters and not isinstance(tokenizer, SentencePieceTokenizer):
+        raise DataError(
+            "--text: a dictionary has words or pieces, not characters; name what it lacks by --symbols or --tokenizer"
+        )
+    return [own for own, ids in zip(characters, tokenizer.encode(characters), strict=True) if tokenizer.unk_id in ids]
 
 
 def _grown(tokenizer: TextTokenizer, tags: Sequence[str], symbols: Sequence[str]) -> TextTokenizer:

@@ -103,6 +103,36 @@ def test_a_sentencepiece_model_reads_old_text_as_before(tmp_path: Path) -> None:
     assert entry_rows(old.source, new.source) == [*range(60), None, None, None]
 
 
+def test_characters_of_a_text_that_the_vocabulary_lacks(tmp_path: Path) -> None:
+    """Of `Żółw łka` in full-width and composed forms; the rest of the text is read as before, piece by piece."""
+    prepare(data_config(tmp_path), tmp_path / "data", workers=1)
+    pair = load_tokenizers(tmp_path / "data/tokenizer")
+    config, sizes = config_of({"embedding": {"kind": "plain", "tie": "all"}}), VocabularySizes.of(pair.source, pair.target)
+    weights = to_canonical(build_model(config, sizes, seed=3))
+    save_bundle(tmp_path / "old", model_config=config, vocabulary=sizes, weights=weights, tokenizers=pair, recipe=None)
+    (tmp_path / "pl.txt").write_text("łzy łez\nz\u0307a the ｃat ł\n", encoding="utf-8")
+    grow(GrowOptions(bundle=tmp_path / "old", output=tmp_path / "new", tags=("__pl__",), text=tmp_path / "pl.txt"))
+    new = load(tmp_path / "new").tokenizer.source
+    assert new.tokens(range(60, new.vocab_size)) == ["ł", "z", "y", "ż", "\u2581__pl__"]
+    text = "__pl__ ła ży the ｃat"
+    assert pair.source.unk_id in pair.source.encode([text])[0]
+    (row,) = new.encode([text])
+    assert new.unk_id not in row
+    assert new.decode([row]) == ["__pl__ ła ży the cat"]
+    assert new.encode(sentences(100)) == pair.source.encode(sentences(100))
+
+    again = {"bundle": tmp_path / "new", "output": tmp_path / "again", "text": tmp_path / "pl.txt"}
+    with pytest.raises(DataError, match=r"pl.txt has no character that the vocabulary lacks; add --tags or --symbols"):
+        grow(GrowOptions(**again))
+    grow(GrowOptions(**again, tags=("__uk__",)))
+    words = make_bundle(tmp_path / "words")
+    with pytest.raises(
+        DataError, match="--text: a dictionary has words or pieces, not characters; name what it lacks by --symbols"
+    ):
+        grow(GrowOptions(bundle=words, output=tmp_path / "other", text=tmp_path / "pl.txt"))
+    grow(GrowOptions(bundle=words, output=tmp_path / "other", symbols=("ł",)))
+
+
 def test_specials_that_a_model_lacks_move_with_their_rows() -> None:
     """Such a model gets them after its last piece, which growth moves: rows follow names."""
     import io
@@ -197,9 +227,11 @@ def test_names_that_occur_twice_need_their_old_ids() -> None:
 def test_the_verb(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verbs, old, new = Verbs(capsys), make_bundle(tmp_path / "old"), tmp_path / "new"
     start = ("grow", old, "--output", new)
-    assert "nothing is to be added: name entries by --tags or --symbols, or a directory by --tokenizer" in verbs.fail(*start)
+    assert "nothing is to be added: name entries by --tags, --symbols or --text, or a directory by --tokenizer" in verbs.fail(
+        *start
+    )
     both = verbs.fail(*start, "--tags", "__pl__", "--tokenizer", old / "tokenizer")
-    assert "--tags and --symbols name entries, --tokenizer a directory that has them: give one of both" in both
+    assert "--tags, --symbols and --text name entries, --tokenizer a directory that has them: give one of both" in both
     plain = make_bundle(tmp_path / "plain", with_tokenizers=False)
     assert "has no tokenizer, so its entries have no names; import the model with one" in verbs.fail(
         "grow", plain, "--output", new, "--tags", "__pl__"

@@ -48,10 +48,10 @@ ELSEWHERE = {
     "free some space, then run the same command again": (
         "unit/checkpoint/test_bundle.py::test_a_failed_save_leaves_the_old_bundle_and_no_rest"
     ),
-    "--tags and --symbols name entries, --tokenizer a directory that has them: give one of both": (
+    "--tags, --symbols and --text name entries, --tokenizer a directory that has them: give one of both": (
         "unit/build/test_growth.py::test_the_verb"
     ),
-    "nothing is to be added: name entries by --tags or --symbols, or a directory by --tokenizer": (
+    "nothing is to be added: name entries by --tags, --symbols or --text, or a directory by --tokenizer": (
         "unit/build/test_growth.py::test_the_verb"
     ),
     "name a directory like the bundle's": (
@@ -59,6 +59,12 @@ ELSEWHERE = {
     ),
     "is an entry of the vocabulary already; leave it out of --tags and --symbols": (
         "unit/build/test_growth.py::test_what_cannot_be_added"
+    ),
+    "has no character that the vocabulary lacks; add --tags or --symbols": (
+        "unit/build/test_growth.py::test_characters_of_a_text_that_the_vocabulary_lacks"
+    ),
+    "name what it lacks by --symbols or --tokenizer": (
+        "unit/build/test_growth.py::test_characters_of_a_text_that_the_vocabulary_lacks"
     ),
     "choose one that stays as it is": "unit/build/test_growth.py::test_a_tag_that_normalization_changes",
     "was replaced while it was read, perhaps by a training; run the same command again": (
