@@ -146,8 +146,8 @@ class Targets:
     index: (n,) int64, the index of its prediction in the decoder's outputs, (B * T) flattened or (N).
     labels: (n,) int64, the tokens to predict.
     weight: (n,) float32, 1 / (scored tokens of its example): by it a mean over sentences counts a token.
-    example_id: (n,) int64, line of the data set. position: (n,) int64, number in the target from 0. segment: (n,) int64, number
-    of its example in the batch. These three stay on the CPU, for lookups by example.
+    example_id: (n,) int64, line of the data set, or number of a block. position: (n,) int64, number in the target from 0.
+    segment: (n,) int64, number of its example in the batch. These three stay on the CPU, for lookups by example.
     """
 
     index: Tensor
@@ -170,8 +170,8 @@ class Targets:
 class ExampleSpans:
     """The b examples of a batch, in the order of its sequences; (b,) int64 each, always on the CPU.
 
-    ids: lines of the data set. source_start: the first source token in the flattened tokens of `Batch.reading`. source_length,
-    target_length: tokens, the final EOS included.
+    ids: lines of the data set, or numbers of blocks, of which each may be several sequences. source_start: the first source
+    token in the flattened tokens of `Batch.reading`. source_length, target_length: tokens, the final EOS included.
     """
 
     ids: Tensor

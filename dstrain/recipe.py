@@ -13,7 +13,15 @@ from pydantic import Field, model_validator
 
 from dstrain.adapters.config import AdapterConfig
 from dstrain.config_base import Config, ConfigErrors
-from dstrain.data.config import BatchingConfig, DataConfig, corpus_names, gives_sources, has_no_source, is_text_only
+from dstrain.data.config import (
+    BatchingConfig,
+    DataConfig,
+    corpus_names,
+    gives_sources,
+    has_no_source,
+    is_text_only,
+    tells_documents,
+)
 from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.distillation.config import DistillationConfig
 from dstrain.engine.config import EngineConfig, OptimizerConfig, ScheduleConfig
@@ -45,12 +53,19 @@ class Recipe(Config):
     reporting: ReportingConfig = Field(default_factory=ReportingConfig, description="Logging.")
     generation: GenerationConfig = Field(default_factory=BeamSearchConfig, description="How the trained model generates text.")
 
+    def packs(self, device: Literal["cpu", "cuda"]) -> bool:
+        """Whether training on such a device packs the sequences of a batch, instead of padding them."""
+        blocks, layout = self.batching.packing, self.engine.layout
+        needed = self.engine.parallel.sequence > 1 or (blocks is not None and blocks.attention == "document")
+        return layout == "packed" or (layout == "auto" and (device == "cuda" or needed))
+
     @model_validator(mode="after")
     def _sections_fit(self) -> Recipe:
         problems = [
             *self._text_problems(),
             *self._source_problems(),
             *self._sampling_problems(),
+            *self._packing_problems(),
             *self._validation_problems(),
             *self._length_problems(),
             *self._vocabulary_problems(),
@@ -107,6 +122,36 @@ class Recipe(Config):
             for name in names.keys() - weights.keys():
                 yield f"batching.sampling.{key} lacks the corpus {name} of data.train; give it a weight, 0 to leave it out"
 
+    def _packing_problems(self) -> Iterator[str]:
+        packing = self.batching.packing
+        if packing is None:
+            return
+        for number, corpus in enumerate(self.data.train):
+            if gives_sources(corpus):
+                yield (
+                    f"batching.packing makes blocks of text for language models, but the examples of data.train.{number} (kind: "
+                    f"{corpus.kind}) have a source; set batching.packing: null, or choose text with task: "
+                    "{kind: language_modeling}"
+                )
+        if packing.documents == "complete_documents" and not tells_documents(self.data.train):
+            yield (
+                "batching.packing.documents = complete_documents would make a block of each line, as no corpus of data.train "
+                "says where its documents begin; set document_start, or choose documents: complete_sentences"
+            )
+        if packing.attention == "document" and self.engine.layout == "padded":
+            yield (
+                "batching.packing.attention = document needs packed sequences, but engine.layout = padded; choose layout: auto, "
+                "or attention: block"
+            )
+        limits = {
+            "model.max_target_length": self.model.limits.target,
+            "batching.max_tokens": self.batching.max_tokens,
+            "batching.tokens_per_step": self.batching.tokens_per_step,
+        }
+        for key, limit in limits.items():
+            if packing.block_size > limit:
+                yield f"batching.packing.block_size = {packing.block_size} is more than {key} = {limit}; lower it, or raise that"
+
     def _validation_problems(self) -> Iterator[str]:
         corpus, names = self.validation.corpus, dict.fromkeys(corpus_names(self.data.valid))
         if corpus is not None and corpus not in names:
@@ -114,7 +159,9 @@ class Recipe(Config):
             yield f"validation.corpus: {corpus} is no corpus of data.valid ({known}); correct the name, or leave it out"
 
     def _length_problems(self) -> Iterator[str]:
-        kept, limits = self.data.filter, self.model.limits
+        kept, limits, packing = self.data.filter, self.model.limits, self.batching.packing
+        if packing is not None:
+            return  # longer lines are cut
         if has_no_source(self.data.train):
             read = {"target": limits.target}
             if any(map(gives_sources, self.data.train)) and not limits.joint:

@@ -25,6 +25,7 @@ def plan_distillation(config: DistillationConfig, recipe: Recipe, options: Teach
     store = None if options.logits is None else open_logits(options.logits, data.directory, data.manifest, config)
     planned = plan_teachers(options, data.tokenizers, data.vocabulary, data.train_examples.lengths)
     _require_shared_heads(planned, recipe)
+    _require_blocks(planned, recipe)
     features = plan_features(config, recipe.model, [teacher.model for teacher in planned])
     tag_position = 0
     if isinstance(config.selection, GlobalByLanguageSelection):
@@ -41,6 +42,16 @@ def plan_distillation(config: DistillationConfig, recipe: Recipe, options: Teach
         teachers=tuple(teacher.fingerprint for teacher in planned) if store is None else (store.manifest.fingerprint,),
         models=tuple(teacher.model for teacher in planned),
     )
+
+
+def _require_blocks(teachers: Sequence[PlannedTeacher], recipe: Recipe) -> None:
+    """RecipeError for a teacher that cannot read blocks of text: it would need a source for each of their sequences."""
+    for teacher in teachers:
+        if recipe.batching.packing is not None and teacher.model.kind != "decoder_only":
+            raise RecipeError(
+                f"the teacher {teacher.bundle.directory} is an encoder-decoder, which cannot read blocks of text: set "
+                "batching.packing: null, or choose a decoder-only teacher"
+            )
 
 
 def _require_shared_heads(teachers: Sequence[PlannedTeacher], recipe: Recipe) -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -44,7 +43,7 @@ from dstrain.recipe import Recipe
 
 GEMM_TFLOPS = {"fp32": 50.0, "bf16": 600.0, "fp16": 600.0}
 """What large products of an H100 reach, in 10^12 operations a second, by precision."""
-SAMPLED_ROWS = 100_000
+SAMPLED_EXAMPLES = 100_000
 """Of the training data, whose lengths stand for all."""
 SENTENCE = 32
 """Tokens of a sentence if no data says how many."""
@@ -190,7 +189,9 @@ def workload_of(
 
 def longest_row(recipe: Recipe) -> int:
     """Padded tokens of the longest example that the recipe keeps; a micro-batch must hold it."""
-    kept, limits = recipe.data.filter, recipe.model.limits
+    kept, limits, packing = recipe.data.filter, recipe.model.limits, recipe.batching.packing
+    if packing is not None:
+        return packing.block_size
     source, target = min(kept.max_source_length, limits.source), min(kept.max_target_length, limits.target)
     if has_no_source(recipe.data.train):
         return target
@@ -208,7 +209,7 @@ def layout_of(recipe: Recipe, size: ModelSize, *, ranks: int, device: DeviceKind
         checkpointing=engine.activation_checkpointing,
         sharding=Sharding.of(engine, replicas=ranks // engine.parallel.tensor, size=size),
         device=device,
-        packed=engine.layout == "packed" or (engine.layout == "auto" and (device == "cuda" or engine.parallel.sequence > 1)),
+        packed=recipe.packs(device),
         tiles=engine.feed_forward_tiles,
     )
 
@@ -233,6 +234,8 @@ def _vocabulary(recipe: Recipe, options: EstimateOptions) -> VocabularySizes:
 
 def _lengths(recipe: Recipe, options: EstimateOptions) -> SentenceLengths:
     text_only, noised = has_no_source(recipe.data.train), any(map(gives_sources, recipe.data.train))
+    if recipe.batching.packing is not None and options.length is None:
+        return SentenceLengths(1, recipe.batching.packing.block_size)
     if options.data is not None and options.length is None:
         split = load_manifest(options.data).require_split("train", options.data)
         rows = max(split.rows, 1)
@@ -266,9 +269,8 @@ def log_memory(plan: TrainingPlan, teachers: TeacherOptions, mesh: Mesh) -> None
 
     Teachers count with the student's vocabulary. Every rank calls it: a recipe that makes no model is an error on all.
     """
-    recipe, train, vocabulary = plan.recipe, plan.data.train_examples.lengths, plan.data.vocabulary
-    rows = np.arange(0, len(train), -(-len(train) // SAMPLED_ROWS))
-    lengths = [max(1, round(float(each.mean()))) for each in train.of(1, rows)]
+    recipe, vocabulary = plan.recipe, plan.data.vocabulary
+    lengths = [max(1, round(float(each.mean()))) for each in plan.steps.sample(SAMPLED_EXAMPLES)]
     needs, placement = recipe.objective.needs.teacher, teachers.placement or "sharded"
     precision = (needs and needs.precision) or recipe.engine.precision
     online = [TeacherModel(model, vocabulary, precision, placement) for model in plan.objective.models]

@@ -116,6 +116,7 @@ def log_plan(plan: TrainingPlan, mesh: Mesh) -> None:
             "device": describe_device(mesh.device),
             "kernels": kernels_in_use(mesh.device.type, COMPUTE_DTYPES[plan.recipe.engine.precision]),
             "train": f"{len(plan.data.train):,} examples, {targets:,} target tokens",
+            "blocks": plan.data.blocks and plan.data.blocks.describe(),
             "epoch": f"about {plan.horizons.steps_per_epoch:,} steps",
             "valid": f"{len(plan.data.valid):,} examples",
             "text": moved and f"elsewhere than when it was prepared: {moved}",

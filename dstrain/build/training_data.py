@@ -8,8 +8,9 @@ from pathlib import Path
 
 from dstrain.batch import Batch
 from dstrain.data.batching.collate import Collator, PackedSize
-from dstrain.data.batching.loader import TrainLoader, evaluation_loader
+from dstrain.data.batching.loader import Examples, TrainLoader, evaluation_loader
 from dstrain.data.batching.order import MixedOrder, Order, ShuffledOrder
+from dstrain.data.batching.packing import BlockExamples, BlockOrder, BlockWindows, Documents
 from dstrain.data.batching.plan import StepPlan, window_capacity
 from dstrain.data.batching.shard_window import build_shuffle
 from dstrain.data.config import BatchingConfig, task_of_text
@@ -37,10 +38,9 @@ def packed_size(recipe: Recipe, mesh: Mesh) -> PackedSize | None:
     attention takes padded rows all the same, and packing saves less than it costs: translation/multi30k_tiny, of which 2 % is
     padding, takes 1.01 times the time.
     """
-    on_gpu, shared = mesh.device.type == "cuda", mesh.sequence.size > 1
-    if recipe.engine.layout == "padded" or (recipe.engine.layout == "auto" and not on_gpu and not shared):
+    if not recipe.packs("cuda" if mesh.device.type == "cuda" else "cpu"):
         return None
-    if not on_gpu:
+    if mesh.device.type != "cuda":
         return PackedSize(mesh.sequence.size)
     return PackedSize(PACKED_MULTIPLE * mesh.tensor.size * mesh.sequence.size)
 
@@ -48,8 +48,11 @@ def packed_size(recipe: Recipe, mesh: Mesh) -> PackedSize | None:
 class TrainingData:
     """What training reads of a DATA directory.
 
-    train, valid: as they are stored. train_examples, valid_examples: as the recipe's tasks make them.
+    train, valid: as they are stored. train_examples, valid_examples: as the recipe's tasks make them. blocks: the training
+    examples if they are packed.
     """
+
+    blocks: BlockExamples | None = None
 
     def __init__(self, directory: Path, recipe: Recipe) -> None:
         self.directory = directory
@@ -63,8 +66,16 @@ class TrainingData:
         self.tokenizers: TokenizerPair = load_tokenizers(directory / "tokenizer")
         tasks = {split: list(map(task_of_text, sources)) for split, sources in splits_of(recipe.data).items()}
         build = partial(build_examples, tokenizer=self.tokenizers.target)
-        self.train_examples = build(self.train, tasks["train"], split="train", seed=recipe.training.seed)
+        self.train_examples: Examples = build(self.train, tasks["train"], split="train", seed=recipe.training.seed)
         self.valid_examples = build(self.valid, tasks["valid"], split="valid")
+        packing = recipe.batching.packing
+        self.documents = Documents(None if packing is None else self.train.document_starts, len(self.train))
+        self._order = self._build_order(recipe.batching, recipe.training.seed)
+        if packing is not None:
+            windows = BlockWindows(self.train.lengths, self.documents, self._order, packing, corpora=self.corpora("train"))
+            self._order = BlockOrder(windows, recipe.training.seed)
+            self.blocks = BlockExamples(self.train, windows, start_id=self.tokenizers.target.start_id)
+            self.train_examples = self.blocks
 
     @property
     def vocabulary(self) -> VocabularySizes:
@@ -80,25 +91,26 @@ class TrainingData:
             recipe.batching,
             recipe.training.seed,
             kind=recipe.model.kind,
-            order=self._order(recipe.batching, recipe.training.seed),
+            order=self._order,
         )
 
     def corpora(self, split: str) -> NamedCorpora | None:
         """The corpora of a split, if it has several names. DataError if the data does not say whose a row is."""
         return named_corpora(self.manifest, split, self.train if split == "train" else self.valid)
 
-    def _order(self, batching: BatchingConfig, seed: int) -> Order:
-        """The order of the training examples: each once an epoch, or their corpora sampled."""
+    def _build_order(self, batching: BatchingConfig, seed: int) -> Order:
+        """The order of the training examples: each once an epoch, or their corpora sampled; of documents if they are packed."""
         shards, shuffle = self.manifest.splits["train"].shard_rows(), build_shuffle(batching.shuffle)
-        corpora = self.corpora("train")
+        corpora, documents = self.corpora("train"), self.documents
+        capacity = -(-window_capacity(batching) * len(documents) // max(len(self.train), 1))  # of as many lines
         if batching.sampling is None or corpora is None:
-            return ShuffledOrder(shards, window_capacity(batching), seed, shuffle=shuffle)
-        rows = {name: split_at_shards(corpora.rows(name), shards) for name in corpora.names}
+            return ShuffledOrder(documents.ranges(shards), capacity, seed, shuffle=shuffle)
+        drawn = {name: documents.ranges(split_at_shards(corpora.rows(name), shards)) for name in corpora.names}
         return MixedOrder(
-            rows,
-            batching.sampling.phases({name: sum(map(len, ranges)) for name, ranges in rows.items()}),
-            num_examples=batching.sampling.examples_per_epoch or len(self.train),
-            capacity=window_capacity(batching),
+            drawn,
+            batching.sampling.phases({name: sum(map(len, ranges)) for name, ranges in drawn.items()}),
+            num_examples=batching.sampling.examples_per_epoch or len(documents),
+            capacity=capacity,
             seed=seed,
             shuffle=shuffle,
         )

@@ -62,6 +62,11 @@ def check_training(recipe: Recipe, options: TrainOptions) -> None:
             f"data.train.{noised[0]}.task makes another example of a text in every epoch, and --logits are of what is stored: "
             "distil with --teacher BUNDLE"
         )
+    if recipe.batching.packing is not None and teachers.logits is not None:
+        raise RecipeError(
+            "batching.packing makes examples of several lines, and --logits are of single ones: distil with --teacher BUNDLE, or "
+            "set batching.packing: null"
+        )
     check_accepted(options.accept_changes, recipe_tree(recipe))
     if recipe.adapter is not None and options.base is None:
         raise RecipeError("the recipe has an adapter section, which adapts a trained model; name its bundle with --base BUNDLE")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from dstrain.config_base import Config
+from dstrain.data.batching.config import LinePattern, PackingConfig
 from dstrain.data.filtering import FilterConfig
 from dstrain.data.sampling import CorpusName, MixtureConfig
 from dstrain.data.shuffling import ExampleShuffle, ShuffleConfig
@@ -192,6 +193,9 @@ class PlainText(TextOnly):
 
     kind: Literal["text"] = "text"
     path: str = Field(description="The file.")
+    document_start: LinePattern | None = Field(
+        default=None, description="Regular expression of lines that begin a document: `\\s*$` = blank ones; null = every line."
+    )
 
 
 class FairseqText(TextOnly):
@@ -225,6 +229,11 @@ def is_text_only(source: TextSource) -> bool:
 def task_of_text(source: TextSource) -> TextTask | None:
     """The task of a corpus of text without a source; None for pairs, which are translated."""
     return source.text_task
+
+
+def tells_documents(sources: Iterable[TextSource]) -> bool:
+    """Whether a corpus says where its documents begin."""
+    return any(isinstance(source, PlainText) and source.document_start is not None for source in sources)
 
 
 def gives_sources(source: TextSource) -> bool:
@@ -365,10 +374,9 @@ def corpus_names(sources: Iterable[TextSource]) -> tuple[str, ...]:
 class BatchingConfig(Config):
     """How examples become steps.
 
-    A micro-batch of padded rows has rows x max(longest source, longest target) tokens; one of packed sequences (engine.layout) as
-    many as its sources or its targets together, whichever are more. A decoder-only model reads source and target, less one EOS,
-    as one sequence. A step of several buckets holds short and long sentences; if `bucket_tokens` is smaller than `max_tokens` by
-    the share of padding, each bucket is a micro-batch.
+    A micro-batch of padded rows has rows x max(longest source, longest target) tokens; a packed one (engine.layout) as many as
+    its sources or its targets together, whichever are more. A decoder-only model reads source and target, less one EOS, as one
+    sequence. If `bucket_tokens` is smaller than `max_tokens` by the share of padding, each bucket is a micro-batch.
     """
 
     tokens_per_step: PositiveInt = Field(
@@ -386,4 +394,7 @@ class BatchingConfig(Config):
     )
     sampling: MixtureConfig | None = Field(
         default=None, description="How often each corpus of `data.train` is drawn; null = every example once an epoch."
+    )
+    packing: PackingConfig | None = Field(
+        default=None, description="Blocks of text for language models in place of lines; null = every line is an example."
     )

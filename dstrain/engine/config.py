@@ -168,8 +168,8 @@ class EngineConfig(Config):
     )
     layout: SequenceLayout = Field(
         default="auto",
-        description="Sequences of a batch in training: packed, one after another; padded, one a row; auto = packed on a GPU and "
-        "with parallel.sequence.",
+        description="Sequences of a batch in training: packed, one after another; padded, one a row; auto = packed on a GPU, "
+        "with parallel.sequence, and for blocks of documents that see themselves only (batching.packing).",
     )
     feed_forward_tiles: PositiveInt = Field(
         default=1,

@@ -11,7 +11,7 @@ take half a millisecond.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +25,24 @@ from dstrain.data.ragged import Ragged, positions_of, starts_of
 
 Ids = npt.NDArray[np.integer[Any]]
 """(length,) token ids of one side of an example, ending in EOS."""
+
+
+@dataclass(frozen=True)
+class TokenBlock:
+    """Documents, whole or in part, as one example of a decoder-only model.
+
+    row: line of the data set that its first token is of. inputs: (t,) the token before each label. labels: (t,).
+    sequences: (s,) tokens of the sequences that it is read as; they add up to t.
+    """
+
+    row: int
+    inputs: Ids
+    labels: Ids
+    sequences: IntArray
+
+
+ExampleIds = Sequence[Example | tuple[Ids, Ids]] | Sequence[TokenBlock]
+"""Of a batch: examples, or pairs of source and target; or blocks."""
 
 
 class Corpora(Protocol):
@@ -67,6 +85,16 @@ class ModelInputs(NamedTuple):
     target_index: IntArray
 
 
+class _Sides(NamedTuple):
+    """The tokens of a batch. rows: (b,) line of the data set of each example. sequences: as of `TokenBlock`; None = one each."""
+
+    sources: Ragged
+    inputs: Ragged
+    labels: Ragged
+    rows: IntArray
+    sequences: IntArray | None = None
+
+
 class Collator:
     """Makes the batches of one model.
 
@@ -93,22 +121,20 @@ class Collator:
         self.kinds = dict.fromkeys((kind, *teacher_kinds))
         self.corpora = corpora
 
-    def __call__(self, examples: Sequence[Example | tuple[Ids, Ids]], example_ids: IntArray, *, sampled: bool = False) -> Batch:
-        """A batch of examples, or of pairs of source and target. example_ids: (b,) lines of the data set.
+    def __call__(self, examples: ExampleIds, example_ids: IntArray, *, sampled: bool = False) -> Batch:
+        """A batch of examples, of pairs of source and target, or of blocks.
 
-        No examples make the empty micro-batch: one sequence, a lone EOS on both sides, of which nothing is scored.
+        example_ids: (b,) lines of the data set, or numbers of blocks. No examples make the empty micro-batch: one sequence, a
+        lone EOS on both sides, of which nothing is scored.
         """
-        sources, labels = Ragged.of([example[0] for example in examples]), Ragged.of([example[1] for example in examples])
-        shifted = np.roll(labels.tokens, 1)
-        shifted[starts_of(labels.lengths)] = [self._start_of(example) for example in examples]
-        inputs = Ragged(shifted, labels.lengths)
-        one_token = Ragged.of([[self.start_id]])
         ids = np.array(example_ids, np.int64)  # a copy: the plan hands out views of its window
+        sources, inputs, labels, rows, sequences = self._sides(examples, ids)
+        one_token = Ragged.of([[self.start_id]])
         lengths = torch.from_numpy(labels.lengths)
-        corpora = None if self.corpora is None else _corpus_targets(self.corpora, ids, labels.lengths)
+        corpora = None if self.corpora is None else _corpus_targets(self.corpora, rows, labels.lengths)
 
         def batch(kind: ModelKind) -> Batch:
-            reading = self._read(kind, *((sources, inputs) if examples else (one_token, one_token)), ids)
+            reading = self._read(kind, *((sources, inputs) if examples else (one_token, one_token)), ids, sequences)
             # an empty micro-batch has a sequence, but neither an example nor a target
             start, index = reading.source_start[: len(ids)], reading.target_index[: len(labels.tokens)]
             targets = Targets(
@@ -133,7 +159,26 @@ class Collator:
         """Sources, each ending in EOS, and the decoder's inputs, each beginning with a start token, as the model reads them."""
         return self._read(self.kind, sources, inputs, np.arange(len(sources.lengths)))
 
-    def _read(self, kind: ModelKind, sources: Ragged, inputs: Ragged, ids: IntArray) -> ModelInputs:
+    def _sides(self, examples: ExampleIds, ids: IntArray) -> _Sides:
+        """All tokens of the examples. ids: (b,) of the examples."""
+        blocks = [example for example in examples if isinstance(example, TokenBlock)]
+        if blocks:
+            return _Sides(
+                sources=Ragged.of([[self.start_id]] * len(blocks)),
+                inputs=Ragged.of([block.inputs for block in blocks]),
+                labels=Ragged.of([block.labels for block in blocks]),
+                rows=np.array([block.row for block in blocks]),
+                sequences=np.concatenate([block.sequences for block in blocks]),
+            )
+        pairs = [example for example in examples if not isinstance(example, TokenBlock)]
+        sources, labels = Ragged.of([pair[0] for pair in pairs]), Ragged.of([pair[1] for pair in pairs])
+        shifted = np.roll(labels.tokens, 1)
+        shifted[starts_of(labels.lengths)] = [self._start_of(pair) for pair in pairs]
+        return _Sides(sources, Ragged(shifted, labels.lengths), labels, ids)
+
+    def _read(
+        self, kind: ModelKind, sources: Ragged, inputs: Ragged, ids: IntArray, sequences: IntArray | None = None
+    ) -> ModelInputs:
         if kind == "encoder_decoder":
             source, source_index = self._lay_out(sources, ids, side=0)
             target, index = self._lay_out(inputs, ids, side=1)
@@ -146,13 +191,20 @@ class Collator:
         is_source[of_inputs] = False
         sequence[of_inputs] = inputs.tokens
         sequence[is_source] = np.delete(sources.tokens, np.cumsum(sources.lengths) - 1)
-        target, index = self._lay_out(Ragged(sequence, before + inputs.lengths), ids, side=1)
+        target, index = self._lay_out(Ragged(sequence, before + inputs.lengths), ids, side=1, sequences=sequences)
         return ModelInputs(None, target, index[start], index[of_inputs])
 
-    def _lay_out(self, ragged: Ragged, ids: IntArray, *, side: int) -> tuple[Sequences, IntArray]:
-        """The sequences as the model reads them, and the index of each token among their flattened tokens."""
+    def _lay_out(
+        self, ragged: Ragged, ids: IntArray, *, side: int, sequences: IntArray | None = None
+    ) -> tuple[Sequences, IntArray]:
+        """The sequences as the model reads them, and the index of each token among their flattened tokens.
+
+        ragged: of the examples. sequences: lengths of what they are read as, None for an example each.
+        """
+        keys = _keys(ids, ragged.lengths, positions_of(ragged.lengths), side)
+        if sequences is not None:
+            ragged = Ragged(ragged.tokens, sequences)
         lengths, positions = ragged.lengths, positions_of(ragged.lengths)
-        keys = _keys(ids, lengths, positions, side)
         if self.packed is not None:
             return _pack(ragged, positions, keys, self.packed.of(len(positions)), self.pad_id), np.arange(len(positions))
         shape = len(lengths), int(lengths.max())

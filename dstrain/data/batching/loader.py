@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from dstrain.batch import Batch
-from dstrain.data.batching.collate import Collator
+from dstrain.data.batching.collate import Collator, TokenBlock
 from dstrain.data.batching.permutation import IntArray
 from dstrain.data.batching.plan import PlannedStep, StepPlan, evaluation_batches, micro_batches
 from dstrain.data.batching.prefetch import Prefetcher
@@ -25,14 +25,14 @@ EVALUATION_EPOCH = 0
 
 
 class Examples(Protocol):
-    """Sources and targets by row: a `Dataset` has them as they are, `TaskExamples` make them."""
+    """Examples by row: a `Dataset` has them as they are, `TaskExamples` make them; `BlockExamples` have blocks by number."""
 
     @property
     def lengths(self) -> ExampleLengths:
         """Of all rows."""
         ...
 
-    def read(self, epoch: int, rows: IntArray) -> Sequence[Example]:
+    def read(self, epoch: int, rows: IntArray) -> Sequence[Example] | Sequence[TokenBlock]:
         """Some rows as they are in an epoch."""
         ...
 

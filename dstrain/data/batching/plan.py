@@ -113,6 +113,10 @@ class StepPlan:
         num_targets = int(self.lengths.of(1, window)[1].sum(dtype=np.int64))
         return max(steps, steps * self._order.num_targets(self.lengths) * 99 // (num_targets * 100))
 
+    def sample(self, number: int) -> tuple[Lengths, Lengths]:
+        """Lengths of some examples at random, of sources and targets; (n,) each, at most `number` and one window of them."""
+        return self.lengths.of(1, self._order.window(1, 0)[:number])
+
     def _steps_of_window(self, epoch: int, examples: IntArray, seed: int) -> list[IntArray]:
         """The steps that the examples of a window, given in random order, make."""
         if not len(examples):

@@ -30,6 +30,7 @@ from dstrain.data.prepared.shard import BatchView
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.errors import DataError
+from dstrain.storage.document import FileRecord
 from dstrain.storage.listed_files import ListedFiles
 
 ALWAYS_HASHED_BYTES = 1 << 30
@@ -52,6 +53,7 @@ class Dataset:
 
     runs: the corpora that the rows come from; None if the data does not say, so that all seem to be of the first. start_ids: of
     the examples of each corpus.
+    document_starts: the first row of every document, mapped from the disk; None if each row is one.
     """
 
     def __init__(
@@ -61,10 +63,12 @@ class Dataset:
         runs: Sequence[CorpusRun] | None = None,
         *,
         start_ids: Sequence[int | None] = (None,),
+        document_starts: IntArray | None = None,
     ) -> None:
         self._shards = shards
         self._start_ids = start_ids if any(start is not None for start in start_ids) else None
         self.knows_corpora = runs is not None
+        self.document_starts = document_starts
         self.source_lengths, self.target_lengths = np.asarray(lengths)
         self.lengths = StoredLengths(self.source_lengths, self.target_lengths)
         self.corpora = CorpusRanges([(0, len(self))] if runs is None else runs)
@@ -153,7 +157,8 @@ def open_split(directory: Path, manifest: DataManifest, split: str, *, verify: b
         for _ in shards:  # each is checked at its first touch, which is now
             pass
     starts = start_ids(DataConfig.model_validate(manifest.data), split, tokenizers)
-    return Dataset(shards, lengths, record.runs(), start_ids=starts)
+    documents = None if record.documents is None else _map_array(files, record.documents, verify=verify)
+    return Dataset(shards, lengths, record.runs(), start_ids=starts, document_starts=documents)
 
 
 def named_corpora(manifest: DataManifest, split: str, dataset: Dataset) -> NamedCorpora | None:
@@ -169,11 +174,17 @@ def named_corpora(manifest: DataManifest, split: str, dataset: Dataset) -> Named
 
 def _map_lengths(files: ListedFiles, record: SplitRecord, *, verify: bool) -> npt.NDArray[np.int32]:
     """(2, rows); those of a split that is not hashed here are compared with each shard when it is touched."""
-    path = files.open(record.lengths, content=verify or record.lengths.size <= ALWAYS_HASHED_BYTES).path
-    try:
-        lengths: npt.NDArray[np.int32] = np.load(path, mmap_mode="r")
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); {files.remedy}") from error
+    lengths = _map_array(files, record.lengths, verify=verify)
     if lengths.shape != (2, record.rows):
+        path = files.directory / record.lengths.file
         raise DataError(f"{path} describes {lengths.shape[-1]} pairs, the manifest says {record.rows}; {files.remedy}")
     return lengths
+
+
+def _map_array(files: ListedFiles, file: FileRecord, *, verify: bool) -> npt.NDArray[Any]:
+    path = files.open(file, content=verify or file.size <= ALWAYS_HASHED_BYTES).path
+    try:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); {files.remedy}") from error
+    return array

@@ -9,6 +9,7 @@ its blank lines are dropped everywhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import chain, compress
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from dstrain.data.config import DataConfig, TextSource, is_text_only
+from dstrain.data.config import DataConfig, PlainText, TextSource, is_text_only, tells_documents
 from dstrain.data.directions import direction_ids
 from dstrain.data.filtering import FilterConfig
 from dstrain.data.prepared.rows import Rows, id_dtype
@@ -39,6 +40,8 @@ class EncodedBlock(NamedTuple):
     """The pairs of a block that are kept, and how many were dropped by reason. corpus: which of the split's they belong to.
 
     truncated: sources that were cut.
+    document_starts: the rows of training text before which a document begins, perhaps the next block's first; none if no corpus
+    tells documents.
     """
 
     corpus: int
@@ -46,6 +49,7 @@ class EncodedBlock(NamedTuple):
     truncated: int
     dropped: dict[str, int]
     rows: Rows
+    document_starts: npt.NDArray[np.int64]
 
 
 def make_encoder(config: DataConfig, tokenizer: Path) -> Encoder:
@@ -59,6 +63,7 @@ class Encoder:
     def __init__(self, config: DataConfig, tokenizers: TokenizerPair) -> None:
         self._filter = config.filter
         self._corpora = splits_of(config)
+        self._tells_documents = tells_documents(config.train)
         self._tokenizers = tokenizers
         self._tags = {name: direction_ids(name, own, tokenizers).source_tags for name, own in config.directions.items()}
 
@@ -72,6 +77,8 @@ class Encoder:
             rows = self._encode_text(*parse(corpus, block.text))
         if corpus.name in self._tags:
             rows = _tagged(rows, self._tags[corpus.name])
+        tells = self._tells_documents and not evaluated
+        begins = document_starts(corpus, rows.target_text, len(rows.target_lengths)) if tells else np.empty(0, np.int64)
         has_no_source, truncated = is_text_only(corpus), 0
         if self._filter.long_sources == "truncate" and not has_no_source:
             rows, truncated = _cut_sources(rows, self._filter.max_source_length)
@@ -82,9 +89,11 @@ class Encoder:
         else:
             rows = rows._replace(source_text=None, target_text=None)
         dropped = {reason: int(mask.sum()) for reason, mask in reasons.items()}
+        keep = ~np.logical_or.reduce([np.zeros_like(rows.target_lengths, np.bool_), *reasons.values()])
         if any(dropped.values()):
-            rows = _kept(rows, ~np.logical_or.reduce(list(reasons.values())))
-        return EncodedBlock(block.corpus, block.text.num_lines, truncated, dropped, rows)
+            rows = _kept(rows, keep)
+        kept_before = np.concatenate(([0], np.cumsum(keep)))
+        return EncodedBlock(block.corpus, block.text.num_lines, truncated, dropped, rows, kept_before[begins])
 
     def _encode_text(self, source_text: list[str], target_text: list[str]) -> Rows:
         source, target = self._tokenizers.source.encode(source_text), self._tokenizers.target.encode(target_text)
@@ -108,6 +117,14 @@ class Encoder:
             source_text=_spelled(source, rows.source_lengths, tokenizers.source),
             target_text=_spelled(target, rows.target_lengths, tokenizers.target),
         )
+
+
+def document_starts(corpus: TextSource, texts: Sequence[str] | None, num_lines: int) -> npt.NDArray[np.int64]:
+    """The lines that begin a document, blank ones among them: all if the corpus does not say."""
+    if texts is None or not isinstance(corpus, PlainText) or corpus.document_start is None:
+        return np.arange(num_lines)
+    begins = re.compile(corpus.document_start).match
+    return np.array([number for number, text in enumerate(texts) if begins(text)], np.int64)
 
 
 def drop_reasons(source: LengthColumn | None, target: LengthColumn, limits: FilterConfig) -> dict[str, Mask]:

@@ -53,10 +53,12 @@ class SplitRecord(Config):
     """One split. pairs_read: pairs of the corpus; dropped: how many of these were left out, by reason.
 
     truncated: sources that were cut.
+    documents: the file with the first row of every document; None if the corpora do not tell documents.
     """
 
     shards: Annotated[tuple[ShardRecord, ...], FailFast()]
     lengths: FileRecord
+    documents: FileRecord | None = None
     pairs_read: Count
     dropped: dict[str, Count]
     truncated: Count = 0
@@ -106,7 +108,7 @@ class SplitRecord(Config):
     @property
     def files(self) -> tuple[FileRecord, ...]:
         """Everything on the disk."""
-        return (*self.shards, self.lengths)
+        return (*self.shards, self.lengths, *filter(None, [self.documents]))
 
 
 class DataManifest(Config):
@@ -132,8 +134,9 @@ class DataManifest(Config):
     @property
     def content(self) -> str:
         """SHA-256 over what a training reads: tokenizer, train and valid; neither paths nor test sets count."""
-        read = [self.splits[name].fingerprint for name in ("train", "valid")]
-        return sha256_of_text(" ".join([self.tokenizer_fingerprint, *read]))
+        splits = [self.splits[name] for name in ("train", "valid")]
+        documents = [split.documents.sha256 for split in splits if split.documents is not None]
+        return sha256_of_text(" ".join([self.tokenizer_fingerprint, *(split.fingerprint for split in splits), *documents]))
 
     def require_tokenizer(self, fingerprint: str, owner: str) -> None:
         """Raise DataError if `owner` (a bundle, a run) reads ids of another tokenizer than this data's."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dstrain import __version__
 from dstrain.arguments import require_path, require_type
-from dstrain.data.config import DataConfig
+from dstrain.data.config import DataConfig, tells_documents
 from dstrain.data.prepared.encode import EncodedBlock, make_encoder
 from dstrain.data.prepared.job import Job, corpus_sizes, inputs_of, plan_job, read_job, start_job
 from dstrain.data.prepared.manifest import (
@@ -31,7 +31,7 @@ from dstrain.data.prepared.manifest import (
 from dstrain.data.prepared.pool import WorkerPool
 from dstrain.data.prepared.report import PrepareReport, build_report, verify_data
 from dstrain.data.prepared.rows import id_dtype
-from dstrain.data.prepared.shard import PairSidecar, ShardWriter, shard_schema, write_lengths
+from dstrain.data.prepared.shard import PairSidecar, ShardWriter, shard_schema, write_documents, write_lengths
 from dstrain.data.sources.corpora import PairBlock, has_references, read_blocks, splits_of
 from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.tokenizer import TOKENIZER_FILE, TokenizerPair, load_tokenizers, save_tokenizers
@@ -215,16 +215,24 @@ class _Preparation:
     ) -> PairSidecar:
         """Write the next `pairs` pairs of the corpus as one shard."""
         pairs_read, truncated, dropped = 0, 0, Counter[str]()
+        starts: list[int] = []
         with atomic_writer(self._output / file) as sink:
             writer = make_writer(sink)
             while pairs_read < pairs:
                 block = next(blocks)
+                starts += (writer.rows + block.document_starts).tolist()
                 writer.add(block.rows, [(block.corpus, len(block.rows.source_lengths))])
                 pairs_read += block.pairs_read
                 truncated += block.truncated
                 dropped.update(block.dropped)
                 bar.advance(block.pairs_read)
-            shard = PairSidecar(record=writer.finish(file), pairs_read=pairs_read, dropped=dict(dropped), truncated=truncated)
+            shard = PairSidecar(
+                record=writer.finish(file),
+                pairs_read=pairs_read,
+                dropped=dict(dropped),
+                truncated=truncated,
+                document_starts=tuple(starts),
+            )
             write_sidecar(self._output, shard)
         return shard
 
@@ -244,5 +252,17 @@ class _Preparation:
         with atomic_writer(self._output / file) as sink:
             write_lengths([self._output / record.file for record in records], rows, sink)
         lengths = FileRecord(file=file, size=sink.size, sha256=sink.sha256)
-        truncated = sum(shard.truncated for shard in finished)
-        return SplitRecord(shards=records, lengths=lengths, pairs_read=pairs_read, dropped=dict(dropped), truncated=truncated)
+        documents = None
+        if split == "train" and tells_documents(self._config.train):
+            file = f"{split}/documents.npy"
+            with atomic_writer(self._output / file) as sink:
+                write_documents(finished, sink)
+            documents = FileRecord(file=file, size=sink.size, sha256=sink.sha256)
+        return SplitRecord(
+            shards=records,
+            lengths=lengths,
+            documents=documents,
+            pairs_read=pairs_read,
+            dropped=dict(dropped),
+            truncated=sum(shard.truncated for shard in finished),
+        )

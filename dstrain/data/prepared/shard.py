@@ -36,12 +36,14 @@ class PairSidecar(Sidecar):
     """Describes a shard of pairs. pairs_read: before filtering; dropped: how many of these were left out, by reason.
 
     truncated: sources that were cut.
+    document_starts: the rows before which a document begins, if the corpora of the split tell; perhaps the next shard's first.
     """
 
     record: ShardRecord
     pairs_read: Count
     dropped: dict[str, Count]
     truncated: Count = 0
+    document_starts: tuple[Count, ...] = ()
 
 
 def shard_schema(
@@ -195,6 +197,16 @@ def write_lengths(shards: Sequence[Path], rows: int, writer: HashingWriter) -> N
             for batch in read_shard(path):
                 view: ListView = batch[side]
                 writer.write(np.diff(view.offsets).tobytes())
+
+
+def write_documents(shards: Sequence[PairSidecar], writer: HashingWriter) -> None:
+    """Write the first row of every document of a split as an int64 `.npy` file. Each corpus begins with a document."""
+    records = [shard.record for shard in shards]
+    before = np.cumsum([0, *(record.rows for record in records)])
+    of_shards = [start + np.array(shard.document_starts, np.int64) for start, shard in zip(before, shards, strict=False)]
+    of_corpora = np.cumsum([0, *(rows for _, rows in merged_runs(run for record in records for run in record.runs or ()))])
+    starts = np.union1d(np.concatenate(of_shards), of_corpora)
+    np.lib.format.write_array(writer, starts[starts < before[-1]], allow_pickle=False)
 
 
 def _batch_view(batch: Any) -> BatchView:

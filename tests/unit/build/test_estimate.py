@@ -16,6 +16,7 @@ from dstrain.build import estimate as module
 from dstrain.build.estimate import EstimateOptions, SentenceLengths, estimate, log_memory, longest_row, workload_of
 from dstrain.build.training_options import TeacherOptions
 from dstrain.cli.main import main
+from dstrain.data.batching.plan import StepPlan
 from dstrain.data.lengths import StoredLengths
 from dstrain.engine.ds_config import find_ds_config
 from dstrain.log import setup_logging
@@ -169,9 +170,9 @@ def test_an_adapter_trains_little_and_a_file_of_ones_own_is_read(tmp_path: Path)
 def said(capsys: pytest.CaptureFixture[str], *changes: str) -> str:
     """By a training on this process."""
     lengths = np.array([12, 14])
-    train = SimpleNamespace(lengths=StoredLengths(lengths, lengths + 1))
-    data = SimpleNamespace(train_examples=train, vocabulary=VocabularySizes(source=8000, target=8000))
-    plan: Any = SimpleNamespace(recipe=load_recipe(TINY, changes), data=data, objective=SimpleNamespace(models=()))
+    recipe, data = load_recipe(TINY, changes), SimpleNamespace(vocabulary=VocabularySizes(source=8000, target=8000))
+    steps = StepPlan(StoredLengths(lengths, lengths + 1), recipe.batching, seed=1)
+    plan: Any = SimpleNamespace(recipe=recipe, data=data, objective=SimpleNamespace(models=()), steps=steps)
     mesh, start = build_mesh("cpu"), time.process_time()
     log_memory(plan, TeacherOptions(), mesh)
     assert time.process_time() - start < 0.3

@@ -34,7 +34,8 @@ def mesh(device: str, *, tensor: int = 1, sequence: int = 1) -> Mesh:
     ],
 )
 def test_auto_packs_on_a_gpu_and_with_sequence_ranks(layout: str, where: Any, expected: PackedSize | None) -> None:
-    recipe = load_recipe("translation/multi30k_tiny", [f"engine.layout={layout}"])
+    sequence = where.get("sequence", 1)
+    recipe = load_recipe("translation/multi30k_tiny", [f"engine.layout={layout}", f"engine.parallel.sequence={sequence}"])
     assert packed_size(recipe, mesh(**where)) == expected
 
 

@@ -215,6 +215,12 @@ ELSEWHERE = {
     "leaves a rank without entries of the {} vocabulary of {}; lower it": (
         "unit/models/test_factory.py::test_a_vocabulary_may_be_uneven_but_every_rank_has_entries"
     ),
+    "and --logits are of single ones: distil with --teacher BUNDLE, or set batching.packing: null": (
+        "unit/build/test_blocks.py::test_blocks_need_an_online_teacher_that_reads_them"
+    ),
+    "which cannot read blocks of text: set batching.packing: null, or choose a decoder-only teacher": (
+        "unit/build/test_blocks.py::test_blocks_need_an_online_teacher_that_reads_them"
+    ),
     "look at the counts of dropped pairs in the manifest, or leave the corpus out": (
         "unit/data/test_sampling.py::test_a_corpus_without_examples_or_with_too_small_a_share_is_an_error"
     ),

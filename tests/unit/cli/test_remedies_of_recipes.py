@@ -73,6 +73,42 @@ RECIPES = [
         ("data.train=[{kind: tsv, path: x, source_column: null, task: {kind: prefix_lm}}]",),
     ),
     lm(
+        "have a source; set batching.packing: null, or choose text with task: {kind: language_modeling}",
+        ("batching.packing={block_size: 100}", "data.train=[{kind: parallel, source: a, target: b}]"),
+        (
+            "batching.packing=null",
+            "data.train=[{kind: parallel, source: a, target: b}]",
+            "data.filter={max_source_length: 500, max_target_length: 500}",
+        ),
+        ("batching.packing={block_size: 100}", "data.train=[{kind: text, path: a, task: {kind: language_modeling}}]"),
+    ),
+    lm(
+        "set document_start, or choose documents: complete_sentences",
+        ("batching.packing={block_size: 100, documents: complete_documents}",),
+        (
+            "batching.packing={block_size: 100, documents: complete_documents}",
+            "data.train=[{kind: text, path: a, document_start: '='}]",
+        ),
+        ("batching.packing={block_size: 100, documents: complete_sentences}",),
+    ),
+    lm(
+        "needs packed sequences, but engine.layout = padded; choose layout: auto, or attention: block",
+        ("batching.packing={block_size: 100}", "engine.layout=padded"),
+        ("batching.packing={block_size: 100}", "engine.layout=auto"),
+        ("batching.packing={block_size: 100, attention: block}", "engine.layout=padded"),
+    ),
+    lm(
+        "batching.packing.block_size = {} is more than {} = {}; lower it, or raise that",
+        ("batching.packing={block_size: 5000}",),
+        ("batching.packing={block_size: 1000}",),
+        ("batching.packing={block_size: 5000}", "batching.max_tokens=5000", "model.max_target_length=5000"),
+    ),
+    lm(
+        "is no regular expression ({}); correct it, or escape a symbol by",
+        ("data.train=[{kind: text, path: a, document_start: '('}]",),
+        (r"data.train=[{kind: text, path: a, document_start: '\('}]",),
+    ),
+    lm(
         "choose selection: {kind: global}",
         distillation("selection: {kind: global_by_language, tags: [a, b]}"),
         distillation("selection: {kind: global}"),

@@ -233,6 +233,57 @@ def test_text_without_a_source_is_judged_by_its_own_length_and_loses_its_blank_l
     assert valid_line.startswith("valid: 4 lines, 28 tokens; <unk> 0.00 %; dropped 2 of 6: empty 2;")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [(" = [^=]", [0, 4, 6, 7, 8, 9]), (r"\s*$", [0, 3, 6, 8]), (None, None)],
+    ids=["titles", "blank lines", "none"],
+)
+def test_documents_begin_where_the_corpus_says(tmp_path: Path, pattern: str | None, expected: list[int] | None) -> None:
+    """At the first line that is kept of them; another corpus begins with one. Blank and long lines are dropped."""
+    long = " ".join(["the"] * 40)
+    first = ["the old", " = = the = = ", "dog", "", "dog dog", " = one = ", long, "cat", "", ""]
+    first += [f" = {long}", "tree", " = x = ", ""]
+    second = ["sees", " = end = "]
+    texts = [write_lines(tmp_path / f"{number}.txt", lines) for number, lines in enumerate([first, second])]
+    save_tokenizers(TokenizerPair(*[DictionaryTokenizer(b"the 1\n")] * 2), tmp_path / "words")
+    config = data_config(
+        tmp_path,
+        train=[{"kind": "text", "path": str(path), "document_start": pattern} for path in texts],
+        valid=[{"kind": "text", "path": str(texts[0])}],
+        tokenizer={"kind": "tokenizer_directory", "path": str(tmp_path / "words")},
+        filter={"max_target_length": 20},
+        pairs_per_shard=5,
+    )
+    prepare(config, tmp_path / "data", workers=1)
+    train = open_dataset(tmp_path / "data", "train")
+    # kept: the old | = = the = = | dog | dog dog | = one = | cat | tree | = x = || sees | = end =
+    assert train.target_lengths.tolist() == [3, 6, 2, 3, 4, 2, 2, 4, 2, 4]
+    assert (None if train.document_starts is None else train.document_starts.tolist()) == expected
+    assert (tmp_path / "data/train/documents.npy").exists() == (pattern is not None)
+    assert not (tmp_path / "data/valid/documents.npy").exists()
+    if pattern is not None:
+        assert prepare(config, tmp_path / "data", workers=1).finished_before
+        damaged = tmp_path / "data/train/documents.npy"
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+        with pytest.raises(DataError, match=r"documents\.npy"):
+            open_dataset(tmp_path / "data", "train")
+
+
+def test_documents_are_the_same_after_an_interruption_and_with_more_workers(tmp_path: Path) -> None:
+    lines = [f"{'= ' if row % 7 == 3 else ''}{line}" for row, line in enumerate(sentences(300))]
+    text = {"kind": "text", "path": str(write_lines(tmp_path / "text.txt", lines)), "document_start": "= "}
+    config = data_config(tmp_path, train=[text], pairs_per_shard=90)
+    prepare(config, tmp_path / "one", workers=1)
+    assert open_dataset(tmp_path / "one", "train").document_starts.tolist() == [0, *range(3, 300, 7)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare_module, "write_data_manifest", None)
+        with pytest.raises(TypeError):
+            prepare(config, tmp_path / "two", workers=3)
+    (tmp_path / "two/train/00002.arrow").unlink()
+    prepare(config, tmp_path / "two", workers=2)
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+
+
 def test_text_and_pairs_may_stand_side_by_side(tmp_path: Path) -> None:
     text = {"kind": "text", "path": str(write_lines(tmp_path / "text.txt", ["the old dog", ""]))}
     pairs = parallel(tmp_path, "pairs", sentences(60), sentences(60, suffix="en"))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Batch
-from dstrain.data.batching.collate import PackedSize
+from dstrain.data.batching.collate import Collator, PackedSize, TokenBlock
 from dstrain.data.batching.plan import StepPlan, evaluation_batches, micro_batches
 from dstrain.data.config import BatchingConfig
 from dstrain.data.lengths import StoredLengths
@@ -23,7 +23,7 @@ from dstrain.objectives.build import build_cross_entropy
 from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.objectives.train_module import TrainModule
-from tests.batches import EOS, collate
+from tests.batches import EOS, PAD, collate
 from tests.unit.adapters.adapted import adapted, lora
 from tests.unit.models.build import random_config, small_model
 
@@ -131,6 +131,24 @@ def test_a_step_has_the_losses_of_its_padded_examples_whatever_shares_a_micro_ba
     assert counts[1] < counts[0]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert len(losses[0]) == lengths[1].sum()
+
+
+def test_the_documents_of_a_block_see_themselves_only_or_the_whole_block() -> None:
+    config = next(config for config in CONFIGS if config.kind == "decoder_only" and config.position.kind == "rotary")
+    model = small_model(config.model_copy(update={"dropout": 0.0})).double()
+    texts = [target for _, target in pairs()]
+    labels = np.concatenate(texts)
+    alone = target_hidden(model, collate([([EOS], text) for text in texts], kind=model.kind))
+    inputs = np.concatenate([[EOS, *text[:-1]] for text in texts])
+    for packed in (None, PACKED):
+        collator = Collator(model.kind, pad_id=PAD, eos_id=EOS, packed=packed)
+        apart = collator([TokenBlock(0, inputs, labels, np.array(list(map(len, texts))))], np.array([0]))
+        whole = collator([TokenBlock(0, inputs, labels, np.array([len(labels)]))], np.array([0]))
+        assert_close(target_hidden(model, apart), alone)
+        hidden = target_hidden(model, whole)
+        assert_close(hidden, target_hidden(model, collate([([EOS], labels.tolist())], kind=model.kind)))
+        assert_close(hidden[: len(texts[0])], alone[: len(texts[0])])
+        assert not torch.allclose(hidden[len(texts[0]) :], alone[len(texts[0]) :], rtol=1e-2)
 
 
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
