@@ -7,9 +7,9 @@ join, shift or recount. Shapes: B rows, S source, T target, N packed tokens, b s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 
 import torch
@@ -19,6 +19,7 @@ ModelKind = Literal["encoder_decoder", "decoder_only"]
 """How a model reads an example: source and target in a stack each, or both as one sequence."""
 
 Number = TypeVar("Number", Tensor, float)
+Move = Callable[[Tensor], Tensor]
 
 
 class Size(NamedTuple):
@@ -34,8 +35,12 @@ class Size(NamedTuple):
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on `device`. From the CPU to a GPU it goes through pinned memory, so that nothing waits for the copy."""
     if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
+        return _pinned(tensor).to(device, non_blocking=True)
     return tensor.to(device)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_pinned() else tensor.pin_memory()
 
 
 class RowIndex(NamedTuple):
@@ -123,8 +128,12 @@ class Sequences:
 
     def to(self, device: torch.device) -> Sequences:
         """The same sequences on `device`."""
-        packing = None if self.packing is None else replace(self.packing, **_moved(self.packing, device))
-        return replace(self, packing=packing, **_moved(self, device))
+        return self.moved(partial(sent, device=device))
+
+    def moved(self, move: Move) -> Sequences:
+        """The same sequences in other memory."""
+        packing = None if self.packing is None else replace(self.packing, **_moved(self.packing, move))
+        return replace(self, packing=packing, **_moved(self, move))
 
     def share(self, rank: int, size: int) -> Sequences:
         """The tokens of one of `size` ranks, as many for each; lengths, packing and keys stay those of all."""
@@ -135,8 +144,8 @@ class Sequences:
         return replace(self, tokens=self.tokens[rank * count :][:count], packing=packing)
 
 
-def _moved(value: Sequences | Packing, device: torch.device) -> dict[str, Any]:
-    return {name: sent(tensor, device) for name, tensor in vars(value).items() if isinstance(tensor, Tensor)}
+def _moved(value: Sequences | Packing, move: Move) -> dict[str, Any]:
+    return {name: move(tensor) for name, tensor in vars(value).items() if isinstance(tensor, Tensor)}
 
 
 @dataclass(frozen=True)
@@ -161,9 +170,9 @@ class Targets:
         """Some of them."""
         return Targets(**{name: value[targets] for name, value in vars(self).items()})
 
-    def to(self, device: torch.device) -> Targets:
-        """The same targets, with `index`, `labels` and `weight` on `device`."""
-        return replace(self, index=sent(self.index, device), labels=sent(self.labels, device), weight=sent(self.weight, device))
+    def moved(self, move: Move) -> Targets:
+        """The same targets, with `index`, `labels` and `weight` in other memory."""
+        return replace(self, index=move(self.index), labels=move(self.labels), weight=move(self.weight))
 
 
 @dataclass(frozen=True)
@@ -287,13 +296,21 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`, except for tensors that are read on the CPU."""
+        return self.moved(partial(sent, device=device))
+
+    def pinned(self) -> Batch:
+        """The same batch in memory from which a copy to a GPU is launched at once. Taking such memory may wait for the GPU."""
+        return self.moved(_pinned)
+
+    def moved(self, move: Move) -> Batch:
+        """The same batch in other memory, except for tensors that are read on the CPU."""
         return replace(
             self,
-            source=None if self.source is None else self.source.to(device),
-            target=self.target.to(device),
-            targets=self.targets.to(device),
-            other=None if self.other is None else self.other.to(device),
-            corpora=None if self.corpora is None else replace(self.corpora, index=sent(self.corpora.index, device)),
+            source=None if self.source is None else self.source.moved(move),
+            target=self.target.moved(move),
+            targets=self.targets.moved(move),
+            other=None if self.other is None else self.other.moved(move),
+            corpora=None if self.corpora is None else replace(self.corpora, index=move(self.corpora.index)),
         )
 
 

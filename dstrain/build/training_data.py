@@ -137,6 +137,7 @@ class TrainingData:
             data_rank=mesh.data.rank,
             data_size=mesh.data.size,
             start=(epoch, index),
+            device=mesh.device if mesh.device.type == "cuda" else None,
         )
 
     def valid_batches(self, recipe: Recipe, mesh: Mesh) -> Iterator[Batch]:

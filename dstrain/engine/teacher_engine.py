@@ -42,6 +42,10 @@ class VocabularyMap:
     source: Tensor
     target: Tensor
 
+    def to(self, device: torch.device) -> VocabularyMap:
+        """The same on `device`."""
+        return VocabularyMap(self.source.to(device), self.target.to(device))
+
 
 class TeacherModule(nn.Module):
     """A model with a teacher's one forward: a batch in, hidden states of its targets out, in the teacher's ids."""
@@ -79,6 +83,7 @@ class TeacherEngine:
         weights: WeightSource | None = None,
         vocabulary: VocabularyMap | None = None,
     ) -> None:
+        vocabulary = None if vocabulary is None else vocabulary.to(mesh.device)
         module = TeacherModule(model, vocabulary).eval().requires_grad_(False)
         self._projection = model.projection
         self._vocabulary = vocabulary
@@ -113,7 +118,7 @@ class TeacherEngine:
             with torch.no_grad():
                 features, weight = self._projection.operands(hidden)
                 if self._vocabulary is not None:
-                    weight = weight.index_select(0, self._vocabulary.target.to(weight.device))
+                    weight = weight.index_select(0, self._vocabulary.target)
             yield features, weight
 
     def close(self) -> None:
@@ -124,5 +129,4 @@ class TeacherEngine:
 
 def _renamed(sequences: Sequences, ids: Tensor) -> Sequences:
     """The same sequences in the teacher's vocabulary."""
-    tokens = ids.to(sequences.tokens.device)[sequences.tokens]
-    return replace(sequences, tokens=tokens)
+    return replace(sequences, tokens=ids[sequences.tokens])

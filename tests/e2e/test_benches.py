@@ -1,5 +1,6 @@
-"""The bench that prints what is promised of memory and of bytes, on a small scale."""
+"""The benches that print what is promised of memory, bytes and a GPU's speed, on a small scale."""
 
+import json
 import re
 import subprocess
 import sys
@@ -24,3 +25,28 @@ def test_distillation_prints_its_memory_and_its_bytes() -> None:
     }
     assert 20 < size["sampled, 50 draws"] <= 40
     assert 180 < size["top 64"] <= 200
+
+
+GPU_ROWS = {
+    *(f"{shape}_{way}" for shape in ("big_4k", "big_32k", "deep_16k", "lm_125m", "lm_1300m") for way in ("kernels", "plain")),
+    *("kd_online", "kd_stored", "kd_on_policy", "generation"),
+}
+
+
+def test_the_bench_of_a_gpu_runs_every_row_at_toy_size() -> None:
+    command = [sys.executable, ROOT / "tools" / "bench_gpu.py", "--steps", "1", "--json"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    rows = {row.pop("row"): row for row in map(json.loads, filter(lambda line: line.startswith("{"), run.stdout.splitlines()))}
+    assert rows.keys() >= GPU_ROWS
+    for row in rows.values():
+        assert row["tokens_per_second"] > 0
+        assert row["gib"] > 0
+        assert "mfu" not in row, "of a CPU no peak is known"
+
+
+def test_the_bench_of_a_gpu_names_the_rows_that_it_left_out() -> None:
+    command = [sys.executable, ROOT / "tools" / "bench_gpu.py", "--rows", "big_4k_plain", "generation", "--minutes", "-1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1].startswith("no time was left for big_4k_plain, generation: raise --minutes")

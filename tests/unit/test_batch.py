@@ -11,6 +11,7 @@ from torch import Tensor
 from dstrain.batch import Metrics, ModelKind, sent
 from dstrain.data.batching.collate import PackedSize
 from tests.batches import collate
+from tests.pretended_gpu import GPU, PretendedGpu
 
 ELSEWHERE = torch.device("meta")
 """A device of which nothing can be asked."""
@@ -28,6 +29,16 @@ def test_a_batch_goes_to_a_device_but_for_what_is_looked_up_on_the_cpu() -> None
         assert part.targets.example_id.tolist() == [41] * 3
         assert part.examples.ids.tolist() == [41]
         assert part.size == batch.size
+
+
+def test_a_pinned_batch_goes_to_a_gpu_without_another_copy_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = collate([([5, 2], [6, 7, 2])], packed=PackedSize(4), teacher_kinds=["decoder_only"])
+    with PretendedGpu() as gpu:
+        pinned = batch.pinned()
+        monkeypatch.setattr(Tensor, "pin_memory", None, raising=False)
+        moved = pinned.to(GPU)
+        assert gpu.waits == []
+        assert torch.equal(moved.target.tokens.cpu(), batch.target.tokens)
 
 
 PAIRS = [([5, 6, 2], [7, 2]), ([5, 2], [7, 8, 9, 2]), ([2], [2])]
@@ -75,6 +86,9 @@ class Recorded:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.calls: list[Any] = []
+
+    def is_pinned(self) -> bool:
+        return "pinned" in self.calls
 
     def pin_memory(self) -> Recorded:
         self.calls.append("pinned")

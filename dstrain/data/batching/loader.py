@@ -11,6 +11,7 @@ from itertools import count
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from dstrain.batch import Batch
 from dstrain.data.batching.collate import Collator, TokenBlock
@@ -52,8 +53,8 @@ class Steps(Protocol):
 class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
     """The steps of a plan from `start` = (epoch, step in the epoch) on, each with this rank's micro-batches, without end.
 
-    data_rank, data_size: this rank among those that share out the examples; all get equally many micro-batches for a step. Close
-    it, or use it as a context manager.
+    data_rank, data_size: this rank among those that share out the examples; all get equally many micro-batches for a step.
+    device: the GPU that they go to: they are then in pinned memory. Close it, or use it as a context manager.
     """
 
     def __init__(
@@ -66,8 +67,11 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
         data_size: int = 1,
         start: tuple[int, int] = (0, 0),
         prefetch: int = 8,
+        device: torch.device | None = None,
     ) -> None:
         def steps() -> Iterator[tuple[PlannedStep, list[Batch]]]:
+            if device is not None:
+                torch.cuda.set_device(device)  # each thread has its own, at first GPU 0: its pinned memory would be that one's
             first_epoch, first_step = start
             for epoch in count(first_epoch):
                 for step in plan.epoch(epoch, first_step if epoch == first_epoch else 0):
@@ -79,7 +83,8 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
                         kind=plan.kind,
                         packed=collator.packed is not None,
                     )
-                    yield step, [collator(examples.read(epoch, group), group) for group in groups[data_rank::data_size]]
+                    batches = [collator(examples.read(epoch, group), group) for group in groups[data_rank::data_size]]
+                    yield step, batches if device is None else [batch.pinned() for batch in batches]
 
         super().__init__(steps(), prefetch)
 

@@ -1,6 +1,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 from itertools import islice
 
@@ -62,6 +63,23 @@ def read(
 ) -> list[list[Batch]]:
     with loader(corpus, rank=rank, world_size=world_size, start=start) as steps:
         return [batches for _, batches in islice(steps, num_steps)]
+
+
+def test_batches_for_a_gpu_are_pinned_by_the_thread_that_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, str]] = []
+
+    def pinned(batch: Batch) -> Batch:
+        calls.append(("pinned", threading.current_thread().name))
+        return batch
+
+    monkeypatch.setattr(Batch, "pinned", pinned)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append((str(device), threading.current_thread().name)))
+    corpus = Corpus(20)
+    with TrainLoader(corpus, corpus.plan(), COLLATOR, device=torch.device("cuda", 3)) as steps:
+        next(steps)
+    assert calls[0][0] == "cuda:3", "before the first pinned memory, which else is that of GPU 0"
+    assert calls[1][0] == "pinned"
+    assert {thread for _, thread in calls} == {"dstrain-prefetch"}
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
