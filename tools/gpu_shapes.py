@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from dstrain.batch import Batch
 from dstrain.data.batching.collate import Collator, PackedSize
-from dstrain.models.config import ModelConfig, VocabularySizes
+from dstrain.models.config import ModelConfig, PlainEmbedding, VocabularySizes
 from dstrain.models.presets import PRESETS
 
 PAD, EOS, UNK = 1, 2, 3
+Tying = Literal["all", "none"]
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,10 @@ class Shape:
         return Shape(TypeAdapter(ModelConfig).validate_python(tree), 32, 8, 64)
 
 
-def translation(preset: str, tokens: int) -> Shape:
+def translation(preset: str, tokens: int, *, tie: Tying) -> Shape:
     """Of a preset, whose own dropout differs."""
-    return Shape(PRESETS[preset].model_copy(update={"dropout": 0.1}), tokens, 32, 32_768)
+    update = {"dropout": 0.1, "embedding": PlainEmbedding(tie=tie)}
+    return Shape(PRESETS[preset].model_copy(update=update), tokens, 32, 32_768)
 
 
 def language_model(depth: int, dim: int, heads: int, ffn_dim: int, tokens: int) -> Shape:
@@ -59,6 +61,7 @@ def language_model(depth: int, dim: int, heads: int, ffn_dim: int, tokens: int) 
         "norm": {"kind": "rms_norm"},
         "activation": "silu",
         "position": {"kind": "rotary"},
+        "embedding": {"kind": "plain", "tie": "decoder"},
         "decoder": {"depth": depth, "num_heads": heads, "ffn_dim": ffn_dim, "feed_forward": "gated"},
         "dropout": 0.0,
         "max_target_length": 2048,
@@ -67,9 +70,9 @@ def language_model(depth: int, dim: int, heads: int, ffn_dim: int, tokens: int) 
 
 
 SHAPES: dict[str, Shape] = {
-    "big_4k": translation("big", 4_096),
-    "big_32k": translation("big", 32_768),
-    "deep_16k": translation("transformer_18_18", 16_384),
+    "big_4k": translation("big", 4_096, tie="all"),
+    "big_32k": translation("big", 32_768, tie="all"),
+    "deep_16k": translation("transformer_18_18", 16_384, tie="none"),
     "lm_125m": language_model(12, 768, 12, 2_048, 32_768),
     "lm_1300m": language_model(24, 2_048, 16, 5_504, 16_384),
 }

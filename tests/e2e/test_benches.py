@@ -43,10 +43,3 @@ def test_the_bench_of_a_gpu_runs_every_row_at_toy_size() -> None:
         assert row["tokens_per_second"] > 0
         assert row["gib"] > 0
         assert "mfu" not in row, "of a CPU no peak is known"
-
-
-def test_the_bench_of_a_gpu_names_the_rows_that_it_left_out() -> None:
-    command = [sys.executable, ROOT / "tools" / "bench_gpu.py", "--rows", "big_4k_plain", "generation", "--minutes", "-1"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1].startswith("no time was left for big_4k_plain, generation: raise --minutes")
