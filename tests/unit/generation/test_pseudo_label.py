@@ -48,8 +48,14 @@ class Scripted:
         return int(self.longest * source_length)
 
     def translate_ids(
-        self, sources: Sequence[Sequence[int]], *, first_line: int, progress: Callable[[int], object]
+        self,
+        sources: Sequence[Sequence[int]],
+        *,
+        starts: Sequence[int | None],
+        first_line: int,
+        progress: Callable[[int], object],
     ) -> list[list[Hypothesis]]:
+        assert starts == [None] * len(sources)
         self.calls.append(first_line)
         progress(len(sources))
         return [[Hypothesis(self.answer(row, source), 0.0, [])] for row, source in enumerate(sources, first_line - 1)]
