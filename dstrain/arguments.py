@@ -24,7 +24,7 @@ class CheckedOptions:
     """
 
     def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
             value = vars(self)[name]
             if name == "device" or isinstance(value, os.PathLike):
                 value = str(value)

@@ -47,6 +47,7 @@ DOORS = {
     "liger_kernel": {"ops"},
     "transformers": {"interop"},
     "ctranslate2": {"interop"},
+    "fsspec": {"storage"},
 }
 """A library -> the packages that may import it."""
 NO_TERM = {

@@ -3,6 +3,7 @@
 python tools/bench_plan.py                     # 100 million synthetic lengths
 python tools/bench_plan.py --data DATA         # the training split of a prepared directory
 python tools/bench_plan.py --corpora 100       # 100 corpora mixed by temperature 5
+python tools/bench_plan.py --shards 200        # in an order that stays within 16 of 200 shards
 """
 
 import argparse
@@ -10,17 +11,19 @@ import json
 import resource
 import sys
 import time
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 
-from dstrain.data.batching.order import MixedOrder
+from dstrain.data.batching.order import MixedOrder, Order, ShuffledOrder
 from dstrain.data.batching.plan import StepPlan, micro_batches, window_capacity
+from dstrain.data.batching.shard_window import build_shuffle
 from dstrain.data.config import BatchingConfig
 from dstrain.data.lengths import Lengths, StoredLengths
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.sampling import TemperatureSampling
+from dstrain.data.shuffling import ShardWindowShuffle
 
 
 def synthetic_lengths(size: int) -> tuple[Lengths, Lengths]:
@@ -42,6 +45,13 @@ def mixture(size: int, number: int, config: BatchingConfig) -> MixedOrder:
     corpora = {f"c{index}": [range(ends[index], min(ends[index + 1], size))] for index in range(number)}
     phases = TemperatureSampling(temperature=5).phases({name: len(rows) for name, (rows,) in corpora.items()})
     return MixedOrder(corpora, phases, num_examples=size, capacity=window_capacity(config), seed=1)
+
+
+def near_shards(size: int, number: int, config: BatchingConfig) -> ShuffledOrder:
+    """Every example once, near its shard."""
+    bounds = np.linspace(0, size, number + 1).astype(int).tolist()
+    shards = [range(start, stop) for start, stop in pairwise(bounds)]
+    return ShuffledOrder(shards, window_capacity(config), seed=1, shuffle=build_shuffle(ShardWindowShuffle()))
 
 
 def padding(plan: StepPlan, lengths: StoredLengths, world_size: int, num_steps: int) -> dict[str, float]:
@@ -70,6 +80,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=100_000_000, help="synthetic examples (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="a prepared directory to read the lengths from instead")
     parser.add_argument("--corpora", type=int, help="mix so many, of sizes from n to 1,000 n, by temperature 5")
+    parser.add_argument("--shards", type=int, help="so many shards, in an order that stays within a window of 16")
     parser.add_argument("--tokens-per-step", type=int, default=3465)
     parser.add_argument("--max-tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=1_000_000)
@@ -83,7 +94,10 @@ def main() -> None:
     config = BatchingConfig(tokens_per_step=args.tokens_per_step, max_tokens=args.max_tokens, shuffle_window=args.window)
     began, cpu_began = time.perf_counter(), time.process_time()
     lengths = StoredLengths(source, target)
-    plan = StepPlan(lengths, config, seed=1, order=mixture(len(source), args.corpora, config) if args.corpora else None)
+    order: Order | None = mixture(len(source), args.corpora, config) if args.corpora else None
+    if args.shards:
+        order = near_shards(len(source), args.shards, config)
+    plan = StepPlan(lengths, config, seed=1, order=order)
     steps = targets = 0
     for step in plan.epoch(0):
         steps, targets = steps + 1, targets + step.num_targets

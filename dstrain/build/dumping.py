@@ -13,6 +13,7 @@ from dstrain.arguments import CheckedOptions, require_type
 from dstrain.build.shared_work import ALL_WORK, Task, do_work
 from dstrain.build.teacher_source import load_teacher_source
 from dstrain.config_base import PrecisionChoice
+from dstrain.data.prepared.location import DataDirectory
 from dstrain.distillation.store.dump import Dumper, plan_dump
 from dstrain.distillation.store.manifest import DUMP, StoreManifest, choose_method, merge_store
 from dstrain.log import logger
@@ -34,7 +35,7 @@ class DumpOptions(CheckedOptions):
     """
 
     teacher: Path
-    data: Path
+    data: DataDirectory
     output: Path
     base: Path | None = None
     split: str = "train"

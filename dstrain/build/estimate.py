@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from dstrain.build.training_plan import TrainingPlan
 from dstrain.checkpoint.bundle import find_bundle
 from dstrain.config_base import Precision
 from dstrain.data.config import gives_sources, has_no_source
+from dstrain.data.prepared.location import DataDirectory
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.tokenizers.config import TrainedSentencePiece
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
@@ -69,7 +69,7 @@ class EstimateOptions(CheckedOptions):
     nodes: PositiveInt = 1
     gpus_per_node: PositiveInt = 8
     gpu_memory: PositiveFloat = 80.0
-    data: Path | None = None
+    data: DataDirectory | None = None
     vocab_size: PositiveInt | None = None
     length: PositiveInt | None = None
     teachers: TeacherOptions = field(default_factory=TeacherOptions)

@@ -15,6 +15,7 @@ from dstrain.build.teacher_source import TeacherSource, load_teacher_source
 from dstrain.build.validation_options import ValidateOptions, check_validation, checked_recipe, generation_of
 from dstrain.checkpoint.bundle import load_bundle
 from dstrain.data.batching.collate import Collator
+from dstrain.data.prepared.location import DataDirectory
 from dstrain.distillation.store.gradient_angle import Angle, gradient_angles, random_batches
 from dstrain.distillation.store.manifest import load_store_manifest
 from dstrain.distillation.store.store import moved, open_store
@@ -87,7 +88,7 @@ class AngleOptions(CheckedOptions):
 
     store: Path
     teacher: Path
-    data: Path
+    data: DataDirectory
     base: Path | None = None
     student: Path | None = None
     tokens: Sequence[int] = (1024, 4096, 16384)

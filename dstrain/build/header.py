@@ -12,7 +12,7 @@ from dstrain.parallel.launch_environment import num_ranks
 from dstrain.recipe import Recipe
 
 
-def announce_training(recipe: Recipe, name: str, *, data: Path, output: Path, base: Path | None) -> None:
+def announce_training(recipe: Recipe, name: str, *, data: str, output: Path, base: Path | None) -> None:
     """Log what is going to be trained. name: of the recipe."""
     engine, training, validation = recipe.engine, recipe.training, recipe.validation
     stage = read_ds_config(engine).zero_optimization.stage

@@ -15,6 +15,7 @@ from dstrain.config_base import PrecisionChoice
 from dstrain.data.config import DataConfig
 from dstrain.data.filtering import FilterConfig
 from dstrain.data.prepared.derived import LABELING, LabelJob, check_max_ratio, copy_original, merge_labels
+from dstrain.data.prepared.location import DataDirectory
 from dstrain.data.prepared.manifest import DataManifest
 from dstrain.generation.config import generation_config
 from dstrain.generation.constraints import SpecialIds
@@ -38,7 +39,7 @@ class LabelOptions(CheckedOptions):
     """
 
     teacher: Path
-    data: Path
+    data: DataDirectory
     output: Path
     base: Path | None = None
     beam_size: int | None = None

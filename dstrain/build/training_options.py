@@ -12,6 +12,7 @@ from dstrain.build.same_data import require_data_of
 from dstrain.checkpoint.directories import require_bundle
 from dstrain.config_base import DeviceChoice, upgrade_config
 from dstrain.data.config import gives_sources, is_text_only
+from dstrain.data.prepared.location import DataDirectory
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.distillation.store.manifest import load_store_manifest
 from dstrain.engine.config import Placement
@@ -44,7 +45,7 @@ class TrainOptions(CheckedOptions):
     accept_changes: keys of the recipe that a resume may change, although they decide the result.
     """
 
-    data: Path
+    data: DataDirectory
     output: Path
     base: Path | None = None
     teachers: TeacherOptions = field(default_factory=TeacherOptions)

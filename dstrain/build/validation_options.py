@@ -11,6 +11,7 @@ from dstrain.arguments import CheckedOptions
 from dstrain.checkpoint.directories import require_bundle
 from dstrain.checkpoint.saved_recipe import read_recipe
 from dstrain.config_base import BleuTokenization, DeviceChoice, PrecisionChoice, RougeWords
+from dstrain.data.prepared.location import DataDirectory
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import ArgumentError
 from dstrain.evaluation.metrics.rouge import build_rouge
@@ -31,7 +32,7 @@ class ValidateOptions(CheckedOptions):
     """
 
     bundle: Path
-    data: Path
+    data: DataDirectory
     base: Path | None = None
     split: str = "valid"
     generate: bool | None = None

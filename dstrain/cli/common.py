@@ -7,6 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
+def add_data_argument(parser: argparse._ActionsContainer, *, required: bool = False) -> None:
+    """--data, as text: the options that it goes to make a directory of it."""
+    parser.add_argument("--data", metavar="DATA", required=required, help="what `dstrain prepare` wrote: a directory or a URL")
+
+
 def add_overwrite_argument(parser: argparse.ArgumentParser, output: str) -> None:
     """--overwrite, of every verb that writes. output: what it replaces."""
     parser.add_argument("--overwrite", action="store_true", help=f"replace {output} if it exists")

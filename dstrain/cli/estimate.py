@@ -13,7 +13,7 @@ import argparse
 import json
 from pathlib import Path
 
-from dstrain.cli.common import add_options, named, positive_float, positive_number
+from dstrain.cli.common import add_data_argument, add_options, named, positive_float, positive_number
 from dstrain.cli.recipe_arguments import add_recipe_arguments, recipe_from
 
 _OPTIONS = {
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     add_recipe_arguments(parser)
     add_options(parser, _OPTIONS)
-    parser.add_argument("--data", metavar="DATA", type=Path, help="directory that `dstrain prepare` wrote")
+    add_data_argument(parser)
     parser.add_argument(
         "--teacher",
         dest="teachers",

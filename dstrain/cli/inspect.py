@@ -16,7 +16,8 @@ from pathlib import Path
 
 from dstrain.checkpoint.directories import is_bundle, require_bundle
 from dstrain.cli.bundle_arguments import add_base_argument, add_device_argument
-from dstrain.cli.common import named, positive_number
+from dstrain.cli.common import add_data_argument, named, positive_number
+from dstrain.data.prepared.location import data_directory
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import DataError
 from dstrain.storage.directory_kind import directory_kind, instead_of
@@ -25,11 +26,11 @@ from dstrain.storage.sharded_job import PARTS_FILE
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("path", metavar="PATH", type=Path, help="prepared data, a bundle, or dumped logits")
+    parser.add_argument("path", metavar="PATH", help="prepared data (or its URL), a bundle, or dumped logits")
     add_base_argument(parser)
     group = parser.add_argument_group("gradients of dumped logits")
     group.add_argument("--against-teacher", metavar="BUNDLE", type=Path, help="the teacher that made them")
-    group.add_argument("--data", metavar="DATA", type=Path, help="the data that they were made of")
+    add_data_argument(group)
     group.add_argument("--student", metavar="BUNDLE", type=Path, help="whose gradient (default: a fresh model)")
     group.add_argument(
         "--tokens", metavar="N", type=positive_number, nargs="+", default=[1024, 4096, 16384], help="default: 1024 4096 16384"
@@ -45,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     for bundle in filter(None, (args.against_teacher, args.student)):
         require_bundle(bundle)
     if args.data is not None:
-        load_manifest(args.data)
-    print("\n".join(_describe(args.path, args.base if args.against_teacher is None else None)))
+        load_manifest(data_directory(args.data))
+    print("\n".join(_describe(data_directory(args.path), args.base if args.against_teacher is None else None)))
     if args.against_teacher is not None:
         _print_angles(args)
     return 0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
-    parser.add_argument("data", metavar="DATA", type=Path, help="prepared data directory")
+    parser.add_argument("data", metavar="DATA", help="prepared data, a directory or a URL")
     parser.add_argument("--split", default="test", help="valid, or the name of a test split (default: test)")
     parser.add_argument(
         "--output", metavar="DIRECTORY", type=Path, required=True, help="where source.txt, target.txt and further references go"
@@ -31,11 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write both sides, one line a pair."""
     from dstrain.data.prepared.dataset import open_dataset
+    from dstrain.data.prepared.location import data_directory
     from dstrain.generation.formats import one_line
     from dstrain.storage.atomic import atomic_writer
     from dstrain.storage.outputs import check_output_file
 
-    dataset = open_dataset(args.data, args.split)
+    dataset = open_dataset(data_directory(args.data), args.split)
     rows = range(len(dataset))
     files: dict[str, Callable[[int], str]] = {"source.txt": dataset.source_text, "target.txt": dataset.target_text}
     most = max((len(dataset.references(row)) for row in rows), default=1) if dataset.has_references else 0

@@ -21,7 +21,7 @@ import argparse
 from pathlib import Path
 
 from dstrain.build.header import announce_training
-from dstrain.cli.common import named
+from dstrain.cli.common import add_data_argument, named
 from dstrain.cli.recipe_arguments import add_recipe_arguments, recipe_from
 
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     base = "start from the weights of this bundle, and with its model if the recipe has none; an adapter section adapts them"
     add_recipe_arguments(parser, base=base)
-    parser.add_argument("--data", metavar="DATA", type=Path, required=True, help="directory that `dstrain prepare` wrote")
+    add_data_argument(parser, required=True)
     parser.add_argument("--output", metavar="RUN", type=Path, required=True, help="run directory; an existing run is resumed")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda if there is one")
     parser.add_argument(

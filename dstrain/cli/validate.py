@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dstrain.build.validation_options import ValidateOptions, check_validation
 from dstrain.cli.bundle_arguments import add_base_argument, add_precision_argument, add_rouge_argument, add_tokenize_argument
-from dstrain.cli.common import named, positive_number
+from dstrain.cli.common import add_data_argument, named, positive_number
 from dstrain.cli.generation_options import METHOD_OPTIONS, add_method_arguments
 
 FIGURES = ("generate", "tokenize", "lowercase", "rouge", "max_tokens", "device", "precision")
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the verb."""
     parser.add_argument("bundle", metavar="BUNDLE", type=Path, help="model directory, for example RUN/bundles/best")
     add_base_argument(parser)
-    parser.add_argument("--data", metavar="DATA", type=Path, required=True, help="directory that `dstrain prepare` wrote")
+    add_data_argument(parser, required=True)
     parser.add_argument("--split", default="valid", help="default: valid")
     parser.add_argument("--generate", action=argparse.BooleanOptionalAction, help="translate, too (default: if it has sources)")
     add_tokenize_argument(parser, None, "as in the bundle's recipe")

@@ -9,7 +9,8 @@ from typing import Any
 
 from dstrain.checkpoint.directories import require_bundle
 from dstrain.cli.bundle_arguments import add_base_argument, add_device_argument, add_precision_argument
-from dstrain.cli.common import add_overwrite_argument
+from dstrain.cli.common import add_data_argument, add_overwrite_argument
+from dstrain.data.prepared.location import data_directory
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.errors import DataError
 from dstrain.storage.outputs import check_output_path
@@ -23,7 +24,7 @@ def add_work_arguments(parser: argparse.ArgumentParser, output: str) -> None:
     """--teacher, --base, --data, --output, --shard, --device, --precision and --merge. output: the name of its value."""
     parser.add_argument("--teacher", metavar="BUNDLE", type=Path, help="model directory of the teacher")
     add_base_argument(parser)
-    parser.add_argument("--data", metavar="DATA", type=Path, help="directory that `dstrain prepare` wrote")
+    add_data_argument(parser)
     parser.add_argument("--output", metavar=output, type=Path, help="directory to write, or to go on with")
     parser.add_argument(
         "--shard",
@@ -56,6 +57,7 @@ def check_work(args: argparse.Namespace, work: ShardedJob[Any, Any], output: str
         raise DataError(f"{work.verb} takes --teacher, --data and --output, or --merge {output} without them")
     if args.merge is None:
         require_bundle(args.teacher, args.base)
-        load_manifest(args.data).require_split(split, args.data)
-        check_output_path(args.output, {"--teacher": args.teacher, "--data": args.data})
+        data = data_directory(args.data)
+        load_manifest(data).require_split(split, data)
+        check_output_path(args.output, {"--teacher": args.teacher, "--data": data})
         work.read(args.output)

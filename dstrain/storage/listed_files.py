@@ -28,6 +28,7 @@ class ListedFiles:
         self.directory = directory
         self.remedy = remedy
         self._checked: set[str] = set()
+        self._holds: list[object] = []
 
     def check_sizes(self, records: Iterable[FileRecord]) -> None:
         """Raise DataError for the first file that is missing or of another size. Lists each directory once."""
@@ -46,6 +47,12 @@ class ListedFiles:
         if content:
             self._checked.add(record.file)
         return OpenedFile(path)
+
+    def keep(self, record: FileRecord, *, content: bool = True) -> Path:
+        """`open` for as long as this object lives."""
+        path, hold = self.open(record, content=content)
+        self._holds.append(hold)
+        return path
 
 
 def _sizes_in(folder: Path) -> dict[str, int]:

@@ -24,6 +24,7 @@ from dstrain.data.config import DataConfig, corpus_names
 from dstrain.data.directions import start_ids
 from dstrain.data.lengths import StoredLengths
 from dstrain.data.prepared.corpora import CorpusRanges, CorpusRun, NamedCorpora
+from dstrain.data.prepared.location import prepared_files
 from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, DataManifest, SplitRecord, data_remedy, load_manifest
 from dstrain.data.prepared.open_shards import OpenShards
 from dstrain.data.prepared.shard import BatchView
@@ -148,7 +149,7 @@ def open_split(directory: Path, manifest: DataManifest, split: str, *, verify: b
         raise DataError(
             f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids of {directory}; {data_remedy(directory)}"
         )
-    files = ListedFiles(directory, remedy=data_remedy(directory))
+    files = prepared_files(directory)
     files.check_sizes(record.files)
     lengths = _map_lengths(files, record, verify=verify)
     shards = OpenShards(files, record.shards, lengths)
@@ -182,7 +183,7 @@ def _map_lengths(files: ListedFiles, record: SplitRecord, *, verify: bool) -> np
 
 
 def _map_array(files: ListedFiles, file: FileRecord, *, verify: bool) -> npt.NDArray[Any]:
-    path = files.open(file, content=verify or file.size <= ALWAYS_HASHED_BYTES).path
+    path = files.keep(file, content=verify or file.size <= ALWAYS_HASHED_BYTES)
     try:
         array: npt.NDArray[Any] = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:

@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import PositiveFloat, PositiveInt
 
 from dstrain.config_base import Config, Precision
+from dstrain.data.prepared.location import prepared_files
 from dstrain.data.prepared.manifest import (
     MANIFEST_FILE,
     TOKENIZER_DIRECTORY,
@@ -87,10 +88,14 @@ def copy_original(data: Path, output: Path, job: LabelJob) -> None:
     manifest = load_manifest(data)
     for path in sorted((data / TOKENIZER_DIRECTORY).iterdir()):
         link_or_copy(path, output / TOKENIZER_DIRECTORY / path.name)
-    for record in _evaluation_files(manifest):
-        link_or_copy(data / record.file, output / record.file)
-    for record in _original_shards(manifest) if job.keep_original else ():
-        link_or_copy(data / TRAIN / Path(record.file).name.removeprefix("original_"), output / record.file)
+    files = prepared_files(data)
+    names = {record: record.file for record in _evaluation_files(manifest)}
+    if job.keep_original:
+        shards = manifest.splits[TRAIN].shards
+        names |= {shard: record.file for shard, record in zip(shards, _original_shards(manifest), strict=True)}
+    for record, name in names.items():
+        opened = files.open(record, content=False)
+        link_or_copy(opened.path, output / name)
     write_file(output / ORIGINAL / MANIFEST_FILE, (data / MANIFEST_FILE).read_bytes())
 
 

@@ -19,6 +19,7 @@ from dstrain.errors import DataError
 from dstrain.storage.directory_kind import directory_kind, instead_of
 from dstrain.storage.document import Count, DocumentFormat, FileRecord
 from dstrain.storage.hashing import sha256_of_text
+from dstrain.storage.remote import ORIGIN_FILE
 from dstrain.storage.sharded_job import PARTS_FILE
 
 DATA_FORMAT_VERSION = 1
@@ -182,6 +183,8 @@ def load_manifest(directory: Path) -> DataManifest:
 
 def data_remedy(directory: Path) -> str:
     """How damaged files of a finished directory are made again, for messages."""
+    if (directory / ORIGIN_FILE).is_file():
+        return "upload the prepared directory again"
     if (directory / PARTS_FILE).is_file():
         return "run `dstrain pseudo-label` again as before, which writes what is damaged"
     return "prepare the data again"

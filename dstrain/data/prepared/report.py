@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dstrain.data.config import DataConfig, has_no_source
+from dstrain.data.prepared.location import prepared_files
 from dstrain.data.prepared.manifest import TOKENIZER_DIRECTORY, DataManifest, SplitRecord, data_remedy, load_manifest
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
@@ -141,8 +142,9 @@ def verify_data(directory: Path) -> DataManifest:
     """The manifest of prepared data, after a check of every byte. Raises DataError if something is wrong with it."""
     manifest = load_manifest(directory)
     remedy = data_remedy(directory)
+    files = prepared_files(directory)
     for file in with_progress([file for split in manifest.splits.values() for file in split.files], "checking", "files"):
-        file.check(directory, content=True, remedy=remedy)
+        files.open(file)
     if load_tokenizers(directory / TOKENIZER_DIRECTORY).fingerprint != manifest.tokenizer_fingerprint:
         raise DataError(f"{directory / TOKENIZER_DIRECTORY} is not the tokenizer that made the ids; {remedy}")
     return manifest

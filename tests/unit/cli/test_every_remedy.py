@@ -18,6 +18,12 @@ TABLES = {
     *test_remedies_of_recipes.SINGLE,
 }
 ELSEWHERE = {
+    "raise it, or choose an order that reads fewer shards at a time (batching.shuffle: {kind: shard_window})": (
+        "unit/storage/test_file_cache.py::test_what_somebody_holds_is_not_removed"
+    ),
+    "check the network and the store, then run the same command again: files that were fetched are kept": (
+        "unit/data/test_remote_data.py::test_a_store_that_fails_halfway_leaves_whole_files_only"
+    ),
     "and --logits are of what is stored: distil with --teacher BUNDLE": (
         "unit/cli/test_dump_logits.py::test_text_that_a_task_makes_examples_of_is_refused"
     ),
