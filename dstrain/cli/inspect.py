@@ -32,9 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--against-teacher", metavar="BUNDLE", type=Path, help="the teacher that made them")
     add_data_argument(group)
     group.add_argument("--student", metavar="BUNDLE", type=Path, help="whose gradient (default: a fresh model)")
-    group.add_argument(
-        "--tokens", metavar="N", type=positive_number, nargs="+", default=[1024, 4096, 16384], help="default: 1024 4096 16384"
-    )
+    sizes = (1024, 4096, 16384)
+    group.add_argument("--tokens", metavar="N", type=positive_number, nargs="+", default=sizes, help=f"default: {sizes}")
     group.add_argument("--renormalize", action="store_true", help="topk: give the tail to the kept tokens (biased)")
     add_device_argument(group)
 

@@ -71,7 +71,7 @@ class FileCache:
                 return
             try:
                 file.truncate(0)  # what a killed process has left
-                self._make_room(size)
+                self._free_space(size)
                 with named_if_full(path):
                     download(file)
                     file.flush()
@@ -80,7 +80,7 @@ class FileCache:
                 part.unlink(missing_ok=True)
                 raise
 
-    def _make_room(self, size: int) -> None:
+    def _free_space(self, size: int) -> None:
         copies = sorted((stat.st_mtime_ns, stat.st_size, path) for path, stat in self._copies())
         excess = sum(copy_size for _, copy_size, _ in copies) + size - self.limit
         for _, copy_size, path in copies:
@@ -100,16 +100,16 @@ class FileCache:
             )
 
     def _copies(self) -> list[tuple[Path, os.stat_result]]:
-        found = []
+        copies = []
         for folder, _, names in os.walk(self.directory):
             for name in names:
                 if name.endswith(self._suffixes):
                     path = Path(folder, name)
                     try:
-                        found.append((path, path.stat()))
+                        copies.append((path, path.stat()))
                     except FileNotFoundError:  # another process has removed or renamed it
                         continue
-        return found
+        return copies
 
 
 def cache_limit(environment: Mapping[str, str]) -> float:

@@ -24,8 +24,8 @@ from dstrain.storage.sharded_job import PARTS_FILE
 
 DATA_FORMAT_VERSION = 1
 MANIFEST_FILE = "manifest.json"
-MAX_MANIFEST_VALUES = 4_000_000
-"""Enough for 200,000 shards, or 20,000 of which each holds rows of 60 corpora."""
+MAX_MANIFEST_VALUES = 600_000
+"""Enough for 45,000 shards, or 10,000 of which each holds rows of 15 corpora."""
 TOKENIZER_DIRECTORY = "tokenizer"
 
 
