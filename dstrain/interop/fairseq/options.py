@@ -50,7 +50,7 @@ _NAMES: Mapping[Kind, str] = {
         encoder_learned_pos encoder_normalize_before encoder_use_glu encoder_use_rmsnorm eval_bleu eval_tokenized_bleu fp16
         layernorm_embedding length_normalize_loss maximize_best_checkpoint_metric memory_efficient_bf16 memory_efficient_fp16
         no_decoder_final_norm no_epoch_checkpoints no_scale_embedding no_token_positional_embeddings run_sanity_validation_steps
-        sentence_avg share_all_embeddings share_decoder_input_output_embed store_ema use_native_attention""",
+        sentence_avg share_all_embeddings share_decoder_input_output_embed store_ema truncate_source use_native_attention""",
 }
 
 

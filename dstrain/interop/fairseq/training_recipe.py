@@ -96,7 +96,7 @@ def _data(
     directory: Path,
     models: tuple[Path, Path] | None,
     tags: Sequence[str],
-    limits: Mapping[str, int],
+    limits: Mapping[str, int | str],
 ) -> Tree | None:
     """The binarized data in the directory; None without them, or if the task adds tokens to them, which dstrain does not."""
     if task_name(checkpoint.task) not in ONE_PAIR or language_tokens(checkpoint.task, directory) != LanguageTokens():
@@ -110,7 +110,7 @@ def _data(
     return data_tree(data, limits)
 
 
-def _placeholder(checkpoint: FairseqCheckpoint, tokenizer: Path, limits: Mapping[str, int], notes: Notes) -> Tree:
+def _placeholder(checkpoint: FairseqCheckpoint, tokenizer: Path, limits: Mapping[str, int | str], notes: Notes) -> Tree:
     corpus = PLACEHOLDER if checkpoint.has_encoder else TEXT_PLACEHOLDER
     notes.reads("no binarized data beside the dictionaries", "placeholder", path=corpus["path"])
     return {

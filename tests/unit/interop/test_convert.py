@@ -549,7 +549,9 @@ def test_data_elsewhere_are_called_by_the_usual_names() -> None:
     assert [corpus["source"] for corpus in tree_of("", several)["data"]["train"]] == ["one/train.en-de.en", "two/train.en-de.en"]
     assert "one:two: an epoch read one of them in turn; dstrain's epoch reads all" in notes_of("", several)
     limits = tree_of("--max-source-positions 256 --max-tokens 300")["data"]["filter"]
-    assert (limits["max_source_length"], limits["max_target_length"]) == (256, 300)
+    assert limits == {"max_source_length": 256, "max_target_length": 300}
+    assert tree_of("--truncate-source")["data"]["filter"]["long_sources"] == "truncate"
+    assert "--truncate-source: no effect together with the other options" in notes_of("--truncate-source", LM)
 
 
 @needs_golden

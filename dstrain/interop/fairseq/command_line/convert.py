@@ -118,7 +118,7 @@ def _data(command: Command, settings: Settings, model: Tree, notes: Notes) -> Tr
     return data_tree(data, length_limits(model, settings, notes))
 
 
-def data_tree(data: DataConfig, limits: Mapping[str, int], task: Tree | None = None) -> Tree:
+def data_tree(data: DataConfig, limits: Mapping[str, int | str], task: Tree | None = None) -> Tree:
     """A data section as plain values, what is not set left out. limits: its filter. task: of all its text; None for the usual."""
     tree = data.model_dump(mode="json")
     for corpora in (tree["train"], tree["valid"], *tree["test"].values()):
@@ -133,13 +133,15 @@ def _corpus_tree(corpus: Tree, task: Tree | None) -> Tree:
     return named if task is None else {**named, "task": deepcopy(task)}  # a value twice would be an anchor in YAML
 
 
-def length_limits(model: Tree, settings: Settings, notes: Notes) -> dict[str, int]:
-    """fairseq's limits of a training example, by side."""
+def length_limits(model: Tree, settings: Settings, notes: Notes) -> dict[str, int | str]:
+    """The filter: fairseq's limits of a training example, by side, and whether longer sources are cut."""
     most = settings["max_tokens"] or math.inf
     limits = {name: model[name] for name in ("max_source_length", "max_target_length") if name in model}
     if any(most < limit for limit in limits.values()):
         notes.reads(settings.shown("max_tokens"), "filter")
-    return {name: int(min(limit, most)) for name, limit in limits.items()}
+    has_pairs = "max_source_length" in limits and settings["task"] != "denoising"
+    cut = {"long_sources": "truncate"} if has_pairs and settings["truncate_source"] else {}
+    return {name: int(min(limit, most)) for name, limit in limits.items()} | cut
 
 
 def _pairs(command: Command, settings: Settings, notes: Notes) -> DataConfig:

@@ -46,7 +46,7 @@ _REASONS = {
     "no sentence is ever left out of an epoch": "skip-remainder-batch!",
     "training pairs over data.filter are dropped and counted; evaluation keeps every pair": """
         skip-invalid-size-inputs-valid-test!""",
-    "long sentences are dropped by data.filter, not cut": "truncate-source! shorten-method shorten-data-split-list",
+    "long text is dropped by data.filter, not cut": "shorten-method shorten-data-split-list",
     "the training split is listed in data.train": "train-subset gen-subset upsample-primary num-shards shard-id",
     "one validation split drives everything; `dstrain validate --split` scores the others": """
         combine-valid-subsets! ignore-unused-valid-subsets!""",
