@@ -97,9 +97,10 @@ def check_split(name: str, lengths: ExampleLengths, model: ModelConfig) -> None:
         row, tokens = lengths.longest(side)
         if tokens > limit:
             key = "source" if side == "source" else "target"
+            cut = "; data.filter.long_sources: truncate cuts sources in every split" if side == "source" else ""
             raise DataError(
                 f"pair {row + 1} of the split {name!r} has {tokens:,} {side} tokens, more than model.max_{key}_length = "
-                f"{limit}: raise that limit, or leave such pairs out and prepare again (data.filter does it for train)"
+                f"{limit}: raise that limit, or leave such pairs out and prepare again (data.filter does it for train){cut}"
             )
 
 

@@ -10,6 +10,7 @@ from dstrain.errors import RecipeError
 from dstrain.recipe_file import load_recipe
 
 KINDS_OF_TEXT = "'parallel', 'tsv', 'jsonl', "
+METRICS = "'loss', 'bleu', 'chrf', 'rouge_1', 'rouge_2' or 'rouge_l'"
 NO = "YAML reads no, off and false without quotes as false"
 
 
@@ -36,13 +37,13 @@ def lines_of(name: str, *overrides: str) -> list[str]:
             "data.tokenizer.tags=[~]",
             "tags.0: input should be a valid string, not null; YAML reads null, ~ and nothing at all as null",
         ),
-        ("validation.metric=off", f"validation.metric: input should be 'loss', 'bleu' or 'chrf', not false; {NO}"),
+        ("validation.metric=off", f"validation.metric: input should be {METRICS}, not false; {NO}"),
         ("model.kind=no", f"model.kind: false is unknown; {NO}: put the word in quotes; choose one of 'encoder_decoder', "),
         ("model.preset=no", f"model.preset: no preset false; {NO}: put the word in quotes"),
         ("model.dropout=yes", "model.dropout: input should be a valid number, not true; YAML reads yes, on and true"),
         ("adapter=no", "adapter: input should be a section, not false; write null for none"),
         ("training='max_steps:5'", "training: input should be a section, not 'max_steps:5'; put a space after the colon"),
-        ("validation.metric=BLEU", "input should be 'loss', 'bleu' or 'chrf', not 'BLEU'; did you mean bleu?"),
+        ("validation.metric=BLEU", f"input should be {METRICS}, not 'BLEU'; did you mean bleu?"),
         ("training={<<: {max_steps: 5}}", "`<<`, which is not read; write the keys of that mapping out"),
         ("training={\u00a0max_steps: 5}", "the key '\\xa0max_steps' begins or ends with a space; if it is an indent"),
         (
@@ -96,7 +97,7 @@ def lines_of(name: str, *overrides: str) -> list[str]:
             "objective.features.0: missing `kind`; choose one of 'hidden_",
         ),
         ("generation={beam_size: 3}", "generation: missing `kind`; choose one of 'beam', 'sampling'"),
-        ("validation.metric=blue", "validation.metric: input should be 'loss', 'bleu' or 'chrf', not 'blue'; did you mean bleu?"),
+        ("validation.metric=blue", f"validation.metric: input should be {METRICS}, not 'blue'; did you mean bleu?"),
         ("model.preset=transformer_big", "model.preset: no preset 'transformer_big'; did you mean big?"),
         ("model.preset=transformer_iwslt_de_en", "model.preset: no preset 'transformer_iwslt_de_en'; did you mean iwslt?"),
         ("seed=3", "seed: unknown key; did you mean training.seed or generation.seed?"),
