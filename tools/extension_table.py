@@ -6,7 +6,7 @@ positions (`--no-alibi` leaves it out) and reads longer text than it was trained
 tokens of test articles, read in windows of each length whose ends are half a window apart (`dstrain perplexity`): each column
 scores the same tokens. Prints the table, and draws it if matplotlib is installed. Goes on where an earlier call ended.
 
-    DSTRAIN_DATA=... python tools/extension_table.py WORK [--steps 500] [--tune-steps 20] [--documents 24]
+    DSTRAIN_DATA=... python tools/extension_table.py WORK [--steps 500] [--tune-steps 20] [--documents 20]
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("work", type=Path, metavar="WORK")
     parser.add_argument("--steps", type=int, default=500, help="of the model of 256 tokens")
     parser.add_argument("--tune-steps", type=int, default=20, help="of each fine-tuning")
-    parser.add_argument("--documents", type=int, default=24, help="test articles that are scored")
+    parser.add_argument("--documents", type=int, default=20, help="test articles that are scored")
     parser.add_argument("--alibi", action=argparse.BooleanOptionalAction, default=True, help="a model with ALiBi, too")
     args = parser.parse_args()
     work = args.work.resolve()
