@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from dstrain.api import BundleModel, PerplexityOptions, load, perplexity
+from dstrain.api import BundleModel, PerplexityOptions, ValidateOptions, load, perplexity, prepare, validate
 from dstrain.checkpoint.bundle import save_bundle
 from dstrain.cli.main import main
+from dstrain.data.config import DataConfig, PlainText
+from dstrain.data.tokenizers.config import TokenizerDirectory
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.errors import ArgumentError, BundleError, DataError, DstrainError
 from dstrain.evaluation.perplexity import TokenWindow, sliding_windows
@@ -135,6 +137,18 @@ def test_context_of_other_lines_counts_only_if_the_file_is_one_document(bundle: 
     )
     assert by_line["nll"] != pytest.approx(whole["nll"], rel=1e-3)
     assert by_line["num_tokens"] == whole["num_tokens"]
+
+
+def test_prepared_text_has_the_same_loss(tmp_path: Path, text: Path) -> None:
+    """As `dstrain validate` computes it, which drops the same blank lines."""
+    bundle = language_model(tmp_path / "bundle", RotaryPosition(), max_length=40)
+    corpora, tokenizer = (PlainText(path=str(text)),), TokenizerDirectory(path=str(bundle / "tokenizer"))
+    prepare(DataConfig(train=corpora, valid=corpora, tokenizer=tokenizer), tmp_path / "data", workers=1, progress=False)
+    scores = validate(ValidateOptions(bundle=bundle, data=tmp_path / "data", device="cpu"))
+    assert scores is not None
+    figures = perplexity(PerplexityOptions(bundle=bundle, file=str(text)))
+    assert figures["num_tokens"] == scores["num_targets"]
+    assert figures["perplexity"] == pytest.approx(scores["perplexity"], rel=1e-5)
 
 
 def test_the_verb_reads_a_pipe_and_prints_words_on_request(
