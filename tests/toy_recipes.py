@@ -91,6 +91,8 @@ class Toys:
         tree["model"] = _small_model(tree["model"])
         tree["optimizer"] |= {"learning_rate": 0.01}  # of a model so small
         tree["batching"] |= {"tokens_per_step": 400, "max_tokens": 600}
+        if tree["batching"]["packing"] is not None:
+            tree["batching"]["packing"] |= {"block_size": 100}
         tree["schedule"] |= _of_its_keys(tree["schedule"], {"warmup_steps": 2, "total_steps": self.steps, "decay_steps": 5})
         tree["training"] |= {"max_steps": self.steps, "max_epochs": None}
         tree["validation"] |= {"unit": "steps", "every": self.steps, "patience": None}

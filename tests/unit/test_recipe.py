@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dstrain.config_base import Tree
+from dstrain.data.config import has_no_source
 from dstrain.errors import RecipeError
 from dstrain.models.presets import PRESETS
 from dstrain.recipe_file import dump_recipe, load_recipe, merge, recipe_names
@@ -305,10 +307,14 @@ OF_UNNAMED_CORPORA = [name for name in recipe_names() if load_recipe(name).batch
 
 @pytest.mark.parametrize("name", OF_UNNAMED_CORPORA)
 def test_every_shipped_recipe_on_own_data_is_extends_and_data(name: str, tmp_path: Path) -> None:
-    pairs = "{kind: parallel, source: my.en, target: my.de}"
-    path = files(tmp_path, own=f"extends: {name}\ndata:\n  train: [{pairs}]\n  valid: [{pairs}]\n  test: {{mine: [{pairs}]}}\n")
-    recipe, base = load_recipe(path), load_recipe(name)
-    assert [corpus.model_dump()["source"] for _, corpus in recipe.data.corpora()] == ["my.en"] * 3
+    """Own data of the same kind: pairs, or text with the same task. Recipes that name their corpora want the same names."""
+    base = load_recipe(name)
+    corpus: Tree = {"kind": "parallel", "source": "my.en", "target": "my.de"}
+    if has_no_source(base.data.train):
+        corpus = {**base.data.train[0].model_dump(mode="json"), "path": "my.txt"}
+    data = {"train": [corpus], "valid": [corpus], "test": {"mine": [corpus]}}
+    recipe = load_recipe(files(tmp_path, own=yaml.safe_dump({"extends": name, "data": data})))
+    assert [corpus.items() <= read.model_dump(mode="json").items() for _, read in recipe.data.corpora()] == [True] * 3
     assert recipe.model_copy(update={"data": base.data, "description": base.description}) == base
 
 
