@@ -84,6 +84,10 @@ class DecodingState(Protocol):
 class Generative(Protocol):
     """A model as generation sees it."""
 
+    def prepared(self) -> Generative:
+        """The same model for many steps: what they read of the weights is prepared once, and later changes do not count."""
+        ...
+
     def start(self, source: Sequences | None, *, num_sentences: int, rows_per_sentence: int, max_length: int) -> DecodingState:
         """Encode the source once per sentence and allocate a cache of `max_length` decoder inputs."""
         ...

@@ -141,6 +141,12 @@ class KernelsConfig(Config):
     dropout_attention: Literal["auto", "counted_masks", "scaled_dot_product_attention"] = Field(
         default="auto", description="Of attention with dropout of its probabilities, in rows."
     )
+    decoding_attention: Literal["auto", "decoding_products", "scaled_dot_product_attention"] = Field(
+        default="auto", description="Of the steps of generation, in validation and of an on-policy student."
+    )
+    fixed_linear: Literal["auto", "linear", "packed_linear"] = Field(
+        default="auto", description="Of the linear maps of these steps; packed_linear keeps a second copy of their weights."
+    )
     packed_attention: Literal["auto", "varlen", "padded_rows"] = Field(
         default="auto", description="Of attention of packed sequences without ALiBi; with dropout it is padded_rows."
     )

@@ -2,8 +2,14 @@
 
 At each step a sentence has K hypotheses. Of their best 2 K continuations, those that end among the first K are finished, and the
 first K that do not end go on; so K hypotheses go on even if K ended. A sentence is done when K hypotheses are finished, at its
-maximal length, or when nothing allowed is left; it then leaves the batch, and the others run on in smaller tensors. There is no
-early stop by score. The score of a hypothesis is its summed log-probability divided by length ** length_penalty, EOS counted.
+maximal length, when nothing allowed is left, or when nothing that goes on can still be among the `num_best`. It then leaves the
+batch, and the others run on in smaller tensors. The score of a hypothesis is its summed log-probability divided by
+length ** length_penalty, EOS counted.
+
+How well a hypothesis may still end is bounded: what it gains by a further token is a log-probability, less penalties, so at most
+0, and its sum divided by length ** length_penalty is monotone in the length, so it is highest at the next length or at the last.
+Rounding is monotone too, and of equal scores the one that finished first is kept, so the result is exactly that of a search that
+goes on. With a negative `unk_penalty` a sum may rise, and no search ends like this.
 
 Diverse beam search (Vijayakumar et al., 2018) splits the K hypotheses into G groups, hypothesis i into group i mod G. The groups
 choose one after the other, and a group pays `diversity` for each token that an earlier group chose at this step, once more for
@@ -23,7 +29,7 @@ from dstrain.batch import Sequences
 from dstrain.generation.candidates import best_continuations, to_log_probs
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import Constraints, SpecialIds
-from dstrain.generation.finished import FinishedHypotheses
+from dstrain.generation.finished import FinishedHypotheses, normalized_scores
 from dstrain.generation.hypothesis import Hypothesis
 from dstrain.protocols import Generative
 
@@ -145,19 +151,21 @@ class _Beams:
 
     def __init__(
         self,
-        pruning: Pruning,
+        config: BeamSearchConfig,
         constraints: Constraints,
         finished: FinishedHypotheses,
         ids: SpecialIds,
         starts: Sequence[int | None],
     ) -> None:
         num_sentences, device = len(finished.count), finished.count.device
-        self.pruning = pruning
+        self.pruning = _pruning(config)
         self.constraints = constraints
         self.finished = finished
+        self.some_finished = False
+        self.config = config
         self.eos_id = ids.eos
         self.sentences = torch.arange(num_sentences, device=device)
-        self.totals = pruning.start(num_sentences, device)  # (b, R), R = K after the first step
+        self.totals = self.pruning.start(num_sentences, device)  # (b, R), R = K after the first step
         self.history = self.totals[:, :, None][:, :, :0]  # (b, R, t) totals after each token
         self.tokens = ids.beginnings(starts, self.totals.shape[1], device)  # (b, R, 1 + t), the start token first
 
@@ -175,8 +183,11 @@ class _Beams:
         ended = (candidates.tokens == self.eos_id) & (candidates.totals > -torch.inf)
         self._finish(candidates, ended)
         chosen = self.pruning.survivors(candidates, ended)
-        done = self.finished.is_full(self.sentences) | self.constraints.at_end(self.history.shape[2])
-        done |= (chosen.totals == -torch.inf).all(1)
+        done = self.constraints.at_end(self.history.shape[2]) | (chosen.totals == -torch.inf).all(1)
+        if self.some_finished:
+            done |= self.finished.is_full(self.sentences)
+            if self.config.unk_penalty >= 0:
+                done |= self._highest_scores(chosen.totals) <= self.finished.least(self.sentences)
         staying = None
         if bool(done.any()):
             staying = (~done).nonzero()[:, 0]
@@ -189,10 +200,19 @@ class _Beams:
         beam_size = self.finished.capacity
         if not bool(ended.any()):
             return
+        self.some_finished = True
         first = Candidates(*(x[:, :beam_size] for x in candidates))
         tokens = torch.cat([_pick(self.tokens, first.parents)[:, :, 1:], first.tokens[:, :, None]], 2)
         totals = torch.cat([_pick(self.history, first.parents), first.totals[:, :, None]], 2)
         self.finished.add(self.sentences, ended[:, :beam_size], tokens, totals)
+
+    def _highest_scores(self, totals: Tensor) -> Tensor:
+        """What no end of these hypotheses exceeds; -inf if all are dead. totals: (b, K), one token longer than now -> (b,)"""
+        most = totals.amax(1)
+        last_lengths = self.constraints.max_lengths + 1  # with EOS
+        next_lengths = torch.full_like(last_lengths, self.history.shape[2] + 2)
+        bounds = [normalized_scores(most, lengths, self.config) for lengths in (next_lengths, last_lengths)]
+        return torch.maximum(*bounds)
 
     def _keep(self, sentences: Tensor) -> None:
         self.sentences = self.sentences[sentences]
@@ -236,8 +256,10 @@ def beam_search(
     if anchor is None:
         raise ValueError("generation needs a source or a prefix")
     constraints = Constraints(config, ids, max_lengths=max_lengths, prefix=prefix, device=anchor.device)
-    finished = FinishedHypotheses(len(max_lengths), config.beam_size, max(max_lengths) + 1, anchor.device)
-    beams = _Beams(_pruning(config), constraints, finished, ids, starts or [None] * len(max_lengths))
+    finished = FinishedHypotheses(
+        config, num_sentences=len(max_lengths), capacity=config.beam_size, max_length=max(max_lengths) + 1, device=anchor.device
+    )
+    beams = _Beams(config, constraints, finished, ids, starts or [None] * len(max_lengths))
     state = model.start(
         source, num_sentences=len(max_lengths), rows_per_sentence=beams.totals.shape[1], max_length=max(max_lengths) + 1
     )
@@ -245,7 +267,7 @@ def beam_search(
         logits = model.step(beams.inputs(), state)[:, -1]
         staying, rows = beams.advance(to_log_probs(logits, config.temperature))
         if not len(beams.sentences):
-            return finished.best(config)
+            return finished.best()
         if staying is not None:
             state.keep(staying)
         state.reorder(rows)

@@ -35,20 +35,27 @@ def best_continuations(log_probs: Tensor, totals: Tensor, k: int) -> tuple[Tenso
     num_sentences, beam_size = totals.shape
     log_probs = log_probs.view(num_sentences, beam_size, -1)
     width = log_probs.shape[2]
-    peaks = _dead_if_nan(block_maxima(log_probs) + totals[:, :, None])  # (b, K, blocks)
+    peaks = _dead_if_nan(block_maxima(log_probs).add_(totals[:, :, None]))  # (b, K, blocks)
     num_blocks = peaks.shape[2]
     best = peaks.flatten(1).topk(min(k, beam_size * num_blocks), dim=1, sorted=False).indices  # (b, k)
     parents = best // num_blocks
-    tokens = (best % num_blocks)[:, :, None] * TOP_K_BLOCK + torch.arange(
-        TOP_K_BLOCK, device=best.device
-    )  # (b, k, 64), some beyond V
-    flat_index = parents[:, :, None] * width + tokens.clamp_max(width - 1)
+    in_block = torch.arange(TOP_K_BLOCK, device=best.device)
+    tokens = (best % num_blocks)[:, :, None] * TOP_K_BLOCK + in_block  # (b, k, 64)
+    beyond = None
+    if width % TOP_K_BLOCK:
+        beyond = tokens >= width
+        tokens = tokens.clamp_max(width - 1)
+    flat_index = parents[:, :, None] * width + tokens
     values = log_probs.flatten(1).gather(1, flat_index.flatten(1)).view_as(tokens) + totals.gather(1, parents)[:, :, None]
-    values = _dead_if_nan(values.masked_fill(tokens >= width, -torch.inf)).flatten(1)  # (b, k * 64)
-    values = F.pad(values, (0, max(0, k - values.shape[1])), value=-torch.inf)
+    if beyond is not None:
+        values.masked_fill_(beyond, -torch.inf)
+    values = _dead_if_nan(values).flatten(1)  # (b, k * 64)
+    if values.shape[1] < k:
+        values = F.pad(values, (0, k - values.shape[1]), value=-torch.inf)
     best_values, order = values.topk(k, dim=1)
-    order = order.clamp_max(tokens[0].numel() - 1)
-    return best_values, tokens.flatten(1).gather(1, order).clamp_max(width - 1), parents.gather(1, order // TOP_K_BLOCK)
+    if tokens[0].numel() < k:
+        order = order.clamp_max(tokens[0].numel() - 1)
+    return best_values, tokens.flatten(1).gather(1, order), parents.gather(1, order // TOP_K_BLOCK)
 
 
 def block_maxima(x: Tensor) -> Tensor:
@@ -61,4 +68,5 @@ def block_maxima(x: Tensor) -> Tensor:
 
 
 def _dead_if_nan(scores: Tensor) -> Tensor:
-    return torch.where(scores.isnan(), -torch.inf, scores)
+    """In place."""
+    return scores.nan_to_num_(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)

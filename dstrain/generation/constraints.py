@@ -64,7 +64,7 @@ class Constraints:
         self._config = config
         self._ids = ids
         self._ends = set(max_lengths)
-        self._max_lengths = torch.tensor(max_lengths, device=device)  # (b,)
+        self.max_lengths = torch.tensor(max_lengths, device=device)  # (b,)
         self._prefix = torch.empty(len(max_lengths), 0, dtype=torch.long) if prefix is None else prefix
         self._prefix = self._prefix.to(device)
 
@@ -75,7 +75,7 @@ class Constraints:
         if self._config.unk_penalty != 0:
             log_probs[:, self._ids.unk] -= self._config.unk_penalty
         forced = self._forced(step)
-        rows_per_sentence = len(log_probs) // len(self._max_lengths)
+        rows_per_sentence = len(log_probs) // len(self.max_lengths)
         if forced is not None:
             forced = forced.repeat_interleave(rows_per_sentence)
             rows = (forced != self._ids.pad).nonzero()[:, 0]
@@ -91,11 +91,11 @@ class Constraints:
 
     def at_end(self, step: int) -> Tensor:
         """Which sentences have reached their maximal length. (b,)"""
-        return self._max_lengths <= step
+        return self.max_lengths <= step
 
     def keep(self, sentences: Tensor) -> None:
         """Forget all sentences but these."""
-        self._max_lengths = self._max_lengths[sentences]
+        self.max_lengths = self.max_lengths[sentences]
         self._prefix = self._prefix[sentences]
 
     def _forced(self, step: int) -> Tensor | None:
@@ -103,7 +103,7 @@ class Constraints:
         in_prefix = step < self._prefix.shape[1]
         if not in_prefix and step not in self._ends:
             return None
-        free = torch.full_like(self._max_lengths, self._ids.pad)
+        free = torch.full_like(self.max_lengths, self._ids.pad)
         return torch.where(self.at_end(step), self._ids.eos, self._prefix[:, step] if in_prefix else free)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -40,7 +41,7 @@ def ignore_progress(finished: int) -> None:
 
 @dataclass(frozen=True)
 class Generator:
-    """Generates from one model in evaluation mode.
+    """Generates from one model in evaluation mode, by the weights that it has at first.
 
     limits: of the model. truncate_source: cut longer sources instead of refusing them; each call says how many.
     """
@@ -128,6 +129,10 @@ class Generator:
         limit = int(self.config.max_length_ratio * base_length) + self.config.max_length_offset
         return min(max(limit, prefix_length), self.limits.target_after(source_length) - 1)
 
+    @cached_property
+    def _prepared(self) -> Generative:
+        return self.model.prepared()
+
     def _generate(
         self,
         sources: Sequence[Sequence[int]],
@@ -143,11 +148,11 @@ class Generator:
         match self.config:
             case BeamSearchConfig() as config:
                 return beam_search(
-                    self.model, batch, config=config, ids=self.ids, max_lengths=limits, prefix=prefix, starts=starts
+                    self._prepared, batch, config=config, ids=self.ids, max_lengths=limits, prefix=prefix, starts=starts
                 )
             case SamplingConfig() as config:
                 return sample(
-                    self.model,
+                    self._prepared,
                     batch,
                     config=config,
                     ids=self.ids,

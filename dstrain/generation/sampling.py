@@ -79,7 +79,9 @@ def sample(
     device, num_samples = anchor.device, config.num_best
     uniform = uniform_numbers(config.seed, sentences, num_samples, max_lengths).to(device)
     constraints = Constraints(config, ids, max_lengths=max_lengths, prefix=prefix, device=device)
-    finished = FinishedHypotheses(len(max_lengths), num_samples, max(max_lengths) + 1, device)
+    finished = FinishedHypotheses(
+        config, num_sentences=len(max_lengths), capacity=num_samples, max_length=max(max_lengths) + 1, device=device
+    )
     present = torch.arange(len(max_lengths), device=device)
     tokens = ids.beginnings(starts or [None] * len(max_lengths), num_samples, device)  # (b, n, 1 + t)
     totals = torch.zeros(len(max_lengths), num_samples, 0, device=device)  # (b, n, t)
@@ -100,7 +102,7 @@ def sample(
         running = running & ~ended
         done = ~running.any(1) | constraints.at_end(totals.shape[2] - 1)
         if bool(done.all()):
-            return finished.best(config)
+            return finished.best()
         if bool(done.any()):
             staying = (~done).nonzero()[:, 0]
             present, tokens, totals, running = present[staying], tokens[staying], totals[staying], running[staying]

@@ -16,16 +16,18 @@ from torch import Tensor, nn
 from dstrain.batch import ModelKind, Sequences
 from dstrain.model_output import ActivationCapture, ModelOutput
 from dstrain.models.config import DecoderOnlyConfig, VocabularySizes
+from dstrain.models.prepared import PreparedModel
 from dstrain.nn.attention_bias import AttentionBias, AttentionContext
 from dstrain.nn.cache import KeyValueCache, is_identity
 from dstrain.nn.capture import StackCapture
+from dstrain.nn.decoding import DecodingPlan
 from dstrain.nn.dropout import NO_MASKS, MaskKeys
 from dstrain.nn.embedding import InputEmbedding, Projection, logits
 from dstrain.nn.layers import EncoderLayer
 from dstrain.nn.position import Positions
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.bias import causal_bias, mask_bias
-from dstrain.protocols import DecodingState
+from dstrain.protocols import DecodingState, Generative
 
 _R = TypeVar("_R")
 
@@ -36,7 +38,10 @@ class DecoderOnlyState:
     lengths: (b,) source tokens of each sentence; None if every source fills its columns.
     """
 
-    def __init__(self, cache: KeyValueCache, *, width: int, lengths: Tensor | None, rows_per_sentence: int) -> None:
+    def __init__(
+        self, cache: KeyValueCache, *, plan: DecodingPlan | None, width: int, lengths: Tensor | None, rows_per_sentence: int
+    ) -> None:
+        self.plan = plan
         self.cache = cache
         self.width = width
         self.lengths = lengths
@@ -128,9 +133,21 @@ class DecoderOnly(nn.Module):
         result: _R = self.projection(hidden, reduce)
         return result
 
+    def prepared(self) -> Generative:
+        """See `protocols.Generative`."""
+        return self if self.training else PreparedModel(self, DecodingPlan(self.decoder, self.projection))
+
     @torch.no_grad()
-    def start(self, source: Sequences | None, *, num_sentences: int, rows_per_sentence: int, max_length: int) -> DecoderOnlyState:
-        """Read the sources, each without its final EOS, and allocate `max_length` decoder inputs after them."""
+    def start(
+        self,
+        source: Sequences | None,
+        *,
+        num_sentences: int,
+        rows_per_sentence: int,
+        max_length: int,
+        plan: DecodingPlan | None = None,
+    ) -> DecoderOnlyState:
+        """Read the sources, each without its final EOS, and allocate `max_length` decoder inputs behind. plan: see `prepared`."""
         lengths = None if source is None else source.lengths - 1
         width = 0 if source is None else source.tokens.shape[1] - 1
         stack = self.config.decoder
@@ -150,7 +167,7 @@ class DecoderOnly(nn.Module):
             cache.advance(width)
         if lengths is not None and lengths.device.type == "cpu" and bool((lengths == width).all()):
             lengths = None
-        state = DecoderOnlyState(cache, width=width, lengths=lengths, rows_per_sentence=1)
+        state = DecoderOnlyState(cache, plan=plan, width=width, lengths=lengths, rows_per_sentence=1)
         if rows_per_sentence > 1:
             state.reorder(torch.arange(num_sentences, device=cache.device).repeat_interleave(rows_per_sentence))
         return state
@@ -167,9 +184,13 @@ class DecoderOnly(nn.Module):
         if unfilled is not None:
             unfilled_bias = mask_bias(unfilled, x.dtype)[:, None, None, :]  # (N, 1, 1, past + t)
             mask = unfilled_bias if mask is None else torch.minimum(mask, unfilled_bias)
-        hidden = self._run(x, self.target_attention_bias.for_decoding(query, keys, past + new, mask, x), state.cache)
+        context = self.target_attention_bias.for_decoding(query, keys, past + new, mask, x)
+        if new == 1 and state.plan is not None:
+            result = state.plan.step(x, state.cache, context)
+        else:
+            result = self.project(self._run(x, context, state.cache)[:, -tokens.shape[1] :])
         state.cache.advance(new)
-        return self.project(hidden[:, -tokens.shape[1] :])
+        return result
 
 
 def _decoding_positions(state: DecoderOnlyState, new: int) -> tuple[Positions, Positions, Tensor | None]:

@@ -14,15 +14,17 @@ from torch import Tensor, nn
 from dstrain.batch import ModelKind, Sequences
 from dstrain.model_output import ActivationCapture, Memory, ModelOutput
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
+from dstrain.models.prepared import PreparedModel
 from dstrain.nn.attention_bias import AttentionBias, AttentionContext
 from dstrain.nn.cache import KeyValueCache, is_identity
 from dstrain.nn.capture import StackCapture
+from dstrain.nn.decoding import DecodingPlan, SourceKeys, whole_blocks
 from dstrain.nn.dropout import MEMORY_SITE, MaskKeys
 from dstrain.nn.embedding import InputEmbedding, Projection, logits
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.bias import causal_bias, padding_bias
-from dstrain.protocols import DecodingState
+from dstrain.protocols import DecodingState, Generative
 
 _R = TypeVar("_R")
 
@@ -31,9 +33,16 @@ class EncoderDecoderState:
     """What decoding remembers: the source's keys and values by depth, once a sentence; those of the target, once a row."""
 
     def __init__(
-        self, *, source: list[tuple[Tensor, Tensor]], source_bias: Tensor | None, target: KeyValueCache, rows_per_sentence: int
+        self,
+        *,
+        plan: DecodingPlan | None,
+        source: list[SourceKeys],
+        source_bias: Tensor | None,
+        target: KeyValueCache,
+        rows_per_sentence: int,
     ) -> None:
-        self.source = source  # by depth: keys, values (b, H, S, K), the same ones if a layer runs again
+        self.plan = plan
+        self.source = source  # by depth: keys, values (b, H, S, K), the same ones if a layer runs again; S in whole blocks
         self.source_bias = source_bias  # (b, 1, 1, S)
         self.target = target
         self.rows_per_sentence = rows_per_sentence
@@ -127,17 +136,30 @@ class EncoderDecoder(nn.Module):
         result: _R = self.projection(hidden, reduce)
         return result
 
+    def prepared(self) -> Generative:
+        """See `protocols.Generative`."""
+        return self if self.training else PreparedModel(self, DecodingPlan(self.decoder, self.projection))
+
     @torch.no_grad()
     def start(
-        self, source: Sequences | None, *, num_sentences: int, rows_per_sentence: int, max_length: int
+        self,
+        source: Sequences | None,
+        *,
+        num_sentences: int,
+        rows_per_sentence: int,
+        max_length: int,
+        plan: DecodingPlan | None = None,
     ) -> EncoderDecoderState:
-        """Encode the source once per sentence and allocate `max_length` decoder inputs."""
+        """Encode the source once per sentence and allocate `max_length` decoder inputs. plan: see `prepared`."""
         source = required(source)
         hidden = self.encode(source).hidden
-        stack = self.config.decoder
+        stack, keys = self.config.decoder, self.decoder.passes(lambda layer: layer.cross_attention.project_memory(hidden))
+        if plan is not None:
+            keys = whole_blocks(keys)
         return EncoderDecoderState(
-            source=self.decoder.passes(lambda layer: layer.cross_attention.project_memory(hidden)),
-            source_bias=padding_bias(source.lengths, source.tokens.shape[1], hidden.dtype),
+            plan=plan,
+            source=keys,
+            source_bias=padding_bias(source.lengths, keys[0][0].shape[2], hidden.dtype),
             target=KeyValueCache(
                 depth=stack.depth,
                 num_rows=num_sentences * rows_per_sentence,
@@ -159,6 +181,15 @@ class EncoderDecoder(nn.Module):
         x = self.target_embedding(inputs, past, past + width)
         mask = causal_bias(width, past + width, x.dtype, x.device) if width > 1 else None
         context = self.target_attention_bias.for_decoding(past, 0, past + width, mask, x)
+        if width == 1 and state.plan is not None:
+            result = state.plan.step(x, state.target, context, state.source, state.source_bias)
+        else:
+            result = self.project(self._run_modules(x, state, context)[:, -tokens.shape[1] :])
+        state.target.advance(width)
+        return result
+
+    def _run_modules(self, x: Tensor, state: EncoderDecoderState, context: AttentionContext) -> Tensor:
+        """The layers by their modules, and any number of positions. (N, t, D) -> (N, t, D)"""
         memory_context = AttentionContext(bias=state.source_bias)
 
         def run(depth: int, layer: DecoderLayer, x: Tensor) -> Tensor:
@@ -167,12 +198,11 @@ class EncoderDecoder(nn.Module):
             passed: Tensor = layer(x, key, value, context=context, memory_context=memory_context, cache=cache)
             return passed
 
-        hidden = self.decoder(x, run)
-        state.target.advance(width)
-        return self.project(hidden[:, -tokens.shape[1] :])
+        hidden: Tensor = self.decoder(x, run)
+        return hidden
 
 
-def select_sentences(source: list[tuple[Tensor, Tensor]], sentences: Tensor) -> list[tuple[Tensor, Tensor]]:
+def select_sentences(source: list[SourceKeys], sentences: Tensor) -> list[SourceKeys]:
     """Keys and values of some sentences, each tensor once however many depths share it."""
     chosen = {id(pair): tuple(part.index_select(0, sentences) for part in pair) for pair in source}
     return [(chosen[id(pair)][0], chosen[id(pair)][1]) for pair in source]

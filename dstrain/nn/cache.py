@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from dstrain.ops.cpu.attention import KEY_BLOCK
 
 LONG = 128
 """From so many positions on, those of a head follow one another in memory."""
@@ -36,7 +39,7 @@ class LayerCache:
 
 
 class KeyValueCache:
-    """Room for `max_length` positions of `num_rows` rows at each of `depth` layer passes.
+    """Room for `max_length` positions, in whole blocks of keys, of `num_rows` rows at each of `depth` layer passes.
 
     keep_tokens: remember the tokens too, (N, length), for models that must recompute everything at times.
     """
@@ -53,8 +56,10 @@ class KeyValueCache:
         keep_tokens: bool = False,
     ) -> None:
         self.length = 0
+        self._finite = 0  # positions that hold numbers, of which those from `length` on mean nothing
         self.tokens = torch.empty(num_rows, 0, dtype=torch.long, device=like.device) if keep_tokens else None
         self.num_rows = num_rows
+        max_length += -max_length % KEY_BLOCK
         self._buffers = [_empty_buffer(num_rows, num_heads, max_length, head_dim, like) for _ in range(depth)]
         self._makers = torch.empty(num_rows, max_length, dtype=torch.int32, device=like.device)
 
@@ -66,6 +71,34 @@ class KeyValueCache:
     def at(self, depth: int) -> LayerCache:
         """The cache of layer pass number `depth`; all passes of a step have the same `length`."""
         return LayerCache(self._buffers[depth], self.length)
+
+    def put(self, depth: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Remember the next position of layer pass number `depth`. (N, H, K) each -> keys and values of all whole blocks so far,
+        (N * H, S, K) each, of which `block_bias` hides those that mean nothing.
+        """
+        buffer = self._buffers[depth]
+        new = buffer[:, :, :, self.length]
+        new[0] = key
+        new[1] = value
+        keys, values = buffer[:, :, :, : self._finite].flatten(1, 2)
+        return keys, values
+
+    def block_bias(self, bias: Tensor | None) -> Tensor:
+        """What a step of one position adds to the scores of `put`'s keys. bias: of all positions with the new one, broadcasts to
+        (N, H of queries, 1, length + 1); None to see them all -> (1, 1, S) or (N * H of keys, queries of each, S).
+        """
+        length = self.length + 1
+        self._fill_blocks(length)
+        like = self._buffers[0]
+        lowest = torch.finfo(like.dtype).min
+        if bias is None:
+            hidden = like.new_zeros(1, 1, self._finite)
+            hidden[..., length:] = lowest
+            return hidden
+        num_key_heads = like.shape[2]
+        padded = F.pad(bias, (0, self._finite - length), value=lowest)
+        num_heads = max(padded.shape[-3], num_key_heads)
+        return padded.expand(self.num_rows, num_heads, 1, -1).reshape(self.num_rows * num_key_heads, -1, self._finite)
 
     def inputs(self, tokens: Tensor, moved: bool) -> Tensor:
         """The tokens that a step with these new ones computes: them, or after a rewind all so far. (N, t) -> (N, t or length + t)
@@ -102,6 +135,14 @@ class KeyValueCache:
         self._makers = self._makers.new_empty(self.num_rows, self._makers.shape[1])
         self._makers[:, : self.length] = makers
 
+    def _fill_blocks(self, length: int) -> None:
+        """Zeros from the end of what is known up to whole blocks of `length` positions: numbers, which a bias can hide."""
+        stop = length + -length % KEY_BLOCK
+        if stop > self._finite:
+            for buffer in self._buffers:
+                buffer[:, :, :, max(self._finite, self.length) : stop] = 0
+            self._finite = stop
+
     def _move(self, rows: Tensor, row: Tensor, position: Tensor) -> None:
         """Some entries only: those at (`row`, `position`), (P,) each."""
         _, _, num_heads, _, head_dim = self._buffers[0].shape
@@ -116,7 +157,7 @@ class KeyValueCache:
 
     def _copy(self, rows: Tensor) -> None:
         """All entries, into new buffers."""
-        used = slice(self.length)
+        used = slice(max(self.length, self._finite))
         for depth, buffer in enumerate(self._buffers):
             _, _, num_heads, max_length, head_dim = buffer.shape
             chosen = _empty_buffer(len(rows), num_heads, max_length, head_dim, buffer)

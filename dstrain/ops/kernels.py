@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from torch.nn import functional as F
 
 from dstrain.errors import RecipeError
 from dstrain.ops.cpu.argmax import numpy_argmax
-from dstrain.ops.cpu.attention import batched_attention, counted_dropout_attention
+from dstrain.ops.cpu.attention import batched_attention, counted_dropout_attention, decoding_products
+from dstrain.ops.cpu.linear import SMALLEST, packed_linear
 from dstrain.ops.kernel import Kernel, KernelState, Op
 from dstrain.ops.packed_attention import PackedPair, RowAttention, flex, padded_rows, varlen
 
@@ -34,6 +36,17 @@ def fused_dropout_attention(
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, dropout_p=dropout, is_causal=causal, enable_gqa=grouped
     )
+
+
+def fused_decoding_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """torch's own, which takes a bias of four dimensions."""
+    query, key, value, bias = (each.unsqueeze(0) for each in (query, key, value, bias.expand(-1, -1, key.shape[1])))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=bias).squeeze(0)
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """torch's own."""
+    return partial(F.linear, weight=weight, bias=bias)
 
 
 def torch_argmax(scores: Tensor) -> Tensor:
@@ -61,6 +74,28 @@ DROPOUT_ATTENTION: Op[Callable[..., Tensor]] = Op(
 )
 """Attention with dropout of its probabilities. The kernels of a GPU draw from torch's generator, each rank other masks."""
 
+DecodingAttention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+DECODING_ATTENTION: Op[DecodingAttention] = Op(
+    "decoding_attention",
+    [
+        Kernel("decoding_products", decoding_products, "cpu", (torch.float32,)),
+        Kernel("scaled_dot_product_attention", fused_decoding_attention),
+    ],
+)
+"""Attention of one new token a row, without gradient; by heads of keys: (P, Q, K), twice (P, S, K), bias -> (P, Q, K)."""
+
+FIXED_LINEAR: Op[Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]] = Op(
+    "fixed_linear",
+    [
+        Kernel("linear", plain_linear, "cpu", max_size=SMALLEST - 1),
+        Kernel("packed_linear", packed_linear, "cpu", (torch.float32,)),
+        Kernel("linear", plain_linear),
+    ],
+    unit="elements of the weight",
+)
+"""The linear map of a weight that does not change: weight (O, I), bias -> (N, I) -> (N, O)."""
+
 PackedAttention = Callable[[Tensor, Tensor, Tensor, PackedPair, RowAttention], Tensor]
 
 PACKED_ATTENTION: Op[PackedAttention] = Op(
@@ -81,7 +116,18 @@ ARGMAX: Op[Callable[[Tensor], Tensor]] = Op(
 )
 """The index of the maximum of each row of logits, the first of equal ones."""
 
-OPS = {op.name: op for op in (TRAINING_ATTENTION, DROPOUT_ATTENTION, PACKED_ATTENTION, PACKED_ALIBI_ATTENTION, ARGMAX)}
+OPS = {
+    op.name: op
+    for op in (
+        TRAINING_ATTENTION,
+        DROPOUT_ATTENTION,
+        DECODING_ATTENTION,
+        FIXED_LINEAR,
+        PACKED_ATTENTION,
+        PACKED_ALIBI_ATTENTION,
+        ARGMAX,
+    )
+}
 
 
 def kernels_by_name(names: Mapping[str, str], device_type: str, dtype: torch.dtype) -> AbstractContextManager[None]:

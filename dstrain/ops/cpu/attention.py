@@ -5,6 +5,10 @@ two meet at about 25 words). It keeps the probabilities, T x S numbers a head, s
 fused kernel takes 4 to 9 times the time of float32 products up to 48 words, and as long at 200.
 
 With dropout of the probabilities torch keeps them too; `counted_dropout_attention` does so with masks that are counted.
+
+In decoding a head has few queries, and `decoding_products` takes half the time of the fused kernel or less (5 beams of 32
+sentences, 15 keys, K = 32: 0.11 ms against 0.27). Keys come in whole blocks: of fewer than 16 float32 numbers torch's softmax is
+not vectorized and takes 7 times as long, and its products of fewer than 400 multiplications take 3 times as long.
 """
 
 from __future__ import annotations
@@ -18,6 +22,15 @@ from torch.autograd.function import once_differentiable
 from dstrain.ops.bias import causal_bias
 from dstrain.ops.dropout import dropout as drop
 from dstrain.ops.random_bits import random_bits
+
+KEY_BLOCK = 16
+"""Keys in decoding are padded to a multiple of this number."""
+
+
+def decoding_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """query: (P, Q, K); key, value: (P, S, K), S a multiple of `KEY_BLOCK`; bias: broadcasts to (P, Q, S) -> (P, Q, K)"""
+    scores = torch.baddbmm(bias, query, key.transpose(1, 2), alpha=query.shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(-1), value)
 
 
 def batched_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:

@@ -131,6 +131,32 @@ def test_the_batch_finds_what_the_slow_twin_finds_sentence_by_sentence(name: str
         assert_same(hypotheses, slow(model, source, config, max_length, []))
 
 
+@pytest.mark.parametrize("num_best", [1, 2])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_best_are_those_of_a_search_that_goes_on(name: str, num_best: int) -> None:
+    """The twin goes on until K hypotheses are finished, however little those that come can score."""
+    options = {"beam_size": 4, **CONFIGS[name]}
+    config = BeamSearchConfig(num_best=min(num_best, options["beam_size"]), **options)
+    model = ToyModel(9, seed=3, sharpness=3.0)
+    sources = random_sources(12, 9, seed=7)
+    max_lengths = [9, 4, 7, 9, 5, 6, 8, 30, 20, 12, 10, 11]
+    found = search(model, sources, config, max_lengths)
+    for source, max_length, hypotheses in zip(sources, max_lengths, found, strict=True):
+        assert_same(hypotheses, slow(model, source, config, max_length, [])[: config.num_best])
+
+
+@pytest.mark.parametrize(("options", "ends_early"), [({"score": "sum"}, True), ({"score": "sum", "unk_penalty": -0.1}, False)])
+def test_a_search_ends_when_nothing_can_win_any_more(options: dict[str, object], ends_early: bool) -> None:
+    """A negative penalty makes further tokens worth something, so nothing is certain before all are finished."""
+    sources, lengths = random_sources(6, 25), [20] * 6
+    steps = []
+    for num_best in (1, 4):
+        model = ToyModel(25, seed=7, sharpness=3.0)
+        search(model, sources, BeamSearchConfig(beam_size=4, num_best=num_best, **options), lengths)
+        steps.append(sum(model.steps))
+    assert (steps[0] < steps[1]) == ends_early
+
+
 @pytest.mark.parametrize("name", ["plain", "no bigram", "min", "two groups"])
 def test_prefixes_of_unequal_length_are_forced(name: str) -> None:
     config = BeamSearchConfig(beam_size=4, num_best=4, **CONFIGS[name])

@@ -62,6 +62,9 @@ class ToyModel:
     def project(self, hidden: Tensor) -> Tensor:
         return hidden @ self.output.T
 
+    def prepared(self) -> ToyModel:
+        return self
+
     def start(self, source: Sequences | None, *, num_sentences: int, rows_per_sentence: int, max_length: int) -> ToyState:
         hidden = torch.zeros(num_sentences, DIM) if source is None else self.encode(source)
         return ToyState(hidden[:, None].expand(-1, rows_per_sentence, -1))

@@ -52,18 +52,21 @@ def test_step_by_step(config: EncoderDecoderConfig | DecoderOnlyConfig) -> None:
     model, beams = small_model(config), 2
     sentences = torch.arange(4)
     history = torch.full((4 * beams, 1), 2)
-    state = model.start(SOURCE, num_sentences=4, rows_per_sentence=beams, max_length=9)
+    decoders = [model, model.prepared()]
+    states = [each.start(SOURCE, num_sentences=4, rows_per_sentence=beams, max_length=9) for each in decoders]
     for step in range(9):
-        found = model.step(history[:, -1:], state)
         expected = logits(model, of_rows(SOURCE, sentences.repeat_interleave(beams)), whole(history))
-        assert_close(found[:, 0], expected[:, -1])
+        for decoder, state in zip(decoders, states, strict=True):
+            assert_close(decoder.step(history[:, -1:], state)[:, 0], expected[:, -1])
         within = torch.randint(0, beams, (len(sentences), beams), generator=generator)
         rows = (torch.arange(len(sentences))[:, None] * beams + within).flatten()
-        state.reorder(rows)
         history = torch.cat([history[rows], torch.randint(4, 41, (len(rows), 1), generator=generator)], dim=1)
+        for state in states:
+            state.reorder(rows)
         if step == 4:
             staying = torch.tensor([0, 2, 3])
-            state.keep(staying)
+            for state in states:
+                state.keep(staying)
             sentences = sentences[staying]
             history = history.view(-1, beams, history.shape[1])[staying].flatten(0, 1)
 

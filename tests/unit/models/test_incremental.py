@@ -7,6 +7,7 @@ from torch import Tensor
 from dstrain.batch import Sequences
 from dstrain.models.config import EncoderDecoderConfig
 from dstrain.models.encoder_decoder import EncoderDecoder
+from dstrain.ops.kernels import DECODING_ATTENTION, FIXED_LINEAR
 from tests.unit.models.build import name_of, sequences, small_model, variants
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -20,6 +21,42 @@ def full(model: EncoderDecoder, source: Sequences, tokens: Tensor) -> Tensor:
 
 def of_rows(source: Sequences, sentences: Tensor) -> Sequences:
     return Sequences(source.tokens[sentences], source.lengths[sentences])
+
+
+@pytest.mark.parametrize("kernel", ["decoding_products", "scaled_dot_product_attention"])
+@pytest.mark.parametrize("linear", ["linear", "packed_linear"])
+@pytest.mark.parametrize("max_length", [33, 128])
+def test_prepared_steps_over_several_blocks_of_keys(kernel: str, linear: str, max_length: int) -> None:
+    """After 18 positions at once, in both layouts of the cache, and with rows that move and leave."""
+    model = small_model()
+    tokens = torch.cat([torch.full((4, 1), 2), torch.randint(4, 41, (4, 32), generator=torch.Generator().manual_seed(1))], dim=1)
+    expected = full(model, SOURCE, tokens)
+    with DECODING_ATTENTION.forced(kernel), FIXED_LINEAR.forced(linear):
+        decoder = model.prepared()
+        state = decoder.start(SOURCE, num_sentences=4, rows_per_sentence=1, max_length=max_length)
+        torch.testing.assert_close(decoder.step(tokens[:, :18], state), expected[:, :18], **CLOSE)
+        for position in range(18, 33):
+            found = decoder.step(tokens[:, position : position + 1], state)
+            torch.testing.assert_close(found[:, 0], expected[:, position], **CLOSE)
+            if position in (19, 30):
+                state.keep(torch.arange(1, len(tokens)))
+                tokens, expected = tokens[1:], expected[1:]
+
+
+def test_a_prepared_model_keeps_the_weights_of_that_moment() -> None:
+    """Of a packed matrix; plain ones are not copied. A model in training is not prepared: its dropout is on."""
+    model = small_model()
+    tokens = torch.full((4, 1), 2)
+    with FIXED_LINEAR.forced("packed_linear"):
+        decoder = model.prepared()
+    before = decoder.step(tokens, decoder.start(SOURCE, num_sentences=4, rows_per_sentence=1, max_length=2))
+    with torch.no_grad():
+        model.projection.weight.zero_()
+    assert before.any()
+    assert not model.project(torch.ones(1, model.config.model_dim)).any()
+    assert decoder.step(tokens, decoder.start(SOURCE, num_sentences=4, rows_per_sentence=1, max_length=2)).any()
+    model.train()
+    assert model.prepared() is model
 
 
 @pytest.mark.parametrize("config", variants(), ids=name_of)
