@@ -70,11 +70,9 @@ class DecodingState(Protocol):
     """The state of a decoder between steps for `sentences x rows_per_sentence` rows, sentence-major."""
 
     def reorder(self, rows: Tensor) -> None:
-        """Row i continues what row `rows[i]` was; rows: (n,), sentence-major, each within its own sentence, equally many of each.
-
+        """Row i continues what row `rows[i]` was. rows: (n,), sentence-major, each within its own sentence, equally many of each.
         Their number may change: after the first step one row of a sentence becomes as many as there are beams.
         """
-        ...
 
     def keep(self, sentences: Tensor) -> None:
         """Forget all sentences but these; sentences: (b,) ascending indices of the present ones."""
@@ -86,7 +84,6 @@ class Generative(Protocol):
 
     def prepared(self) -> Generative:
         """The same model for many steps: what they read of the weights is prepared once, and later changes do not count."""
-        ...
 
     def start(self, source: Sequences | None, *, num_sentences: int, rows_per_sentence: int, max_length: int) -> DecodingState:
         """Encode the source once per sentence and allocate a cache of `max_length` decoder inputs."""

@@ -1,9 +1,11 @@
-"""Speed of beam search beside Transformers' `generate`, in one process: sentences per CPU-second and the ratio.
+"""Speed of beam search beside other programs on identical weights, in one process: sentences per CPU-second and the ratios.
 
-Both models have the Transformer-Tiny shape (4 + 4 post-norm layers, model 128, ffn 256, 4 heads, 7,792 tied entries), random
-weights and float32, and translate the same random sentences of 13 tokens and EOS with 5 beams. EOS is suppressed until the last
-of exactly 14 tokens, so both do equal work. The two take turns; each gets its best batch size, and its median round counts.
-malloc keeps freed memory for both, as it does in dstrain's verbs; this makes Transformers about a tenth faster.
+Peers are Transformers' `generate` (Marian) and, if it is installed, CTranslate2 in float32. The model has the Transformer-Tiny
+shape (4 + 4 post-norm layers, model 128, ffn 256, 4 heads, 7,792 tied entries) and random weights, and translates random
+sentences of 13 tokens and EOS with 5 beams. EOS is suppressed until the last of exactly 14 tokens, so all do equal work. They
+take turns; each gets its best batch size, and its best round counts: other work on the machine can only add to a round. Single
+sentences have rows of their own. malloc keeps freed memory for all, as in dstrain's verbs; this makes Transformers about a tenth
+faster.
 
     OMP_NUM_THREADS=1 python tools/bench_generate.py [--sentences 256] [--rounds 5]
 """
@@ -12,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import resource
-import statistics
 import sys
+import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import transformers
@@ -23,6 +26,7 @@ from transformers import GenerationConfig, MarianConfig, MarianMTModel
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import SpecialIds
 from dstrain.generation.generator import Generator
+from dstrain.interop.ctranslate2.model import SpecBuilder
 from dstrain.models.config import (
     DecoderStackConfig,
     EncoderDecoderConfig,
@@ -31,12 +35,15 @@ from dstrain.models.config import (
     StackConfig,
     VocabularySizes,
 )
-from dstrain.models.factory import build_model
+from dstrain.models.factory import Model, build_model
+from dstrain.models.weights import TensorSource, to_canonical
+from dstrain.nn.position import SinusoidalPositions, sinusoids
 from dstrain.ops.allocator import keep_freed_memory
 
 VOCAB_SIZE, MODEL_DIM, FFN_DIM, LAYERS, HEADS = 7792, 128, 256, 4, 4
 BEAM_SIZE, SOURCE_TOKENS, NEW_TOKENS = 5, 14, 14
 PAD, EOS, UNK = 1, 2, 3
+POSITIONS = 64
 BATCH_SIZES = (32, 64, 128)
 Translate = Callable[[list[list[int]], int], list[list[int]]]
 
@@ -47,17 +54,23 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def dstrain_translator() -> Translate:
-    """dstrain's own generator, as the verbs use it."""
+def random_model() -> Model:
+    """The model of all."""
     config = EncoderDecoderConfig(
         model_dim=MODEL_DIM,
         encoder=StackConfig(depth=LAYERS, num_heads=HEADS, ffn_dim=FFN_DIM),
         decoder=DecoderStackConfig(depth=LAYERS, num_heads=HEADS, ffn_dim=FFN_DIM),
         embedding=PlainEmbedding(tie="all"),
         norm_order="post",
+        max_source_length=POSITIONS,
+        max_target_length=POSITIONS,
     )
     sizes = VocabularySizes(source=VOCAB_SIZE, target=VOCAB_SIZE, pad_id=PAD, eos_id=EOS)
-    model = build_model(config, sizes, seed=1).eval()
+    return build_model(config, sizes, seed=1).eval()
+
+
+def dstrain_translator(model: Model) -> Translate:
+    """dstrain's own generator, as the verbs use it."""
 
     def translate(sources: list[list[int]], batch_size: int) -> list[list[int]]:
         search = BeamSearchConfig(
@@ -67,14 +80,41 @@ def dstrain_translator() -> Translate:
             max_length_offset=NEW_TOKENS - 1,
             max_tokens=batch_size * BEAM_SIZE * SOURCE_TOKENS,
         )
-        generator = Generator(model, config=search, ids=SpecialIds(PAD, EOS, UNK), limits=LengthLimits(64, 64, joint=False))
+        limits = LengthLimits(POSITIONS, POSITIONS, joint=False)
+        generator = Generator(model, config=search, ids=SpecialIds(PAD, EOS, UNK), limits=limits)
         return [best.tokens for best, *_ in generator.translate_ids(sources)]
 
     return translate
 
 
-def transformers_translator() -> Translate:
-    """Marian of the same shape."""
+def marian_weights(model: Model) -> dict[str, torch.Tensor]:
+    """Ours under Marian's names."""
+    renamed = {
+        "self_attention_norm": "self_attn_layer_norm",
+        "self_attention": "self_attn",
+        "cross_attention_norm": "encoder_attn_layer_norm",
+        "cross_attention": "encoder_attn",
+        "feed_forward_norm": "final_layer_norm",
+        "feed_forward.up_proj": "fc1",
+        "feed_forward.down_proj": "fc2",
+    }
+    weights = {}
+    for name, tensor in to_canonical(model).items():
+        if "embedding" in name:
+            weights["model.shared.weight"] = tensor
+            continue
+        stack, layers, index, rest = name.split(".", 3)
+        part = next(ours for ours in renamed if rest.startswith(ours))
+        weights[f"model.{stack}.{layers}.{index}.{rest.replace(part, renamed[part])}"] = tensor
+    first = SinusoidalPositions.FIRST_ROW
+    for stack in ("encoder", "decoder"):
+        weights[f"model.{stack}.embed_positions.weight"] = sinusoids(first + POSITIONS, MODEL_DIM)[first:]
+        weights[f"model.{stack}.embed_tokens.weight"] = weights["model.shared.weight"]
+    return {**weights, "lm_head.weight": weights["model.shared.weight"], "final_logits_bias": torch.zeros(1, VOCAB_SIZE)}
+
+
+def transformers_translator(ours: Model) -> Translate:
+    """Marian."""
     config = MarianConfig(
         vocab_size=VOCAB_SIZE,
         d_model=MODEL_DIM,
@@ -85,7 +125,7 @@ def transformers_translator() -> Translate:
         encoder_ffn_dim=FFN_DIM,
         decoder_ffn_dim=FFN_DIM,
         activation_function="relu",
-        max_position_embeddings=64,
+        max_position_embeddings=POSITIONS,
         scale_embedding=True,
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -93,8 +133,8 @@ def transformers_translator() -> Translate:
         decoder_start_token_id=EOS,
         forced_eos_token_id=None,
     )
-    torch.manual_seed(1)
     model = MarianMTModel(config).eval()
+    model.load_state_dict(marian_weights(ours))
     generation = GenerationConfig(
         num_beams=BEAM_SIZE,
         max_new_tokens=NEW_TOKENS,
@@ -116,6 +156,32 @@ def transformers_translator() -> Translate:
     return translate
 
 
+def ctranslate2_translator(ours: Model) -> Translate:
+    """CTranslate2's own search."""
+    import ctranslate2
+
+    spec = SpecBuilder(ctranslate2.specs, ours.config, TensorSource(to_canonical(ours))).build()
+    entries = [f"token{number}" for number in range(VOCAB_SIZE)]
+    entries[PAD], entries[EOS], entries[UNK] = "<pad>", "</s>", "<unk>"
+    spec.config.decoder_start_token = spec.config.eos_token = "</s>"
+    spec.register_source_vocabulary(entries)
+    spec.register_target_vocabulary(entries)
+    spec.validate()
+    spec.optimize(quantization=None)
+    with tempfile.TemporaryDirectory() as directory:
+        spec.save(directory)
+        model = ctranslate2.Translator(directory, device="cpu", compute_type="float32", inter_threads=1, intra_threads=1)
+    ids = {entry: number for number, entry in enumerate(entries)}
+
+    def translate(sources: list[list[int]], batch_size: int) -> list[list[int]]:
+        rows = [[entries[token] for token in source] for source in sources]
+        options = {"min_decoding_length": NEW_TOKENS, "max_decoding_length": NEW_TOKENS, "length_penalty": 1.0}
+        results = model.translate_batch(rows, beam_size=BEAM_SIZE, max_batch_size=batch_size, **options)
+        return [[ids[entry] for entry in result.hypotheses[0]] for result in results]
+
+    return translate
+
+
 def rate(translate: Translate, sources: list[list[int]], batch_size: int) -> float:
     """Sentences per CPU-second."""
     start = cpu_seconds()
@@ -130,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sentences", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--at-least", type=float, default=0.0, help="exit 1 below this ratio")
+    parser.add_argument("--at-least", type=float, default=0.0, help="exit 1 below this ratio to Transformers")
     args = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -138,26 +204,40 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     body = torch.randint(4, VOCAB_SIZE, (args.sentences, SOURCE_TOKENS - 1), generator=generator).tolist()
     sources = [[*row, EOS] for row in body]
-    translators = {"transformers": transformers_translator(), "dstrain": dstrain_translator()}
-    best = {}
-    for name, translate in translators.items():
-        translate(sources[:32], 32)
-        best[name] = max(BATCH_SIZES, key=lambda size: rate(translate, sources, size))
-    rates: dict[str, list[float]] = {name: [] for name in translators}
-    for _ in range(args.rounds):
-        for name, translate in translators.items():
-            rates[name].append(rate(translate, sources, best[name]))
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    versions = {"transformers": f" {transformers.__version__}", "dstrain": ""}
-    for name, median in medians.items():
-        print(
-            f"{name + versions[name]:<20} {median:7.1f} sentences per CPU-second  (batches of {best[name]}, "
-            f"{min(rates[name]):.1f} to {max(rates[name]):.1f} in {args.rounds} rounds)"
-        )
-    ratio = medians["dstrain"] / medians["transformers"]
-    print(f"{'ratio':<20} {ratio:7.2f}  (beam {BEAM_SIZE}, {NEW_TOKENS} tokens, one thread, float32)")
+    model = random_model()
+    peers = {"transformers": transformers_translator(model), "dstrain": dstrain_translator(model)}
+    if find_spec("ctranslate2") is not None:
+        peers["ctranslate2"] = ctranslate2_translator(model)
+    ratio = 0.0
+    for sizes, part in ((BATCH_SIZES, sources), ((1,), sources[: max(1, args.sentences // 8)])):
+        rates = measure(peers, part, sizes, args.rounds)
+        for name, (size, values) in rates.items():
+            own = f"{1000 / max(values):7.1f} CPU-ms a sentence" if size == 1 else f"{max(values):7.1f} sentences per CPU-second"
+            beside = max(rates["dstrain"][1]) / max(values)
+            print(
+                f"batches of {size:<4} {name:<13} {own:<33} dstrain's ratio to it {beside:.2f}  (worst round {min(values):.1f}/s)"
+            )
+        ratio = ratio or max(rates["dstrain"][1]) / max(rates["transformers"][1])
+    print(
+        f"ratio to transformers {transformers.__version__} {ratio:.2f}  (beam {BEAM_SIZE}, {NEW_TOKENS} tokens, one thread, fp32)"
+    )
     if ratio < args.at_least:
         sys.exit(f"below {args.at_least}")
+
+
+def measure(
+    peers: dict[str, Translate], sources: list[list[int]], sizes: tuple[int, ...], rounds: int
+) -> dict[str, tuple[int, list[float]]]:
+    """For each its best batch size, and its rates by round with that."""
+    best = {}
+    for name, translate in peers.items():
+        translate(sources[:32], sizes[0])
+        best[name] = sizes[0] if len(sizes) == 1 else max(sizes, key=lambda size: rate(translate, sources, size))
+    rates: dict[str, list[float]] = {name: [] for name in peers}
+    for _ in range(rounds):
+        for name, translate in peers.items():
+            rates[name].append(rate(translate, sources, best[name]))
+    return {name: (best[name], values) for name, values in rates.items()}
 
 
 if __name__ == "__main__":

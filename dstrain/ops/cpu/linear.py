@@ -21,7 +21,7 @@ SMALLEST = 1 << 18
 
 def packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """weight: (O, I), bias: (O,) -> the map (N, I) -> (N, O) of their present values, not recorded by autograd."""
-    if not torch.backends.mkldnn.is_available():
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return partial(F.linear, weight=weight, bias=bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
     fixed_bias = None if bias is None else bias.detach()
