@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,8 @@ from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig, Vocab
 from dstrain.models.factory import build_model
 from dstrain.models.weights import to_canonical
 from dstrain.recipe import Recipe
+from dstrain.recipe_file import dump_recipe
+from tests.paths import ROOT
 
 TEACHER = "objective={kind: distillation}"
 
@@ -110,3 +115,24 @@ def test_blocks_need_an_online_teacher_that_reads_them(text: Text, tmp_path: Pat
     plan_training(text.recipe(TEACHER, packing="null"), options(bundles=(other,)))
     assert isinstance(recipe.model, DecoderOnlyConfig)
     plan_training(recipe, options(bundles=(text.bundle(recipe.model),)))
+
+
+@pytest.mark.slow
+def test_the_bench_tells_real_tokens_and_speed_of_every_kind(text: Text) -> None:
+    file = text.directory / "recipe.yaml"
+    file.write_text(dump_recipe(text.recipe()))
+    command = [sys.executable, ROOT / "tools" / "bench_packing.py", file, "--data", text.data, "--block-size", "40"]
+    run = subprocess.run([*command, "--batches", "3", "--run", "1"], capture_output=True, text=True, check=True, timeout=280)
+    lines = re.findall(
+        r"^(\S.*?) +([\d.]+) % real tokens +[\d,]+ targets a CPU-second, ([\d.]+) of padded", run.stdout, re.MULTILINE
+    )
+    ways = ("cut", "complete_sentences", "complete_documents", "best_fit")
+    assert [name for name, _, _ in lines] == [
+        "padded",
+        "packed",
+        *(f"{way}, {attention}" for way in ways for attention in ("document, packed", "block, padded")),
+    ]
+    shares = {name: float(share) for name, share, _ in lines}
+    assert shares["packed"] == shares["best_fit, document, packed"] == 100
+    assert shares["padded"] < 100 and shares["cut, block, padded"] > 90
+    assert all(float(speed) > 0 for _, _, speed in lines)

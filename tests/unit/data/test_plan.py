@@ -318,7 +318,7 @@ def test_micro_batches_are_few_and_balanced(pairs: Pairs, world_size: int) -> No
 
 
 @pytest.mark.parametrize("kind", ["encoder_decoder", "decoder_only"])
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(pairs=st.lists(st.tuples(LENGTH, LENGTH), min_size=1, max_size=12), num_ranks=st.integers(1, 3))
 def test_packed_micro_batches_are_filled_by_their_tokens(kind: ModelKind, pairs: Pairs, num_ranks: int) -> None:
     """As few as any cut of the sorted examples allows, and the costliest as cheap as any."""
