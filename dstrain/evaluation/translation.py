@@ -14,6 +14,7 @@ from dstrain.data.prepared.corpora import NamedCorpora
 from dstrain.data.prepared.dataset import Dataset
 from dstrain.data.tokenizers.tokenizer import TokenizerPair
 from dstrain.evaluation.metrics.corpus import MetricName, ReferenceSet, Score, corpus_scores, doubtful_scores, reference_sets
+from dstrain.evaluation.metrics.rouge import build_rouge
 from dstrain.evaluation.metrics.tokenization import choose_tokenization
 from dstrain.generation.config import GenerationConfig
 from dstrain.generation.constraints import SpecialIds
@@ -122,10 +123,13 @@ def build_translation(
 
     Rank 0 warns if BLEU or ROUGE would not find the words of the split.
 
-    Raises DataError if the split keeps no raw text to compare with, or BLEU cannot be tokenized so.
+    Raises DataError if the split keeps no raw text to compare with, or BLEU cannot be tokenized so; ExtraError if the package of
+    ROUGE is missing.
     """
     if config is None:
         return None
+    if rouge is not None:
+        build_rouge(rouge)  # a missing package is known before anything is translated
     parts = {"": [range(len(dataset))]} if corpora is None else {name: corpora.rows(name) for name in corpora.names}
     references = {}
     for name, ranges in parts.items():

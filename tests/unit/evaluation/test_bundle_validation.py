@@ -26,6 +26,7 @@ from dstrain.data.tokenizers.config import TokenizerDirectory, TrainedSentencePi
 from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.errors import DataError
 from dstrain.evaluation.bundle_validation import tasks_of_split
+from dstrain.evaluation.translation import Translation
 from dstrain.generation.config import BeamSearchConfig, GenerationConfig, SamplingConfig
 from dstrain.models.config import EncoderDecoderConfig, VocabularySizes
 from dstrain.models.factory import build_model
@@ -210,6 +211,19 @@ def test_a_tokenization_that_cannot_be_used_is_said_first(
     monkeypatch.setitem(sys.modules, "MeCab", None)
     assert main(["validate", str(bundle), "--data", str(data), "--tokenize", "ja-mecab"]) == 1
     assert "BLEU tokenization 'ja-mecab' cannot be used here" in capsys.readouterr().err
+
+
+def test_a_missing_package_of_rouge_is_said_before_anything_is_translated(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    monkeypatch.setattr(Translation, "translate", lambda *_: pytest.fail("translated first"))
+    bundle = bundle_for(
+        data, tmp_path / "bundle", recipe=recipe_tree(load_recipe("translation/quickstart", ["validation.rouge=plain"]))
+    )
+    for options in ([], ["--rouge", "stemmed"]):
+        assert main(["validate", str(bundle), "--data", str(data), "--device", "cpu", *options]) == 1
+        assert "ROUGE needs a package that cannot be imported" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
