@@ -139,6 +139,8 @@ def test_a_best_score_is_of_one_criterion() -> None:
         assert chinese.judged_by(criterion_of(metric="bleu", **change), before="").best_score is None
     assert criterion_of(metric="loss", tokenize="zh", lowercase=True) == "loss"
     assert criterion_of(metric="chrf", tokenize="zh") == criterion_of(metric="chrf")
+    assert criterion_of(metric="rouge_l", rouge="plain", lowercase=True) == "rouge_l plain"
+    assert criterion_of(metric="rouge_l", rouge="stemmed") == "rouge_l stemmed"
     earlier = state.changed(best_metric=None)
     assert earlier.judged_by("loss", before="loss") is earlier
     assert earlier.judged_by("bleu", before="loss").best_score is None
