@@ -17,6 +17,7 @@ from dstrain.data.config import BatchingConfig, task_of_text
 from dstrain.data.prepared.corpora import NamedCorpora, split_at_shards
 from dstrain.data.prepared.dataset import Dataset, named_corpora, open_split
 from dstrain.data.prepared.manifest import load_manifest
+from dstrain.data.prepared.open_shards import MAX_OPEN_SHARDS
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tasks.build import build_examples
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
@@ -101,6 +102,12 @@ class TrainingData:
     def _build_order(self, batching: BatchingConfig, seed: int) -> Order:
         """The order of the training examples: each once an epoch, or their corpora sampled; of documents if they are packed."""
         shards, shuffle = self.manifest.splits["train"].shard_rows(), build_shuffle(batching.shuffle)
+        if len(shards) > MAX_OPEN_SHARDS and batching.shuffle.kind == "examples":
+            logger.warning(
+                "%s: a window of the plan reads from all %d shards, of which %d stay mapped; choose batching.shuffle: "
+                "{kind: shard_window} to read near ones together, which is faster",
+                *(self.directory, len(shards), MAX_OPEN_SHARDS),
+            )
         corpora, documents = self.corpora("train"), self.documents
         capacity = -(-window_capacity(batching) * len(documents) // max(len(self.train), 1))  # of as many lines
         if batching.sampling is None or corpora is None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from dstrain.errors import StorageError, TrainingError
 from dstrain.storage.directory_kind import directory_kind
+from dstrain.storage.remote import is_shortened_url
 
 OWN_FILES = {".lock", "run.json", "run.json.tmp", "recipe.yaml.tmp"}
 """Possible files of a run that was killed while it was made."""
@@ -53,6 +54,8 @@ def check_output_of_kind(output: Path, inputs: Mapping[str, Path | None], *, mar
 
 def check_output_path(output: Path, inputs: Mapping[str, Path | None]) -> None:
     """The first half of `check_output`, for an output that is continued where it exists."""
+    if is_shortened_url(str(output)):
+        raise StorageError(f"--output {output} is a URL, and only --data may be one; write to a directory, then upload that")
     if output.exists() and not (output.is_file() or output.is_dir()):
         return
     try:

@@ -51,6 +51,11 @@ def is_remote(location: str) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", location) is not None
 
 
+def is_shortened_url(location: str) -> bool:
+    """Whether this is a URL of which a `Path` was made, which takes one of its slashes."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/(?!/)", location) is not None
+
+
 class RemoteDirectory:
     """A directory in a store. Raises DataError for a URL of no known store, ExtraError if its package is missing."""
 

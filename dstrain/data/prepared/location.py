@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +13,7 @@ from dstrain.data.prepared.manifest import MANIFEST_FILE, TOKENIZER_DIRECTORY, d
 from dstrain.errors import DataError
 from dstrain.storage.file_cache import FileCache, cache_directory, cache_limit
 from dstrain.storage.listed_files import ListedFiles
-from dstrain.storage.remote import ORIGIN, ORIGIN_FILE, CopiedFiles, RemoteDirectory, is_remote, make_copy
+from dstrain.storage.remote import ORIGIN, ORIGIN_FILE, CopiedFiles, RemoteDirectory, is_remote, is_shortened_url, make_copy
 
 
 def data_directory(location: str | Path) -> Path:
@@ -23,7 +22,7 @@ def data_directory(location: str | Path) -> Path:
     The copy holds the manifest and the tokenizer; shards are fetched when they are touched, by `prepared_files`. Raises DataError
     if the store does not answer or has no prepared data there, ExtraError if fsspec or the package of the store is missing.
     """
-    if re.match(r"[a-z0-9+.-]{2,}:/[^/]", str(location)):
+    if is_shortened_url(str(location)):
         raise DataError(f"{location} is a URL that lost a slash, as in a Path; give it as a text, with ://")
     if not is_remote(str(location)):
         return Path(location)

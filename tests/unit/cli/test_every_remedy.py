@@ -18,6 +18,12 @@ TABLES = {
     *test_remedies_of_recipes.SINGLE,
 }
 ELSEWHERE = {
+    "is a URL, and only --data may be one; write to a directory, then upload that": (
+        "unit/storage/test_outputs.py::test_an_output_is_no_url"
+    ),
+    "choose batching.shuffle: {kind: shard_window} to read near ones together, which is faster": (
+        "unit/build/test_order_of_shards.py::test_many_shards_read_all_at_once_are_warned_of"
+    ),
     "raise it, or choose an order that reads fewer shards at a time (batching.shuffle: {kind: shard_window})": (
         "unit/storage/test_file_cache.py::test_what_somebody_holds_is_not_removed"
     ),

@@ -29,6 +29,11 @@ def text(tmp_path: Path) -> Path:
     return path
 
 
+def test_an_output_is_no_url() -> None:
+    with pytest.raises(StorageError, match=r"--output s3:/bucket/run is a URL, and only --data may be one; write to a directory"):
+        check_output_path(Path("s3://bucket/run"), {})
+
+
 @pytest.mark.parametrize("alias", [symbolic, hard])
 def test_an_input_is_no_output_through_a_link(alias: Alias, text: Path, tmp_path: Path) -> None:
     link = tmp_path / "link.txt"
