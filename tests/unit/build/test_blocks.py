@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,15 @@ from dstrain.build.training_data import TrainingData
 from dstrain.build.training_options import TeacherOptions, check_training
 from dstrain.build.training_plan import plan_training
 from dstrain.checkpoint.bundle import save_bundle
+from dstrain.data.batching.collate import Collator, PackedSize
 from dstrain.data.sources.grammar import sentence_pairs
 from dstrain.errors import RecipeError
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig, VocabularySizes
 from dstrain.models.factory import build_model
 from dstrain.models.weights import to_canonical
+from dstrain.nn.dropout import seed_masks
+from dstrain.objectives.build import build_cross_entropy
+from dstrain.objectives.config import CrossEntropyConfig
 from dstrain.recipe import Recipe
 from dstrain.recipe_file import dump_recipe
 from tests.paths import ROOT
@@ -115,6 +120,32 @@ def test_blocks_need_an_online_teacher_that_reads_them(text: Text, tmp_path: Pat
     plan_training(text.recipe(TEACHER, packing="null"), options(bundles=(other,)))
     assert isinstance(recipe.model, DecoderOnlyConfig)
     plan_training(recipe, options(bundles=(text.bundle(recipe.model),)))
+
+
+@pytest.mark.parametrize(
+    "objective", [{}, {"average": "sentences"}, {"r_drop": {"alpha": 1.0}}], ids=["tokens", "sentences", "r_drop"]
+)
+def test_blocks_have_their_losses_in_any_micro_batch_packed_or_padded(text: Text, objective: dict[str, object]) -> None:
+    """With dropout, for every objective on labels."""
+    recipe = text.recipe("model.dropout=0.3", packing="{block_size: 40, documents: best_fit}")
+    data = TrainingData(text.data, recipe)
+    (step,) = islice(data.plan_steps(recipe).epoch(1), 1)
+    model = build_model(recipe.model, data.vocabulary, seed=1).double().train()
+    loss = build_cross_entropy(CrossEntropyConfig.model_validate(objective))
+    sums = []
+    for groups, packed in (([step.examples], None), (step.examples[:, None], PackedSize(8)), ([step.examples], PackedSize(8))):
+        collator = Collator("decoder_only", pad_id=1, eos_id=2, packed=packed)
+        seed_masks(1, 2)
+        batches = [collator(data.train_examples.read(1, group), group) for group in groups]
+        assert sum(batch.num_targets for batch in batches) == step.num_targets
+        assert sum(batch.size.num_sentences for batch in batches) == step.size.num_sentences == len(step.examples)
+        sums.append(sum(loss(model, batch).loss_sum.item() for batch in batches))
+    assert sums[1:] == pytest.approx([sums[0]] * 2, rel=1e-6)
+
+
+def test_samples_of_blocks_are_refused_as_they_have_no_source(text: Text) -> None:
+    with pytest.raises(RecipeError, match=r"on_policy.* but data\.train\.0 is text without a source"):
+        text.recipe("objective={kind: distillation, on_policy: {fraction: 0.5}}")
 
 
 @pytest.mark.slow
