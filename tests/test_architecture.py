@@ -158,6 +158,18 @@ def test_each_heavy_library_has_its_doors() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_triton_is_loaded_only_by_what_asks_for_it() -> None:
+    """Its modules are named in the table of kernels, which imports one when its kernel first runs."""
+    inside = PACKAGE / "ops" / "triton"
+    wrong = [
+        f"{name_of(path)}:{line} imports {name}"
+        for path, tree in TREES.items()
+        for name, line in imported_names(tree)
+        if inside not in path.parents and re.match(r"(dstrain\.ops\.)?triton\b", name)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_only_parallel_knows_the_world() -> None:
     """Everything else asks a group of the mesh, by which it says which ranks it means."""
     variables = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID"}

@@ -109,12 +109,13 @@ def _train(plan: TrainingPlan, options: TrainOptions, mesh: Mesh, reporting: Rep
 
 def log_plan(plan: TrainingPlan, mesh: Mesh) -> None:
     """Log where and on what a training runs."""
+    engine = plan.recipe.engine
     moved = moved_text(plan.recipe, plan.data.manifest)
     targets = plan.data.train_examples.lengths.num_targets(1)
     log_fields(
         {
             "device": describe_device(mesh.device),
-            "kernels": kernels_in_use(mesh.device.type, COMPUTE_DTYPES[plan.recipe.engine.precision]),
+            "kernels": kernels_in_use(mesh.device.type, COMPUTE_DTYPES[engine.precision], engine.kernels.by_name),
             "train": f"{len(plan.data.train):,} examples, {targets:,} target tokens",
             "blocks": plan.data.blocks and plan.data.blocks.describe(),
             "epoch": f"about {plan.horizons.steps_per_epoch:,} steps",

@@ -153,6 +153,25 @@ class KernelsConfig(Config):
     packed_alibi_attention: Literal["auto", "flex", "padded_rows"] = Field(
         default="auto", description="Of attention of packed sequences with ALiBi; with dropout it is padded_rows."
     )
+    norm: Literal["auto", "triton", "torch"] = Field(
+        default="auto", description="Of LayerNorm and RMSNorm; in post-norm layers triton adds residual and dropout as well."
+    )
+    dropout: Literal["auto", "triton", "torch"] = Field(
+        default="auto", description="Of dropout and of the sum with the residual; triton keeps no mask for the backward pass."
+    )
+    rotary: Literal["auto", "triton", "torch"] = Field(default="auto", description="Of rotary positions.")
+    gate: Literal["auto", "triton", "torch"] = Field(
+        default="auto", description="Of the activation of gated feed-forward networks; triton keeps no product of it."
+    )
+    cross_entropy: Literal["auto", "triton", "torch"] = Field(
+        default="auto", description="Of label-smoothed cross-entropy from logits; triton makes no pass more than it needs."
+    )
+    dense_distillation: Literal["auto", "triton", "torch"] = Field(
+        default="auto", description="Of divergences from a teacher's distribution over all vocabulary entries."
+    )
+    sparse_distillation: Literal["auto", "triton", "torch"] = Field(
+        default="auto", description="Of divergences from samples or from the most probable entries and a tail."
+    )
     argmax: Literal["auto", "numpy", "torch"] = Field(default="auto", description="Of the most probable vocabulary entry.")
 
     @property

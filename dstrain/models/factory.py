@@ -40,6 +40,7 @@ from dstrain.nn.embedding import (
 from dstrain.nn.feed_forward import FeedForward, GatedFeedForward
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.linear import BlockLinear, FusedLinear, Linear, SeparateLinear
+from dstrain.nn.norm import LayerNorm, RMSNorm
 from dstrain.nn.position import LearnedPositions, NoPositions, PositionPart, SinusoidalPositions
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.activation import ACTIVATIONS
@@ -240,9 +241,9 @@ class _Factory(Generic[C]):
     def norm(self) -> nn.Module:
         match self.config.norm.kind:
             case "layer_norm":
-                return nn.LayerNorm(self.config.model_dim, eps=self.config.norm.eps)
+                return LayerNorm(self.config.model_dim, eps=self.config.norm.eps)
             case "rms_norm":
-                return nn.RMSNorm(self.config.model_dim, eps=self.config.norm.eps)
+                return RMSNorm(self.config.model_dim, eps=self.config.norm.eps)
             case other:
                 assert_never(other)
 

@@ -16,10 +16,12 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dstrain.batch import Sequences
-from dstrain.ops.dropout import dropout, dropout_add
-from dstrain.ops.random_bits import derived_keys, random_bits
+from dstrain.ops.dropout import CountedMask
+from dstrain.ops.kernels import DROPOUT
+from dstrain.ops.random_bits import derived_keys
 from dstrain.parallel.group import Group
 from dstrain.seeding import derive_seed
 
@@ -158,24 +160,26 @@ class Dropout(nn.Module):
         self.features = features
 
     def forward(self, x: Tensor) -> Tensor:
-        """(...) -> (...)"""
-        return dropout(x, self.p, self._bits(x)) if self._is_active else x
+        """(..., D) -> (..., D)"""
+        x, mask = self.split(x)
+        return x if mask is None else DROPOUT.choose(x.device, x.dtype)(x, mask, None)
 
     def add(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + forward(x)"""
-        return dropout_add(residual, x, self.p, self._bits(x)) if self._is_active else residual + x
+        x, mask = self.split(x)
+        return residual + x if mask is None else DROPOUT.choose(x.device, x.dtype)(x, mask, residual)
 
-    @property
-    def _is_active(self) -> bool:
-        return self.training and self.p > 0
+    def split(self, x: Tensor) -> tuple[Tensor, CountedMask | None]:
+        """x, and the mask that is still to be applied: None if nothing is dropped, or torch's generator has drawn.
 
-    def _bits(self, x: Tensor) -> Tensor | None:
-        """Of x, (tokens, features), of which this rank may have a part."""
+        x: (tokens, features), of which this rank may have a part.
+        """
+        if not self.training or self.p == 0:
+            return x, None
         keys = mask_keys()
         if keys is None:
-            return None
-        start = 0 if self.features is None else self.features.rank * x.shape[-1]
-        return random_bits(keys, start, start + x.shape[-1])
+            return F.dropout(x, self.p), None
+        return x, CountedMask(self.p, keys, 0 if self.features is None else self.features.rank * x.shape[-1])
 
     def extra_repr(self) -> str:
         """The probability."""

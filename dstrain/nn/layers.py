@@ -12,6 +12,7 @@ from dstrain.nn.attention_bias import AttentionContext
 from dstrain.nn.cache import LayerCache
 from dstrain.nn.capture import NO_HOOKS, LayerHooks
 from dstrain.nn.dropout import Dropout
+from dstrain.nn.norm import norm_of_sum
 
 NormOrder = Literal["pre", "post"]
 
@@ -28,8 +29,7 @@ class ResidualLayer(nn.Module):
         """pre: x + dropout(sublayer(norm(x))); post: norm(x + dropout(sublayer(x)))"""
         if self.norm_order == "pre":
             return self.dropout.add(x, sublayer(norm(x)))
-        result: Tensor = norm(self.dropout.add(x, sublayer(x)))
-        return result
+        return norm_of_sum(norm, x, sublayer(x), self.dropout)
 
 
 class EncoderLayer(ResidualLayer):

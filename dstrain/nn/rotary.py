@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dstrain.nn.position import Positions, numbered
-from dstrain.ops.rotary import CosSin, RotaryLayout, apply_rotary, compute_cos_sin
+from dstrain.ops.kernels import ROTATION
+from dstrain.ops.rotary import CosSin, RotaryLayout, compute_cos_sin
 
 LazyLengths = Callable[[], Tensor]
 
@@ -29,7 +30,7 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """(..., H, T, K) -> (..., H, T, K)"""
-        return apply_rotary(x, self.cos_sin, self.layout)
+        return ROTATION.choose(x.device, x.dtype)(x, self.cos_sin, self.layout)
 
 
 class RotaryFrequencies(NamedTuple):

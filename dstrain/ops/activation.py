@@ -14,6 +14,11 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
+def composed_gate(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
+    """activation(gate) * up. (..., D), (..., D) -> (..., D)"""
+    return activation(gate) * up
+
+
 ACTIVATIONS: MappingProxyType[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {
         "relu": F.relu,

@@ -144,14 +144,32 @@ def sparse_fit(divergence: Divergence, logits: Tensor, signal: SparseSignal, red
     kept = reductions.gather(logits, signal.ids)
     others = reductions.softmax_(vocabulary.lower_to_(logits, signal.ids, ABSENT))
     kept_logits = kept.result().masked_fill(signal.ids < 0, ABSENT)  # (c, k)
-    buckets = torch.cat([kept_logits, others.result().logsumexp], 1)  # (c, k + 1), whole on every rank
-    lse = buckets.logsumexp(1, keepdim=True)
-    buckets -= lse
+    buckets = bucket_fit(divergence, kept_logits, others.result().logsumexp, signal)
+    probs, grads = buckets.probs, buckets.grads
+    return SparseFit(
+        buckets.value, buckets.lse, logits, probs[:, -1:], grads[:, -1:], signal.ids, probs[:, :-1], grads[:, :-1], vocabulary
+    )
+
+
+class BucketFit(NamedTuple):
+    """value: (c, 1). lse: (c, 1), of all logits. probs, grads: (c, k + 1), softmax and gradient, at the end those of the tail."""
+
+    value: Tensor
+    lse: Tensor
+    probs: Tensor
+    grads: Tensor
+
+
+def bucket_fit(divergence: Divergence, kept_logits: Tensor, others_lse: Tensor, signal: SparseSignal) -> BucketFit:
+    """The divergence over the kept entries and one bucket of all others. (c, k), (c, 1), whole on every rank"""
+    logits = torch.cat([kept_logits, others_lse], 1)
+    lse = logits.logsumexp(1, keepdim=True)
+    log_probs = logits - lse
     masses = torch.cat([signal.probs, signal.tail.unsqueeze(1)], 1).to(logits.dtype)
     teacher = masses.clamp_min_(torch.finfo(logits.dtype).tiny).log_()
-    value, grads = value_and_grad(divergence, buckets, teacher, VocabularySlice.whole(buckets.shape[1]).reductions())
-    probs = buckets.exp()
-    return SparseFit(value, lse, logits, probs[:, -1:], grads[:, -1:], signal.ids, probs[:, :-1], grads[:, :-1], vocabulary)
+    probs = log_probs.exp()
+    value, grads = value_and_grad(divergence, log_probs, teacher, VocabularySlice.whole(logits.shape[1]).reductions())
+    return BucketFit(value, lse, probs, grads)
 
 
 def reference_sparse_value(divergence: Divergence, student: Tensor, signal: SparseSignal) -> Tensor:

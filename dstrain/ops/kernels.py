@@ -10,17 +10,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.errors import RecipeError
+from dstrain.ops.activation import composed_gate
 from dstrain.ops.cpu.argmax import numpy_argmax
 from dstrain.ops.cpu.attention import batched_attention, counted_dropout_attention, decoding_products
 from dstrain.ops.cpu.linear import SMALLEST, packed_linear
-from dstrain.ops.kernel import Kernel, KernelState, Op
+from dstrain.ops.dropout import CountedMask, counted_dropout
+from dstrain.ops.kernel import Deferred, Kernel, KernelState, Op
+from dstrain.ops.norm import NormWeights, composed_norm
 from dstrain.ops.packed_attention import PackedPair, RowAttention, flex, padded_rows, varlen
+from dstrain.ops.rotary import CosSin, RotaryLayout, apply_rotary
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
@@ -116,6 +121,62 @@ ARGMAX: Op[Callable[[Tensor], Tensor]] = Op(
 )
 """The index of the maximum of each row of logits, the first of equal ones."""
 
+
+def _triton(function: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)) -> Kernel[Any]:
+    """A kernel of `ops/triton/`. function: MODULE.NAME."""
+    module, _, name = function.partition(".")
+    deferred = Deferred(f"dstrain.ops.triton.{module}", name)
+    return Kernel("triton", deferred, "cuda", dtypes, package="triton", on_request=True)
+
+
+NORM: Op[Callable[[Tensor, NormWeights, Tensor | None, CountedMask | None], Tensor]] = Op(
+    "norm", [_triton("norm.triton_norm"), Kernel("torch", composed_norm)]
+)
+"""LayerNorm and RMSNorm of an input, or of its sum with a residual after dropout."""
+
+DROPOUT: Op[Callable[[Tensor, CountedMask, Tensor | None], Tensor]] = Op(
+    "dropout", [_triton("dropout.triton_dropout"), Kernel("torch", counted_dropout)]
+)
+"""Counted dropout of an input, to which a residual may be added."""
+
+ROTATION: Op[Callable[[Tensor, CosSin, RotaryLayout], Tensor]] = Op(
+    "rotary", [_triton("rotary.triton_rotary"), Kernel("torch", apply_rotary)]
+)
+"""The rotation of queries or keys by their positions."""
+
+GATE: Op[Callable[[Tensor, Tensor, Callable[[Tensor], Tensor]], Tensor]] = Op(
+    "gate", [_triton("gate.triton_gate"), Kernel("torch", composed_gate)]
+)
+"""activation(gate) * up of a gated feed-forward network."""
+
+
+def _token_loss(function: str) -> Kernel[Any]:
+    """One of `ops/token_loss/`, whose files read this table. function: MODULE.NAME."""
+    module, _, name = function.partition(".")
+    return Kernel("torch", Deferred(f"dstrain.ops.token_loss.{module}", name))
+
+
+CROSS_ENTROPY: Op[Callable[..., Any]] = Op(
+    "cross_entropy",
+    [_triton("cross_entropy.triton_cross_entropy", (torch.float32,)), _token_loss("cross_entropy.composed_cross_entropy")],
+    dtype=torch.float32,
+)
+"""`TokenCrossEntropy` of a chunk of logits."""
+
+DENSE_DISTILLATION: Op[Callable[..., Any]] = Op(
+    "dense_distillation",
+    [_triton("distillation.triton_dense", (torch.float32,)), _token_loss("distillation.composed_dense")],
+    dtype=torch.float32,
+)
+"""Terms of `TokenDistillation` of a chunk of logits, from the teacher's distribution over all entries."""
+
+SPARSE_DISTILLATION: Op[Callable[..., Any]] = Op(
+    "sparse_distillation",
+    [_triton("distillation.triton_sparse", (torch.float32,)), _token_loss("distillation.composed_sparse")],
+    dtype=torch.float32,
+)
+"""The same from some entries and a tail."""
+
 OPS = {
     op.name: op
     for op in (
@@ -125,6 +186,13 @@ OPS = {
         FIXED_LINEAR,
         PACKED_ATTENTION,
         PACKED_ALIBI_ATTENTION,
+        NORM,
+        DROPOUT,
+        ROTATION,
+        GATE,
+        CROSS_ENTROPY,
+        DENSE_DISTILLATION,
+        SPARSE_DISTILLATION,
         ARGMAX,
     )
 }
@@ -161,10 +229,8 @@ def kernel_states(device_type: str, dtype: torch.dtype) -> dict[str, dict[str, K
     return {name: op.states(device_type, dtype) for name, op in OPS.items()}
 
 
-def kernels_in_use(device_type: str, dtype: torch.dtype) -> str:
-    """The ops by the kernel that runs them, in one line."""
-    ops: dict[str, list[str]] = {}
-    for name, states in kernel_states(device_type, dtype).items():
-        in_use = [kernel for kernel, state in states.items() if state.is_chosen]
-        ops.setdefault(" or ".join(in_use), []).append(name)
-    return "; ".join(f"{kernel}: {', '.join(names)}" for kernel, names in ops.items())
+def kernels_in_use(device_type: str, dtype: torch.dtype, names: Mapping[str, str]) -> str:
+    """In a line: the kernels that run, and those that a recipe names, op -> kernel. dtype: of the model's computation."""
+    states = (each for op, of_op in kernel_states(device_type, dtype).items() if op not in names for each in of_op.items())
+    in_use = dict.fromkeys(kernel for kernel, state in states if state.is_chosen)
+    return ", ".join([*in_use, *(f"{kernel} for {op}" for op, kernel in names.items())])

@@ -16,8 +16,8 @@ from torch import Tensor
 FEATURES_PER_WORD = 4
 
 _WEYL = -7046029254386353131  # 2**64 / golden ratio, odd, as a signed integer
-_FIRST = -4658895280553007687
-_SECOND = -7723592293110705685
+FIRST_FACTOR = -4658895280553007687
+SECOND_FACTOR = -7723592293110705685
 
 
 def derived_keys(keys: Tensor, seed: int | Tensor) -> Tensor:
@@ -28,18 +28,18 @@ def derived_keys(keys: Tensor, seed: int | Tensor) -> Tensor:
 def random_bits(keys: Tensor, start: int, stop: int) -> Tensor:
     """16 bits each for the features `start` to `stop` of every key. (...) int64 -> (..., stop - start) int16, maybe a view."""
     first, last = start // FEATURES_PER_WORD, -(-stop // FEATURES_PER_WORD)
-    words = _mixed(torch.bitwise_xor(keys.unsqueeze(-1), _counters(first, last, keys.device)))  # (..., words)
+    words = _mixed(torch.bitwise_xor(keys.unsqueeze(-1), word_counters(first, last, keys.device)))  # (..., words)
     return words.view(torch.int16)[..., start - FEATURES_PER_WORD * first : stop - FEATURES_PER_WORD * first]
 
 
 @cache
-def _counters(first: int, last: int, device: torch.device) -> Tensor:
-    """One for each word. Hashed: with a plain sequence some pairs of bits would agree too often."""
+def word_counters(first: int, last: int, device: torch.device) -> Tensor:
+    """One for each of the words `first` to `last` - 1. Hashed: with a plain sequence some pairs of bits would agree too often."""
     with torch.inference_mode(False):
         return derived_keys(torch.arange(first + 1, last + 1, device=device) * _WEYL, 0)
 
 
 def _mixed(words: Tensor) -> Tensor:
     """In place. The shifts are arithmetic and added: by xor the sign bit would always become 0."""
-    words.mul_(_FIRST).add_(words >> 32)
-    return words.mul_(_SECOND).add_(words >> 32)
+    words.mul_(FIRST_FACTOR).add_(words >> 32)
+    return words.mul_(SECOND_FACTOR).add_(words >> 32)

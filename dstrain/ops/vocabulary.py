@@ -199,6 +199,10 @@ class Reductions:
 
         return self._gather_ranks(own, shift)
 
+    def combine(self, own: Tensor, merge: Callable[[Tensor], _T]) -> Pending[_T]:
+        """What `merge` makes of the numbers of every rank, (c, t, k), t = 1 for a whole vocabulary. own: of this rank, (c, k)"""
+        return self._known(merge(own.unsqueeze(1))) if self.vocabulary.group is None else self._gather_ranks(own, merge)
+
     def _known(self, result: _T) -> Pending[_T]:
         """Of a whole vocabulary."""
         return Pending[_T](self).set(result)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.ops.chunked_projection import TokenLosses, chunked_loss
+from dstrain.ops.kernels import CROSS_ENTROPY
 from dstrain.ops.mixed_precision import accum_dtype, to_autocast_dtype
 from dstrain.ops.token_loss.smoothing import LabelSmoothing
 from dstrain.ops.vocabulary import VocabularySlice
@@ -27,13 +28,22 @@ class TokenCrossEntropy:
     def __call__(self, logits: Tensor, logit_sums: Tensor, labels: Tensor, vocabulary: VocabularySlice) -> TokenLosses:
         """(c, V), (c, 1), (c, 1)"""
         smoothing = LabelSmoothing.of(self.label_smoothing, vocabulary.vocab_size)
-        reductions = vocabulary.reductions()
-        label_logits, total = reductions.gather(logits, labels), reductions.add(logit_sums)
-        normalizer = reductions.softmax_(logits).result()
-        nll = normalizer.nll(label_logits.result())
-        loss = smoothing.loss(nll, normalizer.logsumexp, total.result())
-        logits_grad = vocabulary.add_at_(logits, labels, -smoothing.confidence)
-        return TokenLosses(loss, (nll,), logits_grad, smoothing.per_token)
+        kernel = CROSS_ENTROPY.choose(logits.device, logits.dtype)
+        losses: TokenLosses = kernel(logits, logit_sums, labels, smoothing, vocabulary)
+        return losses
+
+
+def composed_cross_entropy(
+    logits: Tensor, logit_sums: Tensor, labels: Tensor, smoothing: LabelSmoothing, vocabulary: VocabularySlice
+) -> TokenLosses:
+    """By torch's softmax. (c, V), (c, 1), (c, 1)"""
+    reductions = vocabulary.reductions()
+    label_logits, total = reductions.gather(logits, labels), reductions.add(logit_sums)
+    normalizer = reductions.softmax_(logits).result()
+    nll = normalizer.nll(label_logits.result())
+    loss = smoothing.loss(nll, normalizer.logsumexp, total.result())
+    logits_grad = vocabulary.add_at_(logits, labels, -smoothing.confidence)
+    return TokenLosses(loss, (nll,), logits_grad, smoothing.per_token)
 
 
 def linear_cross_entropy(

@@ -39,6 +39,7 @@ from dstrain.ops.divergence import (
     sparse_fit,
     value_and_grad,
 )
+from dstrain.ops.kernels import DENSE_DISTILLATION, SPARSE_DISTILLATION
 from dstrain.ops.mixed_precision import accum_dtype, matmul_into, to_autocast_dtype
 from dstrain.ops.teacher_signal import DenseSignal, LogProbsSignal, Signal, SparseSignal
 from dstrain.ops.token_loss.smoothing import LabelSmoothing
@@ -98,10 +99,8 @@ class TokenDistillation:
         smoothing = LabelSmoothing.of(self.terms.label_smoothing, vocabulary.vocab_size)
         reductions = vocabulary.reductions()
         total = reductions.add(logit_sums)
-        if isinstance(targets.signal, SparseSignal):
-            student = self._sparse(logits, targets, targets.signal, reductions)
-        else:
-            student = self._dense(logits, targets, targets.signal, reductions)
+        op = SPARSE_DISTILLATION if isinstance(targets.signal, SparseSignal) else DENSE_DISTILLATION
+        student: StudentLosses = op.choose(logits.device, logits.dtype)(logits, targets, self.terms, reductions)
         vocabulary.add_at_(student.logits_grad, targets.labels, -self.terms.hard_weight * smoothing.confidence)
         hard = smoothing.loss(student.nll, student.lse, total.result())
         kd = student.value.mul_(self.terms.temperature**2)
@@ -111,57 +110,8 @@ class TokenDistillation:
         metrics = (hard, kd, student.nll, student.agreement.to(kd.dtype))
         return TokenLosses(loss, metrics, student.logits_grad, self.terms.hard_weight * smoothing.per_token)
 
-    def _dense(
-        self, logits: Tensor, targets: DistillationTargets, signal: DenseSignal | LogProbsSignal, reductions: Reductions
-    ) -> _StudentLosses:
-        """By log-probabilities of all entries, twice if the temperature is not 1."""
-        terms = self.terms
-        log_probs = tempered_log_probs = logits
-        if terms.temperature != 1:
-            log_probs = torch.empty_like(logits)
-        lse = reductions.log_softmax(logits, out=log_probs)
-        if terms.temperature != 1:
-            reductions.log_softmax(logits.div_(terms.temperature), out=tempered_log_probs)
-        teacher = _teacher_log_probs(signal, terms.temperature, reductions, like=logits)
-        # All normalizers are known.
-        label_log_probs = reductions.gather(log_probs, targets.labels)
-        student_best, teacher_best = reductions.argmax(log_probs), reductions.argmax(teacher)
-        value, logits_grad = value_and_grad(terms.divergence, tempered_log_probs, teacher, reductions)
-        logits_grad.mul_(self._kd_factor(targets))
-        if terms.hard_weight:
-            logits_grad.add_(log_probs.exp_(), alpha=terms.hard_weight)
-        agreement = teacher_best.result() == student_best.result()
-        return _StudentLosses(-label_log_probs.result(), lse.result(), value, agreement, logits_grad)
 
-    def _sparse(
-        self, logits: Tensor, targets: DistillationTargets, signal: SparseSignal, reductions: Reductions
-    ) -> _StudentLosses:
-        """By one softmax, of which both gradients are multiples except for few entries: as fast as cross-entropy.
-
-        By two if the temperature is not 1.
-        """
-        terms = self.terms
-        best, label_logits = reductions.argmax(logits), reductions.gather(logits, targets.labels)
-        if terms.temperature == 1:
-            fit = sparse_fit(terms.divergence, logits, signal, reductions)
-            lse, nll = fit.lse, fit.lse - label_logits.result()
-            logits_grad = fit.logits_grad_(self._kd_factor(targets), terms.hard_weight)
-        else:
-            probs = logits.clone()
-            pending = reductions.softmax_(probs)
-            fit = sparse_fit(terms.divergence, logits.div_(terms.temperature), signal, reductions)
-            normalizer = pending.result()
-            lse, nll = normalizer.logsumexp, normalizer.nll(label_logits.result())
-            logits_grad = fit.logits_grad_(self._kd_factor(targets)).add_(probs, alpha=terms.hard_weight)
-        return _StudentLosses(nll, lse, fit.value, _most_probable(signal) == best.result(), logits_grad)
-
-    def _kd_factor(self, targets: DistillationTargets) -> Tensor | float:
-        """Of the divergence's gradient: T^2 of the loss, and 1 / T of the logits' temperature."""
-        kd_weight = self.terms.kd_weight * self.terms.temperature
-        return kd_weight if targets.selected is None else targets.selected * kd_weight
-
-
-class _StudentLosses(NamedTuple):
+class StudentLosses(NamedTuple):
     """nll, lse: (c, 1), at temperature 1. value: (c, 1) of the divergence. logits_grad: (c, V), without the label's entry."""
 
     nll: Tensor
@@ -169,6 +119,58 @@ class _StudentLosses(NamedTuple):
     value: Tensor
     agreement: Tensor
     logits_grad: Tensor
+
+
+def kd_factor(targets: DistillationTargets, terms: DistillationTerms) -> Tensor | float:
+    """Of the divergence's gradient: T^2 of the loss, and 1 / T of the logits' temperature. (c, 1), or the same for all."""
+    factor = terms.kd_weight * terms.temperature
+    return factor if targets.selected is None else targets.selected * factor
+
+
+def composed_dense(
+    logits: Tensor, targets: DistillationTargets, terms: DistillationTerms, reductions: Reductions
+) -> StudentLosses:
+    """By log-probabilities of all entries, twice if the temperature is not 1."""
+    log_probs = tempered_log_probs = logits
+    if terms.temperature != 1:
+        log_probs = torch.empty_like(logits)
+    lse = reductions.log_softmax(logits, out=log_probs)
+    if terms.temperature != 1:
+        reductions.log_softmax(logits.div_(terms.temperature), out=tempered_log_probs)
+    teacher = teacher_log_probs(targets.signal, terms.temperature, reductions, like=logits)
+    # All normalizers are known.
+    label_log_probs = reductions.gather(log_probs, targets.labels)
+    student_best, teacher_best = reductions.argmax(log_probs), reductions.argmax(teacher)
+    value, logits_grad = value_and_grad(terms.divergence, tempered_log_probs, teacher, reductions)
+    logits_grad.mul_(kd_factor(targets, terms))
+    if terms.hard_weight:
+        logits_grad.add_(log_probs.exp_(), alpha=terms.hard_weight)
+    agreement = teacher_best.result() == student_best.result()
+    return StudentLosses(-label_log_probs.result(), lse.result(), value, agreement, logits_grad)
+
+
+def composed_sparse(
+    logits: Tensor, targets: DistillationTargets, terms: DistillationTerms, reductions: Reductions
+) -> StudentLosses:
+    """By one softmax, of which both gradients are multiples except for few entries: as fast as cross-entropy.
+
+    By two if the temperature is not 1.
+    """
+    signal = targets.signal
+    assert isinstance(signal, SparseSignal)
+    best, label_logits = reductions.argmax(logits), reductions.gather(logits, targets.labels)
+    if terms.temperature == 1:
+        fit = sparse_fit(terms.divergence, logits, signal, reductions)
+        lse, nll = fit.lse, fit.lse - label_logits.result()
+        logits_grad = fit.logits_grad_(kd_factor(targets, terms), terms.hard_weight)
+    else:
+        probs = logits.clone()
+        pending = reductions.softmax_(probs)
+        fit = sparse_fit(terms.divergence, logits.div_(terms.temperature), signal, reductions)
+        normalizer = pending.result()
+        lse, nll = normalizer.logsumexp, normalizer.nll(label_logits.result())
+        logits_grad = fit.logits_grad_(kd_factor(targets, terms)).add_(probs, alpha=terms.hard_weight)
+    return StudentLosses(nll, lse, fit.value, most_probable(signal) == best.result(), logits_grad)
 
 
 def linear_distillation(
@@ -210,33 +212,40 @@ def check_signal(signal: Signal, divergence: Divergence) -> None:
         )
 
 
-def _most_probable(signal: SparseSignal) -> Tensor:
+def most_probable(signal: SparseSignal) -> Tensor:
     """The most probable entry of each token. -> (c, 1)"""
     return signal.ids.gather(1, signal.probs.argmax(1, keepdim=True)).clamp_min(0)
 
 
-def _teacher_log_probs(
-    signal: DenseSignal | LogProbsSignal, temperature: float, reductions: Reductions, *, like: Tensor
-) -> Tensor:
+def teacher_log_probs(signal: Signal, temperature: float, reductions: Reductions, *, like: Tensor) -> Tensor:
     """At that temperature, of the mean of the teachers' probabilities. (c, V), of the dtype and on the device of `like`.
 
     In one collective, with all that is waiting.
     """
-    vocabulary = reductions.vocabulary
-    if isinstance(signal, LogProbsSignal):
-        stored = torch.from_numpy(np.concatenate(signal.log_probs)[:, vocabulary.start : vocabulary.stop])
-        teachers = [sent(stored, like.device).to(like.dtype).mul_(signal.temperature / temperature)]
-    else:
-        teachers = [torch.empty_like(like) for _ in signal.features]
-        for features, weight, out in zip(signal.features, signal.weights, teachers, strict=True):
-            matmul_into(features, vocabulary.rows(weight).t(), out=out)
-            out.div_(temperature)
+    teachers = []
+    for logits, own_temperature in teacher_logits(signal, temperature, reductions.vocabulary, like=like):
+        teachers.append(logits if own_temperature == 1 else logits.div_(own_temperature))
     for normalizer in [reductions.log_softmax(logits, out=logits) for logits in teachers]:
         normalizer.result()
     mean, *others = teachers
     for log_probs in others:
         torch.logaddexp(mean, log_probs, out=mean)
     return mean.sub_(math.log(len(teachers))) if others else mean
+
+
+def teacher_logits(
+    signal: Signal, temperature: float, vocabulary: VocabularySlice, *, like: Tensor
+) -> list[tuple[Tensor, float]]:
+    """The logits of each teacher, (c, V), and the divisor that makes them those at that temperature."""
+    if isinstance(signal, LogProbsSignal):
+        stored = torch.from_numpy(np.concatenate(signal.log_probs)[:, vocabulary.start : vocabulary.stop])
+        return [(sent(stored, like.device).to(like.dtype), temperature / signal.temperature)]
+    assert isinstance(signal, DenseSignal)
+    teachers = []
+    for features, weight in zip(signal.features, signal.weights, strict=True):
+        logits = matmul_into(features, vocabulary.rows(weight).t(), out=torch.empty_like(like))
+        teachers.append((logits, temperature))
+    return teachers
 
 
 def reference_linear_distillation(
@@ -254,7 +263,7 @@ def reference_linear_distillation(
     logits = F.linear(to_autocast_dtype(features), to_autocast_dtype(weight)).to(accum_dtype(features.dtype))  # (n, V)
     log_probs, tempered_log_probs = F.log_softmax(logits, dim=1), F.log_softmax(logits / terms.temperature, dim=1)
     if isinstance(signal, SparseSignal):
-        values, teacher_best = reference_sparse_value(terms.divergence, tempered_log_probs, signal), _most_probable(signal)
+        values, teacher_best = reference_sparse_value(terms.divergence, tempered_log_probs, signal), most_probable(signal)
     else:
         teacher = _reference_log_probs(signal, terms.temperature, logits.dtype)
         values, teacher_best = reference_value(terms.divergence, tempered_log_probs, teacher), teacher.argmax(1, keepdim=True)
