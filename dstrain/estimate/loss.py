@@ -2,8 +2,8 @@
 
 With n scored tokens of E features, V vocabulary entries on the rank, and chunks of c tokens: 4 (n E + V E) for the gradients of
 features and weight, kept until the loss's backward pass; 4 c V for the logits; a loss's own temporaries of that size; and, in 16
-bits, the logits and their gradient once more in that type and one product of the size of the weight. Its backward pass scales
-both gradients, in copies.
+bits, the gradient of the logits once more in that type. A CPU multiplies 16 bits as float32, of copies of that gradient and of
+the weight. The backward pass scales both gradients, in copies.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def loss_bytes(workload: Workload, layout: ParallelLayout) -> LossBytes:
     chunk = min(workload.chunk_tokens, scored * workload.passes) * entries
     workspace = 4 * chunk * _LOGITS[workload.loss] + 4 * width
     if workload.element_bytes < 4:
-        workspace += chunk * workload.element_bytes + (max(chunk, entries * width) if trains else chunk) * workload.element_bytes
+        workspace += chunk * workload.element_bytes
+        if layout.device == "cpu":
+            workspace += 4.0 * (chunk + entries * width)
     scaling = kept * workload.element_bytes / 4 + 4.0 * width * max(workload.passes * scored, entries if trains else 0)
     workspace = max(workspace, scaling)
     teachers = sum(projection_dim(teacher.model) for teacher in workload.teachers)

@@ -78,7 +78,7 @@ def _moved(workload: Workload, layout: ParallelLayout) -> float:
     chunks = math.ceil(scored / workload.chunk_tokens)
     weight = entries * projection_dim(workload.model)
     models = 1 + 2 * len(workload.teachers)  # a teacher's logits, and the divergence from them
-    loss = LOGIT_BYTES * scored * entries * models + chunks * weight * (8 + 4 * workload.element_bytes)
+    loss = LOGIT_BYTES * scored * entries * models + chunks * weight * (8 + 2 * workload.element_bytes)
     return PASSES * again * activations(workload, plain).kept + loss
 
 
