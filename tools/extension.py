@@ -92,5 +92,6 @@ class Table:
         for name, cells in self.rows.items():
             axes.plot([int(column) for column in cells], list(cells.values()), marker="o", label=name)
         axes.set(xscale="log", yscale=yscale, xlabel=xlabel, ylabel=ylabel, xticks=self.columns, xticklabels=self.columns)
+        axes.minorticks_off()  # those of a logarithm have labels of their own
         axes.legend(fontsize="small")
         figure.savefig(output, bbox_inches="tight")
