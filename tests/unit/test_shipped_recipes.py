@@ -22,7 +22,12 @@ from tests.paths import ROOT
 from tests.toy_recipes import SIZES, STEPS, Toys
 
 PAGE = (ROOT / "dstrain" / "recipes" / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+COMMANDS = [
+    line
+    for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+    for line in block.splitlines()
+    if not line.startswith("export ")
+]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,7 @@ def words_of_template(template: Path, words: list[str]) -> list[str]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_commands_of_the_page_of_jobs_are_understood(command: str) -> None:
     """What a template makes of its words is read as `dstrain train` reads it; tests/slurm/ submits every template."""
-    program, *words = shlex.split(command)
+    program, *words = shlex.split(command.removeprefix("srun "))
     if program == "sbatch":
         place = next(number for number, word in enumerate(words) if word.endswith(".sbatch"))
         words = words_of_template(ROOT / words[place], words[place + 1 :])
