@@ -15,6 +15,8 @@ Precision = Literal["fp32", "bf16", "fp16"]
 """The precision of a model's computation."""
 Checkpointing = Literal["none", "selective", "full", "offload"]
 """What of the layers' activations is computed again in the backward pass."""
+Compiling = Literal["none", "layers"]
+"""What `torch.compile` fuses in training."""
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 """A kind of device that a user names; auto = a GPU if there is one."""
 PrecisionChoice = Literal["auto", "fp32", "bf16", "fp16"]

@@ -56,7 +56,8 @@ class Recipe(Config):
     def packs(self, device: Literal["cpu", "cuda"]) -> bool:
         """Whether training on such a device packs the sequences of a batch, instead of padding them."""
         blocks, layout = self.batching.packing, self.engine.layout
-        needed = self.engine.parallel.sequence > 1 or (blocks is not None and blocks.attention == "document")
+        shared, compiled = self.engine.parallel.sequence > 1, self.engine.compile != "none"
+        needed = shared or compiled or (blocks is not None and blocks.attention == "document")
         return layout == "packed" or (layout == "auto" and (device == "cuda" or needed))
 
     @model_validator(mode="after")

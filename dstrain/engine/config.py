@@ -16,7 +16,7 @@ from pydantic import (
     model_validator,
 )
 
-from dstrain.config_base import Checkpointing, Config, Precision
+from dstrain.config_base import Checkpointing, Compiling, Config, Precision
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 SequenceLayout = Literal["auto", "packed", "padded"]
@@ -203,6 +203,30 @@ class EngineConfig(Config):
     )
     parallel: ParallelConfig = Field(default=ParallelConfig(), description="How many ranks share one model, or one batch.")
     kernels: KernelsConfig = Field(default=KernelsConfig(), description="Which kernel runs an op, if not the one of the table.")
+
+    compile: Compiling = Field(
+        default="none",
+        description="What torch.compile makes faster in training: none; layers = all of a layer but its attention. The first two "
+        "micro-batches then take minutes, and layout: auto is packed.",
+    )
+
+    @model_validator(mode="after")
+    def _compiles(self) -> EngineConfig:
+        if self.compile == "none":
+            return self
+        if self.layout == "padded":
+            raise ValueError("compile = layers needs one size a batch, its tokens, but layout = padded has two; choose layout: auto")
+        if self.activation_checkpointing in {"selective", "offload"}:
+            raise ValueError(
+                f"compile = layers cannot see what activation_checkpointing = {self.activation_checkpointing} keeps; choose "
+                "activation_checkpointing: full or none, or compile: none"
+            )
+        if self.feed_forward_tiles > 1:
+            raise ValueError(
+                f"compile = layers makes one graph of a feed-forward network, feed_forward_tiles = {self.feed_forward_tiles} many "
+                "passes; choose feed_forward_tiles: 1, or compile: none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _shares_packed_tokens(self) -> EngineConfig:

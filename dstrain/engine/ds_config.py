@@ -220,6 +220,11 @@ def _disagreements(file: DeepSpeedFile, engine: EngineConfig, replicas: int | No
         mistakes.append("zero_optimization.offload_optimizer: stage 0 offloads nothing; use stage 1, 2 or 3")
     if zero.stage != 3 and zero.offload_param is not None:
         mistakes.append(f"zero_optimization.offload_param: parameters are offloaded by stage 3 only, not {zero.stage}")
+    if zero.stage == 3 and engine.compile != "none":
+        mistakes.append(
+            f"engine.compile = {engine.compile} needs whole parameters, which stage 3 gathers module by module; choose zero1 or "
+            "zero2, or engine.compile: none"
+        )
     accumulation = file.data_types.grad_accum_dtype if file.data_types else precision
     if accumulation not in ("fp32", precision):
         mistakes.append(

@@ -42,6 +42,7 @@ from dstrain.errors import CheckpointError, TrainingError
 from dstrain.fragment import DimensionSlice, Fragment, StoredState
 from dstrain.models.weights import Layouts, ParameterLayout, TensorSlice, parameter_layouts
 from dstrain.nn.checkpointing import checkpoint_layers, tile_feed_forward
+from dstrain.nn.compiling import compile_layers
 from dstrain.nn.dropout import seed_masks
 from dstrain.objectives.objective import LossOutput
 from dstrain.objectives.train_module import TrainModule
@@ -106,6 +107,7 @@ class TrainEngine:
         self._shape = empty_copy(self._model) if self.stage == 3 else None
         checkpoint_layers(self._model, engine.activation_checkpointing)
         tile_feed_forward(self._model, engine.feed_forward_tiles)
+        compile_layers(self._model, engine.compile)
         self._comms_logger: bool = config.get("comms_logger", {}).get("enabled", False)
         self._deepspeed = load_deepspeed(mesh, talkative=_profiles(config))
         require_precision(self._deepspeed, engine.precision, mesh)
@@ -210,9 +212,7 @@ class TrainEngine:
 
     def _update(self, reading: StepReading) -> float:
         """Read the step, clip, update; returns the gradient norm before clipping, infinite if fp16 scaling made the step skip."""
-        norm = math.inf
-        if self.stage == 0:
-            norm = float(reading(self._grad_norm()))
+        norm = float(reading(self._grad_norm())) if self.stage == 0 else math.inf
         if self.stage == 0 and not math.isfinite(norm):
             raise TrainingError(f"the gradient norm is {norm}; {_REMEDY}")
         try:

@@ -17,6 +17,8 @@ from dstrain.parallel.collectives import reduce_from
 from dstrain.parallel.group import Group
 from dstrain.parallel.sequence import heads_to_tokens, tokens_to_heads
 
+Heads = tuple[Tensor, Tensor, Tensor]
+"""Queries (B, H, T, K), keys and values (B, H or fewer, S, K); packed sequences have no B."""
 AttentionHook = Callable[[Tensor], None]
 """Takes the attention probabilities averaged over the heads, (B, T, S) or (T, S); they are computed only for it."""
 
@@ -53,13 +55,27 @@ class SelfAttention(nn.Module):
         self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None, hooks: AttentionHook | None = None
     ) -> Tensor:
         """(B, T, D) -> (B, T, D), (N, D) -> (N, D). With a cache, keys and values of earlier positions take part."""
+        return self.output(self.attend(self.project(x, context), context=context, cache=cache, hooks=hooks))
+
+    def project(self, x: Tensor, context: AttentionContext) -> Heads:
+        """Queries, keys and values of this rank's heads, rotated."""
         query, key, value = (split_heads(part, self.head_dim) for part in self.qkv(x))
         query, key, value = tokens_to_heads((query, key, value), context.sequence)
         if context.rotation is not None:
             query, key = context.rotation(query), context.rotation(key)
+        return query, key, value
+
+    def attend(
+        self, heads: Heads, *, context: AttentionContext, cache: LayerCache | None = None, hooks: AttentionHook | None = None
+    ) -> Tensor:
+        """What `output` takes, of what `project` gave."""
+        query, key, value = heads
         if cache is not None:
             key, value = cache.append(key, value)
-        mixed = _attend(self, context, (query, key, value), hooks)
+        return _attend(self, context, (query, key, value), hooks)
+
+    def output(self, mixed: Tensor) -> Tensor:
+        """(B, H, T, K) -> (B, T, D)"""
         result: Tensor = self.out_proj(merge_heads(mixed))
         return result
 
@@ -97,10 +113,21 @@ class CrossAttention(nn.Module):
 
         M is a multiple of B: all rows of a source (beams) are adjacent as queries, the source is never copied.
         """
+        return self.output(self.attend(self.project(x, key, value, context), context=context, hooks=hooks), x)
+
+    def project(self, x: Tensor, key: Tensor, value: Tensor, context: AttentionContext) -> Heads:
+        """Queries, and keys and values of this rank's heads."""
         query = self.q_proj(x)
         query = split_heads(query.reshape(*key.shape[:-3], -1, query.shape[-1]), self.head_dim)  # (B, H, M / B * T, K)
         query, key, value = tokens_to_heads((query, key, value), context.sequence)
-        mixed = _attend(self, context, (query, key, value), hooks)
+        return query, key, value
+
+    def attend(self, heads: Heads, *, context: AttentionContext, hooks: AttentionHook | None = None) -> Tensor:
+        """What `output` takes, of what `project` gave."""
+        return _attend(self, context, heads, hooks)
+
+    def output(self, mixed: Tensor, x: Tensor) -> Tensor:
+        """(B, H, M / B * T, K) -> (M, T, D), the shape of x"""
         result: Tensor = self.out_proj(merge_heads(mixed)).view_as(x)
         return result
 
@@ -108,7 +135,7 @@ class CrossAttention(nn.Module):
 def _attend(
     module: SelfAttention | CrossAttention,
     context: AttentionContext,
-    parts: tuple[Tensor, Tensor, Tensor],
+    parts: Heads,
     hooks: AttentionHook | None,
 ) -> Tensor:
     """Queries, keys and values of this rank's heads -> what its tokens get, of all heads but those of other tensor ranks."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor, nn
 
-from dstrain.nn.attention import CrossAttention, SelfAttention
+from dstrain.nn.attention import CrossAttention, Heads, SelfAttention
 from dstrain.nn.attention_bias import AttentionContext
 from dstrain.nn.cache import LayerCache
 from dstrain.nn.capture import NO_HOOKS, LayerHooks
@@ -18,18 +17,29 @@ NormOrder = Literal["pre", "post"]
 
 
 class ResidualLayer(nn.Module):
-    """What both kinds of layer do around each sublayer."""
+    """What both kinds of layer do around each sublayer. pre: x + dropout(sublayer(norm(x))); post: norm(x + dropout(sublayer(x)))
+
+    A layer is written as what comes before, between and after its attentions: what a compiler fuses, token by token, whatever
+    the sequences are (`nn/compiling.py`).
+    """
 
     def __init__(self, *, norm_order: NormOrder, dropout: Dropout) -> None:
         super().__init__()
         self.norm_order = norm_order
         self.dropout = dropout
 
-    def residual(self, x: Tensor, norm: nn.Module, sublayer: Callable[[Tensor], Tensor]) -> Tensor:
-        """pre: x + dropout(sublayer(norm(x))); post: norm(x + dropout(sublayer(x)))"""
-        if self.norm_order == "pre":
-            return self.dropout.add(x, sublayer(norm(x)))
-        return norm_of_sum(norm, x, sublayer(x), self.dropout)
+    def enter(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """What the sublayer reads."""
+        result: Tensor = norm(x) if self.norm_order == "pre" else x
+        return result
+
+    def leave(self, x: Tensor, passed: Tensor, norm: nn.Module) -> Tensor:
+        """The layer's x after a sublayer that has read it and gave `passed`."""
+        return self.dropout.add(x, passed) if self.norm_order == "pre" else norm_of_sum(norm, x, passed, self.dropout)
+
+    def feed(self, x: Tensor, network: nn.Module, norm: nn.Module) -> Tensor:
+        """x after the feed-forward network."""
+        return self.leave(x, network(self.enter(x, norm)), norm)
 
 
 class EncoderLayer(ResidualLayer):
@@ -55,13 +65,17 @@ class EncoderLayer(ResidualLayer):
         self, x: Tensor, *, context: AttentionContext, cache: LayerCache | None = None, hooks: LayerHooks = NO_HOOKS
     ) -> Tensor:
         """(B, S, D) -> (B, S, D), (N, D) -> (N, D)"""
+        heads = self.before_attention(x, context)
+        return self.after_attention(x, self.self_attention.attend(heads, context=context, cache=cache, hooks=hooks.own))
 
-        def attend(x: Tensor) -> Tensor:
-            attended: Tensor = self.self_attention(x, context=context, cache=cache, hooks=hooks.own)
-            return attended
+    def before_attention(self, x: Tensor, context: AttentionContext) -> Heads:
+        """Queries, keys and values."""
+        return self.self_attention.project(self.enter(x, self.self_attention_norm), context)
 
-        x = self.residual(x, self.self_attention_norm, attend)
-        return self.residual(x, self.feed_forward_norm, self.feed_forward)
+    def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The rest of the layer."""
+        x = self.leave(x, self.self_attention.output(mixed), self.self_attention_norm)
+        return self.feed(x, self.feed_forward, self.feed_forward_norm)
 
 
 class DecoderLayer(ResidualLayer):
@@ -99,15 +113,23 @@ class DecoderLayer(ResidualLayer):
         hooks: LayerHooks = NO_HOOKS,
     ) -> Tensor:
         """(..., D) -> (..., D). key, value: what `cross_attention.project_memory` made, seen as `memory_context` says."""
+        heads = self.before_attention(x, context)
+        mixed = self.self_attention.attend(heads, context=context, cache=cache, hooks=hooks.own)
+        x, heads = self.between_attentions(x, mixed, key, value, memory_context)
+        return self.after_attention(x, self.cross_attention.attend(heads, context=memory_context, hooks=hooks.cross))
 
-        def attend(x: Tensor) -> Tensor:
-            attended: Tensor = self.self_attention(x, context=context, cache=cache, hooks=hooks.own)
-            return attended
+    def before_attention(self, x: Tensor, context: AttentionContext) -> Heads:
+        """Queries, keys and values."""
+        return self.self_attention.project(self.enter(x, self.self_attention_norm), context)
 
-        def attend_to_source(x: Tensor) -> Tensor:
-            attended: Tensor = self.cross_attention(x, key, value, context=memory_context, hooks=hooks.cross)
-            return attended
+    def between_attentions(
+        self, x: Tensor, mixed: Tensor, key: Tensor, value: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Heads]:
+        """x after self-attention; queries, keys and values of the one to the source."""
+        x = self.leave(x, self.self_attention.output(mixed), self.self_attention_norm)
+        return x, self.cross_attention.project(self.enter(x, self.cross_attention_norm), key, value, context)
 
-        x = self.residual(x, self.self_attention_norm, attend)
-        x = self.residual(x, self.cross_attention_norm, attend_to_source)
-        return self.residual(x, self.feed_forward_norm, self.feed_forward)
+    def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The rest of the layer."""
+        x = self.leave(x, self.cross_attention.output(mixed, x), self.cross_attention_norm)
+        return self.feed(x, self.feed_forward, self.feed_forward_norm)

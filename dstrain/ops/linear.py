@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from dstrain.ops.mixed_precision import to_autocast_dtype
+from dstrain.parallel.collectives import copy_to
 from dstrain.parallel.group import Group
 
 
@@ -26,6 +27,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, group: Grou
     """
     if not torch.is_grad_enabled():
         return F.linear(x, weight, bias)
+    if group is not None and torch.compiler.is_compiling():
+        # A collective inside a Function would be traced into a graph without it, and the gradient be wrong without a word.
+        x, group = copy_to(x, group), None
     operands = [None if each is None else to_autocast_dtype(each) for each in (x, weight, bias)]
     product: Tensor = _Linear.apply(*operands, group)  # type: ignore[no-untyped-call]
     return product

@@ -28,15 +28,21 @@ def derived_keys(keys: Tensor, seed: int | Tensor) -> Tensor:
 def random_bits(keys: Tensor, start: int, stop: int) -> Tensor:
     """16 bits each for the features `start` to `stop` of every key. (...) int64 -> (..., stop - start) int16, maybe a view."""
     first, last = start // FEATURES_PER_WORD, -(-stop // FEATURES_PER_WORD)
-    words = _mixed(torch.bitwise_xor(keys.unsqueeze(-1), word_counters(first, last, keys.device)))  # (..., words)
+    counters = _hashed_counters if torch.compiler.is_compiling() else word_counters  # a compiler does not keep what it has made
+    words = _mixed(torch.bitwise_xor(keys.unsqueeze(-1), counters(first, last, keys.device)))  # (..., words)
     return words.view(torch.int16)[..., start - FEATURES_PER_WORD * first : stop - FEATURES_PER_WORD * first]
 
 
 @cache
 def word_counters(first: int, last: int, device: torch.device) -> Tensor:
-    """One for each of the words `first` to `last` - 1. Hashed: with a plain sequence some pairs of bits would agree too often."""
+    """One for each of the words `first` to `last` - 1, made once."""
     with torch.inference_mode(False):
-        return derived_keys(torch.arange(first + 1, last + 1, device=device) * _WEYL, 0)
+        return _hashed_counters(first, last, device)
+
+
+def _hashed_counters(first: int, last: int, device: torch.device) -> Tensor:
+    """Hashed: with a plain sequence some pairs of bits would agree too often."""
+    return derived_keys(torch.arange(first + 1, last + 1, device=device) * _WEYL, 0)
 
 
 def _mixed(words: Tensor) -> Tensor:

@@ -39,6 +39,11 @@ def test_auto_packs_on_a_gpu_and_with_sequence_ranks(layout: str, where: Any, ex
     assert packed_size(recipe, mesh(**where)) == expected
 
 
+def test_auto_packs_for_compiled_layers() -> None:
+    recipe = load_recipe("translation/multi30k_tiny", ["engine.compile=layers"])
+    assert packed_size(recipe, mesh("cpu")) == PackedSize(1)
+
+
 def test_the_heads_of_a_teacher_must_suit_the_sequence_ranks() -> None:
     stack = {"depth": 1, "ffn_dim": 8, "num_heads": 6}
     config = EncoderDecoderConfig(

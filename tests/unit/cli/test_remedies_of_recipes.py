@@ -43,6 +43,24 @@ def wrong(message: str, overrides: Overrides | str, *remedies: Overrides | str) 
 
 RECIPES = [
     wrong(
+        "compile = layers needs one size a batch, its tokens, but layout = padded has two; choose layout: auto",
+        ("engine.compile=layers", "engine.layout=padded"),
+        ("engine.compile=layers", "engine.layout=auto"),
+    ),
+    wrong(
+        "choose activation_checkpointing: full or none, or compile: none",
+        ("engine.compile=layers", "engine.activation_checkpointing=selective"),
+        ("engine.compile=layers", "engine.activation_checkpointing=full"),
+        ("engine.compile=layers", "engine.activation_checkpointing=none"),
+        ("engine.compile=none", "engine.activation_checkpointing=selective"),
+    ),
+    wrong(
+        "choose feed_forward_tiles: 1, or compile: none",
+        ("engine.compile=layers", "engine.feed_forward_tiles=2"),
+        ("engine.compile=layers", "engine.feed_forward_tiles=1"),
+        ("engine.compile=none", "engine.feed_forward_tiles=2"),
+    ),
+    wrong(
         "shares packed tokens, but layout = padded; choose layout: auto",
         ("engine.parallel.sequence=2", "engine.layout=padded"),
         ("engine.parallel.sequence=2", "engine.layout=auto"),
@@ -234,6 +252,11 @@ JSON = {
         {"zero_optimization": {"stage": 3}},
         ("engine.parallel.tensor=2",),
     ),
+    "which stage 3 gathers module by module; choose zero1 or zero2, or engine.compile: none": (
+        {"zero_optimization": {"stage": 3}},
+        {"zero_optimization": {"stage": 2}},
+        ("engine.compile=layers",),
+    ),
     "set batching.tokens_per_step in the recipe": ({"train_batch_size": 8}, {}, ("batching.tokens_per_step=500",)),
     "set engine.precision in the recipe": ({"amp": {"enabled": True}}, {}, ("engine.precision=bf16",)),
     "set engine.parallel.tensor in the recipe": ({"tensor_parallel": {"autotp_size": 2}}, {}, ("engine.parallel.tensor=2",)),
@@ -256,7 +279,7 @@ def test_a_deepspeed_file_is_taken_after_its_remedy(message: str, tmp_path: Path
     path = tmp_path / "ds.json"
     plain = {"zero_optimization": {"stage": 1}}
     named = f"engine.deepspeed={path}"
-    tensor = [key for key in keys if "parallel" in key]
+    tensor = [key for key in keys if "parallel" in key or "compile" in key]
     path.write_text(json.dumps({**plain, **content}))
     with pytest.raises(RecipeError, match=pattern(message)):
         read_ds_config(load_recipe("translation/quickstart", [named, *tensor]).engine)

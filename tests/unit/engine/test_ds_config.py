@@ -249,6 +249,11 @@ def test_all_mistakes_are_reported_together(tmp_path: Path) -> None:
             "data_types.grad_accum_dtype = fp16 does not work with engine.precision = bf16; leave it out, or use fp32",
         ),
         (
+            {"zero_optimization": {"stage": 3}},
+            {"compile": "layers"},
+            "engine.compile = layers needs whole parameters, which stage 3 gathers module by module; choose zero1 or zero2, or",
+        ),
+        (
             {"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}},
             {"parallel": {"tensor": 2}},
             "zero_optimization.zero_hpz_partition_size = 2 does not work with engine.parallel.tensor = 2: its groups would mix",
