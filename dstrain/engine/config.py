@@ -215,7 +215,7 @@ class EngineConfig(Config):
         if self.compile == "none":
             return self
         if self.layout == "padded":
-            raise ValueError("compile = layers needs one size a batch, its tokens, but layout = padded has two; choose layout: auto")
+            raise ValueError("compile = layers needs one size a batch, but layout = padded has two; choose layout: auto")
         if self.activation_checkpointing in {"selective", "offload"}:
             raise ValueError(
                 f"compile = layers cannot see what activation_checkpointing = {self.activation_checkpointing} keeps; choose "
@@ -223,8 +223,8 @@ class EngineConfig(Config):
             )
         if self.feed_forward_tiles > 1:
             raise ValueError(
-                f"compile = layers makes one graph of a feed-forward network, feed_forward_tiles = {self.feed_forward_tiles} many "
-                "passes; choose feed_forward_tiles: 1, or compile: none"
+                f"compile = layers makes one graph of a feed-forward network, feed_forward_tiles = {self.feed_forward_tiles} cuts "
+                "it; choose feed_forward_tiles: 1, or compile: none"
             )
         return self
 

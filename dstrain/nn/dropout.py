@@ -56,10 +56,10 @@ def mask_pass(number: int) -> Iterator[None]:
 class _Masks:
     """The masks of one site, one after another: they are asked for in the same order each time.
 
-    keys: of all tokens. own: those of them that this rank computes.
+    keys: of all tokens. own: of those that this rank computes.
     """
 
-    def __init__(self, keys: Tensor, own: slice, count: int = 0) -> None:
+    def __init__(self, keys: Tensor, own: Tensor, count: int = 0) -> None:
         self.keys = keys
         self.own = own
         self.count = count
@@ -68,6 +68,11 @@ class _Masks:
         """Keys of the next mask, of all tokens."""
         self.count += 1
         return derived_keys(self.keys, self.count)
+
+    def next_own(self) -> Tensor:
+        """The same of the tokens that this rank computes."""
+        self.count += 1
+        return derived_keys(self.own, self.count)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,11 @@ class MaskKeys:
     def at(self, site: int) -> Iterator[None]:
         """Dropout inside is that of these tokens at this site of the model."""
         before = _Now.masks
-        _Now.masks = None if self.keys is None else _Masks(derived_keys(self.keys, site), self.own)
+        if self.keys is None:
+            _Now.masks = None
+        else:
+            keys = derived_keys(self.keys, site)
+            _Now.masks = _Masks(keys, keys[self.own])
         try:
             yield
         finally:
@@ -111,7 +120,7 @@ NO_MASKS = MaskKeys()
 
 def mask_keys() -> Tensor | None:
     """Keys of the next mask at this site, in the shape of the tokens; None outside of `MaskKeys.at`."""
-    return None if _Now.masks is None else _Now.masks.next()[_Now.masks.own]
+    return None if _Now.masks is None else _Now.masks.next_own()
 
 
 def runs_on_parts(run: Callable[[Tensor], Tensor], parts: int) -> list[Callable[[Tensor], Tensor]]:
@@ -122,13 +131,13 @@ def runs_on_parts(run: Callable[[Tensor], Tensor], parts: int) -> list[Callable[
     first = masks.count
 
     def run_on_part(x: Tensor, *, keys: Tensor) -> Tensor:
-        before, _Now.masks = _Now.masks, _Masks(keys, slice(None), first)
+        before, _Now.masks = _Now.masks, _Masks(keys, keys, first)
         try:
             return run(x)
         finally:
             masks.count, _Now.masks = _Now.masks.count, before
 
-    return [partial(run_on_part, keys=keys) for keys in masks.keys[masks.own].flatten().tensor_split(parts)]
+    return [partial(run_on_part, keys=keys) for keys in masks.own.flatten().tensor_split(parts)]
 
 
 class AttentionDropout(NamedTuple):

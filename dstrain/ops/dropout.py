@@ -61,4 +61,6 @@ def kept_bits(p: float) -> tuple[int, float]:
 def _kept(x: Tensor, p: float, bits: Tensor) -> tuple[Tensor, float]:
     """Ones and zeros of the shape and dtype of x, and the scale of what is kept."""
     lowest, scale = kept_bits(p)
+    if torch.compiler.is_compiling():  # which makes a graph for each size of an `out`
+        return bits.ge(lowest).to(x.dtype), scale
     return torch.ge(bits, lowest, out=x.new_empty(x.shape)), scale

@@ -96,8 +96,9 @@ class Op(Generic[Function]):
         self._in_use = cache(self._find_in_use)
         self._forced: str | None = None
 
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def choose(self, device: torch.device, dtype: torch.dtype, size: int = 0) -> Function:
-        """The kernel for a problem of this size."""
+        """The kernel for a problem of this size. A compiler takes the first answer for all further calls."""
         in_use = self._in_use(self._forced, device.type, dtype)
         return next(kernel.function for kernel in in_use if kernel.max_size is None or size <= kernel.max_size)
 

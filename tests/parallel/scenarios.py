@@ -31,6 +31,7 @@ from dstrain.parallel.mesh import Mesh
 from tests.batches import collate
 from tests.parallel.adapting import adapted_curves, adapted_resume, other_base  # noqa: F401
 from tests.parallel.agreement import disagreements  # noqa: F401
+from tests.parallel.compiling import compiled_layers  # noqa: F401
 from tests.parallel.distilling import distilled, placements, resident, resumed_student  # noqa: F401
 from tests.parallel.elastic import legs  # noqa: F401
 from tests.parallel.estimating import holdings  # noqa: F401

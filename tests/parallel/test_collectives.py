@@ -86,3 +86,13 @@ def test_deepspeed_averages_over_the_replicas(four: list[Any], index: int) -> No
     average = sum(range(1, replicas + 1)) / replicas
     for shapes in four:
         assert shapes[index]["updated"] == pytest.approx([1.0 - 0.1 * average] * 3)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow)], ids=["tensor", "sequence"])
+def test_compiled_layers_share_the_gradients_that_plain_ones_share(shape: tuple[int, int], tmp_path: Path) -> None:
+    tensor, sequence = shape
+    for found in run_ranks("compiled_layers", 2, tmp_path, model="rotary", tensor=tensor, sequence=sequence):
+        assert len(found) > 5
+        for name, (difference, largest) in found.items():
+            assert largest > 0, name
+            assert difference <= 1e-5 * largest, name

@@ -43,7 +43,7 @@ def wrong(message: str, overrides: Overrides | str, *remedies: Overrides | str) 
 
 RECIPES = [
     wrong(
-        "compile = layers needs one size a batch, its tokens, but layout = padded has two; choose layout: auto",
+        "compile = layers needs one size a batch, but layout = padded has two; choose layout: auto",
         ("engine.compile=layers", "engine.layout=padded"),
         ("engine.compile=layers", "engine.layout=auto"),
     ),
