@@ -223,8 +223,8 @@ class EngineConfig(Config):
             )
         if self.feed_forward_tiles > 1:
             raise ValueError(
-                f"compile = layers makes one graph of a feed-forward network, feed_forward_tiles = {self.feed_forward_tiles} cuts "
-                "it; choose feed_forward_tiles: 1, or compile: none"
+                f"compile = layers makes one graph of what feed_forward_tiles = {self.feed_forward_tiles} cuts; choose "
+                "feed_forward_tiles: 1, or compile: none"
             )
         return self
 

@@ -3,7 +3,8 @@
 It is a transform of a built model, as activation checkpointing is: `compile_layers` replaces the parts of every layer before,
 between and after its attentions by compiled ones. Names and memory of the weights stay as they are. Attention itself has kernels
 of its own, and shapes that follow the sequences; it stays outside, so a graph knows the number of tokens and nothing else of a
-batch. The first size of a micro-batch makes graphs of that size, the second ones for any size; further sizes make none. A part
+batch. The first micro-batch runs as it is, the next makes graphs of its size, the first of another size ones for any; no further
+size makes any. A part
 that cannot become one graph is an error, not a slower part.
 
 Layers of one stack share their graphs. Cost: the first two micro-batches take minutes on a GPU.
@@ -12,7 +13,6 @@ Layers of one stack share their graphs. Cost: the first two micro-batches take m
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -35,8 +35,17 @@ def compile_layers(model: nn.Module, mode: Compiling, *, backend: str | Callable
             for name in _PARTS:
                 if hasattr(module, name):
                     part: Part = getattr(module, name)
-                    setattr(module, name, partial(_run, part, torch.compile(part, backend=backend, fullgraph=True)))
+                    setattr(module, name, _CompiledPart(part, torch.compile(part, backend=backend, fullgraph=True)))
 
 
-def _run(plain: Part, compiled: Part, *args: Any) -> Any:
-    return (compiled if torch.is_grad_enabled() else plain)(*args)
+class _CompiledPart:
+    """Runs the plain part once: what is chosen or made at a first call, as kernels are, is then there for a graph to read."""
+
+    def __init__(self, plain: Part, compiled: Part) -> None:
+        self._plain = plain
+        self._compiled = compiled
+        self._has_run = False
+
+    def __call__(self, *args: Any) -> Any:
+        is_ready, self._has_run = self._has_run, True
+        return (self._compiled if is_ready and torch.is_grad_enabled() else self._plain)(*args)

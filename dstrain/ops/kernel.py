@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cached_property
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -93,12 +93,11 @@ class Op(Generic[Function]):
         self.kernels = tuple(kernels)
         self.unit = unit
         self.dtype = dtype
-        self._in_use = cache(self._find_in_use)
+        self._found: dict[tuple[str | None, str, torch.dtype], tuple[Kernel[Function], ...]] = {}
         self._forced: str | None = None
 
-    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def choose(self, device: torch.device, dtype: torch.dtype, size: int = 0) -> Function:
-        """The kernel for a problem of this size. A compiler takes the first answer for all further calls."""
+        """The kernel for a problem of this size."""
         in_use = self._in_use(self._forced, device.type, dtype)
         return next(kernel.function for kernel in in_use if kernel.max_size is None or size <= kernel.max_size)
 
@@ -128,6 +127,13 @@ class Op(Generic[Function]):
                 unused = "on request" if kernel.on_request else "further down the table"
                 states[kernel.name] = KernelState(False, self.problem(kernel.name, device_type, dtype) or unused)
         return states
+
+    def _in_use(self, forced: str | None, device_type: str, dtype: torch.dtype) -> tuple[Kernel[Function], ...]:
+        """Found once: a compiled graph reads what is there (and `functools.cache` it cannot read)."""
+        key = (forced, device_type, dtype)
+        if key not in self._found:
+            self._found[key] = self._find_in_use(*key)
+        return self._found[key]
 
     def _find_in_use(self, forced: str | None, device_type: str, dtype: torch.dtype) -> tuple[Kernel[Function], ...]:
         """In the order of choice, up to the first one that is for problems of all sizes."""
