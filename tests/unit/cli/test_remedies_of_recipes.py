@@ -48,9 +48,8 @@ RECIPES = [
         ("engine.compile=layers", "engine.layout=auto"),
     ),
     wrong(
-        "choose activation_checkpointing: full or none, or compile: none",
+        "choose activation_checkpointing: none, or compile: none",
         ("engine.compile=layers", "engine.activation_checkpointing=selective"),
-        ("engine.compile=layers", "engine.activation_checkpointing=full"),
         ("engine.compile=layers", "engine.activation_checkpointing=none"),
         ("engine.compile=none", "engine.activation_checkpointing=selective"),
     ),

@@ -15,7 +15,6 @@ from dstrain.data.batching.collate import PackedSize
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import Model
 from dstrain.models.weights import to_canonical
-from dstrain.nn.checkpointing import checkpoint_layers
 from dstrain.nn.compiling import compile_layers
 from dstrain.nn.dropout import seed_masks
 from dstrain.objectives.build import build_cross_entropy
@@ -88,10 +87,9 @@ def test_one_graph_a_part_for_one_size_two_for_many() -> None:
 
 
 @pytest.mark.parametrize("case", ["stacked", pytest.param("adapted", marks=pytest.mark.slow)])
-def test_recurrent_checkpointed_and_adapted_layers(case: str) -> None:
+def test_recurrent_and_adapted_layers(case: str) -> None:
     def model() -> Model:
         made = small_model(STACKED) if case == "stacked" else adapted(lora("*", dropout=0.1), PAIR)
-        checkpoint_layers(made, "full" if case == "stacked" else "none")
         return made.train()
 
     plain, compiled, counter = model(), model(), CompileCounter()
