@@ -93,7 +93,7 @@ class Op(Generic[Function]):
         self.kernels = tuple(kernels)
         self.unit = unit
         self.dtype = dtype
-        self._found: dict[tuple[str | None, str, torch.dtype], tuple[Kernel[Function], ...]] = {}
+        self._kernels_in_use: dict[tuple[str | None, str, torch.dtype], tuple[Kernel[Function], ...]] = {}
         self._forced: str | None = None
 
     def choose(self, device: torch.device, dtype: torch.dtype, size: int = 0) -> Function:
@@ -129,11 +129,11 @@ class Op(Generic[Function]):
         return states
 
     def _in_use(self, forced: str | None, device_type: str, dtype: torch.dtype) -> tuple[Kernel[Function], ...]:
-        """Found once: a compiled graph reads what is there (and `functools.cache` it cannot read)."""
+        """Looked up once: a compiled graph reads what is there (and `functools.cache` it cannot read)."""
         key = (forced, device_type, dtype)
-        if key not in self._found:
-            self._found[key] = self._find_in_use(*key)
-        return self._found[key]
+        if key not in self._kernels_in_use:
+            self._kernels_in_use[key] = self._find_in_use(*key)
+        return self._kernels_in_use[key]
 
     def _find_in_use(self, forced: str | None, device_type: str, dtype: torch.dtype) -> tuple[Kernel[Function], ...]:
         """In the order of choice, up to the first one that is for problems of all sizes."""
