@@ -20,6 +20,8 @@ EVERYTHING = [*PROJECT["dependencies"], *(requirement for requirements in EXTRAS
 NOT_IMPORTED = {"tensorboard", "safetensors"}
 """torch imports the first; the second reads for others what dstrain writes, and is how the tests check it."""
 IMPORTED_AS = {"pyyaml": "yaml"}
+COMES_WITH_TORCH = {"triton"}
+"""With its builds for GPUs; the table of kernels asks whether it is there."""
 
 
 def modules(requirements: list[str]) -> set[str]:
@@ -31,7 +33,7 @@ def modules(requirements: list[str]) -> set[str]:
 def third_party(nodes: list[ast.stmt]) -> set[str]:
     """What statements import from neither dstrain nor Python itself."""
     names = {name.split(".")[0] for node in nodes for name, _ in imported_names(node)}
-    return names - set(sys.stdlib_module_names) - {"dstrain"}
+    return names - set(sys.stdlib_module_names) - COMES_WITH_TORCH - {"dstrain"}
 
 
 def test_a_module_needs_only_what_every_user_installs() -> None:
