@@ -10,6 +10,7 @@ from dstrain.data.batching.collate import PackedSize
 from dstrain.objectives.cross_entropy import target_hidden
 from tests.batches import EOS, collate
 from tests.unit.models.build import sequences, small_config, small_model
+from tests.unit.objectives.test_no_waiting import POSITIONS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 GPU = torch.device("cuda")
@@ -33,9 +34,10 @@ def test_logits_equal_the_cpus(order: str) -> None:
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_training_forward_never_waits(dtype: torch.dtype) -> None:
-    model = small_model().train().to(GPU, dtype)
+def test_a_training_forward_never_waits(dtype: torch.dtype, position: str) -> None:
+    model = small_model(small_config(position=POSITIONS[position])).train().to(GPU, dtype)
     source, target = SOURCE.to(GPU), TARGET.to(GPU)
     model(source, target)
     torch.cuda.set_sync_debug_mode("error")
