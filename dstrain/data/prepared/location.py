@@ -31,7 +31,12 @@ def data_directory(location: str | Path) -> Path:
     return make_copy(remote, cache, manifest=MANIFEST_FILE, files=[JOB_FILE], folders=[TOKENIZER_DIRECTORY])
 
 
-DataDirectory = Annotated[Path, BeforeValidator(data_directory)]
+def _directory_if_location(value: object) -> object:
+    """Anything else is refused by the type of the field, with its name."""
+    return data_directory(value) if isinstance(value, str | Path) else value
+
+
+DataDirectory = Annotated[Path, BeforeValidator(_directory_if_location)]
 """A field of options that a path or a URL of prepared data may be given for."""
 
 

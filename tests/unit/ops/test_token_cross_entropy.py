@@ -172,7 +172,7 @@ class ProductCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm_}:
+        if func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm}:
             self.shapes.append(tuple(result.shape))
         return result
 
