@@ -17,6 +17,12 @@ from dstrain.ops.bias import padding_bias
 DIM, HEAD = 12, 4
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Weights of standard deviation 1 make results up to 50, whose rounding exceeds 1e-5 for one seed in 200."""
+    torch.manual_seed(0)
+
+
 def fill(module: torch.nn.Module) -> torch.nn.Module:
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
