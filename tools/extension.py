@@ -83,15 +83,29 @@ class Table:
         print(f"| {name} | {' | '.join(shown)} |", flush=True)
 
     def picture(self, output: Path, *, xlabel: str, ylabel: str, yscale: str) -> None:
-        """The table as curves, if matplotlib is installed."""
+        """The table as curves, if matplotlib is installed: a color for each kind, a marker for each length, solid after tuning."""
         if find_spec("matplotlib") is None:
             return
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, ScalarFormatter
 
-        axes = (figure := Figure(figsize=(7, 4))).subplots()
+        axes = (figure := Figure(figsize=(8, 4))).subplots()
+        parts = {name: name.removesuffix(", tuned").partition(", ")[::2] for name in self.rows}
+        kinds, lengths = (list(dict.fromkeys(part[place] for part in parts.values())) for place in (0, 1))
         for name, cells in self.rows.items():
-            axes.plot([int(column) for column in cells], list(cells.values()), marker="o", label=name)
+            kind, length = parts[name]
+            axes.plot(
+                [int(column) for column in cells],
+                list(cells.values()),
+                color=f"C{kinds.index(kind)}",
+                marker="os^Dv"[lengths.index(length) % 5],
+                linestyle="-" if name.endswith("tuned") else "--",
+                label=name,
+            )
         axes.set(xscale="log", yscale=yscale, xlabel=xlabel, ylabel=ylabel, xticks=self.columns, xticklabels=self.columns)
+        if yscale == "log":
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.minorticks_off()  # those of a logarithm have labels of their own
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(output, bbox_inches="tight")
