@@ -83,7 +83,7 @@ class Table:
         print(f"| {name} | {' | '.join(shown)} |", flush=True)
 
     def picture(self, output: Path, *, xlabel: str, ylabel: str, yscale: str) -> None:
-        """The table as curves, if matplotlib is installed: a color for each kind, a marker for each length, solid after tuning."""
+        """The rows as curves, if matplotlib is installed: a color for a kind, a marker for a length, solid after tuning."""
         if find_spec("matplotlib") is None:
             return
         from matplotlib.figure import Figure
