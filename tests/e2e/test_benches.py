@@ -11,6 +11,7 @@ import pytest
 from tests.paths import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the resident memory is read from Linux's /proc")
 def test_distillation_prints_its_memory_and_its_bytes() -> None:
     command = [sys.executable, ROOT / "tools" / "bench_kd.py", "--tokens", "1024", "--vocab-size", "8192", "--chunk-tokens", "32"]
