@@ -17,7 +17,6 @@ from dstrain.data.config import BatchingConfig, task_of_text
 from dstrain.data.prepared.corpora import NamedCorpora, split_at_shards
 from dstrain.data.prepared.dataset import Dataset, named_corpora, open_split
 from dstrain.data.prepared.manifest import load_manifest
-from dstrain.data.prepared.open_shards import MAX_OPEN_SHARDS
 from dstrain.data.sources.corpora import splits_of
 from dstrain.data.tasks.build import build_examples
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers
@@ -26,6 +25,7 @@ from dstrain.log import logger
 from dstrain.models.config import ModelConfig, VocabularySizes
 from dstrain.parallel.mesh import Mesh
 from dstrain.recipe import Recipe
+from dstrain.storage.mapped_shards import MAX_OPEN_SHARDS
 
 PACKED_MULTIPLE = 64
 """Packed tokens of a rank on a GPU are a multiple of it."""

@@ -1,8 +1,8 @@
 """A prepared split: rows by number, lengths of all rows at once.
 
-Shards stay on the disk and are mapped when they are touched (`open_shards.py`); the lengths are mapped too, from one array of
-8 bytes a pair that `prepare` took from the shards' list offsets. Opening hundreds of millions of pairs in 10,000 shards therefore
-reads the manifest and a directory, and all ranks of a node share the pages.
+Shards stay on the disk and are mapped when they are touched (`storage/mapped_shards.py`); the lengths are mapped too, from one
+array of 8 bytes a pair that `prepare` took from the shards' list offsets. Opening hundreds of millions of pairs in 10,000 shards
+therefore reads the manifest and a directory, and all ranks of a node share the pages.
 
 Checked at opening: the manifest's version and fields, that the tokenizer beside it is the one that made the ids, and the size of
 every file. The SHA-256 of a shard is checked when it is first touched; at opening already if the split is small, at most 1 GiB in
@@ -33,9 +33,7 @@ from dstrain.data.tokenizers.tokenizer import load_tokenizers
 from dstrain.errors import DataError
 from dstrain.storage.document import FileRecord
 from dstrain.storage.listed_files import ListedFiles
-
-ALWAYS_HASHED_BYTES = 1 << 30
-ALWAYS_HASHED_SHARDS = 64
+from dstrain.storage.mapped_shards import ALWAYS_HASHED_BYTES
 
 
 class Example(NamedTuple):
@@ -121,7 +119,7 @@ class Dataset:
         index = int(index)
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a data set of {len(self)}")
-        return self._shards.locate(index)
+        return self._shards.locate_pair(index)
 
 
 def _text(column: Any, row: int) -> str:
@@ -153,10 +151,7 @@ def open_split(directory: Path, manifest: DataManifest, split: str, *, verify: b
     files.check_sizes(record.files)
     lengths = _map_lengths(files, record, verify=verify)
     shards = OpenShards(files, record.shards, lengths)
-    is_small = len(shards) <= ALWAYS_HASHED_SHARDS and sum(file.size for file in record.shards) <= ALWAYS_HASHED_BYTES
-    if verify or is_small:
-        for _ in shards:  # each is checked at its first touch, which is now
-            pass
+    shards.touch(verify=verify)
     starts = start_ids(DataConfig.model_validate(manifest.data), split, tokenizers)
     documents = None if record.documents is None else _map_array(files, record.documents, verify=verify)
     return Dataset(shards, lengths, record.runs(), start_ids=starts, document_starts=documents)

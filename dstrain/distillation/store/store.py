@@ -1,14 +1,13 @@
 """Dumped logits as a source of signals: a teacher's distribution of every scored token of a batch, read from the disk.
 
 Signals are looked up by (row of the data, position), so batch size, order, packing and the number of ranks may be any. Shards are
-mapped, and all ranks of a node share the pages; a batch costs a few slices a row and one pass over its values, about a
-millisecond for 260 sentences.
+mapped when a batch first needs them (`storage/mapped_shards.py`), and all ranks of a node share the pages; a batch costs a few
+slices a row and one pass over its values, about a millisecond for 260 sentences.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ import pyarrow as pa
 import torch
 
 from dstrain.batch import Batch, sent
-from dstrain.data.prepared.dataset import ALWAYS_HASHED_BYTES
 from dstrain.data.prepared.manifest import DataManifest
 from dstrain.data.prepared.shard import ListView, list_view
 from dstrain.distillation.signals import SignalRequest
@@ -29,6 +27,8 @@ from dstrain.log import logger
 from dstrain.model_output import ActivationCapture
 from dstrain.ops.teacher_signal import KeptSignal, SparseSignal
 from dstrain.progress import with_progress
+from dstrain.storage.listed_files import ListedFiles
+from dstrain.storage.mapped_shards import MappedShards
 
 _REMEDY = "dump this shard again with the same command, then merge"
 
@@ -36,18 +36,16 @@ _REMEDY = "dump this shard again with the same command, then merge"
 class LogitStore:
     """Implements `signals.SignalSource` for the batches of one split.
 
-    shards: columns by name, shard after shard. renormalize: give the tail's mass to the tokens that are kept.
+    renormalize: give the tail's mass to the tokens that are kept.
     """
 
-    def __init__(
-        self, manifest: StoreManifest, shards: Sequence[Mapping[str, ListView]], directory: Path, *, renormalize: bool = False
-    ) -> None:
+    def __init__(self, manifest: StoreManifest, directory: Path, *, renormalize: bool = False) -> None:
         self.manifest = manifest
-        self._shards = shards
         self._directory = directory
         self._renormalize = renormalize
         self._codec: Codec = build_codec(manifest.job.method, manifest.job.vocab_size)
-        self._starts = [shard.first_row for shard in manifest.shards]
+        rows = [shard.rows for shard in manifest.shards]
+        self._shards = MappedShards(ListedFiles(directory, remedy=_REMEDY), manifest.files, rows, self._map)
 
     @property
     def temperature(self) -> float:
@@ -88,13 +86,17 @@ class LogitStore:
         """The signal on the batch's device. capture: stays empty, for there is no forward; see `require`."""
         yield moved(self.signal(batch), batch.targets.labels.device)
 
+    def touch(self) -> None:
+        """Check every shard, if they are few and small. Raises DataError naming one that is damaged."""
+        self._shards.touch()
+
     def close(self) -> None:
         """Mapped files close with the last reference to them."""
 
     def signal(self, batch: Batch) -> KeptSignal:
         """The signals of the batch's targets, on the CPU.
 
-        Raises DataError if the batch is not of the split that was dumped.
+        Raises DataError if the batch is not of the split that was dumped, or if a shard of its rows is damaged.
         """
         if batch.whole is not None:
             return self.signal(batch.whole)[batch.first_target : batch.first_target + batch.num_targets]
@@ -116,8 +118,16 @@ class LogitStore:
                 f"{self._directory} holds {self.manifest.job.rows} rows of the split {self.manifest.job.split!r}, "
                 f"a batch asks for row {row}; dump the logits of this data"
             )
-        number = bisect_right(self._starts, row) - 1
-        return self._shards[number], row - self._starts[number]
+        return self._shards.locate(row)
+
+    def _map(self, number: int, path: Path) -> Mapping[str, ListView]:
+        """Columns by name. The file is closed: the mapping lasts as long as a view of it."""
+        try:
+            with pa.memory_map(str(path)) as source:
+                batch = pa.ipc.open_file(source.read_buffer()).get_batch(0)
+            return {name: list_view(batch.column(name)) for name in self._codec.columns}
+        except (pa.ArrowException, OSError, KeyError) as error:
+            raise DataError(f"{path} cannot be read as dumped logits ({str(error).splitlines()[0]}); {_REMEDY}") from error
 
 
 def moved(signal: KeptSignal, device: torch.device) -> KeptSignal:
@@ -133,36 +143,28 @@ def renormalized(signal: SparseSignal) -> SparseSignal:
     return SparseSignal(signal.ids, probs, torch.zeros_like(signal.tail), with_tail=False)
 
 
-def open_store(
-    directory: Path, *, data: Path, manifest: DataManifest, verify: bool = False, renormalize: bool = False
-) -> LogitStore:
+def open_store(directory: Path, *, data: Path, manifest: DataManifest, renormalize: bool = False) -> LogitStore:
     """Open a complete store for batches of the data directory `data`, of that manifest.
 
-    verify: compare the SHA-256 of every file, whatever the size. renormalize: only for top-k stores. Raises DataError
-    if the store is unfinished, of other data or another tokenizer, or if a file is missing, truncated or altered.
+    renormalize: only for top-k stores. Raises DataError if the store is unfinished, of other data or another tokenizer, or if a
+    file is missing, truncated or altered; a large store raises for an altered file when a row of it is read.
     """
     directory = Path(directory)
     store = load_store_manifest(directory)
     store.job.require_data(manifest, directory, data)
-    check_files(directory, store, verify=verify)
+    ListedFiles(directory, remedy=_REMEDY).check_sizes(store.files)
     if renormalize:
         _warn_of_bias(directory, store)
-    names = list(build_codec(store.job.method, store.job.vocab_size).columns)
-    shards = [_map_shard(directory / file.file, names) for file in store.files]
-    return LogitStore(store, shards, directory, renormalize=renormalize)
-
-
-def check_files(directory: Path, store: StoreManifest, *, verify: bool) -> None:
-    """Compare sizes, and checksums up to 1 GiB in all or on request. Raises DataError naming the file."""
-    content = verify or sum(file.size for file in store.files) <= ALWAYS_HASHED_BYTES
-    for file in with_progress(store.files, "checking", "files") if verify else store.files:
-        file.check(directory, content=content, remedy=_REMEDY)
+    opened = LogitStore(store, directory, renormalize=renormalize)
+    opened.touch()
+    return opened
 
 
 def describe_store(directory: Path) -> list[str]:
     """A summary of a complete store, after a check of every byte. Raises DataError if it is damaged."""
     store = load_store_manifest(directory)
-    check_files(directory, store, verify=True)
+    for file in with_progress(store.files, "checking", "files"):
+        file.check(directory, content=True, remedy=_REMEDY)
     job = store.job
     match job.method:
         case SampleMethod(draws=draws, seed=seed):
@@ -190,14 +192,6 @@ def shard_starts(target_lengths: np.ndarray, tokens_per_shard: int) -> list[int]
         starts.append(end)
         done = int(totals[end - 1])
     return starts
-
-
-def _map_shard(path: Path, names: Sequence[str]) -> dict[str, ListView]:
-    try:
-        batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
-        return {name: list_view(batch.column(name)) for name in names}
-    except (pa.ArrowException, OSError, KeyError) as error:
-        raise DataError(f"{path} cannot be read as dumped logits ({str(error).splitlines()[0]}); {_REMEDY}") from error
 
 
 def _warn_of_bias(directory: Path, store: StoreManifest) -> None:

@@ -6,8 +6,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from dstrain.data.prepared import dataset as dataset_module
-from dstrain.data.prepared import open_shards
 from dstrain.data.prepared.dataset import open_dataset
 from dstrain.data.prepared.manifest import load_manifest, write_data_manifest
 from dstrain.data.prepared.prepare import prepare
@@ -15,7 +13,7 @@ from dstrain.data.prepared.rows import Rows, id_dtype
 from dstrain.data.prepared.shard import ShardWriter, list_array, read_shard, shard_schema, write_lengths
 from dstrain.data.tokenizers.tokenizer import TokenizerPair, load_tokenizers, save_tokenizers
 from dstrain.errors import DataError
-from dstrain.storage import document
+from dstrain.storage import document, mapped_shards
 from dstrain.storage.atomic import atomic_writer
 from dstrain.storage.document import FileRecord
 from dstrain.storage.hashing import sha256_of_file
@@ -170,7 +168,7 @@ def test_a_large_split_is_checked_shard_by_shard_when_it_is_touched(copy: Path, 
     shard.write_bytes(flip(shard.read_bytes()))
     read: list[str] = []
     monkeypatch.setattr(document, "sha256_of_file", lambda path: (read.append(path.name), sha256_of_file(path))[1])
-    monkeypatch.setattr(dataset_module, "ALWAYS_HASHED_SHARDS", 2)
+    monkeypatch.setattr(mapped_shards, "ALWAYS_HASHED_SHARDS", 2)
     data = open_dataset(copy, "train")
     assert (len(data), read) == (300, ["lengths.npy"])
     assert (len(data[99].source), len(data[299].source)) == (data.source_lengths[99], data.source_lengths[299])
@@ -190,7 +188,7 @@ def test_few_shards_stay_mapped_without_open_files(copy: Path, monkeypatch: pyte
         mapped, opened = (sum(line.endswith(".arrow") and str(copy) in line for line in lines) for lines in (maps, files))
         return mapped, opened
 
-    monkeypatch.setattr(open_shards, "MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr(mapped_shards, "MAX_OPEN_SHARDS", 2)
     data = open_dataset(copy, "train")
     assert [data[row].source[-1] for row in range(0, 300, 50)] == [2] * 6
     assert counts() == (2, 0)

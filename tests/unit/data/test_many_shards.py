@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dstrain.data.prepared import open_shards
 from dstrain.data.prepared.dataset import open_dataset
-from dstrain.storage import document
+from dstrain.storage import document, mapped_shards
 from dstrain.storage.hashing import sha256_of_file
 from tests.paths import ROOT
 from tools.bench_shards import make
@@ -51,5 +50,5 @@ def test_opening_hashes_no_shard_and_1024_open_files_are_enough(data: Path, monk
     assert len({tuple(row.target) for row in rows}) == 1  # the shards are links to one
     del rows
     assert len([line for line in Path("/proc/self/maps").read_text().splitlines() if str(data / "train/0") in line]) <= (
-        open_shards.MAX_OPEN_SHARDS
+        mapped_shards.MAX_OPEN_SHARDS
     )

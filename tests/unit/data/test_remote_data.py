@@ -10,14 +10,13 @@ import pytest
 
 from dstrain.build.training_options import TrainOptions
 from dstrain.cli.main import main
-from dstrain.data.prepared import dataset as dataset_module
 from dstrain.data.prepared.dataset import Dataset, open_dataset
 from dstrain.data.prepared.derived import LabelJob, copy_original
 from dstrain.data.prepared.location import data_directory
 from dstrain.data.prepared.manifest import load_manifest
 from dstrain.data.prepared.prepare import prepare
 from dstrain.errors import DataError, ExtraError
-from dstrain.storage import remote
+from dstrain.storage import mapped_shards, remote
 from tests.unit.data.corpus import data_config
 from tests.unit.storage.flaky_store import FlakyStore, use_store
 
@@ -36,7 +35,7 @@ def store(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ty
     """300 training pairs in three shards; a large split, which is read shard by shard."""
     shutil.copytree(prepared, tmp_path / "store/bucket")
     monkeypatch.setenv("DSTRAIN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(dataset_module, "ALWAYS_HASHED_SHARDS", 2)
+    monkeypatch.setattr(mapped_shards, "ALWAYS_HASHED_SHARDS", 2)
     return use_store(tmp_path / "store")
 
 
@@ -128,7 +127,7 @@ def test_shards_leave_the_cache_and_come_back(
 ) -> None:
     sizes = [file.size for file in load_manifest(prepared).splits["train"].files]
     monkeypatch.setenv("DSTRAIN_CACHE_GIB", str((sum(sizes) - min(sizes) / 2) / 2**30))
-    monkeypatch.setattr("dstrain.data.prepared.open_shards.MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr(mapped_shards, "MAX_OPEN_SHARDS", 1)
     data = open_dataset(data_directory(URL), "train")
     local = open_dataset(prepared, "train")
     for _ in range(2):

@@ -37,6 +37,8 @@ from dstrain.models.encoder_decoder import EncoderDecoder
 from dstrain.models.factory import build_model
 from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.ops.teacher_signal import KeptSignal, LogProbsSignal, SparseSignal
+from dstrain.storage import document, mapped_shards
+from dstrain.storage.hashing import sha256_of_file
 from dstrain.storage.sharded_job import Worker
 from tests.unit.distillation.toy_store import COLLATOR, batch_of, dump, dumper, prepared, stored, teacher_for, teacher_probs
 
@@ -355,6 +357,26 @@ def test_damage_is_named(file: str, damage: Callable[[Path], None], message: str
     damage(tmp_path / "logits" / file)
     with pytest.raises(DataError, match=message):
         open_store(tmp_path / "logits", data=data, manifest=load_manifest(data))
+
+
+def test_a_large_store_is_checked_shard_by_shard_when_it_is_touched(
+    data: Path, teacher: EncoderDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stored(data, tmp_path / "logits", SampleMethod(), teacher=teacher, tokens_per_shard=100)
+    rows = [shard.first_row for shard in store.manifest.shards]
+    dataset = open_dataset(data, "train")
+    expected = parts_of(store.signal(batch_of(dataset, [rows[0]])))
+    hashed: list[str] = []
+    monkeypatch.setattr(document, "sha256_of_file", lambda path: (hashed.append(path.name), sha256_of_file(path))[1])
+    monkeypatch.setattr(mapped_shards, "ALWAYS_HASHED_SHARDS", 1)
+    flip(tmp_path / "logits" / "00001.arrow")
+    store = open_store(tmp_path / "logits", data=data, manifest=load_manifest(data))
+    assert hashed == []
+    torch.testing.assert_close(parts_of(store.signal(batch_of(dataset, [rows[0]]))), expected, rtol=0, atol=0)
+    store.signal(batch_of(dataset, [rows[2], rows[0]]))
+    assert hashed == ["00000.arrow", "00002.arrow"]
+    with pytest.raises(DataError, match=r"00001.arrow: the SHA-256 differs .* dump this shard again with the same command"):
+        store.signal(batch_of(dataset, [rows[1]]))
 
 
 def test_a_changed_manifest_is_refused(data: Path, teacher: EncoderDecoder, tmp_path: Path) -> None:
