@@ -4,11 +4,11 @@
     dstrain dump-logits --teacher BUNDLE --data DATA --output LOGITS --method topk --k 64
     dstrain inspect LOGITS
 
-Methods: sample draws from the teacher's distribution (about 35 bytes a token; unbiased: prefer it) and fits forward_kl; topk
-keeps the most probable tokens (about 3 bytes each) and the mass of the rest, and fits every divergence, for which the rest is one
-entry (a student's objective.renormalize gives its mass to the others: biased); dense keeps everything, for small vocabularies,
-and fits every temperature, the other methods only their own. Batch size, order and number of ranks of the later training may be
-any.
+Methods: sample draws from the teacher's distribution and keeps the distinct tokens (about 35 bytes a target token of a sure
+teacher, 65 of a weak one, whose entropy is higher; unbiased: prefer it) and fits forward_kl; topk keeps the most probable tokens
+(about 3 bytes each) and the mass of the rest, and fits every divergence, for which the rest is one entry (a student's
+objective.renormalize gives its mass to the others: biased); dense keeps everything, for small vocabularies, and fits every
+temperature, the other methods only their own. Batch size, order and number of ranks of the later training may be any.
 
 The same command continues an interrupted dump. Under a launcher (deepspeed --num_gpus 8 --module dstrain dump-logits
 ...) the ranks share the work, each on its own GPU. To share it among jobs, run it once for every I in 0 .. N-1 with --shard I/N

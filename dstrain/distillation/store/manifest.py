@@ -30,7 +30,9 @@ DENSE_VOCABULARY = 16_384
 
 
 class SampleMethod(Config):
-    """`draws` tokens drawn from the teacher's distribution, kept as ids and counts; unbiased.
+    """`draws` tokens drawn from the teacher's distribution, kept as ids and counts of the distinct ones; unbiased.
+
+    A teacher of higher entropy fills more bytes: about 35 a target token of a sure one and 65 of a weak one, at 50 draws.
 
     temperature: divides the teacher's logits. seed: decides the draws, together with row and position only.
     """
