@@ -2,7 +2,8 @@
 
 padded_rows    gathers the sequences into padded rows, where attention is as everywhere; runs on any device, with dropout
 varlen         torch's flash attention for packed sequences: no padding, no mask; on a GPU in 16 bits
-flex           torch's FlexAttention with a mask of sequences and ALiBi's scores; on a GPU
+flex           torch's FlexAttention with a mask of sequences and ALiBi's scores; on a GPU, compiled once for up to 128 tokens and
+               once for any larger number
 
 No GPU has run `varlen` and `flex` yet: the tests compare `flex` in its slow form for CPUs, and what `varlen` is called with.
 Padding after the last sequence gets zeros from `padded_rows`; for `varlen` it is one more sequence, or its outputs would be
@@ -102,15 +103,18 @@ def flex(query: Tensor, key: Tensor, value: Tensor, pair: PackedPair, attend: Ro
         distance = positions[key] - positions[query]
         return score - head_slopes[head] * (distance.abs() - lead * (distance > 0))
 
-    compute: Any = _compiled(flex_attention) if query.is_cuda else flex_attention  # not compiled it holds all scores
+    compute: Any = _compiled_flex() if query.is_cuda else flex_attention  # not compiled it holds all scores
     batch = (heads.unsqueeze(0) for heads in (query, key, value))
     mixed: Tensor = compute(*batch, add_alibi, pair.block_mask, enable_gqa=len(key) != len(query))
     return mixed.squeeze(0)
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)  # micro-batches differ in length
+def _compiled_flex(backend: str | Callable[..., Any] = "inductor") -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Micro-batches differ in length: with a graph for each, the ninth would no longer be compiled, and hold all scores.
+    return torch.compile(flex_attention, dynamic=True, backend=backend)
 
 
 def _with_padding(side: Packing) -> tuple[Tensor, int]:

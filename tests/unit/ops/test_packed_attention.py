@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention import flex_attention as flex_module
 from torch.nn.attention import varlen as torch_varlen
 
 from dstrain.batch import Packing, Sequences
@@ -15,7 +17,7 @@ from dstrain.data.batching.collate import Collator, PackedSize
 from dstrain.data.ragged import Ragged
 from dstrain.ops.attention import attention, attention_reference, mean_probabilities, packed_attention, packed_mean_probabilities
 from dstrain.ops.bias import Alibi
-from dstrain.ops.packed_attention import PackedPair, flex, padded_rows, varlen
+from dstrain.ops.packed_attention import PackedPair, _compiled_flex, flex, padded_rows, varlen
 
 LENGTHS, SOURCES = [5, 1, 123, 7], [4, 9, 1, 60]
 SLOPES = (0.5, 0.125, 0.25, 0.0625)
@@ -121,6 +123,21 @@ def test_flex_attention_computes_the_same(masking: str) -> None:
     pair = pair_of(masking)
     mixed = flex(*(part.detach() for part in heads_of(pair, 2)), pair, attention)[:, : pair.queries.num_tokens]
     torch.testing.assert_close(mixed, reference(*heads_of(pair, 2), pair), rtol=1e-5, atol=1e-5)
+
+
+def test_flex_attention_is_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond one block of 128 tokens."""
+    counter = CompileCounter()
+    compiled = _compiled_flex(counter)
+    monkeypatch.setattr(flex_module, "flex_attention", compiled)
+    torch._dynamo.reset()
+    for lengths in ([5, 1, 123, 7], [200, 60], [300]):
+        queries, own = packed(lengths)
+        pair = PackedPair(queries, queries, own, torch.zeros(1), causal=True, alibi=Alibi(SLOPES, lead=0.0))
+        parts = [torch.randn(len(queries.positions), 4, DIM).transpose(0, 1) for _ in range(3)]
+        found, expected = flex(*parts, pair, attention), padded_rows(*parts, pair, attention)
+        torch.testing.assert_close(found[:, : queries.num_tokens], expected[:, : queries.num_tokens], rtol=1e-5, atol=1e-5)
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("masking", ["self", "causal", "cross"])
