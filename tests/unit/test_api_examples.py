@@ -1,6 +1,8 @@
 """The verbs as Python functions: every docstring example of `dstrain.api` is run, in the order of a first training."""
 
 import doctest
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +56,18 @@ def test_every_docstring_example_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_every_public_name_is_documented() -> None:
     assert set(VERBS) < set(api.__all__)
     assert all(getattr(api, name).__doc__ for name in api.__all__)
+
+
+def test_importing_the_module_brings_no_library_that_takes_time() -> None:
+    """Each name brings its own; `import dstrain.api` must not cost more than `import torch`."""
+    heavy = {"torch", "numpy", "pydantic", "deepspeed", "pyarrow", "sentencepiece", "transformers", "sacrebleu", "rich"}
+    program = "import sys, dstrain.api; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "dstrain.api" in loaded.split()
+    assert not heavy & set(loaded.split())
+
+
+def test_every_name_has_a_module_and_others_are_refused_by_name() -> None:
+    assert set(api._MODULES) == set(api.__all__) == set(dir(api))
+    with pytest.raises(AttributeError, match=r"'dstrain\.api' has no attribute 'trian'; it has BundleModel, .*train"):
+        api.trian  # noqa: B018
