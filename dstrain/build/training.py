@@ -22,7 +22,7 @@ from dstrain.config_base import upgrade_config
 from dstrain.data.batching.loader import Steps
 from dstrain.distillation.on_policy import OnPolicySteps, OwnSamples, max_sample_length
 from dstrain.engine.construction import COMPUTE_DTYPES
-from dstrain.engine.launch import import_deepspeed
+from dstrain.engine.launch import import_deepspeed, require_compiler
 from dstrain.engine.training_engine import TrainEngine
 from dstrain.errors import TrainingError
 from dstrain.evaluation.translation import build_translation
@@ -68,6 +68,8 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     reporting = usable_trackers(recipe.reporting) if mesh.world.rank == 0 else recipe.reporting
     prepare = partial(plan_training, recipe, options, replicas=mesh.replicas.size)
     plan = raise_on_all_ranks(mesh.world, TrainingError, "starting", prepare)
+    compiler = partial(require_compiler, recipe.engine.compile, mesh.device.type)
+    raise_on_all_ranks(mesh.world, TrainingError, "finding a compiler", compiler)
     raise_on_all_ranks(mesh.world, TrainingError, "importing DeepSpeed", partial(import_deepspeed, mesh.device.type))
     require_agreement(mesh.world, plan.decisive(options))
     dtype = COMPUTE_DTYPES[recipe.engine.precision]

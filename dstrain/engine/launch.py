@@ -9,13 +9,29 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from shutil import which
 from types import ModuleType
 
+from dstrain.config_base import Compiling
 from dstrain.errors import TrainingError
 from dstrain.log import logger
 from dstrain.parallel.mesh import Mesh
+
+_COMPILERS: Mapping[str, tuple[str, tuple[str, ...]]] = {"cpu": ("CXX", ("g++",)), "cuda": ("CC", ("gcc", "clang"))}
+"""Of a kind of device: the variable that names the compiler of what `torch.compile` writes, and those that are looked for."""
+
+
+def require_compiler(mode: Compiling, device: str) -> None:
+    """Raises TrainingError if there is none for this kind of device, unless `mode` is none."""
+    variable, names = _COMPILERS[device]
+    needed = [os.environ[variable]] if variable in os.environ else names
+    if mode != "none" and not any(map(which, needed)):
+        raise TrainingError(
+            f"engine.compile = {mode} needs a compiler, but {' or '.join(needed)} is not on the PATH; install it, set the "
+            f"variable {variable} to another one, or choose engine.compile: none"
+        )
 
 
 def require_precision(deepspeed: ModuleType, precision: str, mesh: Mesh) -> None:

@@ -28,14 +28,18 @@ def derived_keys(keys: Tensor, seed: int | Tensor) -> Tensor:
 def random_bits(keys: Tensor, start: int, stop: int) -> Tensor:
     """16 bits each for the features `start` to `stop` of every key. (...) int64 -> (..., stop - start) int16, maybe a view."""
     first, last = start // FEATURES_PER_WORD, -(-stop // FEATURES_PER_WORD)
-    counters = _hashed_counters if torch.compiler.is_compiling() else word_counters  # a compiler does not keep what it has made
-    words = _mixed(torch.bitwise_xor(keys.unsqueeze(-1), counters(first, last, keys.device)))  # (..., words)
+    words = _mixed(torch.bitwise_xor(keys.unsqueeze(-1), word_counters(first, last, keys.device)))  # (..., words)
     return words.view(torch.int16)[..., start - FEATURES_PER_WORD * first : stop - FEATURES_PER_WORD * first]
 
 
-@cache
 def word_counters(first: int, last: int, device: torch.device) -> Tensor:
-    """One for each of the words `first` to `last` - 1, made once."""
+    """One for each of the words `first` to `last` - 1, made once; in a compiled graph, which keeps nothing, every time."""
+    counters = _hashed_counters if torch.compiler.is_compiling() else _kept_counters
+    return counters(first, last, device)
+
+
+@cache
+def _kept_counters(first: int, last: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return _hashed_counters(first, last, device)
 

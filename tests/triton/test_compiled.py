@@ -1,4 +1,5 @@
 """Every kernel is compiled for an H100 or H200 (compute capability 9.0), which needs no GPU, and keeps its values in registers.
+In compiled layers the kernels are part of the graph, forward and backward.
 
 Compiling is for kernels that are not interpreted, so it is done by a process of its own: this file, run as a program.
 """
@@ -9,6 +10,8 @@ import json
 import os
 import subprocess
 import sys
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +21,25 @@ REGISTERS = 255
 """Of a thread; more go to memory, which is slow."""
 
 
-def test_every_kernel_compiles_without_spills(tmp_path: Path) -> None:
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=250, check=False)
+def outputs(program: str, directory: Path) -> list[Any]:
+    """Each line that a program of this file prints."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(directory), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
-    usages = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_compiled_layers_have_the_kernels_in_their_graphs(tmp_path: Path) -> None:
+    """The backward of each call is traced with it. The first graph rotates queries and keys; the second one has two norms."""
+    before, after = outputs("trace", tmp_path)
+    assert before == 4 * ["_rotary_kernel"]
+    assert set(after) == {"_forward_kernel", "_backward_kernel", "_dropout_kernel", "_gate_kernel"}
+    assert after.count("_forward_kernel") == after.count("_backward_kernel") == after.count("_gate_kernel") == 2
+
+
+def test_every_kernel_compiles_without_spills(tmp_path: Path) -> None:
+    usages = outputs("compile", tmp_path)
     assert {usage["kernel"] for usage in usages} == {
         "_backward_kernel",
         "_divergence_kernel",
@@ -122,6 +139,58 @@ def launch_all() -> None:
         )
 
 
+def trace_layer() -> None:
+    """Print the kernels of each graph of a layer that asks for them. The graphs are made, not run: there is no GPU."""
+    import torch
+    from torch.utils import _triton
+
+    _triton.has_triton = lambda: True  # as it is with a GPU: dynamo takes kernels for what they are
+    warnings.filterwarnings("error", message="Dynamo detected")  # what it traces otherwise than it is written
+    from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+
+    from dstrain.models.config import DecoderStackConfig, LayerNormConfig, StackConfig
+    from dstrain.models.position_config import RotaryPosition
+    from dstrain.nn.attention_bias import AttentionContext
+    from dstrain.nn.compiling import compile_layers
+    from dstrain.nn.dropout import MaskKeys
+    from dstrain.nn.rotary import Rotation
+    from dstrain.ops.kernels import OPS
+    from dstrain.ops.rotary import CosSin
+    from tests.unit.models.build import small_config, small_model
+
+    def make(graph: Any, inputs: Any) -> Any:
+        nodes = [node for part in graph.modules() if isinstance(part, torch.fx.GraphModule) for node in part.graph.nodes]
+        kernels = [kernel_side_table.get_kernel(node.kwargs["kernel_idx"]) for node in nodes if "kernel_idx" in node.kwargs]
+        print(json.dumps([getattr(kernel, "fn", kernel).__name__ for kernel in kernels]), flush=True)
+        (outs,) = next(node.args for node in nodes if node.op == "output" and node.graph is graph.graph)
+        return lambda *_: tuple(torch.zeros([int(size) for size in out.meta["example_value"].shape]) for out in outs)
+
+    sizes = {"depth": 1, "num_heads": 2, "ffn_dim": 6, "feed_forward": "gated"}
+    config = small_config(
+        model_dim=8,
+        encoder=StackConfig(**sizes),
+        decoder=DecoderStackConfig(**sizes),
+        norm_order="post",
+        norm=LayerNormConfig(),
+        position=RotaryPosition(),
+        activation="silu",
+        dropout=0.1,
+        activation_dropout=0.1,
+    )
+    model: Any = small_model(config).train()
+    compile_layers(model, "layers", backend=make)
+    layer, x = model.encoder.layers[0], torch.ones(16, 8, requires_grad=True)
+    for part in (layer.before_attention, layer.after_attention):
+        part._has_run = True  # what a first run, which needs a GPU, would leave: the functions of the table
+    with ExitStack() as stack, MaskKeys(torch.arange(16), 1).at(0):
+        for name in ("norm", "dropout", "rotary", "gate"):
+            stack.enter_context(OPS[name].forced("triton"))
+            assert OPS[name].choose(x.device, x.dtype)._function
+        context = AttentionContext(rotation=Rotation(CosSin(*torch.ones(2, 1, 16, 2)), "half_split"))
+        query, _, _ = layer.before_attention(x, context)
+        layer.after_attention(x, query)
+
+
 def record_all(directory: Path) -> None:
     """A recorder in the place of every kernel."""
     import triton
@@ -135,5 +204,8 @@ def record_all(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    record_all(Path(os.environ["TRITON_CACHE_DIR"]))
-    launch_all()
+    if sys.argv[1] == "trace":
+        trace_layer()
+    else:
+        record_all(Path(os.environ["TRITON_CACHE_DIR"]))
+        launch_all()

@@ -42,7 +42,7 @@ from dstrain.distillation.config import DistillationConfig
 from dstrain.distillation.feature_plan import plan_features
 from dstrain.distillation.store.dump import plan_dump
 from dstrain.distillation.store.manifest import DenseMethod, SampleMethod, load_store_manifest
-from dstrain.engine.launch import require_precision
+from dstrain.engine.launch import require_compiler, require_precision
 from dstrain.errors import DstrainError
 from dstrain.evaluation.validator import check_split
 from dstrain.interop.fairseq.checkpoint import FairseqCheckpoint, read_dictionaries
@@ -330,6 +330,17 @@ def precision(name: str) -> Call:
     able = SimpleNamespace(is_bf16_supported=lambda: True, is_fp16_supported=lambda: False)
     deepspeed = SimpleNamespace(accelerator=SimpleNamespace(get_accelerator=lambda: able))
     return lambda: require_precision(deepspeed, name, build_mesh("cpu"))  # type: ignore[arg-type]
+
+
+def compiling(mode: Any, compiler: str) -> Call:
+    """With the variable that names it."""
+
+    def check() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("CXX", compiler)
+            require_compiler(mode, "cpu")
+
+    return check
 
 
 def meshed(device: Any) -> Call:
@@ -638,6 +649,13 @@ CASES = {
     ),
     "a precision beyond the device": case(
         "engine.precision = {} is not supported by this {}; use {}", precision("fp16"), precision("fp32"), precision("bf16")
+    ),
+    "a compiler that is not there": case(
+        "engine.compile = {} needs a compiler, but {} is not on the PATH; install it, set the variable {} to another one, or "
+        "choose engine.compile: none",
+        compiling("layers", "no-such-compiler"),
+        compiling("layers", "sh"),
+        compiling("none", "no-such-compiler"),
     ),
     "a directory that cannot be made": case(
         "choose a directory that can be written", resumed(output="/proc/nowhere/run"), resumed(output="afresh")
