@@ -28,7 +28,9 @@ CONFIGS: list[EncoderDecoderConfig | DecoderOnlyConfig] = [
 ]
 
 
-def step(config: EncoderDecoderConfig | DecoderOnlyConfig, mode: Any, *, tiles: int = 1, rows: int = 16) -> tuple[float, list[Tensor], int]:
+def step(
+    config: EncoderDecoderConfig | DecoderOnlyConfig, mode: Any, *, tiles: int = 1, rows: int = 16
+) -> tuple[float, list[Tensor], int]:
     """The loss, all gradients, and the bytes that autograd keeps between the passes."""
     model = small_model(config).train()
     checkpoint_layers(model, mode)
