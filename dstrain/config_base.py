@@ -5,9 +5,9 @@ that come in pairs.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError, ValidatorFunctionWrapHandler, WrapValidator
 
 Tree = dict[str, Any]
 """The plain values of a configuration, as a YAML file has them."""
@@ -27,6 +27,18 @@ BleuTokenization = Literal[
 """sacreBLEU's ways to cut text into words for BLEU; auto = zh or char for a script without spaces, else 13a."""
 RougeWords = Literal["stemmed", "plain"]
 """The words that ROUGE compares: without their English endings (Porter's stemmer), or as they are."""
+
+
+def _number_or_auto(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    """One message instead of one for each alternative."""
+    try:
+        return validate(value)
+    except ValidationError as error:
+        raise ValueError(f"input should be a whole number above 0, or auto, not {value!r}") from error
+
+
+ChunkTokens = Annotated[PositiveInt | Literal["auto"], WrapValidator(_number_or_auto)]
+"""Positions of a vocabulary loss whose logits exist at one time; auto = by `ops/chunk_size.py`."""
 
 
 class Config(BaseModel):

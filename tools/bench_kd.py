@@ -1,6 +1,6 @@
 """Memory and time of distillation: chunked projection and loss beside all logits at once, and beside plain cross-entropy.
 
-    python tools/bench_kd.py [--tokens 4096] [--vocab-size 131072] [--chunk-tokens 256] [--divergence forward_kl]
+    python tools/bench_kd.py [--tokens 4096] [--vocab-size 131072] [--chunk-tokens auto] [--divergence forward_kl]
 
 Each way runs in a process of its own, which reports how far its resident memory rose above that before the loss (VmHWM), and the
 processor time of loss and backward. `dense` is `linear_distillation` with a teacher beside the student, `sampled` and `top` take
@@ -93,7 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--vocab-size", type=int, default=131072)
-    parser.add_argument("--chunk-tokens", type=int, default=256)
+    parser.add_argument("--chunk-tokens", type=lambda text: text if text == "auto" else int(text), default="auto")
     parser.add_argument("--divergence", choices=get_args(DivergenceKind), default="forward_kl")
     parser.add_argument("--limit-percent", type=float)
     parser.add_argument("--way", choices=WAYS, help="run only this one and print JSON")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from dstrain.config_base import Config, Precision
+from dstrain.config_base import ChunkTokens, Config, Precision
 from dstrain.objectives.config import CrossEntropyConfig, Needs, OnPolicyConfig, Rate, Requirement, TeacherNeeds
 
 
@@ -159,9 +159,10 @@ class DistillationConfig(Config):
         default=False, description="Give the mass outside the stored top-k tokens to the stored ones, which is biased."
     )
     on_policy: OnPolicyConfig | None = Field(default=None, description="Steps on the student's own samples; null = none.")
-    chunk_tokens: PositiveInt = Field(
-        default=256,
-        description="Positions whose logits exist at one time; memory is a few times chunk_tokens x vocabulary. Moves no result.",
+    chunk_tokens: ChunkTokens = Field(
+        default="auto",
+        description="Positions whose logits exist at one time; memory is a few times chunk_tokens x vocabulary. auto = by device "
+        "and vocabulary. Moves no result.",
     )
 
     @model_validator(mode="before")

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dstrain.batch import Batch, sent
+from dstrain.config_base import ChunkTokens
 from dstrain.distillation.config import BatchSelection, GlobalByLanguageSelection, GlobalSelection
 from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.ops.token_loss.cross_entropy import linear_nll
@@ -52,7 +53,7 @@ class Selection:
     chunk_tokens: positions whose logits exist at one time. tag_position: index of the language tag in a source.
     """
 
-    def __init__(self, config: SelectiveConfig, *, chunk_tokens: int = 256, tag_position: int = 0) -> None:
+    def __init__(self, config: SelectiveConfig, *, chunk_tokens: ChunkTokens = "auto", tag_position: int = 0) -> None:
         self.rate = config.rate
         self.queue_size = None if isinstance(config, BatchSelection) else config.queue_size
         self.by_language = isinstance(config, GlobalByLanguageSelection)

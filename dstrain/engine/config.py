@@ -153,8 +153,9 @@ class KernelsConfig(Config):
     packed_alibi_attention: Literal["auto", "flex", "padded_rows"] = Field(
         default="auto", description="Of attention of packed sequences with ALiBi; with dropout it is padded_rows."
     )
-    norm: Literal["auto", "triton", "torch"] = Field(
-        default="auto", description="Of LayerNorm and RMSNorm; in post-norm layers triton adds residual and dropout as well."
+    norm: Literal["auto", "triton", "liger", "torch"] = Field(
+        default="auto",
+        description="Of LayerNorm and RMSNorm; triton makes the sum with the residual and its dropout in the same pass.",
     )
     dropout: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="Of dropout and of the sum with the residual; triton keeps no mask for the backward pass."
@@ -163,8 +164,13 @@ class KernelsConfig(Config):
     gate: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="Of the activation of gated feed-forward networks; triton keeps no product of it."
     )
-    cross_entropy: Literal["auto", "triton", "torch"] = Field(
-        default="auto", description="Of label-smoothed cross-entropy from logits; triton makes no pass more than it needs."
+    cross_entropy: Literal["auto", "triton", "liger", "torch"] = Field(
+        default="auto",
+        description="Of label-smoothed cross-entropy from logits; triton makes no pass more than it needs; liger waits for the "
+        "GPU in each chunk, and does not share a vocabulary (parallel.tensor).",
+    )
+    r_drop: Literal["auto", "triton", "torch"] = Field(
+        default="auto", description="Of R-Drop, from the logits of both passes; triton makes no copies of them."
     )
     dense_distillation: Literal["auto", "triton", "torch"] = Field(
         default="auto", description="Of divergences from a teacher's distribution over all vocabulary entries."
@@ -225,6 +231,15 @@ class EngineConfig(Config):
             raise ValueError(
                 f"compile = layers makes one graph of what feed_forward_tiles = {self.feed_forward_tiles} cuts; choose "
                 "feed_forward_tiles: 1, or compile: none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _kernels_take_slices(self) -> EngineConfig:
+        if self.parallel.tensor > 1 and self.kernels.cross_entropy == "liger":
+            raise ValueError(
+                f"kernels.cross_entropy = liger needs the whole vocabulary on each rank, but parallel.tensor = "
+                f"{self.parallel.tensor} shares it; choose kernels.cross_entropy: auto or triton"
             )
         return self
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from dstrain.estimate.workload import LossKind, MicroBatch, ParallelLayout, Workload
 from dstrain.models.config import ModelConfig
+from dstrain.ops.chunk_size import resolve_chunk_tokens
 
 _LOGITS: Mapping[LossKind, int] = {"cross_entropy": 1, "r_drop": 3, "sparse_distillation": 2, "dense_distillation": 6}
 """Tensors of the size of a chunk's logits, in float32, that exist at one time."""
@@ -54,7 +55,8 @@ def loss_bytes(workload: Workload, layout: ParallelLayout) -> LossBytes:
     width, entries = projection_dim(workload.model), math.ceil(workload.vocabulary.target / layout.tensor)
     trains = workload.adapter is None
     kept = 4.0 * width * (workload.passes * scored + (entries if trains else 0))
-    chunk = min(workload.chunk_tokens, scored * workload.passes) * entries
+    chunk_tokens = resolve_chunk_tokens(workload.chunk_tokens, layout.device, entries)
+    chunk = min(chunk_tokens, scored * workload.passes) * entries
     workspace = 4 * chunk * _LOGITS[workload.loss] + 4 * width
     if workload.element_bytes < 4:
         workspace += chunk * workload.element_bytes

@@ -19,6 +19,7 @@ from dstrain.estimate.loss import projection_dim
 from dstrain.estimate.states import States
 from dstrain.estimate.traffic import GroupName, Transfer, ranks_of
 from dstrain.estimate.workload import Cluster, MicroBatch, ParallelLayout, Workload, count_micro_batches
+from dstrain.ops.chunk_size import resolve_chunk_tokens
 
 PASSES = 6
 """How often a kept byte moves: written and read in forward, read in backward, its gradient written once and read twice."""
@@ -75,7 +76,7 @@ def _moved(workload: Workload, layout: ParallelLayout) -> float:
     again = 4 / 3 if layout.checkpointing != "none" else 1.0
     scored = workload.passes * MicroBatch.of(workload, layout).scored(workload) / layout.sequence
     entries = workload.vocabulary.target / layout.tensor
-    chunks = math.ceil(scored / workload.chunk_tokens)
+    chunks = math.ceil(scored / resolve_chunk_tokens(workload.chunk_tokens, layout.device, math.ceil(entries)))
     weight = entries * projection_dim(workload.model)
     models = 1 + 2 * len(workload.teachers)  # a teacher's logits, and the divergence from them
     loss = LOGIT_BYTES * scored * entries * models + chunks * weight * (8 + 2 * workload.element_bytes)

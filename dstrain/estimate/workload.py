@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dstrain.adapters.config import AdapterConfig
-from dstrain.config_base import Checkpointing, Precision
+from dstrain.config_base import Checkpointing, ChunkTokens, Precision
 from dstrain.engine.config import EngineConfig, Placement
 from dstrain.engine.ds_config import ModelSize, resolve_ds_config
 from dstrain.models.config import ModelConfig, VocabularySizes
@@ -42,7 +42,7 @@ class Workload:
     vocabulary: VocabularySizes
     precision: Precision
     loss: LossKind
-    chunk_tokens: int
+    chunk_tokens: ChunkTokens
     tokens_per_step: int
     source_length: int
     target_length: int

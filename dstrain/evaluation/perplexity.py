@@ -27,8 +27,6 @@ from dstrain.data.tokenizers.unknown import UnknownTokens
 from dstrain.ops.token_loss.cross_entropy import linear_nll
 from dstrain.protocols import TeacherForced, TextTokenizer
 
-CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at once."""
 BUFFERED_BATCHES = 8
 """Windows of so many batches are sorted by length together, so that batches have little padding."""
 LONGEST_EXPONENT = 700.0
@@ -117,7 +115,7 @@ def window_nll(model: TeacherForced, windows: Sequence[TokenWindow], collator: C
     index = torch.from_numpy(reading.target_index[is_scored]).to(device)
     hidden = model(None, reading.target.to(device)).hidden.flatten(0, -2).index_select(0, index)  # (n, D)
     targets = torch.from_numpy(labels.tokens).to(device)
-    nll: Tensor = model.reduce_projection(hidden, partial(linear_nll, labels=targets, chunk_tokens=CHUNK_TOKENS))
+    nll: Tensor = model.reduce_projection(hidden, partial(linear_nll, labels=targets, chunk_tokens="auto"))
     return nll
 
 

@@ -29,17 +29,20 @@ class ResidualLayer(nn.Module):
         self.dropout = dropout
 
     def enter(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """What the sublayer reads."""
+        """What the first sublayer reads."""
         result: Tensor = norm(x) if self.norm_order == "pre" else x
         return result
 
-    def leave(self, x: Tensor, passed: Tensor, norm: nn.Module) -> Tensor:
-        """The layer's x after a sublayer that has read it and gave `passed`."""
-        return self.dropout.add(x, passed) if self.norm_order == "pre" else norm_of_sum(norm, x, passed, self.dropout)
+    def go_on(self, x: Tensor, passed: Tensor, norm: nn.Module, next_norm: nn.Module) -> tuple[Tensor, Tensor]:
+        """The layer's x after a sublayer that gave `passed`, and what the next one reads, in one pass over memory."""
+        if self.norm_order == "pre":
+            return norm_of_sum(next_norm, x, passed, self.dropout)
+        x = norm_of_sum(norm, x, passed, self.dropout).normed
+        return x, x
 
-    def feed(self, x: Tensor, network: nn.Module, norm: nn.Module) -> Tensor:
-        """x after the feed-forward network."""
-        return self.leave(x, network(self.enter(x, norm)), norm)
+    def leave(self, x: Tensor, passed: Tensor, norm: nn.Module) -> Tensor:
+        """The layer's x after its last sublayer, which gave `passed`."""
+        return self.dropout.add(x, passed) if self.norm_order == "pre" else norm_of_sum(norm, x, passed, self.dropout).normed
 
 
 class EncoderLayer(ResidualLayer):
@@ -74,8 +77,8 @@ class EncoderLayer(ResidualLayer):
 
     def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The rest of the layer."""
-        x = self.leave(x, self.self_attention.output(mixed), self.self_attention_norm)
-        return self.feed(x, self.feed_forward, self.feed_forward_norm)
+        x, read = self.go_on(x, self.self_attention.output(mixed), self.self_attention_norm, self.feed_forward_norm)
+        return self.leave(x, self.feed_forward(read), self.feed_forward_norm)
 
 
 class DecoderLayer(ResidualLayer):
@@ -126,10 +129,10 @@ class DecoderLayer(ResidualLayer):
         self, x: Tensor, mixed: Tensor, key: Tensor, value: Tensor, context: AttentionContext
     ) -> tuple[Tensor, Heads]:
         """x after self-attention; queries, keys and values of the one to the source."""
-        x = self.leave(x, self.self_attention.output(mixed), self.self_attention_norm)
-        return x, self.cross_attention.project(self.enter(x, self.cross_attention_norm), key, value, context)
+        x, read = self.go_on(x, self.self_attention.output(mixed), self.self_attention_norm, self.cross_attention_norm)
+        return x, self.cross_attention.project(read, key, value, context)
 
     def after_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The rest of the layer."""
-        x = self.leave(x, self.cross_attention.output(mixed, x), self.cross_attention_norm)
-        return self.feed(x, self.feed_forward, self.feed_forward_norm)
+        x, read = self.go_on(x, self.cross_attention.output(mixed, x), self.cross_attention_norm, self.feed_forward_norm)
+        return self.leave(x, self.feed_forward(read), self.feed_forward_norm)

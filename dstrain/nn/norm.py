@@ -1,19 +1,27 @@
-"""Norms, whose kernels are chosen by the table: of an input, or of its sum with a residual at once."""
+"""Norms, whose kernels are chosen by the table: of an input, or of its sum with a residual, then both at once."""
+
+from typing import overload
 
 from torch import Tensor, nn
 
 from dstrain.nn.dropout import Dropout
 from dstrain.ops.dropout import CountedMask
 from dstrain.ops.kernels import NORM
-from dstrain.ops.norm import NormWeights
+from dstrain.ops.norm import NormedSum, NormWeights
 
 
 class LayerNorm(nn.LayerNorm):
     """(..., D) -> (..., D)"""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: CountedMask | None = None) -> Tensor:
-        """The norm of x, or of residual + x, of which `mask` drops elements."""
-        return NORM.choose(x.device, x.dtype)(x, NormWeights(self.weight, self.bias, self.eps, True), residual, mask)
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, residual: Tensor, mask: CountedMask | None) -> NormedSum: ...
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, mask: CountedMask | None = None) -> Tensor | NormedSum:
+        """The norm of x; or residual + x, of which `mask` drops elements, and its norm."""
+        return _run(NormWeights(self.weight, self.bias, self.eps, True), x, residual, mask)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -21,16 +29,27 @@ class RMSNorm(nn.RMSNorm):
 
     eps: float
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, mask: CountedMask | None = None) -> Tensor:
-        """The norm of x, or of residual + x, of which `mask` drops elements."""
-        return NORM.choose(x.device, x.dtype)(x, NormWeights(self.weight, None, self.eps, False), residual, mask)
+    @overload
+    def forward(self, x: Tensor) -> Tensor: ...
+
+    @overload
+    def forward(self, x: Tensor, residual: Tensor, mask: CountedMask | None) -> NormedSum: ...
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, mask: CountedMask | None = None) -> Tensor | NormedSum:
+        """The norm of x; or residual + x, of which `mask` drops elements, and its norm."""
+        return _run(NormWeights(self.weight, None, self.eps, False), x, residual, mask)
 
 
-def norm_of_sum(norm: nn.Module, residual: Tensor, x: Tensor, dropout: Dropout) -> Tensor:
-    """norm(residual + dropout(x)), in one call if the norm takes the sum. It is a call of the module, as ZeRO-3 needs it."""
+def _run(norm: NormWeights, x: Tensor, residual: Tensor | None, mask: CountedMask | None) -> Tensor | NormedSum:
+    result = NORM.choose(x.device, x.dtype)(x, norm, residual, mask)
+    return result.normed if residual is None else result
+
+
+def norm_of_sum(norm: nn.Module, residual: Tensor, x: Tensor, dropout: Dropout) -> NormedSum:
+    """residual + dropout(x) and its norm, in one call if the norm takes the sum: a call of the module, as ZeRO-3 needs it."""
     if isinstance(norm, LayerNorm | RMSNorm):
         x, mask = dropout.split(x)
-        result: Tensor = norm(x, residual, mask)
-    else:
-        result = norm(dropout.add(residual, x))
-    return result
+        result: NormedSum = norm(x, residual, mask)
+        return result
+    total = dropout.add(residual, x)
+    return NormedSum(total, norm(total))

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from dstrain.config_base import Config, Precision
+from dstrain.config_base import ChunkTokens, Config, Precision
 
 Rate = Annotated[float, Field(gt=0, le=1)]
 
@@ -55,7 +55,7 @@ class Needs:
     source: tuple[Requirement, ...] = ()
     dropout: tuple[Requirement, ...] = ()
     passes: int = 1
-    chunk_tokens: int = 1024
+    chunk_tokens: ChunkTokens = "auto"
 
 
 class RDropConfig(Config):
@@ -78,9 +78,10 @@ class CrossEntropyConfig(Config):
         description="Mean over tokens, or over sentences of the mean of their tokens: short ones count as much as long ones.",
     )
     r_drop: RDropConfig | None = Field(default=None, description="R-Drop regularization; null = none.")
-    chunk_tokens: PositiveInt = Field(
-        default=1024,
-        description="Positions whose logits exist at one time; memory is chunk_tokens x vocabulary. Moves no result.",
+    chunk_tokens: ChunkTokens = Field(
+        default="auto",
+        description="Positions whose logits exist at one time; memory is chunk_tokens x vocabulary. auto = by device "
+        "and vocabulary. Moves no result.",
     )
 
     @property

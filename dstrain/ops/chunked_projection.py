@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dstrain.config_base import ChunkTokens
+from dstrain.ops.chunk_size import resolve_chunk_tokens
 from dstrain.ops.mixed_precision import accum_dtype, add_matmul, matmul_into, to_autocast_dtype
 from dstrain.ops.vocabulary import VocabularySlice
 
@@ -50,13 +52,14 @@ class TokenLosses(NamedTuple):
 
     loss: (c, 1). metrics: (c, 1) each, reported besides. logits_grad: of the shape of the logits, usually in their memory:
     the gradient of each token's loss plus `uniform_grad`. uniform_grad: subtracted from the gradient with respect to
-    every logit.
+    every logit. is_weighted: whether `logits_grad` has been multiplied by the tokens' weights; nothing else ever is.
     """
 
     loss: Tensor
     metrics: Sequence[Tensor]
     logits_grad: Tensor
     uniform_grad: float = 0.0
+    is_weighted: bool = False
 
 
 class TokenLoss(Protocol[TokenTargets_contra]):
@@ -68,9 +71,19 @@ class TokenLoss(Protocol[TokenTargets_contra]):
         ...
 
     def __call__(
-        self, logits: Tensor, logit_sums: Tensor, targets: TokenTargets_contra, vocabulary: VocabularySlice, /
+        self,
+        logits: Tensor,
+        logit_sums: Tensor,
+        targets: TokenTargets_contra,
+        vocabulary: VocabularySlice,
+        weights: Tensor | None,
+        /,
     ) -> TokenLosses:
-        """logits: (..., c, V), overwritten; logit_sums: (..., c, 1), their sums over the entries of this slice."""
+        """logits: (..., c, V), overwritten; logit_sums: (..., c, 1), their sums over the entries of this slice.
+
+        weights: (c, 1) factors that it may multiply `logits_grad` by while it writes it, or leave to the op, which multiplies
+        features; None if there are none.
+        """
         ...
 
 
@@ -87,23 +100,25 @@ def chunked_loss(
     loss: TokenLoss[TokenTargets],
     targets: TokenTargets,
     *,
-    chunk_tokens: int,
+    chunk_tokens: ChunkTokens,
     token_weights: Tensor | None = None,
     vocabulary: VocabularySlice | None = None,
 ) -> ChunkedLoss:
     """The sum of a loss over tokens, fp32 (fp64 for fp64 inputs).
 
     features: (N, E), or (P, N, E) for P passes over the same tokens; weight: (V, E), of the same dtype. chunk_tokens: tokens of
-    all passes together whose logits exist at one time; it moves no result beyond rounding. token_weights: (N,) factors of the
-    tokens' losses, without gradient; None = all are 1. vocabulary: which entries the rows of the weight are; None = all there
-    are. The ranks of a sliced vocabulary hold the same features and get the same loss and the same gradient of the features.
+    all passes together whose logits exist at one time, auto = by device and vocabulary (`chunk_size.py`); it moves no result
+    beyond rounding. token_weights: (N,) factors of the tokens' losses, without gradient; None = all are 1. vocabulary: which
+    entries the rows of the weight are; None = all there are. The ranks of a sliced vocabulary hold the same
+    features and get the same loss and the same gradient of the features.
     """
     features, weight = to_autocast_dtype(features), to_autocast_dtype(weight)
-    with_grad = torch.is_grad_enabled()
+    with_grad, vocabulary = torch.is_grad_enabled(), VocabularySlice.whole(len(weight)) if vocabulary is None else vocabulary
+    in_all_passes = resolve_chunk_tokens(chunk_tokens, features.device.type, vocabulary.largest_slice)
     plan = _Plan(
-        chunk_tokens=max(1, chunk_tokens // (features.shape[0] if features.ndim == 3 else 1)),
+        chunk_tokens=max(1, in_all_passes // (features.shape[0] if features.ndim == 3 else 1)),
         token_weights=None if token_weights is None else token_weights.unsqueeze(1).to(accum_dtype(features.dtype)),
-        vocabulary=vocabulary or VocabularySlice.whole(len(weight)),
+        vocabulary=vocabulary,
         needs_grad=(with_grad and features.requires_grad, with_grad and weight.requires_grad),
     )
     chunked_forward = partial(_chunked_forward, loss=loss, targets=targets, plan=plan)
@@ -154,12 +169,15 @@ class _Gradients:
 
     def add(self, tokens: slice, chunk: Tensor, token_weights: Tensor | None, result: TokenLosses) -> None:
         """Those of one chunk. chunk: its features, (..., c, E)."""
-        # Token weights multiply the features, not logits_grad: small ones would underflow there in 16 bits.
-        weighted = chunk if token_weights is None else chunk * token_weights
+        pending = None if result.is_weighted else token_weights
         if self.of_weight is not None and result.uniform_grad:
-            total = weighted.flatten(0, -2).sum(0, dtype=self.weight_sum.dtype)
+            accum = self.weight_sum.dtype
+            if token_weights is None:
+                total = chunk.flatten(0, -2).sum(0, dtype=accum)
+            else:
+                total = (chunk.to(accum).mT @ token_weights).view(-1, chunk.shape[-1]).sum(0)  # from (..., E, 1)
             self._of_every_entry.add_(total, alpha=result.uniform_grad)
-        inputs = _passes(weighted.to(chunk.dtype))
+        inputs = _passes((chunk if pending is None else chunk * pending).to(chunk.dtype))
         for index, logits_grad in enumerate(_passes(result.logits_grad)):
             logits_grad = logits_grad.to(chunk.dtype)
             if self.of_features is not None:
@@ -168,10 +186,12 @@ class _Gradients:
                 add_matmul(self.of_weight, logits_grad.t(), inputs[index])
         if self.of_features is not None:
             grad = self.of_features[..., tokens, :]
-            if result.uniform_grad:
+            if pending is not None:
+                grad.mul_(pending)
+            if result.uniform_grad and token_weights is None:
                 grad.sub_(result.uniform_grad * self.weight_sum)
-            if token_weights is not None:
-                grad.mul_(token_weights)
+            elif result.uniform_grad and token_weights is not None:
+                grad.addcmul_(token_weights, self.weight_sum, value=-result.uniform_grad)
 
     def finished(self, vocabulary: VocabularySlice) -> tuple[Tensor | None, Tensor | None]:
         """Both, None if not needed."""
@@ -189,13 +209,15 @@ def _chunked_forward(
     metrics = features.new_empty(loss.num_metrics, num_tokens, 1, dtype=accum)
     gradients = _Gradients(features, weight, plan)
     for tokens, logits in logits_in_chunks(features, weight, plan.chunk_tokens):
-        chunk = features[..., tokens, :]
+        chunk, weights = features[..., tokens, :], None if plan.token_weights is None else plan.token_weights[tokens]
         logit_sums = (chunk.to(accum) @ gradients.weight_sum).unsqueeze(-1)
-        result = loss(logits, logit_sums, targets[tokens], plan.vocabulary)
+        # In float16 the gradient of a logit would underflow by a small weight; the features do not.
+        for_loss = None if features.dtype == torch.float16 else weights
+        result = loss(logits, logit_sums, targets[tokens], plan.vocabulary, for_loss)
         losses[tokens] = result.loss
         torch.stack(list(result.metrics), out=metrics[:, tokens])
         if any(plan.needs_grad):
-            gradients.add(tokens, chunk, None if plan.token_weights is None else plan.token_weights[tokens], result)
+            gradients.add(tokens, chunk, weights, result)
     loss_sum = (losses if plan.token_weights is None else losses * plan.token_weights).sum()
     return ChunkedLoss(loss_sum, metrics.squeeze(2)), gradients.finished(plan.vocabulary)
 

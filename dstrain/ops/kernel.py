@@ -58,7 +58,7 @@ class Kernel(Generic[Function]):
         if self.package is not None and find_spec(self.package) is None:
             return f"{self.package} is not installed"
         # Triton's interpreter runs its kernels on a CPU, element by element in Python: for tests.
-        interpreted = self.package == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+        interpreted = self.package in {"triton", "liger_kernel"} and os.environ.get("TRITON_INTERPRET") == "1"
         if self.device_type not in {None, device_type} and not interpreted:
             return f"for {self.device_type} only"
         if not self.is_for(dtype):

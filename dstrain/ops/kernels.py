@@ -23,7 +23,7 @@ from dstrain.ops.cpu.attention import batched_attention, counted_dropout_attenti
 from dstrain.ops.cpu.linear import SMALLEST, packed_linear
 from dstrain.ops.dropout import CountedMask, counted_dropout
 from dstrain.ops.kernel import Deferred, Kernel, KernelState, Op
-from dstrain.ops.norm import NormWeights, composed_norm
+from dstrain.ops.norm import NormedSum, NormWeights, plain_norm
 from dstrain.ops.packed_attention import PackedPair, RowAttention, flex, padded_rows, varlen
 from dstrain.ops.rotary import CosSin, RotaryLayout, apply_rotary
 
@@ -129,15 +129,34 @@ def _triton(function: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, tor
     return Kernel("triton", deferred, "cuda", dtypes, package="triton", on_request=True)
 
 
-NORM: Op[Callable[[Tensor, NormWeights, Tensor | None, CountedMask | None], Tensor]] = Op(
-    "norm", [_triton("norm.triton_norm"), Kernel("torch", composed_norm)]
-)
-"""LayerNorm and RMSNorm of an input, or of its sum with a residual after dropout."""
+def _liger(name: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)) -> Kernel[Any]:
+    """One of `ops/liger.py`, which calls the package Liger."""
+    return Kernel("liger", Deferred("dstrain.ops.liger", name), "cuda", dtypes, package="liger_kernel", on_request=True)
+
 
 DROPOUT: Op[Callable[[Tensor, CountedMask, Tensor | None], Tensor]] = Op(
     "dropout", [_triton("dropout.triton_dropout"), Kernel("torch", counted_dropout)]
 )
 """Counted dropout of an input, to which a residual may be added."""
+
+
+def sum_with_residual(x: Tensor, residual: Tensor | None, mask: CountedMask | None) -> Tensor:
+    """residual + x, of which `mask` drops elements; x itself without a residual. (..., D) each"""
+    if residual is None:
+        return x
+    return residual + x if mask is None else DROPOUT.choose(x.device, x.dtype)(x, mask, residual)
+
+
+def composed_norm(x: Tensor, norm: NormWeights, residual: Tensor | None = None, mask: CountedMask | None = None) -> NormedSum:
+    """The norm of x, or of residual + x, of which `mask` drops elements, after the sum itself. (..., D) each"""
+    total = sum_with_residual(x, residual, mask)
+    return NormedSum(total, plain_norm(total, norm))
+
+
+NORM: Op[Callable[[Tensor, NormWeights, Tensor | None, CountedMask | None], NormedSum]] = Op(
+    "norm", [_triton("norm.triton_norm"), _liger("liger_norm"), Kernel("torch", composed_norm)]
+)
+"""LayerNorm and RMSNorm of an input, or of its sum with a residual after dropout, and that sum."""
 
 ROTATION: Op[Callable[[Tensor, CosSin, RotaryLayout], Tensor]] = Op(
     "rotary", [_triton("rotary.triton_rotary"), Kernel("torch", apply_rotary)]
@@ -158,10 +177,19 @@ def _token_loss(function: str) -> Kernel[Any]:
 
 CROSS_ENTROPY: Op[Callable[..., Any]] = Op(
     "cross_entropy",
-    [_triton("cross_entropy.triton_cross_entropy", (torch.float32,)), _token_loss("cross_entropy.composed_cross_entropy")],
+    [
+        _triton("cross_entropy.triton_cross_entropy", (torch.float32,)),
+        _liger("liger_cross_entropy", (torch.float32,)),
+        _token_loss("cross_entropy.composed_cross_entropy"),
+    ],
     dtype=torch.float32,
 )
 """`TokenCrossEntropy` of a chunk of logits."""
+
+R_DROP: Op[Callable[..., Any]] = Op(
+    "r_drop", [_triton("r_drop.triton_r_drop", (torch.float32,)), _token_loss("r_drop.composed_r_drop")], dtype=torch.float32
+)
+"""Terms of `TokenRDrop` of a chunk of the logits of two passes."""
 
 DENSE_DISTILLATION: Op[Callable[..., Any]] = Op(
     "dense_distillation",
@@ -191,6 +219,7 @@ OPS = {
         ROTATION,
         GATE,
         CROSS_ENTROPY,
+        R_DROP,
         DENSE_DISTILLATION,
         SPARSE_DISTILLATION,
         ARGMAX,

@@ -53,6 +53,8 @@ class _Linear(torch.autograd.Function):
             x_grad = rows.mm(weight)
             wait = None if ctx.group is None else ctx.group.start_all_reduce(x_grad)
         if ctx.needs_input_grad[1]:
+            # Summed in float32 and rounded once to the weight's dtype: autograd takes no other without a `grad_dtype` of the
+            # Parameter, and DeepSpeed's fp32 sums over micro-batches are private buffers, which no product may add into.
             weight_grad = rows.t().mm(x.reshape(-1, x.shape[-1]))
         if ctx.needs_input_grad[2]:
             bias_grad = rows.sum(0)

@@ -7,8 +7,6 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from dstrain.ops.dropout import CountedMask, counted_dropout
-
 
 class NormWeights(NamedTuple):
     """weight: (D,); bias: (D,) or None. centered: the mean is subtracted (LayerNorm), or not (RMSNorm)."""
@@ -19,10 +17,15 @@ class NormWeights(NamedTuple):
     centered: bool
 
 
-def composed_norm(x: Tensor, norm: NormWeights, residual: Tensor | None = None, mask: CountedMask | None = None) -> Tensor:
-    """The norm of x, or of residual + x, of which `mask` drops elements. (..., D) -> (..., D)"""
-    if residual is not None:
-        x = residual + x if mask is None else counted_dropout(x, mask, residual)
+class NormedSum(NamedTuple):
+    """total: what was normed, the sum with the residual or the input itself. normed: its norm. (..., D) both."""
+
+    total: Tensor
+    normed: Tensor
+
+
+def plain_norm(x: Tensor, norm: NormWeights) -> Tensor:
+    """(..., D) -> (..., D)"""
     if norm.centered:
         return F.layer_norm(x, norm.weight.shape, norm.weight, norm.bias, norm.eps)
     return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)

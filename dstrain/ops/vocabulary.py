@@ -63,6 +63,11 @@ class VocabularySlice:
         """Entries of this slice."""
         return self.stop - self.start
 
+    @property
+    def largest_slice(self) -> int:
+        """Entries of the rank that holds most, the same number on all ranks."""
+        return self.vocab_size if self.group is None else -(-self.vocab_size // self.group.size)
+
     def add_ranks(self, partial: Tensor) -> Tensor:
         """The sum of the ranks' partial results; may be in place. (...) -> (...)"""
         return partial if self.group is None else self.group.all_reduce(partial)

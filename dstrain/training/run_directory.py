@@ -43,6 +43,7 @@ Upgrade = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 MAY_CHANGE = {
     "description",
     "batching.max_tokens",
+    "objective.chunk_tokens",
     "training.max_steps",
     "training.max_epochs",
     "training.max_hours",

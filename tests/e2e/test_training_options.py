@@ -27,7 +27,7 @@ def test_one_run_with_all_three(data: Path, tmp_path: Path) -> None:
         "label_smoothing": 0.1,
         "average": "sentences",
         "r_drop": {"alpha": 5.0},
-        "chunk_tokens": 1024,
+        "chunk_tokens": "auto",
     }
     run = tmp_path / "run"
     succeeds(dstrain("train", RECIPE, "--data", data, "--output", run, *words))

@@ -47,6 +47,7 @@ def test_every_kernel_compiles_without_spills(tmp_path: Path) -> None:
         "_forward_kernel",
         "_gate_kernel",
         "_gradient_kernel",
+        "_r_drop_kernel",
         "_rotary_kernel",
         "_statistics_kernel",
     }
@@ -105,7 +106,7 @@ def launch_all() -> None:
     from dstrain.ops.activation import ACTIVATIONS
     from dstrain.ops.divergence import Divergence
     from dstrain.ops.dropout import CountedMask
-    from dstrain.ops.kernels import CROSS_ENTROPY, DROPOUT, GATE, NORM, ROTATION
+    from dstrain.ops.kernels import CROSS_ENTROPY, DROPOUT, GATE, NORM, R_DROP, ROTATION
     from dstrain.ops.norm import NormWeights
     from dstrain.ops.rotary import CosSin
     from dstrain.ops.token_loss.smoothing import LabelSmoothing
@@ -120,7 +121,7 @@ def launch_all() -> None:
     for centered, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         weight = torch.ones(4096, dtype=dtype, requires_grad=True)
         norm = NormWeights(weight, weight if centered else None, 1e-5, centered)
-        kernel(NORM)(x, norm, x, CountedMask(0.1, keys)).sum().backward()
+        sum(kernel(NORM)(x, norm, x, CountedMask(0.1, keys))).sum().backward()
     kernel(DROPOUT)(x, CountedMask(0.1, keys), x)
     for layout in ("half_split", "interleaved"):
         angles = torch.ones(3, 64, dtype=torch.bfloat16)
@@ -129,7 +130,8 @@ def launch_all() -> None:
         kernel(GATE)(x, x, ACTIVATIONS[name]).sum().backward()
     logits, labels = torch.ones(2, 64_000), torch.ones(2, 1, dtype=torch.int64)
     vocabulary = VocabularySlice.whole(64_000)
-    kernel(CROSS_ENTROPY)(logits, torch.ones(2, 1), labels, LabelSmoothing.of(0.1, 64_000), vocabulary)
+    kernel(CROSS_ENTROPY)(logits, torch.ones(2, 1), labels, LabelSmoothing.of(0.1, 64_000), vocabulary, weights=None)
+    kernel(R_DROP)(torch.ones(2, 2, 64_000), labels, 1.0, vocabulary.reductions(), None)
     pending = softmax.softmax_statistics(logits, None, vocabulary.reductions(), temperature=2.0, with_plain=True)
     softmax.softmax_gradient_(logits, pending.result(), weight=torch.ones(2, 1), plain_weight=1.0, temperature=2.0)
     tempered = divergence.Tempered(logits, 2.0, pending.result())
@@ -195,9 +197,9 @@ def record_all(directory: Path) -> None:
     """A recorder in the place of every kernel."""
     import triton
 
-    from dstrain.ops.triton import divergence, dropout, gate, norm, rotary, softmax
+    from dstrain.ops.triton import divergence, dropout, gate, norm, r_drop, rotary, softmax
 
-    for module in (divergence, dropout, gate, norm, rotary, softmax):
+    for module in (divergence, dropout, gate, norm, r_drop, rotary, softmax):
         for name, value in vars(module).copy().items():
             if isinstance(value, triton.JITFunction) and name.endswith("_kernel"):
                 setattr(module, name, Recorder(value, directory))

@@ -20,8 +20,8 @@ from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.train_module import TrainModule
 from dstrain.ops.activation import ACTIVATIONS, composed_gate
 from dstrain.ops.dropout import CountedMask, counted_dropout
-from dstrain.ops.kernels import DROPOUT, GATE, NORM, OPS, ROTATION
-from dstrain.ops.norm import NormWeights, composed_norm
+from dstrain.ops.kernels import DROPOUT, GATE, NORM, OPS, ROTATION, composed_norm
+from dstrain.ops.norm import NormedSum, NormWeights
 from dstrain.ops.random_bits import derived_keys
 from dstrain.ops.rotary import CosSin, apply_rotary, compute_cos_sin, inverse_frequencies
 from tests.batches import collate
@@ -33,7 +33,7 @@ SHAPES = [(5, 123), (1, 1), (2, 3, 16), (0, 7)]
 CPU = torch.device("cpu")
 
 
-def triton(op: Any) -> Callable[..., Tensor]:
+def triton(op: Any) -> Callable[..., Any]:
     with op.forced("triton"):
         function = op.choose(CPU, torch.float32)
     assert function.module.startswith("dstrain.ops.triton.")
@@ -45,7 +45,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Te
 
 
 def check(
-    kernel: Callable[..., Tensor], reference: Callable[..., Tensor], inputs: list[Tensor | None], call: Callable[..., Any]
+    kernel: Callable[..., Any], reference: Callable[..., Any], inputs: list[Tensor | None], call: Callable[..., Any]
 ) -> None:
     """`call(function, inputs)`: the output and the gradients of all inputs equal those of the reference in float64."""
     dtype = next(each.dtype for each in inputs if each is not None)
@@ -77,19 +77,34 @@ def test_norm(shape: tuple[int, ...], centered: bool, dtype: torch.dtype, monkey
     monkeypatch.setattr("dstrain.ops.triton.norm.BACKWARD_PROGRAMS", 3)
     weight, bias = random(width, dtype=dtype, seed=3), random(width, dtype=dtype, seed=4) if centered else None
     mask = mask_for(x)
-    for added, dropped, offset in ((None, None, bias), (residual, None, None), (residual, mask, bias)):
 
-        def call(function: Callable[..., Tensor], own: list[Any], dropped: CountedMask | None = dropped) -> Tensor:
-            return function(own[0], NormWeights(own[2], own[3], 1e-5, centered), own[1], dropped)
+    def run(function: Callable[..., NormedSum], own: list[Any], dropped: CountedMask | None) -> NormedSum:
+        return function(own[0], NormWeights(own[2], own[3], 1e-5, centered), own[1], dropped)
 
-        check(kernel, composed_norm, [x, added, weight, offset], call)
+    check(kernel, composed_norm, [x, None, weight, bias], lambda function, own: run(function, own, None).normed)
+    check(kernel, composed_norm, [x, residual, weight, bias], lambda function, own: run(function, own, mask).normed)
+    # A pre-norm layer uses both: here as one tensor, so that the sum has a gradient of its own.
+    check(kernel, composed_norm, [x, residual, weight, bias], lambda function, own: torch.cat(run(function, own, mask), -1))
+    check(kernel, composed_norm, [x, residual, weight, None], lambda function, own: torch.cat(run(function, own, None), -1))
+
+
+def test_a_sum_whose_norm_is_not_used() -> None:
+    x, residual, weight = (random(3, 8, seed=seed).requires_grad_() for seed in (1, 2, 3))
+    norm = NormWeights(weight[0], None, 1e-5, False)
+    total, grad = triton(NORM)(x, norm, residual, mask_for(x)).total, random(3, 8, seed=4)
+    expected = composed_norm(x, norm, residual, mask_for(x)).total
+    torch.testing.assert_close(total, expected)
+    for ours, theirs in zip(*(torch.autograd.grad(each, (x, residual), grad) for each in (total, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_norm_of_a_part_of_a_wider_tensor() -> None:
     wide, weight = random(7, 40), random(16, seed=3)
     norm = NormWeights(weight, None, 1e-6, False)
     for x in (wide[:, 5:21], wide.view(7, 40)[::2, :16], random(16, 7).t()):
-        torch.testing.assert_close(triton(NORM)(x, norm), composed_norm(x, norm), rtol=1e-5, atol=1e-6)
+        found, expected = triton(NORM)(x, norm), composed_norm(x, norm)
+        assert found.total is x
+        torch.testing.assert_close(found.normed, expected.normed, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", CLOSE)
@@ -167,7 +182,7 @@ def test_an_activation_that_the_kernel_does_not_know_is_composed() -> None:
 def test_results_are_the_same_every_time() -> None:
     x, weight = random(9, 33).requires_grad_(), random(33, seed=3).requires_grad_()
     norm = NormWeights(weight, None, 1e-6, False)
-    first, second = (torch.autograd.grad(triton(NORM)(x, norm).square().sum(), (x, weight)) for _ in range(2))
+    first, second = (torch.autograd.grad(triton(NORM)(x, norm).normed.square().sum(), (x, weight)) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +14,11 @@ import torch
 from torch import Tensor
 
 from dstrain.ops.divergence import Divergence
-from dstrain.ops.kernels import CROSS_ENTROPY, DENSE_DISTILLATION, SPARSE_DISTILLATION
+from dstrain.ops.kernels import CROSS_ENTROPY, DENSE_DISTILLATION, R_DROP, SPARSE_DISTILLATION
 from dstrain.ops.teacher_signal import DenseSignal, LogProbsSignal, Signal, SparseSignal
 from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy, reference_linear_cross_entropy
 from dstrain.ops.token_loss.distillation import DistillationTerms, linear_distillation, reference_linear_distillation
+from dstrain.ops.token_loss.r_drop import linear_r_drop, reference_linear_r_drop
 from dstrain.ops.vocabulary import VocabularySlice
 
 ROWS, WIDTH, ENTRIES = 5, 3, 37
@@ -39,7 +39,7 @@ def kernels_of_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """In blocks of 16 entries, so that a row has three."""
     monkeypatch.setattr("dstrain.ops.triton.launch.LARGEST_BLOCK", 16)
     with ExitStack() as stack:
-        for op in (CROSS_ENTROPY, DENSE_DISTILLATION, SPARSE_DISTILLATION):
+        for op in (CROSS_ENTROPY, DENSE_DISTILLATION, R_DROP, SPARSE_DISTILLATION):
             stack.enter_context(op.forced("triton"))
             assert op.choose(torch.device("cpu"), torch.float32).module.startswith("dstrain.ops.triton.")
         yield
@@ -82,6 +82,51 @@ def test_cross_entropy(rows: int, entries: int, label_smoothing: float, dtype: t
     options = {"label_smoothing": label_smoothing, "token_weights": token_weights}
     found = outcome(linear_cross_entropy, inputs, **options)
     assert_close(found, outcome(reference_linear_cross_entropy, exact(inputs), **options), dtype)
+
+
+def test_the_kernels_apply_the_weights_of_tokens() -> None:
+    """In the pass that writes the gradient, but for float16, where a small weight would underflow."""
+    from dstrain.ops.token_loss.cross_entropy import TokenCrossEntropy
+    from dstrain.ops.token_loss.r_drop import TokenRDrop
+
+    weights, labels = torch.tensor([[0.5], [2.0]]), torch.tensor([[3], [0]])
+    for loss, shape in ((TokenCrossEntropy(0.1), (2, 9)), (TokenRDrop(1.0, 0.1), (2, 2, 9))):
+        logits = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        sums = logits.sum(-1, keepdim=True)
+        plain, weighted = (loss(logits.clone(), sums, labels, VocabularySlice.whole(9), each) for each in (None, weights))
+        assert (plain.is_weighted, weighted.is_weighted) == (False, True)
+        torch.testing.assert_close(weighted.logits_grad, plain.logits_grad * weights)
+    tiny = {"label_smoothing": 0.0, "token_weights": torch.full((ROWS,), 1e-7)}
+    found = outcome(linear_cross_entropy, student(dtype=torch.float16), **tiny)[-1]
+    expected = outcome(reference_linear_cross_entropy, exact(student(dtype=torch.float16)), **tiny)[-1]
+    torch.testing.assert_close(found.double(), expected, rtol=0.05, atol=6e-8)
+
+
+def two_passes(dtype: torch.dtype = torch.float32, rows: int = ROWS, scale: float = 1.0) -> list[Tensor]:
+    """Features of both passes, weight and labels."""
+    first, weight, labels = student(rows, dtype=dtype, scale=scale)
+    second = first.detach() + torch.randn(first.shape, generator=torch.Generator().manual_seed(2)).mul_(scale).to(dtype)
+    return [torch.stack([first.detach(), second]).requires_grad_(), weight, labels]
+
+
+@pytest.mark.parametrize("dtype", CLOSE)
+def test_r_drop(dtype: torch.dtype) -> None:
+    """A chunk has one token, as it has both passes."""
+    options = {"alpha": 2.5, "label_smoothing": 0.1, "token_weights": torch.linspace(0.2, 1.7, ROWS)}
+    inputs = two_passes(dtype)
+    assert_close(outcome(linear_r_drop, inputs, **options), outcome(reference_linear_r_drop, exact(inputs), **options), dtype)
+
+
+def test_r_drop_of_no_tokens_of_equal_passes_and_of_passes_far_apart() -> None:
+    options = {"alpha": 1.0, "label_smoothing": 0.1}
+    assert not any(each.any() for each in outcome(linear_r_drop, two_passes(rows=0), **options))
+    equal = two_passes()
+    equal[0] = equal[0].detach()[:1].repeat(2, 1, 1).requires_grad_()
+    assert float(linear_r_drop(*equal, chunk_tokens=4, **options).kl) == 0
+    apart = two_passes(scale=50.0)
+    found = outcome(linear_r_drop, apart, **options)
+    assert_close(found, outcome(reference_linear_r_drop, exact(apart), **options))
+    assert all(each.isfinite().all() for each in found)
 
 
 def test_no_tokens_at_all() -> None:
@@ -226,14 +271,19 @@ def on_two_ranks(function: Callable[[VocabularySlice], list[Tensor]]) -> tuple[l
         return list(threads.map(run, range(2))), baton.collectives
 
 
-@pytest.mark.parametrize("signal", ["none", "dense", "sparse"])
+@pytest.mark.parametrize("signal", ["none", "r_drop", "dense", "sparse"])
 def test_a_vocabulary_in_slices(signal: str) -> None:
     """The same results on both ranks, and no collective more than without Triton: for the loss and the features' gradient."""
-    features, weight, labels = student()
-    kept = {"dense": dense(), "sparse": top_k(dense(), 2.5)}
-    function = linear_cross_entropy if signal == "none" else linear_distillation
-    arguments = [] if signal == "none" else [kept[signal]]
-    options = {"label_smoothing": 0.1} if signal == "none" else {"terms": terms(KINDS[3], 2.5), "selected": SELECTED}
+    features, weight, labels = two_passes() if signal == "r_drop" else student()
+    weighted = {"label_smoothing": 0.1, "token_weights": torch.linspace(0.2, 1.7, ROWS)}
+    learning = {"terms": terms(KINDS[3], 2.5), "selected": SELECTED}
+    cases: dict[str, tuple[Callable[..., Any], list[Any], dict[str, Any], int]] = {
+        "none": (linear_cross_entropy, [], weighted, 2),
+        "r_drop": (linear_r_drop, [], {**weighted, "alpha": 1.5}, 2 * ROWS),
+        "dense": (linear_distillation, [dense()], learning, 4),
+        "sparse": (linear_distillation, [top_k(dense(), 2.5)], learning, 2),
+    }
+    function, arguments, options, of_chunks = cases[signal]
 
     def run(vocabulary: VocabularySlice) -> list[Tensor]:
         own = vocabulary.rows(weight.detach()).clone().requires_grad_()
@@ -245,5 +295,4 @@ def test_a_vocabulary_in_slices(signal: str) -> None:
     ranks, collectives = on_two_ranks(run)
     for part, (start, stop) in zip(ranks, ((0, 1), (1, ENTRIES)), strict=True):
         assert_close(part, [*whole[:-1], whole[-1][start:stop]])
-    chunks = math.ceil(ROWS / 3)
-    assert collectives == chunks * {"none": 1, "dense": 2, "sparse": 1}[signal] + 1
+    assert collectives == of_chunks + 1

@@ -37,6 +37,7 @@ def lines_of(name: str, *overrides: str) -> list[str]:
             "data.tokenizer.tags=[~]",
             "tags.0: input should be a valid string, not null; YAML reads null, ~ and nothing at all as null",
         ),
+        ("objective.chunk_tokens=0", "objective.chunk_tokens: input should be a whole number above 0, or auto, not 0"),
         ("validation.metric=off", f"validation.metric: input should be {METRICS}, not false; {NO}"),
         ("model.kind=no", f"model.kind: false is unknown; {NO}: put the word in quotes; choose one of 'encoder_decoder', "),
         ("model.preset=no", f"model.preset: no preset false; {NO}: put the word in quotes"),

@@ -50,7 +50,7 @@ class TokenToy:
 
     num_metrics = 1
 
-    def __call__(self, logits, logit_sums, labels, vocabulary):
+    def __call__(self, logits, logit_sums, labels, vocabulary, weights):
         reductions = vocabulary.reductions()
         label_logits = reductions.gather(logits, labels)
         nll = reductions.softmax_(logits).result().nll(label_logits.result())

@@ -27,8 +27,6 @@ from dstrain.ops.teacher_signal import DenseSignal, KeptSignal
 from dstrain.ops.token_loss.distillation import DistillationTerms, linear_distillation
 from dstrain.protocols import TeacherForced
 
-ANGLE_CHUNK_TOKENS = 256
-"""Tokens whose logits exist at one time."""
 ROWS_AT_A_TIME = 4096
 """Of the random order."""
 
@@ -106,7 +104,7 @@ def _both_gradients(
         teacher_features, teacher_weight = teacher.projection.operands(target_hidden(teacher, batch.for_kind(teacher.kind)))
     features, weight = student.projection.operands(target_hidden(student, batch))
     terms = DistillationTerms(Divergence("forward_kl"), temperature, hard_weight=0.0, kd_weight=1.0, label_smoothing=0.0)
-    learn = partial(linear_distillation, labels=batch.targets.labels, terms=terms, chunk_tokens=ANGLE_CHUNK_TOKENS, selected=None)
+    learn = partial(linear_distillation, labels=batch.targets.labels, terms=terms, chunk_tokens="auto", selected=None)
     losses = [learn(features, weight, signal=each).loss for each in (signal, DenseSignal([teacher_features], [teacher_weight]))]
     return [
         torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True, materialize_grads=True) for loss in losses

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dstrain.config_base import ChunkTokens
 from dstrain.ops.chunked_projection import TokenLosses, chunked_loss
 from dstrain.ops.kernels import CROSS_ENTROPY
 from dstrain.ops.mixed_precision import accum_dtype, to_autocast_dtype
@@ -25,18 +26,26 @@ class TokenCrossEntropy:
     label_smoothing: float
     num_metrics = 1
 
-    def __call__(self, logits: Tensor, logit_sums: Tensor, labels: Tensor, vocabulary: VocabularySlice) -> TokenLosses:
+    def __call__(
+        self, logits: Tensor, logit_sums: Tensor, labels: Tensor, vocabulary: VocabularySlice, weights: Tensor | None
+    ) -> TokenLosses:
         """(c, V), (c, 1), (c, 1)"""
         smoothing = LabelSmoothing.of(self.label_smoothing, vocabulary.vocab_size)
         kernel = CROSS_ENTROPY.choose(logits.device, logits.dtype)
-        losses: TokenLosses = kernel(logits, logit_sums, labels, smoothing, vocabulary)
+        losses: TokenLosses = kernel(logits, logit_sums, labels, smoothing, vocabulary, weights=weights)
         return losses
 
 
 def composed_cross_entropy(
-    logits: Tensor, logit_sums: Tensor, labels: Tensor, smoothing: LabelSmoothing, vocabulary: VocabularySlice
+    logits: Tensor,
+    logit_sums: Tensor,
+    labels: Tensor,
+    smoothing: LabelSmoothing,
+    vocabulary: VocabularySlice,
+    *,
+    weights: Tensor | None,
 ) -> TokenLosses:
-    """By torch's softmax. (c, V), (c, 1), (c, 1)"""
+    """By torch's softmax; weights would be a pass more. (c, V), (c, 1), (c, 1)"""
     reductions = vocabulary.reductions()
     label_logits, total = reductions.gather(logits, labels), reductions.add(logit_sums)
     normalizer = reductions.softmax_(logits).result()
@@ -52,7 +61,7 @@ def linear_cross_entropy(
     labels: Tensor,
     *,
     label_smoothing: float,
-    chunk_tokens: int,
+    chunk_tokens: ChunkTokens,
     token_weights: Tensor | None = None,
     vocabulary: VocabularySlice | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -76,7 +85,7 @@ def linear_cross_entropy(
 
 @torch.no_grad()
 def linear_nll(
-    features: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: int, vocabulary: VocabularySlice | None = None
+    features: Tensor, weight: Tensor, labels: Tensor, *, chunk_tokens: ChunkTokens, vocabulary: VocabularySlice | None = None
 ) -> Tensor:
     """The negative log-likelihood of each token, in nats, without gradient. Arguments as above -> (N,)"""
     loss = TokenCrossEntropy(0.0)
@@ -90,7 +99,7 @@ def reference_linear_cross_entropy(
     labels: Tensor,
     *,
     label_smoothing: float,
-    chunk_tokens: int,
+    chunk_tokens: ChunkTokens,
     token_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same from all logits by autograd; `chunk_tokens` is not used."""

@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dstrain.batch import sent
+from dstrain.config_base import ChunkTokens
 from dstrain.ops.chunked_projection import TokenLosses, chunked_loss
 from dstrain.ops.divergence import (
     Divergence,
@@ -93,7 +94,12 @@ class TokenDistillation:
     num_metrics = 4
 
     def __call__(
-        self, logits: Tensor, logit_sums: Tensor, targets: DistillationTargets, vocabulary: VocabularySlice
+        self,
+        logits: Tensor,
+        logit_sums: Tensor,
+        targets: DistillationTargets,
+        vocabulary: VocabularySlice,
+        weights: Tensor | None,
     ) -> TokenLosses:
         """(c, V), (c, 1), of c tokens"""
         smoothing = LabelSmoothing.of(self.terms.label_smoothing, vocabulary.vocab_size)
@@ -180,7 +186,7 @@ def linear_distillation(
     signal: Signal,
     *,
     terms: DistillationTerms,
-    chunk_tokens: int,
+    chunk_tokens: ChunkTokens,
     selected: Tensor | None,
     vocabulary: VocabularySlice | None = None,
 ) -> DistillationSums:
@@ -255,7 +261,7 @@ def reference_linear_distillation(
     signal: Signal,
     *,
     terms: DistillationTerms,
-    chunk_tokens: int,
+    chunk_tokens: ChunkTokens,
     selected: Tensor | None,
 ) -> DistillationSums:
     """The same from all logits by autograd; `chunk_tokens` is not used."""

@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dstrain.config_base import ChunkTokens
 from dstrain.ops.chunked_projection import TokenLosses, chunked_loss
+from dstrain.ops.kernels import R_DROP
 from dstrain.ops.mixed_precision import accum_dtype, to_autocast_dtype
 from dstrain.ops.token_loss.smoothing import LabelSmoothing
 from dstrain.ops.vocabulary import Reductions, VocabularySlice
@@ -48,32 +50,45 @@ class TokenRDrop:
     label_smoothing: float
     num_metrics = 2
 
-    def __call__(self, logits: Tensor, logit_sums: Tensor, labels: Tensor, vocabulary: VocabularySlice) -> TokenLosses:
+    def __call__(
+        self, logits: Tensor, logit_sums: Tensor, labels: Tensor, vocabulary: VocabularySlice, weights: Tensor | None
+    ) -> TokenLosses:
         """(2, c, V), (2, c, 1), (c, 1)"""
         smoothing = LabelSmoothing.of(self.label_smoothing, vocabulary.vocab_size)
         reductions = vocabulary.reductions()
         total = reductions.add(logit_sums.sum(0))
-        normalizers = [reductions.log_softmax(own, out=own) for own in logits]
-        lse = torch.stack([each.result() for each in normalizers]).sum(0)
-        label_log_probs = [reductions.gather(own, labels) for own in logits]
-        kl = self._divergence_(logits, reductions)
-        nll = torch.stack([each.result() for each in label_log_probs]).sum(0).neg_()
+        passes: PassLosses = R_DROP.choose(logits.device, logits.dtype)(logits, labels, self.alpha, reductions, weights)
+        of_label = -smoothing.confidence / 2 if passes.weights is None else passes.weights * (-smoothing.confidence / 2)
         for own in logits:
-            vocabulary.add_at_(own, labels, -smoothing.confidence / 2)
-        loss = (smoothing.loss(nll, lse, total.result()) + self.alpha * kl) / 2
-        return TokenLosses(loss, (nll / 2, kl), logits, smoothing.per_token / 2)
+            vocabulary.add_at_(own, labels, of_label)
+        loss = (smoothing.loss(passes.nll, passes.lse, total.result()) + self.alpha * passes.kl) / 2
+        return TokenLosses(loss, (passes.nll / 2, passes.kl), logits, smoothing.per_token / 2, passes.weights is not None)
 
-    def _divergence_(self, log_probs: Tensor, reductions: Reductions) -> Tensor:
-        """kl (c, 1). `log_probs` (2, c, V) become half of p + alpha (gradient of kl) of each pass."""
-        log_ratio = log_probs[0] - log_probs[1]  # (c, V)
-        probs = log_probs.exp_()
-        difference = probs[0] - probs[1]
-        kl = reductions.sum(difference * log_ratio)
-        means = [reductions.sum(own * log_ratio) for own in probs]
-        for own, mean, sign in zip(probs, means, (1, -1), strict=True):
-            factor = (log_ratio - mean.result()).mul_(sign * self.alpha / 4).add_(0.5)
-            own.mul_(factor).add_(difference, alpha=sign * self.alpha / 4)
-        return kl.result() / 2
+
+class PassLosses(NamedTuple):
+    """(c, 1) each. nll, lse: the sums of both passes. weights: those that the gradient has been multiplied by."""
+
+    nll: Tensor
+    lse: Tensor
+    kl: Tensor
+    weights: Tensor | None = None
+
+
+def composed_r_drop(logits: Tensor, labels: Tensor, alpha: float, reductions: Reductions, weights: Tensor | None) -> PassLosses:
+    """By log-probabilities. (2, c, V), (c, 1); the logits become half of p + alpha (gradient of kl) of each pass."""
+    normalizers = [reductions.log_softmax(own, out=own) for own in logits]
+    lse = torch.stack([each.result() for each in normalizers]).sum(0)
+    label_log_probs = [reductions.gather(own, labels) for own in logits]
+    log_ratio = logits[0] - logits[1]  # (c, V)
+    probs = logits.exp_()
+    difference = probs[0] - probs[1]
+    kl = reductions.sum(difference * log_ratio)
+    means = [reductions.sum(own * log_ratio) for own in probs]
+    for own, mean, sign in zip(probs, means, (1, -1), strict=True):
+        factor = (log_ratio - mean.result()).mul_(sign * alpha / 4).add_(0.5)
+        own.mul_(factor).add_(difference, alpha=sign * alpha / 4)
+    nll = torch.stack([each.result() for each in label_log_probs]).sum(0).neg_()
+    return PassLosses(nll, lse, kl.result() / 2)
 
 
 def linear_r_drop(
@@ -83,7 +98,7 @@ def linear_r_drop(
     *,
     alpha: float,
     label_smoothing: float,
-    chunk_tokens: int,
+    chunk_tokens: ChunkTokens,
     token_weights: Tensor | None = None,
     vocabulary: VocabularySlice | None = None,
 ) -> RDropSums:
@@ -110,7 +125,7 @@ def reference_linear_r_drop(
     *,
     alpha: float,
     label_smoothing: float,
-    chunk_tokens: int,
+    chunk_tokens: ChunkTokens,
     token_weights: Tensor | None = None,
 ) -> RDropSums:
     """The same from all logits by autograd; `chunk_tokens` is not used."""

@@ -1,7 +1,8 @@
 """LayerNorm and RMSNorm in one pass, of x or of residual + dropout(x).
 
-A program has a whole row, at most some 16,384 features. In the backward pass a program has several rows; each adds up its part of
-the gradients of weight and bias, and torch adds up the parts: one order, no atomics.
+The sum is a second output, which pre-norm layers go on with. A program has a whole row, at most some 16,384 features. In the
+backward pass a program has several rows; each adds up its part of the gradients of weight and bias, and torch adds up the parts:
+one order, no atomics.
 """
 
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dstrain.ops.dropout import CountedMask
-from dstrain.ops.norm import NormWeights
+from dstrain.ops.norm import NormedSum, NormWeights
 from dstrain.ops.triton.dropout import MaskArguments, kept_scale
 from dstrain.ops.triton.launch import as_rows, warps_for, whole_block
 
@@ -21,11 +22,11 @@ BACKWARD_PROGRAMS = 512
 """Of the backward pass: three or four for each multiprocessor of a large GPU."""
 
 
-def triton_norm(x: Tensor, norm: NormWeights, residual: Tensor | None = None, mask: CountedMask | None = None) -> Tensor:
+def triton_norm(x: Tensor, norm: NormWeights, residual: Tensor | None = None, mask: CountedMask | None = None) -> NormedSum:
     """See `composed_norm`."""
     mask = None if mask is None or mask.p == 0 or residual is None else mask
-    normed: Tensor = _Norm.apply(x, residual, norm.weight, norm.bias, mask, norm)
-    return normed
+    total, normed = _Norm.apply(x, residual, norm.weight, norm.bias, mask, norm)
+    return NormedSum(x if residual is None else total, normed)
 
 
 class _Norm(torch.autograd.Function):
@@ -38,7 +39,8 @@ class _Norm(torch.autograd.Function):
         bias: Tensor | None,
         mask: CountedMask | None,
         norm: NormWeights,
-    ) -> Tensor:
+    ) -> tuple[Tensor | None, Tensor]:
+        """total (None without a residual: it is x), normed"""
         rows, features = as_rows(x), x.shape[-1]
         added = rows if residual is None else as_rows(residual)
         total = rows if residual is None else rows.new_empty(rows.shape)  # what is normed
@@ -68,13 +70,19 @@ class _Norm(torch.autograd.Function):
         # The Parameter, not what it holds now: under ZeRO-3 that would keep every gathered weight alive.
         ctx.save_for_backward(total, statistics, weight)
         ctx.mask, ctx.centered, ctx.bias_dtype = mask, norm.centered, None if bias is None else bias.dtype
-        return out.view(x.shape)
+        ctx.set_materialize_grads(False)  # post-norm layers do not use the sum
+        return None if residual is None else total.view(x.shape), out.view(x.shape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, stream_grad: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         total, statistics, weight = ctx.saved_tensors
+        if grad is None:
+            if stream_grad is None:
+                return (None,) * 6
+            grad = torch.zeros_like(stream_grad)
         rows, features, mask = as_rows(grad), grad.shape[-1], ctx.mask
+        stream = rows if stream_grad is None else as_rows(stream_grad)
         total_grad = rows.new_empty(rows.shape)
         x_grad = total_grad if mask is None else rows.new_empty(rows.shape)
         programs, block = min(len(rows), BACKWARD_PROGRAMS), whole_block(features)
@@ -83,6 +91,7 @@ class _Norm(torch.autograd.Function):
             _backward_kernel[(programs,)](
                 rows,
                 total,
+                stream,
                 total_grad,
                 x_grad,
                 parts,
@@ -93,6 +102,8 @@ class _Norm(torch.autograd.Function):
                 features,
                 rows.stride(0),
                 total.stride(0),
+                stream.stride(0),
+                STREAM=stream_grad is not None,
                 MASK=mask is not None,
                 CENTERED=ctx.centered,
                 BLOCK=block,
@@ -162,6 +173,7 @@ def _forward_kernel(
 def _backward_kernel(
     grad,
     total,
+    stream_grad,
     total_grad,
     x_grad,
     parts,
@@ -176,11 +188,16 @@ def _backward_kernel(
     features,
     grad_stride,
     total_stride,
+    stream_stride,
+    STREAM: tl.constexpr,
     MASK: tl.constexpr,
     CENTERED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """parts: (2, programs, D), of the gradients of weight and bias. x_grad is written if there is a mask."""
+    """stream_grad: of the sum, apart from its norm. parts: (2, programs, D), of the gradients of weight and bias.
+
+    x_grad is written if there is a mask.
+    """
     program, programs = tl.program_id(0), tl.num_programs(0)
     columns = tl.arange(0, BLOCK)
     inside = columns < features
@@ -199,6 +216,8 @@ def _backward_kernel(
         if CENTERED:
             value_grad -= tl.sum(scaled, 0) / features
         value_grad *= inverse
+        if STREAM:
+            value_grad += tl.load(stream_grad + row * stream_stride + columns, mask=inside, other=0.0).to(tl.float32)
         tl.store(total_grad + row * features + columns, value_grad.to(total_grad.dtype.element_ty), mask=inside)
         if MASK:
             value_grad *= kept_scale(tl.load(keys + row), counters, columns, inside, skipped, lowest, scale)

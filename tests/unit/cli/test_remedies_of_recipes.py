@@ -60,6 +60,12 @@ RECIPES = [
         ("engine.compile=none", "engine.feed_forward_tiles=2"),
     ),
     wrong(
+        "but parallel.tensor = {} shares it; choose kernels.cross_entropy: auto or triton",
+        ("engine.kernels.cross_entropy=liger", "engine.parallel.tensor=2"),
+        ("engine.kernels.cross_entropy=auto", "engine.parallel.tensor=2"),
+        ("engine.kernels.cross_entropy=triton", "engine.parallel.tensor=2"),
+    ),
+    wrong(
         "shares packed tokens, but layout = padded; choose layout: auto",
         ("engine.parallel.sequence=2", "engine.layout=padded"),
         ("engine.parallel.sequence=2", "engine.layout=auto"),

@@ -4,8 +4,9 @@ from typing import get_args
 
 import pytest
 import torch
+from pydantic import ValidationError
 
-from dstrain.engine.config import KernelsConfig
+from dstrain.engine.config import EngineConfig, KernelsConfig
 from dstrain.errors import RecipeError
 from dstrain.ops.kernel import Deferred, Kernel, Op
 from dstrain.ops.kernels import ARGMAX, OPS, TRAINING_ATTENTION, kernel_names, kernel_states, kernels_by_name, kernels_in_use
@@ -114,6 +115,22 @@ def test_a_named_kernel_that_cannot_run_is_refused_with_the_reason() -> None:
             pass
     with pytest.raises(RecipeError, match=r"varlen cannot run here \(for bfloat16 and float16 only\)"):
         kernels_by_name({"packed_attention": "varlen"}, "cuda", torch.float32)
+
+
+def test_liger_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its package, on a CPU, and for a vocabulary that ranks share."""
+    with pytest.raises(
+        ValidationError, match=r"cross_entropy = liger needs the whole vocabulary .* parallel.tensor = 2 .* triton"
+    ):
+        EngineConfig.model_validate({"kernels": {"cross_entropy": "liger"}, "parallel": {"tensor": 2}})
+    monkeypatch.setattr("dstrain.ops.kernel.find_spec", lambda _: object())
+    with pytest.raises(RecipeError, match=r"norm = liger cannot run here \(for cuda only\); choose norm: auto or torch"):
+        kernels_by_name({"norm": "liger"}, "cpu", torch.float32)
+    monkeypatch.setattr("dstrain.ops.kernel.find_spec", lambda name: None if name == "liger_kernel" else object())
+    with pytest.raises(
+        RecipeError, match=r"liger cannot run here \(liger_kernel is not installed\); choose .* auto or triton or torch"
+    ):
+        kernels_by_name({"cross_entropy": "liger"}, "cuda", torch.float32)
 
 
 def test_every_argmax_takes_the_first_of_equal_values() -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dstrain.ops.chunk_size import CPU_BYTES, CPU_LEAST, GPU_BYTES, resolve_chunk_tokens
 from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy, linear_nll, reference_linear_cross_entropy
 
 
@@ -27,13 +28,28 @@ def outcome(function, features: Tensor, weight: Tensor, labels: Tensor, scale: f
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.9])
-@pytest.mark.parametrize("chunk_tokens", [1, 5, 123, 4096])
+@pytest.mark.parametrize("chunk_tokens", [1, 5, 123, "auto"])
 @pytest.mark.parametrize("shape", [(123, 16, 77), (5, 3, 2), (1, 1, 5), (64, 32, 1031)])
 def test_equals_the_reference(shape, chunk_tokens, label_smoothing) -> None:
     inputs = case(*shape)
     options = {"label_smoothing": label_smoothing, "chunk_tokens": chunk_tokens}
     expected = outcome(reference_linear_cross_entropy, *inputs, scale=0.37, **options)
     torch.testing.assert_close(outcome(linear_cross_entropy, *inputs, scale=0.37, **options), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_tokens_of_a_chunk_by_device_and_vocabulary() -> None:
+    assert [resolve_chunk_tokens(7, device, 10**6) for device in ("cpu", "cuda")] == [7, 7]
+    assert [resolve_chunk_tokens("auto", "cpu", entries) for entries in (100, 65_536, 131_072, 10**6)] == [
+        1024,
+        1024,
+        512,
+        CPU_LEAST,
+    ]
+    for entries in (100, 8_000, 256_000):
+        tokens = resolve_chunk_tokens("auto", "cuda", entries)
+        assert 4 * tokens * entries <= GPU_BYTES < 4 * (tokens + 1) * entries
+    assert resolve_chunk_tokens("auto", "cuda", 10**9) == 1
+    assert 4 * resolve_chunk_tokens("auto", "cpu", 200_000) * 200_000 <= CPU_BYTES
 
 
 def test_equals_the_reference_to_the_last_digits_in_double() -> None:

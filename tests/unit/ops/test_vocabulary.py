@@ -51,6 +51,11 @@ class ThreadGroup:
         return tensor.copy_(result)
 
 
+def test_every_rank_cuts_the_same_chunks() -> None:
+    """By the largest slice that there may be, not by its own: each chunk has collectives."""
+    assert [on_ranks(size, lambda each: each.largest_slice) for size in (1, 2, 4)] == [[77], [39, 39], [20, 20, 20, 20]]
+
+
 def on_ranks(size: int, function: Callable[[VocabularySlice], Any]) -> list[Any]:
     """What each rank of so many returns."""
     exchange, ends = Exchange(size), CUTS[size]
