@@ -171,11 +171,8 @@ class _Gradients:
         """Those of one chunk. chunk: its features, (..., c, E)."""
         pending = None if result.is_weighted else token_weights
         if self.of_weight is not None and result.uniform_grad:
-            accum = self.weight_sum.dtype
-            if token_weights is None:
-                total = chunk.flatten(0, -2).sum(0, dtype=accum)
-            else:
-                total = (chunk.to(accum).mT @ token_weights).view(-1, chunk.shape[-1]).sum(0)  # from (..., E, 1)
+            weighted = chunk if token_weights is None else chunk * token_weights
+            total = weighted.flatten(0, -2).sum(0, dtype=self.weight_sum.dtype)
             self._of_every_entry.add_(total, alpha=result.uniform_grad)
         inputs = _passes((chunk if pending is None else chunk * pending).to(chunk.dtype))
         for index, logits_grad in enumerate(_passes(result.logits_grad)):
@@ -188,10 +185,9 @@ class _Gradients:
             grad = self.of_features[..., tokens, :]
             if pending is not None:
                 grad.mul_(pending)
-            if result.uniform_grad and token_weights is None:
-                grad.sub_(result.uniform_grad * self.weight_sum)
-            elif result.uniform_grad and token_weights is not None:
-                grad.addcmul_(token_weights, self.weight_sum, value=-result.uniform_grad)
+            if result.uniform_grad:
+                uniform = result.uniform_grad * self.weight_sum
+                grad.sub_(uniform if token_weights is None else token_weights * uniform)
 
     def finished(self, vocabulary: VocabularySlice) -> tuple[Tensor | None, Tensor | None]:
         """Both, None if not needed."""
