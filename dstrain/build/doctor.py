@@ -18,7 +18,7 @@ from dstrain.config_base import DeviceChoice, Precision, PrecisionChoice
 from dstrain.engine.construction import COMPUTE_DTYPES
 from dstrain.ops.kernel import KernelState
 from dstrain.ops.kernels import kernel_states
-from dstrain.parallel.mesh import num_cores
+from dstrain.parallel.launch_environment import num_cores
 
 PACKAGES = ("torch", "deepspeed", "triton", "liger-kernel")
 """Those that decide which kernels there are."""

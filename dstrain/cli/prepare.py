@@ -7,11 +7,11 @@ The same command again continues an interrupted run, and does nothing where DATA
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
 from dstrain.cli.common import add_overwrite_argument, positive_number
 from dstrain.cli.recipe_arguments import add_recipe_arguments, recipe_from
+from dstrain.parallel.launch_environment import num_cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from dstrain.data.prepared.prepare import prepare
 
     recipe = recipe_from(args)
-    workers = args.workers or len(os.sched_getaffinity(0))
+    workers = args.workers or num_cores()
     report = prepare(recipe.data, args.output, workers=workers, overwrite=args.overwrite)
     print("\n".join(report.lines()))
     return 0

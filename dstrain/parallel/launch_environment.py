@@ -112,3 +112,8 @@ def _from_slurm(step: Mapping[str, str]) -> dict[str, str]:
         "MASTER_ADDR": step.get("MASTER_ADDR", first_host(step["SLURM_STEP_NODELIST"])),
         "MASTER_PORT": step.get("MASTER_PORT", str(master_port(int(step["SLURM_JOB_ID"]), int(step["SLURM_STEP_ID"])))),
     }
+
+
+def num_cores() -> int:
+    """Cores that this process may use; macOS does not report them: there all cores."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -29,7 +29,7 @@ from dstrain.config_base import DeviceChoice
 from dstrain.errors import TrainingError
 from dstrain.log import logger
 from dstrain.parallel.group import TIMEOUT, Group
-from dstrain.parallel.launch_environment import is_first_of_machine, rank_from_environment
+from dstrain.parallel.launch_environment import is_first_of_machine, num_cores, rank_from_environment
 
 JOIN_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits at the start for the other processes; those of a cold node may come minutes later."""
@@ -212,11 +212,6 @@ def _say_that_it_waits(rank: int, world_size: int, address: str) -> None:
             "says why: stop the others and start again",
             *(rank, world_size, address, JOIN_TIMEOUT.total_seconds() / 60),
         )
-
-
-def num_cores() -> int:
-    """Cores that this process may use; macOS does not report them: there all cores."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _choose_device(choice: DeviceChoice, local_rank: int) -> tuple[torch.device, int]:

@@ -8,7 +8,14 @@ import sys
 import pytest
 
 from dstrain.errors import TrainingError
-from dstrain.parallel.launch_environment import first_host, master_port, rank_for_messages, rank_from_environment, tasks_per_node
+from dstrain.parallel.launch_environment import (
+    first_host,
+    master_port,
+    num_cores,
+    rank_for_messages,
+    rank_from_environment,
+    tasks_per_node,
+)
 from tests.paths import ROOT
 from tests.ports import free_port
 
@@ -103,6 +110,14 @@ def test_tasks_per_node(text: str, counts: list[int]) -> None:
 )
 def test_first_host(nodes: str, host: str) -> None:
     assert first_host(nodes) == host
+
+
+def test_cores_where_the_system_does_not_say_which_are_this_process_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 1 <= num_cores() <= (os.cpu_count() or 1)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)  # macOS has none
+    for count, cores in ((6, 6), (None, 1)):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert num_cores() == cores
 
 
 def test_a_rank_without_a_world() -> None:
