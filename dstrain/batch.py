@@ -15,6 +15,8 @@ from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar
 import torch
 from torch import Tensor
 
+from dstrain.wire import PinnedTensors, sent
+
 ModelKind = Literal["encoder_decoder", "decoder_only"]
 """How a model reads an example: source and target in a stack each, or both as one sequence."""
 
@@ -30,17 +32,6 @@ class Size(NamedTuple):
 
     num_targets: int
     num_sentences: int
-
-
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`. From the CPU to a GPU it goes through pinned memory, so that nothing waits for the copy."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return _pinned(tensor).to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    return tensor if tensor.is_pinned() else tensor.pin_memory()
 
 
 class RowIndex(NamedTuple):
@@ -237,6 +228,8 @@ class Batch:
     whole: Batch | None = None
     first_target: int = 0
     corpora: CorpusTargets | None = None
+    _copy: PinnedTensors | None = field(default=None, init=False, repr=False, compare=False)
+    """Of its tensors. Not of `init`: `dataclasses.replace` drops it, so that no changed batch has the copy of another one."""
 
     @property
     def kind(self) -> ModelKind:
@@ -295,12 +288,27 @@ class Batch:
         return Metrics({**metrics.sums, **by_corpus.sums}, {**metrics.counts, **by_corpus.counts})
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`, except for tensors that are read on the CPU."""
-        return self.moved(partial(sent, device=device))
+        """The same batch on `device`, except for tensors that are read on the CPU. To a GPU it is one copy."""
+        if device.type != "cuda" or self.target.tokens.device.type != "cpu":
+            return self.moved(partial(sent, device=device))
+        arrived = iter((self._copy or self._pinned_tensors()).to(device))
+        return self.moved(lambda _: next(arrived))
 
     def pinned(self) -> Batch:
-        """The same batch in memory from which a copy to a GPU is launched at once. Taking such memory may wait for the GPU."""
-        return self.moved(_pinned)
+        """The same batch with a copy from which `to` a GPU is launched at once. Taking such memory may wait for the GPU."""
+        batch = replace(self)
+        object.__setattr__(batch, "_copy", self._pinned_tensors())
+        return batch
+
+    def _pinned_tensors(self) -> PinnedTensors:
+        tensors: list[Tensor] = []
+
+        def noted(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return tensor
+
+        self.moved(noted)  # visits them in the order of every other move
+        return PinnedTensors.of(tensors)
 
     def moved(self, move: Move) -> Batch:
         """The same batch in other memory, except for tensors that are read on the CPU."""

@@ -62,13 +62,17 @@ class DeviceTensor(Tensor):
 
 
 class PretendedGpu(TorchDispatchMode):
-    """Inside, device `cuda` exists. waits: what the CPU had to wait for, each with the line of dstrain that asked."""
+    """Inside, device `cuda` exists. waits: what the CPU had to wait for, each with the line of dstrain that asked.
+
+    copied: bytes of each copy to the GPU.
+    """
 
     _active: ClassVar[list[PretendedGpu]] = []
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
+        self.copied: list[int] = []
         self._no_driver = mock.patch("torch.cuda._lazy_init")
 
     @classmethod
@@ -105,6 +109,7 @@ class PretendedGpu(TorchDispatchMode):
         goes_there = is_there if asked is None else asked.type == "cuda" or torch._C._current_autograd_node() is not None
         if asked is not None:
             options["device"] = torch.device("cpu")
+        in_pinned_memory = options.pop("pin_memory", False)
         if name in {"is_pinned", "_pin_memory"}:
             return _pinned(name, args[0])
         if name in {"_to_copy", "copy_"}:
@@ -112,6 +117,8 @@ class PretendedGpu(TorchDispatchMode):
         elif is_there:
             self._note(name, args, options, tensors)
         result = func(*_mapped(args, _inner), **{key: _mapped(value, _inner) for key, value in options.items()})
+        if in_pinned_memory:
+            result.is_pinned_here = True
         if not goes_there or name in _READS - _SHAPED_BY_VALUES:
             return result
         wrapped = _mapped(result, DeviceTensor)
@@ -120,6 +127,8 @@ class PretendedGpu(TorchDispatchMode):
     def _note_copy(self, args: Sequence[Any], options: Mapping[str, Any], *, from_args: bool, goes_there: bool) -> None:
         source, sink_is_there = (args[0], goes_there) if from_args else (args[1], isinstance(args[0], DeviceTensor))
         is_free = sink_is_there and getattr(source, "is_pinned_here", False) and options.get("non_blocking", False)
+        if sink_is_there and not isinstance(source, DeviceTensor):
+            self.copied.append(source.nbytes)
         if isinstance(source, DeviceTensor) != sink_is_there and not is_free and source.numel() > 0:
             self.wait(f"a copy to the {'GPU' if sink_is_there else 'CPU'}")
 

@@ -27,6 +27,7 @@ LAYERS = [
         "seeding",
         "extras",
         "arguments",
+        "wire",
     },
     {"parallel", "ops", "storage"},
     {"nn", "data"},

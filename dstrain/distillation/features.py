@@ -27,12 +27,13 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from dstrain.batch import Batch, sent
+from dstrain.batch import Batch
 from dstrain.distillation.feature_plan import PlannedFeature
 from dstrain.model_output import ActivationCapture, Tap
 from dstrain.nn.linear import Linear
 from dstrain.ops.distance import DISTANCES
 from dstrain.seeding import derive_seed
+from dstrain.wire import sent
 
 
 class FeatureLoss(nn.Module):

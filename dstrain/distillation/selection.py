@@ -27,12 +27,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dstrain.batch import Batch, sent
+from dstrain.batch import Batch
 from dstrain.config_base import ChunkTokens
 from dstrain.distillation.config import BatchSelection, GlobalByLanguageSelection, GlobalSelection
 from dstrain.objectives.cross_entropy import target_hidden
 from dstrain.ops.token_loss.cross_entropy import linear_nll
 from dstrain.protocols import TeacherForced
+from dstrain.wire import sent
 
 SelectiveConfig = BatchSelection | GlobalSelection | GlobalByLanguageSelection
 ONE_QUEUE = 0

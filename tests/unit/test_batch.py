@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from dstrain.batch import Metrics, ModelKind, sent
+from dstrain.batch import Batch, Metrics, ModelKind
 from dstrain.data.batching.collate import PackedSize
+from dstrain.wire import PinnedTensors, sent
 from tests.batches import collate
 from tests.pretended_gpu import GPU, PretendedGpu
 
@@ -31,14 +33,64 @@ def test_a_batch_goes_to_a_device_but_for_what_is_looked_up_on_the_cpu() -> None
         assert part.size == batch.size
 
 
-def test_a_pinned_batch_goes_to_a_gpu_without_another_copy_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = collate([([5, 2], [6, 7, 2])], packed=PackedSize(4), teacher_kinds=["decoder_only"])
+def tensors_of(batch: Batch) -> list[Tensor]:
+    """All that move with it."""
+    tensors: list[Tensor] = []
+    batch.moved(lambda tensor: tensors.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return tensors
+
+
+def bytes_of(tensors: list[Tensor]) -> int:
+    """On the wire: 4 for each element that is an int64 below 2**31, its own size for others; all aligned to 16, after 16."""
+    sizes = (4 if t.dtype == torch.int64 and int(t.max()) < 2**31 else t.element_size() for t in tensors)
+    return 16 + sum(-(-t.numel() * size // 16) * 16 for t, size in zip(tensors, sizes, strict=True))
+
+
+@pytest.mark.parametrize("packed", [None, PackedSize(4)])
+@pytest.mark.parametrize("ids", [[41, 7], [2**40, 5]])
+def test_a_pinned_batch_goes_to_a_gpu_in_one_copy_of_few_bytes(
+    ids: list[int], packed: PackedSize | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And arrives as it was, dtypes included. Keys of dropout hold the example's id: only small ones fit 32 bits."""
+    batch = collate([([5, 2], [6, 7, 2]), ([9, 8, 2], [2])], ids=ids, packed=packed, teacher_kinds=["decoder_only"])
+    expected = tensors_of(batch)
     with PretendedGpu() as gpu:
         pinned = batch.pinned()
-        monkeypatch.setattr(Tensor, "pin_memory", None, raising=False)
+        assert all(ours is before for ours, before in zip(tensors_of(pinned), expected, strict=True)), "the CPU still reads them"
+        assert gpu.copied == []
+        for name in ("zeros", "empty"):
+            monkeypatch.setattr(torch, name, None)  # no pinned memory is taken while a step runs
         moved = pinned.to(GPU)
+        monkeypatch.undo()
         assert gpu.waits == []
-        assert torch.equal(moved.target.tokens.cpu(), batch.target.tokens)
+        assert gpu.copied == [bytes_of(expected)]
+        assert gpu.copied[0] < sum(t.nbytes for t in expected)
+        arrived = [tensor.cpu() for tensor in tensors_of(moved)]
+    for found, before in zip(arrived, expected, strict=True):
+        assert (found.dtype, found.shape) == (before.dtype, before.shape)
+        assert torch.equal(found, before)
+    assert moved.size == batch.size
+
+
+def test_a_batch_made_from_a_pinned_one_has_a_copy_of_its_own() -> None:
+    batch = collate([([5, 2], [6, 7, 2])], packed=PackedSize(4))
+    with PretendedGpu():
+        pinned = batch.pinned()
+        changed = replace(pinned, target=replace(pinned.target, tokens=pinned.target.tokens + 1))
+        for made in (changed, pinned.share(1, 2)):
+            arrived = made.to(GPU).target.tokens.cpu()
+            assert torch.equal(arrived, made.target.tokens)
+
+
+def test_extreme_and_empty_tensors_arrive_as_they_were() -> None:
+    edges = [2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63 - 1]
+    tensors = [torch.tensor([value]) for value in edges] + [torch.tensor([]), torch.zeros(0, 3, dtype=torch.int64)]
+    tensors += [torch.tensor([0.1, 2.0], dtype=torch.float64), torch.arange(6, dtype=torch.int32).view(2, 3)[:, 1:]]
+    with PretendedGpu():
+        arrived = [tensor.cpu() for tensor in PinnedTensors.of(tensors).to(GPU)]
+    for found, before in zip(arrived, tensors, strict=True):
+        assert found.dtype == before.dtype
+        assert torch.equal(found, before)
 
 
 PAIRS = [([5, 6, 2], [7, 2]), ([5, 2], [7, 8, 9, 2]), ([2], [2])]

@@ -24,11 +24,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dstrain.batch import sent
 from dstrain.data.prepared.rows import id_dtype
 from dstrain.distillation.store.manifest import DenseMethod, Method, SampleMethod, TopKMethod
 from dstrain.ops.teacher_signal import KeptSignal, LogProbsSignal, SparseSignal
 from dstrain.seeding import derive_seed
+from dstrain.wire import sent
 
 Array = npt.NDArray[Any]
 SPAN_STEPS = 8

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from dstrain.batch import Batch, sent
+from dstrain.batch import Batch
 from dstrain.data.prepared.manifest import DataManifest
 from dstrain.data.prepared.shard import ListView, list_view
 from dstrain.distillation.signals import SignalRequest
@@ -29,6 +29,7 @@ from dstrain.ops.teacher_signal import KeptSignal, SparseSignal
 from dstrain.progress import with_progress
 from dstrain.storage.listed_files import ListedFiles
 from dstrain.storage.mapped_shards import MappedShards
+from dstrain.wire import sent
 
 _REMEDY = "dump this shard again with the same command, then merge"
 

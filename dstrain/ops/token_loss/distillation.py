@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dstrain.batch import sent
 from dstrain.config_base import ChunkTokens
 from dstrain.ops.chunked_projection import TokenLosses, chunked_loss
 from dstrain.ops.divergence import (
@@ -45,6 +44,7 @@ from dstrain.ops.mixed_precision import accum_dtype, matmul_into, to_autocast_dt
 from dstrain.ops.teacher_signal import DenseSignal, LogProbsSignal, Signal, SparseSignal
 from dstrain.ops.token_loss.smoothing import LabelSmoothing
 from dstrain.ops.vocabulary import Reductions, VocabularySlice
+from dstrain.wire import sent
 
 
 class DistillationTerms(NamedTuple):
