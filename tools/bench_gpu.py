@@ -8,6 +8,7 @@ prints target tokens a second, model FLOPs as a share of the GPU's peak (`estima
 that fits everywhere, `kernels` by those that a recipe has to ask for, too. Rows for which no time is left are named.
 
 translation: 32 tokens a side, 32,768 entries. lm: 2,048 tokens, 50,304 entries. kd: the student is `big`, the teacher `deep`.
+random_shapes: lengths of 1 to 32 tokens; memory that torch reserved beside the tensors' at their highest, over all steps.
 transformers: the same shape, data and optimizer under its own model, without DeepSpeed; only if it is installed.
 """
 
@@ -28,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_shapes import EOS, PAD, SHAPES, UNK, Shape, collator_of, library_model, random_batch, random_ids
+from gpu_shapes import EOS, PAD, SHAPES, UNK, Shape, collator_of, library_model, random_batch, random_ids, uneven_batch
 
 from dstrain.batch import Batch
 from dstrain.config_base import Precision
@@ -200,6 +201,23 @@ def trained(bench: Bench, shape: Shape, engine: TrainEngine, collator: Collator)
         engine.close()
 
 
+def random_shapes(bench: Bench, shape: Shape) -> dict[str, float]:
+    """Plain training on packed pairs of uneven lengths. reserved_share: of memory that torch took, beside what tensors had."""
+    engine, collator = bench.engine(shape), collator_of(shape)
+
+    def step(number: int) -> int:
+        batch = uneven_batch(shape, collator, number)
+        return engine.train_step([batch.pinned() if bench.on_gpu else batch], batch.size).num_targets
+
+    try:
+        found = bench.timed(step)
+    finally:
+        engine.close()
+    if not bench.on_gpu:
+        return found
+    return {**found, "reserved_share": torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated()}
+
+
 def distilled(bench: Bench, shape: Shape, teacher: Shape, *, way: str) -> dict[str, float]:
     """With a teacher beside the student, or with stored entries."""
     signals: SignalSource = RandomStore(shape) if way == "stored" else bench.teachers(teacher)
@@ -286,6 +304,7 @@ def rows() -> dict[str, Row]:
         found[f"kd_{way}"] = lambda bench, shape, way=way: distilled(  # type: ignore[misc]
             bench, shape("big_32k"), shape("deep_16k"), way=way
         )
+    found["random_shapes"] = lambda bench, shape: random_shapes(bench, shape("big_4k"))
     found["kd_on_policy"] = lambda bench, shape: distilled_on_policy(bench, shape("big_4k"), shape("deep_16k"))
     found["generation"] = lambda bench, shape: generated(bench, shape("big_4k"))
     if find_spec("transformers") is not None:
@@ -303,7 +322,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, float]:
 def shown(name: str, found: dict[str, float]) -> str:
     """A row for people."""
     mfu = f"{found['mfu']:7.1%}" if "mfu" in found else " " * 7
-    return f"{name:22} {found['tokens_per_second']:12,.0f} tokens/s {mfu} {found['gib']:8.2f} GiB"
+    reserved = f"  reserved {found['reserved_share']:.3f} x" if "reserved_share" in found else ""
+    return f"{name:22} {found['tokens_per_second']:12,.0f} tokens/s {mfu} {found['gib']:8.2f} GiB{reserved}"
 
 
 def main() -> int:

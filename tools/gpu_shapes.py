@@ -92,6 +92,16 @@ def random_batch(shape: Shape, collator: Collator, seed: int) -> Batch:
     return collator(list(zip(sources, targets, strict=True)), np.arange(shape.rows))
 
 
+def uneven_batch(shape: Shape, collator: Collator, seed: int) -> Batch:
+    """A quarter to all of the pairs, each side of one to all of the tokens: hardly two have the same shapes."""
+    random = np.random.default_rng(seed)
+    rows = int(random.integers(max(1, shape.rows // 4), shape.rows + 1))
+    lengths = random.integers(1, shape.length + 1, (2, rows))
+    sides = [random_ids(shape, rows, 2 * seed + side) for side in (0, 1)]
+    pairs = [[ids[-length:] for ids, length in zip(side, own, strict=True)] for side, own in zip(sides, lengths, strict=True)]
+    return collator(list(zip(*pairs, strict=True)), np.arange(rows))
+
+
 def collator_of(shape: Shape, *, teacher: Shape | None = None) -> Collator:
     """Packs, as training does on a GPU."""
     kinds = () if teacher is None else (teacher.model.kind,)

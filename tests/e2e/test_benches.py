@@ -30,7 +30,7 @@ def test_distillation_prints_its_memory_and_its_bytes() -> None:
 
 GPU_ROWS = {
     *(f"{shape}_{way}" for shape in ("big_4k", "big_32k", "deep_16k", "lm_125m", "lm_1300m") for way in ("kernels", "plain")),
-    *("kd_online", "kd_stored", "kd_on_policy", "generation"),
+    *("kd_online", "kd_stored", "kd_on_policy", "generation", "random_shapes"),
 }
 
 

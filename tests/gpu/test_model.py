@@ -1,6 +1,4 @@
-"""The model on a GPU: the CPU's results, no waiting for the device inside a training forward, decoding with a cache."""
-
-from collections.abc import Iterator
+"""The model on a GPU: the CPU's results, packed sequences, decoding with a cache."""
 
 import pytest
 import torch
@@ -10,17 +8,10 @@ from dstrain.data.batching.collate import PackedSize
 from dstrain.objectives.cross_entropy import target_hidden
 from tests.batches import EOS, collate
 from tests.unit.models.build import sequences, small_config, small_model
-from tests.unit.objectives.test_no_waiting import POSITIONS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 GPU = torch.device("cuda")
 SOURCE, TARGET = sequences(9, 1, 5), sequences(7, 3, 6)
-
-
-@pytest.fixture(autouse=True)
-def syncs_are_allowed_again() -> Iterator[None]:
-    yield
-    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("order", ["pre", "post"])
@@ -32,16 +23,6 @@ def test_logits_equal_the_cpus(order: str) -> None:
         found = model.project(model(SOURCE.to(GPU), TARGET.to(GPU)).hidden).cpu()
     real = TARGET.tokens != 1
     torch.testing.assert_close(found[real], expected[real], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_training_forward_never_waits(dtype: torch.dtype, position: str) -> None:
-    model = small_model(small_config(position=POSITIONS[position])).train().to(GPU, dtype)
-    source, target = SOURCE.to(GPU), TARGET.to(GPU)
-    model(source, target)
-    torch.cuda.set_sync_debug_mode("error")
-    model.project(model(source, target).hidden).float().logsumexp(-1).sum().backward()
 
 
 @pytest.mark.parametrize("position", ["sinusoidal", "rotary", "alibi"])

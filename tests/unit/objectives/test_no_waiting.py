@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -106,15 +106,28 @@ def waits(module: TrainModule, batches: list[Batch]) -> list[str]:
     return found
 
 
-def distillation(signals: SignalSource, features: tuple[dict[str, Any], ...] = (), **changes: Any) -> Objective:
-    config = objective_of(*features, **changes)
-    plans = plan_features(config, config_of(STUDENT), [config_of(TEACHER)]) if features else ()
-    return build_distillation(config, signals, features=plans, seed=1)
+class Models(NamedTuple):
+    """Of student and teacher."""
+
+    student: dict[str, Any]
+    teacher: dict[str, Any]
+
+    def widened(self, factor: int) -> Models:
+        """By so many times; kernels of a GPU need heads of 16 features and more."""
+        return Models(*({**tree, "model_dim": factor * tree["model_dim"]} for tree in self))
+
+    def online(self, count: int = 1) -> TeacherSignals:
+        """Teachers beside the student."""
+        config = config_of(self.teacher)
+        return TeacherSignals([PlainTeacher(build_model(config, VOCABULARY, seed=7 + number)) for number in range(count)])
+
+    def distillation(self, signals: SignalSource, features: tuple[dict[str, Any], ...] = (), **changes: Any) -> Objective:
+        config = objective_of(*features, **changes)
+        plans = plan_features(config, config_of(self.student), [config_of(self.teacher)]) if features else ()
+        return build_distillation(config, signals, features=plans, seed=1)
 
 
-def online(count: int = 1) -> TeacherSignals:
-    """Teachers beside the student."""
-    return TeacherSignals([PlainTeacher(build_model(config_of(TEACHER), VOCABULARY, seed=7 + number)) for number in range(count)])
+MODELS = Models({**STUDENT, "dropout": 0.2}, TEACHER)
 
 
 STACK = {"depth": 1, "num_heads": 4, "num_kv_heads": 2, "ffn_dim": 20, "feed_forward": "gated"}
@@ -135,27 +148,31 @@ def test_no_position_makes_a_padded_micro_batch_wait(position: str) -> None:
     assert waits(module, [collate(PAIRS, kind="decoder_only")]) == []
 
 
-OBJECTIVES: dict[str, Callable[[], Objective]] = {
-    "sentences": lambda: build_cross_entropy(CrossEntropyConfig(average="sentences", label_smoothing=0.1)),
-    "r_drop": lambda: build_cross_entropy(CrossEntropyConfig(r_drop=RDropConfig())),
-    "features": lambda: distillation(online(), tuple(ALL)),
-    "ensemble": lambda: distillation(online(2), temperature=2.0),
+OBJECTIVES: dict[str, Callable[[Models], Objective]] = {
+    "sentences": lambda of: build_cross_entropy(CrossEntropyConfig(average="sentences", label_smoothing=0.1)),
+    "r_drop": lambda of: build_cross_entropy(CrossEntropyConfig(r_drop=RDropConfig())),
+    "features": lambda of: of.distillation(of.online(), tuple(ALL)),
+    "ensemble": lambda of: of.distillation(of.online(2), temperature=2.0),
     **{
-        divergence: lambda kind=divergence: distillation(online(), divergence={"kind": kind})  # type: ignore[misc]
-        for divergence in ("reverse_kl", "jensen_shannon", "total_variation", "skew_kl")
+        divergence: lambda of, kind=divergence: of.distillation(of.online(), divergence={"kind": kind})  # type: ignore[misc]
+        for divergence in ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation", "skew_kl")
     },
 }
 
 
+def batch_for(objective: str, multiple: int = 16) -> Batch:
+    """Packed, unless the objective reads activations."""
+    return collate(PAIRS, packed=None if objective == "features" else PackedSize(multiple))
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_objective_makes_a_micro_batch_wait(objective: str) -> None:
-    module = train_module({**STUDENT, "dropout": 0.2}, OBJECTIVES[objective]())
-    packed = None if objective == "features" else PackedSize(multiple=16)
-    assert waits(module, [collate(PAIRS, packed=packed)]) == []
+    module = train_module(MODELS.student, OBJECTIVES[objective](MODELS))
+    assert waits(module, [batch_for(objective)]) == []
 
 
 def test_no_sampled_batch_makes_a_micro_batch_wait() -> None:
-    module = train_module(STUDENT, distillation(online(), on_policy={"fraction": 0.5}))
+    module = train_module(STUDENT, MODELS.distillation(MODELS.online(), on_policy={"fraction": 0.5}))
     batch = replace(collate(PAIRS), sampled=True)
     assert waits(module, [batch]) == []
 
@@ -173,11 +190,12 @@ def test_no_store_makes_a_micro_batch_wait(method: Method, data: Path, tmp_path:
     assert waits(module, [batch_of(open_dataset(data, "train"), [59, 3, 17, 0])]) == []
 
 
-@pytest.mark.parametrize(
-    "selection", [{"kind": "global"}, {"kind": "global_by_language", "tags": ["xx"]}], ids=lambda of: of["kind"]
-)
+SELECTIONS: list[dict[str, Any]] = [{"kind": "global"}, {"kind": "global_by_language", "tags": ["xx"]}]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS, ids=lambda of: of["kind"])
 def test_a_selection_waits_once_a_step(selection: dict[str, Any]) -> None:
     """For the numbers of tokens of all its micro-batches, by which it chooses some."""
-    module = train_module(STUDENT, distillation(online(), selection=selection))
+    module = train_module(STUDENT, MODELS.distillation(MODELS.online(), selection=selection))
     found = waits(module, [collate(PAIRS), collate(PAIRS[1:], ids=[7, 8])])
     assert len(found) == 1, found
