@@ -16,13 +16,24 @@ from torch import Tensor
 from dstrain.ops.activation import ACTIVATIONS, composed_gate
 from dstrain.ops.divergence import Divergence
 from dstrain.ops.dropout import CountedMask, counted_dropout
-from dstrain.ops.kernels import CROSS_ENTROPY, DENSE_DISTILLATION, DROPOUT, GATE, NORM, ROTATION, SPARSE_DISTILLATION
-from dstrain.ops.norm import NormWeights, composed_norm
+from dstrain.ops.kernels import (
+    CROSS_ENTROPY,
+    DENSE_DISTILLATION,
+    DROPOUT,
+    GATE,
+    NORM,
+    R_DROP,
+    ROTATION,
+    SPARSE_DISTILLATION,
+    composed_norm,
+)
+from dstrain.ops.norm import NormWeights
 from dstrain.ops.random_bits import derived_keys
 from dstrain.ops.rotary import CosSin, apply_rotary, compute_cos_sin, inverse_frequencies
 from dstrain.ops.teacher_signal import DenseSignal, SparseSignal
 from dstrain.ops.token_loss.cross_entropy import linear_cross_entropy, reference_linear_cross_entropy
 from dstrain.ops.token_loss.distillation import DistillationTerms, linear_distillation, reference_linear_distillation
+from dstrain.ops.token_loss.r_drop import linear_r_drop, reference_linear_r_drop
 from tests.gpu.checks import random
 
 CLOSE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -82,14 +93,14 @@ def mask_of(size: KernelSize, device: torch.device) -> CountedMask:
 
 
 def norm_error(device: torch.device, dtype: torch.dtype, size: KernelSize, *, centered: bool) -> float:
-    """Of an input with a residual and dropout; LayerNorm has a bias."""
+    """Of the sum with a residual, after dropout, and of its norm; LayerNorm has a bias."""
     mask = mask_of(size, device)
     inputs = [random(device, *shape, dtype=dtype, seed=seed) for seed, shape in enumerate(2 * [(size.tokens, size.width)])]
     inputs += [random(device, size.width, dtype=dtype, seed=seed) for seed in ((3, 4) if centered else (3,))]
 
     def call(function: Callable[..., Tensor], own: list[Tensor]) -> Tensor:
         norm = NormWeights(own[2], own[3] if centered else None, 1e-5, centered)
-        return function(own[0], norm, own[1], mask)
+        return torch.cat(function(own[0], norm, own[1], mask), -1)
 
     return layer_error(NORM, composed_norm, inputs, call)
 
@@ -142,9 +153,9 @@ def loss_error(
 ) -> float:
     """Of all results, and of the gradients of features and weight, in two chunks. signals: the teacher's, twice, or none."""
     exact = [*(each.detach().double().requires_grad_() for each in inputs[:2]), inputs[2]]
-    chunk_tokens, results = (len(inputs[0]) + 1) // 2, []
+    chunk_tokens, results = (len(inputs[2]) + 1) // 2, []
     with ExitStack() as stack:
-        for op in (CROSS_ENTROPY, DENSE_DISTILLATION, SPARSE_DISTILLATION):
+        for op in (CROSS_ENTROPY, DENSE_DISTILLATION, SPARSE_DISTILLATION, R_DROP):
             triton_kernel(op, inputs[0].device, torch.float32)
             stack.enter_context(op.forced("triton"))
         pairs = ((function, inputs, signals[:1]), (reference, exact, signals[1:]))
@@ -159,6 +170,17 @@ def cross_entropy_error(device: torch.device, dtype: torch.dtype, size: KernelSi
     options = {"label_smoothing": 0.1, "token_weights": torch.linspace(0.2, 1.7, size.loss_tokens, device=device)}
     functions = (partial(each, **options) for each in (linear_cross_entropy, reference_linear_cross_entropy))
     return loss_error(*functions, student(device, dtype, size), ())
+
+
+def r_drop_error(device: torch.device, dtype: torch.dtype, size: KernelSize) -> float:
+    """Of two passes that differ by a tenth, with label smoothing and weights of tokens."""
+    features, *rest = student(device, dtype, size)
+    noise = 0.1 * random(device, *features.shape, dtype=dtype, seed=9)
+    passes = torch.stack([features.detach(), features.detach() + noise]).requires_grad_()
+    weights = torch.linspace(0.2, 1.7, size.loss_tokens, device=device)
+    options = {"alpha": 0.7, "label_smoothing": 0.1, "token_weights": weights}
+    functions = (partial(each, **options) for each in (linear_r_drop, reference_linear_r_drop))
+    return loss_error(*functions, [passes, *rest], ())
 
 
 def distillation_error(
@@ -193,6 +215,7 @@ CHECKS: dict[str, dict[str, Check]] = {
     "rotary": {layout: partial(rotary_error, layout=layout) for layout in ("half_split", "interleaved")},
     "gate": {"silu": gate_error},
     "cross_entropy": {"smoothed": cross_entropy_error},
+    "r_drop": {"smoothed": r_drop_error},
     "dense_distillation": {
         name: partial(distillation_error, divergence=divergence, is_sparse=False) for name, divergence in DIVERGENCES.items()
     },
