@@ -6,11 +6,9 @@ fits the op. Its cross-entropy waits for the GPU in every chunk, as it counts th
 """
 
 import torch
-from liger_kernel.ops.cross_entropy import cross_entropy_forward
-from liger_kernel.ops.layer_norm import LigerLayerNormFunction
-from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 from torch import Tensor
 
+from dstrain.extras import import_extra
 from dstrain.ops.chunked_projection import TokenLosses
 from dstrain.ops.dropout import CountedMask
 from dstrain.ops.kernels import sum_with_residual
@@ -29,9 +27,11 @@ def liger_norm(x: Tensor, norm: NormWeights, residual: Tensor | None = None, mas
         return NormedSum(total, plain_norm(total, norm))
     if norm.centered:
         bias = torch.zeros_like(norm.weight) if norm.bias is None else norm.bias
-        return NormedSum(total, LigerLayerNormFunction.apply(total, norm.weight, bias, norm.eps))
+        module = import_extra("liger_kernel.ops.layer_norm", extra="liger", purpose="engine.kernels.norm: liger")
+        return NormedSum(total, module.LigerLayerNormFunction.apply(total, norm.weight, bias, norm.eps))
     # "gemma" computes in float32 throughout, as torch does. In place it would write over a gradient that others may read.
-    return NormedSum(total, LigerRMSNormFunction.apply(total, norm.weight, norm.eps, 0.0, "gemma", False))
+    module = import_extra("liger_kernel.ops.rms_norm", extra="liger", purpose="engine.kernels.norm: liger")
+    return NormedSum(total, module.LigerRMSNormFunction.apply(total, norm.weight, norm.eps, 0.0, "gemma", False))
 
 
 def liger_cross_entropy(
@@ -52,7 +52,8 @@ def liger_cross_entropy(
     smoothing_sum = smoothing.per_token * smoothing.vocab_size
     label_logits = logits.gather(1, labels)
     own = logits.detach().requires_grad_()  # the same memory, which gets the gradient if there shall be one
-    loss, _, _, _, logits_grad = cross_entropy_forward(
+    module = import_extra("liger_kernel.ops.cross_entropy", extra="liger", purpose="engine.kernels.cross_entropy: liger")
+    loss, _, _, _, logits_grad = module.cross_entropy_forward(
         own, labels.squeeze(1), None, _NO_LABEL, 0.0, smoothing_sum, "none", None, return_z_loss=False
     )
     loss = loss.unsqueeze(1)

@@ -19,7 +19,7 @@ EXTRAS = {name: requirements for name, requirements in PROJECT["optional-depende
 EVERYTHING = [*PROJECT["dependencies"], *(requirement for requirements in EXTRAS.values() for requirement in requirements)]
 NOT_IMPORTED = {"tensorboard", "safetensors"}
 """torch imports the first; the second reads for others what dstrain writes, and is how the tests check it."""
-IMPORTED_AS = {"pyyaml": "yaml"}
+IMPORTED_AS = {"pyyaml": "yaml", "liger-kernel": "liger_kernel"}
 COMES_WITH_TORCH = {"triton"}
 """With its builds for GPUs; the table of kernels asks whether it is there."""
 

@@ -176,16 +176,25 @@ def test_a_batch_does_not_share_memory_with_its_examples() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_264_pairs_take_less_than_two_milliseconds(kind: ModelKind) -> None:
+def test_264_pairs_take_less_than_five_plain_fillings_of_a_table(kind: ModelKind) -> None:
+    """The table is what no collator can do without: every sentence copied to its row, as int64."""
     random = np.random.default_rng(0)
     lengths = random.integers(8, 24, (264, 2))
     examples = [
         (random.integers(4, 8000, s).astype(np.uint16), random.integers(4, 8000, t).astype(np.uint16)) for s, t in lengths
     ]
     ids, collator = np.arange(264), Collator(kind, pad_id=PAD, eos_id=EOS)
-    times = []
+
+    def table() -> None:
+        rows = np.zeros((264, 2, 24), np.int64)
+        for row, (source, target) in zip(rows, examples, strict=True):
+            row[0, : len(source)] = source
+            row[1, : len(target)] = target
+
+    times: dict[str, list[float]] = {"table": [], "collator": []}
     for _ in range(30):
-        began = time.perf_counter()
-        collator(examples, ids)
-        times.append(time.perf_counter() - began)
-    assert min(times) < 0.002
+        for name, work in (("table", table), ("collator", lambda: collator(examples, ids))):
+            began = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - began)
+    assert min(times["collator"]) < 5 * min(times["table"])
