@@ -82,7 +82,7 @@ def test_it_has_the_tokenizer_and_translates_after_quantization(tmp_path: Path, 
     assert usage == "ctranslate2.Translator: the source is TOKENS"
     assert limits.startswith("the model reads 64 source and 64 target tokens; a call cuts them at max_input_length = 1024 and")
     difference = re.fullmatch(r"checked: log-probabilities of random tokens differ by up to (\S+) nats", checked)
-    # How far off depends on the processor: without VNNI sums of two products of 8 bits saturate. What it translates is asserted below.
+    # How far off depends on the processor: without VNNI sums of two products of 8 bits saturate. Translations are compared below.
     assert difference and float(difference[1]) > 1e-4
     pair = load_tokenizers(output / "tokenizer")
     assert pair.fingerprint == load_tokenizers(BUNDLE / "tokenizer").fingerprint
