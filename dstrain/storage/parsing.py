@@ -22,6 +22,7 @@ BYTES_PER_JSON_VALUE = 64
 MAX_YAML_BYTES = 1 << 18
 MAX_YAML_VALUES = 10_000
 MAX_DEPTH = 64
+TOO_DEEP = f"nested deeper than {MAX_DEPTH} levels"
 MAX_DIGITS = 64
 NOT_CLOSED = "a bracket or a quote that is not closed"
 YAML_PROBLEMS = {
@@ -76,7 +77,7 @@ def parse_json(text: str, max_values: int = MAX_JSON_VALUES) -> Any:
     try:
         tree = json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant, parse_int=_integer, parse_float=_real)
     except RecursionError as error:
-        raise ValueError(f"nested deeper than {MAX_DEPTH} levels") from error
+        raise ValueError(TOO_DEEP) from error
     _check_depth(tree)
     return tree
 
@@ -142,7 +143,7 @@ def _check_depth(tree: Any) -> None:
     while level := [item for value in level if isinstance(value, dict | list) for item in _items(value)]:
         depth += 1
         if depth > MAX_DEPTH:
-            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+            raise ValueError(TOO_DEEP)
 
 
 def _items(value: dict[str, Any] | list[Any]) -> Any:
@@ -159,12 +160,18 @@ class _BoundedLoader(yaml.SafeLoader):
         self._values = 0
         self._values_under: dict[int, int] = {}  # by id of a finished node; the composer keeps all nodes alive
 
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        # the scanner reads 1,024 characters ahead and looks at every open bracket for each of them
+        if self.flow_level >= MAX_DEPTH:
+            raise yaml.MarkedYAMLError(problem=TOO_DEEP, problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token_class)  # type: ignore[no-untyped-call]
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
         before = self._values
         self._depth += 1
         if self._depth > MAX_DEPTH:
-            raise yaml.MarkedYAMLError(problem=f"nested deeper than {MAX_DEPTH} levels", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(problem=TOO_DEEP, problem_mark=event.start_mark)
         self._count(1, event)
         is_alias = isinstance(event, yaml.AliasEvent)
         node = super().compose_node(parent, index)
