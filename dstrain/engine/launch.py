@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from shutil import which
 from types import ModuleType
 
@@ -55,8 +56,25 @@ def import_deepspeed(device: str) -> ModuleType:
             f"training needs DeepSpeed, which cannot be imported: {type(error).__name__}: {str(error).partition(chr(10))[0]}; "
             "install one that fits this torch: pip install --force-reinstall deepspeed"
         ) from error
+    _import_muon(deepspeed)
     module: ModuleType = deepspeed
     return module
+
+
+def _import_muon(deepspeed: ModuleType) -> None:
+    """Import the optimizer that no engine here uses, but every engine imports, without torch's compiler.
+
+    Its functions are marked for `torch.compile`, which costs 2 CPU-seconds when the marks are read, a third of a start.
+    """
+    compiler = deepspeed.runtime.compiler
+    marks = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        import_module("deepspeed.runtime.zero.muon.original_muon")
+    except ImportError:
+        return  # a DeepSpeed without it
+    finally:
+        compiler.compile = marks
 
 
 def load_deepspeed(mesh: Mesh, *, talkative: bool = False) -> ModuleType:

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,13 @@ def test_rows_come_back_across_record_batches(tmp_path: Path, vocab_size: int, d
     assert batches[0].source.values.dtype == kind
     assert batches[1].target_text[7_004].as_py() == "t 4 ü"
     assert (record.rows, record.source_tokens, record.size) == (17_006, sum(map(len, found)), path.stat().st_size)
+
+
+def test_reading_does_not_import_pandas(prepared: Path) -> None:
+    read = "import sys; from pathlib import Path; from dstrain.data.prepared.shard import read_shard"
+    code = f"{read}; print(len(read_shard(Path(sys.argv[1]))), 'pandas' in sys.modules)"
+    shard = next(prepared.glob("train/*.arrow"))
+    assert subprocess.run([sys.executable, "-c", code, shard], check=True, stdout=subprocess.PIPE).stdout == b"1 False\n"
 
 
 def test_a_shard_is_an_arrow_file_that_others_read(prepared: Path) -> None:
