@@ -1,13 +1,13 @@
 """Speed of beam search beside other programs on identical weights, in one process: sentences per CPU-second and the ratios.
 
 Peers are Transformers' `generate` (Marian) and, if it is installed, CTranslate2 in float32. The model has the Transformer-Tiny
-shape (4 + 4 post-norm layers, model 128, ffn 256, 4 heads, 7,792 tied entries) and random weights, and translates random
-sentences of 13 tokens and EOS with 5 beams. EOS is suppressed until the last of exactly 14 tokens, so all do equal work. They
-take turns; each gets its best batch size, and its best round counts: other work on the machine can only add to a round. Single
-sentences have rows of their own. malloc keeps freed memory for all, as in dstrain's verbs; this makes Transformers about a tenth
-faster.
+shape (4 + 4 post-norm layers, model 128, ffn 256, 4 heads, 7,792 tied entries) or another (`--shape`), with random weights, and
+translates random sentences of 13 tokens and EOS with 5 beams. EOS is suppressed until the last of exactly 14 tokens, so all do
+equal work. They take turns; each gets its best batch size, and its best round counts: other work on the machine can only add to
+a round. Single sentences have rows of their own. malloc keeps freed memory for all, as in dstrain's verbs; this makes
+Transformers about a tenth faster.
 
-    OMP_NUM_THREADS=1 python tools/bench_generate.py [--sentences 256] [--rounds 5]
+    OMP_NUM_THREADS=1 python tools/bench_generate.py [--sentences 256] [--rounds 5] [--shape 6x256x1024x4]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -40,12 +41,26 @@ from dstrain.models.weights import TensorSource, to_canonical
 from dstrain.nn.position import SinusoidalPositions, sinusoids
 from dstrain.ops.allocator import keep_freed_memory
 
-VOCAB_SIZE, MODEL_DIM, FFN_DIM, LAYERS, HEADS = 7792, 128, 256, 4, 4
+VOCAB_SIZE = 7792
 BEAM_SIZE, SOURCE_TOKENS, NEW_TOKENS = 5, 14, 14
 PAD, EOS, UNK = 1, 2, 3
 POSITIONS = 64
 BATCH_SIZES = (32, 64, 128)
 Translate = Callable[[list[list[int]], int], list[list[int]]]
+
+
+class Shape(NamedTuple):
+    """layers: of each stack. heads: of attention."""
+
+    layers: int
+    model_dim: int
+    ffn_dim: int
+    heads: int
+
+
+def parse_shape(text: str) -> Shape:
+    """4x128x256x4 -> layers, model_dim, ffn_dim, heads"""
+    return Shape(*map(int, text.split("x")))
 
 
 def cpu_seconds() -> float:
@@ -54,12 +69,12 @@ def cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def random_model() -> Model:
+def random_model(shape: Shape) -> Model:
     """The model of all."""
     config = EncoderDecoderConfig(
-        model_dim=MODEL_DIM,
-        encoder=StackConfig(depth=LAYERS, num_heads=HEADS, ffn_dim=FFN_DIM),
-        decoder=DecoderStackConfig(depth=LAYERS, num_heads=HEADS, ffn_dim=FFN_DIM),
+        model_dim=shape.model_dim,
+        encoder=StackConfig(depth=shape.layers, num_heads=shape.heads, ffn_dim=shape.ffn_dim),
+        decoder=DecoderStackConfig(depth=shape.layers, num_heads=shape.heads, ffn_dim=shape.ffn_dim),
         embedding=PlainEmbedding(tie="all"),
         norm_order="post",
         max_source_length=POSITIONS,
@@ -108,22 +123,22 @@ def marian_weights(model: Model) -> dict[str, torch.Tensor]:
         weights[f"model.{stack}.{layers}.{index}.{rest.replace(part, renamed[part])}"] = tensor
     first = SinusoidalPositions.FIRST_ROW
     for stack in ("encoder", "decoder"):
-        weights[f"model.{stack}.embed_positions.weight"] = sinusoids(first + POSITIONS, MODEL_DIM)[first:]
+        weights[f"model.{stack}.embed_positions.weight"] = sinusoids(first + POSITIONS, model.config.model_dim)[first:]
         weights[f"model.{stack}.embed_tokens.weight"] = weights["model.shared.weight"]
     return {**weights, "lm_head.weight": weights["model.shared.weight"], "final_logits_bias": torch.zeros(1, VOCAB_SIZE)}
 
 
-def transformers_translator(ours: Model) -> Translate:
+def transformers_translator(ours: Model, shape: Shape) -> Translate:
     """Marian."""
     config = MarianConfig(
         vocab_size=VOCAB_SIZE,
-        d_model=MODEL_DIM,
-        encoder_layers=LAYERS,
-        decoder_layers=LAYERS,
-        encoder_attention_heads=HEADS,
-        decoder_attention_heads=HEADS,
-        encoder_ffn_dim=FFN_DIM,
-        decoder_ffn_dim=FFN_DIM,
+        d_model=shape.model_dim,
+        encoder_layers=shape.layers,
+        decoder_layers=shape.layers,
+        encoder_attention_heads=shape.heads,
+        decoder_attention_heads=shape.heads,
+        encoder_ffn_dim=shape.ffn_dim,
+        decoder_ffn_dim=shape.ffn_dim,
         activation_function="relu",
         max_position_embeddings=POSITIONS,
         scale_embedding=True,
@@ -196,6 +211,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sentences", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--shape", type=parse_shape, default=Shape(4, 128, 256, 4), help="layers x model x ffn x heads")
     parser.add_argument("--at-least", type=float, default=0.0, help="exit 1 below this ratio to Transformers")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -204,8 +220,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     body = torch.randint(4, VOCAB_SIZE, (args.sentences, SOURCE_TOKENS - 1), generator=generator).tolist()
     sources = [[*row, EOS] for row in body]
-    model = random_model()
-    peers = {"transformers": transformers_translator(model), "dstrain": dstrain_translator(model)}
+    model = random_model(args.shape)
+    peers = {"transformers": transformers_translator(model, args.shape), "dstrain": dstrain_translator(model)}
     if find_spec("ctranslate2") is not None:
         peers["ctranslate2"] = ctranslate2_translator(model)
     ratio = 0.0
