@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 
+from dstrain.ops.chunk_size import resolve_chunk_tokens
 from dstrain.ops.kernels import CROSS_ENTROPY, DENSE_DISTILLATION
 from tests.gpu.checks import (
     LossInputs,
@@ -32,6 +33,12 @@ ENTRIES = [65_536, 131_072]
 KERNELS = ["torch", "triton"]
 
 
+def loss_inputs(entries: int) -> LossInputs:
+    """Cut as a recipe's default cuts them."""
+    size = LossSize(8_192, 1_024, entries, resolve_chunk_tokens("auto", "cuda", entries))
+    return LossInputs.of(size, GPU, torch.bfloat16)
+
+
 def test_a_packed_step_runs_flash_attention_and_no_other() -> None:
     names = attention_of(packed_step(GPU, torch.bfloat16, width=128), GPU)
     assert {way for way in ("flash_fwd", "flash_bwd") if any(way in name for name in names.flash)} == {"flash_fwd", "flash_bwd"}
@@ -42,7 +49,7 @@ def test_a_packed_step_runs_flash_attention_and_no_other() -> None:
 @pytest.mark.parametrize("entries", ENTRIES)
 def test_the_loss_is_as_fast_as_all_logits_at_once_in_a_fifth_of_the_memory(entries: int, kernel: str) -> None:
     need_memory(60)
-    inputs = LossInputs.of(LossSize(8_192, 1_024, entries, 2_048), GPU, torch.bfloat16)
+    inputs = loss_inputs(entries)
     calls = {"chunked": inputs.cross_entropy, "naive": inputs.all_logits_at_once}
     with CROSS_ENTROPY.forced(kernel):
         memory = {name: peak_bytes(call, GPU) for name, call in calls.items()}
@@ -56,7 +63,7 @@ def test_the_loss_is_as_fast_as_all_logits_at_once_in_a_fifth_of_the_memory(entr
 @pytest.mark.parametrize("entries", ENTRIES)
 def test_dense_distillation_takes_little_longer_than_cross_entropy(entries: int, kernel: str) -> None:
     """A teacher as wide as the student adds one product of their four; the rest is reading logits."""
-    inputs = LossInputs.of(LossSize(8_192, 1_024, entries, 2_048), GPU, torch.bfloat16)
+    inputs = loss_inputs(entries)
     with CROSS_ENTROPY.forced(kernel), DENSE_DISTILLATION.forced(kernel):
         seconds = seconds_of({"distillation": inputs.distillation, "cross_entropy": inputs.cross_entropy}, GPU, rounds=9)
     print({name: f"{1000 * each:.1f} ms" for name, each in seconds.items()})
