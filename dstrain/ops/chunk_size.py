@@ -15,8 +15,8 @@ nothing. CPU time of loss and backward against 1,024 tokens (2,048 tokens of 256
 | | 32,000 | 1.01 | 1.03 | 1.03 | 0.91 |
 | sparse distillation | 32,000 | 1.14 | 1.19 | 1.04 | 1.11 |
 
-GPU, not measured: products want thousands of tokens, and a loss should take at most a fifth of the memory of all logits of a large
-batch: as many tokens as have logits of 512 MiB.
+GPU, not measured: products want thousands of tokens, and a loss should take a fifth of the memory of all logits of a large batch
+at most: as many tokens as have logits of 512 MiB.
 
 The rule sees device and vocabulary only, never the batch, so all ranks cut the same chunks: a sliced vocabulary has collectives
 in each. A loss has a few times that memory for its temporaries, see `estimate/loss.py`.
