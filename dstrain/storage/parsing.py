@@ -164,7 +164,7 @@ class _BoundedLoader(yaml.SafeLoader):
         # the scanner reads 1,024 characters ahead and looks at every open bracket for each of them
         if self.flow_level >= MAX_DEPTH:
             raise yaml.MarkedYAMLError(problem=TOO_DEEP, problem_mark=self.get_mark())
-        super().fetch_flow_collection_start(token_class)  # type: ignore[no-untyped-call]
+        super().fetch_flow_collection_start(token_class)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]

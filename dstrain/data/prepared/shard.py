@@ -223,4 +223,5 @@ def _batch_view(batch: Any) -> BatchView:
 def list_view(column: Any) -> ListView:
     """A list column of a mapped record batch as numpy arrays, without a copy."""
     # not to_numpy, which imports pandas where it is installed: half a second of CPU time
-    return ListView(np.from_dlpack(column.offsets), np.from_dlpack(column.values))
+    offsets: Any = np.from_dlpack(column.offsets)
+    return ListView(offsets, np.from_dlpack(column.values))
