@@ -1,6 +1,6 @@
 """Preparation against bare SentencePiece, at the same time, in CPU-seconds.
 
-Both read Multi30k English-German from DSTRAIN_DATA (default: ../shared/data beside the repository), repeated, with the same BPE
+Both read Multi30k English-German below the directory that DSTRAIN_DATA names, repeated, with the same BPE
 model of 8,000 pieces. Bare SentencePiece encodes lists of lines that are in memory already; dstrain goes from files on the disk
 to checked, filtered, hashed and synced Arrow shards with a manifest. The figure of a repetition is lines (both sides) per
 CPU-second, user and system, children included; repetitions alternate and the median counts.

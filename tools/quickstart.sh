@@ -36,7 +36,7 @@ cat test/scores.txt
 say "where everything lies"
 cat <<TEXT
   $WORK/data                 tokenizer and shards
-  $WORK/run/bundles/best     the trained model: dstrain interactive $WORK/run/bundles/best
+  $WORK/run/bundles/best     the trained model: source $VENV/bin/activate; dstrain interactive $WORK/run/bundles/best
   $WORK/run/events.jsonl     every number of the run
   $WORK/run/report.png       the loss curve (run/report.html: all curves on one page)
   $WORK/test/hypothesis.txt  translations

@@ -61,11 +61,11 @@ def check_training(recipe: Recipe, options: TrainOptions) -> None:
     if noised and teachers.logits is not None:
         raise RecipeError(
             f"data.train.{noised[0]}.task makes another example of a text in every epoch, and --logits are of what is stored: "
-            "distil with --teacher BUNDLE"
+            "distill with --teacher BUNDLE"
         )
     if recipe.batching.packing is not None and teachers.logits is not None:
         raise RecipeError(
-            "batching.packing makes examples of several lines, and --logits are of single ones: distil with --teacher BUNDLE, or "
+            "batching.packing makes examples of several lines, and --logits are of single ones: distill with --teacher BUNDLE, or "
             "set batching.packing: null"
         )
     check_accepted(options.accept_changes, recipe_tree(recipe))

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bundle that a distillation learns from; again for an ensemble, whose probabilities are averaged",
     )
     parser.add_argument(
-        "--logits", metavar="LOGITS", type=Path, help="what `dstrain dump-logits` wrote: distil from it, without the teacher"
+        "--logits", metavar="LOGITS", type=Path, help="what `dstrain dump-logits` wrote: distill from it, without the teacher"
     )
     parser.add_argument(
         "--teacher-placement",

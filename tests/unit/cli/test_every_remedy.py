@@ -30,7 +30,7 @@ ELSEWHERE = {
     "check the network and the store, then run the same command again: files that were fetched are kept": (
         "unit/data/test_remote_data.py::test_a_store_that_fails_halfway_leaves_whole_files_only"
     ),
-    "and --logits are of what is stored: distil with --teacher BUNDLE": (
+    "and --logits are of what is stored: distill with --teacher BUNDLE": (
         "unit/cli/test_dump_logits.py::test_text_that_a_task_makes_examples_of_is_refused"
     ),
     "a task makes another source of it in every epoch, for which only `train --teacher` has a signal": (
@@ -227,7 +227,7 @@ ELSEWHERE = {
     "leaves a rank without entries of the {} vocabulary of {}; lower it": (
         "unit/models/test_factory.py::test_a_vocabulary_may_be_uneven_but_every_rank_has_entries"
     ),
-    "and --logits are of single ones: distil with --teacher BUNDLE, or set batching.packing: null": (
+    "and --logits are of single ones: distill with --teacher BUNDLE, or set batching.packing: null": (
         "unit/build/test_blocks.py::test_blocks_need_an_online_teacher_that_reads_them"
     ),
     "which cannot read blocks of text: set batching.packing: null, or choose a decoder-only teacher": (
