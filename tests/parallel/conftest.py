@@ -16,10 +16,10 @@ def scenarios(name: str, directory: str) -> dict[str, Any]:
         "torch": ["against_torch", {"deepspeed": name}],
         "loss": ["guarded", {"deepspeed": name, "precision": "fp32", "fault": "loss"}],
         "gradient": ["guarded", {"deepspeed": name, "precision": "fp32", "fault": "gradient"}],
-        "resumed": ["resumed", {"deepspeed": name, "shards": directory}],
+        "resumed": ["resumed", {"deepspeed": name, "shards": directory, "half": 2}],
         "stable": ["stable_adamw", {"deepspeed": name}],
         "readings": ["readings", {"deepspeed": name}],
-        "stable_resumed": ["resumed", {"deepspeed": name, "shards": f"{directory}/stable", "kind": "stable_adamw"}],
+        "stable_resumed": ["resumed", {"deepspeed": name, "shards": f"{directory}/stable", "half": 2, "kind": "stable_adamw"}],
     }
 
 

@@ -49,7 +49,7 @@ def test_clipping_and_decay_groups_equal_torch(ranks: list[dict[str, Any]]) -> N
     for torch_loop in (rank["torch"] for rank in ranks):
         found, expected = zip(*torch_loop["norms"], strict=True)
         assert found == pytest.approx(expected, rel=1e-4)
-        assert min(expected[1:]) < 0.7 < max(expected), "the clip must matter, and not always"
+        assert min(expected[1:]) < 1.2 < max(expected), "the clip must matter, and not always"
         assert torch_loop["error"] < 1e-5
 
 
@@ -73,7 +73,7 @@ def test_a_fault_on_one_rank_stops_all_before_any_update(ranks: list[dict[str, A
 
 @pytest.mark.parametrize("scenario", ["resumed", "stable_resumed"])
 def test_resume_is_bit_exact(ranks: list[dict[str, Any]], scenario: str) -> None:
-    """Saved after three steps and continued by another engine: the same reports and the same weights."""
+    """Saved after two steps and continued by another engine: the same reports and the same weights."""
     for resumed in (rank[scenario] for rank in ranks):
         assert resumed["found"] == resumed["expected"]
         assert resumed["found_weights"] == resumed["expected_weights"]

@@ -7,9 +7,9 @@ import pytest
 from tests.parallel.launch import means, run_ranks
 from tests.parallel.test_equivalence import STAGES, assert_same_curve
 
-STABLE: dict[str, Any] = {"steps": 8, "optimizer": {"kind": "stable_adamw", "weight_decay": 0.1, "eps": 1e-6}}
-SENTENCES: dict[str, Any] = {"steps": 8, "objective": {"average": "sentences"}}
-R_DROP: dict[str, Any] = {"steps": 6, "dropout": 0.3, "objective": {"average": "sentences", "r_drop": {"alpha": 5.0}}}
+STABLE: dict[str, Any] = {"steps": 4, "optimizer": {"kind": "stable_adamw", "weight_decay": 0.1, "eps": 1e-6}}
+SENTENCES: dict[str, Any] = {"steps": 4, "objective": {"average": "sentences"}}
+R_DROP: dict[str, Any] = {"steps": 4, "dropout": 0.3, "objective": {"average": "sentences", "r_drop": {"alpha": 5.0}}}
 KINDS = [{**kind, "parts": 4, "deepspeed": name} for kind in (STABLE, SENTENCES, R_DROP) for name in STAGES]
 Curves = list[list[dict[str, Any]]]
 
