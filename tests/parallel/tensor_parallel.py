@@ -187,10 +187,10 @@ def _objective(section: Report, config: Any, engines: list[Any], store: Report |
     return build_distillation(parsed, signals, features=plans, seed=5), CrossEntropy(CrossEntropyConfig())
 
 
-def tensor_runs(mesh: Mesh, *, cases: list[Report], leg: Report, shards: str) -> Report:
+def tensor_runs(mesh: Mesh, *, cases: list[Report], leg: Report | None, shards: str) -> Report:
     """The reports of all cases, and those of a leg of a longer curve; see `_leg`."""
     load_deepspeed(mesh)
-    return {"cases": [_curve(**case) for case in cases], "leg": _leg(Path(shards), **leg)}
+    return {"cases": [_curve(**case) for case in cases], "leg": _leg(Path(shards), **leg) if leg else {}}
 
 
 def _leg(shards: Path, *, first: int, last: int, **options: Any) -> Report:

@@ -1,5 +1,7 @@
 """Tensor parallelism changes nothing: losses and norms, weights and generation of one process, by variant and objective."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,10 +44,10 @@ CASES: dict[str, dict[str, Any]] = {
     "on_policy": distillation("reverse_kl", **ON_POLICY),
     "bf16": {**PLAIN, "precision": "bf16"},
 }
-TWENTY_STEPS = {"plain", "rotary", "forward_kl", "bf16"}
-"""The others take 6: a rank that differs does so at the first update."""
-for name in CASES.keys() - TWENTY_STEPS:
-    CASES[name]["steps"] = 6
+LONGER = {"plain", "rotary", "forward_kl", "bf16"}
+"""They take 6 steps, and 20 in slow tests. The others take 4: a rank that differs does so at the first update."""
+for name in CASES.keys() - LONGER:
+    CASES[name]["steps"] = 4
 LEGS: list[dict[str, Any]] = [
     {"tensor": 2, "deepspeed": "zero1"},
     {"tensor": 1, "deepspeed": "zero0"},
@@ -61,10 +63,49 @@ FOUR = {
     "lora": (4, "zero1"),
 }
 """Tensor ranks and ZeRO stage of the cases on four ranks."""
+DATA_STAGES = ("zero1", "zero3")
+"""Of a decoder on data ranks. The other two are slow: `test_sequence_parallel.py` runs a decoder under all four."""
 BF16_ROUNDING = 2.0**-8
 """Half the distance of two neighbors, relative."""
 
 Results = dict[str, Any]
+
+
+def run(
+    world_size: int, directory: Path, cases: Mapping[str, Results], leg: Results | None = None, **others: list[Any]
+) -> Results:
+    """The cases on so many ranks, a list by rank, and a leg of a longer curve; others: further scenarios of the same launch."""
+    runs = ["tensor_runs", {"cases": list(cases.values()), "leg": leg, "shards": f"{directory}/shards"}]
+    reports = run_ranks("several", world_size, directory, scenarios={"runs": runs, **others}, timeout=600)
+    return {
+        "cases": [dict(zip(cases, report["runs"]["cases"], strict=True)) for report in reports],
+        "leg": reports[0]["runs"]["leg"],
+        **{name: [report[name] for report in reports] for name in others},
+    }
+
+
+def on_two(cases: Mapping[str, Results], data_stages: tuple[str, ...]) -> Results:
+    """The cases on two tensor ranks, and a decoder on two data ranks under each of the stages."""
+    stages = dict(zip(CASES, len(CASES) * STAGES, strict=False))
+    two = {name: {**case, "tensor": 2, "deepspeed": stages[name]} for name, case in cases.items()}
+    others: dict[str, Results] = {
+        "reverse_kl": {"teachers": ["sharded"]},
+        "rotary": {"checkpointing": "full"},
+        "r_drop": {"checkpointing": "selective"},
+        "alibi": {"tiles": 3},
+    }
+    two = {name: {**case, **others.get(name, {})} for name, case in two.items()}
+    data = {
+        f"data {stage}": {**cases["rotary"], "deepspeed": stage, "tiles": 3 if stage == "zero3" else 1} for stage in data_stages
+    }
+    return {**two, **data}
+
+
+def on_four(cases: Mapping[str, Results]) -> Results:
+    """Those of the cases that four ranks take."""
+    others: dict[str, Results] = {"forward_kl": {"teachers": ["sharded"]}}
+    layouts = {name: {"tensor": tensor, "deepspeed": stage} for name, (tensor, stage) in FOUR.items() if name in cases}
+    return {name: {**cases[name], **layout, **others.get(name, {})} for name, layout in layouts.items()}
 
 
 @pytest.fixture(scope="module")
@@ -72,31 +113,30 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Every case on two ranks and on one, some on four; the legs go through one checkpoint after another."""
     directory = tmp_path_factory.mktemp("tensor")
     model = {**ALL_LEGS, "model": "plain"}
-
-    def run(world_size: int, number: int, cases: dict[str, dict[str, Any]], **others: list[Any]) -> Results:
-        leg = {**model, **LEGS[number], "first": 2 * number, "last": 2 * number + 2}
-        runs = ["tensor_runs", {"cases": list(cases.values()), "leg": leg, "shards": f"{directory}/shards"}]
-        reports = run_ranks("several", world_size, directory, scenarios={"runs": runs, **others}, timeout=600)
-        return {
-            "cases": [dict(zip(cases, report["runs"]["cases"], strict=True)) for report in reports],
-            "leg": reports[0]["runs"]["leg"],
-            **{name: [report[name] for report in reports] for name in others},
-        }
-
-    two = {name: {**case, "tensor": 2, "deepspeed": STAGES[number % 4]} for number, (name, case) in enumerate(CASES.items())}
-    two["reverse_kl"]["teachers"] = ["sharded"]
-    two["rotary"]["checkpointing"], two["r_drop"]["checkpointing"] = "full", "selective"
-    two["alibi"]["tiles"] = 3
-    two |= {f"data {stage}": {**CASES["rotary"], "deepspeed": stage} for stage in STAGES}
-    two["data zero3"]["tiles"] = 3
-    four = {name: {**CASES[name], "tensor": tensor, "deepspeed": stage} for name, (tensor, stage) in FOUR.items()}
-    four["forward_kl"]["teachers"] = ["sharded"]
+    cases = {name: {"steps": 6, **case} for name, case in CASES.items()}
+    legs = [{**model, **leg, "first": 2 * number, "last": 2 * number + 2} for number, leg in enumerate(LEGS)]
     straight = {"straight": {**model, "steps": 6, "parts": 4}}
     others = {
         "collectives": ["tensor_collectives", {"tensor": 2}],
         "faults": ["tensor_faults", {"tensor": 2, "stages": ["zero0", "zero1", "zero3"]}],
     }
-    return {"two": run(2, 0, two, **others), "one": run(1, 1, {**CASES, **straight}), "four": run(4, 2, four)}
+    return {
+        "two": run(2, directory, on_two(cases, DATA_STAGES), legs[0], **others),
+        "one": run(1, directory, {**cases, **straight}, legs[1]),
+        "four": run(4, directory, on_four(cases), legs[2]),
+    }
+
+
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Twenty steps of some cases, and the decoder on data ranks under every stage."""
+    directory = tmp_path_factory.mktemp("longer")
+    cases = {name: {**CASES[name], "steps": 20} for name in CASES if name in LONGER}
+    return {
+        "two": run(2, directory, on_two(cases, STAGES)),
+        "one": run(1, directory, cases),
+        "four": run(4, directory, on_four(cases)),
+    }
 
 
 def assert_same(result: Results, expected: Results) -> None:
@@ -125,10 +165,22 @@ def test_two_tensor_ranks_equal_one_process(results: Results, name: str) -> None
         assert_same(rank[name], results["one"]["cases"][0][name])
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", DATA_STAGES)
 def test_two_data_ranks_of_a_decoder_equal_one_process(results: Results, stage: str) -> None:
     for rank in results["two"]["cases"]:
         assert_same(rank[f"data {stage}"], results["one"]["cases"][0]["rotary"])
+
+
+@pytest.mark.slow
+def test_twenty_steps_equal_one_process(longer: Results) -> None:
+    """On two and four ranks, and a decoder on data ranks under every stage."""
+    (single,) = longer["one"]["cases"]
+    for rank in (*longer["two"]["cases"], *longer["four"]["cases"]):
+        for name in rank.keys() - {"bf16"}:
+            assert_same(rank[name], single["rotary" if name.startswith("data ") else name])
+    assert {len(case["reports"]) for case in single.values()} == {20}
+    assert longer["two"]["cases"][0].keys() - single.keys() == {f"data {stage}" for stage in STAGES}
+    assert longer["four"]["cases"][0].keys() == {"rotary", "forward_kl"}
 
 
 @pytest.mark.parametrize(("ranks", "name"), [("two", "reverse_kl"), ("four", "forward_kl")])
@@ -139,8 +191,10 @@ def test_a_teacher_beside_tensor_ranks_is_sharded_over_all_ranks(results: Result
     assert max(held) < (1 / len(held) + 0.2) * whole, "small tensors, a fifth of this teacher, are whole on every rank"
 
 
-def test_bf16_moves_by_its_rounding(results: Results) -> None:
+@pytest.mark.parametrize("steps", ["results", pytest.param("longer", marks=pytest.mark.slow)])
+def test_bf16_moves_by_its_rounding(request: pytest.FixtureRequest, steps: str) -> None:
     """A sum over ranks rounds each part: once more for every logit, and so at most once for their mean; norms four times."""
+    results: Results = request.getfixturevalue(steps)
     (single,) = results["one"]["cases"]
     for rank in results["two"]["cases"]:
         for found, expected, full in zip(
