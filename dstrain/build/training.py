@@ -68,7 +68,7 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     reporting = usable_trackers(recipe.reporting) if mesh.world.rank == 0 else recipe.reporting
     prepare = partial(plan_training, recipe, options, replicas=mesh.replicas.size)
     plan = raise_on_all_ranks(mesh.world, TrainingError, "starting", prepare)
-    compiler = partial(require_compiler, recipe.engine.compile, mesh.device.type)
+    compiler = partial(require_compiler, _compiled(plan.recipe, mesh.device.type), mesh.device.type)
     raise_on_all_ranks(mesh.world, TrainingError, "finding a compiler", compiler)
     raise_on_all_ranks(mesh.world, TrainingError, "importing DeepSpeed", partial(import_deepspeed, mesh.device.type))
     require_agreement(mesh.world, plan.decisive(options))
@@ -76,6 +76,19 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
     choose = partial(kernels_by_name, recipe.engine.kernels.by_name, mesh.device.type, dtype)
     with raise_on_all_ranks(mesh.world, TrainingError, "choosing kernels", choose):
         return _train(plan, options, mesh, reporting)
+
+
+def _compiled(recipe: Recipe, device: str) -> dict[str, str]:
+    """The settings of `engine` whose code is compiled at run time, each with one that is not. "key = value" -> "key: value" """
+    mode, kernels = recipe.engine.compile, recipe.engine.kernels.by_name
+    compiled = {} if mode == "none" else {f"compile = {mode}": "compile: none"}
+    if device == "cuda":
+        written = {op: kernel for op, kernel in kernels.items() if kernel in {"triton", "liger"}}
+        compiled |= {f"kernels.{op} = {kernel}": f"kernels.{op}: auto" for op, kernel in written.items()}
+        packs_alibi = recipe.model.position.kind == "alibi" and recipe.packs("cuda") and recipe.model.attention_dropout == 0
+        if packs_alibi and kernels.get("packed_alibi_attention", "flex") == "flex":
+            compiled["kernels.packed_alibi_attention = flex"] = "kernels.packed_alibi_attention: padded_rows"
+    return compiled
 
 
 def _train(plan: TrainingPlan, options: TrainOptions, mesh: Mesh, reporting: ReportingConfig) -> int:

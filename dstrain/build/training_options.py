@@ -65,8 +65,8 @@ def check_training(recipe: Recipe, options: TrainOptions) -> None:
         )
     if recipe.batching.packing is not None and teachers.logits is not None:
         raise RecipeError(
-            "batching.packing makes examples of several lines, and --logits are of single ones: distill with --teacher BUNDLE, or "
-            "set batching.packing: null"
+            "batching.packing makes examples of several lines, and --logits are of single ones: distill with --teacher BUNDLE, "
+            "or set batching.packing: null"
         )
     check_accepted(options.accept_changes, recipe_tree(recipe))
     if recipe.adapter is not None and options.base is None:

@@ -213,7 +213,7 @@ class EngineConfig(Config):
     compile: Compiling = Field(
         default="none",
         description="What torch.compile makes faster in training: none; layers = all of a layer but its attention. The first two "
-        "micro-batches then take minutes, and layout: auto is packed.",
+        "micro-batches then take minutes, a resume is equal within rounding, and layout: auto is packed.",
     )
 
     @model_validator(mode="after")
@@ -231,6 +231,11 @@ class EngineConfig(Config):
             raise ValueError(
                 f"compile = layers makes one graph of what feed_forward_tiles = {self.feed_forward_tiles} cuts; choose "
                 "feed_forward_tiles: 1, or compile: none"
+            )
+        if self.kernels.norm == "liger":
+            raise ValueError(
+                "compile = layers makes one graph of a norm, which kernels.norm = liger cannot be part of; choose kernels.norm: "
+                "auto, or compile: none"
             )
         return self
 

@@ -15,23 +15,22 @@ from importlib import import_module
 from shutil import which
 from types import ModuleType
 
-from dstrain.config_base import Compiling
 from dstrain.errors import TrainingError
 from dstrain.log import logger
 from dstrain.parallel.mesh import Mesh
 
 _COMPILERS: Mapping[str, tuple[str, tuple[str, ...]]] = {"cpu": ("CXX", ("g++",)), "cuda": ("CC", ("gcc", "clang"))}
-"""Of a kind of device: the variable that names the compiler of what `torch.compile` writes, and those that are looked for."""
+"""Of a kind of device: the variable that names the compiler of what is written at run time, and those that are looked for."""
 
 
-def require_compiler(mode: Compiling, device: str) -> None:
-    """Raises TrainingError if there is none for this kind of device, unless `mode` is none."""
+def require_compiler(compiled: Mapping[str, str], device: str) -> None:
+    """Raises TrainingError if there is none for this kind of device. compiled: each setting that needs one -> one without."""
     variable, names = _COMPILERS[device]
     needed = [os.environ[variable]] if variable in os.environ else names
-    if mode != "none" and not any(map(which, needed)):
+    for setting, plain in compiled.items() if not any(map(which, needed)) else ():
         raise TrainingError(
-            f"engine.compile = {mode} needs a compiler, but {' or '.join(needed)} is not on the PATH; install it, set the "
-            f"variable {variable} to another one, or choose engine.compile: none"
+            f"engine.{setting} needs a compiler, but {' or '.join(needed)} is not on the PATH; install it, set the "
+            f"variable {variable} to another one, or choose engine.{plain}"
         )
 
 

@@ -39,7 +39,7 @@ def compile_layers(model: nn.Module, mode: Compiling, *, backend: str | Callable
 
 
 class _CompiledPart:
-    """Runs the plain part once: what is chosen or made at a first call, as kernels are, is then there for a graph to read."""
+    """Trains by the plain part once: what is chosen or made at a first call, as kernels are, is there for a graph to read."""
 
     def __init__(self, plain: Part, compiled: Part) -> None:
         self._plain = plain
@@ -47,5 +47,7 @@ class _CompiledPart:
         self._has_run = False
 
     def __call__(self, *args: Any) -> Any:
+        if not torch.is_grad_enabled():  # an evaluation chooses no kernel of dropout: it is no first run
+            return self._plain(*args)
         is_ready, self._has_run = self._has_run, True
-        return (self._compiled if is_ready and torch.is_grad_enabled() else self._plain)(*args)
+        return (self._compiled if is_ready else self._plain)(*args)

@@ -1,7 +1,7 @@
 """Files of consecutive rows, mapped when they are touched.
 
 The manifest says which rows are in which shard, so none is opened to find a row. What has been touched stays mapped, up to
-`MAX_OPEN_SHARDS`; a mapped shard needs no open file. One that was touched longest ago is dropped, and mapped again in 0.2 ms
+`max_open`; a mapped shard needs no open file. One that was touched longest ago is dropped, and mapped again in 0.2 to 0.4 ms
 if it is needed again: an order that stays near the shards (`batching.shuffle`) rarely needs that.
 
 At the first touch the SHA-256 of a shard is checked: of few small ones already at the start. So work on a small set does not
@@ -28,17 +28,25 @@ Shard = TypeVar("Shard")
 
 
 class MappedShards(Generic[Shard]):
-    """Looks rows up. files: where the shards lie. records, rows: of each shard. read: number and path -> what is mapped."""
+    """Looks rows up. files: where the shards lie. records, rows: of each shard. read: number and path -> what is mapped.
+    max_open: shards that stay mapped.
+    """
 
     def __init__(
-        self, files: ListedFiles, records: Sequence[FileRecord], rows: Iterable[int], read: Callable[[int, Path], Shard]
+        self,
+        files: ListedFiles,
+        records: Sequence[FileRecord],
+        rows: Iterable[int],
+        read: Callable[[int, Path], Shard],
+        *,
+        max_open: int = MAX_OPEN_SHARDS,
     ) -> None:
         self.starts = [0, *accumulate(rows)]
         """(shards + 1,) rows before each shard, and all."""
         self._files = files
         self._records = records
         self._read = read
-        self._open = lru_cache(MAX_OPEN_SHARDS)(self._map)
+        self._open = lru_cache(max_open)(self._map)
 
     def __len__(self) -> int:
         return len(self._records)

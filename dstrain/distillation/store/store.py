@@ -2,7 +2,8 @@
 
 Signals are looked up by (row of the data, position), so batch size, order, packing and the number of ranks may be any. Shards are
 mapped when a batch first needs them (`storage/mapped_shards.py`), and all ranks of a node share the pages; a batch costs a few
-slices a row and one pass over its values, about a millisecond for 260 sentences.
+slices a row and one pass over its values, about a millisecond for 260 sentences. The first batches of a large store, in an order
+over all of it, cost more: each shard is read and checked as a whole when it is touched first.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from dstrain.storage.listed_files import ListedFiles
 from dstrain.storage.mapped_shards import MappedShards
 from dstrain.wire import sent
 
+MAX_MAPPED_SHARDS = 1 << 14
+"""An order over all of a store touches them all the time. Each is a mapping of the process, of which Linux allows 65,530."""
 _REMEDY = "dump this shard again with the same command, then merge"
 
 
@@ -46,7 +49,8 @@ class LogitStore:
         self._renormalize = renormalize
         self._codec: Codec = build_codec(manifest.job.method, manifest.job.vocab_size)
         rows = [shard.rows for shard in manifest.shards]
-        self._shards = MappedShards(ListedFiles(directory, remedy=_REMEDY), manifest.files, rows, self._map)
+        files = ListedFiles(directory, remedy=_REMEDY)
+        self._shards = MappedShards(files, manifest.files, rows, self._map, max_open=MAX_MAPPED_SHARDS)
 
     @property
     def temperature(self) -> float:

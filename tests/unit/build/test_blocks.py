@@ -108,7 +108,7 @@ def test_blocks_need_an_online_teacher_that_reads_them(text: Text, tmp_path: Pat
     def options(**teachers: object) -> TrainOptions:
         return TrainOptions(data=text.data, output=tmp_path / "run", teachers=TeacherOptions(**teachers), device="cpu")
 
-    message = r"^batching\.packing makes examples of several lines, and --logits are of single ones: distill with --teacher BUNDLE"
+    message = r"^batching\.packing makes examples of several lines, and --logits are of single ones: distill with --teacher"
     with pytest.raises(RecipeError, match=message):
         check_training(recipe, options(logits=tmp_path / "logits"))
     stack = {"depth": 1, "num_heads": 2, "ffn_dim": 8}

@@ -332,13 +332,13 @@ def precision(name: str) -> Call:
     return lambda: require_precision(deepspeed, name, build_mesh("cpu"))  # type: ignore[arg-type]
 
 
-def compiling(mode: Any, compiler: str) -> Call:
+def compiling(compiled: dict[str, str], compiler: str) -> Call:
     """With the variable that names it."""
 
     def check() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("CXX", compiler)
-            require_compiler(mode, "cpu")
+            require_compiler(compiled, "cpu")
 
     return check
 
@@ -651,11 +651,11 @@ CASES = {
         "engine.precision = {} is not supported by this {}; use {}", precision("fp16"), precision("fp32"), precision("bf16")
     ),
     "a compiler that is not there": case(
-        "engine.compile = {} needs a compiler, but {} is not on the PATH; install it, set the variable {} to another one, or "
-        "choose engine.compile: none",
-        compiling("layers", "no-such-compiler"),
-        compiling("layers", "sh"),
-        compiling("none", "no-such-compiler"),
+        "engine.{} needs a compiler, but {} is not on the PATH; install it, set the variable {} to another one, or choose "
+        "engine.{}",
+        compiling({"compile = layers": "compile: none"}, "no-such-compiler"),
+        compiling({"compile = layers": "compile: none"}, "sh"),
+        compiling({}, "no-such-compiler"),
     ),
     "a directory that cannot be made": case(
         "choose a directory that can be written", resumed(output="/proc/nowhere/run"), resumed(output="afresh")

@@ -48,6 +48,12 @@ RECIPES = [
         ("engine.compile=layers", "engine.layout=auto"),
     ),
     wrong(
+        "which kernels.norm = liger cannot be part of; choose kernels.norm: auto, or compile: none",
+        ("engine.compile=layers", "engine.kernels.norm=liger"),
+        ("engine.compile=layers", "engine.kernels.norm=auto"),
+        ("engine.compile=none", "engine.kernels.norm=liger"),
+    ),
+    wrong(
         "choose activation_checkpointing: none, or compile: none",
         ("engine.compile=layers", "engine.activation_checkpointing=selective"),
         ("engine.compile=layers", "engine.activation_checkpointing=none"),
