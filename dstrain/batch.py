@@ -230,6 +230,8 @@ class Batch:
     corpora: CorpusTargets | None = None
     _copy: PinnedTensors | None = field(default=None, init=False, repr=False, compare=False)
     """Of its tensors. Not of `init`: `dataclasses.replace` drops it, so that no changed batch has the copy of another one."""
+    _share: tuple[int, int, Batch] | None = field(default=None, init=False, repr=False, compare=False)
+    """rank, size and the share of it that has such a copy."""
 
     @property
     def kind(self) -> ModelKind:
@@ -263,6 +265,8 @@ class Batch:
         """What one of `size` sequence ranks computes: its part of the packed tokens, and the targets that they predict."""
         if size == 1:
             return self
+        if self._share is not None and self._share[:2] == (rank, size):
+            return self._share[2]
         target, other = self.target.share(rank, size), self.other
         count = len(target.tokens)
         bounds = torch.tensor([rank, rank + 1]) * count
@@ -294,10 +298,13 @@ class Batch:
         arrived = iter((self._copy or self._pinned_tensors()).to(device))
         return self.moved(lambda _: next(arrived))
 
-    def pinned(self) -> Batch:
-        """The same batch with a copy from which `to` a GPU is launched at once. Taking such memory may wait for the GPU."""
+    def pinned(self, rank: int = 0, size: int = 1) -> Batch:
+        """The same batch with a copy, of its `share`, from which `to` a GPU is launched at once. It may wait for the GPU."""
         batch = replace(self)
-        object.__setattr__(batch, "_copy", self._pinned_tensors())
+        own = batch if size == 1 else self.share(rank, size)  # of self: no cycle holds the memory
+        object.__setattr__(own, "_copy", own._pinned_tensors())
+        if size > 1:
+            object.__setattr__(batch, "_share", (rank, size, own))
         return batch
 
     def _pinned_tensors(self) -> PinnedTensors:

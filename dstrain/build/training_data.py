@@ -145,6 +145,8 @@ class TrainingData:
             data_size=mesh.data.size,
             start=(epoch, index),
             device=mesh.device if mesh.device.type == "cuda" else None,
+            sequence_rank=mesh.sequence.rank,
+            sequence_size=mesh.sequence.size,
         )
 
     def valid_batches(self, recipe: Recipe, mesh: Mesh) -> Iterator[Batch]:

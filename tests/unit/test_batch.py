@@ -82,6 +82,22 @@ def test_a_batch_made_from_a_pinned_one_has_a_copy_of_its_own() -> None:
             assert torch.equal(arrived, made.target.tokens)
 
 
+def test_of_a_pinned_batch_a_sequence_rank_sends_the_copy_of_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = collate([([5, 2], [6, 7, 2]), ([9, 8, 2], [2])], packed=PackedSize(4))
+    expected = tensors_of(batch.share(1, 2))
+    with PretendedGpu() as gpu:
+        pinned = batch.pinned(1, 2)
+        for name in ("zeros", "empty"):
+            monkeypatch.setattr(torch, name, None)  # no pinned memory is taken while a step runs
+        moved = pinned.share(1, 2).to(GPU)
+        monkeypatch.undo()
+        assert gpu.copied == [bytes_of(expected)]
+        arrived = [tensor.cpu() for tensor in tensors_of(moved)]
+        other = pinned.share(0, 2).to(GPU).target.tokens.cpu()
+    assert all(torch.equal(found, before) for found, before in zip(arrived, expected, strict=True))
+    assert torch.equal(other, batch.share(0, 2).target.tokens)
+
+
 def test_extreme_and_empty_tensors_arrive_as_they_were() -> None:
     edges = [2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**63 - 1]
     tensors = [torch.tensor([value]) for value in edges] + [torch.tensor([]), torch.zeros(0, 3, dtype=torch.int64)]

@@ -54,7 +54,8 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
     """The steps of a plan from `start` = (epoch, step in the epoch) on, each with this rank's micro-batches, without end.
 
     data_rank, data_size: this rank among those that share out the examples; all get equally many micro-batches for a step.
-    device: the GPU that they go to: they are then in pinned memory. Close it, or use it as a context manager.
+    device: the GPU that they go to: they, or the share of this sequence rank, are then in pinned memory. Close it, or use it as a
+    context manager.
     """
 
     def __init__(
@@ -68,6 +69,8 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
         start: tuple[int, int] = (0, 0),
         prefetch: int = 8,
         device: torch.device | None = None,
+        sequence_rank: int = 0,
+        sequence_size: int = 1,
     ) -> None:
         def steps() -> Iterator[tuple[PlannedStep, list[Batch]]]:
             if device is not None:
@@ -84,7 +87,7 @@ class TrainLoader(Prefetcher[tuple[PlannedStep, list[Batch]]]):
                         packed=collator.packed is not None,
                     )
                     batches = [collator(examples.read(epoch, group), group) for group in groups[data_rank::data_size]]
-                    yield step, batches if device is None else [batch.pinned() for batch in batches]
+                    yield step, batches if device is None else [batch.pinned(sequence_rank, sequence_size) for batch in batches]
 
         super().__init__(steps(), prefetch)
 

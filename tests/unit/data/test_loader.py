@@ -68,14 +68,15 @@ def read(
 def test_batches_for_a_gpu_are_pinned_by_the_thread_that_makes_them(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, str]] = []
 
-    def pinned(batch: Batch) -> Batch:
+    def pinned(batch: Batch, rank: int, size: int) -> Batch:
+        assert (rank, size) == (1, 2)
         calls.append(("pinned", threading.current_thread().name))
         return batch
 
     monkeypatch.setattr(Batch, "pinned", pinned)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append((str(device), threading.current_thread().name)))
     corpus = Corpus(20)
-    with TrainLoader(corpus, corpus.plan(), COLLATOR, device=torch.device("cuda", 3)) as steps:
+    with TrainLoader(corpus, corpus.plan(), COLLATOR, device=torch.device("cuda", 3), sequence_rank=1, sequence_size=2) as steps:
         next(steps)
     assert calls[0][0] == "cuda:3", "before the first pinned memory, which else is that of GPU 0"
     assert calls[1][0] == "pinned"
