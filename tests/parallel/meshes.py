@@ -50,8 +50,8 @@ def _mesh(mesh: Mesh) -> Report:
     names = ("world", "data", "sequence", "tensor", "replicas")
     return {
         "groups": {name: _collectives(getattr(mesh, name), mesh.world.rank) for name in names},
-        "gradients": _gradients(mesh.tensor),
-        "exchanged": _exchanged(mesh.sequence),
+        "gradients": _gradients(mesh.tensor) if mesh.tensor.size > 1 else {},
+        "exchanged": _exchanged(mesh.sequence) if mesh.sequence.size > 1 else {},
         "updated": _updated(mesh),
     }
 

@@ -4,13 +4,12 @@ from typing import Any
 
 import pytest
 
-from tests.parallel.launch import run_ranks
-from tests.parallel.test_tensor_parallel import CASES, STAGES, Results, assert_same
+from tests.parallel.test_tensor_parallel import CASES, STAGES, Results, assert_same, run
 
 pytestmark = pytest.mark.timeout(900)
 SHORT = {"steps": 4, "parts": 2}
 REFERENCES: dict[str, dict[str, Any]] = {
-    **{name: {**CASES[name], "steps": 20, "parts": 1} for name in ("plain", "rotary")},
+    **{name: {**CASES[name], "steps": 6, "parts": 1} for name in ("plain", "rotary")},
     **{
         name: {**CASES[name], **SHORT}
         for name in ("alibi", "untied", "r_drop", "lora", "forward_kl", "reverse_kl", "log_probs", "top_k", "on_policy")
@@ -18,7 +17,8 @@ REFERENCES: dict[str, dict[str, Any]] = {
 }
 """On one process, with padded sequences. Dropout, where there is any, is everywhere."""
 TWO: dict[str, dict[str, Any]] = {
-    **{f"{name} {stage}": {"of": name, "sequence": 2, "deepspeed": stage} for name in ("plain", "rotary") for stage in STAGES},
+    **{f"rotary {stage}": {"of": "rotary", "sequence": 2, "deepspeed": stage} for stage in STAGES},
+    **{f"plain {stage}": {"of": "plain", "sequence": 2, "deepspeed": stage} for stage in ("zero1", "zero3")},
     **{name: {"of": name, "sequence": 2} for name in REFERENCES if name not in {"plain", "rotary"}},
 }
 TWO["reverse_kl"] |= {"teachers": ["sharded"], "checkpointing": "selective"}
@@ -34,6 +34,11 @@ FOUR: dict[str, dict[str, Any]] = {
     "features t2 s2": {"of": "reverse_kl", "tensor": 2, "sequence": 2, "teachers": ["sharded"]},
 }
 """Each is the case `of` one process on other ranks."""
+LONGER_TWO = {
+    f"{name} {stage}": {"of": name, "sequence": 2, "deepspeed": stage} for name in ("plain", "rotary") for stage in STAGES
+}
+LONGER_FOUR = {name: case for name, case in FOUR.items() if case["of"] in {"plain", "rotary"}}
+"""In slow tests for 20 steps."""
 LEGS: list[dict[str, Any]] = [
     {"sequence": 2, "deepspeed": "zero1"},
     {"deepspeed": "zero0"},
@@ -46,30 +51,32 @@ LEGS: list[dict[str, Any]] = [
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Every case; the legs go through one checkpoint after another."""
     directory = tmp_path_factory.mktemp("sequence")
-
-    def run(world_size: int, number: int, cases: dict[str, dict[str, Any]], **others: list[Any]) -> Results:
-        leg = {**CASES["plain"], **LEGS[number], "first": 2 * number, "last": 2 * number + 2}
-        leg.pop("parts")
-        runs = [
-            "tensor_runs",
-            {"cases": [_options(case) for case in cases.values()], "leg": leg, "shards": f"{directory}/shards"},
-        ]
-        reports = run_ranks("several", world_size, directory, scenarios={"runs": runs, **others}, timeout=600)
-        return {
-            "cases": [dict(zip(cases, report["runs"]["cases"], strict=True)) for report in reports],
-            "leg": reports[0]["runs"]["leg"],
-            **{name: [report[name] for report in reports] for name in others},
-        }
-
-    two = run(2, 0, TWO, collectives=["sequence_collectives", {"sequence": 2}])
+    model = {name: value for name, value in CASES["plain"].items() if name != "parts"}
+    legs = [{**model, **leg, "first": 2 * number, "last": 2 * number + 2} for number, leg in enumerate(LEGS)]
     straight = {"straight": {**CASES["plain"], "steps": 6, "parts": 4}}
-    return {"two": two, "one": run(1, 1, {**REFERENCES, **straight}), "four": run(4, 2, FOUR)}
+    return {
+        "two": run(2, directory, _options(TWO), legs[0], collectives=["sequence_collectives", {"sequence": 2}]),
+        "one": run(1, directory, {**REFERENCES, **straight}, legs[1]),
+        "four": run(4, directory, _options(FOUR), legs[2]),
+    }
 
 
-def _options(case: dict[str, Any]) -> dict[str, Any]:
-    """Of a case that may be one of the references on other ranks."""
-    merged = {**REFERENCES.get(case.get("of", ""), {}), **case}
-    return {name: value for name, value in merged.items() if name != "of"}
+@pytest.fixture(scope="module")
+def longer(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Twenty steps: of both kinds of model under every stage on two ranks, and on four."""
+    directory = tmp_path_factory.mktemp("longer")
+    references = {name: {**REFERENCES[name], "steps": 20} for name in ("plain", "rotary")}
+    return {
+        "two": run(2, directory, _options(LONGER_TWO, steps=20)),
+        "one": run(1, directory, references),
+        "four": run(4, directory, _options(LONGER_FOUR, steps=20)),
+    }
+
+
+def _options(cases: dict[str, dict[str, Any]], **changes: Any) -> dict[str, dict[str, Any]]:
+    """Of cases that may be references on other ranks."""
+    merged = {name: {**REFERENCES[case["of"]], **case, **changes} for name, case in cases.items()}
+    return {name: {key: value for key, value in case.items() if key != "of"} for name, case in merged.items()}
 
 
 @pytest.mark.parametrize("name", TWO)
@@ -82,6 +89,16 @@ def test_two_ranks_equal_one_process(results: Results, name: str) -> None:
 def test_four_ranks_equal_one_process(results: Results, name: str) -> None:
     for rank in results["four"]["cases"]:
         assert_same(rank[name], results["one"]["cases"][0][FOUR[name]["of"]])
+
+
+@pytest.mark.slow
+def test_twenty_steps_equal_one_process(longer: Results) -> None:
+    (single,) = longer["one"]["cases"]
+    for ranks, cases in (("two", LONGER_TWO), ("four", LONGER_FOUR)):
+        for rank in longer[ranks]["cases"]:
+            for name, case in cases.items():
+                assert_same(rank[name], single[case["of"]])
+    assert {len(case["reports"]) for case in single.values()} == {20}
 
 
 def test_a_curve_goes_on_with_other_numbers_of_sequence_and_tensor_ranks(results: Results) -> None:

@@ -29,6 +29,6 @@ def _curve(mesh: Mesh, seed: int, stage: str, steps: int) -> list[list[float]]:
     model = build_model(variant(seed), VOCABULARY, seed=1)
     objective: Any = build_cross_entropy(CrossEntropyConfig(chunk_tokens=16))
     engine = build_engine(mesh, TrainModule(model, objective), deepspeed=stage)
-    reports = [engine.train_step(*share(step, mesh, 4, model.kind)) for step in range(steps)]
+    reports = [engine.train_step(*share(step, mesh, 2, model.kind)) for step in range(steps)]
     engine.close()
     return [[report.loss, report.grad_norm] for report in reports]
