@@ -95,6 +95,13 @@ def load_deepspeed(mesh: Mesh, *, talkative: bool = False) -> ModuleType:
     return deepspeed
 
 
+def accept_optimizer(deepspeed: ModuleType, optimizer: object) -> None:
+    """Let DeepSpeed know a class as one that its ZeRO takes, as it does that of torch's Adam: it warns of others."""
+    known = deepspeed.runtime.zero.utils.ZERO_SUPPORTED_OPTIMIZERS
+    if type(optimizer) not in known:
+        known.append(type(optimizer))
+
+
 @contextmanager
 def partitioning_optimizer(deepspeed: ModuleType) -> Iterator[None]:
     """Inside, DeepSpeed takes its partitioning optimizer for every engine of stage 1.

@@ -22,7 +22,7 @@ from dstrain.engine.config import EmaConfig, EngineConfig, OptimizerConfig, Sche
 from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, partition, size_of
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.ema import MovingAverage
-from dstrain.engine.launch import load_deepspeed, partitioning_optimizer, require_precision
+from dstrain.engine.launch import accept_optimizer, load_deepspeed, partitioning_optimizer, require_precision
 from dstrain.engine.loss_totals import LossReducer, LossTotals, StepReport, Total
 from dstrain.engine.master_weights import (
     MOMENTS,
@@ -112,6 +112,7 @@ class TrainEngine:
         self._deepspeed = load_deepspeed(mesh, talkative=_profiles(config))
         require_precision(self._deepspeed, engine.precision, mesh)
         built = build_optimizer(module, optimizer)  # before ZeRO-3 flattens parameters: it groups them by their dimensions
+        accept_optimizer(self._deepspeed, built)
         values, dtype = ParameterValues(module, self._model, weights), COMPUTE_DTYPES[engine.precision]
         if self.stage == 3:
             partition(self._deepspeed, module, values, config, mpu=mesh.mpu, device=mesh.device, dtype=dtype)

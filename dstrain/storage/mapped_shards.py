@@ -29,7 +29,7 @@ Shard = TypeVar("Shard")
 
 class MappedShards(Generic[Shard]):
     """Looks rows up. files: where the shards lie. records, rows: of each shard. read: number and path -> what is mapped.
-    max_open: shards that stay mapped.
+    max_open: shards that stay mapped, None for `MAX_OPEN_SHARDS`.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class MappedShards(Generic[Shard]):
         rows: Iterable[int],
         read: Callable[[int, Path], Shard],
         *,
-        max_open: int = MAX_OPEN_SHARDS,
+        max_open: int | None = None,
     ) -> None:
         self.starts = [0, *accumulate(rows)]
         """(shards + 1,) rows before each shard, and all."""
         self._files = files
         self._records = records
         self._read = read
-        self._open = lru_cache(max_open)(self._map)
+        self._open = lru_cache(max_open or MAX_OPEN_SHARDS)(self._map)
 
     def __len__(self) -> int:
         return len(self._records)

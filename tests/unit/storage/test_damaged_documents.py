@@ -39,6 +39,7 @@ from tests.paths import ROOT
 from tests.unit.cli.verbs import Verbs
 from tests.unit.distillation.toy_store import prepared, stored, teacher_for
 from tests.unit.storage.test_parsing import billion_laughs
+from tests.unit.storage.yardstick import longest_reading
 from tests.unit.training.fakes import ONE_PROCESS
 
 RECIPE: dict[str, Any] = {"version": 1, "training": {"seed": 1}}
@@ -160,10 +161,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 def fails(kind: Kind, root: Path, message: str) -> str:
-    start = time.process_time()
+    limit, start = longest_reading(), time.process_time()
     with pytest.raises(DstrainError, match=message) as caught:
         kind.read(root)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < limit
     text = str(caught.value)
     assert Path(kind.file).name in text
     assert "; " in text, "a remedy"
@@ -310,10 +311,10 @@ def test_a_damaged_sidecar_means_that_its_shard_is_done_again(damage: str, root:
 def test_a_damaged_manifest_of_a_checkpoint_is_one_message(damage: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     DAMAGES[damage][0](tmp_path / "manifest.json")
-    start = time.process_time()
+    limit, start = longest_reading(), time.process_time()
     with pytest.raises(CheckpointError, match=r"manifest\.json .*; use another checkpoint"):
         read_manifest(tmp_path)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < limit
 
 
 HOSTILE = {
@@ -331,10 +332,10 @@ def test_a_hostile_document_of_a_checkpoint_costs_little(
     path = tmp_path / name
     path.write_text(HOSTILE[text])
     at = tmp_path if name == "manifest.json" else path
-    start = time.process_time()
+    limit, start = longest_reading(), time.process_time()
     with pytest.raises(CheckpointError, match=name):
         read(at)
-    assert time.process_time() - start < 1
+    assert time.process_time() - start < limit
     tracemalloc.start()
     try:
         with pytest.raises(CheckpointError):
