@@ -35,7 +35,7 @@ from dstrain.models.weights import parameter_layouts
 from dstrain.objectives.cross_entropy import CrossEntropy
 from dstrain.objectives.objective import Objective
 from dstrain.objectives.train_module import TrainModule
-from dstrain.ops.kernels import kernels_by_name, kernels_in_use
+from dstrain.ops.kernels import PACKED_ALIBI_ATTENTION, compiled_kernels, kernels_by_name, kernels_in_use
 from dstrain.parallel.errors import raise_on_all_ranks
 from dstrain.parallel.mesh import Mesh, build_mesh, finalize
 from dstrain.recipe import Recipe
@@ -80,14 +80,13 @@ def train(recipe: Recipe, options: TrainOptions) -> int:
 
 def _compiled(recipe: Recipe, device: str) -> dict[str, str]:
     """The settings of `engine` whose code is compiled at run time, each with one that is not. "key = value" -> "key: value" """
-    mode, kernels = recipe.engine.compile, recipe.engine.kernels.by_name
+    mode, model = recipe.engine.compile, recipe.model
     compiled = {} if mode == "none" else {f"compile = {mode}": "compile: none"}
-    if device == "cuda":
-        written = {op: kernel for op, kernel in kernels.items() if kernel in {"triton", "liger"}}
-        compiled |= {f"kernels.{op} = {kernel}": f"kernels.{op}: auto" for op, kernel in written.items()}
-        packs_alibi = recipe.model.position.kind == "alibi" and recipe.packs("cuda") and recipe.model.attention_dropout == 0
-        if packs_alibi and kernels.get("packed_alibi_attention", "flex") == "flex":
-            compiled["kernels.packed_alibi_attention = flex"] = "kernels.packed_alibi_attention: padded_rows"
+    if device == "cuda":  # a CPU runs kernels of Triton by its interpreter
+        packs_alibi = model.position.kind == "alibi" and recipe.packs("cuda") and model.attention_dropout == 0
+        unasked = [PACKED_ALIBI_ATTENTION.name] if packs_alibi else []
+        kernels = compiled_kernels(recipe.engine.kernels.by_name, unasked, device, COMPUTE_DTYPES[recipe.engine.precision])
+        compiled |= {f"kernels.{kernel}": f"kernels.{plain}" for kernel, plain in kernels.items()}
     return compiled
 
 

@@ -43,6 +43,7 @@ class Kernel(Generic[Function]):
 
     device_type, dtypes: those it is for, None for all. max_size: the largest problem it is for, in the op's unit, None for all.
     package: that must be installed. on_request: only a recipe that names it gets it, as nothing shows yet that it is faster.
+    compiled: at run time, by a compiler of the machine.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Kernel(Generic[Function]):
     max_size: int | None = None
     package: str | None = None
     on_request: bool = False
+    compiled: bool = False
 
     def problem(self, device_type: str, dtype: torch.dtype) -> str | None:
         """Why it cannot run there; None if it can."""

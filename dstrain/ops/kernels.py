@@ -7,7 +7,7 @@ op's reference. `dstrain doctor` prints the table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -110,7 +110,7 @@ PACKED_ATTENTION: Op[PackedAttention] = Op(
 """Attention of packed sequences, without ALiBi and dropout."""
 
 PACKED_ALIBI_ATTENTION: Op[PackedAttention] = Op(
-    "packed_alibi_attention", [Kernel("flex", flex, "cuda"), Kernel("padded_rows", padded_rows)]
+    "packed_alibi_attention", [Kernel("flex", flex, "cuda", compiled=True), Kernel("padded_rows", padded_rows)]
 )
 """Attention of packed sequences with ALiBi, without dropout."""
 
@@ -126,12 +126,14 @@ def _triton(function: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, tor
     """A kernel of `ops/triton/`. function: MODULE.NAME."""
     module, _, name = function.partition(".")
     deferred = Deferred(f"dstrain.ops.triton.{module}", name)
-    return Kernel("triton", deferred, "cuda", dtypes, package="triton", on_request=True)
+    return Kernel("triton", deferred, "cuda", dtypes, package="triton", on_request=True, compiled=True)
 
 
 def _liger(name: str, dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)) -> Kernel[Any]:
     """One of `ops/liger.py`, which calls the package Liger."""
-    return Kernel("liger", Deferred("dstrain.ops.liger", name), "cuda", dtypes, package="liger_kernel", on_request=True)
+    return Kernel(
+        "liger", Deferred("dstrain.ops.liger", name), "cuda", dtypes, package="liger_kernel", on_request=True, compiled=True
+    )
 
 
 DROPOUT: Op[Callable[[Tensor, CountedMask, Tensor | None], Tensor]] = Op(
@@ -246,6 +248,22 @@ def _forced(names: Mapping[str, str]) -> Iterator[None]:
         for name, kernel in names.items():
             stack.enter_context(OPS[name].forced(kernel))
         yield
+
+
+def compiled_kernels(names: Mapping[str, str], unasked: Iterable[str], device_type: str, dtype: torch.dtype) -> dict[str, str]:
+    """Those that are compiled at run time, each with one that is not: "op = kernel" -> "op: kernel".
+
+    names: what a recipe names, op -> kernel. unasked: ops of which the chosen kernel counts too. dtype: of the model's computation.
+    """
+    chosen = {op: next(name for name, state in OPS[op].states(device_type, dtype).items() if state.is_chosen) for op in unasked}
+    compiled = {}
+    for op, name in {**chosen, **names}.items():
+        if any(kernel.compiled for kernel in OPS[op].kernels if kernel.name == name):
+            plain = (kernel.name for kernel in OPS[op].kernels if not kernel.compiled)
+            compiled[f"{op} = {name}"] = (
+                f"{op}: {next(each for each in plain if OPS[op].problem(each, device_type, dtype) is None)}"
+            )
+    return compiled
 
 
 def kernel_names(op: str) -> list[str]:

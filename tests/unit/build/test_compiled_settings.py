@@ -14,8 +14,8 @@ ALIBI = "model.position={kind: alibi}"
     [
         ([], {}),
         (["engine.compile=layers"], {"compile = layers": "compile: none"}),
-        (["engine.kernels.norm=triton"], {"kernels.norm = triton": "kernels.norm: auto"}),
-        (["engine.kernels.cross_entropy=liger"], {"kernels.cross_entropy = liger": "kernels.cross_entropy: auto"}),
+        (["engine.kernels.norm=triton"], {"kernels.norm = triton": "kernels.norm: torch"}),
+        (["engine.kernels.cross_entropy=liger"], {"kernels.cross_entropy = liger": "kernels.cross_entropy: torch"}),
         ([ALIBI], FLEX),
         ([ALIBI, "engine.layout=padded"], {}),
         ([ALIBI, "model.attention_dropout=0.1"], {}),
