@@ -253,7 +253,7 @@ def _forced(names: Mapping[str, str]) -> Iterator[None]:
 def compiled_kernels(names: Mapping[str, str], unasked: Iterable[str], device_type: str, dtype: torch.dtype) -> dict[str, str]:
     """Those that are compiled at run time, each with one that is not: "op = kernel" -> "op: kernel".
 
-    names: what a recipe names, op -> kernel. unasked: ops of which the chosen kernel counts too. dtype: of the model's computation.
+    names: what a recipe names, op -> kernel. unasked: ops of which the chosen kernel counts too. dtype: of the computation.
     """
     chosen = {op: next(name for name, state in OPS[op].states(device_type, dtype).items() if state.is_chosen) for op in unasked}
     compiled = {}
