@@ -144,8 +144,8 @@ class KernelsConfig(Config):
     decoding_attention: Literal["auto", "decoding_products", "scaled_dot_product_attention"] = Field(
         default="auto", description="Of the steps of generation, in validation and of an on-policy student."
     )
-    fixed_linear: Literal["auto", "linear", "packed_linear"] = Field(
-        default="auto", description="Of the linear maps of these steps; packed_linear keeps a second copy of their weights."
+    fixed_linear: Literal["auto", "linear", "transposed_linear", "packed_linear"] = Field(
+        default="auto", description="Of the linear maps of these steps; all but linear keep a second copy of their weights."
     )
     packed_attention: Literal["auto", "varlen", "padded_rows"] = Field(
         default="auto", description="Of attention of packed sequences without ALiBi; with dropout it is padded_rows."

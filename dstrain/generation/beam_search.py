@@ -181,8 +181,11 @@ class _Beams:
         self.constraints.apply(log_probs, self.tokens.flatten(0, 1))
         candidates = self.pruning.candidates(log_probs, self.totals)
         ended = (candidates.tokens == self.eos_id) & (candidates.totals > -torch.inf)
-        self._finish(candidates, ended)
-        chosen = self.pruning.survivors(candidates, ended)
+        if bool(ended.any()):
+            self._finish(candidates, ended)
+            chosen = self.pruning.survivors(candidates, ended)
+        else:
+            chosen = Candidates(*(x[:, : self.config.beam_size] for x in candidates))
         done = self.constraints.at_end(self.history.shape[2]) | (chosen.totals == -torch.inf).all(1)
         if self.some_finished:
             done |= self.finished.is_full(self.sentences)
@@ -198,8 +201,6 @@ class _Beams:
     def _finish(self, candidates: Candidates, ended: Tensor) -> None:
         """Put away the hypotheses that end among the first K candidates."""
         beam_size = self.finished.capacity
-        if not bool(ended.any()):
-            return
         self.some_finished = True
         first = Candidates(*(x[:, :beam_size] for x in candidates))
         tokens = torch.cat([_pick(self.tokens, first.parents)[:, :, 1:], first.tokens[:, :, None]], 2)

@@ -6,6 +6,8 @@ sentence together. With five hypotheses this takes a CPU a quarter of the time o
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,8 +41,7 @@ def best_continuations(log_probs: Tensor, totals: Tensor, k: int) -> tuple[Tenso
     num_blocks = peaks.shape[2]
     best = peaks.flatten(1).topk(min(k, beam_size * num_blocks), dim=1, sorted=False).indices  # (b, k)
     parents = best // num_blocks
-    in_block = torch.arange(TOP_K_BLOCK, device=best.device)
-    tokens = (best % num_blocks)[:, :, None] * TOP_K_BLOCK + in_block  # (b, k, 64)
+    tokens = (best % num_blocks)[:, :, None] * TOP_K_BLOCK + _in_block(best.device)  # (b, k, 64)
     beyond = None
     if width % TOP_K_BLOCK:
         beyond = tokens >= width
@@ -56,6 +57,13 @@ def best_continuations(log_probs: Tensor, totals: Tensor, k: int) -> tuple[Tenso
     if tokens[0].numel() < k:
         order = order.clamp_max(tokens[0].numel() - 1)
     return best_values, tokens.flatten(1).gather(1, order), parents.gather(1, order // TOP_K_BLOCK)
+
+
+@cache
+def _in_block(device: torch.device) -> Tensor:
+    """(64,)"""
+    with torch.inference_mode(False):
+        return torch.arange(TOP_K_BLOCK, device=device)
 
 
 def block_maxima(x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ class Constraints:
     def apply(self, log_probs: Tensor, history: Tensor) -> None:
         """Change log_probs (N, V) of the next token in place. history: (N, t), the start token and all tokens since."""
         step = history.shape[1] - 1
-        log_probs[:, self._ids.pad] = -torch.inf
+        log_probs.select(1, self._ids.pad).fill_(-torch.inf)
         if self._config.unk_penalty != 0:
             log_probs[:, self._ids.unk] -= self._config.unk_penalty
         forced = self._forced(step)
@@ -82,7 +82,7 @@ class Constraints:
             tokens = forced[rows]
             allowed = log_probs[rows, tokens]
         if step < self._config.min_length:
-            log_probs[:, self._ids.eos] = -torch.inf
+            log_probs.select(1, self._ids.eos).fill_(-torch.inf)
         if self._config.no_repeat_ngram:
             forbid_repetition(log_probs, history[:, 1:], self._config.no_repeat_ngram)
         if forced is not None:

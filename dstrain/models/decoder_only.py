@@ -135,7 +135,7 @@ class DecoderOnly(nn.Module):
 
     def prepared(self) -> Generative:
         """See `protocols.Generative`."""
-        return self if self.training else PreparedModel(self, DecodingPlan(self.decoder, self.projection))
+        return self if self.training else PreparedModel(self, DecodingPlan(self.target_embedding, self.decoder, self.projection))
 
     @torch.no_grad()
     def start(
@@ -179,14 +179,16 @@ class DecoderOnly(nn.Module):
         inputs = state.cache.inputs(tokens, self.target_attention_bias.invalidates_cache(state.cache.length + tokens.shape[1]))
         past, new = state.cache.length, inputs.shape[1]
         query, keys, unfilled = _decoding_positions(state, new)
-        x = self.target_embedding(inputs, query, past + new)
+        plan = state.plan if new == 1 else None
+        embed = self.target_embedding if plan is None else plan.embed
+        x = embed(inputs, query, past + new)
         mask = causal_bias(new, past + new, x.dtype, x.device) if new > 1 else None
         if unfilled is not None:
             unfilled_bias = mask_bias(unfilled, x.dtype)[:, None, None, :]  # (N, 1, 1, past + t)
             mask = unfilled_bias if mask is None else torch.minimum(mask, unfilled_bias)
         context = self.target_attention_bias.for_decoding(query, keys, past + new, mask, x)
-        if new == 1 and state.plan is not None:
-            result = state.plan.step(x, state.cache, context)
+        if plan is not None:
+            result = plan.step(x, state.cache, context)
         else:
             result = self.project(self._run(x, context, state.cache)[:, -tokens.shape[1] :])
         state.cache.advance(new)

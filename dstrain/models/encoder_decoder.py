@@ -138,7 +138,7 @@ class EncoderDecoder(nn.Module):
 
     def prepared(self) -> Generative:
         """See `protocols.Generative`."""
-        return self if self.training else PreparedModel(self, DecodingPlan(self.decoder, self.projection))
+        return self if self.training else PreparedModel(self, DecodingPlan(self.target_embedding, self.decoder, self.projection))
 
     @torch.no_grad()
     def start(
@@ -178,11 +178,13 @@ class EncoderDecoder(nn.Module):
         assert isinstance(state, EncoderDecoderState)
         inputs = state.target.inputs(tokens, self.target_attention_bias.invalidates_cache(state.target.length + tokens.shape[1]))
         past, width = state.target.length, inputs.shape[1]
-        x = self.target_embedding(inputs, past, past + width)
+        plan = state.plan if width == 1 else None
+        embed = self.target_embedding if plan is None else plan.embed
+        x = embed(inputs, past, past + width)
         mask = causal_bias(width, past + width, x.dtype, x.device) if width > 1 else None
         context = self.target_attention_bias.for_decoding(past, 0, past + width, mask, x)
-        if width == 1 and state.plan is not None:
-            result = state.plan.step(x, state.target, context, state.source, state.source_bias)
+        if plan is not None:
+            result = plan.step(x, state.target, context, state.source, state.source_bias)
         else:
             result = self.project(self._run_modules(x, state, context)[:, -tokens.shape[1] :])
         state.target.advance(width)

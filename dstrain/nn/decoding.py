@@ -11,6 +11,7 @@ Keys are read in whole blocks of `KEY_BLOCK` positions, see `ops/cpu/attention.p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -20,12 +21,14 @@ from torch.nn import functional as F
 from dstrain.nn.attention import CrossAttention, SelfAttention
 from dstrain.nn.attention_bias import AttentionContext
 from dstrain.nn.cache import KeyValueCache
-from dstrain.nn.embedding import Projection, logits
+from dstrain.nn.embedding import InputEmbedding, Projection, TokenEmbedding, logits
 from dstrain.nn.feed_forward import FeedForward, GatedFeedForward, TensorMap
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.linear import BlockLinear, FusedLinear, Linear
+from dstrain.nn.position import Positions
 from dstrain.nn.rotary import Rotation
 from dstrain.nn.stack import LayerStack
+from dstrain.ops.activation import identity
 from dstrain.ops.cpu.attention import KEY_BLOCK
 from dstrain.ops.kernels import DECODING_ATTENTION, FIXED_LINEAR, DecodingAttention
 
@@ -51,9 +54,12 @@ _Sublayer = Callable[[Tensor, _Step, int], Tensor]
 
 
 class DecodingPlan:
-    """The layers of a decoder and its vocabulary projection, prepared. Weights that change later do not count."""
+    """A decoder from its input to its vocabulary projection, prepared. Weights that change later do not count."""
 
-    def __init__(self, decoder: LayerStack[DecoderLayer] | LayerStack[EncoderLayer], projection: Projection) -> None:
+    def __init__(
+        self, embedding: InputEmbedding, decoder: LayerStack[DecoderLayer] | LayerStack[EncoderLayer], projection: Projection
+    ) -> None:
+        self.embed = _embedding(embedding)
         self._layers = decoder.passes(_sublayers)
         self._final_norm = _prepared(decoder.final_norm)
         self._project = _projection(projection)
@@ -99,6 +105,20 @@ def _in_blocks(key: Tensor, value: Tensor) -> SourceKeys:
     return F.pad(key, missing).contiguous(), F.pad(value, missing).contiguous()
 
 
+def _embedding(module: InputEmbedding) -> Callable[[Tensor, Positions, int], Tensor]:
+    """The input stage without dropout, called as the module is. (N, 1) -> (N, 1, D)"""
+    positions, norm, scale = module.positions, _prepared(module.norm), module.scale
+    tokens: TensorMap = module.tokens
+    if isinstance(module.tokens, TokenEmbedding) and module.tokens.vocabulary is None:
+        tokens = partial(torch.embedding, module.tokens.weight)
+
+    def embed(ids: Tensor, where: Positions, end_position: int) -> Tensor:
+        x = tokens(ids)
+        return norm(torch.add(positions(where, end_position, x), x, alpha=scale))
+
+    return embed
+
+
 def _sublayers(layer: DecoderLayer | EncoderLayer) -> list[_Sublayer]:
     parts = [_with_residual(layer, layer.self_attention_norm, _self_attention(layer.self_attention))]
     if isinstance(layer, DecoderLayer):
@@ -120,11 +140,12 @@ def _with_residual(layer: DecoderLayer | EncoderLayer, norm_module: nn.Module, s
 
 
 def _self_attention(module: SelfAttention) -> _Sublayer:
-    qkv, out_proj, head_dim = _blocks(module.qkv), _prepared(module.out_proj), module.head_dim
+    head_dim = module.head_dim
+    qkv, out_proj = _heads(module.qkv, head_dim), _prepared(module.out_proj)
 
     def attend(x: Tensor, step: _Step, depth: int) -> Tensor:
         rows = x.shape[0]
-        query, key, value = [part.view(rows, -1, head_dim) for part in qkv(x)]  # (N, H or fewer, K)
+        query, key, value = qkv(x)  # (N, H or fewer, K)
         if step.rotation is not None:
             query, key = (step.rotation(part.unsqueeze(2)).squeeze(2) for part in (query, key))
         keys, values = step.cache.put(depth, key, value)
@@ -156,6 +177,8 @@ def _prepared(module: nn.Module) -> TensorMap:
     match module:
         case Linear(inputs=None):
             return _fixed_linear(module.weight, module.bias)
+        case nn.Identity():
+            return identity
         case nn.LayerNorm():
             shape, weight, bias, eps = list(module.normalized_shape), module.weight, module.bias, module.eps
             return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
@@ -184,6 +207,14 @@ def _blocks(module: BlockLinear) -> Callable[[Tensor], Sequence[Tensor]]:
         return module
     product, sizes = _fixed_linear(module.weight, module.bias), module.sizes
     return lambda x: torch.split_with_sizes(product(x), sizes, -1)
+
+
+def _heads(module: BlockLinear, head_dim: int) -> Callable[[Tensor], Sequence[Tensor]]:
+    """(N, I) -> (N, heads, K) for each block."""
+    if not isinstance(module, FusedLinear):
+        return lambda x: [part.view(x.shape[0], -1, head_dim) for part in module(x)]
+    product, sizes = _fixed_linear(module.weight, module.bias), [size // head_dim for size in module.sizes]
+    return lambda x: torch.split_with_sizes(product(x).view(x.shape[0], -1, head_dim), sizes, 1)
 
 
 def _projection(module: Projection) -> TensorMap:

@@ -20,7 +20,7 @@ from dstrain.errors import RecipeError
 from dstrain.ops.activation import composed_gate
 from dstrain.ops.cpu.argmax import numpy_argmax
 from dstrain.ops.cpu.attention import batched_attention, counted_dropout_attention, decoding_products
-from dstrain.ops.cpu.linear import SMALLEST, packed_linear
+from dstrain.ops.cpu.linear import SMALLEST, packed_linear, transposed_linear
 from dstrain.ops.dropout import CountedMask, counted_dropout
 from dstrain.ops.kernel import Deferred, Kernel, KernelState, Op
 from dstrain.ops.norm import NormedSum, NormWeights, plain_norm
@@ -93,7 +93,7 @@ DECODING_ATTENTION: Op[DecodingAttention] = Op(
 FIXED_LINEAR: Op[Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]] = Op(
     "fixed_linear",
     [
-        Kernel("linear", plain_linear, "cpu", max_size=SMALLEST - 1),
+        Kernel("transposed_linear", transposed_linear, "cpu", (torch.float32,), max_size=SMALLEST - 1),
         Kernel("packed_linear", packed_linear, "cpu", (torch.float32,)),
         Kernel("linear", plain_linear),
     ],

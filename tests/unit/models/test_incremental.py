@@ -24,7 +24,7 @@ def of_rows(source: Sequences, sentences: Tensor) -> Sequences:
 
 
 @pytest.mark.parametrize("kernel", ["decoding_products", "scaled_dot_product_attention"])
-@pytest.mark.parametrize("linear", ["linear", "packed_linear"])
+@pytest.mark.parametrize("linear", ["linear", "transposed_linear", "packed_linear"])
 @pytest.mark.parametrize("max_length", [33, 128])
 def test_prepared_steps_over_several_blocks_of_keys(kernel: str, linear: str, max_length: int) -> None:
     """After 18 positions at once, in both layouts of the cache, and with rows that move and leave."""
@@ -44,7 +44,7 @@ def test_prepared_steps_over_several_blocks_of_keys(kernel: str, linear: str, ma
 
 
 def test_a_prepared_model_keeps_the_weights_of_that_moment() -> None:
-    """Of a packed matrix; plain ones are not copied. A model in training is not prepared: its dropout is on."""
+    """Of a copied matrix; plain ones are not copied. A model in training is not prepared: its dropout is on."""
     model = small_model()
     tokens = torch.full((4, 1), 2)
     with FIXED_LINEAR.forced("packed_linear"):
