@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from dstrain.config_base import ChunkTokens
 from dstrain.ops.chunk_size import resolve_chunk_tokens
-from dstrain.ops.mixed_precision import accum_dtype, add_matmul, matmul_into, to_autocast_dtype
+from dstrain.ops.mixed_precision import accum_dtype, add_matmul, matmul_into, operand, to_autocast_dtype
 from dstrain.ops.vocabulary import VocabularySlice
 
 
@@ -176,7 +176,7 @@ class _Gradients:
             self._of_every_entry.add_(total, alpha=result.uniform_grad)
         inputs = _passes((chunk if pending is None else chunk * pending).to(chunk.dtype))
         for index, logits_grad in enumerate(_passes(result.logits_grad)):
-            logits_grad = logits_grad.to(chunk.dtype)
+            logits_grad = operand(logits_grad, chunk.dtype)
             if self.of_features is not None:
                 matmul_into(logits_grad, self.weight, out=_passes(self.of_features)[index][tokens])
             if self.of_weight is not None:

@@ -2,10 +2,15 @@
 
 A GPU's tensor cores add in float32, and torch hands that out as `out_dtype`. A CPU has no such product in torch: there both
 matrices are converted first, which computes the same. Rounded to bfloat16, a logit of 8 would be off by up to 0.016.
+
+A CPU that multiplies bfloat16 may then round the operands of a product of float32 matrices to it, which changes nothing in
+numbers that come from bfloat16, and adds in float32: 1,024 x 128 by 128 x 7,792 on an Intel Xeon with AMX take 3.7 ms, not 14.2.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -13,18 +18,52 @@ from torch import Tensor
 
 
 def matmul_into(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
-    """`left @ right` into `out`, which may be of a wider dtype."""
+    """`left @ right` into `out`, which may be of a wider dtype. left, right: of one dtype, or as `operand` gives them."""
     if out.dtype != left.dtype and has_fp32_output(out.device.type):
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
-    return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
+    with _in_bfloat16(left, right):
+        return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
 def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """`total += left @ right`; `total` may be of a wider dtype."""
+    """`total += left @ right`; `total` may be of a wider dtype. left, right: as above."""
     if total.dtype != left.dtype and has_fp32_output(total.device.type):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:
+        return
+    with _in_bfloat16(left, right):
         torch.addmm(total, left.to(total.dtype), right.to(total.dtype), out=total)
+
+
+def operand(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """What these products take of a matrix that is to be rounded to `dtype`: itself where the product rounds it."""
+    return wide if dtype == torch.bfloat16 and _rounds_operands(wide) else wide.to(dtype)
+
+
+def _rounds_operands(matrix: Tensor) -> bool:
+    return matrix.device.type == "cpu" and matrix.dtype == torch.float32 and _cpu_multiplies_bfloat16()
+
+
+@contextmanager
+def _in_bfloat16(left: Tensor, right: Tensor) -> Iterator[None]:
+    """Products of float32 copies of these, by bfloat16 if one of them is and the CPU is faster so; as always otherwise.
+
+    The setting is the process's: a product of other float32 numbers on another thread would be rounded too while it is on.
+    """
+    if left.device.type != "cpu" or torch.bfloat16 not in (left.dtype, right.dtype) or not _cpu_multiplies_bfloat16():
+        yield
+        return
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, settings.fp32_precision = settings.fp32_precision, "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+@cache
+def _cpu_multiplies_bfloat16() -> bool:
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 @cache
