@@ -34,9 +34,9 @@ def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left.to(total.dtype), right.to(total.dtype), out=total)
 
 
-def operand(wide: Tensor, dtype: torch.dtype) -> Tensor:
+def operand(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """What these products take of a matrix that is to be rounded to `dtype`: itself where the product rounds it."""
-    return wide if dtype == torch.bfloat16 and _rounds_operands(wide) else wide.to(dtype)
+    return matrix if dtype == torch.bfloat16 and _rounds_operands(matrix) else matrix.to(dtype)
 
 
 def _rounds_operands(matrix: Tensor) -> bool:
@@ -62,8 +62,8 @@ def _in_bfloat16(left: Tensor, right: Tensor) -> Iterator[None]:
 
 @cache
 def _cpu_multiplies_bfloat16() -> bool:
-    found = torch.cpu.get_capabilities()
-    return any(found.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 
 @cache
