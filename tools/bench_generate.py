@@ -22,7 +22,8 @@ from typing import NamedTuple
 
 import torch
 import transformers
-from transformers import GenerationConfig, MarianConfig, MarianMTModel
+from marian import marian_model
+from transformers import GenerationConfig
 
 from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import SpecialIds
@@ -38,7 +39,6 @@ from dstrain.models.config import (
 )
 from dstrain.models.factory import Model, build_model
 from dstrain.models.weights import TensorSource, to_canonical
-from dstrain.nn.position import SinusoidalPositions, sinusoids
 from dstrain.ops.allocator import keep_freed_memory
 
 VOCAB_SIZE = 7792
@@ -102,54 +102,9 @@ def dstrain_translator(model: Model) -> Translate:
     return translate
 
 
-def marian_weights(model: Model) -> dict[str, torch.Tensor]:
-    """Ours under Marian's names."""
-    renamed = {
-        "self_attention_norm": "self_attn_layer_norm",
-        "self_attention": "self_attn",
-        "cross_attention_norm": "encoder_attn_layer_norm",
-        "cross_attention": "encoder_attn",
-        "feed_forward_norm": "final_layer_norm",
-        "feed_forward.up_proj": "fc1",
-        "feed_forward.down_proj": "fc2",
-    }
-    weights = {}
-    for name, tensor in to_canonical(model).items():
-        if "embedding" in name:
-            weights["model.shared.weight"] = tensor
-            continue
-        stack, layers, index, rest = name.split(".", 3)
-        part = next(ours for ours in renamed if rest.startswith(ours))
-        weights[f"model.{stack}.{layers}.{index}.{rest.replace(part, renamed[part])}"] = tensor
-    first = SinusoidalPositions.FIRST_ROW
-    for stack in ("encoder", "decoder"):
-        weights[f"model.{stack}.embed_positions.weight"] = sinusoids(first + POSITIONS, model.config.model_dim)[first:]
-        weights[f"model.{stack}.embed_tokens.weight"] = weights["model.shared.weight"]
-    return {**weights, "lm_head.weight": weights["model.shared.weight"], "final_logits_bias": torch.zeros(1, VOCAB_SIZE)}
-
-
-def transformers_translator(ours: Model, shape: Shape) -> Translate:
+def transformers_translator(ours: Model) -> Translate:
     """Marian."""
-    config = MarianConfig(
-        vocab_size=VOCAB_SIZE,
-        d_model=shape.model_dim,
-        encoder_layers=shape.layers,
-        decoder_layers=shape.layers,
-        encoder_attention_heads=shape.heads,
-        decoder_attention_heads=shape.heads,
-        encoder_ffn_dim=shape.ffn_dim,
-        decoder_ffn_dim=shape.ffn_dim,
-        activation_function="relu",
-        max_position_embeddings=POSITIONS,
-        scale_embedding=True,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=0,
-        decoder_start_token_id=EOS,
-        forced_eos_token_id=None,
-    )
-    model = MarianMTModel(config).eval()
-    model.load_state_dict(marian_weights(ours))
+    model = marian_model(ours, positions=POSITIONS).eval()
     generation = GenerationConfig(
         num_beams=BEAM_SIZE,
         max_new_tokens=NEW_TOKENS,
@@ -221,7 +176,7 @@ def main() -> None:
     body = torch.randint(4, VOCAB_SIZE, (args.sentences, SOURCE_TOKENS - 1), generator=generator).tolist()
     sources = [[*row, EOS] for row in body]
     model = random_model(args.shape)
-    peers = {"transformers": transformers_translator(model, args.shape), "dstrain": dstrain_translator(model)}
+    peers = {"transformers": transformers_translator(model), "dstrain": dstrain_translator(model)}
     if find_spec("ctranslate2") is not None:
         peers["ctranslate2"] = ctranslate2_translator(model)
     ratio = 0.0

@@ -1,18 +1,22 @@
-"""Training speed of dstrain beside a bare PyTorch loop: target tokens per CPU-second and the ratio, in one run.
+"""Training speed of dstrain beside a bare PyTorch loop and its peers: target tokens per CPU-second and the ratios, in one run.
 
-bare    tools/bare_loop.py: `nn.Transformer` on random tokens, nothing around it; the denominator
-model   tools/model_loop.py: dstrain's model and objective on the same random tokens, in a plain loop
-cli     `dstrain train translation/multi30k_tiny` on the real corpus with data pipeline, engine (ZeRO-1, one process), logging
-        and all; its CPU time (user + system, all threads) is read from the system whenever a line appears in RUN/events.jsonl,
-        and the steps up to the first line (start-up, warm-up) are left out, as is what comes after the last step
+bare          tools/bare_loop.py: `nn.Transformer` on random tokens, nothing around it; the denominator
+transformers  tools/transformers_loop.py: Transformers' `Seq2SeqTrainer` on the same corpus, model and initial weights as `cli`,
+              pairs of similar length padded together; skipped if transformers, accelerate or datasets is not installed
+model         tools/model_loop.py: dstrain's model and objective on the random tokens of `bare`, in a plain loop
+cli           `dstrain train translation/multi30k_tiny` on the real corpus with data pipeline, engine (ZeRO-1, one process),
+              logging and all; its CPU time (user + system, all threads) is read from the system whenever a line appears in
+              RUN/events.jsonl, and the steps up to the first line (start-up, warm-up) are left out, as is what comes after the
+              last step
 
 One thread each, fp32. The loops take turns in processes of their own; ratios are taken within a round, and the median counts.
+`cli` has malloc keep freed memory, as all verbs do; the others run with the C library's defaults.
 
 `--stages zero0 zero1 ...` repeats `cli` under these files of ds_configs/.
 
 `--variants` compares variants of the architecture instead: see tools/variant_loop.py.
 
-    DSTRAIN_DATA=... python tools/bench_train.py [--rounds 5] [--loops bare model cli] [--data DATA] [--set a.b=c ...]
+    DSTRAIN_DATA=... python tools/bench_train.py [--rounds 5] [--loops bare transformers model cli] [--data DATA] [--set a.b=c]
 """
 
 from __future__ import annotations
@@ -25,19 +29,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import psutil
 
 TOOLS = Path(__file__).parent
 RECIPE = "translation/multi30k_tiny"
-LOOPS = ("bare", "model", "cli")
+LOOPS = ("bare", "transformers", "model", "cli")
+REAL_DATA = ("transformers", "cli")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
-def random_loop(script: str, steps: int) -> float:
+def script_loop(script: str, steps: int, *options: str) -> float:
     """Target tokens per CPU-second of one of the scripts beside this one."""
-    command = [sys.executable, str(TOOLS / script), "--steps", str(steps)]
+    command = [sys.executable, str(TOOLS / script), "--steps", str(steps), *options]
     result = subprocess.run(command, env=ENVIRONMENT, check=True, stdout=subprocess.PIPE, text=True)
     figures = json.loads(result.stdout.splitlines()[-1])
     return float(figures["target_tokens"] / figures["cpu_seconds"])
@@ -87,7 +93,16 @@ def measure(loop: str, steps: int, data: Path, overrides: list[str]) -> float:
     if loop.startswith("cli"):
         stage = [f"engine.deepspeed={name}" for name in loop.split()[1:]]
         return train_verb(max(steps, 10) // 10 * 10, data, [*overrides, *stage])
-    return random_loop(f"{loop}_loop.py", steps)
+    options = ["--data", str(data)] if loop in REAL_DATA else []
+    return script_loop(f"{loop}_loop.py", steps, *options)
+
+
+def installed(loops: list[str]) -> list[str]:
+    """The loops in the order of `LOOPS`, without a peer that is not installed; a line says so."""
+    missing = [package for package in ("transformers", "accelerate", "datasets") if find_spec(package) is None]
+    if missing and "transformers" in loops:
+        print(f"transformers: skipped, not installed: {', '.join(missing)}")
+    return [loop for loop in LOOPS if loop in loops and not (missing and loop == "transformers")]
 
 
 def main() -> None:
@@ -108,17 +123,17 @@ def main() -> None:
         return
 
     stages = [f"cli {name}" for name in args.stages]
-    loops = [loop for loop in args.loops if loop != "cli" or not stages] + stages
+    loops = [loop for loop in installed(args.loops) if loop != "cli" or not stages] + stages
     with tempfile.TemporaryDirectory() as directory:
-        needs_data = any(loop.startswith("cli") for loop in loops)
+        needs_data = any(loop.startswith(REAL_DATA) for loop in loops)
         data = args.data or (prepared(Path(directory) / "data") if needs_data else Path(directory))
         rounds = []
         for number in range(1, args.rounds + 1):
             rounds.append({loop: measure(loop, args.steps, data, args.overrides) for loop in loops})
             print(f"round {number}: " + ", ".join(f"{loop} {speed:,.0f}" for loop, speed in rounds[-1].items()), flush=True)
     for number, loop in enumerate(loops):
-        line = f"{loop:10s}{statistics.median(speeds[loop] for speeds in rounds):7,.0f} target tokens per CPU-second"
-        for base in ("bare", "model", *stages[:1]):
+        line = f"{loop:13s}{statistics.median(speeds[loop] for speeds in rounds):7,.0f} target tokens per CPU-second"
+        for base in ("bare", "transformers", "model", *stages[:1]):
             if base in loops[:number]:
                 ratios = [speeds[loop] / speeds[base] for speeds in rounds]
                 line += f", {statistics.median(ratios):.2f} x {base} (from {min(ratios):.2f} to {max(ratios):.2f})"
