@@ -144,7 +144,7 @@ class KernelsConfig(Config):
     decoding_attention: Literal["auto", "decoding_products", "scaled_dot_product_attention"] = Field(
         default="auto", description="Of the steps of generation, in validation and of an on-policy student."
     )
-    fixed_linear: Literal["auto", "linear", "transposed_linear", "packed_linear"] = Field(
+    fixed_linear: Literal["auto", "transposed_linear", "packed_linear", "linear"] = Field(
         default="auto", description="Of the linear maps of these steps; all but linear keep a second copy of their weights."
     )
     packed_attention: Literal["auto", "varlen", "padded_rows"] = Field(

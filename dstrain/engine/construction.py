@@ -94,3 +94,14 @@ def _set(parameter: nn.Parameter, value: Tensor) -> None:
         materialize_parameter(parameter, value)
     else:
         parameter.data = value
+
+
+def take_fp32_gradients(optimizer: Any, module: nn.Module) -> None:
+    """Let autograd give gradients in float32 where DeepSpeed adds them up in it, as ZeRO-1 does in bf16 training.
+
+    The other stages copy each gradient into a buffer of the parameters' dtype first.
+    """
+    if getattr(optimizer, "use_grad_accum_attribute", False):
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.grad_dtype = torch.float32

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dstrain.batch import Batch, Size
 from dstrain.engine.config import EmaConfig, EngineConfig, OptimizerConfig, ScheduleConfig
-from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, partition, size_of
+from dstrain.engine.construction import COMPUTE_DTYPES, ParameterValues, fill, partition, size_of, take_fp32_gradients
 from dstrain.engine.ds_config import resolve_ds_config
 from dstrain.engine.ema import MovingAverage
 from dstrain.engine.launch import accept_optimizer, load_deepspeed, partitioning_optimizer, require_precision
@@ -94,8 +94,7 @@ class TrainEngine:
         return_freed_memory()  # until the first step has made the last tensors that stay, the optimizer's moments
         self._first_step = True
         self.mesh = mesh
-        self.module = module
-        self.step = 0
+        self.module, self.step = module, 0
         self.stage: int = config["zero_optimization"]["stage"]
         self._peak, self._schedule, self._precision, self._seed = optimizer.learning_rate, schedule, engine.precision, seed
         self._base = base
@@ -130,6 +129,7 @@ class TrainEngine:
             built.partition(self._masters.layouts(), self._add_up)
         if engine.precision != "fp32":
             self._masters.load_fp32([parameter for parameter in module.parameters() if parameter.requires_grad], values)
+        take_fp32_gradients(self._engine.optimizer, module)
         self._average = None if ema is None else MovingAverage(self._masters.tensors, ema)
         self._reduce = LossReducer(mesh.replicas)
 

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 
 from dstrain.config_base import ChunkTokens
 from dstrain.ops.chunk_size import resolve_chunk_tokens
-from dstrain.ops.mixed_precision import accum_dtype, add_matmul, matmul_into, operand, to_autocast_dtype
+from dstrain.ops.mixed_precision import accum_dtype, add_matmul, gradient_dtype, matmul_into, operand, to_autocast_dtype
 from dstrain.ops.vocabulary import VocabularySlice
 
 
@@ -226,7 +226,7 @@ class _GradientsInForward(torch.autograd.Function):
         with torch.autocast(features.device.type, enabled=False):
             sums, gradients = chunked_forward(features, weight)
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = features.dtype, weight.dtype
+        ctx.dtypes = features.dtype, gradient_dtype(weight)
         ctx.mark_non_differentiable(sums.metrics)
         return tuple(sums)
 

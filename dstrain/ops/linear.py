@@ -2,7 +2,8 @@
 
 It keeps the Parameter for the backward pass, not what the Parameter holds in forward: under ZeRO-3 torch's own keeps a view of
 the gathered weight, and so every gathered layer, alive until its backward pass. It also sums the gradient of an input that the
-ranks of a tensor group share while the gradient of the weight is computed.
+ranks of a tensor group share while the gradient of the weight is computed. That gradient is summed in float32, and rounded to
+the weight's dtype unless the Parameter takes it as it is (`grad_dtype`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dstrain.ops.mixed_precision import to_autocast_dtype
+from dstrain.ops.mixed_precision import gradient_dtype, matmul_into, to_autocast_dtype
 from dstrain.parallel.collectives import copy_to
 from dstrain.parallel.group import Group
 
@@ -39,7 +40,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.group = group
+        ctx.group, ctx.grad_dtype = group, gradient_dtype(weight)
         with torch.autocast(x.device.type, enabled=False):
             return F.linear(x, weight, bias)
 
@@ -53,11 +54,11 @@ class _Linear(torch.autograd.Function):
             x_grad = rows.mm(weight)
             wait = None if ctx.group is None else ctx.group.start_all_reduce(x_grad)
         if ctx.needs_input_grad[1]:
-            # Summed in float32 and rounded once to the weight's dtype: autograd takes no other without a `grad_dtype` of the
-            # Parameter, and DeepSpeed's fp32 sums over micro-batches are private buffers, which no product may add into.
-            weight_grad = rows.t().mm(x.reshape(-1, x.shape[-1]))
+            inputs = x.reshape(-1, x.shape[-1])
+            weight_grad = rows.new_empty(rows.shape[1], inputs.shape[1], dtype=ctx.grad_dtype)
+            matmul_into(rows.t(), inputs, out=weight_grad)
         if ctx.needs_input_grad[2]:
-            bias_grad = rows.sum(0)
+            bias_grad = rows.sum(0, dtype=ctx.grad_dtype)
         if wait is not None:
             wait()
         return None if x_grad is None else x_grad.view(x.shape), weight_grad, bias_grad, None

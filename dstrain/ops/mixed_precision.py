@@ -74,6 +74,14 @@ def has_fp32_output(device_type: str) -> bool:
     return key is not None and all(torch._C._dispatch_has_kernel_for_dispatch_key(operator, key) for operator in operators)
 
 
+def gradient_dtype(weight: Tensor) -> torch.dtype:
+    """In which dtype autograd takes the gradient of this tensor: of a Parameter its `grad_dtype`, else the tensor's own."""
+    if torch.compiler.is_compiling() or not weight.is_leaf:  # a traced graph gives each gradient the dtype of its tensor
+        return weight.dtype
+    chosen: torch.dtype | None = getattr(weight, "grad_dtype", None)
+    return chosen or weight.dtype
+
+
 def accum_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -286,15 +286,25 @@ def mixed_names(mesh: Mesh, *, deepspeed: str) -> Report:
     return {"found": asdict(report.metrics), "expected": asdict(expected)}
 
 
-def repeated(mesh: Mesh, *, files: list[str], precision: str) -> list[list[float]]:
-    """For each DeepSpeed file the gradient's norm of one micro-batch, and of it 64 times over."""
+def repeated(mesh: Mesh, *, files: list[str], precision: str, times: int = 64) -> list[list[float]]:
+    """For each DeepSpeed file the gradient's norm of one micro-batch, and of it so many times over."""
     (batch,), size = share(0, mesh, 1)
     norms = []
     for file in files:
         engines = [build_engine(mesh, build_module(), deepspeed=file, precision=precision) for _ in range(2)]
-        many = Size(64 * size.num_targets, 64 * size.num_sentences)
-        norms.append([engines[0].train_step([batch], size).grad_norm, engines[1].train_step([batch] * 64, many).grad_norm])
+        many = Size(times * size.num_targets, times * size.num_sentences)
+        norms.append([engines[0].train_step([batch], size).grad_norm, engines[1].train_step([batch] * times, many).grad_norm])
     return norms
+
+
+def gradient_dtypes(mesh: Mesh, *, files: list[str]) -> dict[str, list[str]]:
+    """In which dtypes a bf16 engine takes gradients, for each DeepSpeed file."""
+    found = {}
+    for file in files:
+        module = build_module()
+        build_engine(mesh, module, deepspeed=file, precision="bf16")
+        found[Path(file).stem] = sorted({str(parameter.grad_dtype) for parameter in module.parameters()})
+    return found
 
 
 def linear_map(mesh: Mesh) -> bool:

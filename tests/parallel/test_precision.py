@@ -36,24 +36,31 @@ def test_bf16_follows_fp32_stops_at_faults_and_resumes(name: str, tmp_path: Path
         assert rank["resumed"]["found_weights"] == rank["resumed"]["expected_weights"]
 
 
-def test_bf16_is_the_same_under_every_stage_and_adds_up_in_fp32(tmp_path: Path) -> None:
-    """64 times a 64th of a gradient is the gradient: fp32 holds the sums on the way, bf16 does not."""
+def test_bf16_is_alike_under_every_stage_and_adds_up_in_fp32(tmp_path: Path) -> None:
+    """64 times a 64th of a gradient is the gradient: fp32 holds the sums on the way. bf16 does not: of its 257th addend less than
+    a digit fits, so 320 show it.
+    """
     rough = tmp_path / "rough.json"
     rough.write_text(json.dumps({"zero_optimization": {"stage": 1}, "data_types": {"grad_accum_dtype": "bf16"}}))
     runs = [{"steps": 12, "parts": 4, "precision": "bf16", "deepspeed": name} for name in ("zero1", "zero2", "zero3")]
     scenarios = {
-        "repeated": ["repeated", {"files": ["zero1", "zero2", "zero3", str(rough)], "precision": "bf16"}],
+        "repeated": ["repeated", {"files": ["zero1", "zero2", "zero3"], "precision": "bf16"}],
+        "rough": ["repeated", {"files": [str(rough)], "precision": "bf16", "times": 320}],
         "curves": ["curves", {"runs": runs}],
+        "dtypes": ["gradient_dtypes", {"files": ["zero1", "zero2", str(rough)]}],
         "linear": ["linear_map", {}],
     }
     (rank,) = run_ranks("several", 1, tmp_path, scenarios=scenarios)
-    *exact, rounded = rank["repeated"]
-    for one, many in exact:
+    for one, many in rank["repeated"]:
         assert many == pytest.approx(one, rel=1e-6)
-    assert rounded[1] != pytest.approx(rounded[0], rel=1e-4)
+    (rounded,) = rank["rough"]
+    assert rounded[1] != pytest.approx(rounded[0], rel=5e-3)
     for name in ("loss", "grad_norm"):
-        first, *others = ([report[name] for report in curve] for curve in rank["curves"])
-        assert others == [pytest.approx(first, rel=1e-6)] * 2, name
+        first, second, third = ([report[name] for report in curve] for curve in rank["curves"])
+        assert third == pytest.approx(second, rel=1e-6), name
+        # ZeRO-1 takes each gradient in fp32, the others round it to bf16.
+        assert first == pytest.approx(second, rel=2e-3), name
+    assert rank["dtypes"] == {"zero1": ["torch.float32"], "zero2": ["torch.bfloat16"], "rough": ["torch.bfloat16"]}
     assert rank["linear"]
 
 

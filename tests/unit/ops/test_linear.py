@@ -21,6 +21,23 @@ def test_values_and_gradients_equal_torchs(shape: tuple[int, ...], biased: bool)
         torch.testing.assert_close(own, expected)
 
 
+@pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 0, 1e-6), (None, 5e-4, 3e-3)])
+def test_gradients_of_bfloat16_weights_are_rounded_unless_they_may_be_float32(
+    dtype: torch.dtype | None, least: float, most: float
+) -> None:
+    """Of 300 rows, beside float64."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias = (torch.randn(size, generator=generator).bfloat16() for size in ((300, 40), (24, 40), (24,)))
+    weight, bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    if dtype is not None:
+        weight.grad_dtype = bias.grad_dtype = dtype
+    slope = torch.randn(300, 24, generator=generator).bfloat16()
+    linear(x, weight, bias).backward(slope)
+    for parameter, exact in ((weight, slope.double().t() @ x.double()), (bias, slope.double().sum(0))):
+        assert parameter.grad is not None and parameter.grad.dtype == (dtype or torch.bfloat16)
+        assert least <= float((parameter.grad.double() - exact).norm() / exact.norm()) < most
+
+
 def test_a_frozen_weight_gets_no_gradient() -> None:
     x, weight = torch.randn(3, 5, requires_grad=True), torch.randn(4, 5)
     linear(x, weight).sum().backward()

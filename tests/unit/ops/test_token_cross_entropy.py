@@ -59,6 +59,16 @@ def test_equals_the_reference_to_the_last_digits_in_double() -> None:
     torch.testing.assert_close(outcome(linear_cross_entropy, *inputs, **options), expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_of_a_bfloat16_weight_is_rounded_unless_it_may_be_float32(dtype: torch.dtype) -> None:
+    features, weight, labels = case(64, 32, 103, dtype=torch.bfloat16)
+    weight.grad_dtype = dtype
+    linear_cross_entropy(features, weight, labels, label_smoothing=0.1, chunk_tokens=20)[0].backward()
+    assert weight.grad is not None and weight.grad.dtype == dtype
+    is_rounded = weight.grad.bfloat16() == weight.grad
+    assert bool(is_rounded.all()) == (dtype == torch.bfloat16)
+
+
 @pytest.mark.parametrize("function", [linear_cross_entropy, reference_linear_cross_entropy])
 def test_equals_torch(function) -> None:
     """torch smooths over V entries instead of V - 1: its label_smoothing is ours times V / (V - 1)."""
