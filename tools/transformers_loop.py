@@ -67,10 +67,14 @@ class CountingCollator(DataCollatorForSeq2Seq):
 
 
 class CpuClock(transformers.TrainerCallback):
-    """seconds: CPU-seconds of the process at the end of each step."""
+    """seconds: CPU-seconds of the process at the beginning and at the end of each step."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Before the first step."""
+        self.seconds.append(cpu_seconds())
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """After the optimizer."""
@@ -167,7 +171,7 @@ def main() -> None:
         clock, collated = CpuClock(), trainer.data_collator
         trainer.add_callback(clock)
         trainer.train()
-    seconds = clock.seconds[-1] - clock.seconds[args.warmup - 1]
+    seconds = clock.seconds[-1] - clock.seconds[args.warmup]
     measured = slice(args.warmup, args.warmup + steps)
     targets, cells = sum(collated.targets[measured]), sum(collated.cells[measured])
     figures = {"target_tokens": targets, "cpu_seconds": round(seconds, 3), "steps": steps, "pairs": pairs}

@@ -97,7 +97,7 @@ def _set(parameter: nn.Parameter, value: Tensor) -> None:
 
 
 def take_fp32_gradients(optimizer: Any, module: nn.Module) -> None:
-    """Let autograd give gradients in float32 where DeepSpeed adds them up in it, as ZeRO-1 does in bf16 training.
+    """Let autograd give gradients in float32 if DeepSpeed adds them up in it, as ZeRO-1 does in bf16 training.
 
     The other stages copy each gradient into a buffer of the parameters' dtype first.
     """

@@ -89,7 +89,7 @@ class KeyValueCache:
         self._known: list[tuple[Tensor, Tensor] | None] = [None] * depth  # what `put` returns, as long as it is the same memory
         self._makers = torch.empty(num_rows, max_length, dtype=torch.int32, device=like.device)
         self._rows = _numbers(self._makers)
-        self._layout = _BlockLayout.of(self._buffers)
+        self._layout: _BlockLayout | None = None  # of these buffers, once entries move
 
     @property
     def device(self) -> torch.device:
@@ -165,7 +165,6 @@ class KeyValueCache:
         self._makers = self._makers.new_empty(self.num_rows, self._makers.shape[1])
         self._makers[:, : self.length] = makers
         self._rows = _numbers(self._makers)
-        self._layout = _BlockLayout.of(self._buffers)
 
     def _fill_blocks(self, length: int) -> None:
         """Zeros from the end of what is known up to whole blocks of `length` positions: numbers, which a bias can hide."""
@@ -178,6 +177,8 @@ class KeyValueCache:
 
     def _move(self, rows: Tensor, row: Tensor, position: Tensor) -> None:
         """Some entries only: those at (`row`, `position`), (P,) each."""
+        if self._layout is None:
+            self._layout = _BlockLayout.of(self._buffers)
         corners, of_row, of_position, blocks = self._layout
         starts = corners + position * of_position  # (2, H or 1, P)
         targets, sources = (starts + row * of_row).flatten(), (starts + rows[row] * of_row).flatten()
@@ -185,7 +186,8 @@ class KeyValueCache:
             entries.index_copy_(0, targets, entries.index_select(0, sources))
 
     def _copy(self, rows: Tensor) -> None:
-        """All entries, into new buffers."""
+        """All entries, into new buffers; each old one is freed before the next is copied."""
+        self._layout = None
         used = slice(max(self.length, self._finite))
         for depth, buffer in enumerate(self._buffers):
             _, _, num_heads, max_length, head_dim = buffer.shape

@@ -54,7 +54,10 @@ _Sublayer = Callable[[Tensor, _Step, int], Tensor]
 
 
 class DecodingPlan:
-    """A decoder from its input to its vocabulary projection, prepared. Weights that change later do not count."""
+    """A decoder from its input to its vocabulary projection, prepared.
+
+    Copied matrices stay as they were, everything else is read as it is: weights must not change while a plan is in use.
+    """
 
     def __init__(
         self, embedding: InputEmbedding, decoder: LayerStack[DecoderLayer] | LayerStack[EncoderLayer], projection: Projection

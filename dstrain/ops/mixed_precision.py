@@ -12,16 +12,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 
 import torch
 from torch import Tensor
+
+_SETTING = Lock()
+"""Held while the process multiplies float32 by bfloat16: two threads that restored each other's setting would leave it on."""
 
 
 def matmul_into(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
     """`left @ right` into `out`, which may be of a wider dtype. left, right: of one dtype, or as `operand` gives them."""
     if out.dtype != left.dtype and has_fp32_output(out.device.type):
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
-    with _in_bfloat16(left, right):
+    with _in_bfloat16(left, right, out):
         return torch.mm(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
@@ -30,12 +34,12 @@ def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
     if total.dtype != left.dtype and has_fp32_output(total.device.type):
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
-    with _in_bfloat16(left, right):
+    with _in_bfloat16(left, right, total):
         torch.addmm(total, left.to(total.dtype), right.to(total.dtype), out=total)
 
 
 def operand(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """What these products take of a matrix that is to be rounded to `dtype`: itself where the product rounds it."""
+    """What these products take of a matrix that is to be rounded to `dtype`: itself if the product rounds it."""
     return matrix if dtype == torch.bfloat16 and _rounds_operands(matrix) else matrix.to(dtype)
 
 
@@ -44,25 +48,28 @@ def _rounds_operands(matrix: Tensor) -> bool:
 
 
 @contextmanager
-def _in_bfloat16(left: Tensor, right: Tensor) -> Iterator[None]:
+def _in_bfloat16(left: Tensor, right: Tensor, out: Tensor) -> Iterator[None]:
     """Products of float32 copies of these, by bfloat16 if one of them is and the CPU is faster so; as always otherwise.
 
     The setting is the process's: a product of other float32 numbers on another thread would be rounded too while it is on.
     """
-    if left.device.type != "cpu" or torch.bfloat16 not in (left.dtype, right.dtype) or not _cpu_multiplies_bfloat16():
+    one_is_bfloat16 = out.dtype == torch.float32 and torch.bfloat16 in (left.dtype, right.dtype)
+    # Dynamo traces neither the question to the CPU nor the setting.
+    if not one_is_bfloat16 or torch.compiler.is_compiling() or out.device.type != "cpu" or not _cpu_multiplies_bfloat16():
         yield
         return
     settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before, settings.fp32_precision = settings.fp32_precision, "bf16"
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+    with _SETTING:
+        before, settings.fp32_precision = settings.fp32_precision, "bf16"
+        try:
+            yield
+        finally:
+            settings.fp32_precision = before
 
 
 @cache
 def _cpu_multiplies_bfloat16() -> bool:
-    capabilities = torch.cpu.get_capabilities()
+    capabilities: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.10 cannot say
     return any(capabilities.get(name, False) for name in ("amx_bf16", "avx512_bf16"))
 
 

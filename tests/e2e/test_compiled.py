@@ -16,13 +16,13 @@ STEPS = 6
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_losses_equal_those_of_plain_layers(data: Path, tmp_path: Path) -> None:
-    """With dropout, packed; every step after the first two micro-batches runs compiled."""
+    """With dropout, packed; every micro-batch after the first runs compiled."""
     curves = []
     for name in ("none", "layers"):
         overrides = (f"engine.compile={name}", "engine.layout=packed", "model.dropout=0.1", f"training.max_steps={STEPS}")
         words = settings(*SMALL_DATA, *SMALL_TRAINING, *overrides)
-        place = ("--data", data, "--output", tmp_path / name)
-        succeeds(dstrain("train", RECIPE, *place, *words, variables={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}))
+        paths = ("--data", data, "--output", tmp_path / name)
+        succeeds(dstrain("train", RECIPE, *paths, *words, variables={"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}))
         curves.append([(event["loss"], event["grad_norm"]) for event in events(tmp_path / name, "train")])
     plain, compiled = curves
     assert len(plain) == STEPS

@@ -41,8 +41,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(text: Path, run: Path, *overrides: str) -> None:
-    place = ("--data", text / "data", "--output", run, "--device", "cpu")
-    succeeds(dstrain("train", text / "recipe.yaml", *place, *settings(*overrides)))
+    paths = ("--data", text / "data", "--output", run, "--device", "cpu")
+    succeeds(dstrain("train", text / "recipe.yaml", *paths, *settings(*overrides)))
 
 
 @pytest.mark.parametrize("documents", ["cut", "best_fit"])

@@ -16,7 +16,7 @@ from dstrain.objectives.train_module import TrainModule
 from dstrain.recipe_file import load_recipe
 from tests.paths import ROOT
 
-pytest.importorskip("transformers")
+pytest.importorskip("transformers", minversion="5")
 pytest.importorskip("accelerate")
 pytest.importorskip("datasets")
 

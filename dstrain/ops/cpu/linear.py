@@ -39,7 +39,7 @@ def packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Ten
 
 def transposed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """weight: (O, I), bias: (O,) -> the map (N, I) -> (N, O) of their present values, not recorded by autograd."""
-    transposed = weight.detach().t().contiguous()
+    transposed = weight.detach().t().clone(memory_format=torch.contiguous_format)
     if bias is None:
         return lambda x: torch.mm(x, transposed)
     fixed_bias = bias.detach()

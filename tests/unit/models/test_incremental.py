@@ -43,11 +43,12 @@ def test_prepared_steps_over_several_blocks_of_keys(kernel: str, linear: str, ma
                 tokens, expected = tokens[1:], expected[1:]
 
 
-def test_a_prepared_model_keeps_the_weights_of_that_moment() -> None:
+@pytest.mark.parametrize("linear", ["transposed_linear", "packed_linear"])
+def test_a_prepared_model_keeps_the_weights_of_that_moment(linear: str) -> None:
     """Of a copied matrix; plain ones are not copied. A model in training is not prepared: its dropout is on."""
     model = small_model()
     tokens = torch.full((4, 1), 2)
-    with FIXED_LINEAR.forced("packed_linear"):
+    with FIXED_LINEAR.forced(linear):
         decoder = model.prepared()
     before = decoder.step(tokens, decoder.start(SOURCE, num_sentences=4, rows_per_sentence=1, max_length=2))
     with torch.no_grad():

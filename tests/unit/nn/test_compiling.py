@@ -86,11 +86,12 @@ def test_one_graph_a_part_for_one_size_two_for_many() -> None:
     assert breaks() == {}
 
 
-@pytest.mark.parametrize("case", ["stacked", pytest.param("adapted", marks=pytest.mark.slow)])
-def test_recurrent_and_adapted_layers(case: str) -> None:
+@pytest.mark.parametrize("case", ["stacked", "bfloat16", pytest.param("adapted", marks=pytest.mark.slow)])
+def test_recurrent_bfloat16_and_adapted_layers(case: str) -> None:
     def model() -> Model:
-        made = small_model(STACKED) if case == "stacked" else adapted(lora("*", dropout=0.1), PAIR)
-        return made.train()
+        if case == "adapted":
+            return adapted(lora("*", dropout=0.1), PAIR).train()
+        return small_model(STACKED).train() if case == "stacked" else small_model(PAIR).bfloat16().train()
 
     plain, compiled, counter = model(), model(), CompileCounter()
     compile_layers(compiled, "layers", backend=counter)

@@ -31,9 +31,9 @@ def test_gradients_of_bfloat16_weights_are_rounded_unless_they_may_be_float32(
     weight, bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
     if dtype is not None:
         weight.grad_dtype = bias.grad_dtype = dtype
-    slope = torch.randn(300, 24, generator=generator).bfloat16()
-    linear(x, weight, bias).backward(slope)
-    for parameter, exact in ((weight, slope.double().t() @ x.double()), (bias, slope.double().sum(0))):
+    output_grad = torch.randn(300, 24, generator=generator).bfloat16()
+    linear(x, weight, bias).backward(output_grad)
+    for parameter, exact in ((weight, output_grad.double().t() @ x.double()), (bias, output_grad.double().sum(0))):
         assert parameter.grad is not None and parameter.grad.dtype == (dtype or torch.bfloat16)
         assert least <= float((parameter.grad.double() - exact).norm() / exact.norm()) < most
 
