@@ -185,7 +185,10 @@ class BundleModel:
             return DirectionIds()
         if direction is None or direction not in names:
             known = f"choose one of {', '.join(names)}" if names else "the bundle's recipe names none: leave it out"
-            raise ArgumentError(f"direction = {direction} (--direction) names no direction of {self.bundle.directory}; {known}")
+            problem = f"direction = {direction} (--direction) names no direction of {self.bundle.directory}"
+            if direction is None:
+                problem = f"no direction is given (--direction), and {self.bundle.directory} translates in several"
+            raise ArgumentError(f"{problem}; {known}")
         if direction not in tagged:
             return DirectionIds()
         return direction_ids(direction, tagged[direction], self.tokenizer)
