@@ -143,12 +143,11 @@ def _with_residual(layer: DecoderLayer | EncoderLayer, norm_module: nn.Module, s
 
 
 def _self_attention(module: SelfAttention) -> _Sublayer:
-    head_dim = module.head_dim
-    qkv, out_proj = _heads(module.qkv, head_dim), _prepared(module.out_proj)
+    qkv, out_proj, head_dim = _blocks(module.qkv), _prepared(module.out_proj), module.head_dim
 
     def attend(x: Tensor, step: _Step, depth: int) -> Tensor:
         rows = x.shape[0]
-        query, key, value = qkv(x)  # (N, H or fewer, K)
+        query, key, value = [part.view(rows, -1, head_dim) for part in qkv(x)]  # (N, H or fewer, K)
         if step.rotation is not None:
             query, key = (step.rotation(part.unsqueeze(2)).squeeze(2) for part in (query, key))
         keys, values = step.cache.put(depth, key, value)
@@ -210,14 +209,6 @@ def _blocks(module: BlockLinear) -> Callable[[Tensor], Sequence[Tensor]]:
         return module
     product, sizes = _fixed_linear(module.weight, module.bias), module.sizes
     return lambda x: torch.split_with_sizes(product(x), sizes, -1)
-
-
-def _heads(module: BlockLinear, head_dim: int) -> Callable[[Tensor], Sequence[Tensor]]:
-    """(N, I) -> (N, heads, K) for each block."""
-    if not isinstance(module, FusedLinear):
-        return lambda x: [part.view(x.shape[0], -1, head_dim) for part in module(x)]
-    product, sizes = _fixed_linear(module.weight, module.bias), [size // head_dim for size in module.sizes]
-    return lambda x: torch.split_with_sizes(product(x).view(x.shape[0], -1, head_dim), sizes, 1)
 
 
 def _projection(module: Projection) -> TensorMap:
