@@ -31,6 +31,7 @@ from dstrain.generation.config import BeamSearchConfig
 from dstrain.generation.constraints import Constraints, SpecialIds
 from dstrain.generation.finished import FinishedHypotheses, normalized_scores
 from dstrain.generation.hypothesis import Hypothesis
+from dstrain.ops.kernels import EXTENSION
 from dstrain.protocols import Generative
 
 
@@ -171,7 +172,7 @@ class _Beams:
 
     def inputs(self) -> Tensor:
         """The next input of the model. (b * R, 1)"""
-        return self.tokens[:, :, -1:].flatten(0, 1)
+        return self.tokens[:, :, -1].reshape(-1, 1)
 
     def advance(self, log_probs: Tensor) -> tuple[Tensor | None, Tensor]:
         """Continue by one token. log_probs: (b * R, V), changed in place.
@@ -180,13 +181,16 @@ class _Beams:
         """
         self.constraints.apply(log_probs, self.tokens.flatten(0, 1))
         candidates = self.pruning.candidates(log_probs, self.totals)
-        ended = (candidates.tokens == self.eos_id) & (candidates.totals > -torch.inf)
+        ended = candidates.tokens == self.eos_id
         if bool(ended.any()):
+            ended &= candidates.totals > -torch.inf
             self._finish(candidates, ended)
             chosen = self.pruning.survivors(candidates, ended)
         else:
             chosen = Candidates(*(x[:, : self.config.beam_size] for x in candidates))
-        done = self.constraints.at_end(self.history.shape[2]) | (chosen.totals == -torch.inf).all(1)
+        done = (chosen.totals == -torch.inf).all(1)
+        if self.constraints.some_end(self.history.shape[2]):
+            done |= self.constraints.at_end(self.history.shape[2])
         if self.some_finished:
             done |= self.finished.is_full(self.sentences)
             if self.config.unk_penalty >= 0:
@@ -223,11 +227,12 @@ class _Beams:
 
     def _extend(self, chosen: Candidates) -> Tensor:
         """Replace the hypotheses by the chosen continuations; returns the row that each row continues. (b * K,)"""
-        first_row = torch.arange(len(self.totals), device=self.totals.device)[:, None] * self.totals.shape[1]
-        self.tokens = torch.cat([_pick(self.tokens, chosen.parents), chosen.tokens[:, :, None]], 2)
-        self.history = torch.cat([_pick(self.history, chosen.parents), chosen.totals[:, :, None]], 2)
+        first_row = torch.arange(0, self.totals.numel(), self.totals.shape[1], device=self.totals.device)
+        rows = (first_row[:, None] + chosen.parents).flatten()
+        extend = EXTENSION.choose(rows.device, self.history.dtype)
+        self.tokens, self.history = extend(self.tokens, self.history, rows, chosen.tokens, chosen.totals)
         self.totals = chosen.totals
-        return (first_row + chosen.parents).flatten()
+        return rows
 
 
 def _pick(x: Tensor, parents: Tensor) -> Tensor:

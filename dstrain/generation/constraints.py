@@ -89,6 +89,10 @@ class Constraints:
             log_probs[rows] = -torch.inf
             log_probs[rows, tokens] = allowed
 
+    def some_end(self, step: int) -> bool:
+        """Whether a sentence may have reached its maximal length just now."""
+        return step in self._ends
+
     def at_end(self, step: int) -> Tensor:
         """Which sentences have reached their maximal length. (b,)"""
         return self.max_lengths <= step

@@ -6,7 +6,7 @@ It only connects its parts; `models/factory.py` makes them from a configuration.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,24 @@ from dstrain.models.prepared import PreparedModel
 from dstrain.nn.attention_bias import AttentionBias, AttentionContext
 from dstrain.nn.cache import KeyValueCache, is_identity
 from dstrain.nn.capture import StackCapture
-from dstrain.nn.decoding import DecodingPlan, SourceKeys, whole_blocks
+from dstrain.nn.decoding import DecodingPlan
 from dstrain.nn.dropout import MEMORY_SITE, MaskKeys
 from dstrain.nn.embedding import InputEmbedding, Projection, logits
+from dstrain.nn.encoding import EncodingPlan
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.bias import causal_bias, padding_bias
+from dstrain.ops.decoding_layers import SourceKeys
 from dstrain.protocols import DecodingState, Generative
 
 _R = TypeVar("_R")
+
+
+class EncoderDecoderPlan(NamedTuple):
+    """Both stacks prepared for generation."""
+
+    encoding: EncodingPlan
+    decoding: DecodingPlan
 
 
 class EncoderDecoderState:
@@ -138,7 +147,11 @@ class EncoderDecoder(nn.Module):
 
     def prepared(self) -> Generative:
         """See `protocols.Generative`."""
-        return self if self.training else PreparedModel(self, DecodingPlan(self.target_embedding, self.decoder, self.projection))
+        if self.training:
+            return self
+        encoding = EncodingPlan(self.source_embedding, self.encoder, self.source_attention_bias, self.decoder)
+        decoding = DecodingPlan(self.target_embedding, self.decoder, self.projection)
+        return PreparedModel(self, EncoderDecoderPlan(encoding, decoding))
 
     @torch.no_grad()
     def start(
@@ -148,25 +161,22 @@ class EncoderDecoder(nn.Module):
         num_sentences: int,
         rows_per_sentence: int,
         max_length: int,
-        plan: DecodingPlan | None = None,
+        plan: EncoderDecoderPlan | None = None,
     ) -> EncoderDecoderState:
         """Encode the source once per sentence and allocate `max_length` decoder inputs. plan: see `prepared`."""
         source = required(source)
-        hidden = self.encode(source).hidden
-        stack, keys = self.config.decoder, self.decoder.passes(lambda layer: layer.cross_attention.project_memory(hidden))
-        if plan is not None:
-            keys = whole_blocks(keys)
+        stack, keys = self.config.decoder, self._source_keys(source) if plan is None else plan.encoding.read(source)
         return EncoderDecoderState(
-            plan=plan,
+            plan=None if plan is None else plan.decoding,
             source=keys,
-            source_bias=padding_bias(source.lengths, keys[0][0].shape[2], hidden.dtype),
+            source_bias=padding_bias(source.lengths, keys[0][0].shape[2], keys[0][0].dtype),
             target=KeyValueCache(
                 depth=stack.depth,
                 num_rows=num_sentences * rows_per_sentence,
                 num_heads=self.decoder.passes(lambda layer: layer.self_attention.num_kv_heads)[0],
                 max_length=max_length,
                 head_dim=self.config.model_dim // stack.num_heads,
-                like=hidden,
+                like=keys[0][0],
                 keep_tokens=self.target_attention_bias.may_invalidate_cache,
             ),
             rows_per_sentence=rows_per_sentence,
@@ -189,6 +199,11 @@ class EncoderDecoder(nn.Module):
             result = self.project(self._run_modules(x, state, context)[:, -tokens.shape[1] :])
         state.target.advance(width)
         return result
+
+    def _source_keys(self, source: Sequences) -> list[SourceKeys]:
+        """By depth, by the modules."""
+        hidden = self.encode(source).hidden
+        return self.decoder.passes(lambda layer: layer.cross_attention.project_memory(hidden))
 
     def _run_modules(self, x: Tensor, state: EncoderDecoderState, context: AttentionContext) -> Tensor:
         """The layers by their modules, and any number of positions. (N, t, D) -> (N, t, D)"""

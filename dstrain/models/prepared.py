@@ -1,18 +1,20 @@
-"""A model that is ready to generate: its decoder prepared once, from weights that stay as they are."""
+"""A model that is ready to generate: its stacks prepared once, from weights that stay as they are."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
 from dstrain.batch import Sequences
-from dstrain.nn.decoding import DecodingPlan
 from dstrain.protocols import DecodingState
 
+_P = TypeVar("_P")
+_P_contra = TypeVar("_P_contra", contravariant=True)
 
-class Planned(Protocol):
-    """A model whose steps may follow a plan."""
+
+class Planned(Protocol[_P_contra]):
+    """A model whose start and steps may follow a plan."""
 
     def start(
         self,
@@ -21,7 +23,7 @@ class Planned(Protocol):
         num_sentences: int,
         rows_per_sentence: int,
         max_length: int,
-        plan: DecodingPlan | None = None,
+        plan: _P_contra | None = None,
     ) -> DecodingState:
         """As `Generative.start`. plan: what steps of one token run by; None = the modules."""
         ...
@@ -31,14 +33,14 @@ class Planned(Protocol):
         ...
 
 
-class PreparedModel:
+class PreparedModel(Generic[_P]):
     """Implements `protocols.Generative`."""
 
-    def __init__(self, model: Planned, plan: DecodingPlan) -> None:
+    def __init__(self, model: Planned[_P], plan: _P) -> None:
         self._model = model
         self._plan = plan
 
-    def prepared(self) -> PreparedModel:
+    def prepared(self) -> PreparedModel[_P]:
         """Itself."""
         return self
 

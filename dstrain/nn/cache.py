@@ -12,13 +12,15 @@ and a move is of whole positions; there this is up to 1.5 times as fast. The two
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dstrain.ops.cache_moves import CachedEntries
 from dstrain.ops.cpu.attention import KEY_BLOCK
+from dstrain.ops.kernels import CACHE_MOVES
 
 LONG = 128
 """From so many positions on, those of a head follow one another in memory."""
@@ -38,29 +40,6 @@ class LayerCache:
         known[0, :, :, self._start :] = keys
         known[1, :, :, self._start :] = values
         return known[0], known[1]
-
-
-class _BlockLayout(NamedTuple):
-    """Buffers as rows of what is adjacent in memory and of one position: of one head, or of all of them.
-
-    corners: (2, H or 1, 1) row number of row 0 at position 0. of_row, of_position: row numbers from one to the next. blocks: by
-    depth, a view.
-    """
-
-    corners: Tensor
-    of_row: int
-    of_position: int
-    blocks: list[Tensor]
-
-    @classmethod
-    def of(cls, buffers: list[Tensor]) -> _BlockLayout:
-        """Of (2, N, H, max, K) each, all alike."""
-        _, _, num_heads, _, head_dim = buffers[0].shape
-        of_half, of_row, of_head, of_position, _ = buffers[0].stride()
-        width, heads = (num_heads * head_dim, 1) if of_head == head_dim else (head_dim, num_heads)
-        corners = (torch.arange(2)[:, None] * of_half + torch.arange(heads) * of_head) // width
-        blocks = [buffer.as_strided((buffer.numel() // width, width), (width, 1)) for buffer in buffers]
-        return cls(corners[..., None], of_row // width, of_position // width, blocks)
 
 
 class KeyValueCache:
@@ -85,11 +64,14 @@ class KeyValueCache:
         self.tokens = torch.empty(num_rows, 0, dtype=torch.long, device=like.device) if keep_tokens else None
         self.num_rows = num_rows
         max_length += -max_length % KEY_BLOCK
-        self._buffers = [_empty_buffer(num_rows, num_heads, max_length, head_dim, like) for _ in range(depth)]
+        self.buffers = [_empty_buffer(num_rows, num_heads, max_length, head_dim, like) for _ in range(depth)]
         self._known: list[tuple[Tensor, Tensor] | None] = [None] * depth  # what `put` returns, as long as it is the same memory
         self._makers = torch.empty(num_rows, max_length, dtype=torch.int32, device=like.device)
         self._rows = _numbers(self._makers)
-        self._layout: _BlockLayout | None = None  # of these buffers, once entries move
+        self._entries = CachedEntries(self.buffers)
+        # Zeros, then what hides: shifted, the bias of any number of positions.
+        self._end_bias = like.new_zeros(1, 1, 2 * max_length)
+        self._end_bias[..., max_length:] = torch.finfo(like.dtype).min
 
     @property
     def device(self) -> torch.device:
@@ -98,13 +80,13 @@ class KeyValueCache:
 
     def at(self, depth: int) -> LayerCache:
         """The cache of layer pass number `depth`; all passes of a step have the same `length`."""
-        return LayerCache(self._buffers[depth], self.length)
+        return LayerCache(self.buffers[depth], self.length)
 
     def put(self, depth: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Remember the next position of layer pass number `depth`. (N, H, K) each -> keys and values of all whole blocks so far,
         (N * H, S, K) each, of which `block_bias` hides those that mean nothing.
         """
-        buffer = self._buffers[depth]
+        buffer = self.buffers[depth]
         new_key, new_value = buffer.select(3, self.length).unbind(0)
         new_key.copy_(key)
         new_value.copy_(value)
@@ -120,14 +102,10 @@ class KeyValueCache:
         """
         length = self.length + 1
         self._fill_blocks(length)
-        like = self._buffers[0]
-        lowest = torch.finfo(like.dtype).min
         if bias is None:
-            hidden = like.new_zeros(1, 1, self._finite)
-            hidden[..., length:] = lowest
-            return hidden
-        num_key_heads = like.shape[2]
-        padded = F.pad(bias, (0, self._finite - length), value=lowest)
+            return self._end_bias.narrow(2, self._makers.shape[1] - length, self._finite)
+        num_key_heads = self.buffers[0].shape[2]
+        padded = F.pad(bias, (0, self._finite - length), value=torch.finfo(bias.dtype).min)
         num_heads = max(padded.shape[-3], num_key_heads)
         return padded.expand(self.num_rows, num_heads, 1, -1).reshape(self.num_rows * num_key_heads, -1, self._finite)
 
@@ -153,13 +131,11 @@ class KeyValueCache:
         if self.tokens is not None:
             self.tokens = self.tokens.index_select(0, rows)
         used = self._makers[:, : self.length]
-        makers = used.index_select(0, rows)
         if len(rows) == self.num_rows and self.device.type == "cpu":
-            row, position = (makers != used).nonzero(as_tuple=True)
-            if 2 * len(row) < used.numel():
-                self._move(rows, row, position)
-                used.copy_(makers)
+            move = CACHE_MOVES.choose(self.device, self.buffers[0].dtype)
+            if move(self._entries, used, rows):
                 return
+        makers = used.index_select(0, rows)
         self._copy(rows)
         self.num_rows = len(rows)
         self._makers = self._makers.new_empty(self.num_rows, self._makers.shape[1])
@@ -170,30 +146,20 @@ class KeyValueCache:
         """Zeros from the end of what is known up to whole blocks of `length` positions: numbers, which a bias can hide."""
         stop = length + -length % KEY_BLOCK
         if stop > self._finite:
-            for buffer in self._buffers:
+            for buffer in self.buffers:
                 buffer[:, :, :, max(self._finite, self.length) : stop] = 0
             self._finite = stop
-            self._known = [None] * len(self._buffers)
-
-    def _move(self, rows: Tensor, row: Tensor, position: Tensor) -> None:
-        """Some entries only: those at (`row`, `position`), (P,) each."""
-        if self._layout is None:
-            self._layout = _BlockLayout.of(self._buffers)
-        corners, of_row, of_position, blocks = self._layout
-        starts = corners + position * of_position  # (2, H or 1, P)
-        targets, sources = (starts + row * of_row).flatten(), (starts + rows[row] * of_row).flatten()
-        for entries in blocks:
-            entries.index_copy_(0, targets, entries.index_select(0, sources))
+            self._known = [None] * len(self.buffers)
 
     def _copy(self, rows: Tensor) -> None:
         """All entries, into new buffers; each old one is freed before the next is copied."""
-        self._layout = None
         used = slice(max(self.length, self._finite))
-        for depth, buffer in enumerate(self._buffers):
+        for depth, buffer in enumerate(self.buffers):
             _, _, num_heads, max_length, head_dim = buffer.shape
             chosen = _empty_buffer(len(rows), num_heads, max_length, head_dim, buffer)
             torch.index_select(buffer[:, :, :, used], 1, rows, out=chosen[:, :, :, used])
-            self._buffers[depth], self._known[depth] = chosen, None
+            self.buffers[depth], self._known[depth] = chosen, None
+        self._entries = CachedEntries(self.buffers)
 
 
 def _numbers(makers: Tensor) -> Tensor:
@@ -210,4 +176,10 @@ def _empty_buffer(num_rows: int, num_heads: int, max_length: int, head_dim: int,
 
 def is_identity(rows: Tensor) -> bool:
     """Whether `rows` is 0, 1, 2, ...; False without a look if that would wait for a GPU."""
-    return rows.device.type == "cpu" and torch.equal(rows, torch.arange(len(rows)))
+    return rows.device.type == "cpu" and torch.equal(rows, _first_numbers(len(rows)))
+
+
+@lru_cache(maxsize=256)
+def _first_numbers(count: int) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.arange(count)

@@ -22,8 +22,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from dstrain.config_base import Checkpointing
 from dstrain.nn.dropout import runs_on_parts
-from dstrain.nn.feed_forward import PositionWise, TensorMap
+from dstrain.nn.feed_forward import PositionWise
 from dstrain.nn.stack import LayerStack
+from dstrain.ops.activation import TensorMap
 
 Contexts = tuple[AbstractContextManager[None], AbstractContextManager[None]]
 

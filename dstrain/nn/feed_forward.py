@@ -6,9 +6,8 @@ from torch import Tensor, nn
 
 from dstrain.nn.dropout import Dropout
 from dstrain.nn.linear import BlockLinear
+from dstrain.ops.activation import TensorMap
 from dstrain.ops.kernels import GATE
-
-TensorMap = Callable[[Tensor], Tensor]
 
 
 class PositionWise(nn.Module):

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+TensorMap = Callable[[Tensor], Tensor]
+"""A function of one tensor."""
+
 
 def identity(x: Tensor) -> Tensor:
     """x itself."""

@@ -1,7 +1,7 @@
 """How a kernel of an op is chosen: by device, dtype, problem size and installed packages, or by its name.
 
-The table itself is `kernels.py`. Nothing is measured at start or read from the machine, so a resumed run chooses as before and
-repeats the losses bit for bit.
+The table itself is `kernels.py`. Nothing is measured at start, so a resumed run chooses as before and repeats the losses bit for
+bit. Of the machine only its packages and its C++ compiler are asked for: another machine may choose otherwise, within rounding.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+
+from dstrain.ops.cpu import native
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -43,7 +45,7 @@ class Kernel(Generic[Function]):
 
     device_type, dtypes: those it is for, None for all. max_size: the largest problem it is for, in the op's unit, None for all.
     package: that must be installed. on_request: only a recipe that names it gets it, as nothing shows yet that it is faster.
-    compiled: at run time, by a compiler of the machine.
+    compiled: at run time, by a compiler of the machine. native: one of `cpu/cpp/`.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Kernel(Generic[Function]):
     package: str | None = None
     on_request: bool = False
     compiled: bool = False
+    native: bool = False
 
     def problem(self, device_type: str, dtype: torch.dtype) -> str | None:
         """Why it cannot run there; None if it can."""
@@ -65,7 +68,7 @@ class Kernel(Generic[Function]):
             return f"for {self.device_type} only"
         if not self.is_for(dtype):
             return f"for {' and '.join(str(each).removeprefix('torch.') for each in self.dtypes or ())} only"
-        return None
+        return native.problem() if self.native else None
 
     def is_for(self, dtype: torch.dtype) -> bool:
         """Whether it computes in this dtype."""
@@ -99,8 +102,10 @@ class Op(Generic[Function]):
         self._forced: str | None = None
 
     def choose(self, device: torch.device, dtype: torch.dtype, size: int = 0) -> Function:
-        """The kernel for a problem of this size."""
+        """The kernel for a problem of this size. A graph that is being compiled cannot hold a native one."""
         in_use = self._in_use(self._forced, device.type, dtype)
+        if torch.compiler.is_compiling():
+            in_use = tuple(kernel for kernel in in_use if not kernel.native) or in_use
         return next(kernel.function for kernel in in_use if kernel.max_size is None or size <= kernel.max_size)
 
     @contextmanager
