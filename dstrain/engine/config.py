@@ -135,17 +135,36 @@ class KernelsConfig(Config):
     All compute the same up to rounding. One that cannot run on the device is refused before training starts.
     """
 
-    training_attention: Literal["auto", "batched_products", "scaled_dot_product_attention"] = Field(
-        default="auto", description="Of attention without dropout of its probabilities, in rows."
+    training_attention: Literal["auto", "native", "batched_products", "scaled_dot_product_attention"] = Field(
+        default="auto",
+        description="Of attention without dropout of its probabilities, in rows; a compiled layer takes the next after native.",
     )
     dropout_attention: Literal["auto", "counted_masks", "scaled_dot_product_attention"] = Field(
         default="auto", description="Of attention with dropout of its probabilities, in rows."
     )
-    decoding_attention: Literal["auto", "decoding_products", "scaled_dot_product_attention"] = Field(
-        default="auto", description="Of the steps of generation, in validation and of an on-policy student."
+    decoding_layers: Literal["auto", "native", "composed"] = Field(
+        default="auto",
+        description="Of the decoder's layers in the steps of generation, in validation and of an on-policy student. native: C++, "
+        "compiled on this machine; it keeps a second copy of their weights.",
     )
-    fixed_linear: Literal["auto", "transposed_linear", "packed_linear", "linear"] = Field(
+    encoding_layers: Literal["auto", "native", "composed"] = Field(
+        default="auto", description="Of the encoder's layers in generation; native keeps a second copy of their weights."
+    )
+    decoding_attention: Literal["auto", "decoding_products", "scaled_dot_product_attention"] = Field(
+        default="auto", description="Of these steps, by composed layers."
+    )
+    fixed_linear: Literal["auto", "native", "transposed_linear", "packed_linear", "linear"] = Field(
         default="auto", description="Of the linear maps of these steps; all but linear keep a second copy of their weights."
+    )
+    cache_moves: Literal["auto", "native", "indexed"] = Field(
+        default="auto", description="Of cached keys and values whose rows continue others, in beam search on a CPU."
+    )
+    log_probs: Literal["auto", "native", "torch"] = Field(default="auto", description="Of a step's logits in generation.")
+    continuations: Literal["auto", "native", "block_maxima"] = Field(
+        default="auto", description="Of the best continuations of hypotheses in beam search."
+    )
+    extension: Literal["auto", "native", "indexed"] = Field(
+        default="auto", description="Of hypotheses by their next token in beam search."
     )
     packed_attention: Literal["auto", "varlen", "padded_rows"] = Field(
         default="auto", description="Of attention of packed sequences without ALiBi; with dropout it is padded_rows."

@@ -99,6 +99,8 @@ class _Stack:
         match kernel:
             case "fused":
                 return projected + rotated + output + 4 * self.tokens * heads
+            case "native":  # probabilities of whole vectors of queries
+                return projected + rotated + output + 4 * probabilities * (self.length + -self.length % 16) / self.length
             case "batched_products":
                 return 4 * dim * (self.tokens + 2 * self.rows * keys) + 4 * probabilities + output
             case "composite":
@@ -175,15 +177,16 @@ class _Stack:
         attention, if its kernel writes scores."""
         heads, dim = self.stack.num_heads / self.tensor, self.parts.model_dim / self.tensor
         gradients = 2 * self.width + 2 * self.inner / self.tiles
-        if self.kernel(self.stack.num_kv_heads or self.stack.num_heads, self.length) == "fused":
+        kernel = self.kernel(self.stack.num_kv_heads or self.stack.num_heads, self.length)
+        if kernel == "fused":
             return gradients
-        scores = 4 * self.tokens * (heads * max(self.length, self.source) + 4 * dim)
+        scores = 4 * self.tokens * (heads * max(self.length, self.source) * (kernel != "native") + 4 * dim)
         return max(gradients, scores - (self.feed_forward() if self.tiles == 1 else 0.0))
 
     def bias(self, *, causal: bool, padded: bool) -> float:
         """What is added to attention scores, if a kernel or a layer's second pass needs it; and the tables of rotation."""
         kernel = self.kernel(self.stack.num_kv_heads or self.stack.num_heads, self.length)
-        if kernel == "batched_products" and not self.checkpointed:
+        if kernel in {"native", "batched_products"} and not self.checkpointed:
             return self.rotary_tables()
         if self.packed and self.kernels.device == "cuda":
             return self.rotary_tables()

@@ -1,7 +1,7 @@
 """What the kernels of a device keep for the backward pass, as far as devices differ.
 
-torch's RMSNorm is one kernel on a GPU and a composition on a CPU, which keeps two float32 tensors. Attention of short sentences
-on a CPU keeps probabilities, and so does attention with dropout there.
+torch's RMSNorm is one kernel on a GPU and a composition on a CPU, which keeps two float32 tensors. Attention of sentences on a
+CPU keeps probabilities, and so does attention with dropout there; all but the native kernel keep copies of their heads, too.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from dstrain.config_base import Precision
 from dstrain.engine.construction import COMPUTE_DTYPES
 from dstrain.estimate.workload import ELEMENT_BYTES, DeviceKind
-from dstrain.ops.cpu.attention import batched_attention
 from dstrain.ops.kernels import TRAINING_ATTENTION
 
-AttentionKernel = Literal["fused", "batched_products", "composite"]
+AttentionKernel = Literal["fused", "native", "batched_products", "composite"]
+_KINDS: dict[str, AttentionKernel] = {"native": "native", "batched_products": "batched_products"}
 
 
 @dataclass(frozen=True)
@@ -50,4 +50,5 @@ class Kernels:
             return "fused"
         device, dtype = torch.device(self.device), COMPUTE_DTYPES[self.precision]
         chosen = TRAINING_ATTENTION.choose(device, dtype, size=queries * keys)
-        return "batched_products" if chosen is batched_attention else "fused"
+        name = next(kernel.name for kernel in TRAINING_ATTENTION.kernels if kernel.function is chosen)
+        return _KINDS.get(name, "fused")

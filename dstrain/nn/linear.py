@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dstrain.ops.linear import linear
+from dstrain.ops.pieces import split
 from dstrain.parallel.collectives import reduce_from
 from dstrain.parallel.group import Group
 from dstrain.parallel.tensor import ParameterShard, even_shard, group_size
@@ -75,7 +76,7 @@ class FusedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., I) -> one (..., O) per block, views of one tensor."""
-        return torch.split(linear(x, self.weight, self.bias, group=self.outputs), self.sizes, dim=-1)
+        return split(linear(x, self.weight, self.bias, group=self.outputs), self.sizes)
 
 
 class SeparateLinear(nn.Module):

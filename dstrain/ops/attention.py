@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dstrain.ops.bias import causal_bias
+from dstrain.ops.bias import first_keys_bias
 from dstrain.ops.kernels import DROPOUT_ATTENTION, PACKED_ALIBI_ATTENTION, PACKED_ATTENTION, TRAINING_ATTENTION
 from dstrain.ops.packed_attention import PackedPair, from_rows, padded_rows, to_rows
 
@@ -94,7 +94,7 @@ def mean_probabilities(query: Tensor, key: Tensor, *, bias: Tensor | None = None
     a second product and H T S numbers per sentence.
     """
     if causal:
-        bias = causal_bias(query.shape[2], key.shape[2], query.dtype, query.device)
+        bias = first_keys_bias(query, key)
     grouped = query.float().view(len(query), key.shape[1], -1, *query.shape[2:])  # (B, heads of keys, queries of each, T, K)
     scores = (grouped @ key.float().unsqueeze(2).transpose(-1, -2)).flatten(1, 2) / math.sqrt(query.shape[-1])  # (B, H, T, S)
     if bias is not None:

@@ -38,6 +38,12 @@ def causal_bias(num_queries: int, num_keys: int, dtype: torch.dtype, device: tor
     return mask_bias(visible.logical_not_(), dtype)
 
 
+def first_keys_bias(query: Tensor, key: Tensor) -> Tensor:
+    """Query t sees keys 0..t. (..., T, K), (..., S, K) -> (T, S)"""
+    length = max(query.shape[-2], key.shape[-2])
+    return causal_bias(length, length, query.dtype, query.device)[: query.shape[-2], : key.shape[-2]]
+
+
 def alibi_slopes(num_heads: int) -> list[float]:
     """The slope of each head (Press et al. 2022): 2**(-8 h / n), h = 1 .. n, if n = num_heads is a power of two.
 

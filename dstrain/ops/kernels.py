@@ -18,6 +18,8 @@ from torch.nn import functional as F
 
 from dstrain.errors import RecipeError
 from dstrain.ops.activation import composed_gate
+from dstrain.ops.cache_moves import CachedEntries, indexed_moves
+from dstrain.ops.continuations import composed_best_continuations, indexed_extension, log_probs
 from dstrain.ops.cpu.argmax import numpy_argmax
 from dstrain.ops.cpu.attention import batched_attention, counted_dropout_attention, decoding_products
 from dstrain.ops.cpu.linear import SMALLEST, packed_linear, transposed_linear
@@ -62,6 +64,14 @@ def torch_argmax(scores: Tensor) -> Tensor:
 TRAINING_ATTENTION: Op[Callable[[Tensor, Tensor, Tensor, Tensor | None, bool], Tensor]] = Op(
     "training_attention",
     [
+        Kernel(
+            "native",
+            Deferred("dstrain.ops.cpu.native_attention", "native_attention"),
+            "cpu",
+            (torch.float32,),
+            max_size=16_384,
+            native=True,
+        ),
         Kernel("batched_products", batched_attention, "cpu", (torch.float32,), max_size=400),
         Kernel("batched_products", batched_attention, "cpu", (torch.bfloat16,), max_size=40_000),
         Kernel("scaled_dot_product_attention", fused_attention),
@@ -93,6 +103,7 @@ DECODING_ATTENTION: Op[DecodingAttention] = Op(
 FIXED_LINEAR: Op[Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]] = Op(
     "fixed_linear",
     [
+        Kernel("native", Deferred("dstrain.ops.cpu.panels", "native_linear"), "cpu", (torch.float32,), native=True),
         Kernel("transposed_linear", transposed_linear, "cpu", (torch.float32,), max_size=SMALLEST - 1),
         Kernel("packed_linear", packed_linear, "cpu", (torch.float32,)),
         Kernel("linear", plain_linear),
@@ -100,6 +111,63 @@ FIXED_LINEAR: Op[Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]] 
     unit="elements of the weight",
 )
 """The linear map of a weight that does not change: weight (O, I), bias -> (N, I) -> (N, O)."""
+
+DECODING_LAYERS: Op[Callable[..., Any]] = Op(
+    "decoding_layers",
+    [
+        Kernel("native", Deferred("dstrain.ops.cpu.decoding_layers", "native_layers"), "cpu", (torch.float32,), native=True),
+        Kernel("composed", Deferred("dstrain.ops.decoding_layers", "composed_layers")),
+    ],
+)
+"""`DecodingLayers` of the layers of a decoder that stay as they are."""
+
+ENCODING_LAYERS: Op[Callable[..., Any]] = Op(
+    "encoding_layers",
+    [
+        Kernel("native", Deferred("dstrain.ops.cpu.encoding_layers", "native_encoding"), "cpu", (torch.float32,), native=True),
+        Kernel("composed", Deferred("dstrain.ops.encoding_layers", "composed_encoding")),
+    ],
+)
+"""`EncodingLayers` of the layers of an encoder that stay as they are."""
+
+CACHE_MOVES: Op[Callable[[CachedEntries, Tensor, Tensor], bool]] = Op(
+    "cache_moves",
+    [
+        Kernel("native", Deferred("dstrain.ops.cpu.beam_search", "native_moves"), "cpu", native=True),
+        Kernel("indexed", indexed_moves),
+    ],
+)
+"""Entries of a cache that change as its rows continue others."""
+
+LOG_PROBS: Op[Callable[[Tensor], Tensor]] = Op(
+    "log_probs",
+    [
+        Kernel("native", Deferred("dstrain.ops.cpu.beam_search", "native_log_probs"), "cpu", native=True),
+        Kernel("torch", log_probs),
+    ],
+    dtype=torch.float32,
+)
+"""Log-probabilities of a step's logits in generation, in their place."""
+
+CONTINUATIONS: Op[Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]]] = Op(
+    "continuations",
+    [
+        Kernel("native", Deferred("dstrain.ops.cpu.beam_search", "native_best_continuations"), "cpu", native=True),
+        Kernel("block_maxima", composed_best_continuations),
+    ],
+    dtype=torch.float32,
+)
+"""The best continuations of hypotheses."""
+
+EXTENSION: Op[Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]] = Op(
+    "extension",
+    [
+        Kernel("native", Deferred("dstrain.ops.cpu.beam_search", "native_extension"), "cpu", native=True),
+        Kernel("indexed", indexed_extension),
+    ],
+    dtype=torch.float32,
+)
+"""Hypotheses and their totals, one token longer."""
 
 PackedAttention = Callable[[Tensor, Tensor, Tensor, PackedPair, RowAttention], Tensor]
 
@@ -212,8 +280,14 @@ OPS = {
     for op in (
         TRAINING_ATTENTION,
         DROPOUT_ATTENTION,
+        DECODING_LAYERS,
+        ENCODING_LAYERS,
         DECODING_ATTENTION,
         FIXED_LINEAR,
+        CACHE_MOVES,
+        LOG_PROBS,
+        CONTINUATIONS,
+        EXTENSION,
         PACKED_ATTENTION,
         PACKED_ALIBI_ATTENTION,
         NORM,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dstrain.ops.bias import causal_bias
+from dstrain.ops.bias import first_keys_bias
 from dstrain.ops.dropout import dropout as drop
 from dstrain.ops.random_bits import random_bits
 
@@ -37,7 +37,7 @@ def decoding_products(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -
 def batched_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool) -> Tensor:
     """query: (B, H, T, K); key, value: (B, H, S, K); bias: broadcasts to (B, H, T, S), not if `causal` -> (B, H, T, K)"""
     if causal:
-        bias = causal_bias(query.shape[2], key.shape[2], query.dtype, query.device)
+        bias = first_keys_bias(query, key)
     product: Tensor = _BatchedAttention.apply(query, key, value, bias)  # type: ignore[no-untyped-call]
     return product
 
@@ -47,7 +47,7 @@ def counted_dropout_attention(
 ) -> Tensor:
     """query: (B, H, T, K); key, value: (B, H or fewer, S, K); mask_keys: (B, H, T) -> (B, H, T, K). Computed in float32."""
     if causal:
-        bias = causal_bias(query.shape[2], key.shape[2], query.dtype, query.device)
+        bias = first_keys_bias(query, key)
     repeats = query.shape[1] // key.shape[1]
     key, value = (heads.repeat_interleave(repeats, dim=1).float() for heads in (key, value))
     scores = query.float() @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, H, T, S)
