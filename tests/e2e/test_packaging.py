@@ -59,6 +59,7 @@ def test_the_sdist_makes_the_same_wheel_and_nothing_is_missing(wheels: tuple[Pat
     first, second = ({item.filename: item.CRC for item in zipfile.ZipFile(wheel).infolist()} for wheel in wheels)
     assert first == second
     package = {f"dstrain/{path.relative_to(ROOT / 'dstrain')}" for path in (ROOT / "dstrain").rglob("*.py")}
+    package |= {f"dstrain/ops/cpu/cpp/{path.name}" for path in (ROOT / "dstrain/ops/cpu/cpp").iterdir()}
     recipes = {f"dstrain/recipes/{name}.yaml" for name in recipe_names()}
     folders = {f"dstrain/{name}/{path.name}" for name in ("ds_configs", "slurm") for path in (ROOT / name).iterdir()}
     other = {name for name in first if ".dist-info/" not in name} ^ (package | recipes | folders | {"dstrain/py.typed"})

@@ -26,6 +26,8 @@ TOY = ["model.model_dim=12", "model.encoder.ffn_dim=20", "model.decoder.ffn_dim=
 @pytest.mark.parametrize(("order", "smoothing"), [("group_by_length", 0.1), ("random", 0.1), ("random", 0.0)])
 def test_first_loss_of_seq2seq_trainer(order: str, smoothing: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "tools")
+    for variable in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):  # an engine of another test may have left them, for accelerate to find
+        monkeypatch.delenv(variable, raising=False)
     loop = importlib.import_module("transformers_loop")
     recipe = load_recipe("translation/multi30k_tiny", [*TOY, f"objective.label_smoothing={smoothing}"])
     sizes = VocabularySizes(source=37, target=37)

@@ -12,6 +12,7 @@ from dstrain.build import doctor
 from dstrain.cli.main import main
 from dstrain.errors import ArgumentError
 from dstrain.ops.kernels import OPS
+from tests.kernels import kernels_here
 
 
 def test_every_op_has_a_chosen_kernel_and_the_others_a_reason() -> None:
@@ -33,7 +34,10 @@ def test_what_is_printed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     assert any("(OMP_NUM_THREADS=3)" in line for line in lines)
     assert "kernels on cpu in fp32" in lines
     rows = [" ".join(line.split()) for line in lines]
-    assert "training_attention batched_products up to 400 scores per head, else scaled_dot_product_attention" in rows
+    limits = "batched_products up to 400 scores per head"
+    if "native" in kernels_here("training_attention"):
+        limits = f"native up to 16,384 scores per head, else {limits}"
+    assert any(row.startswith(f"training_attention {limits}, else scaled_dot_product_attention") for row in rows)
     assert "packed_attention padded_rows (varlen: for cuda only)" in rows
 
 

@@ -1,11 +1,22 @@
-"""The block-wise pick equals a plain sort; the log-probabilities equal the out-of-place kernel."""
+"""The block-wise pick equals a plain sort; the log-probabilities equal float64."""
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from dstrain.generation.candidates import best_continuations, block_maxima, to_log_probs
+from dstrain.generation.candidates import best_continuations, to_log_probs
+from dstrain.ops.continuations import block_maxima
+from dstrain.ops.kernels import CONTINUATIONS, EXTENSION, LOG_PROBS
+from tests.kernels import kernels_here
+
+
+@pytest.fixture(params=kernels_here("continuations"), autouse=True)
+def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of the continuations, each."""
+    with CONTINUATIONS.forced(request.param):
+        yield
 
 
 @pytest.mark.parametrize("width", [2, 5, 63, 64, 65, 129, 1280, 1281, 1343, 7792])
@@ -58,6 +69,20 @@ def test_a_hypothesis_of_nan_is_dead_and_a_small_vocabulary_leaves_slots_empty()
     assert int(parents.max()) <= 1
 
 
+@pytest.mark.parametrize("name", kernels_here("extension"))
+@pytest.mark.parametrize("length", [0, 1, 9])
+def test_hypotheses_are_extended(name: str, length: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    tokens, history = torch.randint(99, (3, 2, length + 1), generator=generator), torch.randn(3, 2, length, generator=generator)
+    rows, last = torch.tensor([1, 1, 0, 2, 3, 2, 5, 4, 4]), torch.randint(99, (3, 3), generator=generator)
+    totals = torch.randn(3, 6, generator=generator)[:, ::2]
+    with EXTENSION.forced(name):
+        longer, later = EXTENSION.choose(rows.device, history.dtype)(tokens, history, rows, last, totals)
+    for number, row in enumerate(rows.tolist()):
+        assert longer.flatten(0, 1)[number].tolist() == [*tokens.flatten(0, 1)[row].tolist(), last.flatten()[number]]
+        assert later.flatten(0, 1)[number].tolist() == [*history.flatten(0, 1)[row].tolist(), totals.flatten()[number]]
+
+
 @pytest.mark.parametrize("width", [1, 64, 70, 200])
 def test_block_maxima(width: int) -> None:
     x = torch.randn(3, 2, width)
@@ -65,20 +90,27 @@ def test_block_maxima(width: int) -> None:
     assert torch.equal(block_maxima(x), expected)
 
 
+@pytest.mark.parametrize("name", kernels_here("log_probs"))
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("shape", [(1, 5), (5, 123), (40, 7792)])
-def test_log_probs_in_place_equal_those_out_of_place(shape: tuple[int, int], temperature: float) -> None:
+def test_log_probs_in_place_equal_those_of_float64(shape: tuple[int, int], temperature: float, name: str) -> None:
     logits = torch.randn(shape, generator=torch.Generator().manual_seed(1)) * 5
-    expected = (logits.clone() / temperature).log_softmax(1)
-    found = to_log_probs(logits, temperature)
-    assert torch.equal(found, expected)
+    logits[0, 3] = -torch.inf
+    expected = (logits.double() / temperature).log_softmax(1)
+    with LOG_PROBS.forced(name):
+        found = to_log_probs(logits, temperature)
+    torch.testing.assert_close(found.double(), expected, rtol=2.4e-7, atol=4e-6)  # two roundings, of it and of 30
     assert found.data_ptr() == logits.data_ptr()
 
 
-def test_log_probs_of_half_precision_are_float32_and_keep_the_logits() -> None:
+@pytest.mark.parametrize("name", kernels_here("log_probs"))
+def test_log_probs_of_half_precision_are_float32_and_keep_the_logits(name: str) -> None:
     logits = torch.randn(3, 70).bfloat16()
+    logits[1, 6], logits[2] = torch.nan, -torch.inf
     kept = logits.clone()
-    found = to_log_probs(logits, 1.0)
+    with LOG_PROBS.forced(name):
+        found = to_log_probs(logits, 1.0)
     assert found.dtype == torch.float32
-    assert torch.equal(found, kept.float().log_softmax(1))
-    assert torch.equal(logits, kept)
+    torch.testing.assert_close(found, kept.float().log_softmax(1), equal_nan=True)
+    assert torch.isnan(found[1:]).all()
+    torch.testing.assert_close(logits, kept, equal_nan=True, rtol=0, atol=0)

@@ -4,6 +4,7 @@ Step by step = at once, for beams that move and sentences that leave; padding an
 earlier ones; fused = separate projections; saved = loaded. The seeds are fixed, so a failure repeats.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from dstrain.checkpoint.bundle import load_bundle, save_bundle
 from dstrain.models.config import DecoderOnlyConfig, EncoderDecoderConfig
 from dstrain.models.factory import Model, build_model
 from dstrain.models.weights import TensorSource, load_canonical, to_canonical
+from dstrain.ops.kernels import kernels_by_name
+from dstrain.protocols import Generative
 from tests.batches import decoder_hidden
+from tests.kernels import kernels_here
 from tests.unit.models.build import VOCABULARY, random_config, sequences, small_model
 
 SOURCE = sequences(9, 1, 5, 6, seed=8)
@@ -38,6 +42,22 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
+def assert_as_exact(found: Tensor, like: Tensor, exact: Tensor) -> None:
+    """To 1e-5 of the largest logit, or twice as far from float64 as `like`: some models multiply what rounding does."""
+    distance, limit = (float((each - exact).abs().max()) for each in (found, like))
+    assert distance <= max(1e-5 * float(exact.abs().max()), 2 * limit)
+
+
+def prepared_by(model: Model) -> Callable[[str], Generative]:
+    """Layers by the kernels of this name."""
+
+    def prepare(name: str) -> Generative:
+        with kernels_by_name({"decoding_layers": name, "encoding_layers": name}, "cpu", torch.float32):
+            return model.prepared()
+
+    return prepare
+
+
 def of_rows(source: Sequences, rows: Tensor) -> Sequences:
     return Sequences(source.tokens[rows], source.lengths[rows])
 
@@ -48,16 +68,20 @@ def whole(tokens: Tensor) -> Sequences:
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 def test_step_by_step(config: EncoderDecoderConfig | DecoderOnlyConfig) -> None:
+    """By the modules beside the whole forward; by the kernels, which round in their own way, beside that in float64."""
     generator = torch.Generator().manual_seed(4)
-    model, beams = small_model(config), 2
+    model, exact, beams = small_model(config), small_model(config).double(), 2
     sentences = torch.arange(4)
     history = torch.full((4 * beams, 1), 2)
-    decoders = [model, model.prepared()]
+    decoders = [model, *map(prepared_by(model), kernels_here("decoding_layers"))]
     states = [each.start(SOURCE, num_sentences=4, rows_per_sentence=beams, max_length=9) for each in decoders]
     for step in range(9):
-        expected = logits(model, of_rows(SOURCE, sentences.repeat_interleave(beams)), whole(history))
-        for decoder, state in zip(decoders, states, strict=True):
-            assert_close(decoder.step(history[:, -1:], state)[:, 0], expected[:, -1])
+        inputs = of_rows(SOURCE, sentences.repeat_interleave(beams)), whole(history)
+        expected = logits(model, *inputs)[:, -1]
+        steps = [each.step(history[:, -1:], state)[:, 0] for each, state in zip(decoders, states, strict=True)]
+        assert_close(steps[0], expected)
+        for found in steps[1:]:
+            assert_as_exact(found, expected, logits(exact, *inputs)[:, -1])
         within = torch.randint(0, beams, (len(sentences), beams), generator=generator)
         rows = (torch.arange(len(sentences))[:, None] * beams + within).flatten()
         history = torch.cat([history[rows], torch.randint(4, 41, (len(rows), 1), generator=generator)], dim=1)

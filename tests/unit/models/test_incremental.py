@@ -7,7 +7,8 @@ from torch import Tensor
 from dstrain.batch import Sequences
 from dstrain.models.config import EncoderDecoderConfig
 from dstrain.models.encoder_decoder import EncoderDecoder
-from dstrain.ops.kernels import DECODING_ATTENTION, FIXED_LINEAR
+from dstrain.ops.kernels import FIXED_LINEAR, kernels_by_name
+from tests.kernels import kernels_here
 from tests.unit.models.build import name_of, sequences, small_model, variants
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -23,15 +24,24 @@ def of_rows(source: Sequences, sentences: Tensor) -> Sequences:
     return Sequences(source.tokens[sentences], source.lengths[sentences])
 
 
-@pytest.mark.parametrize("kernel", ["decoding_products", "scaled_dot_product_attention"])
-@pytest.mark.parametrize("linear", ["linear", "transposed_linear", "packed_linear"])
+KERNELS = [
+    {},
+    {"decoding_layers": "composed", "encoding_layers": "composed", "decoding_attention": "scaled_dot_product_attention"},
+    *(
+        {"decoding_layers": "composed", "encoding_layers": "composed", "fixed_linear": name}
+        for name in kernels_here("fixed_linear")
+    ),
+]
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: "-".join(kernels.values()))
 @pytest.mark.parametrize("max_length", [33, 128])
-def test_prepared_steps_over_several_blocks_of_keys(kernel: str, linear: str, max_length: int) -> None:
+def test_prepared_steps_over_several_blocks_of_keys(kernels: dict[str, str], max_length: int) -> None:
     """After 18 positions at once, in both layouts of the cache, and with rows that move and leave."""
     model = small_model()
     tokens = torch.cat([torch.full((4, 1), 2), torch.randint(4, 41, (4, 32), generator=torch.Generator().manual_seed(1))], dim=1)
     expected = full(model, SOURCE, tokens)
-    with DECODING_ATTENTION.forced(kernel), FIXED_LINEAR.forced(linear):
+    with kernels_by_name(kernels, "cpu", torch.float32):
         decoder = model.prepared()
         state = decoder.start(SOURCE, num_sentences=4, rows_per_sentence=1, max_length=max_length)
         torch.testing.assert_close(decoder.step(tokens[:, :18], state), expected[:, :18], **CLOSE)
@@ -43,7 +53,7 @@ def test_prepared_steps_over_several_blocks_of_keys(kernel: str, linear: str, ma
                 tokens, expected = tokens[1:], expected[1:]
 
 
-@pytest.mark.parametrize("linear", ["transposed_linear", "packed_linear"])
+@pytest.mark.parametrize("linear", [name for name in kernels_here("fixed_linear") if name != "linear"])
 def test_a_prepared_model_keeps_the_weights_of_that_moment(linear: str) -> None:
     """Of a copied matrix; plain ones are not copied. A model in training is not prepared: its dropout is on."""
     model = small_model()

@@ -1,12 +1,23 @@
 """A cache whose rows continue one another holds what a plain copy would, and moves little where rows descend from one another."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
 from dstrain.nn.cache import LONG, KeyValueCache
+from dstrain.ops.kernels import CACHE_MOVES
+from tests.kernels import kernels_here
 
 DEPTH, HEADS, DIM = 2, 3, 4
+
+
+@pytest.fixture(params=kernels_here("cache_moves"), autouse=True)
+def kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of the moves, each."""
+    with CACHE_MOVES.forced(request.param):
+        yield
 
 
 class Beside:
@@ -64,20 +75,20 @@ def test_after_a_rewind_all_entries_are_new(max_length: int) -> None:
 
 
 @pytest.mark.parametrize("max_length", [30, LONG + 1])
-def test_what_rows_have_in_common_stays_where_it_is(max_length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of rows that were one two tokens ago, two tokens move at most, however long they are."""
-    pair, moved = Beside(4, max_length=max_length), []
-    move = pair.cache._move
-    monkeypatch.setattr(pair.cache, "_move", lambda *given: (moved.append(given[2].tolist()), move(*given)))
-    monkeypatch.setattr(pair.cache, "_copy", lambda rows: pytest.fail(f"all was copied for {rows}"))
+def test_what_rows_have_in_common_stays_where_it_is(max_length: int) -> None:
+    """Of rows that were one a token ago one token moves, however long they are: numbers put in its place before it stay."""
+    pair = Beside(4, max_length=max_length)
     pair.step(20)
-    pair.select(torch.tensor([0, 1, 2, 2]))
-    assert set(moved.pop()) == set(range(20))
-    monkeypatch.undo()
     pair.select(torch.zeros(4, dtype=torch.long))
-    monkeypatch.setattr(pair.cache, "_move", lambda *given: (moved.append(given[2].tolist()), move(*given)))
-    for rows, positions in (([1, 0, 2, 3], [20, 20]), ([0, 0, 0, 1], [20, 20, 20, 21, 21, 21]), ([0, 1, 2, 3], [])):
-        pair.step()
-        pair.select(torch.tensor(rows))
-        assert sorted(moved.pop()) == positions
+    marks = torch.randn(DEPTH, 2, 4, HEADS, 20, DIM, generator=pair.generator)
+    for buffer, of_depth in zip(pair.cache.buffers, marks, strict=True):
+        buffer[:, :, :, :20] = of_depth
+    pair.expected = marks
     pair.step()
+    latest = pair.expected[..., 20:, :]
+    for rows in ([1, 0, 2, 3], [0, 0, 0, 1], [0, 1, 2, 3]):
+        pair.cache.select(torch.tensor(rows))
+        latest = latest[:, :, rows]
+        pair.expected = torch.cat([marks, latest], dim=4)
+        for depth, buffer in enumerate(pair.cache.buffers):
+            assert torch.equal(buffer[:, :, :, :21], pair.expected[depth])

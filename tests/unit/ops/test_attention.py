@@ -6,7 +6,8 @@ from torch import Tensor
 
 from dstrain.ops.attention import attention, attention_reference
 from dstrain.ops.bias import causal_bias, padding_bias
-from dstrain.ops.kernels import TRAINING_ATTENTION
+from dstrain.ops.kernels import TRAINING_ATTENTION, kernel_names
+from tests.kernels import kernels_here
 
 SHAPES = [
     (2, 4, 4, 5, 5, 8),
@@ -17,6 +18,11 @@ SHAPES = [
     (3, 2, 2, 2, 20, 8),
 ]
 """B, H, key heads, T, S, K; on both sides of the limit for batched products."""
+
+
+def skip_unless_it_runs(kernel: str) -> None:
+    if (problem := TRAINING_ATTENTION.problem(kernel, "cpu", torch.float32)) is not None:
+        pytest.skip(problem)
 
 
 def inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,8 +43,10 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("kernel", kernel_names("training_attention"))
 @pytest.mark.parametrize(("shape", "masking"), CASES)
-def test_values_and_gradients(shape: tuple[int, ...], masking: str) -> None:
+def test_values_and_gradients(shape: tuple[int, ...], masking: str, kernel: str) -> None:
+    skip_unless_it_runs(kernel)
     batch, _, _, queries, keys, _ = shape
     bias = None
     if masking == "padding":
@@ -49,7 +57,8 @@ def test_values_and_gradients(shape: tuple[int, ...], masking: str) -> None:
     results = []
     for function in (attention, attention_reference):
         parts = inputs(shape)
-        mixed = function(*parts, bias=bias, causal=causal)
+        with TRAINING_ATTENTION.forced(kernel):
+            mixed = function(*parts, bias=bias, causal=causal)
         mixed.square().sum().backward()
         results.append([mixed, *(part.grad for part in parts)])
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
@@ -101,11 +110,12 @@ def test_dropout_keeps_the_mean() -> None:
     assert mixed.std().item() > 0.01
 
 
-@pytest.mark.parametrize("kernel", ["batched_products", "scaled_dot_product_attention"])
+@pytest.mark.parametrize("kernel", kernel_names("training_attention"))
 @pytest.mark.parametrize("heads_of_bias", [None, 1, 4])
 @pytest.mark.parametrize("length", [3, 30])
 def test_a_learned_bias_gets_its_gradient_from_every_kernel(kernel: str, heads_of_bias: int | None, length: int) -> None:
     """Of all rows, of each head, or of each row and head; below and above the length at which the table changes its choice."""
+    skip_unless_it_runs(kernel)
     results = []
     for function in (attention, attention_reference):
         parts = inputs((2, 4, 4, length, length, 8))
@@ -152,3 +162,14 @@ def test_a_learned_bias_gets_its_gradient_under_dropout(key_heads: int, length: 
     attention(*parts, bias=bias, dropout=0.3).square().sum().backward()
     assert bias.grad is not None
     assert (bias.grad.abs().sum((1, 2)) > 0).all()
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(3, 7), (7, 3), (5, 5)])
+@pytest.mark.parametrize("name", kernels_here("training_attention"))
+def test_query_t_sees_keys_up_to_t(name: str, queries: int, keys: int) -> None:
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(2, 2, queries, 8, generator=generator, requires_grad=True)
+    key, value = torch.randn(2, 2, 2, keys, 8, generator=generator)
+    with TRAINING_ATTENTION.forced(name):
+        found = attention(query, key, value, causal=True)
+    torch.testing.assert_close(found, attention_reference(query, key, value, causal=True), rtol=1e-5, atol=1e-6)

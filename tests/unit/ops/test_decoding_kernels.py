@@ -10,7 +10,10 @@ from torch.nn import functional as F
 from dstrain.ops.attention import attention_reference
 from dstrain.ops.cpu.attention import KEY_BLOCK
 from dstrain.ops.cpu.linear import SMALLEST, packed_linear, transposed_linear
+from dstrain.ops.cpu.panels import native_linear
+from dstrain.ops.kernel import Op
 from dstrain.ops.kernels import DECODING_ATTENTION, FIXED_LINEAR, plain_linear
+from tests.kernels import NEEDS_COMPILER
 
 CPU = torch.device("cpu")
 
@@ -28,9 +31,9 @@ def test_few_queries_over_blocks_of_keys(name: str, bias_shape: tuple[int, ...])
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("prepare", [packed_linear, transposed_linear])
+@pytest.mark.parametrize("prepare", [packed_linear, transposed_linear, pytest.param(native_linear, marks=NEEDS_COMPILER)])
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (130, 64)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 123), (32, 7), (130, 64)])
 def test_a_copy_of_a_weight_multiplies_as_the_weight_does(
     shape: tuple[int, int], has_bias: bool, prepare: Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]
 ) -> None:
@@ -43,8 +46,9 @@ def test_a_copy_of_a_weight_multiplies_as_the_weight_does(
         torch.testing.assert_close(run(x), F.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
-def test_large_weights_of_a_cpu_are_packed_and_small_ones_transposed() -> None:
-    assert FIXED_LINEAR.choose(CPU, torch.float32, SMALLEST) is packed_linear
-    assert FIXED_LINEAR.choose(CPU, torch.float32, SMALLEST - 1) is transposed_linear
+def test_without_a_compiler_large_weights_of_a_cpu_are_packed_and_small_ones_transposed() -> None:
+    by_torch = Op("by_torch", [kernel for kernel in FIXED_LINEAR.kernels if not kernel.native])
+    assert by_torch.choose(CPU, torch.float32, SMALLEST) is packed_linear
+    assert by_torch.choose(CPU, torch.float32, SMALLEST - 1) is transposed_linear
     assert FIXED_LINEAR.choose(CPU, torch.bfloat16, SMALLEST) is plain_linear
     assert FIXED_LINEAR.choose(torch.device("cuda"), torch.float32, SMALLEST) is plain_linear

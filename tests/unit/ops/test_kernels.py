@@ -8,8 +8,19 @@ from pydantic import ValidationError
 
 from dstrain.engine.config import EngineConfig, KernelsConfig
 from dstrain.errors import RecipeError
+from dstrain.ops.cpu.attention import batched_attention
 from dstrain.ops.kernel import Deferred, Kernel, Op
-from dstrain.ops.kernels import ARGMAX, OPS, TRAINING_ATTENTION, kernel_names, kernel_states, kernels_by_name, kernels_in_use
+from dstrain.ops.kernels import (
+    ARGMAX,
+    OPS,
+    TRAINING_ATTENTION,
+    fused_attention,
+    kernel_names,
+    kernel_states,
+    kernels_by_name,
+    kernels_in_use,
+)
+from tests.kernels import NEEDS_COMPILER
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -17,8 +28,9 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 @pytest.mark.parametrize(
     ("op", "device", "dtype", "size", "name"),
     [
-        (TRAINING_ATTENTION, CPU, torch.float32, 400, "batched_products"),
-        (TRAINING_ATTENTION, CPU, torch.float32, 401, "scaled_dot_product_attention"),
+        pytest.param(TRAINING_ATTENTION, CPU, torch.float32, 16_384, "native", marks=NEEDS_COMPILER),
+        (TRAINING_ATTENTION, CPU, torch.float32, 16_385, "scaled_dot_product_attention"),
+        (TRAINING_ATTENTION, CPU, torch.bfloat16, 400, "batched_products"),
         (TRAINING_ATTENTION, CPU, torch.bfloat16, 40_000, "batched_products"),
         (TRAINING_ATTENTION, CPU, torch.float64, 1, "scaled_dot_product_attention"),
         (TRAINING_ATTENTION, CUDA, torch.float32, 1, "scaled_dot_product_attention"),
@@ -104,6 +116,14 @@ def test_named_kernels_run_until_the_end_of_the_block() -> None:
         assert ARGMAX.choose(CPU, torch.float32) is ARGMAX.kernels[-1].function
         assert TRAINING_ATTENTION.choose(CPU, torch.float32, 1) is TRAINING_ATTENTION.kernels[-1].function
     assert ARGMAX.choose(CPU, torch.float32) is ARGMAX.kernels[0].function
+
+
+def test_without_a_compiler_the_next_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dstrain.ops.kernel.native.problem", lambda: "no C++ compiler")
+    op = Op("training_attention", TRAINING_ATTENTION.kernels, unit=TRAINING_ATTENTION.unit)
+    assert op.choose(CPU, torch.float32, 400) is batched_attention
+    assert op.choose(CPU, torch.float32, 401) is fused_attention
+    assert op.problem("native", "cpu", torch.float32) == "no C++ compiler"
 
 
 def test_a_named_kernel_that_cannot_run_is_refused_with_the_reason() -> None:
