@@ -137,7 +137,7 @@ class KernelsConfig(Config):
 
     training_attention: Literal["auto", "native", "batched_products", "scaled_dot_product_attention"] = Field(
         default="auto",
-        description="Of attention without dropout of its probabilities, in rows; a compiled layer takes the next after native.",
+        description="Of attention without dropout of its probabilities, in rows. native: C++, compiled on this machine.",
     )
     dropout_attention: Literal["auto", "counted_masks", "scaled_dot_product_attention"] = Field(
         default="auto", description="Of attention with dropout of its probabilities, in rows."
@@ -154,7 +154,8 @@ class KernelsConfig(Config):
         default="auto", description="Of these steps, by composed layers."
     )
     fixed_linear: Literal["auto", "native", "transposed_linear", "packed_linear", "linear"] = Field(
-        default="auto", description="Of the linear maps of these steps; all but linear keep a second copy of their weights."
+        default="auto",
+        description="Of linear maps in generation; all but linear keep a second copy of their weights, linear one of the projections of the source.",
     )
     cache_moves: Literal["auto", "native", "indexed"] = Field(
         default="auto", description="Of cached keys and values whose rows continue others, in beam search on a CPU."

@@ -181,9 +181,8 @@ class _Beams:
         """
         self.constraints.apply(log_probs, self.tokens.flatten(0, 1))
         candidates = self.pruning.candidates(log_probs, self.totals)
-        ended = candidates.tokens == self.eos_id
+        ended = (candidates.tokens == self.eos_id) & (candidates.totals > -torch.inf)
         if bool(ended.any()):
-            ended &= candidates.totals > -torch.inf
             self._finish(candidates, ended)
             chosen = self.pruning.survivors(candidates, ended)
         else:

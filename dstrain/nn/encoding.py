@@ -78,7 +78,8 @@ def _source_keys(decoder: LayerStack[DecoderLayer]) -> Callable[[Tensor], list[S
         heads = product(hidden.flatten(0, 1)).view(batch, length, len(parts), 2, -1, head_dim).permute(2, 3, 0, 4, 1, 5)
         keys = heads.new_zeros(*heads.shape[:4], length + -length % KEY_BLOCK, head_dim)  # (layers, 2, B, H or fewer, S, K)
         keys[:, :, :, :, :length] = heads
-        return [(keys[index, 0], keys[index, 1]) for index in by_depth]
+        pairs = [(key, value) for key, value in keys]  # the same pair for depths that share a layer
+        return [pairs[index] for index in by_depth]
 
     return project_together
 

@@ -42,7 +42,8 @@ def _cross_attention(module: CrossAttention, norm: nn.Module) -> AttentionParts:
 
 
 def _network(module: nn.Module, norm: nn.Module) -> NetworkParts:
-    assert isinstance(module, FeedForward | GatedFeedForward)
+    if not isinstance(module, FeedForward | GatedFeedForward):
+        return NetworkParts(norm_part(norm), lambda x: (x,), module, identity, False)
     gated = isinstance(module, GatedFeedForward)
     first = blocks_part(module.up_gate) if isinstance(module, GatedFeedForward) else _single(module.up_proj)
     return NetworkParts(norm_part(norm), first, linear_part(module.down_proj), module.activation, gated)

@@ -1,7 +1,6 @@
 """Activations by name. `gelu` is the exact one (erf), `gelu_tanh` its approximation; `linear` is the identity."""
 
 from collections.abc import Callable
-from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -17,6 +16,11 @@ def identity(x: Tensor) -> Tensor:
     return x
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """A function with a name, which a copy of a model keeps: kernels know activations by it."""
+    return F.gelu(x, approximate="tanh")
+
+
 def composed_gate(gate: Tensor, up: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """activation(gate) * up. (..., D), (..., D) -> (..., D)"""
     return activation(gate) * up
@@ -26,7 +30,7 @@ ACTIVATIONS: MappingProxyType[str, Callable[[Tensor], Tensor]] = MappingProxyTyp
     {
         "relu": F.relu,
         "gelu": F.gelu,
-        "gelu_tanh": partial(F.gelu, approximate="tanh"),
+        "gelu_tanh": gelu_tanh,
         "silu": F.silu,
         "tanh": torch.tanh,
         "linear": identity,

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dstrain.ops.activation import TensorMap, identity
+from dstrain.ops.activation import ACTIVATIONS, TensorMap, identity
 from dstrain.ops.kernels import FIXED_LINEAR
 from dstrain.ops.norm import NormWeights, plain_norm
 from dstrain.ops.rotary import CosSin, RotaryLayout
@@ -49,7 +49,7 @@ class NetworkParts(NamedTuple):
 
 
 class LayerParts(NamedTuple):
-    """A layer. own: attention to the earlier tokens. source: to those of the source; None without an encoder."""
+    """A layer. own: attention to tokens of the same side. source: of a decoder's to those of the source, None for none."""
 
     own: AttentionParts
     source: AttentionParts | None
@@ -60,7 +60,8 @@ class LayerParts(NamedTuple):
     def is_known(self) -> bool:
         """Whether all of it is given by weights."""
         parts = (part for part in (self.own, self.source, self.network) if part is not None)
-        return all(isinstance(each, FixedMap | NormWeights) or each is identity for part in parts for each in part[:3])
+        given = all(isinstance(each, FixedMap | NormWeights) or each is identity for part in parts for each in part[:3])
+        return given and self.network.activation in ACTIVATIONS.values()
 
 
 class HeadRotation(Protocol):

@@ -40,6 +40,8 @@ def native_layers(layers: Sequence[LayerParts]) -> DecodingLayers:
     def run(x: Tensor, step: DecodingStep) -> Tensor:
         x, position, source = x.contiguous(), step.cache.length, step.source
         source_length, sentences = (source[0][0].shape[2], len(source[0][0])) if source else (1, len(x))
+        if position >= step.cache.buffers[0].shape[3]:
+            raise IndexError(f"position {position} of a cache of {step.cache.buffers[0].shape[3]}")
         rotated = Rotated.of(step.rotation, len(x))
         bias, source_bias = _of_keys(step.bias, position + 1), _of_keys(step.source_bias, source_length)
         sizes = *x.shape, len(x) // sentences, position, source_length

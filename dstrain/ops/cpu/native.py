@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -58,15 +59,16 @@ def function(name: str, *argtypes: Any) -> Callable[..., None]:
 
 
 def _compiler() -> str | None:
-    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++"]
-    return next(filter(None, map(which, names)), None)
+    """The program of CXX, which may have arguments behind it, or else g++."""
+    words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
+    return which(words[0]) and shlex.join([str(which(words[0])), *words[1:]])
 
 
 @cache
 def _load(compiler: str) -> ctypes.CDLL:
     """From the user's folder; from one that is gone at once if that cannot be written, or holds nothing that runs."""
     sources = sorted(SOURCES.iterdir())
-    name = f"{_fingerprint(sources, Path(compiler).resolve())}.so"
+    name = f"{_fingerprint(sources, compiler)}.so"
     try:
         return _loaded(compiler, sources, _user_folder() / name)
     except (OSError, RuntimeError):
@@ -86,7 +88,7 @@ def _compile(compiler: str, sources: list[Path], kept: Path) -> None:
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix="compiling-") as folder:
         made = Path(folder) / kept.name
         subprocess.run(
-            [compiler, *FLAGS, *(str(each) for each in sources if each.suffix == ".cpp"), "-o", str(made)],
+            [*shlex.split(compiler), *FLAGS, *(str(each) for each in sources if each.suffix == ".cpp"), "-o", str(made)],
             check=True,
             capture_output=True,
             text=True,
@@ -101,10 +103,10 @@ def _user_folder() -> Path:
     return Path(base) / "dstrain" / "native"
 
 
-def _fingerprint(sources: list[Path], compiler: Path) -> str:
+def _fingerprint(sources: list[Path], compiler: str) -> str:
     """Of what the result depends on."""
     parts = [source.read_bytes() for source in sources]
-    status = compiler.stat()
+    status = Path(shlex.split(compiler)[0]).resolve().stat()
     parts += [f"{FLAGS} {compiler} {status.st_size} {status.st_mtime_ns} {platform.machine()} {platform.libc_ver()}".encode()]
     processor = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
     parts += [line.encode() for line in processor.splitlines() if line.startswith(("model name", "flags", "Features"))]

@@ -1,4 +1,4 @@
-"""A linear map of weights that stay as they are, packed for the products of C++ (`cpp/decoding.cpp`).
+"""A linear map of weights that stay as they are, packed for the products of C++ (`cpp/maps.cpp`).
 
 torch's products pack the weight at every call, or cost some 14 microseconds a call if oneDNN has packed it before: with few rows
 more than the product. One of 5 rows and 7,792 x 128 takes 92 microseconds here and 120 by oneDNN, of 40 and more rows as long
@@ -19,7 +19,7 @@ from dstrain.ops.cpu.native import function, library
 
 
 class Map(Structure):
-    """`Map` of cpp/decoding.cpp."""
+    """`Map` of cpp/layers.h."""
 
     _fields_ = [("panels", c_void_p), ("bias", c_void_p), ("inputs", c_int64), ("outputs", c_int64)]
 

@@ -1,15 +1,19 @@
 """Step-by-step decoding equals the teacher-forced model: padding, other rows, beams, prefixes, reordering, finished sentences."""
 
+from copy import deepcopy
+from functools import partial
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dstrain.batch import Sequences
-from dstrain.models.config import EncoderDecoderConfig
+from dstrain.models.config import DecoderStackConfig, EncoderDecoderConfig
 from dstrain.models.encoder_decoder import EncoderDecoder
+from dstrain.ops.activation import ACTIVATIONS
 from dstrain.ops.kernels import FIXED_LINEAR, kernels_by_name
 from tests.kernels import kernels_here
-from tests.unit.models.build import name_of, sequences, small_model, variants
+from tests.unit.models.build import name_of, sequences, small_config, small_model, variants
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 SOURCE = sequences(9, 1, 5, 6, seed=8)
@@ -136,3 +140,27 @@ def test_no_graph_is_kept() -> None:
     model = small_model()
     state = model.start(SOURCE, num_sentences=4, rows_per_sentence=1, max_length=2)
     assert not model.step(torch.full((4, 1), 2), state).requires_grad
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+def test_a_copy_of_a_model_generates_as_the_model(activation: str) -> None:
+    """Of every activation, by the kernel of the table; one that the kernels do not know, and a network, are called."""
+    model = small_model(small_config(activation=activation))
+    copied, unknown = deepcopy(model), deepcopy(model)
+    for layer in unknown.decoder.layers:
+        known = layer.feed_forward.activation
+        layer.feed_forward.activation = partial(lambda known, x: known(x), known)
+        layer.feed_forward = nn.Sequential(layer.feed_forward)
+    tokens, steps = torch.full((4, 1), 2), []
+    for each in (model, copied, unknown):
+        decoder = each.prepared()
+        steps.append(decoder.step(tokens, decoder.start(SOURCE, num_sentences=4, rows_per_sentence=1, max_length=2)))
+    assert torch.equal(steps[0], steps[1])
+    torch.testing.assert_close(steps[2], steps[0], **CLOSE)
+
+
+def test_depths_that_share_a_layer_share_the_keys_of_the_source() -> None:
+    model = small_model(small_config(decoder=DecoderStackConfig(depth=4, unique_layers=2, num_heads=4, ffn_dim=56)))
+    for each in (model, model.prepared()):
+        state = each.start(SOURCE, num_sentences=4, rows_per_sentence=1, max_length=2)
+        assert [id(pair) for pair in state.source] == [id(pair) for pair in state.source[:2]] * 2

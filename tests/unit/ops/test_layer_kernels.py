@@ -173,6 +173,16 @@ def test_sentences_of_an_encoder(name: str, kind: str) -> None:
     near(run(x.float(), RowContext(low, context.causal, as_float(context.rotation))), expected)
 
 
+def test_a_step_beyond_the_cache_is_an_error() -> None:
+    layer = to_float(Draw().layer(PLAIN, norm="layer_norm", pre_norm=True, source=False, bias=True))
+    cache = KeyValueCache(depth=1, num_rows=2, num_heads=3, max_length=16, head_dim=8, like=torch.empty(0))
+    cache.length = 16
+    with DECODING_LAYERS.forced("native"):
+        run = DECODING_LAYERS.choose(torch.device("cpu"), torch.float32)([layer])
+    with pytest.raises(IndexError, match="position 16 of a cache of 16"):
+        run(torch.zeros(2, 24), DecodingStep(cache, None, torch.zeros(1, 1, 17), [], torch.zeros(1, 1, 1)))
+
+
 @pytest.mark.parametrize("name", ["32", "large enough for a team of threads"])
 def test_a_row_is_the_same_in_any_batch(name: str, threads: int) -> None:
     """To the last bit, by any number of threads."""

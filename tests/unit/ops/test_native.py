@@ -103,6 +103,15 @@ def test_a_variable_names_another_compiler(sources: Path, monkeypatch: pytest.Mo
     assert native.problem() == "no C++ compiler: neither CXX nor g++ on the PATH"
 
 
+def test_the_variable_may_have_arguments_or_be_empty(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (sources / "answer.cpp").write_text(SOURCE.replace("42", "ANSWER"))
+    monkeypatch.setenv("CXX", "g++ -DANSWER=44")
+    assert again() is None
+    assert native.library().answer() == 44
+    monkeypatch.setenv("CXX", "")
+    assert "ANSWER" in str(again())
+
+
 def test_only_linux_has_them(sources: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.platform", "darwin")
     assert native.problem() == "for Linux only"
