@@ -155,7 +155,8 @@ class KernelsConfig(Config):
     )
     fixed_linear: Literal["auto", "native", "transposed_linear", "packed_linear", "linear"] = Field(
         default="auto",
-        description="Of linear maps in generation; all but linear keep a second copy of their weights, linear one of the projections of the source.",
+        description="Of linear maps in generation; all keep a second copy of their weights, linear of the projections of the source "
+        "only.",
     )
     cache_moves: Literal["auto", "native", "indexed"] = Field(
         default="auto", description="Of cached keys and values whose rows continue others, in beam search on a CPU."

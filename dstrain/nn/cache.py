@@ -2,8 +2,8 @@
 
 Choosing rows (beams that continue others) costs only the changed entries: beams descend from a common one a few tokens
 ago, and older entries are equal in all of them. So each row stores for each position the row that made its entry,
-and only entries of other makers move. On a GPU, where counting these would mean waiting, and where the number of rows changes, all are
-copied.
+and only entries of other makers move. On a GPU, where counting these would mean waiting, and where the number of rows changes,
+all are copied.
 
 In a long cache the positions of a head follow one another in memory, as attention reads them (at 1,024 tokens 2.7 times as fast
 as heads that do). In a short one the heads of a position do, so that the used part is one block, appending writes one piece a row

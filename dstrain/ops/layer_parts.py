@@ -60,8 +60,8 @@ class LayerParts(NamedTuple):
     def is_known(self) -> bool:
         """Whether all of it is given by weights."""
         parts = (part for part in (self.own, self.source, self.network) if part is not None)
-        given = all(isinstance(each, FixedMap | NormWeights) or each is identity for part in parts for each in part[:3])
-        return given and self.network.activation in ACTIVATIONS.values()
+        has_weights = all(isinstance(each, FixedMap | NormWeights) or each is identity for part in parts for each in part[:3])
+        return has_weights and self.network.activation in ACTIVATIONS.values()
 
 
 class HeadRotation(Protocol):
