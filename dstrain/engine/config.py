@@ -155,8 +155,7 @@ class KernelsConfig(Config):
     )
     fixed_linear: Literal["auto", "native", "transposed_linear", "packed_linear", "linear"] = Field(
         default="auto",
-        description="Of linear maps in generation; all keep a second copy of their weights, linear of the projections of the source "
-        "only.",
+        description="Of linear maps in generation; all keep a second copy of weights, linear only of what projects the source.",
     )
     cache_moves: Literal["auto", "native", "indexed"] = Field(
         default="auto", description="Of cached keys and values whose rows continue others, in beam search on a CPU."
