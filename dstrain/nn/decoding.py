@@ -16,14 +16,14 @@ from torch import Tensor
 from dstrain.nn.attention_bias import AttentionContext
 from dstrain.nn.cache import KeyValueCache
 from dstrain.nn.embedding import InputEmbedding, Projection, TokenEmbedding, logits
-from dstrain.nn.layer_parts import layer_parts, norm_part
+from dstrain.nn.layer_parts import layer_parts, norm_part, stack_kernel
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.position import Positions
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.activation import TensorMap
-from dstrain.ops.decoding_layers import DecodingLayers, DecodingStep, SourceKeys, composed_layers
+from dstrain.ops.decoding_layers import DecodingLayers, DecodingStep, SourceKeys
 from dstrain.ops.kernels import DECODING_LAYERS
-from dstrain.ops.layer_parts import FixedMap, LayerParts, fixed_map, norm_map
+from dstrain.ops.layer_parts import FixedMap, fixed_map, norm_map
 
 
 class DecodingPlan:
@@ -36,7 +36,7 @@ class DecodingPlan:
         self, embedding: InputEmbedding, decoder: LayerStack[DecoderLayer] | LayerStack[EncoderLayer], projection: Projection
     ) -> None:
         self.embed = _embedding(embedding)
-        self._layers = _layers(decoder.passes(layer_parts))
+        self._layers: DecodingLayers = stack_kernel(DECODING_LAYERS, decoder.passes(layer_parts))
         self._final_norm = norm_map(norm_part(decoder.final_norm))
         self._project = _projection(projection)
 
@@ -55,15 +55,6 @@ class DecodingPlan:
         bias = cache.block_bias(context.bias)
         step = DecodingStep(cache, context.rotation, bias, source, _of_key_heads(source, source_bias, x))
         return self._project(self._final_norm(self._layers(x[:, 0], step))).unsqueeze(1)
-
-
-def _layers(layers: list[LayerParts]) -> DecodingLayers:
-    """The kernel of the table, or the one of torch if it has to call a module."""
-    output = layers[0].own.output
-    if not isinstance(output, FixedMap) or not all(layer.is_known for layer in layers):
-        return composed_layers(layers)
-    kernel: DecodingLayers = DECODING_LAYERS.choose(output.weight.device, output.weight.dtype)(layers)
-    return kernel
 
 
 def _of_key_heads(source: Sequence[SourceKeys], bias: Tensor | None, like: Tensor) -> Tensor:

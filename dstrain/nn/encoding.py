@@ -14,14 +14,14 @@ from torch.nn import functional as F
 from dstrain.batch import Sequences
 from dstrain.nn.attention_bias import AttentionBias
 from dstrain.nn.embedding import InputEmbedding
-from dstrain.nn.layer_parts import blocks_part, layer_parts, norm_part
+from dstrain.nn.layer_parts import blocks_part, layer_parts, norm_part, stack_kernel
 from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.stack import LayerStack
 from dstrain.ops.cpu.attention import KEY_BLOCK
 from dstrain.ops.decoding_layers import SourceKeys
-from dstrain.ops.encoding_layers import EncodingLayers, RowContext, composed_encoding
+from dstrain.ops.encoding_layers import EncodingLayers, RowContext
 from dstrain.ops.kernels import ENCODING_LAYERS
-from dstrain.ops.layer_parts import FixedMap, LayerParts, fixed_map, norm_map
+from dstrain.ops.layer_parts import FixedMap, fixed_map, norm_map
 
 
 class EncodingPlan:
@@ -36,7 +36,7 @@ class EncodingPlan:
     ) -> None:
         self._embedding = embedding
         self._attention_bias = attention_bias
-        self._layers = _layers(encoder.passes(layer_parts))
+        self._layers: EncodingLayers = stack_kernel(ENCODING_LAYERS, encoder.passes(layer_parts))
         self._final_norm = norm_map(norm_part(encoder.final_norm))
         self._keys = _source_keys(decoder)
 
@@ -46,15 +46,6 @@ class EncodingPlan:
         context = self._attention_bias.for_sequences(source, x)
         hidden = self._layers(x, RowContext(context.bias, context.causal, context.rotation))
         return self._keys(self._final_norm(hidden))
-
-
-def _layers(layers: list[LayerParts]) -> EncodingLayers:
-    """The kernel of the table, or the one of torch if it has to call a module."""
-    output = layers[0].own.output
-    if not isinstance(output, FixedMap) or not all(layer.is_known for layer in layers):
-        return composed_encoding(layers)
-    kernel: EncodingLayers = ENCODING_LAYERS.choose(output.weight.device, output.weight.dtype)(layers)
-    return kernel
 
 
 def _source_keys(decoder: LayerStack[DecoderLayer]) -> Callable[[Tensor], list[SourceKeys]]:

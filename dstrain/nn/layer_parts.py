@@ -5,6 +5,9 @@ What is not known here (an adapter, a map cut by its inputs, a new norm) stays a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import nn
 
 from dstrain.nn.attention import CrossAttention, SelfAttention
@@ -13,8 +16,17 @@ from dstrain.nn.layers import DecoderLayer, EncoderLayer
 from dstrain.nn.linear import BlockLinear, FusedLinear, Linear
 from dstrain.nn.norm import LayerNorm, RMSNorm
 from dstrain.ops.activation import TensorMap, identity
+from dstrain.ops.kernel import Op
 from dstrain.ops.layer_parts import AttentionParts, Blocks, FixedMap, LayerParts, NetworkParts
 from dstrain.ops.norm import NormWeights
+
+
+def stack_kernel(op: Op[Callable[..., Any]], layers: list[LayerParts]) -> Any:
+    """What a kernel makes of a stack's layers, by depth: that of the table, or the last one, torch's, if a module is called."""
+    output = layers[0].own.output
+    if isinstance(output, FixedMap) and all(layer.is_known for layer in layers):
+        return op.choose(output.weight.device, output.weight.dtype)(layers)
+    return op.kernels[-1].function(layers)
 
 
 def layer_parts(layer: DecoderLayer | EncoderLayer) -> LayerParts:
