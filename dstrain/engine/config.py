@@ -142,6 +142,11 @@ class KernelsConfig(Config):
     dropout_attention: Literal["auto", "counted_masks", "scaled_dot_product_attention"] = Field(
         default="auto", description="Of attention with dropout of its probabilities, in rows."
     )
+    matmul: Literal["auto", "torch", "native"] = Field(
+        default="auto",
+        description="Of products of matrices, forward and backward. native: C++, compiled on this machine; auto takes it "
+        "for fp32 on processors of AMD.",
+    )
     decoding_layers: Literal["auto", "native", "composed"] = Field(
         default="auto",
         description="Of the decoder's layers in the steps of generation, in validation and of an on-policy student. native: C++, "
@@ -252,11 +257,12 @@ class EngineConfig(Config):
                 f"compile = layers makes one graph of what feed_forward_tiles = {self.feed_forward_tiles} cuts; choose "
                 "feed_forward_tiles: 1, or compile: none"
             )
-        if self.kernels.norm == "liger":
-            raise ValueError(
-                "compile = layers makes one graph of a norm, which kernels.norm = liger cannot be part of; choose kernels.norm: "
-                "auto, or compile: none"
-            )
+        for op, kernel in {"norm": "liger", "matmul": "native"}.items():
+            if getattr(self.kernels, op) == kernel:
+                raise ValueError(
+                    f"compile = layers makes a graph of {op}, which kernels.{op} = {kernel} cannot be part of; choose "
+                    f"kernels.{op}: auto, or compile: none"
+                )
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """How a kernel of an op is chosen: by device, dtype, problem size and installed packages, or by its name.
 
 The table itself is `kernels.py`. Nothing is measured at start, so a resumed run chooses as before and repeats the losses bit for
-bit. Of the machine only its packages and its C++ compiler are asked for: another machine may choose otherwise, within rounding.
+bit. Of the machine only its packages, its C++ compiler and the maker of its processor are asked for: another machine may choose
+otherwise, within rounding.
 """
 
 from __future__ import annotations
@@ -75,6 +76,10 @@ class Kernel(Generic[Function]):
         return self.dtypes is None or dtype in self.dtypes
 
 
+Chosen = tuple[Kernel[Function], ...]
+"""Kernels in the order of choice, the last one for problems of all sizes."""
+
+
 class KernelState(NamedTuple):
     """Of a kernel on some device in some dtype. reason: up to which size it runs, or why it does not; empty if there is none."""
 
@@ -98,14 +103,12 @@ class Op(Generic[Function]):
         self.kernels = tuple(kernels)
         self.unit = unit
         self.dtype = dtype
-        self._kernels_in_use: dict[tuple[str | None, str, torch.dtype], tuple[Kernel[Function], ...]] = {}
+        self._kernels_in_use: dict[tuple[str | None, str, torch.dtype], tuple[Chosen[Function], Chosen[Function]]] = {}
         self._forced: str | None = None
 
     def choose(self, device: torch.device, dtype: torch.dtype, size: int = 0) -> Function:
         """The kernel for a problem of this size. A graph that is being compiled cannot hold a native one."""
-        in_use = self._in_use(self._forced, device.type, dtype)
-        if torch.compiler.is_compiling():
-            in_use = tuple(kernel for kernel in in_use if not kernel.native) or in_use
+        in_use = self._in_use(self._forced, device.type, dtype)[torch.compiler.is_compiling()]
         return next(kernel.function for kernel in in_use if kernel.max_size is None or size <= kernel.max_size)
 
     @contextmanager
@@ -124,7 +127,7 @@ class Op(Generic[Function]):
 
     def states(self, device_type: str, dtype: torch.dtype) -> dict[str, KernelState]:
         """What each kernel, by its name, does there, in the order of choice. dtype: of the model's computation."""
-        in_use = {kernel.name: kernel for kernel in self._in_use(self._forced, device_type, self.dtype or dtype)}
+        in_use = {kernel.name: kernel for kernel in self._in_use(self._forced, device_type, self.dtype or dtype)[0]}
         states: dict[str, KernelState] = {}
         for kernel in self.kernels:
             if kernel.name in in_use:
@@ -135,17 +138,21 @@ class Op(Generic[Function]):
                 states[kernel.name] = KernelState(False, self.problem(kernel.name, device_type, dtype) or unused)
         return states
 
-    def _in_use(self, forced: str | None, device_type: str, dtype: torch.dtype) -> tuple[Kernel[Function], ...]:
-        """Looked up once: a compiled graph reads what is there (and `functools.cache` it cannot read)."""
+    def _in_use(self, forced: str | None, device_type: str, dtype: torch.dtype) -> tuple[Chosen[Function], Chosen[Function]]:
+        """Outside and inside of a compiled graph. Looked up once: a graph reads what is there, and no `functools.cache`."""
         key = (forced, device_type, dtype)
         if key not in self._kernels_in_use:
-            self._kernels_in_use[key] = self._find_in_use(*key)
+            self._kernels_in_use[key] = (self._find_in_use(*key, False), self._find_in_use(*key, True))
         return self._kernels_in_use[key]
 
-    def _find_in_use(self, forced: str | None, device_type: str, dtype: torch.dtype) -> tuple[Kernel[Function], ...]:
-        """In the order of choice, up to the first one that is for problems of all sizes."""
-        for kernel in self.kernels:
+    def _find_in_use(self, forced: str | None, device_type: str, dtype: torch.dtype, compiling: bool) -> Chosen[Function]:
+        """Up to the first one that is for problems of all sizes."""
+        kernels = [kernel for kernel in self.kernels if not (compiling and kernel.native)]
+        for kernel in kernels:
             if kernel.name == forced and kernel.is_for(dtype):
                 return (replace(kernel, max_size=None),)
-        fitting = [kernel for kernel in self.kernels if not kernel.on_request and kernel.problem(device_type, dtype) is None]
-        return tuple(fitting[: 1 + next(index for index, kernel in enumerate(fitting) if kernel.max_size is None)])
+        fitting = [kernel for kernel in kernels if not kernel.on_request and kernel.problem(device_type, dtype) is None]
+        *limited, last = fitting[: 1 + next(index for index, kernel in enumerate(fitting) if kernel.max_size is None)]
+        while limited and limited[-1].function is last.function:  # a compiled graph would ask for the size all the same
+            limited.pop()
+        return (*limited, last)

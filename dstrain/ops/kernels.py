@@ -23,6 +23,8 @@ from dstrain.ops.continuations import composed_best_continuations, indexed_exten
 from dstrain.ops.cpu.argmax import numpy_argmax
 from dstrain.ops.cpu.attention import batched_attention, counted_dropout_attention, decoding_products
 from dstrain.ops.cpu.linear import SMALLEST, packed_linear, transposed_linear
+from dstrain.ops.cpu.native import is_amd
+from dstrain.ops.cpu.products import LEAST_ROWS, native_matmul, torch_matmul
 from dstrain.ops.dropout import CountedMask, counted_dropout
 from dstrain.ops.kernel import Deferred, Kernel, KernelState, Op
 from dstrain.ops.norm import NormedSum, NormWeights, plain_norm
@@ -99,6 +101,17 @@ DECODING_ATTENTION: Op[DecodingAttention] = Op(
     ],
 )
 """Attention of one new token a row, without gradient; by heads of keys: (P, Q, K), twice (P, S, K), bias -> (P, Q, K)."""
+
+MATMUL: Op[Callable[..., Tensor]] = Op(
+    "matmul",
+    [
+        Kernel("torch", torch_matmul, max_size=LEAST_ROWS - 1),
+        Kernel("native", native_matmul, "cpu", (torch.float32,), native=True, on_request=not is_amd()),
+        Kernel("torch", torch_matmul),
+    ],
+    unit="rows",
+)
+"""Products of matrices in training, forward and backward: of the layers' linear maps and of the vocabulary."""
 
 FIXED_LINEAR: Op[Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]] = Op(
     "fixed_linear",
@@ -280,6 +293,7 @@ OPS = {
     for op in (
         TRAINING_ATTENTION,
         DROPOUT_ATTENTION,
+        MATMUL,
         DECODING_LAYERS,
         ENCODING_LAYERS,
         DECODING_ATTENTION,

@@ -58,6 +58,18 @@ def function(name: str, *argtypes: Any) -> Callable[..., None]:
     return result
 
 
+@cache
+def is_amd() -> bool:
+    """Whether this is a processor of AMD."""
+    return any(line.startswith("vendor_id") and line.endswith("AuthenticAMD") for line in _processor())
+
+
+def _processor() -> list[str]:
+    """What Linux says of the first one."""
+    path = Path("/proc/cpuinfo")
+    return path.read_text(errors="replace").partition("\n\n")[0].splitlines() if path.is_file() else []
+
+
 def _compiler() -> str | None:
     """The program of CXX, which may have arguments behind it, or else g++."""
     words = shlex.split(os.environ.get("CXX", "")) or ["g++"]
@@ -108,6 +120,5 @@ def _fingerprint(sources: list[Path], compiler: str) -> str:
     parts = [source.read_bytes() for source in sources]
     status = Path(shlex.split(compiler)[0]).resolve().stat()
     parts += [f"{FLAGS} {compiler} {status.st_size} {status.st_mtime_ns} {platform.machine()} {platform.libc_ver()}".encode()]
-    processor = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")[0]
-    parts += [line.encode() for line in processor.splitlines() if line.startswith(("model name", "flags", "Features"))]
+    parts += [line.encode() for line in _processor() if line.startswith(("model name", "flags", "Features"))]
     return sha256(b"\0".join(parts)).hexdigest()[:32]

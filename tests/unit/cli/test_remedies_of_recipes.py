@@ -54,6 +54,12 @@ RECIPES = [
         ("engine.compile=none", "engine.kernels.norm=liger"),
     ),
     wrong(
+        "which kernels.matmul = native cannot be part of; choose kernels.matmul: auto, or compile: none",
+        ("engine.compile=layers", "engine.kernels.matmul=native"),
+        ("engine.compile=layers", "engine.kernels.matmul=auto"),
+        ("engine.compile=none", "engine.kernels.matmul=native"),
+    ),
+    wrong(
         "choose activation_checkpointing: none, or compile: none",
         ("engine.compile=layers", "engine.activation_checkpointing=selective"),
         ("engine.compile=layers", "engine.activation_checkpointing=none"),

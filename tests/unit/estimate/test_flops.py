@@ -7,17 +7,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from dstrain.estimate.flops import flops
-from dstrain.ops.kernels import TRAINING_ATTENTION
+from dstrain.ops.kernels import MATMUL, TRAINING_ATTENTION
 from tests.unit.estimate.cases import MODELS, Case
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(("checkpointing", "tiles"), [("none", 1), ("full", 1), ("none", 3), ("full", 3)])
 def test_products_are_counted_exactly(name: str, checkpointing: str, tiles: int) -> None:
-    """In bf16, because the counter knows no products that add to a tensor; of attention it counts those of its formula."""
+    """In bf16 and by torch: the counter knows no products that add to a tensor. Of attention it counts those of its formula."""
     case = Case(name, "bf16", rows=3, source=40, target=44, checkpointing=checkpointing, tiles=tiles)
     kernels = TRAINING_ATTENTION.forced("scaled_dot_product_attention")
-    with FlopCounterMode(display=False) as counter, kernels, sdpa_kernel(SDPBackend.MATH):
+    with FlopCounterMode(display=False) as counter, kernels, MATMUL.forced("torch"), sdpa_kernel(SDPBackend.MATH):
         case.loss().backward()
     expected = flops(case.workload, case.layout).total
     if checkpointing == "full" and tiles > 1:  # what is computed a third time stops where nothing more is needed
