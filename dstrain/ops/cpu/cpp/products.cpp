@@ -7,7 +7,7 @@
 
 namespace {
 
-constexpr int64_t INNER = 256, COLUMNS = 8 * PANEL, STRIP = 16 * MOST_ROWS;  // of a block
+constexpr int64_t INNER = 256, COLUMNS = 256, STRIP = 16 * MOST_ROWS;  // of a block
 
 struct Matrix {
     const float *data;
