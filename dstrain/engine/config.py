@@ -260,8 +260,8 @@ class EngineConfig(Config):
         for op, kernel in {"norm": "liger", "matmul": "native"}.items():
             if getattr(self.kernels, op) == kernel:
                 raise ValueError(
-                    f"compile = layers makes a graph of {op}, which kernels.{op} = {kernel} cannot be part of; choose "
-                    f"kernels.{op}: auto, or compile: none"
+                    f"compile = layers makes one graph, and kernels.{op} = {kernel} cannot be part of it; choose kernels.{op}: auto, "
+                    "or compile: none"
                 )
         return self
 
