@@ -145,7 +145,7 @@ class KernelsConfig(Config):
     matmul: Literal["auto", "torch", "native"] = Field(
         default="auto",
         description="Of products of matrices, forward and backward. native: C++, compiled on this machine; auto takes it "
-        "for fp32 on processors of AMD.",
+        "for large ones in fp32 on processors of AMD.",
     )
     decoding_layers: Literal["auto", "native", "composed"] = Field(
         default="auto",
@@ -260,8 +260,8 @@ class EngineConfig(Config):
         for op, kernel in {"norm": "liger", "matmul": "native"}.items():
             if getattr(self.kernels, op) == kernel:
                 raise ValueError(
-                    f"compile = layers makes one graph, and kernels.{op} = {kernel} cannot be part of it; choose kernels.{op}: auto, "
-                    "or compile: none"
+                    f"compile = layers makes one graph, and kernels.{op} = {kernel} cannot be part of it; choose "
+                    f"kernels.{op}: auto, or compile: none"
                 )
         return self
 

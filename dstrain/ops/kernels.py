@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from dstrain.ops.cpu.argmax import numpy_argmax
 from dstrain.ops.cpu.attention import batched_attention, counted_dropout_attention, decoding_products
 from dstrain.ops.cpu.linear import SMALLEST, packed_linear, transposed_linear
 from dstrain.ops.cpu.native import is_amd
-from dstrain.ops.cpu.products import LEAST_ROWS, native_matmul, torch_matmul
+from dstrain.ops.cpu.products import LEAST_SIDE, LEAST_SIZE, native_matmul, torch_matmul
 from dstrain.ops.dropout import CountedMask, counted_dropout
 from dstrain.ops.kernel import Deferred, Kernel, KernelState, Op
 from dstrain.ops.norm import NormedSum, NormWeights, plain_norm
@@ -105,13 +106,23 @@ DECODING_ATTENTION: Op[DecodingAttention] = Op(
 MATMUL: Op[Callable[..., Tensor]] = Op(
     "matmul",
     [
-        Kernel("torch", torch_matmul, max_size=LEAST_ROWS - 1),
+        Kernel("torch", torch_matmul, max_size=LEAST_SIZE - 1),
         Kernel("native", native_matmul, "cpu", (torch.float32,), native=True, on_request=not is_amd()),
         Kernel("torch", torch_matmul),
     ],
-    unit="rows",
+    unit="multiply-adds",
 )
 """Products of matrices in training, forward and backward: of the layers' linear maps and of the vocabulary."""
+
+
+def matmul_kernel(left: Tensor, right: Tensor) -> Callable[..., Tensor]:
+    """That of `MATMUL` for left (M, K) and right (K, N), as they come."""
+    dtype = left.dtype if left.dtype == right.dtype else torch.bfloat16
+    if torch.compiler.is_compiling():  # would make a graph for each answer, and holds one kernel anyway
+        return MATMUL.choose(left.device, dtype)
+    sides = (*left.shape, right.shape[1])
+    return MATMUL.choose(left.device, dtype, prod(sides) if min(sides) >= LEAST_SIDE else 0)
+
 
 FIXED_LINEAR: Op[Callable[[Tensor, Tensor | None], Callable[[Tensor], Tensor]]] = Op(
     "fixed_linear",

@@ -8,7 +8,6 @@ the weight's dtype unless the Parameter takes it as it is (`grad_dtype`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dstrain.ops.kernels import MATMUL
+from dstrain.ops.kernels import matmul_kernel
 from dstrain.ops.mixed_precision import gradient_dtype, matmul_into, to_autocast_dtype
 from dstrain.parallel.collectives import copy_to
 from dstrain.parallel.group import Group
@@ -38,10 +37,6 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, group: Grou
     return product
 
 
-def _matmul(rows: Tensor) -> Callable[..., Tensor]:
-    return MATMUL.choose(rows.device, rows.dtype, rows.shape[0])
-
-
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, group: Group | None) -> Tensor:
@@ -49,7 +44,9 @@ class _Linear(torch.autograd.Function):
         ctx.group, ctx.grad_dtype = group, gradient_dtype(weight)
         rows = x.reshape(-1, x.shape[-1])  # (N, I)
         with torch.autocast(x.device.type, enabled=False):
-            return _matmul(rows)(rows, weight.t(), bias=bias).view(*x.shape[:-1], len(weight))
+            product = matmul_kernel(rows, weight.t())(rows, weight.t(), bias=bias)
+        # No view, which autograd would not let callers change in place.
+        return product if x.ndim == 2 else torch.ops.aten._unsafe_view.default(product, (*x.shape[:-1], len(weight)))
 
     @staticmethod
     @once_differentiable
@@ -58,7 +55,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])  # (N, O)
         x_grad = weight_grad = bias_grad = wait = None
         if ctx.needs_input_grad[0]:
-            x_grad = _matmul(rows)(rows, weight)
+            x_grad = matmul_kernel(rows, weight)(rows, weight)
             wait = None if ctx.group is None else ctx.group.start_all_reduce(x_grad)
         if ctx.needs_input_grad[1]:
             inputs = x.reshape(-1, x.shape[-1])

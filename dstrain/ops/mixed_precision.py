@@ -9,7 +9,7 @@ numbers that come from bfloat16, and adds in float32: 1,024 x 128 by 128 x 7,792
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from threading import Lock
@@ -17,7 +17,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from dstrain.ops.kernels import MATMUL
+from dstrain.ops.kernels import matmul_kernel
 
 _SETTING = Lock()
 """Held while the process multiplies float32 by bfloat16: two threads that restored each other's setting would leave it on."""
@@ -28,7 +28,7 @@ def matmul_into(left: Tensor, right: Tensor, *, out: Tensor) -> Tensor:
     if out.dtype != left.dtype and has_fp32_output(out.device.type):
         return torch.mm(left, right, out_dtype=out.dtype, out=out)
     with _in_bfloat16(left, right, out):
-        return _matmul(out)(left.to(out.dtype), right.to(out.dtype), out=out)
+        return matmul_kernel(left, right)(left.to(out.dtype), right.to(out.dtype), out=out)
 
 
 def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -37,11 +37,7 @@ def add_matmul(total: Tensor, left: Tensor, right: Tensor) -> None:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
         return
     with _in_bfloat16(left, right, total):
-        _matmul(total)(left.to(total.dtype), right.to(total.dtype), out=total, add=True)
-
-
-def _matmul(out: Tensor) -> Callable[..., Tensor]:
-    return MATMUL.choose(out.device, out.dtype, out.shape[0])
+        matmul_kernel(left, right)(left.to(total.dtype), right.to(total.dtype), out=total, add=True)
 
 
 def operand(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -2,10 +2,8 @@
 step.
 
 torch multiplies by MKL, which uses no AVX512 on processors of AMD. There the kernel takes 0.90 of MKL's time, over the products
-of a layer and of the vocabulary in both directions (AMD EPYC with AVX512, 512 to 3,432 rows, 128 to 2,048 features). On other
-processors it has not been measured.
-
-With few rows packing the right matrix costs more than the product.
+of a layer and of the vocabulary in both directions (AMD EPYC with AVX512, 512 to 3,432 rows, 128 to 2,048 features), and 0.94 if
+it has AVX2 only. On processors of others it has not been measured.
 """
 
 from __future__ import annotations
@@ -20,16 +18,15 @@ from torch import Tensor
 
 from dstrain.ops.cpu.native import function
 
-LEAST_ROWS = 64
-"""From which on a product is worth packing the right matrix."""
+LEAST_SIZE = 1 << 23
+"""Multiply-adds from which on the product is the faster one: a call costs 10 microseconds more than torch's."""
+
+LEAST_SIDE = 64
+"""Rows, columns and terms that pay for packing; columns are packed by 16 or 32."""
 
 
 class _Matrix(Structure):
     _fields_ = [("data", c_void_p), ("of_row", c_int64), ("of_column", c_int64)]
-
-
-_OPERATORS = torch.library.Library("dstrain", "FRAGMENT")  # type: ignore[no-untyped-call]
-_OPERATORS.define("matmul(Tensor left, Tensor right, Tensor? bias) -> Tensor")  # type: ignore[no-untyped-call]
 
 
 def torch_matmul(
@@ -46,18 +43,27 @@ def native_matmul(
 ) -> Tensor:
     """The same in float32; not recorded by autograd."""
     if out is None:
-        # As an operator of torch's dispatcher, which selective activation checkpointing looks at.
         product: Tensor = torch.ops.dstrain.matmul.default(left, right, bias)
         return product
-    return _multiply_into(out, left, right, bias, add)
+    torch.ops.dstrain.matmul_into.default(left, right, bias, out, add)
+    return out
 
 
-def _multiply_into(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None, add: bool) -> Tensor:
+def _matmul(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    out = left.new_empty(left.shape[0], right.shape[1])
+    _matmul_into(left, right, bias, out, False)
+    return out
+
+
+def _matmul_into(left: Tensor, right: Tensor, bias: Tensor | None, out: Tensor, add: bool) -> None:
     (rows, inner), columns = left.shape, right.shape[1]
+    operands = [each for each in (left, right, bias, out) if each is not None]
+    plain = all(each.dtype == torch.float32 and each.is_cpu and not each.is_neg() for each in operands)
     fits = right.shape[0] == inner and out.shape == (rows, columns) and (bias is None or bias.shape == (columns,))
-    all_float32 = all(each is None or each.dtype == torch.float32 for each in (left, right, bias, out))
-    if not fits or not all_float32 or 0 in (rows, inner, columns) or out.stride(1) != 1:
-        return torch_matmul(left, right, bias=bias, out=out, add=add)  # which refuses what does not fit
+    own_rows = out.stride(1) == 1 and (rows == 1 or out.stride(0) >= columns)
+    if not (fits and plain and own_rows) or 0 in (rows, inner, columns):
+        torch_matmul(left, right, bias=bias, out=out, add=add)  # which refuses what does not fit
+        return
     left, right = (each if 1 in each.stride() else each.contiguous() for each in (left, right))
     bias = None if bias is None else bias.contiguous()
     sizes = rows, inner, columns, add
@@ -69,17 +75,24 @@ def _multiply_into(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None
         out.stride(0),
         torch.get_num_threads(),
     )
-    return out
-
-
-def _matmul(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    return _multiply_into(left.new_empty(left.shape[0], right.shape[1]), left, right, bias, False)
-
-
-_OPERATORS.impl("matmul", _matmul, "CPU")  # type: ignore[no-untyped-call]
 
 
 @cache
 def _multiply() -> Callable[..., None]:
     matrix: Any = POINTER(_Matrix)
     return function("multiply_matrices", matrix, matrix, c_void_p, *[c_int64] * 4, c_void_p, c_int64, c_int64)
+
+
+def _register() -> torch.library.Library:
+    """As operators of torch's dispatcher, which selective activation checkpointing looks at."""
+    operators: Any = torch.library.Library("dstrain", "FRAGMENT")  # type: ignore[no-untyped-call]
+    operators.define("matmul(Tensor left, Tensor right, Tensor? bias) -> Tensor")
+    operators.define("matmul_into(Tensor left, Tensor right, Tensor? bias, Tensor(a!) out, bool add) -> ()")
+    operators.impl("matmul", _matmul, "CPU")
+    operators.impl("matmul_into", _matmul_into, "CPU")
+    operators.impl("matmul", lambda left, right, bias: left.new_empty(left.shape[0], right.shape[1]), "Meta")
+    operators.impl("matmul_into", lambda *operands: None, "Meta")
+    return operators  # type: ignore[no-any-return]
+
+
+_OPERATORS = _register()  # which are gone with it

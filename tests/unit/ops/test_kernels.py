@@ -126,6 +126,12 @@ def test_without_a_compiler_the_next_kernel_is_chosen(monkeypatch: pytest.Monkey
     assert op.problem("native", "cpu", torch.float32) == "no C++ compiler"
 
 
+@pytest.mark.parametrize(("op", "kernel"), [("norm", "liger"), ("matmul", "native")])
+def test_compiled_layers_refuse_a_kernel_that_cannot_be_part_of_a_graph(op: str, kernel: str) -> None:
+    with pytest.raises(ValidationError, match=rf"kernels\.{op} = {kernel} cannot be part of it; choose kernels\.{op}: auto, or"):
+        EngineConfig.model_validate({"compile": "layers", "kernels": {op: kernel}})
+
+
 def test_a_named_kernel_that_cannot_run_is_refused_with_the_reason() -> None:
     message = r"packed_attention = varlen cannot run here \(for cuda only\); choose packed_attention: auto or padded_rows"
     with pytest.raises(RecipeError, match=message):

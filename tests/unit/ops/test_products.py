@@ -2,15 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from dstrain.ops.cpu.products import LEAST_ROWS, native_matmul
-from dstrain.ops.kernels import MATMUL
+from dstrain.ops.cpu import native
+from dstrain.ops.cpu.products import LEAST_SIZE, native_matmul, torch_matmul
+from dstrain.ops.kernel import Op
+from dstrain.ops.kernels import MATMUL, matmul_kernel
 from dstrain.ops.linear import linear
 from tests.kernels import NEEDS_COMPILER
 
@@ -77,6 +81,46 @@ def test_a_row_has_the_same_bits_beside_any_others_and_by_any_threads() -> None:
         torch.set_num_threads(before)
 
 
+def test_the_sign_of_a_negated_view_is_read() -> None:
+    left = torch.randn(70, 70, dtype=torch.complex64).conj().imag
+    assert left.is_neg()
+    torch.testing.assert_close(native_matmul(left, torch.eye(70)), left)
+    torch.testing.assert_close(native_matmul(left, torch.eye(70), out=torch.empty(70, 70)), left)
+
+
+def test_an_output_whose_rows_are_one_memory_is_refused_by_torch() -> None:
+    with pytest.raises(RuntimeError, match="single memory location"):
+        native_matmul(torch.ones(70, 70), torch.ones(70, 70), out=torch.ones(1, 70).expand(70, 70))
+
+
+def test_tensors_without_memory() -> None:
+    with FakeTensorMode():
+        left, right, out = (torch.empty(shape) for shape in ((70, 80), (80, 90), (70, 90)))
+        assert native_matmul(left, right).shape == (70, 90)
+        assert native_matmul(left, right, out=out) is out
+
+
+@pytest.mark.parametrize(("vendor", "kernel"), [("AuthenticAMD", "native"), ("GenuineIntel", "torch")])
+def test_who_gets_it_unasked(vendor: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_processor", lambda: [f"vendor_id\t: {vendor}"])
+    kernels = [replace(each, on_request=not native.is_amd.__wrapped__()) if each.native else each for each in MATMUL.kernels]
+    op = Op("matmul", kernels)
+    chosen = op.choose(torch.device("cpu"), torch.float32, LEAST_SIZE)
+    assert chosen is {"native": native_matmul, "torch": torch_matmul}[kernel]
+    for size, dtype in ((LEAST_SIZE - 1, torch.float32), (LEAST_SIZE, torch.bfloat16)):
+        assert op.choose(torch.device("cpu"), dtype, size) is torch_matmul
+    assert op.choose(torch.device("cuda"), torch.float32, LEAST_SIZE) is torch_matmul
+
+
+def test_the_size_of_a_narrow_product_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[tuple[torch.dtype, int]] = []
+    monkeypatch.setattr(MATMUL, "choose", lambda device, dtype, size: sizes.append((dtype, size)))
+    wide = torch.ones(70, 90)
+    for left, right in ((wide, torch.ones(90, 8)), (wide.t(), wide), (wide[:, :5], torch.ones(5, 90).bfloat16())):
+        matmul_kernel(left, right)
+    assert sizes == [(torch.float32, 0), (torch.float32, 90 * 70 * 90), (torch.bfloat16, 0)]
+
+
 def test_what_is_not_finite_stays_in_its_row_and_column() -> None:
     left, right = torch.ones(70, 4), torch.ones(4, 33)
     left[69, 1], right[2, 32] = float("nan"), float("inf")
@@ -115,10 +159,9 @@ def test_a_compiled_graph_for_all_sizes_holds_another_kernel(kernel: str) -> Non
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("rows", [3, LEAST_ROWS, 200])
-def test_the_linear_map_of_the_layers(rows: int) -> None:
+def test_the_linear_map_of_the_layers() -> None:
     """Its values and gradients, with a weight that two maps share."""
-    parts = [torch.randn(shape) / 9 for shape in ((2, rows, 90), (90, 90), (90,))]
+    parts = [torch.randn(shape) / 9 for shape in ((2, 100, 90), (90, 90), (90,))]
     outcomes = []
     for function, dtype in ((linear, torch.float32), (F.linear, torch.float64)):
         x, weight, bias = (part.detach().to(dtype).requires_grad_() for part in parts)
@@ -127,4 +170,4 @@ def test_the_linear_map_of_the_layers(rows: int) -> None:
             grads = torch.autograd.grad(product.sin().sum(), (x, weight, bias))
         outcomes.append([each.double() for each in (product, *grads)])
     for own, exact in zip(*outcomes, strict=True):
-        torch.testing.assert_close(own, exact, rtol=0, atol=1e-5 * float(exact.abs().max()))
+        torch.testing.assert_close(own, exact, rtol=0, atol=1e-5 * float(exact.detach().abs().max()))

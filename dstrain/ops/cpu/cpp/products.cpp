@@ -1,6 +1,6 @@
 // Products of matrices of many rows: blocks of the right one are packed into panels, the left one is read where it lies.
 //
-// A block of the right matrix stays in the second cache while all rows pass, a block of the left one while all its panels pass.
+// A block of the right matrix stays in the L2 cache while all rows pass, a block of the left one while all its panels pass.
 // The order of a sum depends neither on the rows beside it nor on the threads.
 
 #include "layers.h"
