@@ -16,6 +16,7 @@ from dstrain.nn.linear import Linear
 from dstrain.nn.position import PositionPart, Positions
 from dstrain.ops.activation import identity
 from dstrain.ops.linear import linear
+from dstrain.ops.lookup import lookup
 from dstrain.ops.vocabulary import VocabularySlice
 from dstrain.parallel.collectives import reduce_from
 from dstrain.parallel.group import Group
@@ -42,9 +43,9 @@ def vocabulary_shards(vocabulary: VocabularySlice | None, *names: str) -> dict[s
 def embed(tokens: Tensor, table: Tensor, vocabulary: VocabularySlice | None) -> Tensor:
     """Rows of a table, of which this rank has those of `vocabulary`. (...), (V, D) -> (..., D)"""
     if vocabulary is None or vocabulary.group is None:
-        return F.embedding(tokens, table)
+        return lookup(tokens, table)
     is_local = (tokens >= vocabulary.start) & (tokens < vocabulary.stop)
-    local = F.embedding((tokens - vocabulary.start).masked_fill(~is_local, 0), table)
+    local = lookup((tokens - vocabulary.start).masked_fill(~is_local, 0), table)
     return reduce_from(local.masked_fill(~is_local.unsqueeze(-1), 0), vocabulary.group)
 
 
@@ -156,7 +157,7 @@ class Projection(nn.Module):
         """Features (N, E) and weight (V, E), whose product is the logits. For a caller who holds the weights gathered."""
         features = self.activation(hidden if self.output_proj is None else self.output_proj(hidden))
         if self.back is not None:
-            features = linear(features, self.back.t())
+            features = linear(features, self.back, transposed=True)
         return features, self.weight
 
 

@@ -7,6 +7,9 @@ from torch import Tensor
 from dstrain.batch import Sequences
 from dstrain.models.config import EncoderDecoderConfig
 from dstrain.models.encoder_decoder import EncoderDecoder
+from dstrain.objectives.build import build_cross_entropy
+from dstrain.objectives.config import CrossEntropyConfig
+from tests.batches import collate
 from tests.unit.models.build import VOCABULARY, name_of, sequences, small_config, small_model, variants
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -116,3 +119,18 @@ def test_bfloat16_runs_and_is_near() -> None:
     rough = logits_of(model.bfloat16(), source, target)
     assert rough.dtype == torch.bfloat16
     assert (rough.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+@pytest.mark.parametrize("tie", ["all", "decoder", "none"])
+def test_no_matrix_rounds_a_gradient_that_may_be_float32(tie: str) -> None:
+    """In bf16, as under ZeRO-1; with both factors of a factorized table, used twice if tied."""
+    config = small_config(embedding={"kind": "factorized", "dim": 12, "tie": tie, "activation": "gelu"})
+    model = small_model(config).train().bfloat16()
+    matrices = {name: parameter for name, parameter in model.named_parameters() if parameter.ndim == 2}
+    for parameter in matrices.values():
+        parameter.grad_dtype = torch.float32
+    batch = collate([([5, 6, 7, 8, 9, 2], [9, 8, 7, 2]), ([4, 2], [11, 12, 13, 14, 2])] * 20)
+    build_cross_entropy(CrossEntropyConfig())(model, batch).loss_sum.backward()
+    grads = {name: parameter.grad for name, parameter in matrices.items()}
+    assert len(grads) > 10
+    assert [name for name, grad in grads.items() if grad is None or bool((grad.bfloat16() == grad).all())] == []

@@ -9,31 +9,39 @@ from dstrain.ops.linear import linear
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 7, 5), (0, 5)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_values_and_gradients_equal_torchs(shape: tuple[int, ...], biased: bool) -> None:
+@pytest.mark.parametrize("transposed", [True, False])
+def test_values_and_gradients_equal_torchs(shape: tuple[int, ...], biased: bool, transposed: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     x, weight, bias = (torch.randn(size, generator=generator, dtype=torch.float64) for size in (shape, (4, 5), (4,)))
     grads = []
     for function in (linear, F.linear):
         leaves = [tensor.clone().requires_grad_() for tensor in ((x, weight, bias) if biased else (x, weight))]
-        product = function(*leaves)
-        grads.append((product, *torch.autograd.grad(product.sin().sum(), leaves)))
+        if transposed and function is linear:
+            leaves[1] = weight.t().clone().requires_grad_()
+        product = linear(*leaves, transposed=transposed) if function is linear else F.linear(*leaves)
+        found = list(torch.autograd.grad(product.sin().sum(), leaves))
+        if transposed and function is linear:
+            found[1] = found[1].t()
+        grads.append((product, *found))
     for own, expected in zip(*grads, strict=True):
         torch.testing.assert_close(own, expected)
 
 
 @pytest.mark.parametrize(("dtype", "least", "most"), [(torch.float32, 0, 1e-6), (None, 5e-4, 3e-3)])
+@pytest.mark.parametrize("transposed", [True, False])
 def test_gradients_of_bfloat16_weights_are_rounded_unless_they_may_be_float32(
-    dtype: torch.dtype | None, least: float, most: float
+    dtype: torch.dtype | None, least: float, most: float, transposed: bool
 ) -> None:
     """Of 300 rows, beside float64."""
     generator = torch.Generator().manual_seed(1)
     x, weight, bias = (torch.randn(size, generator=generator).bfloat16() for size in ((300, 40), (24, 40), (24,)))
-    weight, bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+    weight, bias = torch.nn.Parameter(weight.t() if transposed else weight), torch.nn.Parameter(bias)
     if dtype is not None:
         weight.grad_dtype = bias.grad_dtype = dtype
     output_grad = torch.randn(300, 24, generator=generator).bfloat16()
-    linear(x, weight, bias).backward(output_grad)
-    for parameter, exact in ((weight, output_grad.double().t() @ x.double()), (bias, output_grad.double().sum(0))):
+    linear(x, weight, bias, transposed=transposed).backward(output_grad)
+    of_weight = output_grad.double().t() @ x.double()
+    for parameter, exact in ((weight, of_weight.t() if transposed else of_weight), (bias, output_grad.double().sum(0))):
         assert parameter.grad is not None and parameter.grad.dtype == (dtype or torch.bfloat16)
         assert least <= float((parameter.grad.double() - exact).norm() / exact.norm()) < most
 
