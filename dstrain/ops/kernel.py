@@ -142,6 +142,8 @@ class Op(Generic[Function]):
         """Outside and inside of a compiled graph. Looked up once: a graph reads what is there, and no `functools.cache`."""
         key = (forced, device_type, dtype)
         if key not in self._kernels_in_use:
+            if torch.compiler.is_compiling():  # cannot ask for a C++ compiler
+                return (), self._find_in_use(*key, True)
             self._kernels_in_use[key] = (self._find_in_use(*key, False), self._find_in_use(*key, True))
         return self._kernels_in_use[key]
 

@@ -159,6 +159,15 @@ def test_a_compiled_graph_for_all_sizes_holds_another_kernel(kernel: str) -> Non
     torch._dynamo.reset()
 
 
+def test_a_table_that_a_graph_is_the_first_to_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(MATMUL, "_kernels_in_use", {})
+    x, weight = torch.randn(300, 90, requires_grad=True), torch.randn(400, 90)
+    assert torch.equal(torch.compile(linear, backend="eager", fullgraph=True)(x, weight), F.linear(x, weight))
+    assert MATMUL.states("cpu", torch.float32)["torch"].is_chosen
+    torch._dynamo.reset()
+
+
 def test_the_linear_map_of_the_layers() -> None:
     """Its values and gradients, with a weight that two maps share."""
     parts = [torch.randn(shape) / 9 for shape in ((2, 100, 90), (90, 90), (90,))]
