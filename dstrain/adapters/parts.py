@@ -117,7 +117,7 @@ class LoraEmbedding(nn.Module):
         if self.lora_magnitude is not None:
             low_rank = LowRank(_summed_over(self.vocabulary, self.lora_a), self.lora_b, self.lora_magnitude)
             return embed(tokens, effective_matrix(self.weight, low_rank, self.scale), self.vocabulary)
-        delta = torch.matmul(embed(tokens, self.lora_b, self.vocabulary), self.lora_a)
+        delta = linear(embed(tokens, self.lora_b, self.vocabulary), self.lora_a, transposed=True)
         return torch.add(embed(tokens, self.weight, self.vocabulary), delta, alpha=self.scale)
 
     def shards(self) -> dict[str, ParameterShard]:
@@ -164,7 +164,7 @@ class LoraProjection(nn.Module):
         features = self.activation(hidden if self.output_proj is None else self.output_proj(hidden))
         if self.back is not None:
             back = self._effective(self.back, self.back_lora_a, self.back_lora_b, self.back_lora_magnitude)
-            features = linear(features, back.t())
+            features = linear(features, back, transposed=True)
         narrow = None if self.lora_a is None else _summed_over(self.vocabulary, self.lora_a)
         return features, self._effective(self.weight, narrow, self.lora_b, self.lora_magnitude)
 

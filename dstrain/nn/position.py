@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dstrain.errors import DataError
+from dstrain.ops.lookup import lookup
 
 Positions = int | Tensor
 
@@ -76,7 +77,7 @@ class LearnedPositions(nn.Module):
                 f"a sequence of {end_position} tokens is longer than the {self.weight.shape[0]} learned positions of the "
                 "model; shorten the text, or train with a larger max_source_length / max_target_length"
             )
-        return self.weight[positions:end_position] if isinstance(positions, int) else F.embedding(positions, self.weight)
+        return self.weight[positions:end_position] if isinstance(positions, int) else lookup(positions, self.weight)
 
 
 class NoPositions(nn.Module):
